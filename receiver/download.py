@@ -1,0 +1,6 @@
+"""Placeholder of the first hour; replaced by the guarded download."""
+
+from typing import Protocol
+
+
+class Download(Protocol): ...

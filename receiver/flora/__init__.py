@@ -1,0 +1,1 @@
+"""How FLORA speaks: signatures, wire messages, the API client."""

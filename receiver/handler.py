@@ -1,0 +1,175 @@
+"""The contract of a handler plug-in. Handlers import this module and `receiver.download`, nothing else of ours.
+
+A handler is a class with a pydantic `Config` and `async def handle(self, run, context) -> Done | Retry | Reject`; it is
+built as `cls(config)`. Delivery is at least once with a stable `context.idempotency_key`: make the effect idempotent.
+An exception out of `handle` means Retry. Optional: `async def check(self)` raises with a message when the handler cannot
+work (wrong directory, wrong credentials), `async def close(self)` runs at shutdown.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from pydantic import BaseModel
+
+from receiver.download import Download
+from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedError, LocationTakenError
+from receiver.model import Artifact, Event, Output, OutputType, RunState, When
+
+__all__ = [
+    "MANIFEST",
+    "Answer",
+    "Artifact",
+    "Checks",
+    "Closes",
+    "Context",
+    "Done",
+    "DownloadError",
+    "DownloadFailedError",
+    "DownloadRefusedError",
+    "Event",
+    "Handler",
+    "LocationTakenError",
+    "Log",
+    "Output",
+    "OutputType",
+    "Reject",
+    "Retry",
+    "RunState",
+    "SettledRun",
+    "When",
+]
+
+MANIFEST = -1
+"""The position under which a handler stores its own description of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The effect is applied. `result` is kept with the dispatch and shown to operators (small, JSON)."""
+
+    result: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Not now: try again after `after_seconds`, or after the usual growing pause."""
+
+    reason: str
+    after_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Never: trying again cannot help. The dispatch is dead, loudly."""
+
+    reason: str
+
+
+Answer = Done | Retry | Reject
+
+
+@dataclass(frozen=True, slots=True)
+class SettledRun:
+    """A run as handlers see it. Times are aware UTC, `charged_cost` is in US dollars (None: not known yet)."""
+
+    run_id: str
+    run_type: str
+    """`generation`, `technique` or `action`; `unknown` where FLORA did not say."""
+    status: str
+    """`completed`, `failed` or `lost`."""
+    technique_id: str | None
+    workspace_id: str | None
+    project_id: str | None
+    outputs: tuple[Output, ...]
+    metadata: Mapping[str, Any]
+    charged_cost: float | None
+    error_code: str | None
+    error_message: str | None
+    created_at: datetime | None
+    started_at: datetime | None
+    completed_at: datetime
+    """FLORA's time of the end; ours of the settling where FLORA names none."""
+    settled_at: datetime
+    settled_by: str
+    """`callback` if its callback came before we read it as terminal, else `poll`."""
+    verdict: str | None
+    """`matched`, `diverged`, …; None while the callback of a polled run may still come."""
+
+
+class Log(Protocol):
+    """A bound structlog logger, as far as handlers need it. Never log a media URL."""
+
+    def debug(self, event: str, **values: Any) -> Any: ...
+    def info(self, event: str, **values: Any) -> Any: ...
+    def warning(self, event: str, **values: Any) -> Any: ...
+    def error(self, event: str, **values: Any) -> Any: ...
+
+
+class Context(Protocol):
+    """What a handler gets besides the run: its key, its limits, guarded downloads, and the record of what it stored."""
+
+    @property
+    def idempotency_key(self) -> str:
+        """`run_id:handler:event:round`, the same on every attempt."""
+
+    @property
+    def event(self) -> Event: ...
+    @property
+    def attempt(self) -> int:
+        """Counts from 1."""
+
+    @property
+    def max_attempts(self) -> int: ...
+    @property
+    def deadline_at(self) -> datetime:
+        """When this attempt will be cancelled."""
+
+    @property
+    def artifacts(self) -> Sequence[Artifact]:
+        """What this handler has reserved or stored for this run so far."""
+
+    @property
+    def log(self) -> Log: ...
+
+    def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
+        """Fetch an output's URL, guarded: `async with context.open(output) as download: async for chunk in download: …`.
+
+        Raises DownloadRefusedError (never will work) or DownloadFailedError (may work later), on entry or while reading.
+        """
+
+    async def reserve(self, position: int, output_id: str, location: str) -> None:
+        """Claim a place for good before writing to it; committed on return.
+
+        Reserving again for the same (run, position) moves the claim. Raises LocationTakenError if it is another's.
+        """
+
+    async def store_artifact(
+        self, position: int, *, size: int, sha256: str, content_type: str | None
+    ) -> None:
+        """Record that the bytes at the reserved place are safe; committed on return."""
+
+
+@runtime_checkable
+class Handler(Protocol):
+    """What every handler has. A class may also set `on: tuple[Event, ...]` and `when: When` as defaults for its configuration."""
+
+    Config: ClassVar[type[BaseModel]]
+
+    async def handle(self, run: SettledRun, context: Context) -> Answer: ...
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """A handler that can tell whether it would work."""
+
+    async def check(self) -> None: ...
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """A handler that holds something to let go of."""
+
+    async def close(self) -> None: ...

@@ -1,0 +1,344 @@
+"""The nouns of the service. Everyone may import this module; it imports nothing of ours.
+
+Times are aware UTC datetimes named `*_at`; ids are FLORA's own strings; money is US dollars.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+
+class RunState(StrEnum):
+    """Where a run stands in our ledger. Who enters and who leaves is the table in `decide.py`."""
+
+    OPEN = "open"
+    """Known and not terminal. Entered when a run is started, tracked or discovered; left by any terminal report."""
+    REPORTED = "reported"
+    """A verified callback says terminal, not read yet. Entered by a callback; left by a conclusive read."""
+    COMPLETED = "completed"
+    """Read as completed, with outputs; dispatches exist. Never left."""
+    FAILED = "failed"
+    """Read as failed; dispatches exist. Never left."""
+    LOST = "lost"
+    """Given up, with a reason. Left by a later callback, a terminal read or a manual refresh."""
+
+
+class Origin(StrEnum):
+    """How we first heard of a run."""
+
+    STARTED = "started"
+    TRACKED = "tracked"
+    CALLBACK = "callback"
+    DISCOVERED = "discovered"
+
+
+class Verdict(StrEnum):
+    """What a run tells about the callback channel."""
+
+    MATCHED = "matched"
+    """Its callback came in time and agreed with the API."""
+    RECOVERED = "recovered"
+    """Its callback was expected and never came in time: polling settled it."""
+    LATE = "late"
+    """Its callback came after it had been written off as recovered."""
+    DIVERGED = "diverged"
+    """Callback and API contradict each other, or two callbacks do."""
+
+
+class Told(StrEnum):
+    """What the callbacks of a run have said so far."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    BOTH = "both"
+    """Two callbacks contradicted each other, or one contradicted itself."""
+
+
+class LostReason(StrEnum):
+    """Why a run was given up."""
+
+    DEADLINE = "deadline"
+    """Past its deadline, and a read after it said that it is still not terminal."""
+    NOT_FOUND = "not_found"
+    """Its own route answered 404 again and again."""
+    NO_OUTPUTS = "no_outputs"
+    """It completed, and its outputs never appeared."""
+
+
+class Event(StrEnum):
+    """What a handler can be told about a run."""
+
+    SETTLED = "settled"
+    COST_FINAL = "cost_final"
+    LOST = "lost"
+    DIVERGED = "diverged"
+    DEAD = "dead"
+
+
+class DispatchState(StrEnum):
+    """Where one handler's work on one event of one run stands."""
+
+    READY = "ready"
+    """Waiting for its `due_at`. Entered at settling, after a retry, and when a lease is given back."""
+    LEASED = "leased"
+    """A worker is on it until `lease_until`. Left by the worker's answer, or by anyone once the lease ran out."""
+    DONE = "done"
+    """The handler answered Done. Left only by a manual re-dispatch."""
+    DEAD = "dead"
+    """The handler rejected it, or its attempts are used up. Left only by a manual retry."""
+    SKIPPED = "skipped"
+    """The handler's filter did not match; `last_error` says which part. Never left."""
+
+
+class OutputType(StrEnum):
+    """FLORA's output types. Stored as open strings: an unknown one is kept and treated as a file."""
+
+    IMAGE = "imageUrl"
+    VIDEO = "videoUrl"
+    AUDIO = "audioUrl"
+    DOCUMENT = "documentUrl"
+    TEXT = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One output of a run. `position` counts from 0 and is the key, since `output_id` may repeat.
+
+    `value` is the URL of the media, or, where `type` is `text`, the text itself.
+    """
+
+    position: int
+    output_id: str
+    type: str
+    value: str = field(repr=False)  # media URLs are public: whoever reads a log must not get one
+
+    @property
+    def is_text(self) -> bool:
+        return self.type == OutputType.TEXT
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """One stored output: where a handler put it. `position` -1 is the handler's own manifest of the run."""
+
+    run_id: str
+    handler: str
+    position: int
+    output_id: str
+    location: str
+    size: int | None
+    sha256: str | None
+    content_type: str | None
+    stored_at: datetime | None
+    """None: the place is reserved, the bytes are not safe yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One row of the run ledger. FLORA's own fields first, then what we know about them."""
+
+    run_id: str
+    state: RunState
+    origin: Origin
+    first_seen_at: datetime
+    deadline_at: datetime
+    run_type: str | None = None
+    technique_id: str | None = None
+    workspace_id: str | None = None
+    project_id: str | None = None
+    poll_url: str | None = None
+    progress: int | None = None
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    charged_cost: float | None = None
+    quoted_cost: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    callback_expected: bool = True
+    told: Told | None = None
+    reported_at: datetime | None = None
+    """When the first verified callback arrived."""
+    settled_at: datetime | None = None
+    verdict: Verdict | None = None
+    lost_reason: LostReason | None = None
+    losses: int = 0
+    """How often the run was given up; the round of its `lost` dispatches."""
+
+    next_poll_at: datetime | None = None
+    """When to read the run next; None: never again."""
+    polls: int = 0
+    ladder: int = 0
+    """Reads since something first said that the run is terminal, without one that shows it."""
+    failures: int = 0
+    """Reads in a row that were not answered."""
+    missing: int = 0
+    """404s in a row on the run's right route."""
+    missing_since: datetime | None = None
+    cost_due_at: datetime | None = None
+    """While set, the run is settled but its cost is not known; past it we stop asking."""
+    version: int = 0
+    """Guards every write: a row that changed meanwhile is decided about again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the API shows of a run in one answer."""
+
+    run_id: str
+    status: str
+    """FLORA's word: `pending`, `running`, `completed` or `failed`; anything else counts as not terminal."""
+    run_type: str | None = None
+    technique_id: str | None = None
+    workspace_id: str | None = None
+    project_id: str | None = None
+    poll_url: str | None = None
+    progress: int | None = None
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    charged_cost: float | None = None
+    outputs: tuple[Output, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Report: a verified callback says that a run is terminal."""
+
+    run_id: str
+    told: Told
+    received_at: datetime
+    run_type: str | None = None
+    workspace_id: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Report: the API showed the run. `asked_at` is when the request was sent."""
+
+    snapshot: Snapshot
+    asked_at: datetime
+    origin: Origin | None = None
+    """Set where a list shows a run that nobody registered and that we want to adopt."""
+
+    @property
+    def run_id(self) -> str:
+        return self.snapshot.run_id
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Report: the API answered 404. It counts against the run only if asked on the run's `right_route`."""
+
+    run_id: str
+    asked_at: datetime
+    right_route: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """Report: the API did not tell (401, 403, 429, 5xx, time-out, garbage, absent from a list)."""
+
+    run_id: str
+    asked_at: datetime
+    retry_after: float | None = None
+    """Seconds, when FLORA named them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """Report: a run exists, says whoever started or tracks it. Fills in what callbacks do not carry."""
+
+    run_id: str
+    origin: Origin
+    registered_at: datetime
+    callback_expected: bool = True
+    run_type: str | None = None
+    technique_id: str | None = None
+    workspace_id: str | None = None
+    project_id: str | None = None
+    poll_url: str | None = None
+    quoted_cost: float | None = None
+    estimated_seconds: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+Report = Heard | Read | Missing | Unanswered | Registered
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One verified callback, as it came. `delivery_id` is FLORA's, the same on every retry."""
+
+    delivery_id: str
+    body: bytes = field(repr=False)
+    signature: str
+    received_at: datetime
+    age: int
+    """Seconds between signing and arrival; negative when signed ahead of our clock."""
+    secret: int
+    """Index of the configured secret that verified it."""
+    event: str | None = None
+    api_version: str | None = None
+    run_id: str | None = None
+    readable: bool = True
+    """False: the signature holds, the body does not parse; kept under an id made from its hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """A handler's filter: every given field must match, a tuple means any of; `output_type` asks for one such output."""
+
+    status: tuple[str, ...] | None = None
+    run_type: tuple[str, ...] | None = None
+    technique_id: tuple[str, ...] | None = None
+    workspace_id: tuple[str, ...] | None = None
+    output_type: tuple[str, ...] | None = None
+    metadata: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """One configured handler, as far as the rules need it: its name, its events, its filter."""
+
+    handler: str
+    on: tuple[Event, ...] = (Event.SETTLED,)
+    when: When = field(default_factory=When)
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """One handler's work on one event of one run; `round` counts re-dispatches made with `--again`."""
+
+    run_id: str
+    handler: str
+    event: Event
+    round: int
+    state: DispatchState
+    due_at: datetime
+    attempts: int = 0
+    last_error: str | None = None
+    lease_token: str | None = None
+    lease_until: datetime | None = None
+
+    @property
+    def idempotency_key(self) -> str:
+        return f"{self.run_id}:{self.handler}:{self.event}:{self.round}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """One refused request; never its body."""
+
+    rejected_at: datetime
+    code: str
+    remote: str | None
+    size: int
