@@ -2,8 +2,8 @@
 
 A handler is a class with a pydantic `Config` and `async def handle(self, run, context) -> Done | Retry | Reject`; it is
 built as `cls(config)`. Delivery is at least once with a stable `context.idempotency_key`: make the effect idempotent.
-An exception out of `handle` means Retry. Optional: `async def check(self)` raises with a message when the handler cannot
-work (wrong directory, wrong credentials), `async def close(self)` runs at shutdown.
+An exception out of `handle` means Retry. Optional: `async def check(self)` raises with a message when the handler
+cannot work (wrong directory, wrong credentials), `async def close(self)` runs at shutdown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -135,9 +135,9 @@ class Context(Protocol):
     def log(self) -> Log: ...
 
     def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
-        """Fetch an output's URL, guarded: `async with context.open(output) as download: async for chunk in download: …`.
+        """Fetch an output, guarded: `async with context.open(output) as download: async for chunk in download: …`.
 
-        Raises DownloadRefusedError (never will work) or DownloadFailedError (may work later), on entry or while reading.
+        Raises DownloadRefusedError (never will work) or DownloadFailedError (may work later), on entry or on the way.
         """
 
     async def reserve(self, position: int, output_id: str, location: str) -> None:
@@ -146,15 +146,13 @@ class Context(Protocol):
         Reserving again for the same (run, position) moves the claim. Raises LocationTakenError if it is another's.
         """
 
-    async def store_artifact(
-        self, position: int, *, size: int, sha256: str, content_type: str | None
-    ) -> None:
+    async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
         """Record that the bytes at the reserved place are safe; committed on return."""
 
 
 @runtime_checkable
 class Handler(Protocol):
-    """What every handler has. A class may also set `on: tuple[Event, ...]` and `when: When` as defaults for its configuration."""
+    """What every handler has. A class may also set `on: tuple[Event, ...]` and `when: When`, its configuration's defaults."""
 
     Config: ClassVar[type[BaseModel]]
 

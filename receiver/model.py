@@ -165,6 +165,8 @@ class Run:
     """When the first verified callback arrived."""
     settled_at: datetime | None = None
     verdict: Verdict | None = None
+    verdict_due_at: datetime | None = None
+    """While set, the run was settled without its callback; past it the callback is written off."""
     lost_reason: LostReason | None = None
     losses: int = 0
     """How often the run was given up; the round of its `lost` dispatches."""
@@ -271,7 +273,23 @@ class Registered:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-Report = Heard | Read | Missing | Unanswered | Registered
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Report: an operator, or an authentic callback at a wrong time, wants the run read now."""
+
+    run_id: str
+    asked_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """Report: FLORA has given up on delivering the callback of a run."""
+
+    run_id: str
+    noticed_at: datetime
+
+
+Report = Registered | Heard | Read | Missing | Unanswered | Asked | Silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +313,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """A handler's filter: every given field must match, a tuple means any of; `output_type` asks for one such output."""
+    """A handler's filter: every given field must match, a tuple means any of; `output_type` asks for one."""
 
     status: tuple[str, ...] | None = None
     run_type: tuple[str, ...] | None = None

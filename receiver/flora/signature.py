@@ -19,14 +19,14 @@ HEADER = "Flora-Signature"
 # FLORA sends some 80 bytes, some 150 while a secret is rotated; a header beyond this was not written by FLORA.
 _MAX_HEADER = 4096
 _MAX_CANDIDATES = 16
-# ASCII digits only: int() would also take "１２", "1_0" and "+1", which FLORA's own SDK never signs.
+# ASCII digits only: int() would also take full-width digits, "1_0" and "+1", which FLORA's own SDK never signs.
 _SECONDS = re.compile(r"[0-9]{1,15}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A signature that holds: which secret made it (index into `secrets`) and how old it is, in seconds (negative: ahead)."""
+    """A signature that holds: its secret (index into `secrets`) and its age in seconds (negative: ahead)."""
 
     secret: int
     age: int
@@ -58,7 +58,7 @@ def verify(
     if secret is None:
         raise SignatureError(
             SignatureProblem.SIGNATURE_MISMATCH,
-            "no configured secret made this signature: is FLORA_WEBHOOK_SECRET this workspace's, and is the body unaltered?",
+            "no configured secret made this signature: is FLORA_WEBHOOK_SECRET this workspace's, is the body unaltered?",
         )
     age = now - int(seconds)
     if (tolerance_past is not None and age > tolerance_past) or (

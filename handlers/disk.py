@@ -1,0 +1,236 @@
+"""A directory as a place for outputs: hidden temporary file, hash while writing, fsync, rename, fsync of the directory.
+
+All file work happens in threads of its own; a lock per file keeps the clean-up of a cancelled download behind the
+write that it interrupts.
+"""
+
+import asyncio
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import threading
+import time
+from collections.abc import AsyncIterable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from handlers.places import PlaceError, Stored
+
+PART_PREFIX = ".part-"
+STALE_SECONDS = 24 * 3600  # no download runs for that long: whoever began such a file is dead
+REMEMBERED_DIRECTORIES = 10_000
+THREADS = 16  # they mostly wait for fsync
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class LocalDisk:
+    """Files under `root`, which is made when it is needed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self._tree = _Tree(self.root)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
+
+    def locate(self, key: str) -> str:
+        return (self.root / key).as_uri()
+
+    def key_of(self, location: str) -> str | None:
+        parts = urlsplit(location)
+        path = Path(unquote(parts.path))
+        if parts.scheme != "file" or ".." in path.parts or not path.is_relative_to(self.root):
+            return None
+        return path.relative_to(self.root).as_posix()
+
+    async def size(self, key: str) -> int | None:
+        return await self._run(_file_size, self.root / key)
+
+    async def put(
+        self,
+        key: str,
+        chunks: AsyncIterable[bytes],
+        *,
+        content_type: str | None,  # noqa: ARG002 - files have none
+        expected: int | None,
+    ) -> Stored:
+        part = _Part(self._tree, expected)
+        writing: asyncio.Task[None] | None = None
+        try:
+            async for chunk in chunks:  # the next chunk is received while this one is hashed and written
+                if writing is not None:
+                    await writing
+                writing = asyncio.create_task(self._run(part.write, chunk))
+                writing.add_done_callback(_retrieve)
+            if writing is not None:
+                await writing
+            return await self._run(part.publish, self.root / key)
+        finally:
+            if not part.closed:
+                await asyncio.shield(self._run(part.discard))
+
+    async def check(self) -> None:
+        """Make the directory, write and remove a file in it, and sweep up after dead processes."""
+        await self._run(self._probe)
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False)
+
+    def _probe(self) -> None:
+        part = _Part(self._tree, None)
+        try:
+            part.write(b"probe")
+            part.sync()
+        finally:
+            part.discard()
+        before = time.time() - STALE_SECONDS
+        with os.scandir(self.root) as entries:
+            for entry in entries:
+                if entry.name.startswith(PART_PREFIX):
+                    with suppress(FileNotFoundError):
+                        if entry.stat(follow_symlinks=False).st_mtime < before:
+                            os.unlink(entry.path)  # noqa: PTH108
+
+    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+        except OSError as exc:
+            raise PlaceError(self._explained(exc)) from exc
+
+    def _explained(self, exc: OSError) -> str:
+        if exc.errno in _FULL:
+            try:
+                free = f"{shutil.disk_usage(self.root).free / 1e6:.1f} MB free"
+            except OSError:
+                free = "free space unknown"
+            return f"disk full at {self.root}: {free}"
+        return f"cannot write to {self.root}: {exc.strerror or exc}"
+
+
+class _Tree:
+    """Makes directories that survive a power cut: each one's entry in its parent is synced once by this process.
+
+    That holds for directories found, too: whoever made them, another thread perhaps, may not have come to the sync.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._durable: set[Path] = set()
+
+    def make(self, path: Path) -> None:
+        if path == self.root and path.is_dir():
+            return
+        if path in self._durable and path.is_dir():
+            return
+        if path.parent != path and (path.parent.is_relative_to(self.root) or not path.parent.is_dir()):
+            self.make(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
+        if len(self._durable) >= REMEMBERED_DIRECTORIES:
+            self._durable.clear()
+        self._durable.add(path)
+
+
+class _Part:
+    """One file in the making. Its methods block; they are called from threads, and wait for each other."""
+
+    def __init__(self, tree: "_Tree", expected: int | None) -> None:
+        self.closed = False
+        self._tree = tree
+        self._expected = expected or 0
+        self._path = tree.root / f"{PART_PREFIX}{secrets.token_hex(8)}"
+        self._fd = -1
+        self._size = 0
+        self._digest = hashlib.sha256()
+        self._lock = threading.Lock()
+
+    def write(self, chunk: bytes) -> None:
+        with self._lock:
+            if self.closed:
+                return
+            self._open()
+            view = memoryview(chunk)
+            while view:
+                view = view[os.write(self._fd, view) :]
+            self._digest.update(chunk)
+            self._size += len(chunk)
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def publish(self, target: Path) -> Stored:
+        """Make the file durable under its name; an identical one that is there already stays as it is."""
+        with self._lock:
+            if self.closed:
+                raise asyncio.CancelledError
+            self._open()
+            stored = Stored(self._size, self._digest.hexdigest())
+            if _holds(target, stored):
+                self._close(remove=True)
+                _sync(target)
+            else:
+                self.sync()
+                self._tree.make(target.parent)
+                self._path.replace(target)
+                self._close(remove=False)
+            _sync(target.parent)
+            return stored
+
+    def discard(self) -> None:
+        with self._lock:
+            if not self.closed:
+                self._close(remove=True)
+
+    def _open(self) -> None:
+        if self._fd >= 0:
+            return
+        self._tree.make(self._tree.root)
+        usage = os.statvfs(self._tree.root)
+        if usage.f_bavail * usage.f_frsize < self._expected:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def _close(self, *, remove: bool) -> None:
+        self.closed = True
+        if self._fd < 0:
+            return
+        os.close(self._fd)
+        if remove:
+            self._path.unlink(missing_ok=True)
+
+
+def _file_size(path: Path) -> int | None:
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _holds(path: Path, stored: Stored) -> bool:
+    if _file_size(path) != stored.size:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == stored.sha256
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Look at a task's error, so that asyncio does not complain where a download fails before its write does."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,40 @@
+"""Where outputs can be put: what `handlers.storage` asks of a local disk and of an object store alike."""
+
+from collections.abc import AsyncIterable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class PlaceError(Exception):
+    """The place cannot be used now (full, not writable, unreachable). The message is for operators."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What was put: `size` in bytes, `sha256` in hex."""
+
+    size: int
+    sha256: str
+
+
+class Place(Protocol):
+    """A tree of objects under one URL. Keys are relative paths; every method may raise PlaceError."""
+
+    def locate(self, key: str) -> str:
+        """The URI of a key."""
+
+    def key_of(self, location: str) -> str | None:
+        """The key of a URI; None where it lies elsewhere."""
+
+    async def size(self, key: str) -> int | None:
+        """The size of what is there, in bytes; None where there is nothing."""
+
+    async def put(
+        self, key: str, chunks: AsyncIterable[bytes], *, content_type: str | None, expected: int | None
+    ) -> Stored:
+        """Write all chunks (`expected` bytes, where known), or nothing: no reader ever sees a part. Safe on return."""
+
+    async def check(self) -> None:
+        """Raise PlaceError if nothing could be put here now."""
+
+    async def close(self) -> None: ...

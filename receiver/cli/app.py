@@ -1,0 +1,138 @@
+"""The command tree: names, options and help. The work is in the modules that the commands import."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from receiver import __version__
+
+app = typer.Typer(
+    name="flora-receiver",
+    help="Turns FLORA's run callbacks into safely stored outputs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+)
+handlers = typer.Typer(help="The handlers that bring settled runs somewhere.", no_args_is_help=True)
+app.add_typer(handlers, name="handlers")
+
+Config = Annotated[
+    Optional[Path],  # noqa: UP045 -- typer reads it at run time
+    typer.Option("--config", "-c", help="Settings file; default: RECEIVER_CONFIG, else receiver.toml if there is one."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    config: Config = None,
+    host: Annotated[Optional[str], typer.Option(help="Public address to bind; default: [public] host.")] = None,  # noqa: UP045
+    port: Annotated[Optional[int], typer.Option(help="Public port to bind; default: [public] port.")] = None,  # noqa: UP045
+) -> None:
+    """Run the receiver until it is stopped."""
+    from receiver.cli.serve import run  # noqa: PLC0415
+
+    run(config, host=host, port=port)
+
+
+@app.command()
+def check(config: Config = None, json: Json = False) -> None:
+    """Check the settings, the database and the handlers; say everything that is wrong."""
+    from receiver.cli.check import run  # noqa: PLC0415
+
+    run(config, json=json)
+
+
+@app.command()
+def migrate(config: Config = None, json: Json = False) -> None:
+    """Bring the database to this version's tables (serve does it too)."""
+    from receiver.cli.migrate import run  # noqa: PLC0415
+
+    run(config, json=json)
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Keep emulator and receiver running at the end.")] = False,
+    outputs: Annotated[Path, typer.Option(help="Where the files land.")] = Path("outputs"),
+    json: Json = False,
+) -> None:
+    """See it work: an emulated FLORA, this receiver over HTTPS, eight runs, their files."""
+    from receiver.cli.demo import run  # noqa: PLC0415
+
+    run(keep=keep, outputs=outputs, json=json)
+
+
+@app.command()
+def emulator(
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to bind.")] = 9100,
+    api_key: Annotated[Optional[str], typer.Option(envvar="FLORA_API_KEY", help="Key that callers must send.")] = None,  # noqa: UP045
+    webhook_secret: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(envvar="FLORA_WEBHOOK_SECRET", help="Secret that signs callbacks; several with commas."),
+    ] = None,
+    workspace_id: Annotated[str, typer.Option(help="Workspace of the runs.")] = "ws_emulator",
+    run_seconds: Annotated[float, typer.Option(help="How long a run takes.")] = 5.0,
+    time_scale: Annotated[float, typer.Option(help="Divides the pauses between callback attempts.")] = 1.0,
+    allow_private_callbacks: Annotated[bool, typer.Option(help="Allow callback URLs on loopback.")] = False,
+    callback_ca: Annotated[Optional[Path], typer.Option(help="The only CA trusted for callbacks (PEM).")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Makes ids, media and faults repeatable.")] = 0,
+) -> None:
+    """Run an emulated FLORA on this machine, to develop and test against."""
+    from receiver.cli.emulator import run  # noqa: PLC0415
+
+    given = {"api_key": api_key, "webhook_secrets": tuple(webhook_secret.split(",")) if webhook_secret else None}
+    run(
+        {key: value for key, value in given.items() if value},
+        host=host,
+        port=port,
+        workspace_id=workspace_id,
+        run_seconds=run_seconds,
+        time_scale=time_scale,
+        allow_private_callbacks=allow_private_callbacks,
+        callback_ca=callback_ca,
+        seed=seed,
+    )
+
+
+@app.command()
+def trigger(
+    url: Annotated[str, typer.Argument(help="Where to send it, e.g. https://127.0.0.1:8080/callbacks/flora.")],
+    case: Annotated[str, typer.Option(help="completed, failed, or the code of the refusal to provoke.")] = "completed",
+    run_id: Annotated[Optional[str], typer.Option(help="The run it is about; default: a made-up one.")] = None,  # noqa: UP045
+    delivery_id: Annotated[
+        Optional[str], typer.Option(help="The delivery's id; the same again is a duplicate.")
+    ] = None,  # noqa: UP045
+    secret: Annotated[Optional[str], typer.Option(help="Signing secret; default: FLORA_WEBHOOK_SECRET.")] = None,  # noqa: UP045
+    ca: Annotated[Optional[Path], typer.Option(help="A further CA to trust (PEM).")] = None,  # noqa: UP045
+    json: Json = False,
+) -> None:
+    """Send one callback, right or wrong, to any receiver and show its answer."""
+    from receiver.cli.trigger import run  # noqa: PLC0415
+
+    run(url, case, run_id=run_id, delivery_id=delivery_id, secret=secret, ca=ca, json=json)
+
+
+@handlers.command("list")
+def handlers_list(config: Config = None, json: Json = False) -> None:
+    """Show the installed handlers, and the ones that the settings use."""
+    from receiver.cli.handlers import run  # noqa: PLC0415
+
+    run(config, json=json)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,58 @@
+"""`flora-receiver check`: would `serve` work? Settings, handlers, database; nothing is sent anywhere."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import typer
+
+from receiver.cli.output import WRONG, explained, show
+from receiver.config import load, redacted
+from receiver.errors import Problem, ReceiverError, StoreInUseError
+from receiver.plugins import load_handlers
+from receiver.service import check_handlers
+from receiver.store import open_database
+from receiver.store.migrate import HEAD, current
+
+
+def run(config: Path | None, *, json: bool) -> None:
+    with explained(as_json=json):
+        settings = load(config, os.environ)
+        loaded = load_handlers(settings)
+        problems = asyncio.run(check_handlers(loaded))
+        state, trouble = asyncio.run(_database(settings.database.url))
+        problems += trouble
+        warnings = settings.warnings()
+        lines = [f"Settings: fine ({len(settings.handlers)} handlers)", f"Database: {state}"]
+        lines += [f"Warning: {warning.path}: {warning.message}" for warning in warnings]
+        lines += [f"Wrong: {problem.path}: {problem.message}" for problem in problems]
+        data = {
+            "ok": not problems,
+            "settings": redacted(settings),
+            "database": state,
+            "warnings": [{"path": each.path, "message": each.message} for each in warnings],
+            "problems": [{"path": each.path, "message": each.message} for each in problems],
+        }
+        show(data, "\n".join(lines), as_json=json)
+        if problems:
+            raise typer.Exit(WRONG)
+
+
+async def _database(url: str) -> tuple[str, list[Problem]]:
+    """Return what state the database is in, and what is wrong with it. One in use by a running service is fine."""
+    try:
+        database = await asyncio.to_thread(open_database, url)
+    except StoreInUseError:
+        return "in use by a running service", []
+    except ReceiverError as error:
+        return "unusable", [Problem("database.url", str(error))]
+    try:
+        await database.write(lambda _: None)
+        revision = await database.run(current)
+    except ReceiverError as error:
+        return "unusable", [Problem("database.url", str(error))]
+    finally:
+        await database.close()
+    if revision == HEAD:
+        return "up to date", []
+    return ("empty: serve will set it up" if revision is None else f"at {revision}: serve will migrate it"), []

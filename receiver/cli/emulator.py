@@ -1,0 +1,38 @@
+"""`flora-receiver emulator`: the emulated FLORA as a server of its own."""
+
+import asyncio
+import signal
+from typing import Any
+
+from receiver.cli.output import explained
+from receiver.emulator import Emulator, EmulatorSettings
+from receiver.telemetry import configure_logging
+from receiver.web.server import Server, bind
+
+
+def run(given: dict[str, Any], *, host: str, port: int, **options: Any) -> None:
+    with explained():
+        configure_logging("warning")
+        asyncio.run(_serve(EmulatorSettings(host=host, port=port, **given, **options)))
+
+
+async def _serve(settings: EmulatorSettings) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    emulator = Emulator(settings)
+    server = Server(emulator.app, bind(settings.host, settings.port))
+    await server.start()
+    origin = f"http://{settings.host}:{server.port}"
+    print(
+        f"An emulated FLORA listens on {origin}\n"
+        f"  export FLORA_BASE_URL={emulator.base_url(origin)}\n"
+        f"  export FLORA_API_KEY={settings.api_key}\n"
+        f"  export FLORA_WEBHOOK_SECRET={','.join(settings.webhook_secrets)}\n"
+        f"  export RECEIVER_DOWNLOADS__ALLOW_PRIVATE_HOSTS={settings.host}:{server.port}\n"
+        "Its techniques: GET /techniques; its faults: /_emulator/faults. Ctrl-C ends it.",
+        flush=True,
+    )
+    await stopping.wait()
+    await emulator.aclose()
+    await server.stop()

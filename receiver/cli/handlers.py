@@ -1,0 +1,17 @@
+"""`flora-receiver handlers list`."""
+
+import os
+from pathlib import Path
+
+from receiver.cli.output import explained, show
+from receiver.config import load
+from receiver.plugins import available
+
+
+def run(config: Path | None, *, json: bool) -> None:
+    with explained(as_json=json):
+        settings = load(config, os.environ, need_secrets=False)
+        configured = [{"name": entry.name, "use": entry.use} for entry in settings.handlers]
+        lines = ["Installed: " + ", ".join(available())]
+        lines += [f"Configured: {entry['name']} (use = {entry['use']!r})" for entry in configured]
+        show({"installed": list(available()), "configured": configured}, "\n".join(lines), as_json=json)

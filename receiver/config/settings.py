@@ -1,0 +1,195 @@
+"""`Settings`, the whole of what can be set, and two views of it: `describe` for documentation, `redacted` for display.
+
+Built by `config.load`; the rooms get the sections they need from the composition root.
+"""
+
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, NoneType, UnionType
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
+
+from receiver.config.sections import (
+    Database,
+    Dispatching,
+    Downloads,
+    Flora,
+    HandlerEntry,
+    Logging,
+    Operations,
+    Public,
+    Reconcile,
+    Retention,
+    Section,
+    Tls,
+    Workspace,
+)
+from receiver.config.values import HttpUrl
+from receiver.errors import Problem
+
+__all__ = ["LISTS", "Setting", "Settings", "describe", "redacted", "section_of"]
+
+LISTS: Mapping[str, type[BaseModel]] = MappingProxyType({"workspaces": Workspace, "handlers": HandlerEntry})
+"""The settings that are lists of tables."""
+
+_LAST_RETRY_SECONDS = 400  # FLORA's last attempt: 10 s + 60 s + 300 s and three time-outs after the first
+_SECRET_KEY = re.compile(
+    r"secret|token|passw(or)?d|authorization|api_?key|access_?key|credential|private", re.IGNORECASE
+)
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def _distinct(handlers: tuple[HandlerEntry, ...]) -> tuple[HandlerEntry, ...]:
+    names = [handler.name for handler in handlers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two handlers are called {', '.join(twice)}: give each its own `name`")
+    return handlers
+
+
+def _own_secrets(workspaces: tuple[Workspace, ...]) -> tuple[Workspace, ...]:
+    if len({workspace.id for workspace in workspaces}) < len(workspaces):
+        raise ValueError("two workspaces have the same `id`")
+    secrets = [secret.get_secret_value() for workspace in workspaces for secret in workspace.secrets]
+    if len(set(secrets)) < len(secrets):
+        raise ValueError("the same secret is given twice, so that callbacks could not be told apart")
+    return workspaces
+
+
+def _defaulted(handlers: object) -> object:
+    return handlers or [{"use": "storage", "options": {"url": "outputs"}}, {"use": "log"}]
+
+
+class Settings(Section):
+    """Everything that can be set. Build it with `config.load`, or in tests from nested dicts."""
+
+    public_url: HttpUrl | None = Field(
+        None, description="What FLORA is told to call; `/callbacks/flora` is added. Must be public HTTPS."
+    )
+    public: Public = Public()
+    operations: Operations = Operations()
+    tls: Tls = Tls()
+    database: Database = Database()
+    flora: Flora = Flora()
+    reconcile: Reconcile = Reconcile()
+    dispatch: Dispatching = Dispatching()
+    downloads: Downloads = Downloads()
+    retention: Retention = Retention()
+    log: Logging = Logging()
+    workspaces: Annotated[tuple[Workspace, ...], AfterValidator(_own_secrets)] = ()
+    handlers: Annotated[tuple[HandlerEntry, ...], AfterValidator(_distinct), BeforeValidator(_defaulted)] = Field(
+        (), validate_default=True
+    )
+
+    def secrets_by_workspace(self) -> tuple[tuple[str, str | None], ...]:
+        """Return every signing secret, in the order to try them, with the workspace that it belongs to (None: any)."""
+        shared = {secret.get_secret_value(): None for secret in self.flora.webhook_secrets}
+        owned = {secret.get_secret_value(): each.id for each in self.workspaces for secret in each.secrets}
+        return tuple({**shared, **owned}.items())
+
+    def api_key_for(self, workspace_id: str | None) -> str | None:
+        """Return the API key to ask about a run of this workspace with."""
+        own = next((each.api_key for each in self.workspaces if each.id == workspace_id), None)
+        key = own or self.flora.api_key
+        return key.get_secret_value() if key else None
+
+    def warnings(self) -> list[Problem]:
+        """Return what is odd without being wrong."""
+        found = [
+            Problem(path, f"does not start with {prefix}: is this the right value?")
+            for path, prefix, secret in self._prefixed()
+            if not secret.get_secret_value().startswith(prefix)
+        ]
+        past = self.flora.tolerance_past_seconds
+        if past is not None and past < _LAST_RETRY_SECONDS:
+            late = f"FLORA's last retry may come {_LAST_RETRY_SECONDS} s after signing: it would be refused"
+            found.append(Problem("flora.tolerance_past_seconds", late))
+        return found
+
+    def _prefixed(self) -> Iterator[tuple[str, str, SecretStr]]:
+        if self.flora.api_key:
+            yield "flora.api_key", "sk_", self.flora.api_key
+        for index, secret in enumerate(self.flora.webhook_secrets):
+            yield f"flora.webhook_secrets.{index}", "whsec_", secret
+        for index, workspace in enumerate(self.workspaces):
+            for number, secret in enumerate(workspace.secrets):
+                yield f"workspaces.{index}.secrets.{number}", "whsec_", secret
+            if workspace.api_key:
+                yield f"workspaces.{index}.api_key", "sk_", workspace.api_key
+
+
+def section_of(key: str) -> type[BaseModel] | None:
+    """Return the model of the table, or of each table in the list, called `key`; None for a plain value."""
+    annotation: Any = LISTS.get(key) or Settings.model_fields[key].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting, for the documentation: `path` is `public.port` or `handlers[].name`; `default` is as in TOML."""
+
+    path: str
+    type: str
+    default: str
+    help: str
+
+
+def describe() -> list[Setting]:
+    """Return every setting with its type, default and help."""
+    return [setting for key in Settings.model_fields for setting in _described(key)]
+
+
+def _described(key: str) -> Iterator[Setting]:
+    section = section_of(key)
+    fields = section.model_fields if section else {key: Settings.model_fields[key]}
+    prefix = "" if section is None else f"{key}[]." if key in LISTS else f"{key}."
+    for name, each in fields.items():
+        default = "required" if each.is_required() else _as_toml(each.get_default(call_default_factory=True))
+        yield Setting(f"{prefix}{name}", _kind(each.annotation), default, each.description or "")
+
+
+_KINDS = {str: "text", int: "integer", float: "number", bool: "boolean", SecretStr: "secret", Path: "path"}
+
+
+def _kind(annotation: Any) -> str:
+    """Say a type in the words of whoever writes the file."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _kind(inner[0])
+    if origin in {Union, UnionType}:
+        return " or ".join(_kind(each) for each in inner if each is not NoneType)
+    if origin is Literal:
+        return " or ".join(f"`{each}`" for each in inner)
+    if origin is tuple:
+        return f"list of {_kind(inner[0])}"
+    return _KINDS.get(annotation) or (
+        "text" if isinstance(annotation, type) and issubclass(annotation, str) else "table"
+    )
+
+
+def _as_toml(value: object) -> str:
+    if value is None or value == "":
+        return ""
+    if isinstance(value, tuple):
+        return f"[{', '.join(_as_toml(each) for each in value)}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def redacted(settings: Settings) -> dict[str, Any]:
+    """Return the settings as plain values for display, without a secret among them."""
+    return {key: _masked(value, key) for key, value in settings.model_dump(mode="json").items()}
+
+
+def _masked(value: object, key: str) -> object:
+    if isinstance(value, dict):
+        return {name: _masked(each, str(name)) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_masked(each, key) for each in value]
+    if isinstance(value, str):
+        return "***" if _SECRET_KEY.search(key) else _USERINFO.sub("***", value)
+    return value

@@ -1,0 +1,39 @@
+"""What follows from one attempt of a handler. Pure."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from receiver.model import DispatchState
+
+_LONGEST = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A dispatch's next state, and when it is due if that is `ready`."""
+
+    state: DispatchState
+    due_at: datetime | None = None
+
+
+def conclude(
+    answered: DispatchState,
+    attempts: int,
+    max_attempts: int,
+    *,
+    now: datetime,
+    after_seconds: float | None = None,
+    jitter: float = 0.5,
+) -> Outcome:
+    """Return what becomes of a dispatch whose `attempts`-th attempt was answered with a state: done, dead or ready.
+
+    Pauses double from 1 s to 30 min: twelve attempts reach over about an hour and a half.
+    """
+    if answered is not DispatchState.READY:
+        return Outcome(answered)
+    if attempts >= max_attempts:
+        return Outcome(DispatchState.DEAD)
+    pause = min(timedelta(seconds=2 ** min(attempts - 1, 20)), _LONGEST) * (1 + 0.25 * jitter)
+    if after_seconds is not None:
+        pause = min(timedelta(seconds=max(after_seconds, 0.0)), timedelta(days=1))
+    return Outcome(DispatchState.READY, now + pause)

@@ -1,0 +1,22 @@
+"""What a rule decides, as a value: the shell carries it out in one transaction. Pure."""
+
+from dataclasses import dataclass
+
+from receiver.model import Event, Output, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """The report changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The run's new row; its outputs, if this report brought them; what happened, for handlers that listen."""
+
+    run: Run
+    outputs: tuple[Output, ...] = ()
+    events: tuple[Event, ...] = ()
+
+
+Decision = Unchanged | Changed

@@ -1,0 +1,55 @@
+"""When to read a run next, and by which call. Pure."""
+
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from receiver.decide.policy import Policy
+from receiver.model import Run
+
+
+def next_poll(run: Run, policy: Policy, *, now: datetime, jitter: float = 0.5) -> datetime:
+    """Return when to read an unsettled run next, given that a read was just answered.
+
+    On the ladder: its pauses. Else the pause grows with the run's age, so that a run is read some ten times however
+    long it takes, at most `max_gap` apart.
+    """
+    age = max(now - (run.reported_at or run.first_seen_at), timedelta(0))
+    if run.ladder:
+        pause = policy.ladder[run.ladder] if run.ladder < len(policy.ladder) else max(policy.ladder[-1], age * 0.25)
+    elif run.callback_expected:
+        pause = max(policy.first_poll * 0.5, age * 0.5)
+    else:
+        pause = max(policy.eager_poll, age * 0.2)
+    return now + min(pause, policy.max_gap) * (1 + 0.25 * jitter)
+
+
+def failure_pause(failures: int) -> timedelta:
+    """Return how long to leave a run alone after `failures` unanswered reads in a row: 1, 2, 4 … 256, 300 s."""
+    return timedelta(seconds=min(2 ** min(failures - 1, 9), 300))
+
+
+class Route(StrEnum):
+    """Which call of the API shows a run (FLORA contract, section 3)."""
+
+    TECHNIQUE_RUN = "technique_run"
+    """`GET /techniques/{technique_id}/runs/{run_id}`; a 404 here counts."""
+    RUN = "run"
+    """`GET /runs/{run_id}`; a 404 counts for generations and actions only."""
+    LISTED = "listed"
+    """`GET /technique-runs`: a technique run whose technique nobody told us; absence never counts."""
+
+
+def route(run: Run) -> Route:
+    """Return how to read a run, from what is known of it."""
+    if run.technique_id is not None and run.run_type in {"technique", None}:
+        return Route.TECHNIQUE_RUN
+    if run.run_type == "technique":
+        return Route.LISTED
+    if run.run_type in {"generation", "action"}:
+        return Route.RUN
+    return Route.LISTED if run.failures % 2 else Route.RUN  # an unknown type: try both, in turn
+
+
+def right_route(run: Run) -> bool:
+    """Return whether a 404 on `route(run)` says that FLORA does not know the run."""
+    return route(run) is Route.TECHNIQUE_RUN or run.run_type in {"generation", "action"}

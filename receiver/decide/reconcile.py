@@ -1,0 +1,416 @@
+"""What a report does to a run. Pure; this is the one door of the ledger, and the only file with a theory.
+
+A run is a row; a report is anything that speaks about it: a callback (`Heard`), an answer of the API (`Read`, `Missing`,
+`Unanswered`), whoever started it (`Registered`), an operator (`Asked`), the clock (`Silent`). `reconcile` looks up the
+pair (state, kind of report) in `TABLE` and applies that one rule. The table is closed: every pair has a cell, and an
+illegal pair changes nothing.
+
+Why it holds in any order: a state only moves towards an end (open → reported → completed | failed), what callbacks say is
+kept as a set (`Told`), outputs come from reads alone, and the verdict is computed from facts on the row, not from the
+path that led there. So the same reports, in any order and any number, end in the same row and the same dispatches, as
+long as the reads agree among themselves.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import assert_never
+
+from receiver.decide.decision import Changed, Decision, Unchanged
+from receiver.decide.merging import answered, both, enriched, named, shown
+from receiver.decide.policy import Policy
+from receiver.decide.polling import failure_pause, next_poll
+from receiver.decide.settling import callback_gone_at
+from receiver.model import (
+    Asked,
+    Event,
+    Heard,
+    LostReason,
+    Missing,
+    Origin,
+    Read,
+    Registered,
+    Report,
+    Run,
+    RunState,
+    Silent,
+    Snapshot,
+    Unanswered,
+    Verdict,
+)
+
+
+class Kind(StrEnum):
+    """A report, as far as the table cares."""
+
+    REGISTERED = "registered"
+    HEARD = "heard"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    EMPTY = "empty"
+    """Completed, says the API, but shows no outputs."""
+    FAILED = "failed"
+    MISSING = "missing"
+    UNANSWERED = "unanswered"
+    ASKED = "asked"
+    SILENT = "silent"
+
+
+def kind_of(report: Report) -> Kind:
+    match report:
+        case Registered():
+            return Kind.REGISTERED
+        case Heard():
+            return Kind.HEARD
+        case Missing():
+            return Kind.MISSING
+        case Unanswered():
+            return Kind.UNANSWERED
+        case Asked():
+            return Kind.ASKED
+        case Silent():
+            return Kind.SILENT
+        case Read(snapshot=snapshot):
+            # Key on `status` alone: a failed run also shows progress 100 and a completed_at (FLORA contract, section 3).
+            if snapshot.status == "completed":
+                return Kind.COMPLETED if snapshot.outputs else Kind.EMPTY
+            return Kind.FAILED if snapshot.status == "failed" else Kind.RUNNING
+    assert_never(report)
+
+
+def reconcile(run: Run | None, report: Report, policy: Policy, *, now: datetime, jitter: float = 0.5) -> Decision:
+    """Return what `report` does to `run` (None: not in the ledger). `jitter` is a random number in [0, 1)."""
+    rule = TABLE[run.state if run else None, kind_of(report)]
+    return rule(_Case(run, report, policy, now, jitter))
+
+
+# --- the rules ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What a rule looks at. `known` and `snapshot` are for cells where the table guarantees them."""
+
+    run: Run | None
+    report: Report
+    policy: Policy
+    now: datetime
+    jitter: float
+
+    @property
+    def known(self) -> Run:
+        assert self.run is not None, "the table calls this rule for known runs only"  # noqa: S101
+        return self.run
+
+    @property
+    def snapshot(self) -> Snapshot:
+        assert isinstance(self.report, Read), "the table calls this rule for reads only"  # noqa: S101
+        return self.report.snapshot
+
+    def after(self, pause: timedelta) -> datetime:
+        """Return a time `pause` from now, up to 25 % later, so that runs started together are not read together."""
+        return self.now + pause * (1 + 0.25 * self.jitter)
+
+
+_Rule = Callable[[_Case], Decision]
+
+
+def _ignore(_: _Case) -> Decision:
+    return Unchanged()
+
+
+def _enter(case: _Case) -> Decision:
+    """A run enters the ledger as open: registered, or shown by a list that we adopt from."""
+    match case.report:
+        case Registered() as report:
+            run = enriched(
+                _blank(case, report.run_id, report.origin, callback_expected=report.callback_expected), report
+            )
+            wait = timedelta(seconds=report.estimated_seconds) if report.estimated_seconds else case.policy.first_poll
+            if not report.callback_expected:
+                wait = case.policy.eager_poll
+            return Changed(replace(run, next_poll_at=case.after(min(wait, case.policy.max_gap))))
+        case Read(origin=Origin() as origin):
+            run = shown(_blank(case, case.report.run_id, origin, callback_expected=False), case.snapshot)
+            return Changed(
+                replace(run, polls=1, next_poll_at=next_poll(run, case.policy, now=case.now, jitter=case.jitter))
+            )
+        case _:
+            return Unchanged()  # a read of a run that left the ledger
+
+
+def _enrich(case: _Case) -> Decision:
+    """A start or a track fills in what a callback, a list or an earlier track could not know."""
+    if not isinstance(case.report, Registered):
+        return Unchanged()
+    run = enriched(case.known, case.report)
+    return Unchanged() if run == case.known else Changed(run)
+
+
+def _heard(case: _Case) -> Decision:
+    """A verified callback: go and read the run now. Also brings a lost run back."""
+    report = case.report
+    if not isinstance(report, Heard):
+        return Unchanged()
+    run = case.run or _blank(case, report.run_id, Origin.CALLBACK, callback_expected=True)
+    told = both(run.told, report.told)
+    if run.state is RunState.REPORTED and told is run.told:
+        return Unchanged()
+    run = replace(
+        named(run, report),
+        told=told,
+        reported_at=run.reported_at or report.received_at,
+        error_code=run.error_code or report.error_code,
+        error_message=run.error_message or report.error_message,
+    )
+    if run.state is RunState.REPORTED:
+        return Changed(run)
+    reopened = run.state is RunState.LOST
+    return Changed(
+        replace(
+            run,
+            state=RunState.REPORTED,
+            next_poll_at=case.now,
+            ladder=0,
+            missing=0,
+            missing_since=None,
+            lost_reason=None,
+            deadline_at=case.now + case.policy.deadline if reopened else run.deadline_at,
+        )
+    )
+
+
+def _heard_of(case: _Case) -> Decision:
+    """A callback for a settled run: nothing to do, but it tells about the channel."""
+    report = case.report
+    if not isinstance(report, Heard):
+        return Unchanged()
+    run = named(case.known, report)
+    run = replace(run, told=both(run.told, report.told), reported_at=run.reported_at or report.received_at)
+    if run.state is RunState.FAILED:
+        run = replace(
+            run,
+            error_code=run.error_code or report.error_code,
+            error_message=run.error_message or report.error_message,
+        )
+    if run == case.known:
+        return Unchanged()
+    return _judged(run, case)
+
+
+def _wait(case: _Case) -> Decision:
+    """The API shows an open run that is not terminal."""
+    run = answered(shown(case.known, case.snapshot))
+    return _unless_overdue(replace(run, ladder=0), case)
+
+
+def _climb(case: _Case) -> Decision:
+    """The API does not show yet what a callback, or its own `completed`, promised: climb the ladder."""
+    run, read = case.known, case.report
+    empty = case.snapshot.status == "completed"
+    if isinstance(read, Read) and run.reported_at is not None and read.asked_at < run.reported_at:
+        # Asked before the callback came: it could not know. The read that the callback asked for is still due.
+        return Changed(replace(run, polls=run.polls + 1))
+    run = answered(shown(run, case.snapshot))
+    run = replace(run, ladder=run.ladder + 1)
+    past = run.ladder >= len(case.policy.ladder)
+    if past and empty:
+        return _lose(run, LostReason.NO_OUTPUTS)
+    diverged = past and run.state is RunState.REPORTED and run.verdict is not Verdict.DIVERGED
+    if diverged:
+        run = replace(run, verdict=Verdict.DIVERGED)
+    decision = _unless_overdue(run, case)
+    match decision:
+        case Changed(run=run, events=events) if diverged:
+            return Changed(run, events=(Event.DIVERGED, *events))
+        case _:
+            return decision
+
+
+def _miss(case: _Case) -> Decision:
+    """404. It counts only on the run's own route: a technique run may answer 404 on `/runs/{id}`."""
+    run, report = case.known, case.report
+    if not isinstance(report, Missing) or not report.right_route:
+        return _back_off(case)
+    if run.reported_at is not None and report.asked_at < run.reported_at:
+        return Changed(replace(run, polls=run.polls + 1))
+    since = run.missing_since or case.now
+    run = replace(
+        run, polls=run.polls + 1, ladder=run.ladder + 1, failures=0, missing=run.missing + 1, missing_since=since
+    )
+    if run.missing >= case.policy.missing_limit and case.now - since >= case.policy.missing_span:
+        return _lose(run, LostReason.NOT_FOUND)
+    return Changed(replace(run, next_poll_at=next_poll(run, case.policy, now=case.now, jitter=case.jitter)))
+
+
+def _back_off(case: _Case) -> Decision:
+    """The API did not tell. Never counts against the run: our outage, or FLORA's, must not lose it."""
+    run, report = case.known, case.report
+    run = replace(run, polls=run.polls + 1, failures=run.failures + 1)
+    pause = failure_pause(run.failures)
+    if isinstance(report, Unanswered) and report.retry_after is not None:
+        pause = max(pause, min(timedelta(seconds=report.retry_after), timedelta(hours=1)))
+    return Changed(replace(run, next_poll_at=case.after(pause)))
+
+
+def _settle(case: _Case) -> Decision:
+    """The API shows the end: the run is settled, with its outputs, once."""
+    report = case.report
+    if not isinstance(report, Read):
+        return Unchanged()
+    run = case.run
+    if run is None:
+        if report.origin is None:
+            return Unchanged()  # a read of a run that left the ledger
+        run = _blank(case, report.run_id, report.origin, callback_expected=False)
+    snapshot = report.snapshot
+    run = answered(shown(run, snapshot))
+    state = RunState.COMPLETED if snapshot.status == "completed" else RunState.FAILED
+    run = replace(
+        run,
+        state=state,
+        settled_at=case.now,
+        ladder=0,
+        lost_reason=None,
+        next_poll_at=None,
+        verdict=None,
+        error_code=run.error_code if state is RunState.FAILED else None,
+        error_message=run.error_message if state is RunState.FAILED else None,
+    )
+    events = [Event.SETTLED]
+    if run.charged_cost is None:
+        run = replace(run, cost_due_at=case.now + case.policy.cost_window)
+        run = replace(run, next_poll_at=_next_cost_read(run, case))
+    else:
+        events.append(Event.COST_FINAL)
+    judged = _judged(run, case)
+    return Changed(judged.run, snapshot.outputs, (*events, *judged.events))
+
+
+def _bill(case: _Case) -> Decision:
+    """A settled run read again, and it agrees: only its cost may still be filled in."""
+    run = case.known
+    if run.cost_due_at is None:
+        return Unchanged()
+    if case.snapshot.charged_cost is None:
+        return _ask_bill(case)
+    run = replace(
+        run, charged_cost=case.snapshot.charged_cost, cost_due_at=None, next_poll_at=None, polls=run.polls + 1
+    )
+    return Changed(run, events=(Event.COST_FINAL,))
+
+
+def _ask_bill(case: _Case) -> Decision:
+    """The cost is still unknown: ask again for a while, then say that it stays unknown."""
+    run = case.known
+    if run.cost_due_at is None:
+        return Unchanged()
+    over = case.now >= run.cost_due_at
+    run = replace(run, polls=run.polls + 1)
+    if over:
+        return Changed(replace(run, cost_due_at=None, next_poll_at=None), events=(Event.COST_FINAL,))
+    return Changed(replace(run, next_poll_at=_next_cost_read(run, case)))
+
+
+def _dispute(case: _Case) -> Decision:
+    """The API shows another end than the one it showed before. The first stays; say so."""
+    run = case.known
+    if run.verdict is Verdict.DIVERGED:
+        return Unchanged()
+    return Changed(replace(run, verdict=Verdict.DIVERGED), events=(Event.DIVERGED,))
+
+
+def _hurry(case: _Case) -> Decision:
+    """Somebody wants to know now."""
+    return Changed(replace(case.known, next_poll_at=case.now))
+
+
+def _reopen(case: _Case) -> Decision:
+    """Somebody asks about a run that was given up."""
+    deadline_at = case.now + case.policy.deadline
+    return Changed(
+        replace(
+            case.known,
+            state=RunState.OPEN,
+            lost_reason=None,
+            next_poll_at=case.now,
+            deadline_at=deadline_at,
+            ladder=0,
+            missing=0,
+            missing_since=None,
+        )
+    )
+
+
+def _expire(case: _Case) -> Decision:
+    """The callback of a settled run is written off: polling recovered what the channel lost."""
+    run = case.known
+    if run.verdict_due_at is None or case.now < run.verdict_due_at:
+        return Unchanged()
+    return Changed(replace(run, verdict=Verdict.RECOVERED, verdict_due_at=None))
+
+
+# fmt: off
+_GRID: Mapping[RunState | None, tuple[_Rule, ...]] = {
+    #                   REGISTERED HEARD      RUNNING  COMPLETED EMPTY    FAILED    MISSING    UNANSWERED ASKED    SILENT
+    None:               (_enter,   _heard,    _enter,  _settle,  _enter,  _settle,  _ignore,   _ignore,   _ignore, _ignore),
+    RunState.OPEN:      (_enrich,  _heard,    _wait,   _settle,  _climb,  _settle,  _miss,     _back_off, _hurry,  _ignore),
+    RunState.REPORTED:  (_enrich,  _heard,    _climb,  _settle,  _climb,  _settle,  _miss,     _back_off, _hurry,  _ignore),
+    RunState.COMPLETED: (_enrich,  _heard_of, _ignore, _bill,    _ignore, _dispute, _ask_bill, _ask_bill, _ignore, _expire),
+    RunState.FAILED:    (_enrich,  _heard_of, _ignore, _dispute, _ignore, _bill,    _ask_bill, _ask_bill, _ignore, _expire),
+    RunState.LOST:      (_enrich,  _heard,    _ignore, _settle,  _ignore, _settle,  _ignore,   _ignore,   _reopen, _ignore),
+}
+# fmt: on
+
+TABLE: Mapping[tuple[RunState | None, Kind], _Rule] = {
+    (state, kind): rule for state, rules in _GRID.items() for kind, rule in zip(Kind, rules, strict=True)
+}
+
+
+# --- small steps the rules share ---------------------------------------------------------------------------------
+
+
+def _blank(case: _Case, run_id: str, origin: Origin, *, callback_expected: bool) -> Run:
+    return Run(
+        run_id=run_id,
+        state=RunState.OPEN,
+        origin=origin,
+        first_seen_at=case.now,
+        deadline_at=case.now + case.policy.deadline,
+        callback_expected=callback_expected,
+    )
+
+
+def _unless_overdue(run: Run, case: _Case) -> Decision:
+    """Plan the next read, or give the run up if this read was conclusive and past the deadline."""
+    if case.now >= run.deadline_at:
+        return _lose(run, LostReason.DEADLINE)
+    return Changed(replace(run, next_poll_at=next_poll(run, case.policy, now=case.now, jitter=case.jitter)))
+
+
+def _lose(run: Run, reason: LostReason) -> Changed:
+    lost = replace(run, state=RunState.LOST, lost_reason=reason, next_poll_at=None, losses=run.losses + 1)
+    return Changed(lost, events=(Event.LOST,))
+
+
+def _next_cost_read(run: Run, case: _Case) -> datetime:
+    """Ask for a missing cost after 5 s, then ever slower: it takes up to a minute (FLORA contract, section 3)."""
+    since = case.now - (run.settled_at or case.now)
+    return case.after(min(max(timedelta(seconds=5), since * 0.5), timedelta(minutes=2)))
+
+
+def _judged(run: Run, case: _Case) -> Changed:
+    """Give a settled run the verdict that its facts call for, or the time when its callback is written off."""
+    verdict = run.verdict
+    if run.told is not None and verdict is not Verdict.DIVERGED:
+        if run.told.value != run.state.value:
+            verdict = Verdict.DIVERGED
+        elif run.reported_at is not None and run.reported_at <= callback_gone_at(run, case.policy):
+            verdict = Verdict.MATCHED
+        else:
+            verdict = Verdict.LATE
+    events = (Event.DIVERGED,) if verdict is Verdict.DIVERGED and run.verdict is not Verdict.DIVERGED else ()
+    pending = verdict is None and run.callback_expected
+    due_at = callback_gone_at(run, case.policy) if pending else None
+    return Changed(replace(run, verdict=verdict, verdict_due_at=due_at), events=events)

@@ -1,0 +1,73 @@
+"""What follows once a run is settled: its dispatches, the handlers' filters, and the verdict on its callback. Pure."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from receiver.decide.policy import Policy
+from receiver.model import Dispatch, DispatchState, Event, Output, Run, RunState, Subscription, When
+
+SETTLED_STATES = frozenset({RunState.COMPLETED, RunState.FAILED})
+
+
+def settle(
+    run: Run,
+    outputs: Sequence[Output],
+    events: Sequence[Event],
+    subscriptions: Sequence[Subscription],
+    *,
+    now: datetime,
+    round_: int = 0,
+) -> tuple[Dispatch, ...]:
+    """Return the dispatches that follow from what happened: for each event, one per handler that listens to it.
+
+    Filters are judged here, once: a handler whose filter does not match gets a skipped row that says why.
+    """
+    rows = []
+    for event in events:
+        counted = run.losses - 1 if event is Event.LOST else round_
+        for subscription in subscriptions:
+            if event not in subscription.on:
+                continue
+            reason = filter_reason(run, outputs, subscription.when)
+            if event is Event.COST_FINAL and Event.SETTLED in events and Event.SETTLED in subscription.on:
+                reason = "the cost came with settled"
+            state = DispatchState.READY if reason is None else DispatchState.SKIPPED
+            rows.append(
+                Dispatch(run.run_id, subscription.handler, event, counted, state, due_at=now, last_error=reason)
+            )
+    return tuple(rows)
+
+
+def filter_reason(run: Run, outputs: Sequence[Output], when: When) -> str | None:
+    """Return which part of a filter does not match the run, or None."""
+    for name, wanted, actual in (
+        ("status", when.status, run.state.value),
+        ("run_type", when.run_type, run.run_type),
+        ("technique_id", when.technique_id, run.technique_id),
+        ("workspace_id", when.workspace_id, run.workspace_id),
+    ):
+        if wanted is not None and actual not in wanted:
+            return f"{name} is {actual}"
+    if when.output_type is not None and not any(output.type in when.output_type for output in outputs):
+        return f"no output of type {', '.join(when.output_type)}"
+    for key, value in (when.metadata or {}).items():
+        if run.metadata.get(key) != value:
+            return f"metadata.{key} is {_short(run.metadata.get(key))}"
+    return None
+
+
+def callback_gone_at(run: Run, policy: Policy) -> datetime:
+    """Return when FLORA has given up on delivering the callback of a settled run."""
+    return ended_at(run) + policy.callback_window
+
+
+def ended_at(run: Run) -> datetime:
+    """Return when the run ended, as far as the channel is concerned: never later than we saw it."""
+    settled_at = run.settled_at or run.first_seen_at
+    return max(min(run.completed_at or settled_at, settled_at), run.first_seen_at)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"  # noqa: PLR2004

@@ -1,0 +1,381 @@
+"""Brings settled runs to their handlers: leases due dispatches, calls, writes the answer down. `tick` works, `run` waits."""
+
+import asyncio
+import random
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+
+from receiver.decide import Outcome, conclude, settle
+from receiver.download import Download, Downloader
+from receiver.errors import StoreUnavailableError
+from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledRun
+from receiver.intake import Signals
+from receiver.model import Artifact, DispatchState, Event, Output, Run, Subscription
+from receiver.store import Database, ledger, queue
+from receiver.store.queue import Leased
+from receiver.store.rows import moment
+from receiver.telemetry import Metrics
+from receiver.waiting import either
+
+log = structlog.get_logger("receiver.dispatcher")
+
+_IDLE_SECONDS = 5.0
+_GRACE_SECONDS = 5.0
+"""How long a handler may take to clean up once its attempt is cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A configured handler: the object, and its limits."""
+
+    name: str
+    handler: Handler
+    max_attempts: int = 12
+    timeout_seconds: float = 900.0
+    concurrency: int = 8
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One running attempt."""
+
+    leased: Leased
+    registration: Registration
+    token: str
+    task: asyncio.Task[None] | None = None
+    given_back: bool = field(default=False)
+
+
+class Dispatcher:
+    """Works on every registered handler's dispatches, each within its own limits: one that hangs delays no other.
+
+    `takeover` lets it lease what another replica's lease has run out on; without it (SQLite) leases hold until the
+    process ends, whatever the clock does.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        registrations: Sequence[Registration],
+        subscriptions: Sequence[Subscription],
+        *,
+        downloader: Downloader,
+        signals: Signals,
+        metrics: Metrics,
+        lease: timedelta = timedelta(seconds=60),
+        takeover: bool = False,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._database = database
+        self._registrations = {registration.name: registration for registration in registrations}
+        self._subscriptions = tuple(subscriptions)
+        self._downloader = downloader
+        self._signals = signals
+        self._metrics = metrics
+        self._lease = lease
+        self._takeover = takeover
+        self._clock = clock
+        self._jitter = jitter
+        self._running: dict[int, _Attempt] = {}
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Tick until told to stop; then give back what is being worked on."""
+        renewing = asyncio.create_task(self._renew_forever(), name="dispatch.renew")
+        try:
+            while not stopping.is_set():
+                self._signals.dispatch.clear()
+                try:
+                    pause = await self.tick(self._clock())
+                except StoreUnavailableError as error:
+                    log.error("dispatcher.unavailable", reason=str(error))
+                    pause = _IDLE_SECONDS
+                await either(self._signals.dispatch, stopping, pause)
+        finally:
+            renewing.cancel()
+        await self.give_back()
+
+    async def tick(self, now: datetime) -> float:
+        """Start the due dispatches that fit, and return in how many seconds to look again."""
+        for registration in self._registrations.values():
+            busy = sum(attempt.registration is registration for attempt in self._running.values())
+            if busy < registration.concurrency:
+                await self._claim(registration, registration.concurrency - busy, now)
+        names = tuple(self._registrations)
+        next_ms = await self._database.read(lambda tx: queue.next_due_ms(tx, names))
+        until = _IDLE_SECONDS if next_ms is None else (moment(next_ms) - self._clock()).total_seconds()
+        # What is due and did not fit waits for an attempt to finish, and that wakes us.
+        return min(_IDLE_SECONDS, until) if until > 0 else _IDLE_SECONDS
+
+    async def drain(self) -> None:
+        """Wait until no attempt is running."""
+        while self._running:
+            await asyncio.wait({attempt.task for attempt in self._running.values() if attempt.task})
+            await asyncio.sleep(0)
+
+    async def give_back(self) -> None:
+        """Stop every attempt and return its lease, uncounted: we stop, the handler is not to blame."""
+        attempts = list(self._running.values())
+        for attempt in attempts:
+            attempt.given_back = True
+            if attempt.task:
+                attempt.task.cancel()
+        await self.drain()
+        for token in {attempt.token for attempt in attempts}:
+            seqs = [attempt.leased.seq for attempt in attempts if attempt.token == token]
+            try:
+                await self._database.write(lambda tx, seqs=seqs, token=token: queue.give_back(tx, seqs, token=token))  # type: ignore[misc]
+            except StoreUnavailableError as error:
+                log.warning("dispatch.not_given_back", reason=str(error))
+
+    async def renew(self) -> None:
+        """Extend the leases of all running attempts; cancel those that were taken over."""
+        until = self._clock() + self._lease
+        for token in {attempt.token for attempt in self._running.values()}:
+            seqs = [seq for seq, attempt in self._running.items() if attempt.token == token]
+            held = await self._database.write(
+                lambda tx, seqs=seqs, token=token: queue.renew(tx, seqs, token=token, until=until)  # type: ignore[misc]
+            )
+            for seq in set(seqs) - held:
+                attempt = self._running.get(seq)
+                if attempt and attempt.task:
+                    log.warning("dispatch.taken_over", dispatch=attempt.leased.dispatch.idempotency_key)
+                    attempt.task.cancel()
+
+    async def _renew_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease.total_seconds() / 3)
+            try:
+                await self.renew()
+            except StoreUnavailableError as error:
+                log.error("dispatch.not_renewed", reason=str(error))
+
+    async def _claim(self, registration: Registration, free: int, now: datetime) -> None:
+        token = secrets.token_hex(16)
+
+        def job(tx: Any) -> tuple[tuple[Leased, ...], bool]:
+            buried = queue.bury(
+                tx, registration.name, max_attempts=registration.max_attempts, now=now, takeover=self._takeover
+            )
+            for dispatch in buried:
+                self._alert(tx, dispatch.run_id, dispatch.event, now)
+            claimed = queue.claim(
+                tx,
+                registration.name,
+                limit=free,
+                max_attempts=registration.max_attempts,
+                token=token,
+                now=now,
+                until=now + self._lease,
+                takeover=self._takeover,
+            )
+            return claimed, bool(buried)
+
+        name = registration.name
+        if not await self._database.read(lambda tx: queue.has_due(tx, name, now=now, takeover=self._takeover)):
+            return  # the common case costs no write
+        claimed, buried = await self._database.write(job)
+        if buried:
+            log.error("dispatch.dead", handler=name, reason="every worker that tried it stopped before it answered")
+            self._signals.dispatch.set()
+        for leased in claimed:
+            attempt = _Attempt(leased, registration, token)
+            self._running[leased.seq] = attempt
+            attempt.task = asyncio.create_task(
+                self._attempt(attempt), name=f"dispatch {leased.dispatch.idempotency_key}"
+            )
+            attempt.task.add_done_callback(lambda _, seq=leased.seq: self._finished(seq))  # type: ignore[misc]
+
+    def _finished(self, seq: int) -> None:
+        self._running.pop(seq, None)
+        self._signals.dispatch.set()
+
+    async def _attempt(self, attempt: _Attempt) -> None:
+        """Call the handler once and write its answer down."""
+        leased, registration = attempt.leased, attempt.registration
+        started_at = self._clock()
+        deadline_at = started_at + timedelta(seconds=registration.timeout_seconds)
+        context = _Context(self._database, self._downloader, leased, registration, deadline_at, self._clock)
+        run = settled_run(leased.run, leased.outputs)
+        answer = await call(registration.handler, run, context, registration.timeout_seconds)
+        now = self._clock()
+        outcome = conclude(
+            answer_state(answer),
+            leased.dispatch.attempts,
+            registration.max_attempts,
+            after_seconds=answer.after_seconds if isinstance(answer, Retry) else None,
+            now=now,
+            jitter=self._jitter(),
+        )
+        reason = None if isinstance(answer, Done) else answer.reason
+
+        def job(tx: Any) -> bool:
+            written = queue.finish(
+                tx,
+                leased,
+                token=attempt.token,
+                state=outcome.state,
+                due_at=outcome.due_at,
+                error=reason,
+                result=answer.result if isinstance(answer, Done) else None,
+                now=now,
+            )
+            if written and outcome.state is DispatchState.DEAD:
+                self._alert(tx, leased.run.run_id, leased.dispatch.event, now)
+            return written
+
+        try:
+            written = await self._database.write(job)
+        except StoreUnavailableError as error:
+            # The effect may be applied and is not written down: the lease runs out and the handler is called again.
+            log.error("dispatch.not_written", dispatch=leased.dispatch.idempotency_key, reason=str(error))
+            return
+        self._tell(leased, outcome, reason, written=written, seconds=(now - started_at).total_seconds())
+
+    def _alert(self, tx: Any, run_id: str, event: Event, now: datetime) -> None:
+        """Tell handlers that listen to `dead`. The death of an alert is not announced by another alert."""
+        if event is Event.DEAD or not any(Event.DEAD in row.on for row in self._subscriptions):
+            return
+        run, outputs = ledger.runs_by_id(tx, [run_id])[run_id], ledger.outputs_of_runs(tx, [run_id])[run_id]
+        round_ = queue.next_round(tx, run_id, Event.DEAD)
+        rows = settle(run, outputs, [Event.DEAD], self._subscriptions, now=now, round_=round_)
+        ledger.add_dispatches(tx, rows)
+
+    def _tell(self, leased: Leased, outcome: Outcome, reason: str | None, *, written: bool, seconds: float) -> None:
+        name = leased.dispatch.handler
+        state = outcome.state if written else None
+        self._metrics.dispatched(name, state.value if state else "stale", seconds)
+        line = log.bind(
+            run_id=leased.run.run_id, handler=name, event_name=leased.dispatch.event.value,
+            attempt=leased.dispatch.attempts, seconds=round(seconds, 3),
+        )  # fmt: skip
+        if state is None:
+            line.warning("dispatch.stale")
+        elif state is DispatchState.DONE:
+            line.info("dispatch.done")
+        elif state is DispatchState.DEAD:
+            line.error("dispatch.dead", reason=reason)
+        else:
+            line.warning("dispatch.retry", reason=reason, due_at=outcome.due_at)
+
+
+async def call(handler: Handler, run: SettledRun, context: "_Context", timeout_seconds: float) -> Answer:
+    """Call a handler and return its answer, whatever it does: raising, hanging and answering rubbish mean Retry.
+
+    It gets a task of its own, so that one which swallows its cancellation is left behind, not waited for.
+    """
+    task = asyncio.create_task(_guarded(handler, run, context))
+    try:
+        await asyncio.wait({task}, timeout=timeout_seconds)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=_GRACE_SECONDS)
+            if not task.done():
+                context.log.error("handler.ignores_cancellation")
+            return Retry(f"it took longer than {timeout_seconds:g} s")
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait({task}, timeout=_GRACE_SECONDS)
+        raise
+    if task.cancelled():
+        return Retry("it cancelled itself")
+    answer = task.result()
+    if isinstance(answer, Done | Retry | Reject):
+        return answer
+    return Retry(f"it returned {type(answer).__name__} instead of Done, Retry or Reject")
+
+
+async def _guarded(handler: Handler, run: SettledRun, context: "_Context") -> object:
+    try:
+        return await handler.handle(run, context)
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        context.log.warning("handler.raised", exc_info=True)
+        return Retry(f"{type(error).__name__}: {error}"[:500])
+
+
+def answer_state(answer: Answer) -> DispatchState:
+    match answer:
+        case Done():
+            return DispatchState.DONE
+        case Retry():
+            return DispatchState.READY
+        case Reject():
+            return DispatchState.DEAD
+
+
+def settled_run(run: Run, outputs: Sequence[Output]) -> SettledRun:
+    """Return a run as its handlers see it."""
+    settled_at = run.settled_at or run.first_seen_at
+    called = run.reported_at is not None and run.reported_at <= settled_at
+    return SettledRun(
+        run_id=run.run_id,
+        run_type=run.run_type or "unknown",
+        status=run.state.value,
+        technique_id=run.technique_id,
+        workspace_id=run.workspace_id,
+        project_id=run.project_id,
+        outputs=tuple(outputs),
+        metadata=run.metadata,
+        charged_cost=run.charged_cost,
+        error_code=run.error_code,
+        error_message=run.error_message,
+        created_at=run.created_at,
+        started_at=run.started_at,
+        completed_at=run.completed_at or settled_at,
+        settled_at=settled_at,
+        settled_by="callback" if called else "poll",
+        verdict=run.verdict and run.verdict.value,
+    )
+
+
+class _Context:
+    """What one attempt gives its handler; see `receiver.handler.Context`."""
+
+    def __init__(
+        self,
+        database: Database,
+        downloader: Downloader,
+        leased: Leased,
+        registration: Registration,
+        deadline_at: datetime,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._database = database
+        self._downloader = downloader
+        self._leased = leased
+        self._clock = clock
+        self.idempotency_key = leased.dispatch.idempotency_key
+        self.event = leased.dispatch.event
+        self.attempt = leased.dispatch.attempts
+        self.max_attempts = registration.max_attempts
+        self.deadline_at = deadline_at
+        self.artifacts: Sequence[Artifact] = leased.artifacts
+        bound: Mapping[str, Any] = {
+            "run_id": leased.run.run_id,
+            "handler": registration.name,
+            "attempt": leased.dispatch.attempts,
+        }
+        self.log: Log = structlog.get_logger("receiver.handler").bind(**bound)
+
+    def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
+        return self._downloader.open(output)
+
+    async def reserve(self, position: int, output_id: str, location: str) -> None:
+        run_id, handler = self._leased.run.run_id, self._leased.dispatch.handler
+        await self._database.write(lambda tx: queue.reserve(tx, run_id, handler, position, output_id, location))
+
+    async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
+        run_id, handler, now = self._leased.run.run_id, self._leased.dispatch.handler, self._clock()
+        await self._database.write(
+            lambda tx: queue.store_artifact(
+                tx, run_id, handler, position, size=size, sha256=sha256, content_type=content_type, now=now
+            )
+        )

@@ -1,0 +1,137 @@
+"""What every API request passes on its way in and out: key, faults, refusals, and a `request-id` on every answer."""
+
+import asyncio
+import hmac
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from receiver.emulator.faults import Family, Fault, FaultBook, InvalidFault, parse_faults
+from receiver.emulator.problems import ApiProblem, Field, invalid_input
+from receiver.emulator.runs import RunBook
+
+__all__ = ["FAULTS_HEADER", "Endpoint", "Gate", "json_body", "requested_faults"]
+
+FAULTS_HEADER = "emulator-faults"
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+_REFUSALS = {
+    "internal_error": (500, "internal_error", "Internal server error"),
+    "service_unavailable": (503, "service_unavailable", "Service unavailable"),
+    "unauthorized": (401, "unauthorized", "Authentication required"),
+    "not_found": (404, "not_found", "Not found"),
+    "insufficient_credits": (402, "insufficient_credits", "Not enough credits"),
+}
+_GARBAGE = "<!doctype html><html><head><title>502 Bad Gateway</title></head><body><center>nginx</center></body></html>"
+
+
+class Gate:
+    """Wraps endpoints; `requests` counts what was asked, by method and route, for tests that hold a budget."""
+
+    def __init__(self, api_key: str, faults: FaultBook, runs: RunBook) -> None:
+        self.requests: Counter[str] = Counter()
+        self._api_key = api_key
+        self._faults = faults
+        self._runs = runs
+
+    def __call__(self, endpoint: Endpoint) -> Endpoint:
+        async def answer(request: Request) -> Response:
+            try:
+                return self.stamp(await self._pass(request, endpoint))
+            except ApiProblem as problem:
+                return self.stamp(problem.response())
+
+        return answer
+
+    def stamp(self, response: Response) -> Response:
+        response.headers["request-id"] = self._runs.new_id("req")
+        return response
+
+    async def _pass(self, request: Request, endpoint: Endpoint) -> Response:
+        self.requests[f"{request.method} {request.scope['route'].path}"] += 1
+        faults = (
+            *(fault for fault in requested_faults(request) if fault.family is Family.API),
+            *self._faults.take(
+                Family.API,
+                run_id=request.path_params.get("run_id"),
+                path=request.url.path,
+                method=request.method,
+            ),
+        )
+        for fault in faults:
+            if fault.kind == "slow":
+                await asyncio.sleep(fault.number("seconds"))
+        for fault in faults:
+            if (instead := _instead(fault)) is not None:
+                return instead
+        self._authorize(request)
+        response = await endpoint(request)
+        return _spoilt(response, faults)
+
+    def _authorize(self, request: Request) -> None:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise ApiProblem(401, "unauthorized", "Authentication required: send Authorization: Bearer <API key>")
+        if not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
+            raise ApiProblem(401, "invalid_api_key", "Invalid API key")
+
+
+def _instead(fault: Fault) -> Response | None:
+    """Return the answer a fault gives in place of carrying the request out, None when it has none."""
+    if fault.kind in _REFUSALS:
+        return ApiProblem(*_REFUSALS[fault.kind]).response()
+    if fault.kind == "rate_limited":
+        after = fault.options["retry_after"]
+        headers = {} if after is None else {"retry-after": f"{after}"}
+        return ApiProblem(429, "rate_limited", "Too many requests", headers=headers).response()
+    if fault.kind == "html":
+        return HTMLResponse(_GARBAGE, status_code=int(fault.number("status")))
+    return None
+
+
+def _spoilt(response: Response, faults: Sequence[Fault]) -> Response:
+    for fault in faults:
+        if fault.kind == "truncated_json":
+            half = bytes(response.body)[: len(response.body) // 2]
+            return Response(half, response.status_code, media_type="application/json")
+        if fault.kind == "cut_answer":
+            return _CutResponse(response.body, response.status_code, media_type="application/json")
+    return response
+
+
+class _CutResponse(Response):
+    """Announces its whole body, sends half of it and returns: the server then closes the connection."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        half = bytes(self.body)[: len(self.body) // 2]
+        await send({"type": "http.response.body", "body": half, "more_body": True})
+
+
+def requested_faults(request: Request) -> tuple[Fault, ...]:
+    """Return the faults this request asks for in its `Emulator-Faults` header, which FLORA would not read."""
+    header = request.headers.get(FAULTS_HEADER)
+    if header is None:
+        return ()
+    try:
+        return parse_faults(json.loads(header))
+    except InvalidFault as error:
+        raise invalid_input(Field(FAULTS_HEADER, str(error))) from error
+    except ValueError as error:
+        raise invalid_input(Field(FAULTS_HEADER, "must be JSON")) from error
+
+
+async def json_body(request: Request) -> dict[str, object]:
+    """Return the JSON object in the body, or refuse as FLORA does."""
+    try:
+        body: object = json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise ApiProblem(400, "invalid_json", "The request body is not valid JSON") from error
+    if not isinstance(body, dict):
+        raise invalid_input(Field("body", "must be a JSON object"))
+    return body

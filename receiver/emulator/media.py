@@ -1,0 +1,166 @@
+"""Real media of our own making, of any size: a valid file made longer where its format allows it. Pure.
+
+Only some kilobytes are ever held: a head, a piece that repeats, a tail. Any range of any size is read from these.
+"""
+
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from receiver.emulator.mp4 import movie
+
+__all__ = ["CHUNK", "Media", "file_type", "make_media", "make_text"]
+
+CHUNK = 262_144
+_UNIT = 65_536
+
+_FILE_TYPES = {
+    "imageUrl": (".png", "image/png"),
+    "videoUrl": (".mp4", "video/mp4"),
+    "audioUrl": (".wav", "audio/wav"),
+    "documentUrl": (".pdf", "application/pdf"),
+}
+
+
+def file_type(output_type: str) -> tuple[str, str]:
+    """Return the extension and the content type of an output's file."""
+    return _FILE_TYPES[output_type]
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One file: `head`, then `filling` bytes of `unit` over and over, then `tail`."""
+
+    head: bytes
+    unit: bytes
+    filling: int
+    tail: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + self.filling + len(self.tail)
+
+    def read(self, start: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes from `start` up to `stop` in chunks of at most `CHUNK`."""
+        stop = min(stop, self.size)
+        while start < stop:
+            piece = self._piece(start, min(stop, start + CHUNK))
+            yield piece
+            start += len(piece)
+
+    def _piece(self, start: int, stop: int) -> bytes:
+        """Return at least one byte from `start` on, none from `stop` on."""
+        if start < len(self.head):
+            return self.head[start:stop]
+        start, stop = start - len(self.head), stop - len(self.head)
+        if start < self.filling:
+            stop = min(stop, self.filling)
+            offset = start % len(self.unit)
+            copies = math.ceil((offset + stop - start) / len(self.unit))
+            return (self.unit * copies)[offset : offset + stop - start]
+        return self.tail[start - self.filling : stop - self.filling]
+
+
+@lru_cache(maxsize=64)
+def make_media(output_type: str, seed: str, size: int) -> Media:
+    """Return a file of `output_type` of exactly `size` bytes, where its format can be that small; `seed` colours it."""
+    colour = hashlib.sha256(seed.encode()).digest()
+    match output_type:
+        case "imageUrl":
+            return _png(colour, size)
+        case "videoUrl":
+            return _mp4(colour, size)
+        case "audioUrl":
+            return _wav(colour, size)
+        case _:
+            return _pdf(seed, size)
+
+
+def make_text(seed: str, prompt: str) -> str:
+    """Return the text of a text output."""
+    return f"An emulated answer to: {prompt}\n({seed})"
+
+
+def _noise(seed: bytes, length: int) -> bytes:
+    return hashlib.shake_128(seed).digest(length)
+
+
+def _png(colour: bytes, size: int) -> Media:
+    """A gradient of 64 × 64; made longer by ancillary chunks, which decoders skip, each with its right checksum."""
+    side = 64
+    rows = b"".join(
+        b"\0" + b"".join(bytes((colour[0] ^ (x * 4), colour[1] ^ (y * 4), colour[2])) for x in range(side))
+        for y in range(side)
+    )
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    head = b"\x89PNG\r\n\x1a\n" + _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", zlib.compress(rows))
+    end = _png_chunk(b"IEND", b"")
+    unit = _png_chunk(b"flRa", _noise(colour, _UNIT - 12))
+    missing = size - len(head) - len(end)
+    if missing < len(_png_chunk(b"flRa", b"")):
+        return Media(head, unit, 0, end)
+    units = (missing - 12) // _UNIT
+    return Media(head, unit, units * _UNIT, _png_chunk(b"flRa", bytes(missing - units * _UNIT - 12)) + end)
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _mp4(colour: bytes, size: int) -> Media:
+    """A second of a flat moving picture; made longer by a `free` box, whose size has 64 bits."""
+    head = movie(colour)
+    missing = size - len(head)
+    unit = _noise(colour, _UNIT)
+    if missing < 16:  # noqa: PLR2004 - the head of a 64-bit box
+        return Media(head, unit, 0, b"")
+    return Media(head + struct.pack(">I4sQ", 1, b"free", missing), unit, missing - 16, b"")
+
+
+def _wav(colour: bytes, size: int) -> Media:
+    """A second of a tone, 8 kHz mono; made longer by playing it on (beyond 4 GiB the header says "until the end")."""
+    rate, frequency = 8000, 220 + 20 * (colour[0] % 16)
+    tone = b"".join(struct.pack("<h", round(12000 * math.sin(math.tau * frequency * n / rate))) for n in range(rate))
+    length = max(size - 44, len(tone)) if size else len(tone)
+    limit = 0xFFFFFFFF
+    head = struct.pack("<4sI4s", b"RIFF", min(length + 36, limit), b"WAVE")
+    head += struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, rate * 2, 2, 16)
+    head += struct.pack("<4sI", b"data", min(length, limit))
+    return Media(head, tone, length, b"")
+
+
+def _pdf(seed: str, size: int) -> Media:
+    """One page with a line of text; made longer by a stream nobody refers to."""
+    shown = f"BT /F1 24 Tf 40 100 Td ({seed}) Tj ET".encode()
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        (
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 200] /Contents 4 0 R"
+            b" /Resources << /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>"
+        ),
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(shown), shown),
+    ]
+    head, offsets = b"%PDF-1.4\n", []
+    for number, content in enumerate(objects, 1):
+        offsets.append(len(head))
+        head += b"%d 0 obj\n%s\nendobj\n" % (number, content)
+    offsets.append(len(head))
+
+    def assemble(filling: int) -> tuple[bytes, bytes]:
+        opened = head + b"5 0 obj\n<< /Length %015d >>\nstream\n" % filling
+        closed = b"\nendstream\nendobj\n"
+        table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+        start = len(opened) + filling + len(closed)
+        trailer = b"trailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%015d\n%%%%EOF\n" % start
+        return opened, closed + b"xref\n0 6\n0000000000 65535 f \n" + table + trailer
+
+    # Every number that depends on the size is written in fifteen digits, so the frame is equally long at any size.
+    opened, closed = assemble(0)
+    filling = max(0, size - len(opened) - len(closed))
+    opened, closed = assemble(filling)
+    return Media(opened, _noise(seed.encode(), _UNIT), filling, closed)

@@ -1,0 +1,290 @@
+"""FLORA's wire messages, pure: JSON bytes in, our nouns out. This is the parse door: past it, every value is clean.
+
+Clean means: text holds no NUL and no lone surrogate (PostgreSQL stores neither), integers fit 64 bits, ids are short and
+have no white space. Only `id` and `data.run_id` of a callback are required; everything else may be absent or odd.
+Both snake_case and the camelCase of FLORA's older pages are read.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from receiver.errors import FloraError, PayloadError
+from receiver.model import Output, OutputType, Snapshot, Told
+
+_ID = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST_MS = 253_402_300_799_999  # the end of the year 9999
+_MAX_TEXT = 4_000
+"""Longest error message, name or status that is kept, in characters. Output values are never shortened."""
+_TOLD = {"run.completed": Told.COMPLETED, "run.failed": Told.FAILED}
+
+
+@dataclass(frozen=True, slots=True)
+class Callback:
+    """A parsed callback body. `told` is None for an event type that we do not know."""
+
+    delivery_id: str
+    run_id: str
+    event: str | None
+    api_version: str | None
+    told: Told | None
+    run_type: str | None
+    workspace_id: str | None
+    error_code: str | None
+    error_message: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of a list of runs, newest first; `next_cursor` None means the end."""
+
+    snapshots: tuple[Snapshot, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StartedRun:
+    """The answer to a start. `estimated_seconds` and `quoted_cost` (USD, a quote, not the bill) where FLORA names them."""
+
+    snapshot: Snapshot
+    estimated_seconds: float | None
+    quoted_cost: float | None
+
+
+def parse_json(body: bytes) -> Any:
+    """Return the JSON value in `body`, or raise PayloadError, whatever the bytes are."""
+    try:
+        return json.loads(body.decode("utf-8"))
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # bad UTF-8, bad JSON, an integer of 10,000 digits; nesting without end
+        raise PayloadError(f"not JSON: {type(error).__name__}") from error
+
+
+def parse_callback(body: bytes) -> Callback:
+    """Return what a verified body says, or raise PayloadError if it names no delivery or no run."""
+    message = parse_json(body)
+    if not isinstance(message, Mapping):
+        raise PayloadError("the body is not a JSON object")
+    data = message.get("data")
+    if not isinstance(data, Mapping):
+        raise PayloadError("data is not an object")
+    delivery_id, run_id = _identifier(message, "id"), _identifier(data, "run_id", "runId")
+    if delivery_id is None:
+        raise PayloadError("id is missing, or not an id")
+    if run_id is None:
+        raise PayloadError("data.run_id is missing, or not an id")
+    event = _text(message, "type")
+    return Callback(
+        delivery_id=delivery_id,
+        run_id=run_id,
+        event=event,
+        api_version=_text(message, "api_version", "apiVersion"),
+        told=_told(event, _text(data, "status")),
+        run_type=_text(data, "run_type", "runType"),
+        workspace_id=_identifier(data, "workspace_id", "workspaceId"),
+        error_code=_text(data, "error_code", "errorCode"),
+        error_message=_text(data, "error_message", "errorMessage"),
+    )
+
+
+def _told(event: str | None, status: str | None) -> Told | None:
+    by_event = _TOLD.get(event or "")
+    if by_event is None or status not in {"completed", "failed"}:
+        return by_event
+    return by_event if by_event.value == status else Told.BOTH
+
+
+def parse_run(payload: Any, *, technique_id: str | None = None) -> Snapshot:
+    """Return the run in a single read's answer. `technique_id` is the one asked for: the answer does not repeat it."""
+    if not isinstance(payload, Mapping):
+        raise PayloadError("the run is not a JSON object")
+    run_id = _identifier(payload, "run_id", "runId", "technique_run_id", "generation_id")
+    status = _text(payload, "status")
+    if run_id is None or status is None:
+        raise PayloadError("the run has no run_id or no status")
+    technique = payload.get("technique")
+    listed_technique = _identifier(technique, "technique_id", "techniqueId") if isinstance(technique, Mapping) else None
+    technique_id = technique_id or listed_technique or _identifier(payload, "technique_id", "techniqueId")
+    return Snapshot(
+        run_id=run_id,
+        status=status,
+        run_type=_run_type(payload, technique_id),
+        technique_id=technique_id,
+        workspace_id=_identifier(payload, "workspace_id", "workspaceId"),
+        project_id=_identifier(payload, "project_id", "projectId"),
+        poll_url=_text(payload, "poll_url", "pollUrl"),
+        progress=_progress(_get(payload, "progress")),
+        created_at=_time(_get(payload, "created_at", "createdAt")),
+        started_at=_time(_get(payload, "started_at", "startedAt")),
+        completed_at=_time(_get(payload, "completed_at", "completedAt")),
+        error_code=_text(payload, "error_code", "errorCode"),
+        error_message=_text(payload, "error_message", "errorMessage"),
+        charged_cost=_money(_get(payload, "charged_cost", "chargedCost")),
+        outputs=_outputs(payload.get("outputs")),
+    )
+
+
+def parse_start(payload: Any, *, technique_id: str | None) -> StartedRun:
+    """Return the run that a start made. `POST /generate` answers without a status: it is pending then."""
+    if not isinstance(payload, Mapping):
+        raise PayloadError("the answer is not a JSON object")
+    snapshot = parse_run({"status": "pending", **payload}, technique_id=technique_id)
+    estimated = _money(_get(payload, "estimated_seconds", "estimatedSeconds"))
+    return StartedRun(snapshot, estimated, snapshot.charged_cost)
+
+
+def parse_page(payload: Any) -> Page:
+    """Return one page of `GET /technique-runs` or `GET /generations`; rows that cannot be read are left out."""
+    if not isinstance(payload, Mapping):
+        raise PayloadError("the list is not a JSON object")
+    rows = next((payload[key] for key in ("technique_runs", "generations") if key in payload), None)
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise PayloadError("the list has no rows")
+    snapshots = []
+    for row in rows:
+        try:
+            snapshots.append(parse_run(row))
+        except PayloadError:
+            continue  # one odd row must not hide the ninety-nine others
+    meta = payload.get("meta")
+    cursor = _text(meta, "next_cursor", "nextCursor") if isinstance(meta, Mapping) else None
+    return Page(tuple(snapshots), cursor or None)
+
+
+def parse_error(status: int, body: bytes, headers: Mapping[str, str]) -> FloraError:
+    """Return FLORA's refusal as an error, from whatever came: its JSON, or some proxy's HTML."""
+    request_id = headers.get("request-id")
+    retry_after = _seconds(headers.get("retry-after"))
+    try:
+        payload = parse_json(body)
+    except PayloadError:
+        payload = None
+    detail = payload.get("error") if isinstance(payload, Mapping) else None
+    if not isinstance(detail, Mapping):
+        return FloraError(
+            f"FLORA answered {status} without an error object", status=status, request_id=request_id,
+            retry_after=retry_after,
+        )  # fmt: skip
+    fields = detail.get("fields")
+    return FloraError(
+        _text(detail, "message") or f"FLORA answered {status}",
+        status=status,
+        code=_text(detail, "code"),
+        fields=[
+            (_text(entry, "field") or "", _text(entry, "message") or "")
+            for entry in (fields if isinstance(fields, list) else [])
+            if isinstance(entry, Mapping)
+        ],
+        request_id=request_id,
+        retry_after=retry_after,
+    )
+
+
+def ids_of_poll_url(poll_url: str) -> tuple[str | None, str | None]:
+    """Return (technique_id, run_id) as named by a `poll_url`'s path. The URL itself is never fetched."""
+    parts = [unquote(part) for part in urlsplit(poll_url).path.split("/") if part]
+    match parts:
+        case [*_, "techniques", technique_id, "runs", run_id]:
+            return _clean_id(technique_id), _clean_id(run_id)
+        case [*_, "runs", run_id]:
+            return None, _clean_id(run_id)
+        case _:
+            return None, None
+
+
+def _run_type(payload: Mapping[str, Any], technique_id: str | None) -> str | None:
+    named = _text(payload, "run_type", "runType")
+    if named:
+        return named
+    if technique_id or "technique_run_id" in payload:
+        return "technique"
+    return "generation" if "generation_id" in payload else None
+
+
+def _outputs(rows: Any) -> tuple[Output, ...]:
+    """Return the outputs, or none at all if one of them cannot be fetched yet: a run is not done by halves."""
+    if not isinstance(rows, list):
+        return ()
+    outputs = []
+    for position, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            return ()
+        kind = _text(row, "type") or "unknown"
+        value = row.get("url")
+        if not isinstance(value, str) or (not value and kind != OutputType.TEXT):
+            return ()
+        output_id = _identifier(row, "output_id", "outputId") or f"output_{position}"
+        outputs.append(Output(position, output_id, kind, _UNSTORABLE.sub("\ufffd", value)))
+    return tuple(outputs)
+
+
+def _get(payload: Mapping[str, Any], *names: str) -> Any:
+    for name in names:
+        value = payload.get(name)
+        if value is not None:
+            return value
+    return None
+
+
+def _text(payload: Mapping[str, Any], *names: str) -> str | None:
+    value = _get(payload, *names)
+    return _UNSTORABLE.sub("\ufffd", value[:_MAX_TEXT]) if isinstance(value, str) and value else None
+
+
+def _identifier(payload: Mapping[str, Any], *names: str) -> str | None:
+    value = _get(payload, *names)
+    return _clean_id(value) if isinstance(value, str) else None
+
+
+def _clean_id(value: str) -> str | None:
+    # "." and ".." would change the path of the read that follows.
+    usable = _ID.fullmatch(value) and not _UNSTORABLE.search(value) and value not in {".", ".."}
+    return value if usable else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _money(value: Any) -> float | None:
+    number = _number(value)
+    return number if number is not None and number >= 0 else None
+
+
+def _progress(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None else max(0, min(100, int(number)))
+
+
+def _seconds(value: str | None) -> float | None:
+    number = _number(value)
+    return number if number is not None and number >= 0 else None
+
+
+def _time(value: Any) -> datetime | None:
+    """Return a time given in unix milliseconds, or as ISO 8601 text; None for anything else."""
+    number = _number(value)
+    if number is not None:
+        return _EPOCH + timedelta(milliseconds=int(number)) if 0 <= number <= _LATEST_MS else None
+    if not isinstance(value, str):
+        return None
+    try:
+        parsed = datetime.fromisoformat(value)
+    except ValueError:
+        return None
+    return parsed.replace(tzinfo=UTC) if parsed.tzinfo is None else parsed.astimezone(UTC)

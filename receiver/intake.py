@@ -1,0 +1,374 @@
+"""The one door of the ledger: callbacks come in by `accept`, everything else that tells of a run by `learn`.
+
+Both become entries of a batch; a batch is decided about by the same pure function and committed once. While it commits,
+the next one gathers. Called by web, poller, janitor, starter.
+"""
+
+import asyncio
+import hashlib
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TypeVar
+
+import structlog
+from sqlalchemy import Connection
+
+from receiver.decide import Changed, Decision, Policy, Unchanged, reconcile, settle
+from receiver.errors import PayloadError, SignatureError, SignatureProblem, StoreUnavailableError
+from receiver.flora.messages import Callback, parse_callback
+from receiver.flora.signature import verify
+from receiver.model import (
+    Asked,
+    Delivery,
+    Dispatch,
+    DispatchState,
+    Heard,
+    Output,
+    Rejection,
+    Report,
+    Run,
+    Subscription,
+)
+from receiver.store import Database, ledger
+from receiver.telemetry import Metrics
+
+log = structlog.get_logger("receiver.intake")
+T = TypeVar("T")
+
+_BATCH = 256
+"""Entries that share one commit, at most."""
+_PATIENCE_SECONDS = 8.0
+"""FLORA waits 10 s for an answer: better a 503 that it hears than a 200 that it does not."""
+_LOGGED = 20
+"""Run ids named in one log line, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The callback is committed, and new."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """This delivery was committed before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """Verified and committed, but of an event type that we do not know: nothing is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Not a callback that we take: `code` and `message` tell the sender why."""
+
+    code: str
+    message: str
+
+
+Answer = Accepted | Duplicate | Ignored | Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A webhook secret and the workspace it belongs to, where the settings say so."""
+
+    value: str = field(repr=False)
+    workspace_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """How the door wakes the loops: something is due now."""
+
+    poll: asyncio.Event = field(default_factory=asyncio.Event)
+    dispatch: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One thing to commit: a delivery, a report, or a delivery with the report that it makes."""
+
+    report: Report | None
+    delivery: Delivery | None
+    done: asyncio.Future["_Recorded"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What became of one entry."""
+
+    new_delivery: bool
+    decision: Decision
+
+
+@dataclass(slots=True)
+class _Fold:
+    """The runs of a batch while it is decided about: each entry sees what the ones before it did."""
+
+    before: dict[str, Run]
+    now_are: dict[str, Run]
+    outputs: dict[str, Sequence[Output]] = field(default_factory=dict)
+    dispatches: list[Dispatch] = field(default_factory=list)
+
+    def new(self) -> list[Run]:
+        return sorted((run for key, run in self.now_are.items() if key not in self.before), key=lambda run: run.run_id)
+
+    def changed(self) -> list[Run]:
+        rows = (run for key, run in self.now_are.items() if key in self.before and run is not self.before[key])
+        return sorted(rows, key=lambda run: run.run_id)
+
+
+class Intake:
+    """The door. `start` it inside the loop that uses it; `close` commits what has arrived."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        secrets: Sequence[Secret],
+        subscriptions: Sequence[Subscription],
+        policy: Policy,
+        signals: Signals,
+        metrics: Metrics,
+        tolerance_past: int | None = 900,
+        tolerance_future: int | None = 300,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._database = database
+        self._secrets = tuple(secrets)
+        self._keys = tuple(secret.value for secret in secrets)
+        self._subscriptions = tuple(subscriptions)
+        self._policy = policy
+        self._signals = signals
+        self._metrics = metrics
+        self._tolerance_past = tolerance_past
+        self._tolerance_future = tolerance_future
+        self._clock = clock
+        self._jitter = jitter
+        self._waiting: deque[_Entry] = deque()
+        self._committing: asyncio.Task[None] | None = None
+        self.rejections: deque[Rejection] = deque(maxlen=1000)
+        """Refused requests not written down yet; the janitor empties it."""
+
+    async def accept(self, body: bytes, signature: str | None, *, remote: str | None = None) -> Answer:
+        """Verify, parse and commit one callback. Raises StoreUnavailableError if it could not be committed."""
+        now = self._clock()
+        try:
+            verified = verify(
+                body,
+                signature,
+                self._keys,
+                now=int(now.timestamp()),
+                tolerance_past=self._tolerance_past,
+                tolerance_future=self._tolerance_future,
+            )
+        except SignatureError as error:
+            if error.problem is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE:
+                await self._look_anyway(body, now)
+            return self.refuse(error.problem.value, str(error), remote=remote, size=len(body))
+        delivery = Delivery(
+            delivery_id=f"sha256:{hashlib.sha256(body).hexdigest()}",
+            body=body,
+            signature=signature or "",
+            received_at=now,
+            age=verified.age,
+            secret=verified.secret,
+            readable=False,
+        )
+        try:
+            callback = parse_callback(body)
+        except PayloadError as error:
+            await self._enter(None, delivery)  # authentic, so worth keeping: FLORA may have changed its format
+            log.error("callback.unreadable", reason=str(error), size=len(body))
+            return self.refuse("invalid_payload", str(error), remote=remote, size=len(body))
+        owner = self._secrets[verified.secret].workspace_id
+        if owner is not None and callback.workspace_id is not None and owner != callback.workspace_id:
+            message = f"signed with the secret of {owner}, but about a run of another workspace"
+            return self.refuse("workspace_mismatch", message, remote=remote, size=len(body))
+        recorded = await self._enter(_heard(callback, now), _named(delivery, callback))
+        if not recorded.new_delivery:
+            return Duplicate()
+        return Accepted() if callback.told is not None else Ignored()
+
+    async def learn(self, report: Report) -> Decision:
+        """Commit what a report does to its run, and return it. Raises StoreUnavailableError."""
+        return (await self._enter(report, None)).decision
+
+    def refuse(self, code: str, message: str, *, remote: str | None, size: int) -> Refused:
+        """Note a refusal, for operators; nothing of the body is kept."""
+        self.rejections.append(Rejection(self._clock(), code, remote, size))
+        log.warning("callback.refused", code=code, remote=remote, size=size)
+        return Refused(code, message)
+
+    async def close(self) -> None:
+        """Wait until everything that has arrived is committed."""
+        while self._committing is not None:
+            await asyncio.wait({self._committing})
+
+    async def _look_anyway(self, body: bytes, now: datetime) -> None:
+        """An authentic callback at a wrong time is refused; yet a run that we wait for is worth a look."""
+        try:
+            callback = parse_callback(body)
+            known = await self._database.read(lambda tx: ledger.runs_by_id(tx, [callback.run_id]))
+            if known and known[callback.run_id].settled_at is None:
+                await self.learn(Asked(callback.run_id, now))
+        except (PayloadError, StoreUnavailableError):
+            pass  # it stays refused; polling will find the run
+
+    async def _enter(self, report: Report | None, delivery: Delivery | None) -> _Recorded:
+        entry = _Entry(report, delivery, asyncio.get_running_loop().create_future())
+        self._waiting.append(entry)
+        if self._committing is None:
+            self._committing = asyncio.create_task(self._commit_all(), name="intake.commit")
+        try:
+            return await asyncio.wait_for(asyncio.shield(entry.done), _PATIENCE_SECONDS)
+        except TimeoutError as error:
+            raise StoreUnavailableError(f"not committed within {_PATIENCE_SECONDS:g} s") from error
+
+    async def _commit_all(self) -> None:
+        try:
+            while self._waiting:
+                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH))]
+                await self._commit(batch)
+        finally:
+            self._committing = None
+
+    async def _commit(self, batch: Sequence[_Entry]) -> None:
+        """Commit a batch; if one entry spoils it, commit one by one, so that only the bad one fails."""
+        try:
+            recorded, fold = await self._database.write(lambda tx: self._record(tx, batch))
+        except StoreUnavailableError as error:
+            log.error("intake.unavailable", reason=str(error), entries=len(batch))
+            for entry in batch:
+                _fail(entry, error)
+        except Exception as error:
+            if len(batch) > 1:
+                for entry in batch:
+                    await self._commit([entry])
+                return
+            log.exception("intake.entry_failed")
+            _fail(batch[0], StoreUnavailableError(f"this entry cannot be committed: {type(error).__name__}"))
+        else:
+            for entry, result in zip(batch, recorded, strict=True):
+                if not entry.done.done():
+                    entry.done.set_result(result)
+            self._tell(batch, recorded, fold)
+
+    def _record(self, tx: Connection, batch: Sequence[_Entry]) -> tuple[list[_Recorded], _Fold]:
+        """Do a batch's work in a transaction: two selects, then what changed. Runs on the writer's thread."""
+        now = self._clock()
+        delivery_ids = {entry.delivery.delivery_id for entry in batch if entry.delivery}
+        run_ids = {entry.report.run_id for entry in batch if entry.report}
+        seen = set(ledger.known_deliveries(tx, delivery_ids)) if delivery_ids else set()
+        known = ledger.runs_by_id(tx, run_ids) if run_ids else {}
+        fold = _Fold(known, dict(known))
+        fresh: list[Delivery] = []
+        again: dict[str, int] = {}
+        recorded = []
+        for entry in batch:
+            is_new = False
+            if entry.delivery is not None:
+                is_new = entry.delivery.delivery_id not in seen
+                if is_new:
+                    seen.add(entry.delivery.delivery_id)
+                    fresh.append(entry.delivery)
+                else:
+                    again[entry.delivery.delivery_id] = again.get(entry.delivery.delivery_id, 0) + 1
+            decision = self._decide(tx, fold, entry.report, now) if entry.report is not None else Unchanged()
+            recorded.append(_Recorded(is_new, decision))
+        ledger.add_deliveries(tx, sorted(fresh, key=lambda delivery: delivery.delivery_id))
+        ledger.count_duplicates(tx, again, at=now)
+        ledger.add_runs(tx, fold.new())
+        ledger.change_runs(tx, fold.changed())
+        ledger.add_outputs(tx, fold.outputs)
+        ledger.add_dispatches(tx, fold.dispatches)
+        return recorded, fold
+
+    def _decide(self, tx: Connection, fold: _Fold, report: Report, now: datetime) -> Decision:
+        # A duplicate is decided about like anything else: the rules make it harmless, not the delivery's id. So the
+        # same delivery id with another body still makes the run that it names due.
+        run_id = report.run_id
+        decision = reconcile(fold.now_are.get(run_id), report, self._policy, now=now, jitter=self._jitter())
+        if isinstance(decision, Changed):
+            fold.now_are[run_id] = decision.run
+            if decision.outputs:
+                fold.outputs[run_id] = decision.outputs
+            if decision.events:
+                outputs = fold.outputs.get(run_id) or ledger.outputs_of_runs(tx, [run_id])[run_id]
+                fold.dispatches += settle(decision.run, outputs, decision.events, self._subscriptions, now=now)
+        return decision
+
+    def _tell(self, batch: Sequence[_Entry], recorded: Sequence[_Recorded], fold: _Fold) -> None:
+        """After the commit: wake the loops, count, and write one line for the batch and one for each event."""
+        now = self._clock()
+        if any(run.next_poll_at is not None and run.next_poll_at <= now for run in fold.now_are.values()):
+            self._signals.poll.set()
+        if any(dispatch.state is DispatchState.READY for dispatch in fold.dispatches):
+            self._signals.dispatch.set()
+        callbacks = [(entry, result) for entry, result in zip(batch, recorded, strict=True) if entry.delivery]
+        new = [entry.delivery.run_id for entry, result in callbacks if entry.delivery and result.new_delivery]
+        if callbacks:
+            log.info("callbacks.committed", new=len(new), duplicates=len(callbacks) - len(new), run_ids=new[:_LOGGED])
+        self._metrics.committed(len(batch))
+        for run_id, run in fold.now_are.items():
+            before = fold.before.get(run_id)
+            self._metrics.judged(before.verdict if before else None, run.verdict)
+        for result in recorded:
+            if isinstance(result.decision, Changed) and result.decision.events:
+                _tell_events(result.decision, self._metrics)
+
+
+def _tell_events(decision: Changed, metrics: Metrics) -> None:
+    run = decision.run
+    for event in decision.events:
+        write = log.info if event.value in {"settled", "cost_final"} else log.error
+        write(
+            f"run.{event}",
+            run_id=run.run_id,
+            state=run.state.value,
+            verdict=run.verdict and run.verdict.value,
+            outputs=len(decision.outputs),
+            error_code=run.error_code,
+            lost_reason=run.lost_reason and run.lost_reason.value,
+            charged_cost=run.charged_cost,
+        )
+        metrics.happened(event, run)
+
+
+def _heard(callback: Callback, now: datetime) -> Heard | None:
+    if callback.told is None:
+        return None
+    return Heard(
+        run_id=callback.run_id,
+        told=callback.told,
+        received_at=now,
+        run_type=callback.run_type,
+        workspace_id=callback.workspace_id,
+        error_code=callback.error_code,
+        error_message=callback.error_message,
+    )
+
+
+def _named(delivery: Delivery, callback: Callback) -> Delivery:
+    return Delivery(
+        delivery_id=callback.delivery_id,
+        body=delivery.body,
+        signature=delivery.signature,
+        received_at=delivery.received_at,
+        age=delivery.age,
+        secret=delivery.secret,
+        event=callback.event,
+        api_version=callback.api_version,
+        run_id=callback.run_id,
+    )
+
+
+def _fail(entry: _Entry, error: Exception) -> None:
+    if not entry.done.done():
+        entry.done.set_exception(error)
+        entry.done.exception()  # its waiter may have left: then nobody else looks

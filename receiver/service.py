@@ -1,0 +1,248 @@
+"""The composition root: builds every room from the settings, runs them together, and stops them in order."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import structlog
+
+from receiver.config import Settings
+from receiver.decide import Policy
+from receiver.dispatcher import Dispatcher
+from receiver.download import Downloader, DownloadLimits
+from receiver.errors import Problem, StoreUnavailableError
+from receiver.flora.client import FloraClient
+from receiver.handler import Checks, Closes
+from receiver.http import api_client, tls_context
+from receiver.intake import Intake, Secret, Signals
+from receiver.janitor import Janitor, Retention
+from receiver.plugins import Loaded, load_handlers
+from receiver.poller import Poller
+from receiver.store import Database, open_database, queue
+from receiver.store.migrate import upgrade
+from receiver.telemetry import Metrics
+from receiver.web.public import public_app
+from receiver.web.server import Server, bind
+
+log = structlog.get_logger("receiver.service")
+
+_READY_FOR = timedelta(seconds=1)
+"""How long a probe of the database is believed: /readyz is public, and must not let anyone load the writer."""
+
+
+class Service:
+    """One receiver process. `async with Service(settings).running() as service: …`, or `run_until_signal`."""
+
+    def __init__(
+        self, settings: Settings, *, policy: Policy | None = None, clock: Callable[[], datetime] | None = None
+    ) -> None:
+        """Load handlers and open the database. Raises ConfigError, StoreError; nothing runs yet."""
+        self._settings = settings
+        self._clock = clock or (lambda: datetime.now(UTC))
+        self._loaded = load_handlers(settings)
+        self.metrics = Metrics()
+        self.signals = Signals()
+        self.database: Database = open_database(settings.database.url)
+        subscriptions = tuple(each.subscription for each in self._loaded)
+        flora = settings.flora
+        self.intake = Intake(
+            self.database,
+            secrets=[Secret(value, workspace) for value, workspace in settings.secrets_by_workspace()],
+            subscriptions=subscriptions,
+            policy=policy or policy_of(settings),
+            signals=self.signals,
+            metrics=self.metrics,
+            tolerance_past=flora.tolerance_past_seconds,
+            tolerance_future=flora.tolerance_future_seconds,
+            clock=self._clock,
+        )
+        self._api = api_client(flora.base_url, timeout_seconds=flora.timeout_seconds, tls=tls_context(flora.ca_file))
+        self.poller = Poller(
+            self.database,
+            self.intake,
+            _clients(settings, self._api),
+            signals=self.signals,
+            metrics=self.metrics,
+            concurrency=settings.reconcile.concurrency,
+            clock=self._clock,
+        )
+        downloads = settings.downloads
+        self._downloader = Downloader(
+            limits=DownloadLimits(
+                max_bytes=downloads.max_bytes,
+                stall_seconds=downloads.stall_seconds,
+                deadline_seconds=downloads.deadline_seconds,
+            ),
+            allow_private_hosts=downloads.allow_private_hosts,
+            tls=tls_context(downloads.ca_file),
+        )
+        self.dispatcher = Dispatcher(
+            self.database,
+            [each.registration for each in self._loaded],
+            subscriptions,
+            downloader=self._downloader,
+            signals=self.signals,
+            metrics=self.metrics,
+            lease=timedelta(seconds=settings.dispatch.lease_seconds),
+            clock=self._clock,
+        )
+        self.janitor = Janitor(
+            self.database,
+            self.intake,
+            retention=Retention(
+                timedelta(days=settings.retention.bodies_days),
+                timedelta(days=settings.retention.ledger_days),
+                settings.retention.rejections,
+            ),
+            pause_seconds=min(5.0, settings.reconcile.callback_window_seconds / 4),
+            clock=self._clock,
+        )
+        self._stopping = asyncio.Event()
+        self._probed_at: datetime | None = None
+        self._public: Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Return host and port that the public listener is bound to."""
+        if self._public is None:
+            raise RuntimeError("the service is not running")
+        return self._public.host, self._public.port
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["Service"]:
+        """Run everything inside the block; on leaving it, stop in order."""
+        try:
+            await self._start()
+            yield self
+        finally:
+            await self._stop()
+
+    async def run_until_signal(self) -> None:
+        """Run until SIGTERM or SIGINT."""
+        asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked.set)
+        async with self.running():
+            await asked.wait()
+            log.info("service.stopping")
+
+    async def ready(self) -> str | None:
+        """Return None, or why this process should get no callbacks now. A good answer is believed for a second."""
+        if self._stopping.is_set():
+            return "stopping"
+        now = self._clock()
+        if self._probed_at is None or not timedelta(0) <= now - self._probed_at < _READY_FOR:
+            try:
+                async with asyncio.timeout(5):
+                    await self.database.write(lambda _: None)
+            except (StoreUnavailableError, TimeoutError) as error:
+                return str(error) or "the database does not answer"
+            self._probed_at = now
+        return None
+
+    async def _start(self) -> None:
+        settings = self._settings
+        before, after = await self.database.run(upgrade)
+        if before != after:
+            log.info("database.migrated", before=before, after=after)
+        freed = await self.database.write(queue.void_leases)
+        if freed:
+            log.warning(
+                "dispatch.leases_voided", count=freed, reason="the process that held them did not stop in order"
+            )
+        await self._warn_of_trouble()
+        app = public_app(
+            self.intake,
+            self.metrics,
+            ready=self.ready,
+            max_body_bytes=settings.public.max_body_bytes,
+            body_timeout_seconds=settings.public.body_timeout_seconds,
+        )
+        sockets = bind(settings.public.host, settings.public.port)
+        self._public = Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key)
+        await self._public.start()
+        for name, loop in (("poller", self.poller), ("dispatcher", self.dispatcher), ("janitor", self.janitor)):
+            self._tasks.append(asyncio.create_task(self._survive(name, loop.run), name=name))
+        host, port = self.address
+        scheme = "https" if settings.tls.cert else "http"
+        log.info(
+            "service.ready", listening=f"{scheme}://{host}:{port}", database=settings.database.url.split("@")[-1],
+            handlers=[each.registration.name for each in self._loaded],
+        )  # fmt: skip
+
+    async def _survive(self, name: str, run: Callable[[asyncio.Event], object]) -> None:
+        """Keep a loop running: a bug in one tick must not end the service's work for good."""
+        while not self._stopping.is_set():
+            try:
+                await run(self._stopping)  # type: ignore[misc]
+            except Exception:
+                log.exception("loop.failed", loop=name)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), 1.0)
+
+    async def _stop(self) -> None:
+        """Stop in the order in which things depend on each other; each step has a deadline, nothing needs them all."""
+        self._stopping.set()  # readyz says 503 from here on
+        if self._public is not None:
+            await self._public.stop()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=10)
+        for task in self._tasks:
+            task.cancel()
+        await self.intake.close()
+        for each in self._loaded:
+            if isinstance(each.registration.handler, Closes):
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(each.registration.handler.close(), 5)
+        await self._api.aclose()
+        await self._downloader.aclose()
+        await self.database.close()
+        log.info("service.stopped")
+
+    async def _warn_of_trouble(self) -> None:
+        for problem in self._settings.warnings():
+            log.warning("config.odd", setting=problem.path, reason=problem.message)
+        for problem in await check_handlers(self._loaded):
+            log.error("handler.unhealthy", handler=problem.path, reason=problem.message)
+
+
+async def check_handlers(loaded: tuple[Loaded, ...]) -> list[Problem]:
+    """Return what keeps handlers from working, as their own checks tell."""
+    problems = []
+    for each in loaded:
+        handler = each.registration.handler
+        if isinstance(handler, Checks):
+            try:
+                async with asyncio.timeout(10):
+                    await handler.check()
+            except Exception as error:  # noqa: BLE001 -- a plug-in's check may raise anything: that is its answer
+                problems.append(Problem(each.registration.name, str(error) or type(error).__name__))
+    return problems
+
+
+def policy_of(settings: Settings) -> Policy:
+    """Return the rules' numbers as the settings have them."""
+    reconcile = settings.reconcile
+    return Policy(
+        first_poll=timedelta(seconds=reconcile.first_poll_seconds),
+        max_gap=timedelta(seconds=reconcile.max_gap_seconds),
+        callback_window=timedelta(seconds=reconcile.callback_window_seconds),
+        deadline=timedelta(hours=reconcile.deadline_hours),
+        ladder=tuple(timedelta(seconds=pause) for pause in reconcile.ladder_seconds),
+        cost_window=timedelta(seconds=reconcile.cost_seconds),
+    )
+
+
+def _clients(settings: Settings, http: httpx.AsyncClient) -> Mapping[str | None, FloraClient]:
+    clients: dict[str | None, FloraClient] = {}
+    timeout = settings.flora.timeout_seconds
+    for workspace_id in (None, *(workspace.id for workspace in settings.workspaces)):
+        key = settings.api_key_for(workspace_id)
+        if key is not None:
+            clients[workspace_id] = FloraClient(http, key, timeout_seconds=timeout)
+    return clients

@@ -1,0 +1,5 @@
+"""The ledger in a database: the only SQL of the service. Called by intake, poller, dispatcher, janitor and service."""
+
+from receiver.store.database import Database, open_database
+
+__all__ = ["Database", "open_database"]

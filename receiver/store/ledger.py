@@ -1,0 +1,146 @@
+"""Statements on runs, outputs and deliveries: what the door and the poller need. Functions of a connection, no decisions."""
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+
+from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy.dialects import sqlite
+
+from receiver.errors import StoreUnavailableError
+from receiver.model import Delivery, Dispatch, Output, Run
+from receiver.store.rows import dispatch_row, ms, output_of, run_of, run_row
+from receiver.store.schema import deliveries, delivery_bodies, dispatches, outputs, runs
+
+_UPDATE_RUN = update(runs).where(runs.c.run_id == bindparam("_run_id"), runs.c.version == bindparam("_version"))
+_INSERT_BODY = insert(delivery_bodies).from_select(
+    ["seq", "signature", "body"],
+    select(deliveries.c.seq, bindparam("signature"), bindparam("body")).where(
+        deliveries.c.delivery_id == bindparam("_delivery_id")
+    ),
+)
+_COUNT_DUPLICATES = (
+    update(deliveries)
+    .where(deliveries.c.delivery_id == bindparam("_delivery_id"))
+    .values(duplicates=deliveries.c.duplicates + bindparam("_times"), last_duplicate_at=bindparam("_at"))
+)
+
+
+def known_deliveries(tx: Connection, delivery_ids: Collection[str]) -> frozenset[str]:
+    """Return which of these deliveries are in the ledger already."""
+    rows = tx.execute(select(deliveries.c.delivery_id).where(deliveries.c.delivery_id.in_(delivery_ids)))
+    return frozenset(rows.scalars())
+
+
+def runs_by_id(tx: Connection, run_ids: Collection[str]) -> dict[str, Run]:
+    """Return these runs, as far as they are known, locked in the order of their ids for the rest of the transaction."""
+    statement = select(runs).where(runs.c.run_id.in_(run_ids)).order_by(runs.c.run_id).with_for_update()
+    return {row["run_id"]: run_of(row) for row in tx.execute(statement).mappings()}
+
+
+def outputs_of_runs(tx: Connection, run_ids: Collection[str]) -> dict[str, tuple[Output, ...]]:
+    """Return the outputs of each of these runs, in order."""
+    statement = select(outputs).where(outputs.c.run_id.in_(run_ids)).order_by(outputs.c.run_id, outputs.c.position)
+    found: dict[str, list[Output]] = {run_id: [] for run_id in run_ids}
+    for row in tx.execute(statement).mappings():
+        found[row["run_id"]].append(output_of(row))
+    return {run_id: tuple(rows) for run_id, rows in found.items()}
+
+
+def add_runs(tx: Connection, new: Sequence[Run]) -> None:
+    if new:
+        tx.execute(insert(runs), [run_row(run) for run in new])
+
+
+def change_runs(tx: Connection, changed: Sequence[Run]) -> None:
+    """Write rows back, each only if it is still at the version it was decided on; that version is then one higher."""
+    if not changed:
+        return
+    rows = [
+        {**run_row(run), "_run_id": run.run_id, "_version": run.version, "version": run.version + 1} for run in changed
+    ]
+    if tx.execute(_UPDATE_RUN, rows).rowcount != len(rows):
+        raise StoreUnavailableError("a run changed while it was being decided about")
+
+
+def add_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None:
+    rows = [
+        {
+            "run_id": run_id,
+            "position": output.position,
+            "output_id": output.output_id,
+            "type": output.type,
+            "value": output.value,
+        }
+        for run_id, row_outputs in of_runs.items()
+        for output in row_outputs
+    ]
+    if rows:
+        tx.execute(insert(outputs), rows)
+
+
+def add_deliveries(tx: Connection, new: Sequence[Delivery]) -> None:
+    if not new:
+        return
+    tx.execute(
+        insert(deliveries),
+        [
+            {
+                "delivery_id": delivery.delivery_id,
+                "run_id": delivery.run_id,
+                "event": delivery.event,
+                "api_version": delivery.api_version,
+                "received_at": ms(delivery.received_at),
+                "age": delivery.age,
+                "secret": delivery.secret,
+                "readable": delivery.readable,
+                "duplicates": 0,
+            }
+            for delivery in new
+        ],
+    )
+    tx.execute(
+        _INSERT_BODY,
+        [
+            {"_delivery_id": delivery.delivery_id, "signature": delivery.signature, "body": delivery.body}
+            for delivery in new
+        ],
+    )
+
+
+def count_duplicates(tx: Connection, times: Mapping[str, int], *, at: datetime) -> None:
+    """Add to the count of deliveries that came again; `times` maps delivery id to how often."""
+    if times:
+        tx.execute(
+            _COUNT_DUPLICATES,
+            [{"_delivery_id": key, "_times": count, "_at": ms(at)} for key, count in times.items()],
+        )
+
+
+def add_dispatches(tx: Connection, new: Sequence[Dispatch]) -> None:
+    """Add dispatches; one that exists already stays as it is."""
+    if new:
+        statement = sqlite.insert(dispatches).on_conflict_do_nothing()
+        tx.execute(statement, [dispatch_row(dispatch) for dispatch in new])
+
+
+def due_runs(tx: Connection, *, now: datetime, limit: int) -> tuple[Run, ...]:
+    """Return the runs to read by now, longest due first."""
+    statement = select(runs).where(runs.c.next_poll_at <= ms(now)).order_by(runs.c.next_poll_at).limit(limit)
+    return tuple(run_of(row) for row in tx.execute(statement).mappings())
+
+
+def next_due_ms(tx: Connection) -> int | None:
+    """Return when the next run is to be read, in unix milliseconds; None: none is."""
+    return tx.execute(select(func.min(runs.c.next_poll_at))).scalar_one_or_none()
+
+
+def written_off(tx: Connection, *, now: datetime, limit: int) -> tuple[Run, ...]:
+    """Return settled runs whose callback has not come in time."""
+    statement = select(runs).where(runs.c.verdict_due_at <= ms(now)).order_by(runs.c.verdict_due_at).limit(limit)
+    return tuple(run_of(row) for row in tx.execute(statement).mappings())
+
+
+def all_runs(tx: Connection, *, limit: int = 100) -> tuple[Run, ...]:
+    """Return the newest runs."""
+    statement = select(runs).order_by(runs.c.first_seen_at.desc()).limit(limit)
+    return tuple(run_of(row) for row in tx.execute(statement).mappings())

@@ -1,0 +1,288 @@
+"""Statements on dispatches and artifacts: what the dispatcher needs. Every write by a worker is guarded by its lease."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, and_, exists, func, or_, select, update
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.exc import IntegrityError
+
+from receiver.errors import LocationTakenError
+from receiver.model import Artifact, Dispatch, DispatchState, Event, Output, Run
+from receiver.store.ledger import outputs_of_runs, runs_by_id
+from receiver.store.rows import artifact_of, dispatch_of, ms
+from receiver.store.schema import artifacts, dispatch_attempts, dispatches
+
+_UNFINISHED = (DispatchState.READY.value, DispatchState.LEASED.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """A dispatch that a worker holds, with all it needs to work on it. `seq` is the row's own key."""
+
+    seq: int
+    dispatch: Dispatch
+    run: Run
+    outputs: tuple[Output, ...]
+    artifacts: tuple[Artifact, ...]
+
+
+def claim(
+    tx: Connection,
+    handler: str,
+    *,
+    limit: int,
+    max_attempts: int,
+    token: str,
+    now: datetime,
+    until: datetime,
+    takeover: bool = False,
+) -> tuple[Leased, ...]:
+    """Lease up to `limit` due dispatches of a handler to `token`, counting the attempt.
+
+    Dispatches of one run and handler are worked on one at a time, in the order they were made. One whose worker died on
+    its last attempt is not handed out again: see `bury`.
+    """
+    earlier = dispatches.alias("earlier")
+    due = (
+        select(dispatches.c.seq)
+        .where(
+            dispatches.c.handler == handler,
+            _due(now, takeover=takeover),
+            dispatches.c.attempts < max_attempts,
+            ~exists().where(
+                earlier.c.run_id == dispatches.c.run_id,
+                earlier.c.handler == dispatches.c.handler,
+                earlier.c.seq < dispatches.c.seq,
+                earlier.c.state.in_(_UNFINISHED),
+            ),
+        )
+        .order_by(dispatches.c.due_at, dispatches.c.seq)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        # A CTE, not a bare IN-subquery: PostgreSQL may run the latter again and claim more than LIMIT.
+        .cte("due")
+    )
+    statement = (
+        update(dispatches)
+        .where(dispatches.c.seq.in_(select(due.c.seq)))
+        .values(
+            state=DispatchState.LEASED.value,
+            attempts=dispatches.c.attempts + 1,
+            lease_token=token,
+            lease_until=ms(until),
+        )
+        .returning(dispatches)
+    )
+    rows = tx.execute(statement).mappings().all()
+    if not rows:
+        return ()
+    tx.execute(
+        sqlite.insert(dispatch_attempts).on_conflict_do_nothing(),
+        [{"dispatch_seq": row["seq"], "attempt": row["attempts"], "started_at": ms(now)} for row in rows],
+    )
+    run_ids = {row["run_id"] for row in rows}
+    runs, outputs = runs_by_id(tx, run_ids), outputs_of_runs(tx, run_ids)
+    stored = artifacts_of_runs(tx, run_ids, handler)
+    return tuple(
+        Leased(row["seq"], dispatch_of(row), runs[row["run_id"]], outputs[row["run_id"]], stored[row["run_id"]])
+        for row in rows
+    )
+
+
+def bury(
+    tx: Connection, handler: str, *, max_attempts: int, now: datetime, takeover: bool = False
+) -> tuple[Dispatch, ...]:
+    """Mark dead what used up its attempts without ever answering: its workers died, or its limit was lowered."""
+    statement = (
+        update(dispatches)
+        .where(
+            dispatches.c.handler == handler,
+            _due(now, takeover=takeover),
+            dispatches.c.attempts >= max_attempts,
+        )
+        .values(
+            state=DispatchState.DEAD.value,
+            lease_token=None,
+            lease_until=None,
+            finished_at=ms(now),
+            last_error=func.coalesce(dispatches.c.last_error, "every worker that tried it stopped before it answered"),
+        )
+        .returning(dispatches)
+    )
+    return tuple(dispatch_of(row) for row in tx.execute(statement).mappings().all())
+
+
+def renew(tx: Connection, seqs: Collection[int], *, token: str, until: datetime) -> frozenset[int]:
+    """Extend leases; return those that still hold. A missing one was taken over: stop working on it."""
+    statement = update(dispatches).where(_held(seqs, token)).values(lease_until=ms(until)).returning(dispatches.c.seq)
+    return frozenset(tx.execute(statement).scalars())
+
+
+def finish(
+    tx: Connection,
+    leased: Leased,
+    *,
+    token: str,
+    state: DispatchState,
+    now: datetime,
+    due_at: datetime | None = None,
+    error: str | None = None,
+    result: Mapping[str, Any] | None = None,
+) -> bool:
+    """Write down how an attempt ended; False, and nothing is written, if the lease was lost meanwhile."""
+    over = state is not DispatchState.READY
+    changed = tx.execute(
+        update(dispatches)
+        .where(_held([leased.seq], token))
+        .values(
+            state=state.value,
+            lease_token=None,
+            lease_until=None,
+            due_at=ms(due_at or leased.dispatch.due_at),
+            last_error=error,
+            result=None if result is None else json.dumps(dict(result), default=str, ensure_ascii=False),
+            finished_at=ms(now) if over else None,
+        )
+    ).rowcount
+    if not changed:
+        return False
+    tx.execute(
+        update(dispatch_attempts)
+        .where(dispatch_attempts.c.dispatch_seq == leased.seq, dispatch_attempts.c.attempt == leased.dispatch.attempts)
+        .values(ended_at=ms(now), outcome=state.value, error=error)
+    )
+    return True
+
+
+def give_back(tx: Connection, seqs: Collection[int], *, token: str) -> int:
+    """Return leases unused, their attempt uncounted: the process stops, the work is not to blame."""
+    if not seqs:
+        return 0
+    held = select(dispatches.c.seq, dispatches.c.attempts).where(_held(seqs, token))
+    for row in tx.execute(held).mappings().all():
+        tx.execute(
+            dispatch_attempts.delete().where(
+                dispatch_attempts.c.dispatch_seq == row["seq"], dispatch_attempts.c.attempt == row["attempts"]
+            )
+        )
+    return tx.execute(
+        update(dispatches)
+        .where(_held(seqs, token))
+        .values(
+            state=DispatchState.READY.value,
+            attempts=dispatches.c.attempts - 1,
+            lease_token=None,
+            lease_until=None,
+        )
+    ).rowcount
+
+
+def void_leases(tx: Connection) -> int:
+    """Free every lease: on SQLite this process is the only one, so whoever held them is dead."""
+    return tx.execute(
+        update(dispatches)
+        .where(dispatches.c.state == DispatchState.LEASED.value)
+        .values(state=DispatchState.READY.value, lease_token=None, lease_until=None)
+    ).rowcount
+
+
+def has_due(tx: Connection, handler: str, *, now: datetime, takeover: bool = False) -> bool:
+    """Return whether a handler has anything to claim or bury."""
+    due = exists().where(dispatches.c.handler == handler, _due(now, takeover=takeover))
+    return bool(tx.execute(select(due)).scalar_one())
+
+
+def next_due_ms(tx: Connection, handlers: Collection[str]) -> int | None:
+    """Return when the next ready dispatch of these handlers is due, in unix milliseconds; None: there is none."""
+    return tx.execute(
+        select(func.min(dispatches.c.due_at)).where(
+            dispatches.c.handler.in_(handlers), dispatches.c.state == DispatchState.READY.value
+        )
+    ).scalar_one_or_none()
+
+
+def next_round(tx: Connection, run_id: str, event: Event) -> int:
+    """Return the round after the last one of an event of a run."""
+    last = tx.execute(
+        select(func.max(dispatches.c.round)).where(dispatches.c.run_id == run_id, dispatches.c.event == event.value)
+    ).scalar_one_or_none()
+    return 0 if last is None else last + 1
+
+
+def artifacts_of_runs(tx: Connection, run_ids: Collection[str], handler: str) -> dict[str, tuple[Artifact, ...]]:
+    """Return what a handler has reserved or stored for each of these runs, in order of position."""
+    statement = (
+        select(artifacts)
+        .where(artifacts.c.run_id.in_(run_ids), artifacts.c.handler == handler)
+        .order_by(artifacts.c.run_id, artifacts.c.position)
+    )
+    found: dict[str, list[Artifact]] = {run_id: [] for run_id in run_ids}
+    for row in tx.execute(statement).mappings():
+        found[row["run_id"]].append(artifact_of(row))
+    return {run_id: tuple(rows) for run_id, rows in found.items()}
+
+
+def reserve(tx: Connection, run_id: str, handler: str, position: int, output_id: str, location: str) -> None:
+    """Claim a place for an output; a claim of the same output moves. Raises LocationTakenError if it is another's."""
+    statement = sqlite.insert(artifacts).values(
+        run_id=run_id, handler=handler, position=position, output_id=output_id, location=location
+    )
+    moved = statement.on_conflict_do_update(
+        index_elements=["run_id", "handler", "position"],
+        set_={"location": location, "output_id": output_id, "stored_at": None, "sha256": None, "size": None},
+        where=artifacts.c.location != location,
+    )
+    try:
+        tx.execute(moved)
+    except IntegrityError as error:
+        raise LocationTakenError(f"{location} belongs to another output") from error
+
+
+def store_artifact(
+    tx: Connection,
+    run_id: str,
+    handler: str,
+    position: int,
+    *,
+    size: int,
+    sha256: str,
+    content_type: str | None,
+    now: datetime,
+) -> None:
+    """Record that the bytes at a reserved place are safe."""
+    tx.execute(
+        update(artifacts)
+        .where(artifacts.c.run_id == run_id, artifacts.c.handler == handler, artifacts.c.position == position)
+        .values(size=size, sha256=sha256, content_type=content_type, stored_at=ms(now))
+    )
+
+
+def dispatches_of_run(tx: Connection, run_id: str) -> tuple[Dispatch, ...]:
+    """Return a run's dispatches in the order they were made."""
+    statement = select(dispatches).where(dispatches.c.run_id == run_id).order_by(dispatches.c.seq)
+    return tuple(dispatch_of(row) for row in tx.execute(statement).mappings())
+
+
+def artifacts_of_run(tx: Connection, run_id: str) -> Sequence[Artifact]:
+    """Return everything stored for a run, by any handler."""
+    statement = select(artifacts).where(artifacts.c.run_id == run_id)
+    return [artifact_of(row) for row in tx.execute(statement.order_by(artifacts.c.position)).mappings()]
+
+
+def _due(now: datetime, *, takeover: bool) -> Any:
+    """Ready and due; with `takeover`, also leased by a worker whose lease ran out."""
+    ready = and_(dispatches.c.state == DispatchState.READY.value, dispatches.c.due_at <= ms(now))
+    if not takeover:
+        return ready
+    abandoned = and_(dispatches.c.state == DispatchState.LEASED.value, dispatches.c.lease_until <= ms(now))
+    return and_(dispatches.c.state.in_(_UNFINISHED), or_(ready, abandoned))
+
+
+def _held(seqs: Collection[int], token: str) -> Any:
+    return and_(
+        dispatches.c.seq.in_(seqs), dispatches.c.state == DispatchState.LEASED.value, dispatches.c.lease_token == token
+    )

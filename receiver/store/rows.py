@@ -1,0 +1,134 @@
+"""Rows to nouns and back: the one place that knows how a noun is laid out in columns."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import RowMapping
+
+from receiver.model import (
+    Artifact,
+    Dispatch,
+    DispatchState,
+    Event,
+    LostReason,
+    Origin,
+    Output,
+    Run,
+    RunState,
+    Told,
+    Verdict,
+)
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MS = timedelta(milliseconds=1)
+
+
+def ms(moment: datetime) -> int:
+    """Return a time as the database holds it: unix milliseconds."""
+    return (moment - _EPOCH) // _MS
+
+
+def ms_or_none(moment: datetime | None) -> int | None:
+    return None if moment is None else ms(moment)
+
+
+def moment(value: int) -> datetime:
+    """Return the time behind unix milliseconds."""
+    return _EPOCH + timedelta(milliseconds=value)
+
+
+def moment_or_none(value: int | None) -> datetime | None:
+    return None if value is None else moment(value)
+
+
+_RUN_FIELDS = tuple(field.name for field in fields(Run))
+_ENUMS: Mapping[str, Callable[[str], Any]] = {
+    "state": RunState,
+    "origin": Origin,
+    "told": Told,
+    "verdict": Verdict,
+    "lost_reason": LostReason,
+}
+_TIMES = frozenset(name for name in _RUN_FIELDS if name.endswith(("_at", "_since")))
+
+
+def run_row(run: Run) -> dict[str, Any]:
+    """Return the columns of `runs`."""
+    row: dict[str, Any] = {}
+    for name in _RUN_FIELDS:
+        value = getattr(run, name)
+        if value is not None:
+            if name in _TIMES:
+                value = ms(value)
+            elif name in _ENUMS:
+                value = value.value
+            elif name == "metadata":
+                value = json.dumps(dict(value), ensure_ascii=False, sort_keys=True)
+        row[name] = value
+    return row
+
+
+def run_of(row: RowMapping) -> Run:
+    """Return the run in a row of `runs`."""
+    values: dict[str, Any] = {}
+    for name in _RUN_FIELDS:
+        value = row[name]
+        if value is not None:
+            if name in _TIMES:
+                value = moment(value)
+            elif name in _ENUMS:
+                value = _ENUMS[name](value)
+            elif name == "metadata":
+                value = json.loads(value)
+        values[name] = value
+    return Run(**values)
+
+
+def output_of(row: RowMapping) -> Output:
+    return Output(row["position"], row["output_id"], row["type"], row["value"])
+
+
+def dispatch_row(dispatch: Dispatch) -> dict[str, Any]:
+    """Return the columns of a dispatch that was just made."""
+    return {
+        "run_id": dispatch.run_id,
+        "handler": dispatch.handler,
+        "event": dispatch.event.value,
+        "round": dispatch.round,
+        "state": dispatch.state.value,
+        "attempts": dispatch.attempts,
+        "due_at": ms(dispatch.due_at),
+        "last_error": dispatch.last_error,
+    }
+
+
+def dispatch_of(row: RowMapping) -> Dispatch:
+    return Dispatch(
+        run_id=row["run_id"],
+        handler=row["handler"],
+        event=Event(row["event"]),
+        round=row["round"],
+        state=DispatchState(row["state"]),
+        due_at=moment(row["due_at"]),
+        attempts=row["attempts"],
+        last_error=row["last_error"],
+        lease_token=row["lease_token"],
+        lease_until=moment_or_none(row["lease_until"]),
+    )
+
+
+def artifact_of(row: RowMapping) -> Artifact:
+    return Artifact(
+        run_id=row["run_id"],
+        handler=row["handler"],
+        position=row["position"],
+        output_id=row["output_id"],
+        location=row["location"],
+        size=row["size"],
+        sha256=row["sha256"],
+        content_type=row["content_type"],
+        stored_at=moment_or_none(row["stored_at"]),
+    )

@@ -1,0 +1,78 @@
+"""Statements of the janitor: retention, the ring of rejections, clocks that jumped. In small pieces: the door waits for them."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import Connection, delete, func, insert, or_, select, update
+
+from receiver.model import DispatchState, Rejection
+from receiver.store.rows import ms
+from receiver.store.schema import deliveries, delivery_bodies, dispatches, rejections, runs
+
+
+def add_rejections(tx: Connection, new: Sequence[Rejection], *, keep: int) -> None:
+    """Add refused requests to the ring and let the oldest beyond `keep` go."""
+    if not new:
+        return
+    tx.execute(
+        insert(rejections),
+        [
+            {"rejected_at": ms(row.rejected_at), "code": row.code, "remote": row.remote, "size": row.size}
+            for row in new[-keep:]
+        ],
+    )
+    newest = tx.execute(select(func.max(rejections.c.seq))).scalar_one()
+    tx.execute(delete(rejections).where(rejections.c.seq <= newest - keep))
+
+
+def delete_bodies(tx: Connection, *, before: datetime, limit: int) -> int:
+    """Delete the raw bodies of old deliveries; the deliveries stay, since dedupe needs them."""
+    old = (
+        select(delivery_bodies.c.seq)
+        .join(deliveries, deliveries.c.seq == delivery_bodies.c.seq)
+        .where(deliveries.c.received_at < ms(before))
+        .order_by(deliveries.c.received_at)
+        .limit(limit)
+    )
+    return tx.execute(delete(delivery_bodies).where(delivery_bodies.c.seq.in_(old))).rowcount
+
+
+def delete_ledger(tx: Connection, *, before: datetime, limit: int) -> int:
+    """Delete old runs that are over, with all that hangs on them, and old deliveries."""
+    unfinished = select(dispatches.c.run_id).where(
+        dispatches.c.state.in_((DispatchState.READY.value, DispatchState.LEASED.value))
+    )
+    old_runs = (
+        select(runs.c.run_id)
+        .where(
+            runs.c.first_seen_at < ms(before),
+            runs.c.state.in_(("completed", "failed", "lost")),
+            runs.c.run_id.not_in(unfinished),
+        )
+        .order_by(runs.c.first_seen_at)
+        .limit(limit)
+    )
+    deleted = tx.execute(delete(runs).where(runs.c.run_id.in_(old_runs))).rowcount
+    old_deliveries = (
+        select(deliveries.c.seq)
+        .where(
+            deliveries.c.received_at < ms(before),
+            or_(deliveries.c.run_id.is_(None), deliveries.c.run_id.not_in(select(runs.c.run_id))),
+        )
+        .order_by(deliveries.c.received_at)
+        .limit(limit)
+    )
+    return deleted + tx.execute(delete(deliveries).where(deliveries.c.seq.in_(old_deliveries))).rowcount
+
+
+def pull_back(tx: Connection, *, now: datetime, latest: datetime) -> int:
+    """Make due now what a clock that jumped ahead had put further away than anything is ever put."""
+    pulled = tx.execute(update(runs).where(runs.c.next_poll_at > ms(latest)).values(next_poll_at=ms(now))).rowcount
+    return (
+        pulled
+        + tx.execute(
+            update(dispatches)
+            .where(dispatches.c.state == DispatchState.READY.value, dispatches.c.due_at > ms(latest))
+            .values(due_at=ms(now))
+        ).rowcount
+    )

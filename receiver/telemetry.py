@@ -1,0 +1,202 @@
+"""Logs and metrics. A leaf: anyone above may call it, it imports the nouns alone.
+
+Logs never show a secret, a body or a media URL, whoever wrote the line: `scrub` sees every value on its way out.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal, TextIO
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from structlog.typing import Processor
+
+from receiver.model import Event, Run, RunState, Verdict
+
+__all__ = ["Metrics", "configure_logging", "scrub"]
+
+MASK = "***"
+# They log URLs, statements or parameters below this level.
+_TALKATIVE = ("uvicorn", "httpx", "httpcore", "sqlalchemy", "alembic", "asyncio")
+_SECRET_KEY = re.compile(
+    r"(^|_)(secrets?|tokens?|authorization|api_?keys?|signatures?|body|passw(or)?d|cookies?)$", re.IGNORECASE
+)
+_SUSPECT = re.compile(r"://|whsec_|sk_live_|sk_test_|bearer ", re.IGNORECASE)
+_CREDENTIAL = re.compile(r"(whsec_|sk_live_|sk_test_|bearer )[^\s\"',;)\]}]+", re.IGNORECASE)
+_WEB_URL = re.compile(r"\b((?:https?|wss?)://)(?:[^\s/?#\"'<>]*@)?([^\s/?#\"'<>@]*)([^\s\"'<>]*)", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)[^\s/?#\"'<>]*@")
+
+
+def configure_logging(
+    level: str = "info",
+    format: Literal["auto", "console", "json"] = "auto",  # noqa: A002  the setting's own name
+    stream: TextIO | None = None,
+) -> None:
+    """Send structlog's and the standard library's records, scrubbed, to `stream` (default: standard error)."""
+    stream = stream or sys.stderr
+    console = format == "console" or (format == "auto" and stream.isatty())
+    threshold: int = logging.getLevelNamesMapping()[level.upper()]
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        scrub,
+    ]
+    renderer: Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
+    if console:
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        logger_factory=structlog.WriteLoggerFactory(stream),
+        cache_logger_on_first_use=True,
+    )
+    _route_standard_library(stream, threshold, shared, renderer)
+
+
+class _OurHandler(logging.StreamHandler[TextIO]):
+    """Told apart from handlers of others, so that configuring again replaces ours alone."""
+
+
+def _route_standard_library(stream: TextIO, threshold: int, shared: Sequence[Processor], renderer: Processor) -> None:
+    handler = _OurHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [*(each for each in root.handlers if not isinstance(each, _OurHandler)), handler]
+    root.setLevel(threshold)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(max(threshold, logging.WARNING))
+
+
+def scrub(_: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Mask secrets, and above debug shorten web URLs to scheme and host, in every value (a structlog processor)."""
+    shorten = method != "debug"
+    for key, value in event.items():
+        event[key] = _clean(key, value, shorten=shorten)
+    return event
+
+
+def _clean(key: str, value: Any, *, shorten: bool) -> Any:
+    """Return `value` fit to be shown under `key`."""
+    if value is None or isinstance(value, int | float):
+        return value
+    if _is_secret(key):
+        return MASK
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, Mapping):
+        return {str(name): _clean(str(name), each, shorten=shorten) for name, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_clean("", each, shorten=shorten) for each in value]
+    text = str(value) if isinstance(value, str | BaseException) else repr(value)
+    return _clean_text(text, shorten=shorten) if _SUSPECT.search(text) else text
+
+
+@lru_cache(maxsize=1024)
+def _is_secret(key: str) -> bool:
+    return _SECRET_KEY.search(key.replace("-", "_")) is not None
+
+
+def _clean_text(text: str, *, shorten: bool) -> str:
+    text = _CREDENTIAL.sub(rf"\1{MASK}", text)
+    if shorten:
+        text = _WEB_URL.sub(lambda url: f"{url[1]}{url[2]}{'/…' if len(url[3]) > 1 else url[3]}", text)
+    return _USERINFO.sub(f"{MASK}@", text)
+
+
+_ACKNOWLEDGEMENT = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1, 8)
+_BATCH = (1, 2, 4, 8, 16, 32, 64, 128)
+_WORK = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900)
+
+
+class Metrics:
+    """Every metric of one service, on a registry of its own; each method is one thing that happened."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.callbacks = self._counter("callbacks", "Requests to the callback path, by their answer.", "result")
+        self.callback_seconds = self._histogram(
+            "callback_seconds", "From a callback's headers to its committed answer.", _ACKNOWLEDGEMENT
+        )
+        self.commits = self._counter("commits", "Transactions that committed callbacks and reports.")
+        self.commit_batch = self._histogram(
+            "commit_batch", "Callbacks and reports that shared one transaction.", _BATCH
+        )
+        self.polls = self._counter("polls", "Reads of runs, by what came of them.", "outcome")
+        self.api_requests = self._counter("api_requests", "Requests to FLORA's API, by status.", "status")
+        self.runs_settled = self._counter("runs_settled", "Runs that settled, by state.", "state")
+        self.verdicts = self._counter(
+            "verdicts",
+            "Verdicts on the callback channel; `recovered` above zero: callbacks do not reach us.",
+            "verdict",
+        )
+        self.dispatches = self._counter("dispatches", "Handler calls, by how they ended.", "handler", "outcome")
+        self.dispatch_seconds = self._histogram("dispatch_seconds", "Duration of a handler call.", _WORK, "handler")
+        self.download_bytes = self._counter("download_bytes", "Bytes of outputs fetched.")
+        self.runs = self._gauge("runs", "Runs in the ledger, by state.", "state")
+        self.dispatch_backlog = self._gauge("dispatch_backlog", "Dispatches that are not done, by state.", "state")
+        for state in (RunState.COMPLETED, RunState.FAILED, RunState.LOST):
+            self.runs_settled.labels(state.value)
+        for verdict in Verdict:  # an alert on a series that does not exist yet never fires
+            self.verdicts.labels(verdict.value)
+
+    def answered(self, result: str, seconds: float) -> None:
+        """A request to the callback path got its answer: `accepted`, `duplicate`, `ignored` or a refusal's code."""
+        self.callbacks.labels(result).inc()
+        self.callback_seconds.observe(seconds)
+
+    def committed(self, entries: int) -> None:
+        """A group of callbacks and reports is durable."""
+        self.commits.inc()
+        self.commit_batch.observe(entries)
+
+    def polled(self, outcome: str) -> None:
+        """A run was read, or could not be."""
+        self.polls.labels(outcome).inc()
+
+    def happened(self, event: Event, run: Run) -> None:
+        """Something that handlers are told about happened to a run."""
+        if event in {Event.SETTLED, Event.LOST}:
+            self.runs_settled.labels(run.state.value).inc()
+
+    def judged(self, before: Verdict | None, after: Verdict | None) -> None:
+        """A committed change may have given a run another verdict on the callback channel."""
+        if after is not None and after is not before:
+            self.verdicts.labels(after.value).inc()
+
+    def dispatched(self, handler: str, outcome: str, seconds: float) -> None:
+        """A handler's call ended."""
+        self.dispatches.labels(handler, outcome).inc()
+        self.dispatch_seconds.labels(handler).observe(seconds)
+
+    def render(self) -> tuple[bytes, str]:
+        """Return the exposition and its content type."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    def catalogue(self) -> list[tuple[str, str, str]]:
+        """Return (name as scraped, type, help) of every metric, for the documentation."""
+        return [
+            (f"{each.name}_total" if each.type == "counter" else each.name, each.type, each.documentation)
+            for each in self.registry.collect()
+        ]
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"flora_receiver_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"flora_receiver_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"flora_receiver_{name}", text, labels, registry=self.registry, buckets=buckets)
