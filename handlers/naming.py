@@ -249,7 +249,7 @@ class RunKeys:
         beside = beside or self._template.render(self._run, Output(position=0, output_id="", type="", value=""), "")
         directory = beside.rpartition("/")[0]
         name = "run.json" if self._template.directory_names_run else f"{clean(self._run.run_id)}.run.json"
-        return self._claimed(f"{directory}/{name}" if directory else name, ".run.json", position)
+        return self._claimed(f"{directory}/{name}" if directory else name, ".json", position)
 
     def _claimed(self, key: str, ext: str, position: int) -> str:
         while self._owners.setdefault(_fold(key), position) != position:

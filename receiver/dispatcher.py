@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 
+from receiver.changes import Change
 from receiver.decide import Outcome, conclude, settle
 from receiver.download import Download, Downloader
 from receiver.errors import StoreUnavailableError
@@ -250,6 +251,8 @@ class Dispatcher:
     def _tell(self, leased: Leased, outcome: Outcome, reason: str | None, *, written: bool, seconds: float) -> None:
         name = leased.dispatch.handler
         state = outcome.state if written else None
+        if state is not None:
+            self._signals.changes.publish(Change("dispatch", leased.run.run_id, state.value, name))
         self._metrics.dispatched(name, state.value if state else "stale", seconds)
         line = log.bind(
             run_id=leased.run.run_id, handler=name, event_name=leased.dispatch.event.value,

@@ -102,7 +102,11 @@ class Downloader:
         client = self._first
         for _ in range(MAX_REDIRECTS + 1):
             async with _watching(url.host, deadline):
-                response = await client.send(client.build_request("GET", url), stream=True)
+                try:
+                    response = await client.send(client.build_request("GET", url), stream=True)
+                except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                    # Most likely an idle connection that the server was just closing: once more, on another.
+                    response = await client.send(client.build_request("GET", url), stream=True)
             try:
                 if response.status_code not in _REDIRECTS:
                     self._accept(response)
@@ -214,6 +218,8 @@ def _redirected(response: httpx.Response) -> httpx.URL:
 def _clean(url: httpx.URL) -> httpx.URL:
     if url.scheme not in {"http", "https"} or not url.host:
         raise DownloadRefusedError(f"{url.host or 'the output'}: outputs are fetched over https only")
+    if not 0 <= (url.port or 0) < 65536:  # noqa: PLR2004
+        raise DownloadRefusedError(f"{url.host}: there is no such port")
     if url.userinfo:
         raise DownloadRefusedError(f"{url.host}: the output's URL carries credentials")
     return url.copy_with(fragment=None)

@@ -10,13 +10,14 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 import structlog
 from sqlalchemy import Connection
 
-from receiver.decide import Changed, Decision, Policy, Unchanged, reconcile, settle
+from receiver.changes import Change, Changes
+from receiver.decide import Changed, Decision, Kind, Policy, Unchanged, kind_of, reconcile, settle
 from receiver.errors import PayloadError, SignatureError, SignatureProblem, StoreUnavailableError
 from receiver.flora.messages import Callback, parse_callback
 from receiver.flora.signature import verify
@@ -25,14 +26,19 @@ from receiver.model import (
     Delivery,
     Dispatch,
     DispatchState,
+    Event,
     Heard,
+    Origin,
     Output,
+    Registered,
     Rejection,
     Report,
     Run,
+    Start,
     Subscription,
+    Unanswered,
 )
-from receiver.store import Database, ledger
+from receiver.store import Database, channel, ledger, starts
 from receiver.telemetry import Metrics
 
 log = structlog.get_logger("receiver.intake")
@@ -42,6 +48,9 @@ _BATCH = 256
 """Entries that share one commit, at most."""
 _PATIENCE_SECONDS = 8.0
 """FLORA waits 10 s for an answer: better a 503 that it hears than a 200 that it does not."""
+_START_SECONDS = 1.0
+_START_PATIENCE = timedelta(minutes=2)
+"""How long settling a run of unknown origin waits for a start that may name it."""
 _LOGGED = 20
 """Run ids named in one log line, at most."""
 
@@ -86,14 +95,16 @@ class Signals:
 
     poll: asyncio.Event = field(default_factory=asyncio.Event)
     dispatch: asyncio.Event = field(default_factory=asyncio.Event)
+    changes: Changes = field(default_factory=Changes)
 
 
 @dataclass(slots=True)
 class _Entry:
-    """One thing to commit: a delivery, a report, or a delivery with the report that it makes."""
+    """One thing to commit: a delivery, a report, or a delivery with the report that it makes; `start` names its start."""
 
     report: Report | None
     delivery: Delivery | None
+    start: str | None
     done: asyncio.Future["_Recorded"]
 
 
@@ -113,6 +124,7 @@ class _Fold:
     now_are: dict[str, Run]
     outputs: dict[str, Sequence[Output]] = field(default_factory=dict)
     dispatches: list[Dispatch] = field(default_factory=list)
+    happened: dict[str, list[Event]] = field(default_factory=dict)
 
     def new(self) -> list[Run]:
         return sorted((run for key, run in self.now_are.items() if key not in self.before), key=lambda run: run.run_id)
@@ -120,6 +132,16 @@ class _Fold:
     def changed(self) -> list[Run]:
         rows = (run for key, run in self.now_are.items() if key in self.before and run is not self.before[key])
         return sorted(rows, key=lambda run: run.run_id)
+
+    def outcomes(self) -> dict[str, int]:
+        """Return what this batch tells about the callback channel: verdicts given, runs lost."""
+        counts: dict[str, int] = {}
+        for key, run in self.now_are.items():
+            before = self.before.get(key)
+            if run.verdict is not None and (before is None or before.verdict is not run.verdict):
+                counts[run.verdict.value] = counts.get(run.verdict.value, 0) + 1
+        lost = sum(Event.LOST in events for events in self.happened.values())
+        return {**counts, "lost": lost} if lost else counts
 
 
 class Intake:
@@ -155,8 +177,13 @@ class Intake:
         self.rejections: deque[Rejection] = deque(maxlen=1000)
         """Refused requests not written down yet; the janitor empties it."""
 
-    async def accept(self, body: bytes, signature: str | None, *, remote: str | None = None) -> Answer:
-        """Verify, parse and commit one callback. Raises StoreUnavailableError if it could not be committed."""
+    async def accept(
+        self, body: bytes, signature: str | None, *, remote: str | None = None, start: str | None = None
+    ) -> Answer:
+        """Verify, parse and commit one callback. Raises StoreUnavailableError if it could not be committed.
+
+        `start` is the token that the callback's URL carried, if any: it links the run to our intent to start it.
+        """
         now = self._clock()
         try:
             verified = verify(
@@ -183,21 +210,24 @@ class Intake:
         try:
             callback = parse_callback(body)
         except PayloadError as error:
-            await self._enter(None, delivery)  # authentic, so worth keeping: FLORA may have changed its format
+            await self._enter(None, delivery, None)  # authentic, so worth keeping: FLORA may have changed its format
             log.error("callback.unreadable", reason=str(error), size=len(body))
             return self.refuse("invalid_payload", str(error), remote=remote, size=len(body))
         owner = self._secrets[verified.secret].workspace_id
         if owner is not None and callback.workspace_id is not None and owner != callback.workspace_id:
             message = f"signed with the secret of {owner}, but about a run of another workspace"
             return self.refuse("workspace_mismatch", message, remote=remote, size=len(body))
-        recorded = await self._enter(_heard(callback, now), _named(delivery, callback))
+        recorded = await self._enter(_heard(callback, now), _named(delivery, callback), start)
         if not recorded.new_delivery:
             return Duplicate()
         return Accepted() if callback.told is not None else Ignored()
 
-    async def learn(self, report: Report) -> Decision:
-        """Commit what a report does to its run, and return it. Raises StoreUnavailableError."""
-        return (await self._enter(report, None)).decision
+    async def learn(self, report: Report, *, start: str | None = None) -> Decision:
+        """Commit what a report does to its run, and return it. Raises StoreUnavailableError.
+
+        With `start`, the report's run is that start's: both are committed together.
+        """
+        return (await self._enter(report, None, start)).decision
 
     def refuse(self, code: str, message: str, *, remote: str | None, size: int) -> Refused:
         """Note a refusal, for operators; nothing of the body is kept."""
@@ -220,8 +250,8 @@ class Intake:
         except (PayloadError, StoreUnavailableError):
             pass  # it stays refused; polling will find the run
 
-    async def _enter(self, report: Report | None, delivery: Delivery | None) -> _Recorded:
-        entry = _Entry(report, delivery, asyncio.get_running_loop().create_future())
+    async def _enter(self, report: Report | None, delivery: Delivery | None, start: str | None) -> _Recorded:
+        entry = _Entry(report, delivery, start, asyncio.get_running_loop().create_future())
         self._waiting.append(entry)
         if self._committing is None:
             self._committing = asyncio.create_task(self._commit_all(), name="intake.commit")
@@ -267,6 +297,7 @@ class Intake:
         seen = set(ledger.known_deliveries(tx, delivery_ids)) if delivery_ids else set()
         known = ledger.runs_by_id(tx, run_ids) if run_ids else {}
         fold = _Fold(known, dict(known))
+        asked = starts.by_token(tx, tokens) if (tokens := {entry.start for entry in batch if entry.start}) else {}
         fresh: list[Delivery] = []
         again: dict[str, int] = {}
         recorded = []
@@ -279,7 +310,12 @@ class Intake:
                     fresh.append(entry.delivery)
                 else:
                     again[entry.delivery.delivery_id] = again.get(entry.delivery.delivery_id, 0) + 1
-            decision = self._decide(tx, fold, entry.report, now) if entry.report is not None else Unchanged()
+            decision: Decision = Unchanged()
+            if entry.report is not None:
+                start = asked.get(entry.start or "")
+                if start is not None and not isinstance(entry.report, Registered):
+                    self._decide(tx, fold, registered(start, entry.report.run_id, now), now)
+                decision = self._decide(tx, fold, entry.report, now)
             recorded.append(_Recorded(is_new, decision))
         ledger.add_deliveries(tx, sorted(fresh, key=lambda delivery: delivery.delivery_id))
         ledger.count_duplicates(tx, again, at=now)
@@ -287,21 +323,41 @@ class Intake:
         ledger.change_runs(tx, fold.changed())
         ledger.add_outputs(tx, fold.outputs)
         ledger.add_dispatches(tx, fold.dispatches)
+        starts.mark_started(
+            tx, {entry.start: entry.report.run_id for entry in batch if entry.report and entry.start in asked}
+        )
+        channel.count(tx, fold.outcomes(), now=now)
         return recorded, fold
 
     def _decide(self, tx: Connection, fold: _Fold, report: Report, now: datetime) -> Decision:
         # A duplicate is decided about like anything else: the rules make it harmless, not the delivery's id. So the
         # same delivery id with another body still makes the run that it names due.
         run_id = report.run_id
-        decision = reconcile(fold.now_are.get(run_id), report, self._policy, now=now, jitter=self._jitter())
+        run = fold.now_are.get(run_id)
+        if run is not None and self._must_wait(tx, run, report, now):
+            report = Unanswered(run_id, now, retry_after=_START_SECONDS)
+        decision = reconcile(run, report, self._policy, now=now, jitter=self._jitter())
         if isinstance(decision, Changed):
             fold.now_are[run_id] = decision.run
+            fold.happened.setdefault(run_id, []).extend(decision.events)
             if decision.outputs:
                 fold.outputs[run_id] = decision.outputs
             if decision.events:
                 outputs = fold.outputs.get(run_id) or ledger.outputs_of_runs(tx, [run_id])[run_id]
                 fold.dispatches += settle(decision.run, outputs, decision.events, self._subscriptions, now=now)
         return decision
+
+    def _must_wait(self, tx: Connection, run: Run, report: Report, now: datetime) -> bool:
+        """Return whether settling has to wait: the run may be one that we are starting right now.
+
+        Its callback overtook the answer to its start and carried no token; settled now, its dispatches would be judged
+        without the metadata and the technique that the start knows.
+        """
+        if run.origin is not Origin.CALLBACK or run.settled_at is not None:
+            return False
+        if kind_of(report) not in {Kind.COMPLETED, Kind.FAILED}:
+            return False
+        return starts.any_asking(tx, workspace_id=run.workspace_id, since=now - _START_PATIENCE)
 
     def _tell(self, batch: Sequence[_Entry], recorded: Sequence[_Recorded], fold: _Fold) -> None:
         """After the commit: wake the loops, count, and write one line for the batch and one for each event."""
@@ -315,6 +371,9 @@ class Intake:
         if callbacks:
             log.info("callbacks.committed", new=len(new), duplicates=len(callbacks) - len(new), run_ids=new[:_LOGGED])
         self._metrics.committed(len(batch))
+        for run in (*fold.new(), *fold.changed()):
+            detail = " ".join(fold.happened.get(run.run_id, ()))
+            self._signals.changes.publish(Change("run", run.run_id, run.state.value, detail))
         for run_id, run in fold.now_are.items():
             before = fold.before.get(run_id)
             self._metrics.judged(before.verdict if before else None, run.verdict)
@@ -338,6 +397,20 @@ def _tell_events(decision: Changed, metrics: Metrics) -> None:
             charged_cost=run.charged_cost,
         )
         metrics.happened(event, run)
+
+
+def registered(start: Start, run_id: str, now: datetime) -> Registered:
+    """Return what a start knows about the run that it made."""
+    return Registered(
+        run_id=run_id,
+        origin=Origin.STARTED,
+        registered_at=now,
+        callback_expected=start.callback_expected,
+        run_type="technique" if start.technique_id else "generation",
+        technique_id=start.technique_id or None,
+        workspace_id=start.workspace_id or None,
+        metadata=start.metadata,
+    )
 
 
 def _heard(callback: Callback, now: datetime) -> Heard | None:

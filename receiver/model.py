@@ -352,6 +352,62 @@ class Dispatch:
         return f"{self.run_id}:{self.handler}:{self.event}:{self.round}"
 
 
+class StartState(StrEnum):
+    """Where an intent to start a run stands."""
+
+    ASKING = "asking"
+    """Committed; FLORA is being asked, or will be again. Left by FLORA's answer, or by the run's own callback."""
+    STARTED = "started"
+    """`run_id` names the run. Never left."""
+    REFUSED = "refused"
+    """FLORA said no, and why. Left by asking again with the same key."""
+    UNKNOWN = "unknown"
+    """FLORA may have a run and we cannot tell which. Left by its callback, or by an operator's word."""
+
+
+class Operation(StrEnum):
+    """FLORA's two ways to start a run."""
+
+    TECHNIQUE_RUN = "technique_run"
+    """`POST /techniques/{technique_id}/runs`"""
+    GENERATE = "generate"
+    """`POST /generate`"""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The intent to start a run, committed before FLORA is asked.
+
+    The key is (workspace_id, operation, technique_id, idempotency_key); `token` is in the callback's URL and links a
+    callback to its start even when the answer to the start was never heard.
+    """
+
+    token: str = field(repr=False)
+    workspace_id: str
+    """Whose API key asks; empty: the default one."""
+    operation: Operation
+    technique_id: str
+    """Empty for `generate`."""
+    idempotency_key: str
+    request: str = field(repr=False)
+    """The JSON body that FLORA gets, byte for byte on every attempt."""
+    request_hash: str
+    """SHA-256 of what the caller asked for: the same key with another one is a conflict."""
+    metadata: Mapping[str, Any]
+    callback_expected: bool
+    state: StartState
+    created_at: datetime
+    due_at: datetime
+    attempts: int = 0
+    run_id: str | None = None
+    error_status: int | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    error_fields: tuple[tuple[str, str], ...] = ()
+    request_id: str | None = None
+    """FLORA's `request-id` of the last answer: its support asks for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rejection:
     """One refused request; never its body."""

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import socket
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,9 @@ async def test_a_file_arrives_whole_in_bounded_chunks(media: MediaServer, downlo
 
 async def test_nothing_of_ours_is_sent_along(media: MediaServer, downloader: Downloader) -> None:
     """Media hosts get no credentials, no cookies, no referer, and no offer of compression."""
-    await read(downloader, media.output("/secret?x=1#part", page(b"x")))
-    head = media.requests[0].lower() if media.requests else ""
+    output = media.output("/secret?x=1", page(b"x"))
+    await read(downloader, replace(output, value=f"{output.value}#part"))
+    head = media.requests[0].lower()
     assert head.startswith("get /secret?x=1 http/1.1")
     assert "accept-encoding: identity" in head
     for name in ("authorization", "cookie", "referer"):
@@ -133,7 +135,7 @@ async def test_redirects_never_reach_private_hosts(media: MediaServer, downloade
     assert all(head.startswith("GET /secret ") for head in media.requests)
 
 
-@pytest.mark.parametrize("location", ["", "http://[::1/secret", "https://x:y@example.com/secret"])
+@pytest.mark.parametrize("location", ["", "ftp://example.com/secret", "https://x:y@example.com/secret"])
 async def test_redirects_to_nowhere_are_refused(media: MediaServer, downloader: Downloader, location: str) -> None:
     """A redirect must name a URL, without credentials."""
     output = media.output("/secret", redirect(location))
@@ -162,8 +164,16 @@ async def test_too_large_while_streaming(media: MediaServer, size: int) -> None:
 
 @pytest.mark.parametrize(
     ("status", "expired"),
-    [("404 Not Found", True), ("403 Forbidden", True), ("410 Gone", True), ("500 Oops", False), ("429 Slow", False)]
-    + [("206 Partial Content", False), ("204 No Content", False), ("401 Who", False)],
+    [
+        ("404 Not Found", True),
+        ("403 Forbidden", True),
+        ("410 Gone", True),
+        ("500 Oops", False),
+        ("429 Slow", False),
+        ("206 Partial Content", False),
+        ("204 No Content", False),
+        ("401 Who", False),
+    ],
 )
 async def test_answers_other_than_200(media: MediaServer, downloader: Downloader, status: str, expired: bool) -> None:
     """Only 200 is an output. 403, 404 and 410 say that a fresh URL is needed."""
@@ -239,10 +249,14 @@ async def test_nobody_listening_fails(media: MediaServer) -> None:
 async def test_an_error_of_the_reader_stays_its_own(media: MediaServer, downloader: Downloader) -> None:
     """What the handler raises inside the download is not mistaken for a failed download."""
     output = media.output("/secret", page(b"x" * 3_000_000))
-    with pytest.raises(TimeoutError, match="mine"):
+
+    async def impatient() -> None:
         async with downloader.open(output) as download:
             async for _ in download:
                 raise TimeoutError("mine")
+
+    with pytest.raises(TimeoutError, match="mine"):
+        await impatient()
 
 
 async def local(host: str, port: int) -> Sequence[str]:
@@ -258,17 +272,17 @@ async def test_tls_is_verified_against_the_name_and_not_the_address(tmp_path: Pa
             allow_private_hosts=[media.authority, wrong.authority], tls=tls_context(ca), resolve=local
         )
         assert await read(downloader, output) == b"safe"
-        await downloader.aclose()
         assert isinstance(await failure(downloader, wrong.output("/secret", page(b"x"))), DownloadFailedError)
         untrusting = Downloader(allow_private_hosts=[media.authority], tls=TLS, resolve=local)
         assert isinstance(await failure(untrusting, output), DownloadFailedError)
+        await downloader.aclose()
         assert len(media.requests) == 1
         assert not wrong.requests
 
 
 async def test_redirects_in_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three redirects are followed by hand, without cookies or referer; a fourth, or one down to http, is refused."""
-    monkeypatch.setattr("receiver.http.is_public", lambda address: True)  # loopback plays the internet
+    monkeypatch.setattr("receiver.http.is_public", lambda _: True)  # loopback plays the internet
     server_tls, ca = certificate(tmp_path, "media.test")
     async with serving("media.test", server_tls) as media:
         downloader = Downloader(tls=tls_context(ca), resolve=local)

@@ -94,7 +94,7 @@ class Names:
         self.addresses = addresses
         self.asked = 0
 
-    async def __call__(self, host: str, port: int) -> Sequence[str]:
+    async def __call__(self, _host: str, _port: int) -> Sequence[str]:
         self.asked += 1
         return self.addresses
 

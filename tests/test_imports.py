@@ -66,7 +66,7 @@ def test_no_cycle_of_any_kind() -> None:
     [
         ("receiver.errors", ()),
         ("receiver.model", ()),
-        ("receiver.decide", ("receiver.model",)),
+        ("receiver.decide", ("receiver.model", "receiver.errors")),
         ("receiver.flora.signature", ("receiver.errors",)),
         ("receiver.emulator", ("receiver.flora.signature", "receiver.errors")),
         ("receiver.telemetry", ("receiver.model",)),

@@ -113,8 +113,8 @@ def trigger(
     case: Annotated[str, typer.Option(help="completed, failed, or the code of the refusal to provoke.")] = "completed",
     run_id: Annotated[Optional[str], typer.Option(help="The run it is about; default: a made-up one.")] = None,  # noqa: UP045
     delivery_id: Annotated[
-        Optional[str], typer.Option(help="The delivery's id; the same again is a duplicate.")
-    ] = None,  # noqa: UP045
+        str | None, typer.Option(help="The delivery's id; the same again is a duplicate.")
+    ] = None,
     secret: Annotated[Optional[str], typer.Option(help="Signing secret; default: FLORA_WEBHOOK_SECRET.")] = None,  # noqa: UP045
     ca: Annotated[Optional[Path], typer.Option(help="A further CA to trust (PEM).")] = None,  # noqa: UP045
     json: Json = False,

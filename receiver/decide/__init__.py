@@ -1,6 +1,7 @@
 """The rules of the service, pure: no clock, no I/O, no log. The state table is in `reconcile.py`."""
 
 from receiver.decide.attempts import Outcome, conclude
+from receiver.decide.channel import ChannelHealth, channel_health
 from receiver.decide.decision import Changed, Decision, Unchanged
 from receiver.decide.policy import Policy
 from receiver.decide.polling import Route, failure_pause, next_poll, right_route, route
@@ -11,6 +12,7 @@ __all__ = [
     "SETTLED_STATES",
     "TABLE",
     "Changed",
+    "ChannelHealth",
     "Decision",
     "Kind",
     "Outcome",
@@ -18,6 +20,7 @@ __all__ = [
     "Route",
     "Unchanged",
     "callback_gone_at",
+    "channel_health",
     "conclude",
     "failure_pause",
     "filter_reason",

@@ -1,4 +1,4 @@
-"""The callback sender: one signed POST per ended run, four attempts, and whatever faults were asked for. Started by `starts`."""
+"""The callback sender: one signed POST per ended run, four attempts, and the faults that were asked for."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ _API_VERSION = "2026-06-11"
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One POST that was made, or would have been: `status` when it was answered, else `error`. `at` is unix milliseconds."""
+    """One POST, made or dropped: `status` when it was answered, else `error`. `at` is unix milliseconds."""
 
     attempt: int
     copy: int
@@ -131,14 +131,18 @@ class Callbacks:
             del self._tasks[run_id]
 
     async def _send(self, run_id: str, url: str) -> None:
-        while (run := self._runs.find(run_id)) is not None and (left := run.ends_at - self._clock()) > 0:
-            await asyncio.sleep(left)
-        if run is None:
-            return
+        run = await self._ended(run_id)
         delivery = self._delivery(run, url)
         self.deliveries.append(delivery)
         await self._hold(delivery)
         await self._attempts(delivery)
+
+    async def _ended(self, run_id: str) -> Run:
+        """Wait for the end of the run. A sleep may end a little early by the clock, hence the loop."""
+        # Nothing but `schedule` moves the end, and it starts this anew.
+        while (left := (run := self._runs.get(run_id)).ends_at - self._clock()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left)
+        return run
 
     def _delivery(self, run: Run, url: str) -> Delivery:
         faults = self._faults.take(Family.CALLBACK, run_id=run.run_id)

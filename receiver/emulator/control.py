@@ -74,6 +74,6 @@ class Control:
 async def _faults(request: Request) -> tuple[Fault, ...]:
     body = await json_body(request)
     try:
-        return parse_faults(body["faults"] if "faults" in body else body)
+        return parse_faults(body.get("faults", body))
     except InvalidFault as error:
         raise invalid_input(Field("faults", str(error))) from error

@@ -1,7 +1,7 @@
 """Everything that can be made to go wrong, as data: how a fault is written, and the book of those in force.
 
-A fault is JSON: `{"kind": "rate_limited", "retry_after": 2, "next": 3, "path": "/technique-runs"}`. `kind` decides the family, and
-with it who asks for it: the API gate, the callback sender, the media server, or the start of a run.
+A fault is JSON: `{"kind": "rate_limited", "retry_after": 2, "next": 3, "path": "/technique-runs"}`. `kind` decides the
+family, and with it who carries it out: the API gate, the callback sender, the media server, or the start of a run.
 """
 
 import random
@@ -79,8 +79,9 @@ class InvalidFault(ValueError):  # noqa: N818 - a fault that is invalid, not an 
 class Fault:
     """One fault.
 
-    It strikes with `probability`, at the next `next` occasions only (None: every one), on paths that start with `path` (API and
-    media; the part after /api/v1 will do) and requests of `method`; of a callback, on the attempts listed (1 to 4; none: all).
+    It strikes with `probability`, at the next `next` occasions only (None: every one), on paths that start with `path`
+    (API and media; the part after /api/v1 will do) and requests of `method`; of a callback, on the `attempts` listed
+    (1 to 4; none listed: all). An occasion is a request, a download, a callback with all its attempts, or a start.
     """
 
     kind: str

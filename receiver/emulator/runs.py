@@ -145,6 +145,8 @@ def with_fault(run: Run, fault: Fault) -> Run:
         case "size":
             size = int(fault.number("bytes"))
             run = replace(run, outputs=tuple(replace(output, size=size) for output in run.outputs))
+        case _:
+            pass
     return run
 
 
@@ -163,6 +165,9 @@ class RunBook:
 
     def find(self, run_id: str) -> Run | None:
         return self._runs.get(run_id)
+
+    def get(self, run_id: str) -> Run:
+        return self._runs[run_id]
 
     def apply(self, run_id: str, faults: Iterable[Fault]) -> Run:
         run = self._runs[run_id]

@@ -143,9 +143,7 @@ def input_values(technique: Technique, inputs: object) -> tuple[dict[str, str], 
     return values, wrong
 
 
-def _wrong_with(  # noqa: PLR0911 - a list of refusals
-    given: object, declared: dict[str, Input], seen: dict[str, str]
-) -> Field | None:
+def _wrong_with(given: object, declared: dict[str, Input], seen: dict[str, str]) -> Field | None:
     if not isinstance(given, dict):
         return Field("", "must be an object with id, type and value")
     for key in ("id", "type", "value"):

@@ -178,6 +178,52 @@ artifacts = Table(
     CheckConstraint("(stored_at IS NULL) = (sha256 IS NULL)", name="stored"),
 )
 
+starts = Table(
+    "starts",
+    metadata,
+    Column("token", Text, primary_key=True),
+    Column("workspace_id", Text, nullable=False),
+    Column("operation", Text, nullable=False),
+    Column("technique_id", Text, nullable=False),
+    Column("idempotency_key", Text, nullable=False),
+    Column("request", Text, nullable=False),
+    Column("request_hash", Text, nullable=False),
+    Column("metadata", Text, nullable=False),
+    Column("callback_expected", Boolean, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("due_at", BigInteger, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("run_id", Text),
+    Column("error_status", Integer),
+    Column("error_code", Text),
+    Column("error_message", Text),
+    Column("error_fields", Text, nullable=False),
+    Column("request_id", Text),
+    UniqueConstraint("workspace_id", "operation", "technique_id", "idempotency_key"),
+    CheckConstraint("state IN ('asking', 'started', 'refused', 'unknown')", name="state"),
+    CheckConstraint("operation IN ('technique_run', 'generate')", name="operation"),
+    CheckConstraint("(state = 'started') = (run_id IS NOT NULL)", name="started"),
+    Index("ix_starts_asking", "due_at", sqlite_where=text("state = 'asking'"), postgresql_where=text("state = 'asking'")),
+    Index("ix_starts_run_id", "run_id"),
+)  # fmt: skip
+
+channel_hours = Table(
+    "channel_hours",
+    metadata,
+    Column("hour", BigInteger, primary_key=True),
+    Column("outcome", Text, primary_key=True),
+    Column("runs", Integer, nullable=False),
+)
+
+watermarks = Table(
+    "watermarks",
+    metadata,
+    Column("scope", Text, primary_key=True),
+    Column("created_at", BigInteger, nullable=False),
+    Column("swept_at", BigInteger, nullable=False),
+)
+
 rejections = Table(
     "rejections",
     metadata,

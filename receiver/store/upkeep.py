@@ -1,4 +1,4 @@
-"""Statements of the janitor: retention, the ring of rejections, clocks that jumped. In small pieces: the door waits for them."""
+"""Statements of the janitor: retention, the ring of rejections, clocks that jumped. In small pieces: the door waits."""
 
 from collections.abc import Sequence
 from datetime import datetime

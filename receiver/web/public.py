@@ -91,7 +91,8 @@ async def _callback(request: Request, intake: Intake, limit: int, timeout_second
     # Two headers of this name are one that FLORA never wrote: joined, they hold two times and are refused as malformed.
     signatures = request.headers.getlist(HEADER)
     try:
-        answer = await intake.accept(body, ",".join(signatures) if signatures else None, remote=remote)
+        signature = ",".join(signatures) if signatures else None
+        answer = await intake.accept(body, signature, remote=remote, start=request.query_params.get("start"))
     except StoreUnavailableError as error:
         return refusal("unavailable", f"{error}; nothing was committed, please retry"), "unavailable"
     match answer:

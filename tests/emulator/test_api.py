@@ -42,12 +42,12 @@ def test_a_run_moves_by_the_clock_alone() -> None:
     """pending, running with progress, completed; the cost comes later when it lags."""
     clock = Clock()
     emulator = Emulator(EmulatorSettings(run_seconds=10, read_lag_seconds=2, cost_lag_seconds=5), clock=clock)
-    run = emulator.runs.find(emulator.start_run())
-    assert run is not None
+    run_id = emulator.start_run()
     seen = []
     for step in (0, 5, 5, 3, 2):
         clock.now += step
-        said = emulator.document(run.run_id, "http://127.0.0.1")
+        said = emulator.document(run_id, "http://127.0.0.1")
+        assert said is not None
         seen.append((said["status"], said["progress"], "charged_cost" in said))
     assert seen == [
         ("pending", 0, False),
@@ -122,7 +122,7 @@ async def test_lists_page_newest_first(bench: Bench) -> None:
 )
 async def test_wrong_starts_are_refused_by_field(bench: Bench, body: dict[str, object], field: str) -> None:
     """400 input_validation_error names the field; nothing is started."""
-    error = (await bench.start(status=400, **body))["error"]
+    error = (await bench.start(status=400, body=body))["error"]
     assert isinstance(error, dict)
     assert error["code"] == "input_validation_error"
     assert field in [one["field"] for one in error["fields"]]
@@ -173,13 +173,13 @@ async def test_keys(bench: Bench) -> None:
 
 async def test_idempotency_in_body_and_header(bench: Bench) -> None:
     """A repeated key is a duplicate, with another body a conflict; each destination has its own keys; one run exists."""
-    await bench.start(idempotency_key="k")
-    duplicate = (await bench.start(idempotency_key="k", status=409))["error"]
-    conflict = (await bench.start(idempotency_key="k", mode="stream", status=422))["error"]
+    await bench.start(body={"idempotency_key": "k"})
+    duplicate = (await bench.start(body={"idempotency_key": "k"}, status=409))["error"]
+    conflict = (await bench.start(body={"idempotency_key": "k", "mode": "stream"}, status=422))["error"]
     assert isinstance(duplicate, dict)
     assert isinstance(conflict, dict)
     assert (duplicate["code"], conflict["code"]) == ("idempotency_duplicate", "idempotency_conflict")
-    await bench.start("emu-video", idempotency_key="k")
+    await bench.start("emu-video", body={"idempotency_key": "k"})
     assert len((await bench.client.get("/technique-runs")).json()["technique_runs"]) == 2
     header = {"idempotency-key": "k"}
     answers = await asyncio.gather(*(bench.client.post("/generate", json=GENERATION, headers=header) for _ in range(5)))
@@ -188,15 +188,15 @@ async def test_idempotency_in_body_and_header(bench: Bench) -> None:
 
 async def test_a_failed_request_releases_its_key(bench: Bench) -> None:
     """After a 400 or a 500 the key may be used again."""
-    await bench.start(idempotency_key="k", mode="later", status=400)
-    await bench.start(idempotency_key="k", faults={"kind": "internal_error"}, status=500)
-    await bench.start(idempotency_key="k")
+    await bench.start(body={"idempotency_key": "k", "mode": "later"}, status=400)
+    await bench.start(body={"idempotency_key": "k"}, faults={"kind": "internal_error"}, status=500)
+    await bench.start(body={"idempotency_key": "k"})
 
 
 async def test_replay(make_bench: MakeBench) -> None:
     """In replay mode the original answer comes back, marked."""
     bench = await make_bench(EmulatorSettings(replay_idempotent=True))
-    first = await bench.start(idempotency_key="k")
+    first = await bench.start(body={"idempotency_key": "k"})
     body = {"mode": "async", "inputs": [PROMPT], "idempotency_key": "k"}
     again = await bench.client.post("/techniques/emu-image/runs", json=body)
     assert again.headers["idempotent-replayed"] == "true"

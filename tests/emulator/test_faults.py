@@ -50,7 +50,7 @@ async def test_answers_that_suffer_after_the_fact(bench: Bench) -> None:
     body = {"mode": "async", "inputs": [{"id": "prompt", "type": "text", "value": "x"}]}
     header = {"Emulator-Faults": '{"kind": "truncated_json"}'}
     answer = await bench.client.post("/techniques/emu-image/runs", json=body, headers=header)
-    with pytest.raises(ValueError, match="Expecting|Unterminated|delimiter"):
+    with pytest.raises(ValueError, match=r"Expecting|Unterminated"):
         answer.json()
     with pytest.raises(httpx.RemoteProtocolError):
         await bench.start(faults={"kind": "cut_answer"})

@@ -1,0 +1,119 @@
+"""What an answer to a start means, and what to do about a start that was not answered. Pure.
+
+FLORA's idempotency key makes asking again safe for two hours: a repeated key never makes a second run (FLORA contract,
+section 4). After that nothing does, so we stop asking before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from receiver.errors import FloraError
+from receiver.model import Snapshot, Start, StartState
+
+SAFE_TO_REPEAT = timedelta(minutes=100)
+"""FLORA's key lives two hours (its site says 24): we trust it for less."""
+
+_SKEW = timedelta(seconds=30)
+_LONGEST_PAUSE_SECONDS = 30.0
+_UNKNOWN = (
+    "FLORA may have started this run and we could not tell which it is: look it up in FLORA, then say so with "
+    "`flora-receiver runs resolve`; its callback settles the question by itself"
+)
+
+
+class Reply(StrEnum):
+    """What FLORA's refusal of a start means."""
+
+    DENIED = "denied"
+    """It said no: nothing was started, and the same question gets the same answer."""
+    EXISTS = "exists"
+    """The key was used before: the run exists, and this answer does not name it."""
+    AGAIN = "again"
+    """It did not say: ask again with the same key."""
+
+
+def reply_of(error: FloraError) -> Reply:
+    """Return what a failed start means, by FLORA's table of errors."""
+    if error.status == 409:  # noqa: PLR2004 -- idempotency_duplicate; `conflict` names no other reason
+        return Reply.EXISTS
+    if error.status is None or error.status == 429 or error.status >= 500 or error.status < 400:  # noqa: PLR2004
+        return Reply.AGAIN
+    return Reply.DENIED
+
+
+def may_repeat(start: Start, *, now: datetime) -> bool:
+    """Return whether asking again cannot start a second run."""
+    return now - start.created_at < SAFE_TO_REPEAT
+
+
+def denied(start: Start, error: FloraError) -> Start:
+    """Return the start as FLORA refused it, with its reasons kept."""
+    return replace(_explained(start, error), state=StartState.REFUSED)
+
+
+def deferred(start: Start, error: FloraError, *, now: datetime, jitter: float = 0.5) -> Start:
+    """Return the start to be asked about again: after what FLORA named, else 1, 2, 4 … 30 s."""
+    pause = error.retry_after
+    if pause is None:
+        pause = 5.0 if error.status == 429 else min(2.0 ** min(start.attempts, 5), _LONGEST_PAUSE_SECONDS)  # noqa: PLR2004
+        pause *= 1 + 0.25 * jitter
+    explained = _explained(start, error)
+    return replace(explained, attempts=start.attempts + 1, due_at=now + timedelta(seconds=min(pause, 3600)))
+
+
+def unresolved(start: Start) -> Start:
+    """Return the start as one that only its callback, or an operator, can resolve."""
+    return replace(start, state=StartState.UNKNOWN, error_code="unknown_outcome", error_message=_UNKNOWN)
+
+
+def asked_again(start: Start, *, token: str, request: str, now: datetime) -> Start:
+    """Return a refused start as a fresh intent: its key was released when FLORA refused it."""
+    return replace(
+        start,
+        token=token,
+        request=request,
+        state=StartState.ASKING,
+        created_at=now,
+        due_at=now,
+        attempts=0,
+        error_status=None,
+        error_code=None,
+        error_message=None,
+        error_fields=(),
+        request_id=None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """When the run of a start must have been created, by FLORA's clock, allowing for ours."""
+
+    since: datetime
+    until: datetime
+
+
+def window_of(start: Start, *, now: datetime) -> Window:
+    return Window(start.created_at - _SKEW, now + _SKEW)
+
+
+def candidates(snapshots: Sequence[Snapshot], start: Start, *, now: datetime) -> tuple[Snapshot, ...]:
+    """Return the listed runs that could be this start's: its technique, created while it was being asked for."""
+    window = window_of(start, now=now)
+    return tuple(
+        snapshot
+        for snapshot in snapshots
+        if snapshot.created_at is not None and window.since <= snapshot.created_at <= window.until
+    )
+
+
+def _explained(start: Start, error: FloraError) -> Start:
+    return replace(
+        start,
+        error_status=error.status,
+        error_code=error.code,
+        error_message=str(error),
+        error_fields=error.fields,
+        request_id=error.request_id,
+    )

@@ -1,0 +1,380 @@
+"""Starts runs at FLORA and takes up runs that others started. `start` and `track` are called by the API; `run` recovers.
+
+The intent is committed before FLORA is asked, the answer after it. Whatever happens in between, the same bytes are asked
+again under the same key, and the token in the callback's URL names the run even if no answer is ever heard.
+"""
+
+import asyncio
+import hashlib
+import json
+import random
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import structlog
+from sqlalchemy import Connection
+
+from receiver.budget import Budget
+from receiver.changes import Change
+from receiver.decide.starting import (
+    Reply,
+    asked_again,
+    candidates,
+    deferred,
+    denied,
+    may_repeat,
+    reply_of,
+    unresolved,
+    window_of,
+)
+from receiver.errors import FloraError, StoreUnavailableError
+from receiver.flora.client import FloraClient
+from receiver.flora.messages import StartedRun
+from receiver.intake import Intake, Signals, registered
+from receiver.model import Operation, Registered, Run, Snapshot, Start, StartState
+from receiver.store import Database, ledger, starts
+from receiver.store.rows import moment
+from receiver.waiting import either
+
+log = structlog.get_logger("receiver.starter")
+
+_IDLE_SECONDS = 5.0
+_AT_ONCE = 64
+_PAGES = 20
+"""Pages that are searched for the run of an unanswered start, at most: the newest two thousand."""
+_OPEN = (StartState.ASKING, StartState.UNKNOWN)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartRequest:
+    """What a caller wants started. `technique_id` for a technique run; `generate` is the body of `POST /generate`."""
+
+    technique_id: str = ""
+    inputs: tuple[Mapping[str, Any], ...] = ()
+    mode: str = "async"
+    generate: Mapping[str, Any] | None = None
+    workspace_id: str = ""
+    callback_url: str | None = None
+    """None: ours. Another one is passed on, and the run is polled."""
+    idempotency_key: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def operation(self) -> Operation:
+        return Operation.TECHNIQUE_RUN if self.generate is None else Operation.GENERATE
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what FLORA would be asked to do, apart from the key and our own callback URL."""
+        asked = [self.technique_id, list(self.inputs), self.mode, self.generate, self.callback_url]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """The key was used before, for something else."""
+
+    start: Start
+
+
+class Starter:
+    """Starts and tracks. `callback_url` is ours as FLORA must call it; None: there is none, and runs are polled."""
+
+    def __init__(
+        self,
+        database: Database,
+        intake: Intake,
+        clients: Mapping[str | None, FloraClient],
+        budgets: Mapping[str | None, Budget],
+        *,
+        signals: Signals,
+        callback_url: str | None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._database = database
+        self._intake = intake
+        self._clients = clients
+        self._budgets = budgets
+        self._signals = signals
+        self._callback_url = callback_url
+        self._clock = clock
+        self._jitter = jitter
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+
+    async def start(self, request: StartRequest) -> Start | Conflict:
+        """Commit the intent and return it; FLORA is asked at once, see `settled` for its answer.
+
+        The same key for the same request returns what became of it, and starts nothing; a refused one is asked again.
+        """
+        now = self._clock()
+        key = request.idempotency_key or f"auto-{secrets.token_hex(16)}"
+
+        def commit(tx: Connection) -> Start | Conflict:
+            before = starts.by_key(
+                tx,
+                workspace_id=request.workspace_id,
+                operation=request.operation,
+                technique_id=request.technique_id,
+                idempotency_key=key,
+            )
+            if before is not None and before.request_hash != request.hash:
+                return Conflict(before)
+            if before is not None and before.state is not StartState.REFUSED:
+                return before
+            token = secrets.token_hex(16)
+            body, expected = self._body(request, key, token)
+            if before is not None:
+                again = replace(asked_again(before, token=token, request=body, now=now), metadata=request.metadata)
+                starts.replace_refused(tx, before.token, again)
+                return again
+            new = Start(
+                token=token,
+                workspace_id=request.workspace_id,
+                operation=request.operation,
+                technique_id=request.technique_id,
+                idempotency_key=key,
+                request=body,
+                request_hash=request.hash,
+                metadata=request.metadata,
+                callback_expected=expected,
+                state=StartState.ASKING,
+                created_at=now,
+                due_at=now,
+            )
+            starts.add(tx, new)
+            return new
+
+        start = await self._database.write(commit)
+        if isinstance(start, Start) and start.state is StartState.ASKING:
+            self._ask_soon(start)
+        return start
+
+    async def settled(self, token: str, *, timeout_seconds: float) -> Start | None:
+        """Return a start as soon as FLORA has answered it, or as it stands when the time is over."""
+        with self._signals.changes.listening(token) as listener:
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    while True:
+                        found = await self.find(token)
+                        if found is None or found.state is not StartState.ASKING:
+                            return found
+                        await listener.next()
+            except TimeoutError:
+                return await self.find(token)
+
+    async def find(self, token: str) -> Start | None:
+        return (await self._database.read(lambda tx: starts.by_token(tx, [token]))).get(token)
+
+    async def track(self, registration: Registered) -> Run:
+        """Take up a run that someone else started, before or after its callback came."""
+        await self._intake.learn(registration)
+        run_id = registration.run_id
+        return (await self._database.read(lambda tx: ledger.runs_by_id(tx, [run_id])))[run_id]
+
+    async def resolve(self, token: str, run_id: str | None) -> Start | None:
+        """Take an operator's word for what became of a start: this run, or (None) no run at all."""
+        start = await self.find(token)
+        if start is None or start.state is StartState.STARTED:
+            return start
+        if run_id is not None:
+            await self._link(start, run_id)
+        else:
+            gone = replace(
+                start, state=StartState.REFUSED, error_code="resolved", error_message="no run, says an operator"
+            )
+            await self._database.write(lambda tx: starts.change(tx, gone, only_in=_OPEN))
+        self._signals.changes.publish(Change("start", token, StartState.STARTED.value if run_id else "refused"))
+        return await self.find(token)
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Ask again about what was not answered, until told to stop."""
+        while not stopping.is_set():
+            self._wake.clear()
+            try:
+                pause = await self.tick(self._clock())
+            except StoreUnavailableError as error:
+                log.error("starter.unavailable", reason=str(error))
+                pause = _IDLE_SECONDS
+            await either(self._wake, stopping, pause)
+        for task in self._asking.values():
+            task.cancel()
+        await self.drain()
+
+    async def tick(self, now: datetime) -> float:
+        """Ask about every start that is due, and return in how many seconds to look again."""
+        for start in await self._database.read(lambda tx: starts.due(tx, now=now, limit=_AT_ONCE + len(self._asking))):
+            self._ask_soon(start)
+        next_ms = await self._database.read(starts.next_due_ms)
+        until = _IDLE_SECONDS if next_ms is None else (moment(next_ms) - now).total_seconds()
+        return min(_IDLE_SECONDS, until) if until > 0 else _IDLE_SECONDS
+
+    async def drain(self) -> None:
+        """Wait until FLORA is being asked nothing."""
+        while self._asking:
+            await asyncio.wait(set(self._asking.values()))
+            await asyncio.sleep(0)
+
+    def _ask_soon(self, start: Start) -> None:
+        if start.token in self._asking:
+            return
+        task = asyncio.create_task(self._ask(start), name=f"start {start.idempotency_key}")
+        self._asking[start.token] = task
+        task.add_done_callback(lambda _: self._asked(start.token))
+
+    def _asked(self, token: str) -> None:
+        self._asking.pop(token, None)
+        self._wake.set()
+
+    async def _ask(self, start: Start) -> None:
+        """Ask FLORA once and commit what it answered."""
+        try:
+            if not may_repeat(start, now=self._clock()):
+                await self._look_for(start)
+                return
+            try:
+                answer = await self._post(start)
+            except FloraError as error:
+                await self._refused(start, error)
+            else:
+                await self._link(start, answer.snapshot.run_id, answer)
+        except StoreUnavailableError as error:
+            log.error("start.not_committed", key=start.idempotency_key, reason=str(error))
+
+    async def _post(self, start: Start) -> StartedRun:
+        client, budget = self._client(start)
+        body = json.loads(start.request)
+        async with budget.call():
+            try:
+                if start.operation is Operation.TECHNIQUE_RUN:
+                    answer = await client.start_technique_run(start.technique_id, body)
+                else:
+                    answer = await client.generate(body, idempotency_key=start.idempotency_key)
+            except FloraError as error:
+                if error.status == 429:  # noqa: PLR2004
+                    budget.limited(5.0 if error.retry_after is None else error.retry_after)
+                raise
+        budget.went_well()
+        return answer
+
+    async def _refused(self, start: Start, error: FloraError) -> None:
+        now = self._clock()
+        known = {
+            "key": start.idempotency_key, "status": error.status, "code": error.code, "request_id": error.request_id,
+        }  # fmt: skip
+        reply = reply_of(error)
+        if reply is Reply.EXISTS:
+            log.warning("start.exists", **known)
+            await self._look_for(start)
+            return
+        if reply is Reply.DENIED:
+            log.error("start.refused", **known, reason=str(error))
+            after = denied(start, error)
+        else:
+            log.warning("start.unanswered", **known, reason=str(error))
+            after = deferred(start, error, now=now, jitter=self._jitter())
+        await self._database.write(lambda tx: starts.change(tx, after, only_in=_OPEN))
+        if after.state is not StartState.ASKING:
+            self._signals.changes.publish(Change("start", start.token, after.state.value))
+
+    async def _link(self, start: Start, run_id: str, answer: StartedRun | None = None) -> None:
+        """Commit that this run is this start's, in the run's own transaction."""
+        now = self._clock()
+        report = registered(start, run_id, now)
+        if answer is not None:
+            report = replace(
+                report,
+                project_id=answer.snapshot.project_id,
+                poll_url=answer.snapshot.poll_url,
+                quoted_cost=answer.quoted_cost,
+                estimated_seconds=answer.estimated_seconds,
+            )
+        await self._intake.learn(report, start=start.token)
+        log.info("start.started", key=start.idempotency_key, run_id=run_id, technique_id=start.technique_id or None)
+        self._signals.changes.publish(Change("start", start.token, StartState.STARTED.value, run_id))
+
+    async def _look_for(self, start: Start) -> None:
+        """FLORA has a run of this key and did not name it: link it if exactly one run and one start fit."""
+        now = self._clock()
+        fitting: tuple[Snapshot, ...] = ()
+        try:
+            fitting = await self._fitting(start, now)
+        except FloraError as error:
+            if reply_of(error) is Reply.AGAIN and may_repeat(start, now=now):
+                await self._refused(start, error)
+                return
+            log.warning("start.not_searched", key=start.idempotency_key, reason=str(error))
+        window = window_of(start, now=now)
+        alike = await self._database.read(
+            lambda tx: starts.unresolved_alike(tx, start, since=window.since, until=window.until)
+        )
+        if len(fitting) == 1 and alike == 1:
+            await self._link(start, fitting[0].run_id)
+            return
+        after = unresolved(start)
+        log.error("start.unknown", key=start.idempotency_key, candidates=len(fitting), cure=after.error_message)
+        await self._database.write(lambda tx: starts.change(tx, after, only_in=_OPEN))
+        self._signals.changes.publish(Change("start", start.token, after.state.value))
+
+    async def _fitting(self, start: Start, now: datetime) -> tuple[Snapshot, ...]:
+        """Return the listed runs that could be this start's and that the ledger does not know."""
+        client, budget = self._client(start)
+        since = window_of(start, now=now).since
+        found: list[Snapshot] = []
+        cursor: str | None = None
+        for _ in range(_PAGES):
+            async with budget.call():
+                if start.operation is Operation.TECHNIQUE_RUN:
+                    page = await client.technique_runs(
+                        cursor=cursor, technique_id=start.technique_id, workspace_id=start.workspace_id or None
+                    )
+                else:
+                    page = await client.generations(cursor=cursor, workspace_id=start.workspace_id or None)
+            found += candidates(page.snapshots, start, now=now)
+            oldest = page.snapshots[-1].created_at if page.snapshots else None
+            if page.next_cursor in {None, cursor} or (oldest is not None and oldest < since):
+                break
+            cursor = page.next_cursor
+        ids = [snapshot.run_id for snapshot in found]
+        unknown = set(await self._database.read(lambda tx: starts.unknown_to_ledger(tx, ids)))
+        return tuple({snapshot.run_id: snapshot for snapshot in found if snapshot.run_id in unknown}.values())
+
+    def _client(self, start: Start) -> tuple[FloraClient, Budget]:
+        key = start.workspace_id if start.workspace_id in self._clients else None
+        client = self._clients.get(key)
+        if client is None:
+            raise FloraError("there is no API key for this workspace", status=401, code="unauthorized")
+        return client, self._budgets[key]
+
+    def _body(self, request: StartRequest, key: str, token: str) -> tuple[str, bool]:
+        """Return the JSON that FLORA gets, and whether its callback will come to us."""
+        ours = self._callback_url
+        is_ours = ours is not None and (request.callback_url is None or same_address(request.callback_url, ours))
+        url = with_token(request.callback_url or ours or "", token) if is_ours else request.callback_url
+        if request.generate is None:
+            body: dict[str, Any] = {"inputs": list(request.inputs), "mode": request.mode, "idempotency_key": key}
+        else:
+            body = dict(request.generate)
+        if url is not None:
+            body["callback_url"] = url
+        return json.dumps(body, ensure_ascii=False), is_ours
+
+
+def with_token(callback_url: str, token: str) -> str:
+    """Return the callback URL that names a start."""
+    scheme, netloc, path, query, _ = urlsplit(callback_url)
+    pairs = [(name, value) for name, value in parse_qsl(query) if name != "start"]
+    return urlunsplit((scheme, netloc, path, urlencode([*pairs, ("start", token)]), ""))
+
+
+def same_address(one: str, other: str) -> bool:
+    """Return whether two callback URLs lead to the same place, query aside."""
+    left, right = urlsplit(one), urlsplit(other)
+    return (left.scheme, left.netloc.lower(), left.path.rstrip("/")) == (
+        right.scheme, right.netloc.lower(), right.path.rstrip("/"),
+    )  # fmt: skip

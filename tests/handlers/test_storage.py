@@ -1,0 +1,426 @@
+"""Storage: real downloads from loopback onto a real disk, again and again, interrupted, and where it cannot work."""
+
+import asyncio
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from obstore.store import MemoryStore
+from pydantic import ValidationError
+
+import handlers.disk
+from handlers.disk import LocalDisk
+from handlers.objects import ObjectStore
+from handlers.places import Place, PlaceError
+from handlers.storage import Storage, StorageConfig, open_place
+from receiver.handler import MANIFEST, Answer, Checks, Closes, Done, Event, Handler, Output, Reject, Retry, SettledRun
+from tests.media import MediaServer, Page, page
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40
+CUT = Page(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort")
+ContextOf = Callable[..., Any]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "outputs"
+
+
+def storage(root: Path, **settings: Any) -> Storage:
+    return Storage(StorageConfig(url=str(root), **settings))
+
+
+def text(position: int, value: str = "Grüße", output_id: str = "words") -> Output:
+    return Output(position=position, output_id=output_id, type="text", value=value)
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def identities(root: Path, of: str = "*") -> dict[str, tuple[int, int]]:
+    """What changes when anything is written: inode and time of every file and directory, or of those matching `of`."""
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in root.rglob(of)}
+
+
+def has_begun(root: Path) -> bool:
+    return root.exists() and any(path.stat().st_size for path in root.glob(".part-*"))
+
+
+def reason(answer: Answer) -> str:
+    assert not isinstance(answer, Done)
+    return answer.reason
+
+
+async def test_a_run_becomes_files_records_and_a_manifest(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """The default: a directory per day and run, one file per output, `run.json` beside them, all of it on record."""
+    picture = media.output("/secret", page(PNG), output_id="hero")
+    context = context_of()
+    answer = await storage(root).handle(replace(run, outputs=(picture, text(1))), context)
+
+    assert answer == Done({"files": 2, "bytes": len(PNG) + 7})
+    stored = files(root)
+    manifest = stored.pop("2026-11-24/run_1/run.json")
+    assert stored == {"2026-11-24/run_1/hero.png": PNG, "2026-11-24/run_1/words.txt": "Grüße".encode()}
+
+    image = context.records[0]
+    assert image.location == (root / "2026-11-24/run_1/hero.png").as_uri()
+    assert (image.size, image.sha256, image.content_type) == (len(PNG), hashlib.sha256(PNG).hexdigest(), "image/png")
+    assert context.records[MANIFEST].sha256 == hashlib.sha256(manifest).hexdigest()
+    assert all(record.stored_at for record in context.records.values())
+
+    told = json.loads(manifest)
+    assert b"secret" not in manifest
+    assert (told["run_id"], told["settled_by"], told["verdict"], told["charged_cost"]) == (
+        "run_1",
+        "callback",
+        "matched",
+        None,
+    )
+    assert [each["sha256"] for each in told["outputs"]] == [image.sha256, context.records[1].sha256]
+    assert told["outputs"][0]["location"] == image.location
+
+
+async def test_running_again_writes_nothing(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """What is on record and still there is not even fetched."""
+    run = replace(run, outputs=(media.output("/a", page(PNG)), text(1)))
+    handler, context = storage(root), context_of()
+    first = await handler.handle(run, context)
+    before, requests, stores = identities(root), len(media.requests), context.stores
+    assert await handler.handle(run, context) == first
+    assert (identities(root), len(media.requests), context.stores) == (before, requests, stores)
+
+
+async def test_a_crash_between_rename_and_record_changes_nothing(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """Files that are there but not on record are fetched to compare, and left as they are."""
+    run = replace(run, outputs=(media.output("/a", page(PNG)), text(1)))
+    await storage(root).handle(run, context_of())
+    before = identities(root, of="*.*")
+    context = context_of()  # reserved by the same run, nothing on record
+    assert isinstance(await storage(root).handle(run, context), Done)
+    assert identities(root, of="*.*") == before
+    assert context.stores == 3
+
+
+@pytest.mark.parametrize("damage", [b"", PNG + b"more", None])
+async def test_what_is_gone_or_damaged_is_stored_again(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, damage: bytes | None
+) -> None:
+    """A record is believed only while a file of that size is there."""
+    run = replace(run, outputs=(media.output("/a", page(PNG)),))
+    context = context_of()
+    await storage(root).handle(run, context)
+    path = root / "2026-11-24/run_1/out.png"
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage)
+    assert isinstance(await storage(root).handle(run, context), Done)
+    assert path.read_bytes() == PNG
+
+
+async def test_the_cost_brings_the_manifest_up_to_date(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """Told of the cost, only the manifest is replaced."""
+    run = replace(run, outputs=(media.output("/a", page(PNG)),))
+    handler, context = storage(root), context_of()
+    assert handler.on == (Event.SETTLED, Event.COST_FINAL)
+    await handler.handle(run, context)
+    picture = root / "2026-11-24/run_1/out.png"
+    before = picture.stat()
+    await handler.handle(replace(run, charged_cost=0.25), context)
+    assert picture.stat() == before
+    body = (root / "2026-11-24/run_1/run.json").read_bytes()
+    assert json.loads(body)["charged_cost"] == 0.25
+    assert context.records[MANIFEST].sha256 == hashlib.sha256(body).hexdigest()
+    assert len(media.requests) == 1
+
+
+async def test_equal_ids_become_different_files(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """Output ids may repeat within a run."""
+    outputs = tuple(media.output(f"/{n}", page(PNG + bytes([n])), position=n) for n in range(6))
+    assert isinstance(await storage(root, manifest=False).handle(replace(run, outputs=outputs), context_of()), Done)
+    directory = "2026-11-24/run_1"
+    names = ["out.png", *(f"out-{n}.png" for n in range(1, 6))]
+    assert files(root) == {f"{directory}/{name}": PNG + bytes([n]) for n, name in enumerate(names)}
+
+
+async def test_hostile_names_stay_inside(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """An id or metadata with a path in it names one file below the root."""
+    run = replace(
+        run, run_id="run_/../../x", metadata={"m": "../../../etc"}, outputs=(text(0, output_id="../../evil\0"),)
+    )
+    assert isinstance(
+        await storage(root, key="{metadata[m]}/{run_id}/{output_id}{ext}").handle(run, context_of()), Done
+    )
+    assert len(files(root)) == 2
+    assert [path.name for path in root.parent.iterdir()] == ["outputs"]
+
+
+async def test_a_run_without_outputs_is_its_manifest(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """Where failed runs are wanted too, they leave a trace."""
+    run = replace(run, status="failed", error_code="model_timeout", error_message="too slow")
+    assert await storage(root).handle(run, context_of()) == Done({"files": 0, "bytes": 0})
+    told = json.loads(files(root)["2026-11-24/run_1/run.json"])
+    assert told["error"] == {"code": "model_timeout", "message": "too slow"}
+
+
+async def test_another_runs_place_is_never_written_to(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """Two runs under one key: the second is rejected, and told how to cure it; the first keeps its file."""
+    handler = storage(root, key="{output_id}{ext}", manifest=False)
+    assert isinstance(await handler.handle(replace(run, outputs=(text(0, "first"),)), context_of("run_1")), Done)
+    second = replace(run, run_id="run_2", outputs=(text(0, "second"), text(1, "fine", "other")))
+    answer = await handler.handle(second, context_of("run_2"))
+    assert isinstance(answer, Reject)
+    assert "key template" in answer.reason
+    assert "{run_id}" in answer.reason
+    assert files(root) == {"words.txt": b"first", "other.txt": b"fine"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "why"),
+    [
+        (page(b"", status="404 Not Found"), Retry, "404"),
+        (page(b"", status="500 Oops"), Retry, "500"),
+        (CUT, Retry, "cut"),
+        (page(b"x", "image/png", "Content-Encoding: br"), Reject, "encoded"),
+        (Page(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999\r\n\r\n"), Reject, "larger"),
+    ],
+)
+async def test_one_failure_does_not_stop_the_others(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, answer: Page, kind: type[Answer], why: str
+) -> None:
+    """The other outputs are safe, no manifest claims that all are, and the answer says which failed and why."""
+    outputs = (media.output("/secret", answer), media.output("/good", page(PNG), position=1, output_id="good"), text(2))
+    context = context_of()
+    told = await storage(root, concurrency=1).handle(replace(run, outputs=outputs), context)
+    assert isinstance(told, kind)
+    assert reason(told).startswith("output 0 (out): ")
+    assert why in reason(told)
+    assert "secret" not in reason(told)
+    assert set(files(root)) == {"2026-11-24/run_1/good.png", "2026-11-24/run_1/words.txt"}
+    assert {position for position, record in context.records.items() if record.stored_at} == {1, 2}
+
+
+async def test_the_worst_failure_is_the_answer(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """One output that never will come outweighs one that may."""
+    never = Output(position=0, output_id="never", type="imageUrl", value="https://127.0.0.1/a")
+    later = Output(position=1, output_id="later", type="imageUrl", value="https://name.invalid/a")
+    answer = await storage(root).handle(replace(run, outputs=(later, never)), context_of())
+    assert isinstance(answer, Reject)
+    assert "never" in answer.reason
+    assert "later" in answer.reason
+
+
+async def test_unexpected_errors_are_a_reason_to_retry(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """A database that is away while recording does not stop the other outputs."""
+    context = context_of()
+
+    async def away(*args: Any, **fields: Any) -> None:
+        raise RuntimeError("the database is away")
+
+    context.store_artifact = away
+    answer = await storage(root).handle(replace(run, outputs=(text(0), text(1, output_id="b"))), context)
+    assert isinstance(answer, Retry)
+    assert answer.reason.count("RuntimeError: the database is away") == 2
+
+
+async def test_cancellation_leaves_no_part_behind(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """A download that is cancelled half-way removes its temporary file before the cancellation goes on."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
+    outputs = tuple(media.output(f"/{n}", Page(head + b"x" * 3_000_000, hold=True), position=n) for n in range(3))
+    task = asyncio.create_task(storage(root).handle(replace(run, outputs=outputs), context_of()))
+    await media.held.wait()
+    while not has_begun(root):  # noqa: ASYNC110 - the disk has no event to wait for
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert files(root) == {}
+
+
+async def test_a_cut_download_leaves_no_part_behind(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """Nor does one that the server ends too early."""
+    cut = Page(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + b"x" * 3_000_000)
+    assert isinstance(await storage(root).handle(replace(run, outputs=(media.output("/a", cut),)), context_of()), Retry)
+    assert files(root) == {}
+
+
+async def test_a_place_that_cannot_be_written_to(tmp_path: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """A directory below a regular file: the check says so, and runs wait until it is put right."""
+    (tmp_path / "file").write_text("in the way")
+    handler = storage(tmp_path / "file" / "outputs")
+    with pytest.raises(PlaceError, match=r"cannot write to .*outputs: Not a directory"):
+        await handler.check()
+    answer = await handler.handle(replace(run, outputs=(text(0),)), context_of())
+    assert isinstance(answer, Retry)
+    assert "cannot write to" in answer.reason
+
+
+async def test_a_disk_without_room_is_seen_before_the_download(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The announced length is compared with the free space."""
+    statvfs = os.statvfs
+
+    def tight(path: Any) -> os.statvfs_result:
+        values = list(statvfs(path))
+        values[4] = 2  # f_bavail
+        return os.statvfs_result(values)
+
+    monkeypatch.setattr(os, "statvfs", tight)
+    outputs = (media.output("/a", page(b"x" * 100_000)),)
+    answer = await storage(root).handle(replace(run, outputs=outputs), context_of())
+    assert isinstance(answer, Retry)
+    assert f"disk full at {root}: " in answer.reason
+    assert answer.reason.endswith("MB free")
+    assert files(root) == {}
+
+
+async def test_a_disk_that_fills_up_on_the_way(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOSPC in the middle of a file: nothing stays, the reason is plain, and the next attempt works."""
+    write = os.write
+    monkeypatch.setattr(handlers.disk, "_write", full_after(1_000_000))
+    body = b"x" * 3_000_000
+    run = replace(run, outputs=(media.output("/a", page(body)),))
+    context = context_of()
+    answer = await storage(root).handle(run, context)
+    assert isinstance(answer, Retry)
+    assert f"disk full at {root}: " in answer.reason
+    assert files(root) == {}
+    monkeypatch.setattr(handlers.disk, "_write", write)
+    assert isinstance(await storage(root).handle(run, context), Done)
+    assert files(root)["2026-11-24/run_1/out.png"] == body
+
+
+def full_after(room: int) -> Callable[[int, memoryview], int]:
+    """Write like a disk with `room` bytes left: partly at first, then not at all."""
+
+    def write(fd: int, data: memoryview) -> int:
+        nonlocal room
+        written = os.write(fd, data[: min(room, 100_000)]) if room else 0
+        room -= written
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written
+
+    return write
+
+
+def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:
+    """Parts older than a day go; younger ones may be someone's work, and other files are not ours."""
+    root.mkdir(parents=True)
+    old, young, other = root / ".part-old", root / ".part-young", root / "old"
+    for path in (old, young, other):
+        path.write_text("x")
+    for path in (old, other):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    asyncio.run(storage(root).check())
+    assert set(root.iterdir()) == {young, other}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"key": "{nonsense}"},
+        {"key": "../{run_id}"},
+        {"url": ""},
+        {"url": "file://host/a"},
+        {"url": "file:relative"},
+        {"concurrency": 0},
+        {"unknown": 1},
+    ],
+)
+def test_settings_that_cannot_be_used(settings: dict[str, Any]) -> None:
+    """What is wrong with the configuration is said when it is read."""
+    with pytest.raises(ValidationError):
+        StorageConfig(**settings)
+
+
+def test_the_kind_of_place_follows_from_the_url(tmp_path: Path) -> None:
+    """Plain paths and file URLs are local; obstore reads the rest."""
+    assert open_place("outputs").locate("a b/c#.png") == (Path.cwd() / "outputs/a b/c#.png").as_uri()
+    assert open_place(f"{tmp_path.as_uri()}/x%20y").locate("a") == (tmp_path / "x y/a").as_uri()
+    assert open_place("s3://bucket/prefix/").locate("a b/c.png") == "s3://bucket/prefix/a%20b/c.png"
+    with pytest.raises(ValueError, match="not a place that can be written to"):
+        open_place("nosuch://bucket")
+
+
+def test_storage_is_a_handler_that_checks_and_closes(root: Path) -> None:
+    """The service finds what it looks for."""
+    handler = storage(root)
+    assert isinstance(handler, Handler)
+    assert isinstance(handler, Checks)
+    assert isinstance(handler, Closes)
+
+
+async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+@pytest.fixture(params=["disk", "objects"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return LocalDisk(tmp_path / "a b") if request.param == "disk" else ObjectStore("memory:///p", MemoryStore())
+
+
+async def test_places_give_back_what_was_put(place: Place) -> None:
+    """Size and hash are those of the bytes; keys and URIs lead to each other; putting again replaces."""
+    await place.check()
+    key = "2026/Größe #1?.bin"
+    assert await place.size(key) is None
+    for body in (b"x" * 20_000_000, b"short", b""):
+        stored = await place.put(key, chunks(body[:9_000_000], body[9_000_000:]), content_type="a/b", expected=None)
+        assert (stored.size, stored.sha256) == (len(body), hashlib.sha256(body).hexdigest())
+        assert await place.size(key) == len(body)
+    assert place.key_of(place.locate(key)) == key
+    assert place.key_of("file:///elsewhere/x") is None
+    assert place.key_of("s3://elsewhere/x") is None
+    await place.close()
+
+
+async def test_places_show_nothing_of_what_failed(place: Place) -> None:
+    """When the source breaks, its own error comes out, and there is no object."""
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"x" * 9_000_000
+        raise ConnectionResetError("mine")
+
+    with pytest.raises((ConnectionResetError, PlaceError), match="mine"):
+        await place.put("a/b", broken(), content_type=None, expected=None)
+    assert await place.size("a/b") is None
+
+
+async def test_storage_into_an_object_store(run: SettledRun, media: MediaServer, context_of: ContextOf) -> None:
+    """The same handler, another place."""
+    place = ObjectStore("memory:///bucket", MemoryStore())
+    handler = Storage(StorageConfig(), place=place)
+    run, context = replace(run, outputs=(media.output("/a", page(PNG)), text(1))), context_of()
+    assert await handler.handle(run, context) == Done({"files": 2, "bytes": len(PNG) + 7})
+    assert context.records[0].location == "memory:///bucket/2026-11-24/run_1/out.png"
+    assert await place.size("2026-11-24/run_1/run.json") == context.records[MANIFEST].size
+    requests = len(media.requests)
+    await handler.handle(run, context)
+    assert (len(media.requests), context.stores) == (requests, 3)
