@@ -24,12 +24,14 @@ demo: $(RUNTIME) ## Show it working against an emulated FLORA (KEEP=1 keeps it r
 test: $(DEV) ## Run the tests (ARGS="-k name" chooses)
 	@$(PY) -m pytest $(ARGS)
 
-check: $(DEV) ## Check format, lint, types and imports
+check: $(DEV) ## Check format, lint, types, imports and dependencies
 	@$(PY) -m ruff format --check --quiet . || { echo "Run 'make format'."; exit 1; }
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -c 'from importlinter.cli import lint_imports_command as run; run()' --no-logo > $(VENV)/imports.txt || { cat $(VENV)/imports.txt; exit 1; }
-	@echo "Format, lint, types and imports are fine."
+	@$(PIP) check || { $(PY) -m pip check; echo "The locks do not fit pyproject.toml: run 'make lock'."; exit 1; }
+	@$(PY) -m deptry --no-ansi . > $(VENV)/dependencies.txt 2>&1 || { cat $(VENV)/dependencies.txt; exit 1; }
+	@echo "Format, lint, types, imports and dependencies are fine."
 
 format: $(DEV) ## Format the code and apply safe fixes
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .

@@ -6,6 +6,7 @@ write that it interrupts.
 
 import asyncio
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -23,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from handlers.places import PlaceError, Stored
 
 PART_PREFIX = ".part-"
-STALE_SECONDS = 24 * 3600  # no download runs for that long: whoever began such a file is dead
+STALE_SECONDS = 24 * 3600  # no download runs for that long; asked only where the file system has no locks
 REMEMBERED_DIRECTORIES = 10_000
 THREADS = 16  # they mostly wait for fsync
 
@@ -93,13 +94,10 @@ class LocalDisk:
             part.sync()
         finally:
             part.discard()
-        before = time.time() - STALE_SECONDS
-        with os.scandir(self.root) as entries:
-            for entry in entries:
-                if entry.name.startswith(PART_PREFIX):
-                    with suppress(FileNotFoundError):
-                        if entry.stat(follow_symlinks=False).st_mtime < before:
-                            os.unlink(entry.path)  # noqa: PTH108
+        for path in self.root.glob(f"{PART_PREFIX}*"):
+            with suppress(FileNotFoundError):
+                if _is_abandoned(path):
+                    path.unlink()
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
@@ -202,6 +200,8 @@ class _Part:
         if usage.f_bavail * usage.f_frsize < self._expected:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):
+            fcntl.flock(self._fd, fcntl.LOCK_EX)  # held as long as this process lives: see _is_abandoned
 
     def _close(self, *, remove: bool) -> None:
         self.closed = True
@@ -210,6 +210,21 @@ class _Part:
         os.close(self._fd)
         if remove:
             self._path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether nobody writes this file any more: a dead process holds no lock."""
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return os.fstat(fd).st_mtime < time.time() - STALE_SECONDS
+    else:
+        return True
+    finally:
+        os.close(fd)
 
 
 def _file_size(path: Path) -> int | None:

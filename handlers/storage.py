@@ -201,8 +201,8 @@ async def _once(body: bytes) -> AsyncIterator[bytes]:
 
 
 def _worst(outcomes: Sequence[Kept | Retry | Reject]) -> Answer:
-    """Answer for the whole run: one output that never will be stored outweighs any that still may."""
+    """Answer for the whole run: while an output may still be stored it is tried again, whatever became of the others."""
     rejected = [outcome.reason for outcome in outcomes if isinstance(outcome, Reject)]
     postponed = [outcome.reason for outcome in outcomes if isinstance(outcome, Retry)]
     reason = "; ".join([*rejected, *postponed])
-    return Reject(reason) if rejected else Retry(reason)
+    return Retry(reason) if postponed else Reject(reason)

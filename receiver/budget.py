@@ -76,5 +76,5 @@ class Budget:
 
     def hold(self, seconds: float) -> None:
         """Let no call begin for `seconds`."""
-        until = self._clock() + min(timedelta(seconds=seconds), _LONGEST_HOLD)
-        self._held_until = until if self._held_until is None else max(until, self._held_until)
+        if self.held_seconds < seconds:  # what a clock that jumped back has left behind counts for nothing there
+            self._held_until = self._clock() + timedelta(seconds=min(seconds, _LONGEST_HOLD.total_seconds()))

@@ -1,13 +1,15 @@
 """Brings settled runs to their handlers: leases due dispatches, calls, writes the answer down. `tick` works, `run` waits."""
 
 import asyncio
+import json
 import random
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, assert_never
 
 import structlog
 
@@ -17,7 +19,7 @@ from receiver.download import Download, Downloader
 from receiver.errors import StoreUnavailableError
 from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledRun
 from receiver.intake import Signals
-from receiver.model import Artifact, DispatchState, Event, Output, Run, Subscription
+from receiver.model import Artifact, Dispatch, DispatchState, Event, Output, Run, Subscription
 from receiver.store import Database, ledger, queue
 from receiver.store.queue import Leased
 from receiver.store.rows import moment
@@ -29,6 +31,9 @@ log = structlog.get_logger("receiver.dispatcher")
 _IDLE_SECONDS = 5.0
 _GRACE_SECONDS = 5.0
 """How long a handler may take to clean up once its attempt is cancelled."""
+_WRITE_AGAIN_SECONDS = 1.0
+_MAX_REASON = 1000
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +114,9 @@ class Dispatcher:
             if busy < registration.concurrency:
                 await self._claim(registration, registration.concurrency - busy, now)
         names = tuple(self._registrations)
-        next_ms = await self._database.read(lambda tx: queue.next_due_ms(tx, names))
+        next_ms = await self._database.read(lambda tx: queue.next_due_ms(tx, names, after=now))
         until = _IDLE_SECONDS if next_ms is None else (moment(next_ms) - self._clock()).total_seconds()
-        # What is due and did not fit waits for an attempt to finish, and that wakes us.
-        return min(_IDLE_SECONDS, until) if until > 0 else _IDLE_SECONDS
+        return min(_IDLE_SECONDS, max(until, 0.0))
 
     async def drain(self) -> None:
         """Wait until no attempt is running."""
@@ -160,7 +164,7 @@ class Dispatcher:
     async def _claim(self, registration: Registration, free: int, now: datetime) -> None:
         token = secrets.token_hex(16)
 
-        def job(tx: Any) -> tuple[tuple[Leased, ...], bool]:
+        def job(tx: Any) -> tuple[tuple[Leased, ...], tuple[Dispatch, ...]]:
             buried = queue.bury(
                 tx, registration.name, max_attempts=registration.max_attempts, now=now, takeover=self._takeover
             )
@@ -176,7 +180,7 @@ class Dispatcher:
                 until=now + self._lease,
                 takeover=self._takeover,
             )
-            return claimed, bool(buried)
+            return claimed, buried
 
         name = registration.name
         if not await self._database.read(lambda tx: queue.has_due(tx, name, now=now, takeover=self._takeover)):
@@ -184,6 +188,8 @@ class Dispatcher:
         claimed, buried = await self._database.write(job)
         if buried:
             log.error("dispatch.dead", handler=name, reason="every worker that tried it stopped before it answered")
+            for dispatch in buried:
+                self._signals.changes.publish(Change("dispatch", dispatch.run_id, dispatch.state.value, name))
             self._signals.dispatch.set()
         for leased in claimed:
             attempt = _Attempt(leased, registration, token)
@@ -231,13 +237,17 @@ class Dispatcher:
                 self._alert(tx, leased.run.run_id, leased.dispatch.event, now)
             return written
 
-        try:
-            written = await self._database.write(job)
-        except StoreUnavailableError as error:
-            # The effect may be applied and is not written down: the lease runs out and the handler is called again.
-            log.error("dispatch.not_written", dispatch=leased.dispatch.idempotency_key, reason=str(error))
-            return
+        written = await self._write_down(leased, job)
         self._tell(leased, outcome, reason, written=written, seconds=(now - started_at).total_seconds())
+
+    async def _write_down(self, leased: Leased, job: Callable[[Any], bool]) -> bool:
+        """Write an answer down as soon as the database lets us: the effect is applied, and nobody else takes the lease."""
+        while True:
+            try:
+                return await self._database.write(job)
+            except StoreUnavailableError as error:
+                log.error("dispatch.not_written", dispatch=leased.dispatch.idempotency_key, reason=str(error))
+                await asyncio.sleep(_WRITE_AGAIN_SECONDS)
 
     def _alert(self, tx: Any, run_id: str, event: Event, now: datetime) -> None:
         """Tell handlers that listen to `dead`. The death of an alert is not announced by another alert."""
@@ -290,7 +300,7 @@ async def call(handler: Handler, run: SettledRun, context: "_Context", timeout_s
         return Retry("it cancelled itself")
     answer = task.result()
     if isinstance(answer, Done | Retry | Reject):
-        return answer
+        return storable(answer)
     return Retry(f"it returned {type(answer).__name__} instead of Done, Retry or Reject")
 
 
@@ -301,7 +311,39 @@ async def _guarded(handler: Handler, run: SettledRun, context: "_Context") -> ob
         raise
     except BaseException as error:
         context.log.warning("handler.raised", exc_info=True)
-        return Retry(f"{type(error).__name__}: {error}"[:500])
+        return Retry(_described(error))
+
+
+def storable(answer: Answer) -> Answer:
+    """Return an answer that the ledger can hold: a plug-in may put anything into it, and must not lose its lease so."""
+    try:
+        match answer:
+            case Done(result=result):
+                kept = dict(result)
+                json.dumps(kept, default=str)
+                return Done(kept)
+            case Retry(reason=reason, after_seconds=after):
+                return Retry(_text(reason), None if after is None else float(after))
+            case Reject(reason=reason):
+                return Reject(_text(reason))
+    except Exception as error:  # noqa: BLE001 -- whatever a plug-in's object does when it is looked at
+        what = f"what it answered cannot be kept: {type(error).__name__}"
+        # The effect of Done is applied: only what it says about itself is lost.
+        if isinstance(answer, Done):
+            return Done({"result": what})
+        return Reject(what) if isinstance(answer, Reject) else Retry(what)
+    assert_never(answer)
+
+
+def _text(value: object) -> str:
+    return _UNSTORABLE.sub("\ufffd", str(value))[:_MAX_REASON]
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 -- an error that cannot even say what it is
+        return type(error).__name__
 
 
 def answer_state(answer: Answer) -> DispatchState:

@@ -11,6 +11,8 @@ ReceiverError
 ├── DownloadError             an output that could not be fetched
 │   ├── DownloadRefusedError     and never will be: private address, too large, not HTTPS
 │   └── DownloadFailedError      but may be later: cut, stalled, 5xx, expired
+├── ReceiverApiError          the operations API refused, or cannot be reached; raised by `receiver.client` alone
+├── TableError                a batch's file that is no table at all
 ├── LocationTakenError        another run's output already owns this place in a handler's storage
 └── HandlerLoadError          a configured handler that cannot be imported or built
 """
@@ -118,6 +120,33 @@ class DownloadFailedError(DownloadError):
     def __init__(self, message: str, *, expired: bool = False) -> None:
         self.expired = expired
         super().__init__(message)
+
+
+class ReceiverApiError(ReceiverError):
+    """The operations API refused, or cannot be reached (`status` None, code `unreachable`).
+
+    `fields` are (field, message); `request_id` is FLORA's, where it was FLORA that refused.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str,
+        fields: Sequence[tuple[str, str]] = (),
+        request_id: str | None = None,
+    ) -> None:
+        self.status = status
+        self.code = code
+        self.message = message
+        self.fields = tuple(fields)
+        self.request_id = request_id
+        super().__init__(message)
+
+
+class TableError(ReceiverError):
+    """A batch's file that is no table at all; what is wrong with single rows is told as values."""
 
 
 class LocationTakenError(ReceiverError):

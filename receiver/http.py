@@ -257,3 +257,31 @@ def probe_client(*, ca: Path | None = None, timeout_seconds: float = 15.0) -> ht
     return httpx.AsyncClient(
         headers={"User-Agent": USER_AGENT}, verify=tls_context(ca), timeout=timeout_seconds, trust_env=False
     )
+
+
+def operations_client(url: str, token: str, *, timeout_seconds: float, ca: Path | None = None) -> httpx.Client:
+    """Build a client for a service's operations listener; the token goes to the origin of `url` and nowhere else.
+
+    ValueError where `url` is no http or https URL, or the token no token.
+    """
+    base = httpx.URL(url)
+    if base.scheme not in {"http", "https"} or not base.host:
+        raise ValueError("it is not an http or https URL")
+    if not token.isascii() or not token.isprintable():
+        raise ValueError("the token holds what no header can")
+
+    def stay(request: httpx.Request) -> None:
+        if _origin(request.url) != _origin(base):
+            raise httpx.UnsupportedProtocol(f"not the operations listener: {request.url.host}", request=request)
+
+    return httpx.Client(
+        base_url=base,
+        headers={"User-Agent": USER_AGENT, "Accept": "application/json", "Authorization": f"Bearer {token}"},
+        # Loading the public roots takes longer than a whole request to loopback does.
+        verify=tls_context(ca) if base.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        timeout=httpx.Timeout(timeout_seconds, connect=min(10.0, timeout_seconds)),
+        cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),
+        event_hooks={"request": [stay]},
+        follow_redirects=False,
+        trust_env=False,
+    )

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from receiver.config import HandlerEntry, Settings
 from receiver.dispatcher import Registration
@@ -36,7 +37,7 @@ def load_handlers(settings: Settings) -> tuple[Loaded, ...]:
             problems.append(Problem(f"handlers.{index}.use", str(error)))
         except ValidationError as error:
             problems += [
-                Problem(".".join(["handlers", str(index), *(str(part) for part in detail["loc"])]), detail["msg"])
+                Problem(".".join(["handlers", str(index), *(str(part) for part in detail["loc"])]), _words(detail))
                 for detail in error.errors(include_url=False, include_input=False, include_context=False)
             ]
         except Exception as error:  # noqa: BLE001 -- a plug-in's constructor may raise anything; the operator must see which
@@ -71,6 +72,13 @@ def _load(entry: HandlerEntry, settings: Settings) -> Loaded:
         ),
         Subscription(entry.name, on, when),
     )
+
+
+def _words(detail: ErrorDetails) -> str:
+    """Put pydantic's finding into the words that the settings use."""
+    if detail["type"] == "extra_forbidden":
+        return "is no option of this handler"
+    return detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 def _find(use: str) -> Any:

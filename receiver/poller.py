@@ -1,16 +1,37 @@
 """The polling fallback: reads the runs that are due and reports what FLORA shows. `tick` works, `run` only waits."""
 
 import asyncio
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import assert_never
 
 import structlog
+from sqlalchemy import Connection
 
-from receiver.decide import Route, right_route, route
+from receiver.budget import Budget
+from receiver.decide import (
+    LOOKAHEAD,
+    Depth,
+    Plan,
+    Policy,
+    Progress,
+    Route,
+    Scan,
+    Scope,
+    Single,
+    home,
+    plan_polls,
+    route,
+    worth_another_page,
+    worth_telling,
+)
 from receiver.errors import FloraError, StoreUnavailableError
 from receiver.flora.client import FloraClient
 from receiver.intake import Intake, Signals
-from receiver.model import Missing, Read, Report, Run, Snapshot, Unanswered
+from receiver.model import Read, Report, Run, RunState, Snapshot, Unanswered
+from receiver.reading import Reader, readers
 from receiver.store import Database, ledger
 from receiver.store.rows import moment
 from receiver.telemetry import Metrics
@@ -18,18 +39,66 @@ from receiver.waiting import either
 
 log = structlog.get_logger("receiver.poller")
 
-_PAGES = 10
-"""Pages of a list that are searched for one run, at most: the newest thousand."""
+_AT_ONCE = 2000
+"""Due runs of one API key that are planned together."""
 _IDLE_SECONDS = 5.0
-_RATE_LIMIT_SECONDS = 5.0
-"""How long to hold still after a 429 that names no time (FLORA contract, section 4)."""
-_KEY_REFUSED_SECONDS = 60.0
+_NO_KEY_SECONDS = 60.0
+_NOT_COMMITTED_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Desk:
+    """One API key's work: what is being read, and what its last scans have shown."""
+
+    reader: Reader
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    alone: set[str] = field(default_factory=set)
+    """Runs being read one by one."""
+    scanned: dict[str, int] = field(default_factory=dict)
+    """Runs that a scan looks for, with the version that it was planned for."""
+    busy: set[Scope] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
+    """Runs that a scan has passed without seeing: they are read alone next."""
+    depths: dict[Scope, Depth] = field(default_factory=dict)
+
+    @property
+    def room(self) -> int:
+        return 0 if self.reader.held_seconds() > 0 else max(0, self.reader.budget.allowed - len(self.tasks))
+
+    def in_hand(self, run: Run) -> bool:
+        """Whether a run is being read. A callback that came since its scan was planned wants an answer at once."""
+        if run.run_id in self.alone:
+            return True
+        planned = self.scanned.get(run.run_id)
+        return planned is not None and (planned == run.version or run.state is not RunState.REPORTED)
+
+    def take(self, plan: Plan) -> None:
+        match plan:
+            case Single(run):
+                self.alone.add(run.run_id)
+            case Scan(place=place):
+                self.busy.add(place)
+                self.scanned.update((run.run_id, run.version) for run in (*plan.due, *plan.soon))
+            case _:
+                assert_never(plan)
+
+    def let_go(self, plan: Plan) -> None:
+        match plan:
+            case Single(run):
+                self.alone.discard(run.run_id)
+                self.passed.discard(run.run_id)
+            case Scan(place=place):
+                self.busy.discard(place)
+                for run in (*plan.due, *plan.soon):
+                    self.scanned.pop(run.run_id, None)
+            case _:
+                assert_never(plan)
 
 
 class Poller:
-    """Reads due runs, each on its own route, up to `concurrency` at once.
+    """Reads due runs with as few requests as it can; the work of each API key goes on by itself.
 
-    `clients` maps workspace id to its client; None is the one for every other workspace.
+    `clients` maps workspace id to its client, None being the one for every other workspace; so does `budgets`.
     """
 
     def __init__(
@@ -40,20 +109,22 @@ class Poller:
         *,
         signals: Signals,
         metrics: Metrics,
+        budgets: Mapping[str | None, Budget] | None = None,
+        policy: Policy | None = None,
         concurrency: int = 8,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._database = database
         self._intake = intake
-        self._clients = clients
         self._signals = signals
         self._metrics = metrics
-        self._concurrency = concurrency
+        self._policy = policy or Policy()
         self._clock = clock
-        self._reading: dict[str, asyncio.Task[None]] = {}
-        self._held: dict[str | None, datetime] = {}
-        """Until when a client makes no calls: FLORA limits the rate, or refuses the key."""
-        self._refused: set[str | None] = set()
+        if budgets is None:
+            budgets = {key: Budget(concurrency, clock=clock) for key in clients}
+        self.readers = readers(clients, budgets, metrics=metrics, clock=clock)
+        self._desks = {key: _Desk(reader) for key, reader in self.readers.items()}
+        self._own = frozenset(key for key in clients if key is not None)
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Tick until told to stop; then let go of what is being read."""
@@ -65,128 +136,145 @@ class Poller:
                 log.error("poller.unavailable", reason=str(error))
                 pause = _IDLE_SECONDS
             await either(self._signals.poll, stopping, pause)
-        for task in self._reading.values():
-            task.cancel()
+        for desk in self._desks.values():
+            for task in desk.tasks:
+                task.cancel()
         await self.drain()
 
     async def tick(self, now: datetime) -> float:
         """Start reading what is due and return in how many seconds to look again."""
-        free = self._concurrency - len(self._reading)
-        if free <= 0:
-            return _IDLE_SECONDS  # whoever finishes wakes us
-        limit = self._concurrency + free  # what is being read is still due
-        due = await self._database.read(lambda tx: ledger.due_runs(tx, now=now, limit=limit))
-        waiting = [run for run in due if run.run_id not in self._reading and not self._is_held(run, now)]
-        for run in waiting[:free]:
-            task = asyncio.create_task(self._read(run), name=f"poll {run.run_id}")
-            self._reading[run.run_id] = task
-            task.add_done_callback(lambda _, run_id=run.run_id: self._finished(run_id))  # type: ignore[misc]
-        next_ms = await self._database.read(ledger.next_due_ms)
-        if next_ms is None:
-            return _IDLE_SECONDS
-        until = (moment(next_ms) - now).total_seconds()
-        # Everything due is in hand or held: the ones in hand wake us when they are done.
-        return min(_IDLE_SECONDS, until) if until > 0 else self._patience(now)
+        # What is in hand is still due. Each key has its own share: one that is held starves no other.
+        shares = {key: _AT_ONCE + len(desk.alone) + len(desk.scanned) for key, desk in self._desks.items() if desk.room}
+        due = await self._database.read(lambda tx: {key: self._due(tx, key, now, n) for key, n in shares.items()})
+        for key, runs in due.items():
+            desk = self._desks[key]
+            desk.passed &= {run.run_id for run in runs}
+            await self._begin(key, [run for run in runs if not desk.in_hand(run)], now)
+        if None not in self._desks:
+            await self._without_key(now)
+        next_ms = await self._database.read(lambda tx: ledger.next_due_ms(tx, after=now))
+        waits = [_IDLE_SECONDS, *(held for desk in self._desks.values() if (held := desk.reader.held_seconds()) > 0)]
+        if next_ms is not None:
+            waits.append((moment(next_ms) - now).total_seconds())
+        return min(waits)  # whatever is due by now is in hand or held: the ones in hand wake us when they are done
 
     async def drain(self) -> None:
         """Wait until nothing is being read."""
-        while self._reading:
-            await asyncio.wait(set(self._reading.values()))
+        while tasks := {task for desk in self._desks.values() for task in desk.tasks}:
+            await asyncio.wait(tasks)
             await asyncio.sleep(0)
 
-    def _finished(self, run_id: str) -> None:
-        self._reading.pop(run_id, None)
+    def _due(
+        self, tx: Connection, key: str | None, now: datetime, limit: int, after: datetime | None = None
+    ) -> tuple[Run, ...]:
+        return ledger.due_runs(tx, now=now, limit=limit, after=after, only=key, without=self._own)
+
+    async def _begin(self, key: str | None, due: Sequence[Run], now: datetime) -> None:
+        """Plan the due runs of one API key and begin with the most urgent plans, as far as there is room."""
+        desk = self._desks[key]
+        soon: Sequence[Run] = ()
+        if any(run.state is not RunState.REPORTED and home(run) is not None for run in due):
+            until = now + LOOKAHEAD
+            soon = await self._database.read(lambda tx: self._due(tx, key, until, _AT_ONCE, after=now))
+        plans = plan_polls(
+            due,
+            now=now,
+            policy=self._policy,
+            soon=[run for run in soon if not desk.in_hand(run)],
+            alone=desk.passed,
+            busy=desk.busy,
+            depths=desk.depths,
+        )
+        for plan in plans[: desk.room]:
+            desk.take(plan)
+            task = asyncio.create_task(self._carry_out(desk, plan), name=f"poll {key or ''}")
+            desk.tasks.add(task)
+            task.add_done_callback(partial(self._finished, desk, plan))
+
+    def _finished(self, desk: _Desk, plan: Plan, task: asyncio.Task[None]) -> None:
+        desk.tasks.discard(task)
+        desk.let_go(plan)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("poll.failed", exc_info=error)
+            desk.reader.hold(_NOT_COMMITTED_SECONDS)
         self._signals.poll.set()
 
-    def _client_key(self, run: Run) -> str | None:
-        return run.workspace_id if run.workspace_id in self._clients else None
-
-    def _is_held(self, run: Run, now: datetime) -> bool:
-        until = self._held.get(self._client_key(run))
-        return until is not None and now < until
-
-    def _patience(self, now: datetime) -> float:
-        held = [(until - now).total_seconds() for until in self._held.values() if until > now]
-        return min([_IDLE_SECONDS, *held])
-
-    async def _read(self, run: Run) -> None:
-        key = self._client_key(run)
-        client = self._clients.get(key)
-        asked_at = self._clock()
-        if client is None:
-            log.error("poll.no_key", run_id=run.run_id, workspace_id=run.workspace_id)
-            report: Report = Unanswered(run.run_id, asked_at, retry_after=_KEY_REFUSED_SECONDS)
-        else:
-            report = await self._ask(client, key, run, asked_at)
-        try:
-            await self._intake.learn(report)
-        except StoreUnavailableError as error:
-            log.error("poll.not_committed", run_id=run.run_id, reason=str(error))
-            self._held[key] = self._clock() + timedelta(seconds=1)  # the run stays due: do not spin on it
-
-    async def _ask(self, client: FloraClient, key: str | None, run: Run, asked_at: datetime) -> Report:
-        """Return what FLORA answers about a run, as a report."""
-        try:
-            snapshot = await _fetch(client, run)
-        except FloraError as error:
-            self._metrics.polled("missing" if error.code == "not_found" else "unanswered")
-            return self._report_of(error, key, run, asked_at)
-        self._answered(key)
-        if snapshot is None:
-            self._metrics.polled("unlisted")
-            log.info("poll.unlisted", run_id=run.run_id)
-            return Unanswered(run.run_id, asked_at)
-        self._metrics.polled("terminal" if snapshot.status in {"completed", "failed"} else "running")
-        log.info("poll.read", run_id=run.run_id, status=snapshot.status, progress=snapshot.progress)
-        return Read(snapshot, asked_at)
-
-    def _report_of(self, error: FloraError, key: str | None, run: Run, asked_at: datetime) -> Report:
-        known = {"run_id": run.run_id, "status": error.status, "code": error.code, "request_id": error.request_id}
-        match error.status, error.code:
-            case 404, "not_found":  # FLORA's own 404; a proxy's, or a wrong base URL's, must lose no run
-                self._answered(key)
-                log.info("poll.missing", **known, right_route=right_route(run))
-                return Missing(run.run_id, asked_at, right_route=right_route(run))
-            case 401 | 403, _:
-                self._hold(key, _KEY_REFUSED_SECONDS)
-                if key not in self._refused:  # once, and loudly: callbacks keep coming in, but nothing can be read
-                    self._refused.add(key)
-                    log.critical("flora.key_refused", **known, cure="check FLORA_API_KEY: polling waits until it works")
-                return Unanswered(run.run_id, asked_at, retry_after=_KEY_REFUSED_SECONDS)
-            case 429, _:
-                pause = _RATE_LIMIT_SECONDS if error.retry_after is None else error.retry_after
-                self._hold(key, pause)
-                log.warning("flora.rate_limited", **known, pause_seconds=pause)
-                return Unanswered(run.run_id, asked_at, retry_after=pause)
+    async def _carry_out(self, desk: _Desk, plan: Plan) -> None:
+        match plan:
+            case Single(run):
+                await self._learn(desk, [await desk.reader.read(run)])
+            case Scan():
+                await self._scan(desk, plan)
             case _:
-                log.warning("poll.unanswered", **known, reason=str(error))
-                return Unanswered(run.run_id, asked_at, retry_after=error.retry_after)
+                assert_never(plan)
 
-    def _hold(self, key: str | None, seconds: float) -> None:
-        until = self._clock() + timedelta(seconds=min(seconds, 3600))
-        self._held[key] = max(until, self._held.get(key, until))
+    async def _scan(self, desk: _Desk, scan: Scan) -> None:
+        """Page through a list until no page is worth asking for; what it has not shown by then is read alone."""
+        left = {run.run_id for run in (*scan.due, *scan.soon)}
+        progress, cursor, cursors, more = Progress(), None, set[str](), True
+        asked_at = self._clock()
+        while progress.pages == 0 or worth_another_page(scan, left, progress, now=asked_at, more=more):
+            asked_at = self._clock()
+            try:
+                page = await desk.reader.page(scan.scope, cursor)
+            except FloraError as error:
+                await self._give_up(desk, scan, left, error, asked_at)
+                return
+            told = await self._tell(desk, page.snapshots, asked_at, {run.run_id for run in scan.due})
+            for snapshot in page.snapshots:
+                left.discard(snapshot.run_id)
+                desk.scanned.pop(snapshot.run_id, None)
+            progress = progress.turned(page.snapshots, useful=told)
+            log.info(
+                "poll.listed", listing=scan.scope.listing.value, rows=len(page.snapshots), told=told, left=len(left)
+            )
+            cursor = page.next_cursor
+            more = cursor is not None and cursor not in cursors  # a cursor that repeats leads nowhere
+            cursors.add(cursor or "")
+        if (depth := progress.depth(self._clock())) is not None:
+            desk.depths[scan.scope] = depth
+        absent = [run for run in scan.due if run.run_id in left]
+        desk.passed.update(run.run_id for run in absent if route(run) is not Route.LISTED)
+        await self._learn(desk, [desk.reader.unlisted(run, asked_at) for run in absent if route(run) is Route.LISTED])
 
-    def _answered(self, key: str | None) -> None:
-        if key in self._refused:
-            self._refused.discard(key)
-            log.warning("flora.key_accepted", workspace_id=key)
+    async def _tell(self, desk: _Desk, snapshots: Sequence[Snapshot], asked_at: datetime, due: Collection[str]) -> int:
+        """Report every row of a page that says something new about a run of the ledger; return how many did.
 
+        A run that was due is told of in any case: without a report it would be due again at once.
+        """
+        shown = {snapshot.run_id: snapshot for snapshot in snapshots}
+        known = await self._database.read(lambda tx: ledger.runs_by_id(tx, shown.keys())) if shown else {}
+        news = [shown[key] for key, run in known.items() if key in due or worth_telling(run, shown[key])]
+        for snapshot in news:
+            desk.reader.polled(snapshot)
+        await self._learn(desk, [Read(snapshot, asked_at) for snapshot in news])
+        return len(news)
 
-async def _fetch(client: FloraClient, run: Run) -> Snapshot | None:
-    """Ask on the run's own route; None means that a list does not show it, which says nothing."""
-    match route(run):
-        case Route.TECHNIQUE_RUN:
-            return await client.technique_run(run.technique_id or "", run.run_id)
-        case Route.RUN:
-            return await client.run(run.run_id)
-        case Route.LISTED:
-            cursor = None
-            for _ in range(_PAGES):
-                page = await client.technique_runs(cursor=cursor, workspace_id=run.workspace_id)
-                for snapshot in page.snapshots:
-                    if snapshot.run_id == run.run_id:
-                        return snapshot
-                if page.next_cursor is None or page.next_cursor == cursor:
-                    return None
-                cursor = page.next_cursor
-            return None
+    async def _give_up(
+        self, desk: _Desk, scan: Scan, left: Collection[str], error: FloraError, asked_at: datetime
+    ) -> None:
+        """A page did not come. If nothing may be asked for now, the runs stay due; else they back off."""
+        if desk.reader.held_seconds() > 0:
+            return
+        runs = [run for run in scan.due if run.run_id in left]
+        await self._learn(desk, [Unanswered(run.run_id, asked_at, retry_after=error.retry_after) for run in runs])
+
+    async def _learn(self, desk: _Desk, reports: Sequence[Report]) -> None:
+        """Commit reports together: what arrives at the door at once shares a commit."""
+        answers = await asyncio.gather(*map(self._intake.learn, reports), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, StoreUnavailableError):
+                log.error("poll.not_committed", runs=len(reports), reason=str(answer))
+                desk.reader.hold(_NOT_COMMITTED_SECONDS)  # the runs stay due: do not spin on them
+                return
+            if isinstance(answer, BaseException):
+                raise answer
+
+    async def _without_key(self, now: datetime) -> None:
+        """Runs of workspaces without an API key cannot be read: say so, and look again in a while."""
+        runs = await self._database.read(lambda tx: self._due(tx, None, now, _AT_ONCE))
+        if runs:
+            workspaces = sorted({run.workspace_id or "" for run in runs})
+            log.error("poll.no_key", runs=len(runs), workspaces=workspaces[:20], cure="set FLORA_API_KEY")
+            reports = [Unanswered(run.run_id, now, retry_after=_NO_KEY_SECONDS) for run in runs]
+            await asyncio.gather(*map(self._intake.learn, reports))

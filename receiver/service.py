@@ -9,22 +9,29 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import structlog
 
-from receiver.config import Settings
+from receiver.budget import Budget
+from receiver.config import Settings, made_token, operations_problem
 from receiver.decide import Policy
 from receiver.dispatcher import Dispatcher
 from receiver.download import Downloader, DownloadLimits
-from receiver.errors import Problem, StoreUnavailableError
+from receiver.errors import ConfigError, Problem, StoreUnavailableError
 from receiver.flora.client import FloraClient
 from receiver.handler import Checks, Closes
-from receiver.http import api_client, tls_context
+from receiver.http import api_client, is_loopback, tls_context
 from receiver.intake import Intake, Secret, Signals
 from receiver.janitor import Janitor, Retention
 from receiver.plugins import Loaded, load_handlers
 from receiver.poller import Poller
+from receiver.starter import Starter
 from receiver.store import Database, open_database, queue
 from receiver.store.migrate import upgrade
+from receiver.sweeper import Discovery, Sweeper
 from receiver.telemetry import Metrics
-from receiver.web.public import public_app
+from receiver.web.access import Access
+from receiver.web.ledger import Ledger
+from receiver.web.ops import ops_app
+from receiver.web.public import CALLBACK_PATH, public_app
+from receiver.web.runs import Runs
 from receiver.web.server import Server, bind
 
 log = structlog.get_logger("receiver.service")
@@ -60,13 +67,33 @@ class Service:
             clock=self._clock,
         )
         self._api = api_client(flora.base_url, timeout_seconds=flora.timeout_seconds, tls=tls_context(flora.ca_file))
+        self.clients = _clients(settings, self._api)
+        self.budgets = _budgets(settings, self.clients, self._clock)
+        """One for each API key, shared by all that ask FLORA with it."""
         self.poller = Poller(
             self.database,
             self.intake,
-            _clients(settings, self._api),
+            self.clients,
             signals=self.signals,
             metrics=self.metrics,
-            concurrency=settings.reconcile.concurrency,
+            budgets=self.budgets,
+            policy=policy or policy_of(settings),
+            clock=self._clock,
+        )
+        self.starter = Starter(
+            self.database,
+            self.intake,
+            self.clients,
+            self.budgets,
+            signals=self.signals,
+            callback_url=None if settings.public_url is None else settings.public_url + CALLBACK_PATH,
+            clock=self._clock,
+        )
+        self.sweeper = Sweeper(
+            self.database,
+            self.intake,
+            self.poller.readers,
+            discovery=_discovery(settings),
             clock=self._clock,
         )
         downloads = settings.downloads
@@ -103,6 +130,7 @@ class Service:
         self._stopping = asyncio.Event()
         self._probed_at: datetime | None = None
         self._public: Server | None = None
+        self._operations: Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -111,6 +139,13 @@ class Service:
         if self._public is None:
             raise RuntimeError("the service is not running")
         return self._public.host, self._public.port
+
+    @property
+    def operations_address(self) -> tuple[str, int]:
+        """Return host and port that the operations listener is bound to."""
+        if self._operations is None:
+            raise RuntimeError("the service is not running")
+        return self._operations.host, self._operations.port
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Service"]:
@@ -166,14 +201,57 @@ class Service:
         sockets = bind(settings.public.host, settings.public.port)
         self._public = Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key)
         await self._public.start()
-        for name, loop in (("poller", self.poller), ("dispatcher", self.dispatcher), ("janitor", self.janitor)):
+        self._operations = self._operations_server()
+        await self._operations.start()
+        loops: dict[str, Poller | Dispatcher | Janitor | Starter | Sweeper]
+        loops = {
+            "poller": self.poller,
+            "dispatcher": self.dispatcher,
+            "janitor": self.janitor,
+            "starter": self.starter,
+        }
+        if settings.discover.enabled:
+            loops["sweeper"] = self.sweeper
+        for name, loop in loops.items():
             self._tasks.append(asyncio.create_task(self._survive(name, loop.run), name=name))
         host, port = self.address
         scheme = "https" if settings.tls.cert else "http"
+        ops_host, ops_port = self.operations_address
         log.info(
-            "service.ready", listening=f"{scheme}://{host}:{port}", database=settings.database.url.split("@")[-1],
+            "service.ready", listening=f"{scheme}://{host}:{port}", operations=f"{ops_host}:{ops_port}",
+            database=settings.database.url.split("@")[-1],
             handlers=[each.registration.name for each in self._loaded],
         )  # fmt: skip
+
+    def _operations_server(self) -> Server:
+        """Bind the operations listener. Raises ConfigError if it must not be opened like this."""
+        settings, operations = self._settings, self._settings.operations
+        if (problem := operations_problem(settings)) is not None:
+            raise ConfigError([problem])
+        access = Access(made_token(settings), operations.host, operations.allowed_hosts)
+        runs = Runs(
+            self.database,
+            self.intake,
+            self.starter,
+            signals=self.signals,
+            stopping=self._stopping,
+            base_url=settings.flora.base_url,
+            clock=self._clock,
+        )
+        ledger = Ledger(
+            self.database,
+            self.starter,
+            self.metrics,
+            signals=self.signals,
+            stopping=self._stopping,
+            clock=self._clock,
+        )
+        app = ops_app(access, runs.routes(), ledger.routes())
+        sockets = bind(operations.host, operations.port, setting="operations")
+        # On loopback there is nobody to hide from; elsewhere TLS, unless a proxy does it.
+        plain = is_loopback(operations.host) or operations.allow_plaintext
+        tls = settings.tls
+        return Server(app, sockets, cert=None if plain else tls.cert, key=None if plain else tls.key)
 
     async def _survive(self, name: str, run: Callable[[asyncio.Event], object]) -> None:
         """Keep a loop running: a bug in one tick must not end the service's work for good."""
@@ -190,6 +268,8 @@ class Service:
         self._stopping.set()  # readyz says 503 from here on
         if self._public is not None:
             await self._public.stop()
+        if self._operations is not None:
+            await self._operations.stop()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=10)
         for task in self._tasks:
@@ -236,6 +316,28 @@ def policy_of(settings: Settings) -> Policy:
         ladder=tuple(timedelta(seconds=pause) for pause in reconcile.ladder_seconds),
         cost_window=timedelta(seconds=reconcile.cost_seconds),
     )
+
+
+def _discovery(settings: Settings) -> Discovery:
+    discover = settings.discover
+    return Discovery(
+        every=timedelta(seconds=discover.every_seconds),
+        overlap=timedelta(seconds=discover.overlap_seconds),
+        first=timedelta(hours=discover.first_hours),
+        workspace_ids=discover.workspace_ids,
+        project_ids=discover.project_ids,
+        technique_ids=discover.technique_ids,
+        run_types=discover.run_types,
+    )
+
+
+def _budgets(
+    settings: Settings, clients: Mapping[str | None, FloraClient], clock: Callable[[], datetime]
+) -> Mapping[str | None, Budget]:
+    """Return each client's budget; FLORA counts by key, so clients with one key share one."""
+    by_key: dict[str | None, Budget] = {}
+    limit = settings.reconcile.concurrency
+    return {key: by_key.setdefault(settings.api_key_for(key), Budget(limit, clock=clock)) for key in clients}
 
 
 def _clients(settings: Settings, http: httpx.AsyncClient) -> Mapping[str | None, FloraClient]:

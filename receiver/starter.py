@@ -9,7 +9,8 @@ import hashlib
 import json
 import random
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -28,12 +29,13 @@ from receiver.decide.starting import (
     denied,
     may_repeat,
     reply_of,
+    searched_again,
     unresolved,
     window_of,
 )
 from receiver.errors import FloraError, StoreUnavailableError
 from receiver.flora.client import FloraClient
-from receiver.flora.messages import StartedRun
+from receiver.flora.messages import StartedRun, Technique
 from receiver.intake import Intake, Signals, registered
 from receiver.model import Operation, Registered, Run, Snapshot, Start, StartState
 from receiver.store import Database, ledger, starts
@@ -47,6 +49,10 @@ _AT_ONCE = 64
 _PAGES = 20
 """Pages that are searched for the run of an unanswered start, at most: the newest two thousand."""
 _OPEN = (StartState.ASKING, StartState.UNKNOWN)
+_PAUSE_SECONDS = 1.0
+"""Between two tries to commit what FLORA answered."""
+_GRACE_SECONDS = 5.0
+"""How long a question that is on its way may take to be answered once we stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +78,14 @@ class StartRequest:
         """SHA-256 of what FLORA would be asked to do, apart from the key and our own callback URL."""
         asked = [self.technique_id, list(self.inputs), self.mode, self.generate, self.callback_url]
         return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Intended:
+    """The intent is committed; `repeated`: it was before, and nothing is started now."""
+
+    start: Start
+    repeated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +120,9 @@ class Starter:
         self._jitter = jitter
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
+        self._stopped = False
 
-    async def start(self, request: StartRequest) -> Start | Conflict:
+    async def start(self, request: StartRequest) -> Intended | Conflict:
         """Commit the intent and return it; FLORA is asked at once, see `settled` for its answer.
 
         The same key for the same request returns what became of it, and starts nothing; a refused one is asked again.
@@ -115,7 +130,7 @@ class Starter:
         now = self._clock()
         key = request.idempotency_key or f"auto-{secrets.token_hex(16)}"
 
-        def commit(tx: Connection) -> Start | Conflict:
+        def commit(tx: Connection) -> Intended | Conflict:
             before = starts.by_key(
                 tx,
                 workspace_id=request.workspace_id,
@@ -126,13 +141,13 @@ class Starter:
             if before is not None and before.request_hash != request.hash:
                 return Conflict(before)
             if before is not None and before.state is not StartState.REFUSED:
-                return before
+                return Intended(before, repeated=True)
             token = secrets.token_hex(16)
             body, expected = self._body(request, key, token)
             if before is not None:
                 again = replace(asked_again(before, token=token, request=body, now=now), metadata=request.metadata)
                 starts.replace_refused(tx, before.token, again)
-                return again
+                return Intended(again, repeated=False)
             new = Start(
                 token=token,
                 workspace_id=request.workspace_id,
@@ -148,12 +163,12 @@ class Starter:
                 due_at=now,
             )
             starts.add(tx, new)
-            return new
+            return Intended(new, repeated=False)
 
-        start = await self._database.write(commit)
-        if isinstance(start, Start) and start.state is StartState.ASKING:
-            self._ask_soon(start)
-        return start
+        answer = await self._database.write(commit)
+        if isinstance(answer, Intended) and answer.start.state is StartState.ASKING and answer.start.due_at <= now:
+            self._ask_soon(answer.start)
+        return answer
 
     async def settled(self, token: str, *, timeout_seconds: float) -> Start | None:
         """Return a start as soon as FLORA has answered it, or as it stands when the time is over."""
@@ -170,6 +185,12 @@ class Starter:
 
     async def find(self, token: str) -> Start | None:
         return (await self._database.read(lambda tx: starts.by_token(tx, [token]))).get(token)
+
+    async def technique(self, technique_id: str, *, workspace_id: str = "") -> Technique:
+        """Return what FLORA says about a technique, within the budget that starts and polls share. Raises FloraError."""
+        client, budget = self._client(workspace_id)
+        async with _counted(budget):
+            return await client.technique(technique_id)
 
     async def track(self, registration: Registered) -> Run:
         """Take up a run that someone else started, before or after its callback came."""
@@ -202,14 +223,19 @@ class Starter:
                 log.error("starter.unavailable", reason=str(error))
                 pause = _IDLE_SECONDS
             await either(self._wake, stopping, pause)
+        self._stopped = True  # what is asked for from here on is committed, and asked by the next process
+        if self._asking:
+            await asyncio.wait(set(self._asking.values()), timeout=_GRACE_SECONDS)
         for task in self._asking.values():
             task.cancel()
         await self.drain()
 
     async def tick(self, now: datetime) -> float:
         """Ask about every start that is due, and return in how many seconds to look again."""
-        for start in await self._database.read(lambda tx: starts.due(tx, now=now, limit=_AT_ONCE + len(self._asking))):
-            self._ask_soon(start)
+        busy = set(self._asking)  # what these are answered while we read, the read may not show
+        for start in await self._database.read(lambda tx: starts.due(tx, now=now, limit=_AT_ONCE + len(busy))):
+            if start.token not in busy:
+                self._ask_soon(start)
         next_ms = await self._database.read(starts.next_due_ms)
         until = _IDLE_SECONDS if next_ms is None else (moment(next_ms) - now).total_seconds()
         return min(_IDLE_SECONDS, until) if until > 0 else _IDLE_SECONDS
@@ -221,7 +247,7 @@ class Starter:
             await asyncio.sleep(0)
 
     def _ask_soon(self, start: Start) -> None:
-        if start.token in self._asking:
+        if start.token in self._asking or self._stopped:
             return
         task = asyncio.create_task(self._ask(start), name=f"start {start.idempotency_key}")
         self._asking[start.token] = task
@@ -234,33 +260,43 @@ class Starter:
     async def _ask(self, start: Start) -> None:
         """Ask FLORA once and commit what it answered."""
         try:
-            if not may_repeat(start, now=self._clock()):
-                await self._look_for(start)
-                return
             try:
                 answer = await self._post(start)
             except FloraError as error:
                 await self._refused(start, error)
-            else:
-                await self._link(start, answer.snapshot.run_id, answer)
+                return
+            if answer is None:
+                await self._look_for(start)
+                return
+            await self._link_surely(start, answer)
         except StoreUnavailableError as error:
             log.error("start.not_committed", key=start.idempotency_key, reason=str(error))
+            await asyncio.sleep(_PAUSE_SECONDS)  # it stays due: do not ask FLORA in circles
+        except Exception:
+            log.exception("start.broken", key=start.idempotency_key)
+            await asyncio.sleep(_IDLE_SECONDS)
 
-    async def _post(self, start: Start) -> StartedRun:
-        client, budget = self._client(start)
+    async def _post(self, start: Start) -> StartedRun | None:
+        """Ask, or return None if asking again could start a second run by now."""
+        client, budget = self._client(start.workspace_id)
         body = json.loads(start.request)
-        async with budget.call():
+        async with _counted(budget):
+            if not may_repeat(start, now=self._clock()):  # it may have waited long for its turn
+                return None
+            if start.operation is Operation.TECHNIQUE_RUN:
+                return await client.start_technique_run(start.technique_id, body)
+            return await client.generate(body, idempotency_key=start.idempotency_key)
+
+    async def _link_surely(self, start: Start, answer: StartedRun) -> None:
+        """Commit the answer however long that takes: once forgotten, it has to be guessed from a list."""
+        while True:
             try:
-                if start.operation is Operation.TECHNIQUE_RUN:
-                    answer = await client.start_technique_run(start.technique_id, body)
-                else:
-                    answer = await client.generate(body, idempotency_key=start.idempotency_key)
-            except FloraError as error:
-                if error.status == 429:  # noqa: PLR2004
-                    budget.limited(5.0 if error.retry_after is None else error.retry_after)
-                raise
-        budget.went_well()
-        return answer
+                await self._link(start, answer.snapshot.run_id, answer)
+            except StoreUnavailableError as error:
+                log.error("start.not_committed", key=start.idempotency_key, reason=str(error))
+                await asyncio.sleep(_PAUSE_SECONDS)
+            else:
+                return
 
     async def _refused(self, start: Start, error: FloraError) -> None:
         now = self._clock()
@@ -313,8 +349,15 @@ class Starter:
         alike = await self._database.read(
             lambda tx: starts.unresolved_alike(tx, start, since=window.since, until=window.until)
         )
+        current = await self.find(start.token)
+        if current is None or current.state not in _OPEN:
+            return  # its callback named its run meanwhile
         if len(fitting) == 1 and alike == 1:
             await self._link(start, fitting[0].run_id)
+            return
+        if (later := searched_again(start, now=now, jitter=self._jitter())) is not None:
+            log.warning("start.not_found_yet", key=start.idempotency_key, candidates=len(fitting), alike=alike)
+            await self._database.write(lambda tx: starts.change(tx, later, only_in=_OPEN))
             return
         after = unresolved(start)
         log.error("start.unknown", key=start.idempotency_key, candidates=len(fitting), cure=after.error_message)
@@ -323,12 +366,12 @@ class Starter:
 
     async def _fitting(self, start: Start, now: datetime) -> tuple[Snapshot, ...]:
         """Return the listed runs that could be this start's and that the ledger does not know."""
-        client, budget = self._client(start)
+        client, budget = self._client(start.workspace_id)
         since = window_of(start, now=now).since
         found: list[Snapshot] = []
         cursor: str | None = None
         for _ in range(_PAGES):
-            async with budget.call():
+            async with _counted(budget):
                 if start.operation is Operation.TECHNIQUE_RUN:
                     page = await client.technique_runs(
                         cursor=cursor, technique_id=start.technique_id, workspace_id=start.workspace_id or None
@@ -344,8 +387,8 @@ class Starter:
         unknown = set(await self._database.read(lambda tx: starts.unknown_to_ledger(tx, ids)))
         return tuple({snapshot.run_id: snapshot for snapshot in found if snapshot.run_id in unknown}.values())
 
-    def _client(self, start: Start) -> tuple[FloraClient, Budget]:
-        key = start.workspace_id if start.workspace_id in self._clients else None
+    def _client(self, workspace_id: str) -> tuple[FloraClient, Budget]:
+        key = workspace_id if workspace_id in self._clients else None
         client = self._clients.get(key)
         if client is None:
             raise FloraError("there is no API key for this workspace", status=401, code="unauthorized")
@@ -363,6 +406,19 @@ class Starter:
         if url is not None:
             body["callback_url"] = url
         return json.dumps(body, ensure_ascii=False), is_ours
+
+
+@asynccontextmanager
+async def _counted(budget: Budget) -> AsyncIterator[None]:
+    """Make one call to FLORA inside the block, within the budget, and tell it how that went."""
+    async with budget.call():
+        try:
+            yield
+        except FloraError as error:
+            if error.status == 429:  # noqa: PLR2004
+                budget.limited(5.0 if error.retry_after is None else error.retry_after)
+            raise
+        budget.went_well()
 
 
 def with_token(callback_url: str, token: str) -> str:

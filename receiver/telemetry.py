@@ -3,12 +3,13 @@
 Logs never show a secret, a body or a media URL, whoever wrote the line: `scrub` sees every value on its way out.
 """
 
+import contextlib
 import logging
 import re
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -39,6 +40,7 @@ def configure_logging(
     """Send structlog's and the standard library's records, scrubbed, to `stream` (default: standard error)."""
     stream = stream or sys.stderr
     console = format == "console" or (format == "auto" and stream.isatty())
+    colors, stream = stream.isatty(), cast("TextIO", _Harmless(stream))
     threshold: int = logging.getLevelNamesMapping()[level.upper()]
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -49,9 +51,7 @@ def configure_logging(
     ]
     renderer: Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
     if console:
-        renderer = structlog.dev.ConsoleRenderer(
-            colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
-        )
+        renderer = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
@@ -59,6 +59,21 @@ def configure_logging(
         cache_logger_on_first_use=True,
     )
     _route_standard_library(stream, threshold, shared, renderer)
+
+
+class _Harmless:
+    """A stream that fails in silence: a full disk or a reader that died must not cost a callback or a read."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 class _OurHandler(logging.StreamHandler[TextIO]):
@@ -145,8 +160,10 @@ class Metrics:
         self.dispatches = self._counter("dispatches", "Handler calls, by how they ended.", "handler", "outcome")
         self.dispatch_seconds = self._histogram("dispatch_seconds", "Duration of a handler call.", _WORK, "handler")
         self.download_bytes = self._counter("download_bytes", "Bytes of outputs fetched.")
-        self.runs = self._gauge("runs", "Runs in the ledger, by state.", "state")
-        self.dispatch_backlog = self._gauge("dispatch_backlog", "Dispatches that are not done, by state.", "state")
+        self.runs = self._gauge("runs", "Runs that are not settled, by state; counted when asked.", "state")
+        self.dispatch_backlog = self._gauge(
+            "dispatch_backlog", "Dispatches that are not done, by state; counted when asked.", "state"
+        )
         for state in (RunState.COMPLETED, RunState.FAILED, RunState.LOST):
             self.runs_settled.labels(state.value)
         for verdict in Verdict:  # an alert on a series that does not exist yet never fires
@@ -180,6 +197,13 @@ class Metrics:
         """A handler's call ended."""
         self.dispatches.labels(handler, outcome).inc()
         self.dispatch_seconds.labels(handler).observe(seconds)
+
+    def counted(self, runs: Mapping[str, int], backlog: Mapping[str, int]) -> None:
+        """The ledger was counted: unsettled runs, and dispatches that are not done, by state."""
+        for state, number in runs.items():
+            self.runs.labels(state).set(number)
+        for state, number in backlog.items():
+            self.dispatch_backlog.labels(state).set(number)
 
     def render(self) -> tuple[bytes, str]:
         """Return the exposition and its content type."""

@@ -1,7 +1,8 @@
-"""What the tests of the core share: a clock to turn, nouns to fill in, callbacks to sign, and the rooms around one database."""
+"""What the tests of the core share: a clock to turn, nouns to fill in, callbacks to sign, a door before a database."""
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,6 +14,7 @@ from receiver.model import (
     Dispatch,
     Event,
     Heard,
+    LostReason,
     Origin,
     Output,
     Read,
@@ -46,6 +48,13 @@ class Clock:
         return self.now
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    """Let the loop turn until something holds."""
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110  what holds may be another thread's
+            await asyncio.sleep(0)
+
+
 def a_run(state: RunState = RunState.OPEN, **fields: Any) -> Run:
     """Return a run in `state` with what that state calls for; `fields` override."""
     given: dict[str, Any] = {
@@ -64,7 +73,7 @@ def a_run(state: RunState = RunState.OPEN, **fields: Any) -> Run:
         case RunState.COMPLETED | RunState.FAILED:
             given |= {"settled_at": NOW}
         case RunState.LOST:
-            given |= {"lost_reason": "deadline", "losses": 1}
+            given |= {"lost_reason": LostReason.DEADLINE, "losses": 1}
     return Run(**(given | fields))
 
 

@@ -1,5 +1,6 @@
 """Signatures: FLORA's own verdicts, what each refusal is called, and that nothing but a refusal ever comes out."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,13 @@ def test_tolerance_includes_its_edge(age: int, good: bool) -> None:
 
 def test_zero_tolerance_is_no_tolerance() -> None:
     """0 takes this very second only: it does not turn the check off, as it does in FLORA's SDK."""
-    strict = {"tolerance_past": 0, "tolerance_future": 0}
-    assert verify(BODY, sign(BODY, SECRET, timestamp=NOW), [SECRET], now=NOW, **strict)
+    header = sign(BODY, SECRET, timestamp=NOW)
+    assert verify(BODY, header, [SECRET], now=NOW, tolerance_past=0, tolerance_future=0) == Verified(0, 0)
     for off in (-1, 1):
         header = sign(BODY, SECRET, timestamp=NOW + off)
-        assert refused(header, **strict).problem is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE
+        assert (
+            refused(header, tolerance_past=0, tolerance_future=0).problem is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE
+        )
 
 
 @pytest.mark.parametrize(("past", "future", "good"), [(None, 300, "past"), (900, None, "future")])
@@ -138,7 +141,8 @@ def test_none_turns_one_side_off(past: int | None, future: int | None, good: str
     headers = {"past": sign(BODY, SECRET, timestamp=0), "future": sign(BODY, SECRET, timestamp=NOW * 2)}
     for side, header in headers.items():
         if side == good:
-            assert verify(BODY, header, [SECRET], now=NOW, tolerance_past=past, tolerance_future=future)
+            found = verify(BODY, header, [SECRET], now=NOW, tolerance_past=past, tolerance_future=future)
+            assert found.secret == 0
         else:
             refused(header, tolerance_past=past, tolerance_future=future)
 
@@ -178,10 +182,8 @@ def test_nothing_but_a_signature_error_ever_comes_out(
     body: bytes, header: str | None, secrets: list[str], now: int
 ) -> None:
     """Whatever the bytes are, verification answers or refuses; it never breaks."""
-    try:
+    with contextlib.suppress(SignatureError):
         verify(body, header, secrets, now=now)
-    except SignatureError as error:
-        assert error.problem in SignatureProblem
 
 
 @given(body=st.binary(), secret=st.text(min_size=1), timestamp=st.integers(0, 10**15 - 1))

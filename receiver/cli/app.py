@@ -6,21 +6,31 @@ from typing import Annotated, Optional
 import typer
 
 from receiver import __version__
+from receiver.cli.operating import channel, deliveries, dispatches, runs, techniques_runs
 
 app = typer.Typer(
     name="flora-receiver",
     help="Turns FLORA's run callbacks into safely stored outputs.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,  # what we did not foresee is a bug: a plain traceback, fit for a report
     rich_markup_mode=None,
 )
 handlers = typer.Typer(help="The handlers that bring settled runs somewhere.", no_args_is_help=True)
 app.add_typer(handlers, name="handlers")
+app.add_typer(runs, name="runs")
+app.add_typer(techniques_runs, name="techniques:runs")
+app.add_typer(deliveries, name="deliveries")
+app.add_typer(dispatches, name="dispatches")
+app.command("channel")(channel)
 
 Config = Annotated[
     Optional[Path],  # noqa: UP045 -- typer reads it at run time
     typer.Option("--config", "-c", help="Settings file; default: RECEIVER_CONFIG, else receiver.toml if there is one."),
+]
+Pem = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--ca", exists=True, dir_okay=False, help="A further CA to trust (PEM)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -38,17 +48,28 @@ def root(
 def serve(
     config: Config = None,
     host: Annotated[Optional[str], typer.Option(help="Public address to bind; default: [public] host.")] = None,  # noqa: UP045
-    port: Annotated[Optional[int], typer.Option(help="Public port to bind; default: [public] port.")] = None,  # noqa: UP045
+    port: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, max=65535, help="Public port to bind, 0 for a free one; default: [public] port."),
+    ] = None,
+    ops_host: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Operations address to bind; default: [operations] host."),
+    ] = None,
+    ops_port: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, max=65535, help="Operations port to bind; default: [operations] port."),
+    ] = None,
 ) -> None:
     """Run the receiver until it is stopped."""
     from receiver.cli.serve import run  # noqa: PLC0415
 
-    run(config, host=host, port=port)
+    run(config, host=host, port=port, ops_host=ops_host, ops_port=ops_port)
 
 
 @app.command()
 def check(config: Config = None, json: Json = False) -> None:
-    """Check the settings, the database and the handlers; say everything that is wrong."""
+    """Check settings, database and handlers."""
     from receiver.cli.check import run  # noqa: PLC0415
 
     run(config, json=json)
@@ -56,7 +77,7 @@ def check(config: Config = None, json: Json = False) -> None:
 
 @app.command()
 def migrate(config: Config = None, json: Json = False) -> None:
-    """Bring the database to this version's tables (serve does it too)."""
+    """Bring the database up to date (serve does it too)."""
     from receiver.cli.migrate import run  # noqa: PLC0415
 
     run(config, json=json)
@@ -68,7 +89,7 @@ def demo(
     outputs: Annotated[Path, typer.Option(help="Where the files land.")] = Path("outputs"),
     json: Json = False,
 ) -> None:
-    """See it work: an emulated FLORA, this receiver over HTTPS, eight runs, their files."""
+    """See it work: eight runs and their files."""
     from receiver.cli.demo import run  # noqa: PLC0415
 
     run(keep=keep, outputs=outputs, json=json)
@@ -77,20 +98,23 @@ def demo(
 @app.command()
 def emulator(
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to bind.")] = 9100,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind, 0 for a free one.")] = 9100,
     api_key: Annotated[Optional[str], typer.Option(envvar="FLORA_API_KEY", help="Key that callers must send.")] = None,  # noqa: UP045
     webhook_secret: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(envvar="FLORA_WEBHOOK_SECRET", help="Secret that signs callbacks; several with commas."),
     ] = None,
     workspace_id: Annotated[str, typer.Option(help="Workspace of the runs.")] = "ws_emulator",
-    run_seconds: Annotated[float, typer.Option(help="How long a run takes.")] = 5.0,
-    time_scale: Annotated[float, typer.Option(help="Divides the pauses between callback attempts.")] = 1.0,
+    run_seconds: Annotated[float, typer.Option(min=0, help="How long a run takes.")] = 5.0,
+    time_scale: Annotated[float, typer.Option(min=0.001, help="Divides the pauses between callback attempts.")] = 1.0,
     allow_private_callbacks: Annotated[bool, typer.Option(help="Allow callback URLs on loopback.")] = False,
-    callback_ca: Annotated[Optional[Path], typer.Option(help="The only CA trusted for callbacks (PEM).")] = None,  # noqa: UP045
+    callback_ca: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(exists=True, dir_okay=False, help="The only CA trusted for callbacks (PEM)."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Makes ids, media and faults repeatable.")] = 0,
 ) -> None:
-    """Run an emulated FLORA on this machine, to develop and test against."""
+    """Run an emulated FLORA to test against."""
     from receiver.cli.emulator import run  # noqa: PLC0415
 
     given = {"api_key": api_key, "webhook_secrets": tuple(webhook_secret.split(",")) if webhook_secret else None}
@@ -112,14 +136,12 @@ def trigger(
     url: Annotated[str, typer.Argument(help="Where to send it, e.g. https://127.0.0.1:8080/callbacks/flora.")],
     case: Annotated[str, typer.Option(help="completed, failed, or the code of the refusal to provoke.")] = "completed",
     run_id: Annotated[Optional[str], typer.Option(help="The run it is about; default: a made-up one.")] = None,  # noqa: UP045
-    delivery_id: Annotated[
-        str | None, typer.Option(help="The delivery's id; the same again is a duplicate.")
-    ] = None,
+    delivery_id: Annotated[str | None, typer.Option(help="The delivery's id; the same again is a duplicate.")] = None,
     secret: Annotated[Optional[str], typer.Option(help="Signing secret; default: FLORA_WEBHOOK_SECRET.")] = None,  # noqa: UP045
-    ca: Annotated[Optional[Path], typer.Option(help="A further CA to trust (PEM).")] = None,  # noqa: UP045
+    ca: Pem = None,
     json: Json = False,
 ) -> None:
-    """Send one callback, right or wrong, to any receiver and show its answer."""
+    """Send one callback, show the answer."""
     from receiver.cli.trigger import run  # noqa: PLC0415
 
     run(url, case, run_id=run_id, delivery_id=delivery_id, secret=secret, ca=ca, json=json)
@@ -131,6 +153,37 @@ def handlers_list(config: Config = None, json: Json = False) -> None:
     from receiver.cli.handlers import run  # noqa: PLC0415
 
     run(config, json=json)
+
+
+@runs.command("batch")
+def runs_batch(
+    file: Annotated[Path, typer.Argument(help="CSV or JSON Lines, UTF-8; - for standard input.")],
+    technique_id: Annotated[str, typer.Option(help="The technique, tech_… or its slug.")],
+    key: Annotated[str, typer.Option(help="What tells rows apart, such as '{market_code}'.")],
+    map: Annotated[  # noqa: A002 -- the option's name
+        list[str], typer.Option(help="An input of the technique from the row's columns: 'headline={headline}'.")
+    ],
+    name: Annotated[Optional[str], typer.Option(help="The row's name for files; default: its key.")] = None,  # noqa: UP045
+    batch: Annotated[Optional[str], typer.Option(help="The batch's name; default: the file's, without .csv.")] = None,  # noqa: UP045
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Rows in hand at the same time, at most.")] = 8,
+    results: Annotated[Path, typer.Option(help="Where the results go.")] = Path("results.csv"),
+    patience: Annotated[
+        float, typer.Option(min=0, max=86400, help="Seconds to go on while the service does not answer.")
+    ] = 120,
+    cost_wait: Annotated[
+        float, typer.Option(min=0, max=3600, help="Seconds to wait for final costs, at the end.")
+    ] = 90,
+    workspace_id: Annotated[Optional[str], typer.Option(help="Whose API key starts the runs.")] = None,  # noqa: UP045
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending.")] = False,
+    json: Json = False,
+) -> None:
+    """Start one run for each row of a table and see all through."""
+    from receiver.cli.batch import run  # noqa: PLC0415
+
+    run(
+        file=file, technique_id=technique_id, maps=map, key=key, name=name, batch=batch, parallel=parallel,
+        patience=patience, cost_wait=cost_wait, results=results, workspace_id=workspace_id, yes=yes, json=json,
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -23,9 +23,12 @@ def run(config: Path | None, *, json: bool) -> None:
         state, trouble = asyncio.run(_database(settings.database.url))
         problems += trouble
         warnings = settings.warnings()
-        lines = [f"Settings: fine ({len(settings.handlers)} handlers)", f"Database: {state}"]
+        names = ", ".join(each.registration.name for each in loaded)
+        lines = ["Settings: fine", f"Handlers: {names}", f"Database: {state}"]
         lines += [f"Warning: {warning.path}: {warning.message}" for warning in warnings]
         lines += [f"Wrong: {problem.path}: {problem.message}" for problem in problems]
+        if not problems:
+            lines.append("Ready: start it with `flora-receiver serve`.")
         data = {
             "ok": not problems,
             "settings": redacted(settings),

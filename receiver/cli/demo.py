@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import secrets
 import signal
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from urllib.parse import unquote, urlsplit
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from receiver import certificates
 from receiver.cli.output import WRONG, explained, show
@@ -39,6 +42,8 @@ _RUN_SECONDS = 3.0
 _TIME_SCALE = 60.0
 """FLORA's 10 s, 1 min and 5 min between attempts become a sixth of a second, 1 s and 5 s."""
 
+_KIB = 1024
+
 _DONE = {DispatchState.DONE, DispatchState.SKIPPED, DispatchState.DEAD}
 
 
@@ -55,11 +60,11 @@ SCENES = (
     Scene("image", "emu-image"),
     Scene("two images", "emu-two-images"),
     Scene("video", "emu-video"),
-    Scene("audio, callback comes 3 times", "emu-audio", ({"kind": "duplicate", "copies": 2},)),
+    Scene("audio, called back 3×", "emu-audio", ({"kind": "duplicate", "copies": 2},)),
     Scene("document", "emu-document"),
     Scene("text", "emu-text"),
-    Scene("a run that fails", "emu-fail"),
-    Scene("image, callback never comes", "emu-image", ({"kind": "drop"},)),
+    Scene("a failing run", "emu-fail"),
+    Scene("image, never called back", "emu-image", ({"kind": "drop"},)),
 )
 
 
@@ -85,6 +90,19 @@ class Act:
         return self.over and all(each.state is not DispatchState.DEAD for each in self.dispatches)
 
     @property
+    def verdict(self) -> str:
+        return self.run.verdict.value if self.run and self.run.verdict else "unsettled"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the outputs; the manifest is ours."""
+        return sum(each.size or 0 for each in self.artifacts if each.stored_at is not None and each.position >= 0)
+
+    @property
+    def cost(self) -> str:
+        return f"${self.run.charged_cost:.2f}" if self.run and self.run.charged_cost is not None else ""
+
+    @property
     def files(self) -> list[Path]:
         stored = [artifact for artifact in self.artifacts if artifact.stored_at is not None]
         return [Path(unquote(urlsplit(artifact.location).path)) for artifact in stored]
@@ -98,17 +116,27 @@ def run(*, keep: bool, outputs: Path, json: bool) -> None:
 
 async def _play(*, keep: bool, outputs: Path, json: bool) -> int:
     console = Console(stderr=json, highlight=False)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     with tempfile.TemporaryDirectory(prefix="flora-receiver-demo-") as directory:
         async with _stage(Path(directory), outputs) as (emulator, service, origin):
             url = f"https://127.0.0.1:{service.address[1]}{CALLBACK_PATH}"
-            console.print(f"An emulated FLORA   {origin}\nThis receiver       {url}\n")
+            console.print(f"An emulated FLORA  {origin}\nThis receiver      {url}")
             acts = await _start(emulator, service, origin, url)
             forged = await _forge(url, Path(directory) / "ca.pem")
-            console.print(f"A forged callback was refused: {forged}\n")
-            await _watch(service, acts, console)
-            await _finish(acts, console, outputs, json=json)
-            if keep:
-                await _keep(console, emulator, service, origin, Path(directory))
+            console.print(f"A forged callback  refused: {forged}\n")
+            began = asyncio.get_running_loop().time()
+            await _watch(service, acts, console, stopping)
+            seconds = asyncio.get_running_loop().time() - began
+            if json:
+                show({"ok": all(act.safe for act in acts), "runs": [_row(act) for act in acts]}, "", as_json=True)
+                sys.stdout.flush()  # with --keep, whoever reads it is still waiting
+            else:
+                _finish(acts, console, outputs, seconds)
+            if keep and not stopping.is_set():
+                _invite(console, emulator, origin, url, Path(directory) / "ca.pem", outputs)
+                await stopping.wait()
             return 0 if all(act.safe for act in acts) else WRONG
 
 
@@ -147,6 +175,7 @@ def _settings(emulator: Emulator, origin: str, directory: Path, outputs: Path, *
     return Settings.model_validate(
         {
             "public": {"host": "127.0.0.1", "port": 0},
+            "operations": {"port": 0},
             "tls": {"cert": str(cert), "key": str(key)},
             "database": {"url": f"sqlite:///{directory / 'receiver.db'}"},
             "flora": {
@@ -198,15 +227,16 @@ async def _forge(url: str, ca: Path) -> str:
     return f"{response.status_code} {response.json()['error']['code']}"
 
 
-async def _watch(service: Service, acts: list[Act], console: Console) -> None:
-    """Show the ledger until every run is over."""
+async def _watch(service: Service, acts: list[Act], console: Console, stopping: asyncio.Event) -> None:
+    """Show the ledger until every run is over, patience ends, or somebody stops us."""
     deadline = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
-    with Live(_table(acts), console=console, refresh_per_second=8) as live:
+    with Live(_table(acts), console=console, refresh_per_second=8, transient=True) as live:
         while not all(act.over for act in acts) and asyncio.get_running_loop().time() < deadline:
             await _look(service, acts)
             live.update(_table(acts))
-            await asyncio.sleep(0.1)
-        live.update(_table(acts))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), 0.1)
+                return
 
 
 async def _look(service: Service, acts: list[Act]) -> None:
@@ -221,50 +251,66 @@ async def _look(service: Service, acts: list[Act]) -> None:
         )
 
 
+_COLOURS = {"matched": "green", "recovered": "yellow", "late": "yellow", "diverged": "red", "unsettled": "red"}
+
+
 def _table(acts: list[Act]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in ("run", "state", "settled", "files", "bytes", "cost"):
-        table.add_column(column, justify="right" if column in {"bytes", "cost"} else "left", no_wrap=True)
+    """Return the ledger as it is now; it fits 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in ("run", "state", "callback", "files", "size", "cost"):
+        table.add_column(column, justify="right" if column in {"size", "cost"} else "left", no_wrap=True)
     for act in acts:
-        run, stored = act.run, [each for each in act.artifacts if each.stored_at is not None and each.position >= 0]
-        state = run.state.value if run else ""
-        if run and run.error_code:
-            state = f"{state}: {run.error_code}"
+        verdict = act.run.verdict.value if act.run and act.run.verdict else ""
         table.add_row(
             act.scene.title,
-            state,
-            run.verdict.value if run and run.verdict else "…",
-            ", ".join(sorted(Path(urlsplit(each.location).path).suffix for each in stored)),
-            f"{sum(each.size or 0 for each in stored):,}" if stored else "",
-            f"${run.charged_cost:.2f}" if run and run.charged_cost is not None else "",
+            act.run.state.value if act.run else "",
+            Text(verdict or "…", _COLOURS.get(verdict, "")),
+            ", ".join(sorted({file.suffix.lstrip(".") for file in act.files if file.name != "run.json"})),
+            human(act.size) if act.files else "",
+            act.cost,
         )
     return table
 
 
-async def _finish(acts: list[Act], console: Console, outputs: Path, *, json: bool) -> None:
-    data = []
+def human(size: int) -> str:
+    """Return a number of bytes in the unit that a person would choose."""
+    if size < _KIB:
+        return f"{size} B"
+    amount, unit = size / _KIB, "KiB"
+    for larger in ("MiB", "GiB"):
+        if amount >= _KIB:
+            amount, unit = amount / _KIB, larger
+    return f"{amount:.1f} {unit}"
+
+
+def _row(act: Act) -> dict[str, Any]:
+    return {
+        "run_id": act.run_id,
+        "scene": act.scene.title,
+        "state": act.run.state.value if act.run else "unknown",
+        "verdict": act.verdict,
+        "error_code": act.run.error_code if act.run else None,
+        "files": [str(file) for file in act.files],
+    }
+
+
+def _finish(acts: list[Act], console: Console, outputs: Path, seconds: float) -> None:
+    """List the runs with their files, and say what it means."""
     for act in acts:
-        verdict = act.run.verdict.value if act.run and act.run.verdict else "unsettled"
-        state = act.run.state.value if act.run else "unknown"
-        data.append(
-            {
-                "run_id": act.run_id,
-                "scene": act.scene.title,
-                "state": state,
-                "verdict": verdict,
-                "files": [str(file) for file in act.files],
-            }
-        )
-    if json:
-        show({"ok": all(act.safe for act in acts), "runs": data}, "", as_json=True)
-        return
-    console.print()
-    for act, row in zip(acts, data, strict=True):
-        console.print(f"{row['verdict']:<10} {act.run_id}  {act.scene.title} ({row['state']})")
-        for file in act.files:
-            console.print(f"           {_shown(file)}", soft_wrap=True)
+        told = act.run.error_code or act.run.state.value if act.run else "unknown"
+        size = human(act.size) if act.files else ""
+        line = Text.assemble((f"{act.verdict:<9}", _COLOURS.get(act.verdict, "")), f"  {act.scene.title:<26}{told}")
+        console.print(line, f"{size:>{max(0, 62 - line.cell_len)}}{act.cost:>7}")
+        if act.files:
+            names = " ".join(sorted(file.name for file in act.files))
+            console.print(f"  [dim]{escape(_shown(act.files[0].parent))}/[/dim]  {escape(names)}", soft_wrap=True)
     settled = sum(act.over for act in acts)
-    console.print(f"\n{settled} of {len(acts)} runs settled; their files are in {outputs}/")
+    polled = sum(act.verdict == "recovered" for act in acts)
+    console.print(f"\n{settled} of {len(acts)} runs settled in {seconds:.0f} s, {polled} of them by polling alone.")
+    if settled == len(acts):
+        console.print(f"The files are in {outputs}/", soft_wrap=True, markup=False)
+    else:
+        console.print("The others did not settle in time: is this machine very busy? Try again.")
 
 
 def _shown(file: Path) -> str:
@@ -274,19 +320,18 @@ def _shown(file: Path) -> str:
         return str(file)
 
 
-async def _keep(console: Console, emulator: Emulator, service: Service, origin: str, directory: Path) -> None:
-    """Leave both servers running until Ctrl-C, and say how to use them."""
-    url = f"https://127.0.0.1:{service.address[1]}{CALLBACK_PATH}"
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    console.print(
-        f"\nBoth keep running until Ctrl-C. Start another run:\n"
-        f"  curl {emulator.base_url(origin)}/techniques/emu-image/runs -H 'Authorization: Bearer "
-        f"{emulator.settings.api_key}' -H 'Content-Type: application/json' -d "
-        f'\'{{"mode": "async", "inputs": [{{"id": "prompt", "type": "text", "value": "a lighthouse"}}], '
-        f'"callback_url": "{url}"}}\'\n'
-        f"The receiver's certificate is signed by {directory / 'ca.pem'}.",
-        soft_wrap=True,
+def _invite(console: Console, emulator: Emulator, origin: str, url: str, ca: Path, outputs: Path) -> None:
+    """Say how to use what keeps running."""
+    body = (
+        f'{{"mode": "async", "callback_url": "{url}",\n'
+        '       "inputs": [{"id": "prompt", "type": "text", "value": "a lighthouse"}]}'
     )
-    await stopping.wait()
+    console.print(
+        f"\nBoth keep running until Ctrl-C. Start another run, and its output comes to {outputs}/:\n\n"
+        f"  curl {emulator.base_url(origin)}/techniques/emu-image/runs \\\n"
+        f"    -H 'Authorization: Bearer {emulator.settings.api_key}' -H 'Content-Type: application/json' \\\n"
+        f"    -d '{body}'\n\n"
+        f"The receiver's certificate is signed by {ca}",
+        soft_wrap=True,
+        markup=False,
+    )

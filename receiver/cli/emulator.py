@@ -6,6 +6,7 @@ from typing import Any
 
 from receiver.cli.output import explained
 from receiver.emulator import Emulator, EmulatorSettings
+from receiver.errors import ConfigError, Problem
 from receiver.telemetry import configure_logging
 from receiver.web.server import Server, bind
 
@@ -21,7 +22,11 @@ async def _serve(settings: EmulatorSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     emulator = Emulator(settings)
-    server = Server(emulator.app, bind(settings.host, settings.port))
+    try:
+        sockets = bind(settings.host, settings.port)
+    except ConfigError as error:  # it speaks of the receiver's settings; here they are options
+        raise ConfigError([Problem("--host, --port", problem.message) for problem in error.problems]) from error
+    server = Server(emulator.app, sockets)
     await server.start()
     origin = f"http://{settings.host}:{server.port}"
     print(

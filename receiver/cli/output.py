@@ -8,12 +8,17 @@ from typing import Any
 
 import typer
 
-from receiver.errors import ConfigError, ReceiverError
+from receiver.errors import ConfigError, ReceiverApiError, ReceiverError, StoreUnavailableError
 
 WRONG = 1
 """Exit code: it was tried and did not work."""
 MISUSED = 2
 """Exit code: the settings or options cannot be used."""
+
+
+_ADVICE: Mapping[type[ReceiverError], str] = {
+    StoreUnavailableError: "\nLook at [database] url (RECEIVER_DATABASE__URL), its file and its directory."
+}
 
 
 def show(data: Any, text: str, *, as_json: bool) -> None:
@@ -29,15 +34,27 @@ def explained(*, as_json: bool = False) -> Iterator[None]:
     except ConfigError as error:
         problems = [{"path": problem.path, "message": problem.message} for problem in error.problems]
         lines = [f"  {problem['path']}: {problem['message']}" for problem in problems]
-        _fail({"error": "config", "problems": problems}, "The settings cannot be used:\n" + "\n".join(lines), as_json)
+        fail(
+            {"error": "config", "problems": problems},
+            "The settings cannot be used:\n" + "\n".join(lines),
+            as_json=as_json,
+        )
         raise typer.Exit(MISUSED) from error
     except ReceiverError as error:
         kind = type(error).__name__.removesuffix("Error").lower()
-        _fail({"error": kind, "message": str(error)}, f"Error: {error}", as_json)
+        advice = _ADVICE.get(type(error), "")
+        data: dict[str, Any] = {"error": kind, "message": str(error)}
+        if isinstance(error, ReceiverApiError):
+            fields = [{"field": field, "message": message} for field, message in error.fields]
+            data = {**data, "error": error.code, "fields": fields, "request_id": error.request_id}
+            advice = "".join(f"\n  {row['field']}: {row['message']}" for row in fields)
+            advice += f"\n  FLORA's request-id: {error.request_id}" if error.request_id else ""
+        fail(data, f"Error: {error}{advice}", as_json=as_json)
         raise typer.Exit(WRONG) from error
 
 
-def _fail(data: Mapping[str, Any], text: str, as_json: bool) -> None:
+def fail(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+    """Print a trouble: as JSON where JSON was asked for, else on standard error."""
     if as_json:
         print(json.dumps(data, indent=2, ensure_ascii=False))
     else:

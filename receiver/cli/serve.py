@@ -10,9 +10,17 @@ from receiver.service import Service
 from receiver.telemetry import configure_logging
 
 
-def run(config: Path | None, *, host: str | None, port: int | None) -> None:
+def run(
+    config: Path | None,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    ops_host: str | None = None,
+    ops_port: int | None = None,
+) -> None:
     with explained():
-        settings = _with(load(config, os.environ), host=host, port=port)
+        settings = _with(load(config, os.environ), "public", host=host, port=port)
+        settings = _with(settings, "operations", host=ops_host, port=ops_port)
         configure_logging(settings.log.level, settings.log.format)
         asyncio.run(_serve(settings))
 
@@ -21,7 +29,7 @@ async def _serve(settings: Settings) -> None:
     await Service(settings).run_until_signal()
 
 
-def _with(settings: Settings, *, host: str | None, port: int | None) -> Settings:
-    """Return the settings with the command line's word on the listener."""
+def _with(settings: Settings, listener: str, *, host: str | None, port: int | None) -> Settings:
+    """Return the settings with the command line's word on a listener."""
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
-    return settings.model_copy(update={"public": settings.public.model_copy(update=given)})
+    return settings.model_copy(update={listener: getattr(settings, listener).model_copy(update=given)})

@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import typer
 
-from receiver.cli.output import WRONG, explained, show
+from receiver.cli.output import WRONG, explained, fail, show
 from receiver.config import load
 from receiver.errors import ConfigError, Problem
 from receiver.flora.signature import HEADER, sign
@@ -68,14 +67,16 @@ def run(
     with explained(as_json=json):
         if case not in CASES:
             raise ConfigError([Problem("--case", f"there is no case {case!r}; there are: {', '.join(CASES)}")])
-        if urlsplit(url).scheme not in {"http", "https"}:
+        if not _is_web_url(url):
             raise ConfigError([Problem("URL", f"{url!r} is not an http or https URL")])
+        if ca is not None:
+            _check_ca(ca)
         secret = secret or _configured_secret()
         shot = CASES[case](_body(case, run_id, delivery_id), secret)
         try:
             response = asyncio.run(_send(url, shot, ca))
-        except (httpx.HTTPError, ssl.SSLError) as error:
-            show({"error": type(error).__name__, "url": url}, f"No answer from {url}: {error}", as_json=json)
+        except httpx.HTTPError as error:
+            fail({"error": type(error).__name__, "url": url}, f"No answer from {url}: {_why(error)}", as_json=json)
             raise typer.Exit(WRONG) from error
         as_expected = _code(response) == shot.expected and (response.status_code == 200) == (shot.expected is None)  # noqa: PLR2004
         data = {"case": case, "status": response.status_code, "body": response.text[:2000], "as_expected": as_expected}
@@ -83,6 +84,32 @@ def run(
         show(data, f"{response.status_code} {response.text[:2000]}\n{case}: {verdict}", as_json=json)
         if not as_expected:
             raise typer.Exit(WRONG)
+
+
+def _is_web_url(text: str) -> bool:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return False
+    return url.scheme in {"http", "https"} and bool(url.host)
+
+
+def _check_ca(ca: Path) -> None:
+    try:
+        ssl.create_default_context(cafile=ca)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError([Problem("--ca", f"{ca} holds no certificate in PEM form")]) from error
+
+
+def _why(error: httpx.HTTPError) -> str:
+    """Say what went wrong on the way, and what to do about it."""
+    if isinstance(error, httpx.TimeoutException):
+        return "it took too long"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "its certificate is not trusted here; give its CA with --ca"
+    if isinstance(error, httpx.ConnectError):
+        return f"{error}. Is it running, and is this its address (https or http)?"
+    return str(error) or type(error).__name__
 
 
 def _configured_secret() -> str:

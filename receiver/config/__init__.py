@@ -1,7 +1,20 @@
 """The settings: where they come from, what they may be, what is wrong with them. A leaf: imports no other room."""
 
-from receiver.config.loading import load, variables
+from receiver.config.loading import load, operations_problem, variables
+from receiver.config.ops_token import made_token, token_path
 from receiver.config.sections import HandlerEntry, Workspace
 from receiver.config.settings import Setting, Settings, describe, redacted
 
-__all__ = ["HandlerEntry", "Setting", "Settings", "Workspace", "describe", "load", "redacted", "variables"]
+__all__ = [
+    "HandlerEntry",
+    "Setting",
+    "Settings",
+    "Workspace",
+    "describe",
+    "load",
+    "made_token",
+    "operations_problem",
+    "redacted",
+    "token_path",
+    "variables",
+]

@@ -100,7 +100,8 @@ def _public_url_is_public(settings: Settings) -> Problem | None:
     return Problem("public_url", problem) if problem else None
 
 
-def _operations_are_guarded(settings: Settings) -> Problem | None:
+def operations_problem(settings: Settings) -> Problem | None:
+    """Return why the operations listener must not be opened as the settings have it."""
     operations = settings.operations
     if is_loopback(operations.host):
         return None
@@ -116,7 +117,7 @@ def _operations_are_guarded(settings: Settings) -> Problem | None:
 _Rules = tuple[tuple[tuple[str, ...], Callable[[Settings], Problem | None]], ...]
 _RULES: _Rules = (
     (("public_url", "flora.base_url"), _public_url_is_public),
-    (("operations", "tls"), _operations_are_guarded),
+    (("operations", "tls"), operations_problem),
 )
 _SECRET_RULES: _Rules = (
     (("flora.webhook_secrets", "workspaces"), _has_webhook_secret),

@@ -36,6 +36,7 @@ from receiver.model import Event, When
 
 __all__ = [
     "Database",
+    "Discover",
     "Dispatching",
     "Downloads",
     "Flora",
@@ -76,6 +77,9 @@ class Operations(Section):
     )
     allow_plaintext: bool = Field(
         default=False, description="Allow a non-loopback address without `[tls]`, behind a proxy that does TLS."
+    )
+    allowed_hosts: Words = Field(
+        (), description="Names, besides `host` and this machine's own, by which the listener may be called."
     )
 
 
@@ -137,6 +141,23 @@ class Reconcile(Section):
     max_gap_seconds: Span = Field(900, description="Longest pause between two reads of an open run.")
     cost_seconds: Span = Field(600, description="How long after settling to wait for the final cost.")
     concurrency: Count = Field(8, description="API requests at the same time.")
+
+
+class Discover(Section):
+    """Whether FLORA's lists are looked through for runs that nobody registered."""
+
+    enabled: bool = Field(default=False, description="Take up runs that FLORA lists and the ledger does not know.")
+    every_seconds: Span = Field(900, description="Pause between two sweeps; one is made at start.")
+    workspace_ids: Words = Field((), description="Only these workspaces; default: all that the API keys show.")
+    project_ids: Words = Field((), description="Only these projects; default: all.")
+    technique_ids: Words = Field((), description="Only runs of these techniques, and no generations; default: all.")
+    run_types: Annotated[
+        tuple[Literal["technique", "generation"], ...], BeforeValidator(listed), AfterValidator(not_empty)
+    ] = Field(("technique", "generation"), description="Which runs to look for: `technique`, `generation`.")
+    overlap_seconds: Seconds = Field(
+        600, description="How far a sweep goes back beyond the newest run that the last one saw."
+    )
+    first_hours: Span = Field(24, description="How far back the first sweep goes.")
 
 
 class Dispatching(Section):

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretSt
 
 from receiver.config.sections import (
     Database,
+    Discover,
     Dispatching,
     Downloads,
     Flora,
@@ -75,6 +76,7 @@ class Settings(Section):
     database: Database = Database()
     flora: Flora = Flora()
     reconcile: Reconcile = Reconcile()
+    discover: Discover = Discover()
     dispatch: Dispatching = Dispatching()
     downloads: Downloads = Downloads()
     retention: Retention = Retention()

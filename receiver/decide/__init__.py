@@ -3,31 +3,57 @@
 from receiver.decide.attempts import Outcome, conclude
 from receiver.decide.channel import ChannelHealth, channel_health
 from receiver.decide.decision import Changed, Decision, Unchanged
+from receiver.decide.plans import (
+    LOOKAHEAD,
+    Depth,
+    Listing,
+    Plan,
+    Progress,
+    Scan,
+    Scope,
+    Single,
+    home,
+    plan_polls,
+    worth_another_page,
+    worth_telling,
+)
 from receiver.decide.policy import Policy
 from receiver.decide.polling import Route, failure_pause, next_poll, right_route, route
 from receiver.decide.reconcile import TABLE, Kind, kind_of, reconcile
 from receiver.decide.settling import SETTLED_STATES, callback_gone_at, filter_reason, settle
 
 __all__ = [
+    "LOOKAHEAD",
     "SETTLED_STATES",
     "TABLE",
     "Changed",
     "ChannelHealth",
     "Decision",
+    "Depth",
     "Kind",
+    "Listing",
     "Outcome",
+    "Plan",
     "Policy",
+    "Progress",
     "Route",
+    "Scan",
+    "Scope",
+    "Single",
     "Unchanged",
     "callback_gone_at",
     "channel_health",
     "conclude",
     "failure_pause",
     "filter_reason",
+    "home",
     "kind_of",
     "next_poll",
+    "plan_polls",
     "reconcile",
     "right_route",
     "route",
     "settle",
+    "worth_another_page",
+    "worth_telling",
 ]

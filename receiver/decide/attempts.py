@@ -1,11 +1,14 @@
 """What follows from one attempt of a handler. Pure."""
 
+import math
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from receiver.model import DispatchState
 
 _LONGEST = timedelta(minutes=30)
+_LONGEST_ASKED = 86_400.0
+"""Seconds; a handler may ask for any number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,6 @@ def conclude(
     if attempts >= max_attempts:
         return Outcome(DispatchState.DEAD)
     pause = min(timedelta(seconds=2 ** min(attempts - 1, 20)), _LONGEST) * (1 + 0.25 * jitter)
-    if after_seconds is not None:
-        pause = min(timedelta(seconds=max(after_seconds, 0.0)), timedelta(days=1))
+    if after_seconds is not None and not math.isnan(after_seconds):
+        pause = timedelta(seconds=min(max(after_seconds, 0.0), _LONGEST_ASKED))
     return Outcome(DispatchState.READY, now + pause)

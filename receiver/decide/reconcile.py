@@ -127,7 +127,9 @@ def _enter(case: _Case) -> Decision:
             run = enriched(
                 _blank(case, report.run_id, report.origin, callback_expected=report.callback_expected), report
             )
-            wait = timedelta(seconds=report.estimated_seconds) if report.estimated_seconds else case.policy.first_poll
+            wait = case.policy.first_poll
+            if report.estimated_seconds:
+                wait = _seconds(report.estimated_seconds, at_most=case.policy.max_gap)
             if not report.callback_expected:
                 wait = case.policy.eager_poll
             return Changed(replace(run, next_poll_at=case.after(min(wait, case.policy.max_gap))))
@@ -145,7 +147,10 @@ def _enrich(case: _Case) -> Decision:
     if not isinstance(case.report, Registered):
         return Unchanged()
     run = enriched(case.known, case.report)
-    return Unchanged() if run == case.known else Changed(run)
+    if run == case.known:
+        return Unchanged()
+    # Whoever knows better may also say that a callback was to be expected after all.
+    return Changed(run) if run.settled_at is None else _judged(run, case)
 
 
 def _heard(case: _Case) -> Decision:
@@ -209,8 +214,7 @@ def _climb(case: _Case) -> Decision:
     """The API does not show yet what a callback, or its own `completed`, promised: climb the ladder."""
     run, read = case.known, case.report
     empty = case.snapshot.status == "completed"
-    if isinstance(read, Read) and run.reported_at is not None and read.asked_at < run.reported_at:
-        # Asked before the callback came: it could not know. The read that the callback asked for is still due.
+    if isinstance(read, Read) and _stale(run, read.asked_at, case):
         return Changed(replace(run, polls=run.polls + 1))
     run = answered(shown(run, case.snapshot))
     run = replace(run, ladder=run.ladder + 1)
@@ -220,12 +224,9 @@ def _climb(case: _Case) -> Decision:
     diverged = past and run.state is RunState.REPORTED and run.verdict is not Verdict.DIVERGED
     if diverged:
         run = replace(run, verdict=Verdict.DIVERGED)
-    decision = _unless_overdue(run, case)
-    match decision:
-        case Changed(run=run, events=events) if diverged:
-            return Changed(run, events=(Event.DIVERGED, *events))
-        case _:
-            return decision
+    # On the ladder the API may still lag behind: not conclusive, so the deadline does not count yet.
+    decision = _unless_overdue(run, case) if past else _read_on(run, case)
+    return replace(decision, events=(Event.DIVERGED, *decision.events)) if diverged else decision
 
 
 def _miss(case: _Case) -> Decision:
@@ -233,24 +234,26 @@ def _miss(case: _Case) -> Decision:
     run, report = case.known, case.report
     if not isinstance(report, Missing) or not report.right_route:
         return _back_off(case)
-    if run.reported_at is not None and report.asked_at < run.reported_at:
+    if _stale(run, report.asked_at, case):
         return Changed(replace(run, polls=run.polls + 1))
-    since = run.missing_since or case.now
+    since = min(run.missing_since or case.now, case.now)
     run = replace(
         run, polls=run.polls + 1, ladder=run.ladder + 1, failures=0, missing=run.missing + 1, missing_since=since
     )
     if run.missing >= case.policy.missing_limit and case.now - since >= case.policy.missing_span:
         return _lose(run, LostReason.NOT_FOUND)
-    return Changed(replace(run, next_poll_at=next_poll(run, case.policy, now=case.now, jitter=case.jitter)))
+    return _read_on(run, case)
 
 
 def _back_off(case: _Case) -> Decision:
     """The API did not tell. Never counts against the run: our outage, or FLORA's, must not lose it."""
     run, report = case.known, case.report
+    if isinstance(report, Missing | Unanswered) and _stale(run, report.asked_at, case):
+        return Changed(replace(run, polls=run.polls + 1))
     run = replace(run, polls=run.polls + 1, failures=run.failures + 1)
     pause = failure_pause(run.failures)
     if isinstance(report, Unanswered) and report.retry_after is not None:
-        pause = max(pause, min(timedelta(seconds=report.retry_after), timedelta(hours=1)))
+        pause = max(pause, _seconds(report.retry_after, at_most=timedelta(hours=1)))
     return Changed(replace(run, next_poll_at=case.after(pause)))
 
 
@@ -315,10 +318,11 @@ def _ask_bill(case: _Case) -> Decision:
 
 def _dispute(case: _Case) -> Decision:
     """The API shows another end than the one it showed before. The first stays; say so."""
-    run = case.known
-    if run.verdict is Verdict.DIVERGED:
-        return Unchanged()
-    return Changed(replace(run, verdict=Verdict.DIVERGED), events=(Event.DIVERGED,))
+    asked = _ask_bill(case)  # this read was due because the cost is missing, and the next one must not be due at once
+    if case.known.verdict is Verdict.DIVERGED:
+        return asked
+    run, events = (asked.run, asked.events) if isinstance(asked, Changed) else (case.known, ())
+    return Changed(replace(run, verdict=Verdict.DIVERGED, verdict_due_at=None), events=(Event.DIVERGED, *events))
 
 
 def _hurry(case: _Case) -> Decision:
@@ -357,8 +361,8 @@ _GRID: Mapping[RunState | None, tuple[_Rule, ...]] = {
     None:               (_enter,   _heard,    _enter,  _settle,  _enter,  _settle,  _ignore,   _ignore,   _ignore, _ignore),
     RunState.OPEN:      (_enrich,  _heard,    _wait,   _settle,  _climb,  _settle,  _miss,     _back_off, _hurry,  _ignore),
     RunState.REPORTED:  (_enrich,  _heard,    _climb,  _settle,  _climb,  _settle,  _miss,     _back_off, _hurry,  _ignore),
-    RunState.COMPLETED: (_enrich,  _heard_of, _ignore, _bill,    _ignore, _dispute, _ask_bill, _ask_bill, _ignore, _expire),
-    RunState.FAILED:    (_enrich,  _heard_of, _ignore, _dispute, _ignore, _bill,    _ask_bill, _ask_bill, _ignore, _expire),
+    RunState.COMPLETED: (_enrich,  _heard_of, _ask_bill, _bill,  _ask_bill, _dispute, _ask_bill, _ask_bill, _ignore, _expire),
+    RunState.FAILED:    (_enrich,  _heard_of, _ask_bill, _dispute, _ask_bill, _bill,  _ask_bill, _ask_bill, _ignore, _expire),
     RunState.LOST:      (_enrich,  _heard,    _ignore, _settle,  _ignore, _settle,  _ignore,   _ignore,   _reopen, _ignore),
 }
 # fmt: on
@@ -382,11 +386,26 @@ def _blank(case: _Case, run_id: str, origin: Origin, *, callback_expected: bool)
     )
 
 
-def _unless_overdue(run: Run, case: _Case) -> Decision:
-    """Plan the next read, or give the run up if this read was conclusive and past the deadline."""
-    if case.now >= run.deadline_at:
-        return _lose(run, LostReason.DEADLINE)
+def _stale(run: Run, asked_at: datetime, case: _Case) -> bool:
+    """Return whether a read was asked for before the callback came: it could not know, and the read after it is due.
+
+    A callback's time that is still to come was told by a clock that has been set back since: it says nothing.
+    """
+    return run.reported_at is not None and asked_at < run.reported_at <= case.now
+
+
+def _seconds(number: float, *, at_most: timedelta) -> timedelta:
+    """Return a pause that FLORA named, which may be any number."""
+    return timedelta(seconds=min(number, at_most.total_seconds()))
+
+
+def _read_on(run: Run, case: _Case) -> Changed:
     return Changed(replace(run, next_poll_at=next_poll(run, case.policy, now=case.now, jitter=case.jitter)))
+
+
+def _unless_overdue(run: Run, case: _Case) -> Changed:
+    """Plan the next read, or give the run up if this read was conclusive and past the deadline."""
+    return _lose(run, LostReason.DEADLINE) if case.now >= run.deadline_at else _read_on(run, case)
 
 
 def _lose(run: Run, reason: LostReason) -> Changed:

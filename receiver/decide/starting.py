@@ -15,6 +15,9 @@ from receiver.model import Snapshot, Start, StartState
 SAFE_TO_REPEAT = timedelta(minutes=100)
 """FLORA's key lives two hours (its site says 24): we trust it for less."""
 
+SEARCH_FOR = timedelta(minutes=10)
+"""How long a run that exists is searched for before its start is called unknown: callbacks and other starts sort it out."""
+
 _SKEW = timedelta(seconds=30)
 _LONGEST_PAUSE_SECONDS = 30.0
 _UNKNOWN = (
@@ -61,6 +64,21 @@ def deferred(start: Start, error: FloraError, *, now: datetime, jitter: float = 
         pause *= 1 + 0.25 * jitter
     explained = _explained(start, error)
     return replace(explained, attempts=start.attempts + 1, due_at=now + timedelta(seconds=min(pause, 3600)))
+
+
+def searched_again(start: Start, *, now: datetime, jitter: float = 0.5) -> Start | None:
+    """Return the start to be searched for again a little later, or None once that has gone on for long enough.
+
+    Right after a crash there are often several starts without a run and several runs without a start. Callbacks name
+    most of them within a run's length; what is left is told apart by being the only one.
+    """
+    if now - start.created_at >= SEARCH_FOR:
+        return None
+    exists = FloraError(
+        "FLORA has a run of this key; which one is not clear yet: waiting for its callback, and searching the list",
+        status=409, code="idempotency_duplicate", request_id=start.request_id,
+    )  # fmt: skip
+    return deferred(start, exists, now=now, jitter=jitter)
 
 
 def unresolved(start: Start) -> Start:

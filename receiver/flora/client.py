@@ -16,11 +16,13 @@ from receiver.errors import FloraError, PayloadError
 from receiver.flora.messages import (
     Page,
     StartedRun,
+    Technique,
     parse_error,
     parse_json,
     parse_page,
     parse_run,
     parse_start,
+    parse_technique,
 )
 from receiver.model import Snapshot
 
@@ -70,6 +72,11 @@ class FloraClient:
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         parse = partial(parse_start, technique_id=None)
         return await self._call("POST", "generate", json=request, headers=headers, parse=parse)
+
+    async def technique(self, technique_id: str) -> Technique:
+        """`GET /techniques/{technique_id}`: declared inputs and outputs, and what a run costs."""
+        parse = partial(parse_technique, technique_id=technique_id)
+        return await self._call("GET", f"techniques/{_segment(technique_id)}", parse=parse)
 
     async def _list(self, path: str, limit: int, cursor: str | None, filters: Mapping[str, str | None]) -> Page:
         params: dict[str, str | None] = {"limit": str(limit), "cursor": cursor, **filters}

@@ -58,6 +58,37 @@ class StartedRun:
     quoted_cost: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class DeclaredInput:
+    """One input that a technique declares."""
+
+    id: str
+    type: str
+    name: str | None
+    optional: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredOutput:
+    """One output that a technique declares."""
+
+    id: str
+    type: str
+    name: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Technique:
+    """What FLORA says about a technique. `run_cost` in USD, None where it does not say."""
+
+    technique_id: str
+    slug: str | None
+    name: str | None
+    inputs: tuple[DeclaredInput, ...]
+    outputs: tuple[DeclaredOutput, ...]
+    run_cost: float | None
+
+
 def parse_json(body: bytes) -> Any:
     """Return the JSON value in `body`, or raise PayloadError, whatever the bytes are."""
     try:
@@ -160,6 +191,35 @@ def parse_page(payload: Any) -> Page:
     return Page(tuple(snapshots), cursor or None)
 
 
+def parse_technique(payload: Any, *, technique_id: str) -> Technique:
+    """Return a technique. `technique_id` is what was asked for: an id or a slug."""
+    if not isinstance(payload, Mapping):
+        raise PayloadError("the technique is not a JSON object")
+    return Technique(
+        technique_id=_identifier(payload, "technique_id", "techniqueId", "id") or technique_id,
+        slug=_text(payload, "slug"),
+        name=_text(payload, "name"),
+        inputs=tuple(
+            DeclaredInput(
+                id=_text(row, "id", "input_id", "inputId") or "",
+                type=_text(row, "type") or "text",
+                name=_text(row, "name"),
+                optional=row.get("optional") is True or row.get("required") is False,
+            )
+            for row in _rows(payload.get("inputs"))
+        ),
+        outputs=tuple(
+            DeclaredOutput(
+                id=_text(row, "id", "output_id", "outputId") or "",
+                type=_text(row, "type") or "unknown",
+                name=_text(row, "name"),
+            )
+            for row in _rows(payload.get("outputs"))
+        ),
+        run_cost=_money(_get(payload, "run_cost", "runCost")),
+    )
+
+
 def parse_error(status: int, body: bytes, headers: Mapping[str, str]) -> FloraError:
     """Return FLORA's refusal as an error, from whatever came: its JSON, or some proxy's HTML."""
     request_id = headers.get("request-id")
@@ -191,7 +251,11 @@ def parse_error(status: int, body: bytes, headers: Mapping[str, str]) -> FloraEr
 
 def ids_of_poll_url(poll_url: str) -> tuple[str | None, str | None]:
     """Return (technique_id, run_id) as named by a `poll_url`'s path. The URL itself is never fetched."""
-    parts = [unquote(part) for part in urlsplit(poll_url).path.split("/") if part]
+    try:
+        path = urlsplit(poll_url).path
+    except ValueError:  # `http://[`
+        return None, None
+    parts = [unquote(part) for part in path.split("/") if part]
     match parts:
         case [*_, "techniques", technique_id, "runs", run_id]:
             return _clean_id(technique_id), _clean_id(run_id)
@@ -199,6 +263,10 @@ def ids_of_poll_url(poll_url: str) -> tuple[str | None, str | None]:
             return None, _clean_id(run_id)
         case _:
             return None, None
+
+
+def _rows(value: Any) -> list[Mapping[str, Any]]:
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
 
 
 def _run_type(payload: Mapping[str, Any], technique_id: str | None) -> str | None:
@@ -285,6 +353,6 @@ def _time(value: Any) -> datetime | None:
         return None
     try:
         parsed = datetime.fromisoformat(value)
-    except ValueError:
+        return parsed.replace(tzinfo=UTC) if parsed.tzinfo is None else parsed.astimezone(UTC)
+    except (ValueError, OverflowError):  # in the first or the last hours of the calendar, UTC may lie outside of it
         return None
-    return parsed.replace(tzinfo=UTC) if parsed.tzinfo is None else parsed.astimezone(UTC)

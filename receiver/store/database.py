@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, exc, make_url
 
@@ -34,6 +34,7 @@ class Database:
         """Take the file over: lock it, open it, start the writer. Raises StoreInUseError, StoreUnavailableError."""
         self._path = path
         self._lock = _lock_file(path)
+        self._closing = False
         self._jobs: queue.SimpleQueue[tuple[Job[Any], Future[Any]] | None] = queue.SimpleQueue()
         self._writing = _sqlite_engine(path, busy_timeout_ms, read_only=False)
         self._reading = _sqlite_engine(path, busy_timeout_ms, read_only=True)
@@ -51,10 +52,7 @@ class Database:
 
         Raises StoreUnavailableError when nothing was committed for a reason that may pass; else what `job` raised.
         """
-        future: Future[T] = Future()
-        self._jobs.put((job, future))
-        # A caller that is cancelled leaves; its job still runs, whole.
-        return await asyncio.shield(asyncio.wrap_future(future))
+        return await self._queue(job)
 
     async def read(self, job: Job[T]) -> T:
         """Run `job` on a connection that cannot write, in a snapshot of what is committed."""
@@ -62,12 +60,19 @@ class Database:
 
     async def run(self, job: Callable[[Connection], T]) -> T:
         """Run `job` on the writer's connection outside any transaction (migrations, checkpoints)."""
+        return await self._queue(_Bare(job))
+
+    async def _queue(self, job: Job[T]) -> T:
+        if self._closing:
+            raise StoreUnavailableError("the database is being closed")  # the writer would never come to it
         future: Future[T] = Future()
-        self._jobs.put((_Bare(job), future))
-        return await asyncio.wrap_future(future)
+        self._jobs.put((job, future))
+        # A caller that is cancelled leaves; its job still runs, whole.
+        return await asyncio.shield(asyncio.wrap_future(future))
 
     async def close(self) -> None:
         """Finish what is queued, checkpoint, and give the file back."""
+        self._closing = True
         self._jobs.put(None)
         await asyncio.to_thread(self._writer.join)
         await asyncio.to_thread(self._readers.shutdown)
@@ -112,6 +117,7 @@ class Database:
                 self._commit(together)
                 together = []
                 _settle(future, lambda job=job: job(self._connection))  # type: ignore[misc]
+                self._end_transaction()
             else:
                 together.append((job, future))
         self._commit(together)
@@ -131,10 +137,12 @@ class Database:
                     except Exception as error:  # noqa: BLE001 -- the job's own fault: handed to its caller, below
                         answers.append((future, None, error))
         except exc.DBAPIError as error:
+            self._end_transaction()
             for _, future in batch:
                 future.set_exception(_unavailable(error))
             return
         except BaseException as error:  # noqa: BLE001 -- a waiter must never wait for ever
+            self._end_transaction()
             for _, future in batch:
                 future.set_exception(error)
             return
@@ -143,6 +151,14 @@ class Database:
                 future.set_result(result)
             else:
                 future.set_exception(failure)
+
+    def _end_transaction(self) -> None:
+        """Leave no transaction open: after an error in COMMIT itself, SQLAlchemy lets go of it and SQLite does not."""
+        try:
+            self._connection.rollback()
+            self._connection.connection.rollback()
+        except (exc.DBAPIError, sqlite3.Error):
+            self._connection.invalidate()  # closes it; the next BEGIN opens another
 
     def _checkpoint(self) -> None:
         """Move the log into the file, so that the next start finds nothing to recover. Losing this costs nothing."""
@@ -153,13 +169,13 @@ class Database:
             pass
 
 
-class _Bare:
+class _Bare(Generic[T]):
     """A job that runs outside a transaction."""
 
-    def __init__(self, job: Job[Any]) -> None:
+    def __init__(self, job: Job[T]) -> None:
         self._job = job
 
-    def __call__(self, connection: Connection) -> Any:
+    def __call__(self, connection: Connection) -> T:
         return self._job(connection)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
 from sqlalchemy.dialects import sqlite
 
 from receiver.errors import StoreUnavailableError
@@ -123,15 +123,33 @@ def add_dispatches(tx: Connection, new: Sequence[Dispatch]) -> None:
         tx.execute(statement, [dispatch_row(dispatch) for dispatch in new])
 
 
-def due_runs(tx: Connection, *, now: datetime, limit: int) -> tuple[Run, ...]:
-    """Return the runs to read by now, longest due first."""
-    statement = select(runs).where(runs.c.next_poll_at <= ms(now)).order_by(runs.c.next_poll_at).limit(limit)
-    return tuple(run_of(row) for row in tx.execute(statement).mappings())
+def due_runs(
+    tx: Connection,
+    *,
+    now: datetime,
+    limit: int,
+    after: datetime | None = None,
+    only: str | None = None,
+    without: Collection[str] = (),
+) -> tuple[Run, ...]:
+    """Return the runs to read by `now` (and not by `after`), longest due first; of one workspace, or without some."""
+    statement = select(runs).where(runs.c.next_poll_at <= ms(now))
+    if after is not None:
+        statement = statement.where(runs.c.next_poll_at > ms(after))
+    if only is not None:
+        statement = statement.where(runs.c.workspace_id == only)
+    elif without:
+        statement = statement.where(or_(runs.c.workspace_id.is_(None), runs.c.workspace_id.not_in(without)))
+    rows = tx.execute(statement.order_by(runs.c.next_poll_at).limit(limit)).mappings()
+    return tuple(run_of(row) for row in rows)
 
 
-def next_due_ms(tx: Connection) -> int | None:
-    """Return when the next run is to be read, in unix milliseconds; None: none is."""
-    return tx.execute(select(func.min(runs.c.next_poll_at))).scalar_one_or_none()
+def next_due_ms(tx: Connection, *, after: datetime | None = None) -> int | None:
+    """Return when the next run is to be read (of those due after `after`), in unix milliseconds; None: none is."""
+    statement = select(func.min(runs.c.next_poll_at))
+    if after is not None:
+        statement = statement.where(runs.c.next_poll_at > ms(after))
+    return tx.execute(statement).scalar_one_or_none()
 
 
 def written_off(tx: Connection, *, now: datetime, limit: int) -> tuple[Run, ...]:

@@ -144,7 +144,9 @@ def finish(
             lease_until=None,
             due_at=ms(due_at or leased.dispatch.due_at),
             last_error=error,
-            result=None if result is None else json.dumps(dict(result), default=str, ensure_ascii=False),
+            result=None
+            if result is None
+            else json.dumps(dict(result), default=str),  # ASCII: half characters are escaped
             finished_at=ms(now) if over else None,
         )
     ).rowcount
@@ -190,17 +192,48 @@ def void_leases(tx: Connection) -> int:
     ).rowcount
 
 
+def rearm(
+    tx: Connection,
+    *,
+    now: datetime,
+    states: Collection[DispatchState],
+    run_id: str | None = None,
+    handler: str | None = None,
+) -> tuple[Dispatch, ...]:
+    """Make dispatches that are over due again, as if they had never been tried; return them.
+
+    Their earlier attempts are forgotten, since attempts are numbered from one again.
+    """
+    statement = update(dispatches).where(dispatches.c.state.in_([state.value for state in states]))
+    if run_id is not None:
+        statement = statement.where(dispatches.c.run_id == run_id)
+    if handler is not None:
+        statement = statement.where(dispatches.c.handler == handler)
+    armed = statement.values(
+        state=DispatchState.READY.value, attempts=0, due_at=ms(now), finished_at=None, result=None
+    ).returning(dispatches)
+    rows = tx.execute(armed).mappings().all()
+    for row in rows:
+        tx.execute(dispatch_attempts.delete().where(dispatch_attempts.c.dispatch_seq == row["seq"]))
+    return tuple(dispatch_of(row) for row in rows)
+
+
 def has_due(tx: Connection, handler: str, *, now: datetime, takeover: bool = False) -> bool:
     """Return whether a handler has anything to claim or bury."""
     due = exists().where(dispatches.c.handler == handler, _due(now, takeover=takeover))
     return bool(tx.execute(select(due)).scalar_one())
 
 
-def next_due_ms(tx: Connection, handlers: Collection[str]) -> int | None:
-    """Return when the next ready dispatch of these handlers is due, in unix milliseconds; None: there is none."""
+def next_due_ms(tx: Connection, handlers: Collection[str], *, after: datetime) -> int | None:
+    """Return when the next dispatch of these handlers becomes due, in unix milliseconds; None: none will.
+
+    What is due already is left out: it is being worked on, or waits for an attempt to end, and that wakes the loop.
+    """
     return tx.execute(
         select(func.min(dispatches.c.due_at)).where(
-            dispatches.c.handler.in_(handlers), dispatches.c.state == DispatchState.READY.value
+            dispatches.c.handler.in_(handlers),
+            dispatches.c.state == DispatchState.READY.value,
+            dispatches.c.due_at > ms(after),
         )
     ).scalar_one_or_none()
 

@@ -10,9 +10,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from receiver.errors import ConfigError, Problem
+from receiver.web.protocol import Guard
+
+_HANDSHAKE_SECONDS = 5.0
 
 
-def bind(host: str, port: int) -> list[socket.socket]:
+def bind(host: str, port: int, *, setting: str = "public") -> list[socket.socket]:
     """Bind a listening socket; port 0 takes a free one. Raises ConfigError if it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named: asyncio turns Nagle's delay (40 ms an answer) off only for sockets that say they are TCP.
@@ -22,7 +25,9 @@ def bind(host: str, port: int) -> list[socket.socket]:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ConfigError([Problem("public.port", f"cannot listen on {host}:{port}: {error.strerror}")]) from error
+        raise ConfigError(
+            [Problem(f"{setting}.port", f"cannot listen on {host}:{port}: {error.strerror}; choose another")]
+        ) from error
     listener.set_inheritable(True)
     return [listener]
 
@@ -31,13 +36,20 @@ class Server(uvicorn.Server):
     """uvicorn inside our loop: it leaves signals to us, and tells when it accepts."""
 
     def __init__(
-        self, app: ASGIApp, sockets: list[socket.socket], *, cert: Path | None = None, key: Path | None = None
+        self,
+        app: ASGIApp,
+        sockets: list[socket.socket],
+        *,
+        cert: Path | None = None,
+        key: Path | None = None,
+        guard: Guard | None = None,
     ) -> None:
+        """With a guard: httptools inside its limits. Without: h11, three times slower, its head limited to 16 KiB."""
         super().__init__(
             uvicorn.Config(
                 app,
                 lifespan="off",
-                http="h11",  # its head is limited to 16 KiB; httptools' is not
+                http="h11" if guard is None else guard.protocol,  # type: ignore[arg-type]  # it calls what it gets
                 h11_max_incomplete_event_size=16 * 1024,
                 ws="none",
                 log_config=None,
@@ -50,7 +62,9 @@ class Server(uvicorn.Server):
             )
         )
         self.sockets = sockets
+        self._guard = guard
         self._serving: asyncio.Task[None] | None = None
+        self._sweeping: asyncio.Task[None] | None = None
 
     @property
     def host(self) -> str:
@@ -71,11 +85,52 @@ class Server(uvicorn.Server):
         while not self.started:
             if self._serving.done():
                 await self._serving
-                raise RuntimeError("the public listener ended before it began")
+                raise RuntimeError("the listener ended before it began")
             await asyncio.sleep(0.01)
+        if self._guard is not None:
+            self._sweeping = asyncio.create_task(self._guard.sweep_forever(), name="guard")
 
     async def stop(self) -> None:
         """Stop accepting, give requests in hand 5 s, close."""
         self.should_exit = True
         if self._serving is not None:
             await self._serving
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 -- uvicorn's signature
+        """Listen as uvicorn does, but on our sockets alone, and without patience for half a TLS handshake."""
+        await self.lifespan.startup()
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                self._connection,
+                sock=listener,
+                ssl=self.config.ssl,
+                ssl_handshake_timeout=_HANDSHAKE_SECONDS if self.config.ssl else None,
+                backlog=self.config.backlog,
+            )
+            for listener in self.sockets
+        ]
+        self.started = True
+
+    def _connection(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop as uvicorn does, but do not wait for good-byes: a TLS peer that idles never reads ours."""
+        hanging_up = asyncio.create_task(self._hang_up(), name="public.hang_up")
+        try:
+            await super().shutdown(sockets)
+        finally:
+            hanging_up.cancel()
+
+    async def _hang_up(self) -> None:
+        while True:
+            await asyncio.sleep(0.3)
+            for connection in list(self.server_state.connections):
+                transport = connection.transport
+                if transport.is_closing() and not transport.get_write_buffer_size():
+                    transport.abort()

@@ -153,6 +153,7 @@ class Stage:
                 **{"workspace_id": run.workspace_id, **known},
             )
         )
+        service.signals.poll.set()  # the poller may have planned to sleep for longer than this run's first read
 
     # --- looking at the ledger, from outside ---------------------------------------------------------------------
 
@@ -350,8 +351,10 @@ def free_port() -> int:
 
 
 def toml(document: Mapping[str, Any]) -> str:
-    """Write settings as TOML: tables of plain values, and lists of tables."""
-    return "\n".join(_toml(document))
+    """Write settings as TOML: plain values first, then tables of plain values, and lists of tables."""
+    plain = {name: value for name, value in document.items() if not isinstance(value, Mapping | list)}
+    tables = {name: value for name, value in document.items() if name not in plain}
+    return "\n".join([*(f"{name} = {json.dumps(value)}" for name, value in plain.items()), *_toml(tables)])
 
 
 def _toml(document: Mapping[str, Any]) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """The whole path, over HTTPS: runs end, callbacks come or do not, files are right."""
 
-import httpx
 import pytest
 
 from receiver.emulator.techniques import TECHNIQUES
@@ -47,7 +46,7 @@ async def test_runs_that_nobody_registered_are_stored_too(stage: Stage) -> None:
 
 async def test_a_callback_that_never_comes_is_recovered(stage: Stage) -> None:
     """Polling settles what the channel lost, and the verdict says so."""
-    async with stage.service() as service:
+    async with stage.service(reconcile={"callback_window_seconds": 1.0}) as service:
         run_id = await stage.track(service, "emu-image", {"kind": "drop"})
         await stage.over(run_id)
     assert stage.run(run_id)["verdict"] == "recovered"
@@ -62,7 +61,7 @@ async def test_a_callback_that_comes_three_times_is_dispatched_once(stage: Stage
         await stage.over(run_id)
 
         async def counted() -> bool:
-            return stage.deliveries(run_id)[0]["duplicates"] == 2
+            return bool(stage.deliveries(run_id)[0]["duplicates"] == 2)
 
         await eventually(counted)
     [delivery] = stage.emulator.deliveries
@@ -79,7 +78,7 @@ async def test_a_callback_that_comes_three_times_is_dispatched_once(stage: Stage
 @pytest.mark.parametrize("fault", ["wrong_secret", "corrupt"])
 async def test_what_is_not_signed_by_flora_is_refused_and_the_run_settles_anyway(stage: Stage, fault: str) -> None:
     """Every attempt is refused with 401, in the ring of rejections; polling brings the run home as `recovered`."""
-    async with stage.service() as service:
+    async with stage.service(reconcile={"callback_window_seconds": 1.0}) as service:
         run_id = await stage.track(service, "emu-image", {"kind": fault})
         await stage.over(run_id)
         async with stage.client() as client:
@@ -142,13 +141,11 @@ async def test_the_public_listener_shows_nothing_else(stage: Stage) -> None:
     """Health, readiness and the callback path; everything else is 404 or 405 in our own words."""
     async with stage.service(), stage.client() as client:
         at = stage.url.removesuffix("/callbacks/flora")
-        answers: dict[str, httpx.Response] = {
+        answers = {
             path: await client.get(at + path) for path in ("/healthz", "/readyz", "/", "/metrics", "/callbacks/flora")
         }
         body = stage.body("run_slash")
-        slashed = await client.post(
-            stage.url + "/", content=body, headers={"Flora-Signature": stage.signature(body)}
-        )
+        slashed = await client.post(stage.url + "/", content=body, headers={"Flora-Signature": stage.signature(body)})
     assert {path: answer.status_code for path, answer in answers.items()} == {
         "/healthz": 200,
         "/readyz": 200,

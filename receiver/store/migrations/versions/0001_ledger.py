@@ -74,14 +74,18 @@ def upgrade() -> None:
         sa.Column("missing_since", sa.BigInteger(), nullable=True),
         sa.Column("cost_due_at", sa.BigInteger(), nullable=True),
         sa.Column("version", sa.Integer(), nullable=False),
-        sa.CheckConstraint("(state = 'lost') = (lost_reason IS NOT NULL)", name="ck_runs_lost"),
-        sa.CheckConstraint("(state IN ('completed', 'failed')) = (settled_at IS NOT NULL)", name="ck_runs_settled"),
-        sa.CheckConstraint("origin IN ('started', 'tracked', 'callback', 'discovered')", name="ck_runs_origin"),
-        sa.CheckConstraint("state <> 'reported' OR reported_at IS NOT NULL", name="ck_runs_reported"),
-        sa.CheckConstraint("state IN ('open', 'reported', 'completed', 'failed', 'lost')", name="ck_runs_state"),
-        sa.CheckConstraint("state NOT IN ('open', 'reported') OR next_poll_at IS NOT NULL", name="ck_runs_polled"),
-        sa.CheckConstraint("told IN ('completed', 'failed', 'both')", name="ck_runs_told"),
-        sa.CheckConstraint("verdict IN ('matched', 'recovered', 'late', 'diverged')", name="ck_runs_verdict"),
+        sa.CheckConstraint("(state = 'lost') = (lost_reason IS NOT NULL)", name=op.f("ck_runs_lost")),
+        sa.CheckConstraint(
+            "(state IN ('completed', 'failed')) = (settled_at IS NOT NULL)", name=op.f("ck_runs_settled")
+        ),
+        sa.CheckConstraint("origin IN ('started', 'tracked', 'callback', 'discovered')", name=op.f("ck_runs_origin")),
+        sa.CheckConstraint("state <> 'reported' OR reported_at IS NOT NULL", name=op.f("ck_runs_reported")),
+        sa.CheckConstraint("state IN ('open', 'reported', 'completed', 'failed', 'lost')", name=op.f("ck_runs_state")),
+        sa.CheckConstraint(
+            "state NOT IN ('open', 'reported') OR next_poll_at IS NOT NULL", name=op.f("ck_runs_polled")
+        ),
+        sa.CheckConstraint("told IN ('completed', 'failed', 'both')", name=op.f("ck_runs_told")),
+        sa.CheckConstraint("verdict IN ('matched', 'recovered', 'late', 'diverged')", name=op.f("ck_runs_verdict")),
         sa.PrimaryKeyConstraint("run_id", name="pk_runs"),
     )
     with op.batch_alter_table("runs", schema=None) as batch_op:
@@ -112,8 +116,8 @@ def upgrade() -> None:
         sa.Column("sha256", sa.Text(), nullable=True),
         sa.Column("content_type", sa.Text(), nullable=True),
         sa.Column("stored_at", sa.BigInteger(), nullable=True),
-        sa.CheckConstraint("(stored_at IS NULL) = (sha256 IS NULL)", name="ck_artifacts_stored"),
-        sa.CheckConstraint("position >= -1", name="ck_artifacts_position"),
+        sa.CheckConstraint("(stored_at IS NULL) = (sha256 IS NULL)", name=op.f("ck_artifacts_stored")),
+        sa.CheckConstraint("position >= -1", name=op.f("ck_artifacts_position")),
         sa.ForeignKeyConstraint(["run_id"], ["runs.run_id"], name="fk_artifacts_run_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("run_id", "handler", "position", name="pk_artifacts"),
         sa.UniqueConstraint("handler", "location", name="uq_artifacts_handler_location"),
@@ -143,12 +147,12 @@ def upgrade() -> None:
         sa.Column("finished_at", sa.BigInteger(), nullable=True),
         sa.CheckConstraint(
             "(state = 'leased') = (lease_token IS NOT NULL) AND (state = 'leased') = (lease_until IS NOT NULL)",
-            name="ck_dispatches_lease",
+            name=op.f("ck_dispatches_lease"),
         ),
         sa.CheckConstraint(
-            "event IN ('settled', 'cost_final', 'lost', 'diverged', 'dead')", name="ck_dispatches_event"
+            "event IN ('settled', 'cost_final', 'lost', 'diverged', 'dead')", name=op.f("ck_dispatches_event")
         ),
-        sa.CheckConstraint("state IN ('ready', 'leased', 'done', 'dead', 'skipped')", name="ck_dispatches_state"),
+        sa.CheckConstraint("state IN ('ready', 'leased', 'done', 'dead', 'skipped')", name=op.f("ck_dispatches_state")),
         sa.ForeignKeyConstraint(["run_id"], ["runs.run_id"], name="fk_dispatches_run_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("seq", name="pk_dispatches"),
         sa.UniqueConstraint("run_id", "handler", "event", "round", name="uq_dispatches_run_id_handler_event_round"),

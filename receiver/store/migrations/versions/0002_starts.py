@@ -36,9 +36,9 @@ def upgrade() -> None:
         sa.Column("error_message", sa.Text(), nullable=True),
         sa.Column("error_fields", sa.Text(), nullable=False),
         sa.Column("request_id", sa.Text(), nullable=True),
-        sa.CheckConstraint("(state = 'started') = (run_id IS NOT NULL)", name="ck_starts_started"),
-        sa.CheckConstraint("operation IN ('technique_run', 'generate')", name="ck_starts_operation"),
-        sa.CheckConstraint("state IN ('asking', 'started', 'refused', 'unknown')", name="ck_starts_state"),
+        sa.CheckConstraint("(state = 'started') = (run_id IS NOT NULL)", name=op.f("ck_starts_started")),
+        sa.CheckConstraint("operation IN ('technique_run', 'generate')", name=op.f("ck_starts_operation")),
+        sa.CheckConstraint("state IN ('asking', 'started', 'refused', 'unknown')", name=op.f("ck_starts_state")),
         sa.PrimaryKeyConstraint("token", name="pk_starts"),
         sa.UniqueConstraint(
             "workspace_id",

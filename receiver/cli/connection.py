@@ -1,0 +1,49 @@
+"""How commands find the running service: the environment's word, else the settings of this directory."""
+
+import os
+from pathlib import Path
+
+from receiver.client import ReceiverClient
+from receiver.config import Settings, load, token_path
+from receiver.errors import ConfigError, Problem
+from receiver.http import is_loopback
+
+_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compared with, not bound
+
+
+def connect() -> ReceiverClient:
+    """Return a client of the running service. Raises ConfigError where its token cannot be found."""
+    ca = os.environ.get("RECEIVER_OPS_CA")
+    url, token = os.environ.get("RECEIVER_OPS_URL"), os.environ.get("RECEIVER_OPS_TOKEN")
+    if not (url and token):
+        settings = load(None, os.environ, need_secrets=False)
+        url, token = url or _url(settings), token or _token(settings)
+    return ReceiverClient(url, token, ca=Path(ca) if ca else None)
+
+
+def _url(settings: Settings) -> str:
+    operations = settings.operations
+    host = _EVERY_ADDRESS.get(operations.host, operations.host)
+    tls = settings.tls.cert is not None and not operations.allow_plaintext and not is_loopback(operations.host)
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{operations.port}"
+
+
+def _token(settings: Settings) -> str:
+    if settings.operations.token is not None:
+        return settings.operations.token.get_secret_value()
+    path = token_path(settings)
+    try:
+        if token := path.read_text("utf-8").strip():
+            return token
+        reason = "is empty"
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"cannot be read ({error.strerror if isinstance(error, OSError) else 'not text'})"
+    raise ConfigError(
+        [
+            Problem(
+                "RECEIVER_OPS_TOKEN",
+                f"is not set, and {path} {reason}: `flora-receiver serve` writes it when it starts; "
+                "run this command in the same directory, or set the variable",
+            )
+        ]
+    )

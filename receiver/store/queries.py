@@ -1,0 +1,241 @@
+"""Statements of the read side: what the operations API shows. Every one of them runs on a reader connection.
+
+Lists are paged by key, newest first: a row that comes in between two pages moves none of the others.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, func, select, tuple_
+
+from receiver.model import Artifact, Dispatch, DispatchState, Output, Rejection, Run, RunState, Start, StartState
+from receiver.store.ledger import outputs_of_runs
+from receiver.store.queue import artifacts_of_run, dispatches_of_run
+from receiver.store.rows import dispatch_of, moment, moment_or_none, ms, run_of
+from receiver.store.schema import deliveries, delivery_bodies, dispatch_attempts, dispatches, rejections, runs, starts
+from receiver.store.starts import start_of
+
+_UNFINISHED = (DispatchState.READY.value, DispatchState.LEASED.value)
+_OVER = (RunState.COMPLETED, RunState.FAILED, RunState.LOST)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A run with everything that hangs on it."""
+
+    run: Run
+    outputs: tuple[Output, ...]
+    artifacts: tuple[Artifact, ...]
+    dispatches: tuple[Dispatch, ...]
+    start: Start | None
+
+    @property
+    def finished(self) -> bool:
+        return self.run.state in _OVER and not any(row.state.value in _UNFINISHED for row in self.dispatches)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A delivery as it was recorded; `body` and `signature` None: not asked for, or past their retention."""
+
+    seq: int
+    delivery_id: str
+    run_id: str | None
+    event: str | None
+    api_version: str | None
+    received_at: datetime
+    age: int
+    readable: bool
+    duplicates: int
+    last_duplicate_at: datetime | None
+    body: bytes | None = None
+    signature: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One call of a handler."""
+
+    handler: str
+    event: str
+    attempt: int
+    started_at: datetime
+    ended_at: datetime | None
+    outcome: str | None
+    error: str | None
+
+
+def account(tx: Connection, run_id: str) -> Account | None:
+    """Return a run with its outputs, artifacts, dispatches and start."""
+    row = tx.execute(select(runs).where(runs.c.run_id == run_id)).mappings().one_or_none()
+    if row is None:
+        return None
+    start = tx.execute(select(starts).where(starts.c.run_id == run_id).limit(1)).mappings().one_or_none()
+    return Account(
+        run=run_of(row),
+        outputs=outputs_of_runs(tx, [run_id])[run_id],
+        artifacts=tuple(artifacts_of_run(tx, run_id)),
+        dispatches=dispatches_of_run(tx, run_id),
+        start=None if start is None else start_of(start),
+    )
+
+
+def is_finished(tx: Connection, run_id: str) -> bool | None:
+    """Return whether a run is over and no handler has anything left to do for it; None: there is no such run."""
+    state = tx.execute(select(runs.c.state).where(runs.c.run_id == run_id)).scalar_one_or_none()
+    if state is None:
+        return None
+    return RunState(state) in _OVER and not unfinished(tx, [run_id])
+
+
+def unfinished(tx: Connection, run_ids: Collection[str]) -> frozenset[str]:
+    """Return which of these runs have dispatches that are not over."""
+    statement = select(dispatches.c.run_id).where(dispatches.c.run_id.in_(run_ids), dispatches.c.state.in_(_UNFINISHED))
+    return frozenset(tx.execute(statement.distinct()).scalars())
+
+
+def run_page(
+    tx: Connection, *, limit: int, state: RunState | None = None, before: tuple[int, str] | None = None
+) -> tuple[Run, ...]:
+    """Return runs by (first_seen_at, run_id), newest first; `before` is that pair of the last run of the page before."""
+    key = (runs.c.first_seen_at, runs.c.run_id)
+    statement = select(runs).order_by(*(column.desc() for column in key)).limit(limit)
+    if state is not None:
+        statement = statement.where(runs.c.state == state.value)
+    if before is not None:
+        statement = statement.where(tuple_(*key) < tuple_(*before))
+    return tuple(run_of(row) for row in tx.execute(statement).mappings())
+
+
+def start_page(
+    tx: Connection,
+    *,
+    limit: int,
+    state: StartState | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
+    before: tuple[int, str] | None = None,
+) -> tuple[Start, ...]:
+    """Return starts by (created_at, token), newest first; `prefix` is how their keys begin."""
+    order = (starts.c.created_at, starts.c.token)
+    statement = select(starts).order_by(*(column.desc() for column in order)).limit(limit)
+    if state is not None:
+        statement = statement.where(starts.c.state == state.value)
+    if key is not None:
+        statement = statement.where(starts.c.idempotency_key == key)
+    if prefix is not None:
+        statement = statement.where(func.substr(starts.c.idempotency_key, 1, len(prefix)) == prefix)
+    if before is not None:
+        statement = statement.where(tuple_(*order) < tuple_(*before))
+    return tuple(start_of(row) for row in tx.execute(statement).mappings())
+
+
+def delivery_page(
+    tx: Connection, *, limit: int, run_id: str | None = None, before: int | None = None
+) -> tuple[Arrival, ...]:
+    """Return deliveries by their sequence, newest first."""
+    statement = select(deliveries).order_by(deliveries.c.seq.desc()).limit(limit)
+    if run_id is not None:
+        statement = statement.where(deliveries.c.run_id == run_id)
+    if before is not None:
+        statement = statement.where(deliveries.c.seq < before)
+    return tuple(_arrival(row) for row in tx.execute(statement))
+
+
+def delivery(tx: Connection, delivery_id: str) -> Arrival | None:
+    """Return one delivery with its raw body, as long as that is kept."""
+    statement = (
+        select(deliveries, delivery_bodies.c.body, delivery_bodies.c.signature)
+        .outerjoin(delivery_bodies, delivery_bodies.c.seq == deliveries.c.seq)
+        .where(deliveries.c.delivery_id == delivery_id)
+    )
+    row = tx.execute(statement).one_or_none()
+    return None if row is None else _arrival(row, body=row.body, signature=row.signature)
+
+
+def rejection_page(tx: Connection, *, limit: int, before: int | None = None) -> tuple[tuple[int, Rejection], ...]:
+    """Return refused requests with their sequence, newest first."""
+    statement = select(rejections).order_by(rejections.c.seq.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(rejections.c.seq < before)
+    return tuple(
+        (row.seq, Rejection(moment(row.rejected_at), row.code, row.remote, row.size)) for row in tx.execute(statement)
+    )
+
+
+def dispatch_page(
+    tx: Connection, *, limit: int, state: DispatchState, before: int | None = None
+) -> tuple[tuple[int, Dispatch], ...]:
+    """Return the dispatches in a state with their sequence, newest first."""
+    statement = (
+        select(dispatches).where(dispatches.c.state == state.value).order_by(dispatches.c.seq.desc()).limit(limit)
+    )
+    if before is not None:
+        statement = statement.where(dispatches.c.seq < before)
+    return tuple((row["seq"], dispatch_of(row)) for row in tx.execute(statement).mappings())
+
+
+def attempts_of_run(tx: Connection, run_id: str) -> tuple[Attempt, ...]:
+    """Return every call of a handler about a run, oldest first."""
+    statement = (
+        select(dispatch_attempts, dispatches.c.handler, dispatches.c.event)
+        .join(dispatches, dispatches.c.seq == dispatch_attempts.c.dispatch_seq)
+        .where(dispatches.c.run_id == run_id)
+        .order_by(dispatch_attempts.c.started_at, dispatches.c.seq, dispatch_attempts.c.attempt)
+    )
+    return tuple(
+        Attempt(
+            row.handler, row.event, row.attempt, moment(row.started_at), moment_or_none(row.ended_at), row.outcome,
+            row.error,
+        )
+        for row in tx.execute(statement)
+    )  # fmt: skip
+
+
+def unsettled(tx: Connection) -> dict[str, int]:
+    """Return how many runs are open, and how many reported. Costs what is unsettled, not what the ledger holds."""
+    states = (RunState.OPEN.value, RunState.REPORTED.value)
+    statement = (
+        select(runs.c.state, func.count())
+        .where(runs.c.next_poll_at.is_not(None), runs.c.state.in_(states))
+        .group_by(runs.c.state)
+    )
+    return dict.fromkeys(states, 0) | {state: int(rows) for state, rows in tx.execute(statement)}
+
+
+def backlog(tx: Connection) -> dict[str, int]:
+    """Return how many dispatches are ready, leased and dead."""
+    states = (*_UNFINISHED, DispatchState.DEAD.value)
+    statement = (
+        select(dispatches.c.state, func.count()).where(dispatches.c.state.in_(states)).group_by(dispatches.c.state)
+    )
+    return dict.fromkeys(states, 0) | {state: int(rows) for state, rows in tx.execute(statement)}
+
+
+def run_key(run: Run) -> tuple[int, str]:
+    """Return what a page of runs is ordered by."""
+    return ms(run.first_seen_at), run.run_id
+
+
+def start_key(start: Start) -> tuple[int, str]:
+    """Return what a page of starts is ordered by."""
+    return ms(start.created_at), start.token
+
+
+def _arrival(row: Row[Any], *, body: bytes | None = None, signature: str | None = None) -> Arrival:
+    return Arrival(
+        seq=row.seq,
+        delivery_id=row.delivery_id,
+        run_id=row.run_id,
+        event=row.event,
+        api_version=row.api_version,
+        received_at=moment(row.received_at),
+        age=row.age,
+        readable=row.readable,
+        duplicates=row.duplicates,
+        last_duplicate_at=moment_or_none(row.last_duplicate_at),
+        body=body,
+        signature=signature,
+    )

@@ -1,0 +1,25 @@
+"""Statements of the sweeper: how far each list has been swept."""
+
+from datetime import datetime
+
+from sqlalchemy import Connection, select
+from sqlalchemy.dialects import sqlite
+
+from receiver.store.rows import moment, ms
+from receiver.store.schema import watermarks
+
+
+def watermark(tx: Connection, scope: str) -> datetime | None:
+    """Return the creation time of the newest run that a whole sweep of this list has seen; None: it never was swept."""
+    found = tx.execute(select(watermarks.c.created_at).where(watermarks.c.scope == scope)).scalar_one_or_none()
+    return None if found is None else moment(found)
+
+
+def set_watermark(tx: Connection, scope: str, created_at: datetime, *, swept_at: datetime) -> None:
+    """Write down that a list has been swept up to the run created at `created_at`."""
+    statement = sqlite.insert(watermarks)
+    upsert = statement.on_conflict_do_update(
+        index_elements=["scope"],
+        set_={"created_at": statement.excluded.created_at, "swept_at": statement.excluded.swept_at},
+    )
+    tx.execute(upsert, [{"scope": scope, "created_at": ms(created_at), "swept_at": ms(swept_at)}])

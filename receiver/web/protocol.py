@@ -1,0 +1,148 @@
+"""A listener that cannot be held hostage: uvicorn's httptools protocol with limits on bytes and time.
+
+httptools parses three times as fast as h11, and uvicorn on it accepts a head of any size and waits for it for ever. Here a
+connection is closed when a request's head exceeds `head_bytes` or takes longer than `head_seconds`, when its body takes
+longer than `body_seconds`, or when the whole message, framing included, exceeds `message_bytes`. At the limit of open
+connections the one that has been sending its head for longest gives way, so that honest callers are still served.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_SWEEP_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one connection may take. A head is the request line and headers; a message is head, body and framing."""
+
+    head_bytes: int = 16 * 1024
+    message_bytes: int = 96 * 1024
+    head_seconds: float = 10.0
+    body_seconds: float = 10.0
+    connections: int = 2000
+
+
+class Guard:
+    """The connections of one listener that owe us something, oldest first. `sweep` closes those that owe it too long."""
+
+    def __init__(self, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self._clock = clock
+        self.heads: dict[GuardedProtocol, float] = {}
+        """Connections whose request line and headers are awaited, and since when."""
+        self.bodies: dict[GuardedProtocol, float] = {}
+        """Connections whose body is awaited, and since when."""
+        self.closed = 0
+        """Connections closed by this guard, for the metrics."""
+
+    def protocol(self, **given: Any) -> asyncio.Protocol:
+        """Make the protocol of one connection; uvicorn's `http` setting."""
+        return GuardedProtocol(self, **given)
+
+    def await_head(self, connection: "GuardedProtocol") -> None:
+        self.heads.setdefault(connection, self._clock())
+
+    def await_body(self, connection: "GuardedProtocol") -> None:
+        self.heads.pop(connection, None)
+        self.bodies.setdefault(connection, self._clock())
+
+    def forget(self, connection: "GuardedProtocol") -> None:
+        self.heads.pop(connection, None)
+        self.bodies.pop(connection, None)
+
+    def make_room(self, connections: int) -> None:
+        """Close the oldest incomplete request if there are more connections than there may be."""
+        if connections > self.limits.connections:
+            oldest = next(iter(self.heads), None) or next(iter(self.bodies), None)
+            if oldest is not None:
+                self.close(oldest)
+
+    def sweep(self) -> None:
+        """Close what has been owed for too long; both tables are in the order of their times."""
+        now = self._clock()
+        for waiting, seconds in ((self.heads, self.limits.head_seconds), (self.bodies, self.limits.body_seconds)):
+            while waiting:
+                connection, since = next(iter(waiting.items()))
+                if now - since <= seconds:
+                    break
+                self.close(connection)
+
+    def close(self, connection: "GuardedProtocol") -> None:
+        """Close at once, without an answer: whoever does this is not waiting for one."""
+        self.forget(connection)
+        self.closed += 1
+        if connection.transport is not None:
+            connection.transport.abort()
+
+    async def sweep_forever(self) -> None:
+        """Sweep until cancelled."""
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            self.sweep()
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection. A request that arrives in one piece costs the guard a few comparisons."""
+
+    def __init__(self, guard: Guard, **given: Any) -> None:
+        super().__init__(**given)
+        self._guard = guard
+        self._in_head = False
+        self._in_body = False
+        self._complete = False
+        self._bytes = 0
+        """Received of the message at hand, head and framing included."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._guard.await_head(self)
+        self._guard.make_room(len(self.connections))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._guard.forget(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        guard, limits = self._guard, self._guard.limits
+        self._bytes += len(data)
+        if self._bytes > limits.message_bytes:
+            guard.close(self)
+            return
+        super().data_received(data)
+        if self._in_body:
+            guard.await_body(self)
+        elif self._in_head:
+            if self._bytes > limits.head_bytes:
+                guard.close(self)
+            else:
+                guard.await_head(self)
+        elif self._complete:  # what comes next is a new message; until then uvicorn's keep-alive timer runs
+            self._bytes = 0
+            guard.forget(self)
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        self._complete = False
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._in_body = True
+        if self._bytes > self._guard.limits.head_bytes and self._head_size() > self._guard.limits.head_bytes:
+            self._guard.close(self)
+            return
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._complete = True
+        super().on_message_complete()
+
+    def _head_size(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)

@@ -1,0 +1,149 @@
+"""The real command in processes of its own: run to the end, or kept running until its test is over."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from receiver import certificates
+
+COMMAND = Path(sys.executable).with_name("flora-receiver")
+PATIENCE_SECONDS = 60
+API_KEY, SECRET = "sk_test_cli", "whsec_cli"
+KEYS = {"FLORA_API_KEY": API_KEY, "FLORA_WEBHOOK_SECRET": SECRET}
+
+
+def environment(**names: str) -> dict[str, str]:
+    """What a command sees of the environment: what Python needs, and what is given; warnings are errors there too."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return {**kept, "PYTHONWARNINGS": "error", "COLUMNS": "200", **names}
+
+
+def run_command(*arguments: object, cwd: Path, env: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+
+
+class Running:
+    """A command that runs; its lines on the one stream that matters are read as they come."""
+
+    def __init__(self, *arguments: object, cwd: Path, env: Mapping[str, str], errors: bool) -> None:
+        self._process = subprocess.Popen(
+            [COMMAND, *map(str, arguments)],
+            cwd=cwd,
+            env=environment(**env),
+            stdout=subprocess.DEVNULL if errors else subprocess.PIPE,
+            stderr=subprocess.PIPE if errors else subprocess.DEVNULL,
+            text=True,
+        )
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        stream = self._process.stderr if errors else self._process.stdout
+        assert stream is not None
+        self._stream = stream
+        self._reader = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._reader.start()
+
+    def until(self, wanted: Callable[[str], bool]) -> list[str]:
+        """Return its lines up to the first one that is `wanted`."""
+        seen: list[str] = []
+        while not (seen and wanted(seen[-1])):
+            line = self._lines.get(timeout=PATIENCE_SECONDS)
+            assert line is not None, "it ended: " + "".join(seen)
+            seen.append(line)
+        return seen
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal, wait, and return the exit code."""
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+        try:
+            return self._process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
+        finally:
+            self._reader.join()
+            self._stream.close()
+
+    def _read(self, stream: IO[str]) -> None:
+        for line in stream:
+            self._lines.put(line)
+        self._lines.put(None)
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start commands that run until the test is over."""
+    running: list[Running] = []
+
+    def starting(*arguments: object, errors: bool = False, **env: str) -> Running:
+        running.append(Running(*arguments, cwd=tmp_path, env=env, errors=errors))
+        return running[-1]
+
+    yield starting
+    for each in running:
+        each.stop()
+
+
+@dataclass(frozen=True)
+class Served:
+    """A receiver that `serve` runs over HTTPS: where callbacks go, and the CA to trust."""
+
+    url: str
+    ca: Path
+    directory: Path
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`serve` with a certificate of its own, beside `emulator`, for all tests of a module."""
+    directory = tmp_path_factory.mktemp("served")
+    authority = certificates.make_authority()
+    ca = directory / "ca.pem"
+    ca.write_bytes(authority.pem)
+    cert, key = certificates.write(certificates.issue(authority), directory)
+    emulator = Running("emulator", "--port", 0, cwd=directory, env=KEYS, errors=False)
+    try:
+        base_url = exported(emulator)["FLORA_BASE_URL"]
+        tls = {"RECEIVER_TLS__CERT": str(cert), "RECEIVER_TLS__KEY": str(key)}
+        env = {**KEYS, **tls, "FLORA_BASE_URL": base_url, "RECEIVER_OPERATIONS__PORT": "0"}
+        server = Running("serve", "--host", "127.0.0.1", "--port", 0, cwd=directory, env=env, errors=True)
+        try:
+            yield Served(f"{ready(server)}/callbacks/flora", ca, directory)
+        finally:
+            server.stop()
+    finally:
+        emulator.stop()
+
+
+def ready(server: Running) -> str:
+    """Wait until `serve` accepts connections, and return its address."""
+    line: dict[str, Any] = json.loads(server.until(lambda line: "service.ready" in line)[-1])
+    return str(line["listening"])
+
+
+def exported(emulator: Running) -> dict[str, str]:
+    """Wait until the emulator accepts connections, and return the variables that it tells to set."""
+    lines = emulator.until(lambda line: "Ctrl-C" in line)
+    return dict(line.split("export ")[1].strip().split("=", 1) for line in lines if "export " in line)

@@ -1,0 +1,229 @@
+"""`runs`, `deliveries`, `dispatches` and `channel`: the real command against a running `serve` and a running emulator."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from receiver import certificates
+from tests.cli.conftest import KEYS, Running, exported, run_command
+from tests.e2e.stage import free_port
+
+PROMPT = "{id: prompt, type: text, value: a lighthouse}"
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where an operator sits: the directory in which `serve` runs, and how to reach it."""
+
+    directory: Path
+    env: dict[str, str]
+    flora: str
+
+    def run(self, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+        return run_command(*arguments, cwd=self.directory, env={**self.env, **env})
+
+    def json(self, *arguments: object, code: int = 0) -> Any:
+        done = self.run(*arguments, "--json")
+        assert done.returncode == code, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+    def text(self, *arguments: object, code: int = 0) -> str:
+        done = self.run(*arguments)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    def start(self, *arguments: object, technique: str = "emu-image") -> str:
+        return self.text("runs", "start", "--technique-id", technique, "--input", PROMPT, *arguments).split()[0]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    """`serve` beside `emulator`; the commands find it by its log line, and its token in `var/ops-token`."""
+    directory = tmp_path_factory.mktemp("desk")
+    authority = certificates.make_authority()
+    (directory / "ca.pem").write_bytes(authority.pem)
+    cert, key = certificates.write(certificates.issue(authority), directory)
+    quick = ("--run-seconds", 0.1, "--time-scale", 60, "--allow-private-callbacks", "--callback-ca", "ca.pem")
+    emulator = Running("emulator", "--port", 0, *quick, cwd=directory, env=KEYS, errors=False)
+    try:
+        names = exported(emulator)
+        port = free_port()
+        env = {
+            **KEYS,
+            **names,
+            "RECEIVER_TLS__CERT": str(cert),
+            "RECEIVER_TLS__KEY": str(key),
+            "RECEIVER_PUBLIC_URL": f"https://127.0.0.1:{port}",
+        }
+        listen = ("--host", "127.0.0.1", "--port", port, "--ops-port", 0)
+        server = Running("serve", *listen, cwd=directory, env=env, errors=True)
+        try:
+            ready = json.loads(server.until(lambda line: "service.ready" in line)[-1])
+            url = {"RECEIVER_OPS_URL": f"http://{ready['operations']}"}
+            yield Desk(directory, url, names["FLORA_BASE_URL"])
+        finally:
+            assert server.stop() == 0
+    finally:
+        emulator.stop()
+
+
+def test_a_run_is_started_by_the_words_of_floras_own_command(desk: Desk) -> None:
+    """An existing command line works with our program's name; it prints the run's id."""
+    done = desk.text(
+        "techniques:runs", "create", "--technique-id", "emu-image", "--input", PROMPT, "--mode", "async",
+        "--idempotency-key", "cli-1",
+    )  # fmt: skip
+    assert done.strip().startswith("run_")
+    assert desk.start("--idempotency-key", "cli-1") == done.strip()
+
+
+def test_waited_for_it_prints_the_stored_files(desk: Desk) -> None:
+    done = desk.text("runs", "start", "--technique-id", "emu-two-images", "--input", PROMPT, "--wait")
+    run_id, *files = done.split("\n")
+    assert [Path(file).suffix for file in files if file] == [".png", ".png"]
+    assert all(Path(file).is_file() for file in files if file)
+    assert desk.text("runs", "wait", run_id).split("\n") == files
+
+
+def test_inputs_stay_the_text_that_was_written(desk: Desk) -> None:
+    """JSON or YAML, once or as a list; a number, a date or a yes in YAML stays text."""
+    for given in (
+        "{id: prompt, type: text, value: 2026-11-24}",
+        '{"id": "prompt", "type": "text", "value": "yes: no"}',
+        "[{id: prompt, type: text, value: 007}]",
+    ):
+        run_id = desk.text("runs", "start", "--technique-id", "emu-text", "--input", given).strip()
+        assert desk.json("runs", "wait", run_id)["state"] == "completed"
+
+
+def test_a_generation_is_started(desk: Desk) -> None:
+    body = "{type: image, prompt: a fox, workspace_id: ws_emulator, project_id: prj_emulator, params: {size: 4096}}"
+    found = desk.json("runs", "start", "--generate", body, "--metadata", "{market: de}", "--wait")
+    assert (found["state"], found["run_type"], found["metadata"]) == ("completed", "generation", {"market": "de"})
+
+
+def test_a_refusal_tells_all_that_flora_tells(desk: Desk) -> None:
+    done = desk.run("runs", "start", "--technique-id", "emu-image", "--input", "{id: q, type: text, value: x}")
+    assert done.returncode == 1
+    assert "inputs.0.id" in done.stderr
+    assert "req_" in done.stderr
+    found = desk.json("runs", "start", "--technique-id", "nope", "--input", PROMPT, code=1)
+    assert found["error"] == "not_found"
+    assert found["request_id"].startswith("req_")
+
+
+def test_a_failed_run_is_a_failure(desk: Desk) -> None:
+    done = desk.run("runs", "start", "--technique-id", "emu-fail", "--input", PROMPT, "--wait")
+    assert done.returncode == 1
+    assert "failed" in done.stdout
+    run_id = done.stdout.split()[0]
+    told = desk.text("runs", "explain", run_id)
+    assert "GENERATION_PROMPT_MODERATED" in told
+    assert "It failed." in told
+
+
+def test_a_run_is_shown_listed_and_explained(desk: Desk) -> None:
+    run_id = desk.start("--wait", "--metadata", '{"market": "de"}')
+    shown = desk.text("runs", "show", run_id)
+    assert "completed (matched)" in shown
+    assert '"market": "de"' in shown
+    assert run_id in desk.text("runs", "list", "--state", "completed")
+    assert [run["run_id"] for run in desk.json("runs", "list", "--limit", 1)] == [run_id]
+    told = desk.text("runs", "explain", run_id)
+    for words in ("Its callback came in time.", "we asked FLORA to start it", "storage: stored file://"):
+        assert words in told
+    assert desk.json("runs", "show", run_id)["finished"]
+
+
+def test_a_run_of_somebody_elses_is_tracked(desk: Desk) -> None:
+    """By its poll_url; an address elsewhere is refused."""
+    run_id = desk.start("--callback-url", "https://hooks.example.com/mine")
+    tracked = desk.text("runs", "track", f"{desk.flora}/techniques/emu-image/runs/{run_id}")
+    assert f"{run_id} is tracked" in tracked
+    done = desk.run("runs", "track", "https://flora.example/api/v1/runs/run_1")
+    assert (done.returncode, "base_url" in done.stderr) == (1, True)
+    assert desk.run("runs", "track", "nonsense").returncode == 1
+
+
+def test_a_run_is_refreshed_and_dispatched_again(desk: Desk) -> None:
+    run_id = desk.start("--wait")
+    assert "settled" in desk.text("runs", "refresh", run_id)
+    assert desk.json("runs", "redispatch", run_id, "--handler", "storage")["dispatches"] >= 1
+    assert desk.json("runs", "wait", run_id)["state"] == "completed"
+    assert "0 dispatches" in desk.text("runs", "redispatch", run_id, "--handler", "nobody", code=1)
+
+
+def test_callbacks_dispatches_and_the_channel_are_shown(desk: Desk) -> None:
+    run_id = desk.start("--wait")
+    [delivery] = desk.json("deliveries", "list", "--run-id", run_id)
+    assert delivery["delivery_id"] in desk.text("deliveries", "list")
+    assert run_id in desk.text("deliveries", "show", delivery["delivery_id"])
+    assert "No dispatches are dead." in desk.text("dispatches", "list")
+    assert run_id in desk.text("dispatches", "list", "--state", "done")
+    assert "0 dispatches" in desk.text("dispatches", "retry")
+    assert "matched" in desk.text("channel")
+    assert desk.json("channel")["health"]["ok"]
+
+
+def test_what_is_unknown_is_said(desk: Desk) -> None:
+    for command in (("runs", "show"), ("runs", "wait"), ("runs", "explain"), ("deliveries", "show")):
+        assert "no such" in desk.text(*command, "run_nobody", code=1)
+    assert "no such start" in desk.text("runs", "resolve", "nobody", "--no-run", code=1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("runs", "start"),
+        ("runs", "start", "--technique-id", "a", "--generate", "{}"),
+        ("runs", "start", "--technique-id", "a", "--input", "prompt"),
+        ("runs", "start", "--technique-id", "a", "--input", "{id: a, type: text}"),
+        ("runs", "start", "--technique-id", "a", "--input", "{id: ["),
+        ("runs", "start", "--generate", "[]"),
+        ("runs", "start", "--generate", "{at: 2026-11-24}"),
+        ("runs", "start", "--technique-id", "a", "--metadata", "{1: 2}"),
+        ("runs", "resolve", "k"),
+        ("runs", "resolve", "k", "--run-id", "run_1", "--no-run"),
+        ("runs", "wait", "run_1", "--timeout", "-1"),
+        ("runs", "list", "--limit", "0"),
+    ],
+)
+def test_misuse_is_exit_code_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Found before anything is asked: no service is needed for it."""
+    done = run_command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_token_it_says_where_it_looked(tmp_path: Path) -> None:
+    done = run_command("runs", "list", cwd=tmp_path)
+    assert done.returncode == 2
+    for words in ("RECEIVER_OPS_TOKEN", "var/ops-token", "flora-receiver serve"):
+        assert words in done.stderr
+
+
+def test_without_a_service_it_says_how_to_start_it(tmp_path: Path) -> None:
+    env = {"RECEIVER_OPS_URL": f"http://127.0.0.1:{free_port()}", "RECEIVER_OPS_TOKEN": "t"}
+    done = run_command("runs", "list", cwd=tmp_path, env=env)
+    assert done.returncode == 1
+    assert "flora-receiver serve" in done.stderr
+    asked = run_command("channel", "--json", cwd=tmp_path, env=env)
+    assert json.loads(asked.stdout)["error"] == "unreachable"
+
+
+def test_a_wrong_token_is_said(desk: Desk) -> None:
+    done = desk.run("runs", "list", RECEIVER_OPS_TOKEN="wrong")
+    assert (done.returncode, "RECEIVER_OPS_TOKEN" in done.stderr) == (1, True)
+
+
+def test_the_settings_tell_where_the_service_is(desk: Desk) -> None:
+    """Without RECEIVER_OPS_URL the address and the token come from the settings of this directory."""
+    port = desk.env["RECEIVER_OPS_URL"].rpartition(":")[2]
+    done = run_command("channel", cwd=desk.directory, env={"RECEIVER_OPERATIONS__PORT": port})
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,321 @@
+"""The queue of dispatches: who may work on what, and that a worker which lost its lease changes nothing."""
+
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import exc
+
+from receiver.errors import LocationTakenError
+from receiver.model import Dispatch, DispatchState, Event, RunState
+from receiver.store import Database, ledger, queue
+from receiver.store.queue import Leased
+from receiver.store.rows import ms
+from tests.core import NOW, OUTPUT, Core, a_run
+
+TOKEN = "t1"
+UNTIL = NOW + timedelta(seconds=60)
+LATER = NOW + timedelta(seconds=61)
+
+
+@pytest.fixture
+async def runs(database: Database) -> None:
+    """Two settled runs; the first has an output."""
+
+    def job(tx: Any) -> None:
+        ledger.add_runs(tx, [a_run(RunState.COMPLETED), a_run(RunState.COMPLETED, run_id="run_2")])
+        ledger.add_outputs(tx, {"run_1": [OUTPUT]})
+
+    await database.write(job)
+
+
+pytestmark = pytest.mark.usefixtures("runs")
+
+
+async def add(
+    database: Database, *rows: tuple[str, Event, DispatchState, int] | tuple[str, Event], h: str = "h"
+) -> None:
+    """Add dispatches: run, event, and where they differ from ready and now, state and due in seconds."""
+    made = []
+    for row in rows:
+        run_id, event, state, due = (*row, DispatchState.READY, 0)[:4] if len(row) == 2 else row
+        made.append(Dispatch(run_id, h, event, 0, state, NOW + timedelta(seconds=due)))
+    await database.write(lambda tx: ledger.add_dispatches(tx, made))
+
+
+async def claim(
+    database: Database, token: str = TOKEN, *, now: datetime = NOW, limit: int = 10, **options: Any
+) -> tuple[Leased, ...]:
+    given = {"max_attempts": 3, "until": now + timedelta(seconds=60), **options}
+    handler = given.pop("handler", "h")
+    return await database.write(lambda tx: queue.claim(tx, handler, limit=limit, token=token, now=now, **given))
+
+
+async def finish(
+    database: Database, leased: Leased, state: DispatchState = DispatchState.DONE, token: str = TOKEN, **options: Any
+) -> bool:
+    return await database.write(lambda tx: queue.finish(tx, leased, token=token, state=state, now=NOW, **options))
+
+
+async def states(core: Core, run_id: str = "run_1") -> dict[Event, tuple[str, int]]:
+    return {row.event: (row.state.value, row.attempts) for row in await core.dispatches(run_id)}
+
+
+async def test_a_claim_brings_all_that_the_work_needs(database: Database) -> None:
+    """Run, outputs and earlier artifacts come along; the attempt counts from the claim on."""
+    await add(database, ("run_1", Event.SETTLED))
+    await database.write(lambda tx: queue.reserve(tx, "run_1", "h", 0, "output_1", "/a"))
+    (leased,) = await claim(database)
+    assert (leased.run.run_id, leased.outputs) == ("run_1", (OUTPUT,))
+    assert [artifact.location for artifact in leased.artifacts] == ["/a"]
+    dispatch = leased.dispatch
+    assert (dispatch.state, dispatch.attempts, dispatch.lease_token) == (DispatchState.LEASED, 1, "t1")
+    assert dispatch.lease_until == UNTIL
+
+
+async def test_what_is_claimed_is_not_claimed_again(database: Database) -> None:
+    await add(database, ("run_1", Event.SETTLED))
+    assert len(await claim(database)) == 1
+    assert await claim(database, "t2") == ()
+    assert await claim(database, "t2", now=LATER) == ()
+
+
+async def test_only_due_and_ready_is_claimed_longest_due_first(database: Database) -> None:
+    """Not what is due later, not what is over or skipped, not another handler's; no more than asked for."""
+    await add(
+        database, ("run_1", Event.SETTLED, DispatchState.READY, -1), ("run_2", Event.SETTLED, DispatchState.READY, -2)
+    )
+    await add(database, ("run_2", Event.LOST, DispatchState.SKIPPED, -9), ("run_2", Event.DEAD, DispatchState.DONE, -9))
+    await add(database, ("run_1", Event.LOST, DispatchState.DEAD, -9))
+    await add(database, ("run_1", Event.SETTLED), h="other")
+    assert [leased.run.run_id for leased in await claim(database, limit=1)] == ["run_2"]
+    assert [leased.run.run_id for leased in await claim(database, "t2")] == ["run_1"]
+    assert await claim(database, "t3") == ()
+    await add(database, ("run_1", Event.DIVERGED, DispatchState.READY, 1))
+    assert not await database.read(lambda tx: queue.has_due(tx, "h", now=NOW))
+    assert await database.read(lambda tx: queue.has_due(tx, "other", now=NOW))
+
+
+async def test_one_at_a_time_and_in_order_for_each_run_and_handler(database: Database) -> None:
+    """Two events of one run never run side by side in one handler; other runs and other handlers do not wait."""
+    await add(
+        database, ("run_1", Event.SETTLED, DispatchState.READY, 0), ("run_1", Event.COST_FINAL, DispatchState.READY, -9)
+    )
+    await add(database, ("run_2", Event.COST_FINAL))
+    await add(database, ("run_1", Event.COST_FINAL), h="other")
+    first = await claim(database)
+    assert [(leased.run.run_id, leased.dispatch.event) for leased in first] == [
+        ("run_1", Event.SETTLED),
+        ("run_2", Event.COST_FINAL),
+    ]
+    assert len(await claim(database, handler="other")) == 1
+    # A retry that waits for its time still goes before what came after it.
+    await finish(database, first[0], DispatchState.READY, due_at=NOW + timedelta(seconds=30))
+    assert await claim(database, "t2") == ()
+    (again,) = await claim(database, "t3", now=NOW + timedelta(seconds=30))
+    assert again.dispatch.event is Event.SETTLED
+    await finish(database, again, DispatchState.DEAD, token="t3")
+    (last,) = await claim(database, "t4")
+    assert last.dispatch.event is Event.COST_FINAL
+
+
+@pytest.mark.parametrize("state", [DispatchState.DONE, DispatchState.DEAD])
+async def test_an_end_is_written_down(core: Core, state: DispatchState) -> None:
+    """With its result, its error, and a line for the timeline; the lease is gone."""
+    await add(core.database, ("run_1", Event.SETTLED))
+    (leased,) = await claim(core.database)
+    assert await finish(core.database, leased, state, error="why", result={"a": "\ud800\x00ü", "at": NOW})
+    (row,) = await core.rows("SELECT state, lease_token, last_error, result, finished_at FROM dispatches")
+    assert tuple(row) == (
+        state.value,
+        None,
+        "why",
+        rf'{{"a": "\ud800\u0000\u00fc", "at": "{NOW}"}}',
+        ms(NOW),
+    )
+    (attempt,) = await core.rows("SELECT attempt, outcome, error, ended_at FROM dispatch_attempts")
+    assert tuple(attempt) == (1, state.value, "why", ms(NOW))
+    assert await claim(core.database, "t2", now=LATER) == ()
+
+
+async def test_a_stale_worker_changes_nothing(core: Core) -> None:
+    """Neither one with another token, nor one whose lease was taken over, nor one that answers twice."""
+    await add(core.database, ("run_1", Event.SETTLED))
+    (old,) = await claim(core.database)
+    assert not await finish(core.database, old, token="t9")
+    (new,) = await claim(core.database, "t2", now=LATER, takeover=True)
+    assert new.dispatch.attempts == 2
+    assert not await finish(core.database, old)
+    assert await core.database.write(lambda tx: queue.renew(tx, [old.seq], token="t1", until=LATER)) == frozenset()
+    assert await core.database.write(lambda tx: queue.give_back(tx, [old.seq], token="t1")) == 0
+    assert await states(core) == {Event.SETTLED: ("leased", 2)}
+    assert await finish(core.database, new, token="t2")
+    assert not await finish(core.database, new, DispatchState.READY, token="t2")
+    assert await states(core) == {Event.SETTLED: ("done", 2)}
+
+
+async def test_leases_are_taken_over_only_where_allowed_and_run_out(database: Database) -> None:
+    """On SQLite the process is the only one: whatever the clock does, a lease holds until it ends."""
+    await add(database, ("run_1", Event.SETTLED))
+    await claim(database)
+    far = NOW + timedelta(days=365)
+    assert await claim(database, "t2", now=far) == ()
+    assert await claim(database, "t2", now=UNTIL - timedelta(milliseconds=1), takeover=True) == ()
+    assert len(await claim(database, "t2", now=UNTIL, takeover=True)) == 1
+
+
+async def test_renewing_keeps_a_lease(database: Database) -> None:
+    await add(database, ("run_1", Event.SETTLED), ("run_2", Event.SETTLED))
+    seqs = [leased.seq for leased in await claim(database)]
+    held = await database.write(lambda tx: queue.renew(tx, [*seqs, 999], token="t1", until=LATER))
+    assert held == frozenset(seqs)
+    assert await claim(database, "t2", now=UNTIL, takeover=True) == ()
+
+
+async def test_what_is_given_back_was_never_tried(core: Core) -> None:
+    """The attempt is uncounted and leaves no line: the process stopped, the handler is not to blame."""
+    await add(core.database, ("run_1", Event.SETTLED), ("run_2", Event.SETTLED))
+    one, two = await claim(core.database)
+    assert await core.database.write(lambda tx: queue.give_back(tx, [one.seq], token="t1")) == 1
+    assert await core.database.write(lambda tx: queue.give_back(tx, [], token="t1")) == 0
+    assert await states(core) == {Event.SETTLED: ("ready", 0)}
+    assert await states(core, "run_2") == {Event.SETTLED: ("leased", 1)}
+    assert await core.rows("SELECT dispatch_seq FROM dispatch_attempts") == [(two.seq,)]
+    (again,) = await claim(core.database, "t2")
+    assert again.dispatch.attempts == 1
+
+
+async def test_void_leases_count(core: Core) -> None:
+    """A process that died did try: its attempts stay counted, or a handler that kills it would do so for ever."""
+    await add(core.database, ("run_1", Event.SETTLED), ("run_2", Event.SETTLED, DispatchState.DONE, 0))
+    await claim(core.database)
+    assert await core.database.write(queue.void_leases) == 1
+    assert await states(core) == {Event.SETTLED: ("ready", 1)}
+    assert await states(core, "run_2") == {Event.SETTLED: ("done", 0)}
+
+
+async def test_used_up_attempts_are_buried(core: Core) -> None:
+    """What took its last attempt down with the process is not handed out again, and dies with a reason."""
+    await add(core.database, ("run_1", Event.SETTLED))
+    for _ in range(3):
+        assert len(await claim(core.database)) == 1
+        await core.database.write(queue.void_leases)
+    assert await claim(core.database) == ()
+    assert await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=4, now=NOW)) == ()
+    (dead,) = await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=3, now=NOW))
+    assert (dead.state, dead.attempts) == (DispatchState.DEAD, 3)
+    assert dead.last_error == "every worker that tried it stopped before it answered"
+    assert await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=3, now=NOW)) == ()
+
+
+async def test_burying_leaves_the_living_alone(core: Core) -> None:
+    """Not what somebody works on, not what is due later; the last real error is kept."""
+    await add(core.database, ("run_1", Event.SETTLED))
+    (leased,) = await claim(core.database, max_attempts=1)
+    assert await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=1, now=LATER)) == ()
+    await finish(core.database, leased, DispatchState.READY, due_at=LATER, error="disk full")
+    assert await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=1, now=NOW)) == ()
+    (dead,) = await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=1, now=LATER))
+    assert dead.last_error == "disk full"
+
+
+async def test_a_dispatch_is_made_once(core: Core) -> None:
+    """The same run, handler, event and round again changes nothing, whatever became of the first."""
+    await add(core.database, ("run_1", Event.SETTLED))
+    (leased,) = await claim(core.database)
+    await finish(core.database, leased)
+    await add(core.database, ("run_1", Event.SETTLED))
+    assert await states(core) == {Event.SETTLED: ("done", 1)}
+
+
+async def test_rounds_count_on(database: Database) -> None:
+    assert await database.read(lambda tx: queue.next_round(tx, "run_1", Event.DEAD)) == 0
+    await add(database, ("run_1", Event.DEAD), ("run_1", Event.SETTLED))
+    assert await database.read(lambda tx: queue.next_round(tx, "run_1", Event.DEAD)) == 1
+    assert await database.read(lambda tx: queue.next_round(tx, "run_2", Event.DEAD)) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "state = 'odd'",
+        "event = 'odd'",
+        "state = 'leased'",
+        "lease_token = 't'",
+        f"lease_until = {ms(NOW)}",
+        "state = 'leased', lease_token = 't'",
+        "run_id = 'run_nowhere'",
+    ],
+)
+async def test_impossible_dispatches_are_refused(database: Database, change: str) -> None:
+    """A lease has a holder and an end, or there is none."""
+    await add(database, ("run_1", Event.SETTLED))
+    with pytest.raises(exc.IntegrityError):
+        await database.write(lambda tx: tx.exec_driver_sql(f"UPDATE dispatches SET {change}"))  # noqa: S608
+
+
+# --- artifacts ---------------------------------------------------------------------------------------------------
+
+
+async def reserve(
+    database: Database, location: str, run_id: str = "run_1", position: int = 0, handler: str = "h"
+) -> None:
+    await database.write(lambda tx: queue.reserve(tx, run_id, handler, position, "output_1", location))
+
+
+async def store(database: Database, position: int = 0) -> None:
+    await database.write(
+        lambda tx: queue.store_artifact(
+            tx, "run_1", "h", position, size=3, sha256="ab", content_type="image/png", now=NOW
+        )
+    )
+
+
+async def places(database: Database, run_id: str = "run_1") -> list[tuple[int, str, bool]]:
+    found = await database.read(lambda tx: queue.artifacts_of_run(tx, run_id))
+    return [(artifact.position, artifact.location, artifact.stored_at is not None) for artifact in found]
+
+
+async def test_a_place_belongs_to_one_output(database: Database) -> None:
+    """Across runs and within one; another handler has places of its own. Who comes second takes nothing away."""
+    await reserve(database, "/a")
+    await store(database)
+    with pytest.raises(LocationTakenError):
+        await reserve(database, "/a", run_id="run_2")
+    with pytest.raises(LocationTakenError):
+        await reserve(database, "/a", position=1)
+    await reserve(database, "/a", handler="other")
+    assert (0, "/a", True) in await places(database)
+    assert await places(database, "run_2") == []
+
+
+async def test_reserving_the_same_place_again_keeps_what_is_stored(database: Database) -> None:
+    """A retry finds its bytes where it left them."""
+    await reserve(database, "/a")
+    await store(database)
+    await reserve(database, "/a")
+    assert await places(database) == [(0, "/a", True)]
+
+
+async def test_a_claim_moves_and_frees_its_old_place(database: Database) -> None:
+    """The new place holds nothing yet; the old one may be taken by another run."""
+    await reserve(database, "/a")
+    await store(database)
+    await reserve(database, "/b")
+    assert await places(database) == [(0, "/b", False)]
+    await reserve(database, "/a", run_id="run_2")
+    with pytest.raises(LocationTakenError):
+        await reserve(database, "/a")
+    assert await places(database) == [(0, "/b", False)]
+
+
+async def test_a_manifest_has_the_position_before_the_first(database: Database) -> None:
+    await reserve(database, "/m", position=-1)
+    with pytest.raises(LocationTakenError):  # the CHECK on positions is the only other way to be refused here
+        await reserve(database, "/n", position=-2)
+
+
+async def test_bytes_are_safe_with_their_hash_or_not_at_all(database: Database) -> None:
+    await reserve(database, "/a")
+    with pytest.raises(exc.IntegrityError):
+        await database.write(lambda tx: tx.exec_driver_sql("UPDATE artifacts SET sha256 = 'ab'"))

@@ -1,0 +1,205 @@
+"""The guard of the public listener, on raw sockets: what it closes, what it leaves alone, and who is served meanwhile."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from receiver.web.protocol import Guard, Limits
+from receiver.web.server import Server, bind
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+HONEST = b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nhello"
+
+
+@dataclass
+class Clock:
+    """Seconds that pass when told to."""
+
+    seconds: float = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@dataclass
+class Stand:
+    """A guarded server and its clock."""
+
+    guard: Guard
+    clock: Clock
+    port: int
+
+    async def connect(self) -> Streams:
+        return await asyncio.open_connection("127.0.0.1", self.port)
+
+    async def after(self, seconds: float) -> None:
+        """Let time pass, and let the guard look."""
+        self.clock.seconds += seconds
+        self.guard.sweep()
+
+
+async def _echo(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(str(len(await request.body())))
+
+
+@asynccontextmanager
+async def standing(limits: Limits) -> AsyncIterator[Stand]:
+    clock = Clock()
+    guard = Guard(limits, clock=clock)
+    server = Server(Starlette(routes=[Route("/", _echo, methods=["POST"])]), bind("127.0.0.1", 0), guard=guard)
+    await server.start()
+    try:
+        yield Stand(guard, clock, server.port)
+    finally:
+        await server.stop()
+
+
+@pytest.fixture
+async def stand() -> AsyncIterator[Stand]:
+    async with standing(Limits()) as stand:
+        yield stand
+
+
+async def closed(reader: asyncio.StreamReader) -> bool:
+    """Whether the server closes the connection without a word."""
+    async with asyncio.timeout(10):
+        try:
+            return await reader.read() == b""
+        except ConnectionError:
+            return True
+
+
+async def answer(streams: Streams, request: bytes = HONEST) -> bytes:
+    """Send a request and return the body of its answer."""
+    reader, writer = streams
+    writer.write(request)
+    async with asyncio.timeout(10):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        return await reader.readexactly(length)
+
+
+async def known(stand: Stand, waiting: Callable[[], int], count: int) -> None:
+    """Wait until the server has seen that many."""
+    async with asyncio.timeout(10):
+        while waiting() < count:
+            await asyncio.sleep(0)  # noqa: ASYNC110 -- the server runs in this loop: one turn of it is all that is waited for
+
+
+async def test_honest_requests_pass_in_one_piece_and_in_many(stand: Stand) -> None:
+    """One connection, three requests: whole, byte by byte, and two at once."""
+    streams = await stand.connect()
+    assert await answer(streams) == b"5"
+    for byte in HONEST[:-1]:
+        streams[1].write(bytes([byte]))
+        await streams[1].drain()
+    assert await answer(streams, HONEST[-1:]) == b"5"
+    streams[1].write(HONEST)
+    assert await answer(streams) == b"5"
+    assert await answer(streams, b"") == b"5"
+    assert stand.guard.closed == 0
+    assert not stand.guard.heads
+    assert not stand.guard.bodies
+    streams[1].close()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(b"", id="nothing at all"),
+        pytest.param(b"\r\n\r\n", id="empty lines"),
+        pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nX-A: b", id="half a head"),
+        pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nhel", id="half a body"),
+        pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel", id="half a chunk"),
+    ],
+)
+async def test_what_is_never_finished_is_closed(stand: Stand, start: bytes) -> None:
+    """Slow loris: ten seconds are enough for a head, and ten more for a body."""
+    reader, writer = await stand.connect()
+    writer.write(start)
+    await known(stand, lambda: len(stand.guard.heads) + len(stand.guard.bodies), 1)
+    await stand.after(9.9)
+    assert stand.guard.closed == 0
+    await stand.after(0.2)
+    assert await closed(reader)
+    assert stand.guard.closed == 1
+    writer.close()
+
+
+async def test_a_trickle_does_not_buy_time(stand: Stand) -> None:
+    """A header every nine seconds: the head is counted from its first byte."""
+    reader, writer = await stand.connect()
+    writer.write(b"POST / HTTP/1.1\r\n")
+    await known(stand, lambda: len(stand.guard.heads), 1)
+    await stand.after(9)
+    writer.write(b"X-A: b\r\n")
+    await writer.drain()
+    await stand.after(2)
+    assert await closed(reader)
+    writer.close()
+
+
+async def test_a_second_request_is_timed_like_the_first(stand: Stand) -> None:
+    """Keep-alive is no licence: after a good request, half a head is closed too."""
+    streams = await stand.connect()
+    assert await answer(streams) == b"5"
+    await stand.after(60)
+    assert stand.guard.closed == 0, "an idle connection is uvicorn's business"
+    streams[1].write(b"POST / HT")
+    await known(stand, lambda: len(stand.guard.heads), 1)
+    await stand.after(10.1)
+    assert await closed(streams[0])
+    streams[1].close()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nX-A: " + b"a" * 17_000, id="head without end"),
+        pytest.param(b"POST / HTTP/1.1\r\nX-A: " + b"a" * 17_000 + b"\r\n\r\n", id="large head in one piece"),
+        pytest.param(b"POST /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: t\r\n\r\n", id="large request line"),
+        pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 200000\r\n\r\n" + b"a" * 99_000, id="large body"),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + (b"1;" + b"x" * 2000 + b"\r\na\r\n") * 60,
+            id="small body in large framing",
+        ),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"T: " + b"t" * 99_000, id="trailers"
+        ),
+    ],
+)
+async def test_what_is_too_large_is_closed(stand: Stand, request_: bytes) -> None:
+    """Head 16 KiB, message 96 KiB, whatever the bytes are called."""
+    reader, writer = await stand.connect()
+    writer.write(request_)
+    async with asyncio.timeout(10):
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(65_536):
+                pass
+    assert stand.guard.closed == 1
+    writer.close()
+
+
+async def test_honest_callers_get_through_a_crowd() -> None:
+    """500 connections that never finish their head fill every place: the oldest gives way, and the callback is answered."""
+    async with standing(Limits(connections=500)) as stand:
+        crowd = [await stand.connect() for _ in range(500)]
+        for _, writer in crowd:
+            writer.write(b"POST / HTTP/1.1\r\nX: ")
+        await known(stand, lambda: len(stand.guard.heads), 500)
+        for _ in range(20):
+            honest = await stand.connect()
+            assert await answer(honest) == b"5"
+            honest[1].close()
+        assert await closed(crowd[0][0])
+        for _, writer in crowd:
+            writer.close()

@@ -1,0 +1,134 @@
+"""Loading handlers: every problem at once, each with its path, and nothing runs that was not asked for."""
+
+from typing import Any, ClassVar
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from receiver.config import Settings
+from receiver.errors import ConfigError
+from receiver.handler import Answer, Context, Done, SettledRun
+from receiver.model import Event, When
+from receiver.plugins import available, load_handlers
+
+HERE = __name__
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    size: int = 1
+
+
+class Plain:
+    """A handler with no opinions of its own."""
+
+    Config: ClassVar[type[BaseModel]] = Options
+
+    def __init__(self, config: Options) -> None:
+        self.config = config
+
+    async def handle(self, run: SettledRun, context: Context) -> Answer:  # noqa: ARG002
+        return Done()
+
+
+class Opinionated(Plain):
+    on: ClassVar[tuple[Event, ...]] = (Event.LOST, Event.DEAD)
+    when: ClassVar[When] = When(status=("failed",))
+
+
+class NoConfig:
+    async def handle(self, run: SettledRun, context: Context) -> Answer:  # noqa: ARG002
+        return Done()
+
+
+class NoHandle:
+    Config: ClassVar[type[BaseModel]] = Options
+
+    def __init__(self, config: Options) -> None:
+        pass
+
+
+class Explosive(Plain):
+    def __init__(self, config: Options) -> None:  # noqa: ARG002
+        raise RuntimeError("boom")
+
+
+def settings(*handlers: dict[str, Any], **more: Any) -> Settings:
+    return Settings.model_validate({"handlers": list(handlers), **more})
+
+
+def entry(name: str, **more: Any) -> dict[str, Any]:
+    return {"use": f"{HERE}:{name}", "name": name.lower(), **more}
+
+
+def test_loads_by_entry_point_and_by_path() -> None:
+    """The shipped ones by name, your own as package.module:Class; each gets its own options."""
+    log, plain = load_handlers(settings({"use": "log"}, entry("Plain", options={"size": 3})))
+    assert (log.registration.name, log.subscription.handler) == ("log", "log")
+    assert isinstance(plain.registration.handler, Plain)
+    assert plain.registration.handler.config.size == 3
+    assert plain.subscription.on == (Event.SETTLED,)
+    assert plain.subscription.when == When()
+
+
+def test_names_of_the_installed_handlers() -> None:
+    assert {"log", "storage"} <= set(available())
+
+
+def test_a_class_sets_defaults_and_the_settings_override_them() -> None:
+    own, changed = load_handlers(
+        settings(
+            entry("Opinionated"), {**entry("Opinionated", on=["settled"], when={"status": ["completed"]}), "name": "b"}
+        )
+    )
+    assert (own.subscription.on, own.subscription.when.status) == ((Event.LOST, Event.DEAD), ("failed",))
+    assert (changed.subscription.on, changed.subscription.when.status) == ((Event.SETTLED,), ("completed",))
+
+
+def test_limits_come_from_the_entry_then_from_the_section() -> None:
+    own, general = load_handlers(
+        settings(
+            entry("Plain", max_attempts=2, timeout_seconds=5, concurrency=3),
+            {**entry("Plain"), "name": "b"},
+            dispatch={"max_attempts": 7, "timeout_seconds": 70},
+        )
+    )
+    first, second = own.registration, general.registration
+    assert (first.max_attempts, first.timeout_seconds, first.concurrency) == (2, 5, 3)
+    assert (second.max_attempts, second.timeout_seconds) == (7, 70)
+
+
+@pytest.mark.parametrize(
+    ("handler", "path", "words"),
+    [
+        ({"use": "nonsense"}, "handlers.0.use", "no handler 'nonsense'"),
+        ({"use": "no.such.module:Class", "name": "x"}, "handlers.0.use", "cannot be imported"),
+        ({"use": f"{HERE}:Absent", "name": "x"}, "handlers.0.use", "cannot be imported"),
+        (entry("NoConfig"), "handlers.0.use", "is not a handler"),
+        (entry("NoHandle"), "handlers.0.use", "no `handle` method"),
+        (entry("Explosive"), "handlers.0", "boom"),
+        (entry("Plain", options={"size": "big"}), "handlers.0.size", "integer"),
+        (entry("Plain", options={"sise": 1}), "handlers.0.sise", "no option"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_path(handler: dict[str, Any], path: str, words: str) -> None:
+    """Whatever a plug-in does, the operator hears which entry of the file it is."""
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings(handler))
+    (problem,) = caught.value.problems
+    assert problem.path == path
+    assert words in problem.message
+
+
+def test_every_problem_is_told_at_once() -> None:
+    """Nobody fixes a file one error at a time."""
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings({"use": "nonsense"}, entry("Plain"), entry("Explosive"), entry("NoConfig")))
+    assert [problem.path for problem in caught.value.problems] == ["handlers.0.use", "handlers.2", "handlers.3.use"]
+
+
+def test_a_value_is_never_repeated_in_a_problem() -> None:
+    """An option may be a secret."""
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings(entry("Plain", options={"size": "whsec_very_secret"})))
+    assert "whsec_very_secret" not in str(caught.value)
