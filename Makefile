@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip -qq --disable-pip-version-check --no-input
+WORKERS ?= 3
 UV     ?= $(firstword $(shell command -v uv 2>/dev/null) $(wildcard $(VENV)/bin/uv) uv)
 
 # The stamps carry the place: an environment that was copied along with a checkout still points to the old one.
@@ -22,7 +23,7 @@ demo: $(RUNTIME) ## Show it working against an emulated FLORA (KEEP=1 keeps it r
 	@$(VENV)/bin/flora-receiver demo $(if $(KEEP),--keep)
 
 test: $(DEV) ## Run the tests (ARGS="-k name" chooses)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(DEV) ## Check format, lint, types, imports and dependencies
 	@$(PY) -m ruff format --check --quiet . || { echo "Run 'make format'."; exit 1; }

@@ -51,6 +51,7 @@ _PATIENCE_SECONDS = 8.0
 _START_SECONDS = 1.0
 _START_PATIENCE = timedelta(minutes=2)
 """How long settling a run of unknown origin waits for a start that may name it."""
+_SOON = timedelta(seconds=5)
 _LOGGED = 20
 """Run ids named in one log line, at most."""
 
@@ -362,14 +363,20 @@ class Intake:
     def _tell(self, batch: Sequence[_Entry], recorded: Sequence[_Recorded], fold: _Fold) -> None:
         """After the commit: wake the loops, count, and write one line for the batch and one for each event."""
         now = self._clock()
-        if any(run.next_poll_at is not None and run.next_poll_at <= now for run in fold.now_are.values()):
+        soon = now + _SOON  # the poller may be about to sleep for longer than that
+        if any(run.next_poll_at is not None and run.next_poll_at <= soon for run in (*fold.new(), *fold.changed())):
             self._signals.poll.set()
         if any(dispatch.state is DispatchState.READY for dispatch in fold.dispatches):
             self._signals.dispatch.set()
         callbacks = [(entry, result) for entry, result in zip(batch, recorded, strict=True) if entry.delivery]
         new = [entry.delivery.run_id for entry, result in callbacks if entry.delivery and result.new_delivery]
         if callbacks:
-            log.info("callbacks.committed", new=len(new), duplicates=len(callbacks) - len(new), run_ids=new[:_LOGGED])
+            log.info(
+                "callbacks.committed",
+                new=len(new),
+                duplicates=len(callbacks) - len(new),
+                run_ids=[each for each in new if each][:_LOGGED],
+            )
         self._metrics.committed(len(batch))
         for run in (*fold.new(), *fold.changed()):
             detail = " ".join(fold.happened.get(run.run_id, ()))

@@ -22,6 +22,9 @@ _PIECE = 100
 _FAR = timedelta(days=2)
 """Further ahead than anything is ever put off: only a clock that was wrong does that."""
 
+_QUIET = timedelta(days=7)
+"""How long the ledger may have heard nothing before its own newest row, not the clock, says what is old."""
+
 
 @dataclass(frozen=True, slots=True)
 class Retention:
@@ -69,10 +72,10 @@ class Janitor:
     async def tick(self, now: datetime) -> int:
         """Do one piece of each kind of work; return the size of the largest."""
         sizes = [await self._write_rejections(), await self._write_off(now)]
-        keep = self._retention
+        keep, present = self._retention, await self._present(now)
         for job in (
-            lambda tx: upkeep.delete_bodies(tx, before=now - keep.bodies, limit=_PIECE),
-            lambda tx: upkeep.delete_ledger(tx, before=now - keep.ledger, limit=_PIECE),
+            lambda tx: upkeep.delete_bodies(tx, before=present - keep.bodies, limit=_PIECE),
+            lambda tx: upkeep.delete_ledger(tx, before=present - keep.ledger, limit=_PIECE),
         ):
             deleted = await self._database.write(job)
             sizes.append(deleted)
@@ -82,6 +85,11 @@ class Janitor:
         if pulled:
             log.warning("janitor.clock_mended", rows=pulled)
         return max(sizes)
+
+    async def _present(self, now: datetime) -> datetime:
+        """Return the time by which things are old: a clock that is years ahead must not delete what is not."""
+        newest = await self._database.read(upkeep.newest)
+        return now if newest is None else min(now, newest + _QUIET)
 
     async def _write_off(self, now: datetime) -> int:
         """Tell the door which callbacks have not come in time."""
@@ -98,5 +106,9 @@ class Janitor:
         waiting = self._intake.rejections
         rows = [waiting.popleft() for _ in range(len(waiting))]
         if rows:
-            await self._database.write(lambda tx: upkeep.add_rejections(tx, rows, keep=self._retention.rejections))
+            try:
+                await self._database.write(lambda tx: upkeep.add_rejections(tx, rows, keep=self._retention.rejections))
+            except StoreUnavailableError:
+                waiting.extendleft(reversed(rows[-(waiting.maxlen or len(rows)) :]))  # for the next tick
+                raise
         return 0

@@ -91,8 +91,8 @@ async def answer(streams: Streams, request: bytes = HONEST) -> bytes:
 async def known(stand: Stand, waiting: Callable[[], int], count: int) -> None:
     """Wait until the server has seen that many."""
     async with asyncio.timeout(10):
-        while waiting() < count:
-            await asyncio.sleep(0)  # noqa: ASYNC110 -- the server runs in this loop: one turn of it is all that is waited for
+        while waiting() < count:  # noqa: ASYNC110 -- the server runs in this loop
+            await asyncio.sleep(0)
 
 
 async def test_honest_requests_pass_in_one_piece_and_in_many(stand: Stand) -> None:

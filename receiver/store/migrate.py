@@ -5,6 +5,8 @@ from typing import Any
 
 from sqlalchemy import Connection, inspect, text
 
+from receiver.errors import StoreUnavailableError
+
 HEAD = "0002"
 """The revision this version of the code works on; a test holds it against the migrations."""
 
@@ -23,8 +25,15 @@ def upgrade(connection: Connection) -> tuple[str | None, str]:
     connection.rollback()
     if before != HEAD:
         from alembic import command  # noqa: PLC0415 -- 150 ms, and almost every start finds nothing to do
+        from alembic.util import CommandError  # noqa: PLC0415
 
-        command.upgrade(_alembic(connection), "head")
+        try:
+            command.upgrade(_alembic(connection), "head")
+        except CommandError as error:
+            raise StoreUnavailableError(
+                f"the database is at revision {before}, which this version ({HEAD}) does not know: it was made by a newer "
+                "flora-receiver, so run that one, or start with another database"
+            ) from error
     return before, HEAD
 
 

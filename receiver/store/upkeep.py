@@ -6,7 +6,7 @@ from datetime import datetime
 from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
 from receiver.model import DispatchState, Rejection
-from receiver.store.rows import ms
+from receiver.store.rows import moment, ms
 from receiver.store.schema import deliveries, delivery_bodies, dispatches, rejections, runs
 
 
@@ -63,6 +63,16 @@ def delete_ledger(tx: Connection, *, before: datetime, limit: int) -> int:
         .limit(limit)
     )
     return deleted + tx.execute(delete(deliveries).where(deliveries.c.seq.in_(old_deliveries))).rowcount
+
+
+def newest(tx: Connection) -> datetime | None:
+    """Return when the ledger last heard of anything new; None: it is empty."""
+    run, delivery = (
+        tx.execute(select(func.max(column))).scalar_one_or_none()
+        for column in (runs.c.first_seen_at, deliveries.c.received_at)
+    )
+    times = [value for value in (run, delivery) if value is not None]
+    return moment(max(times)) if times else None
 
 
 def pull_back(tx: Connection, *, now: datetime, latest: datetime) -> int:

@@ -97,7 +97,7 @@ async def test_killed_at_every_commit_of_a_runs_life(lives: Nursery, when: str) 
         assert visible(stage).items() >= stored.items(), f"a file was written again after commit {boundaries}"
         assert len(stage.deliveries(run_id)) == 1
         assert stage.parts() == [], f"left behind {when} commit {boundaries}"
-    assert boundaries > 10
+    assert boundaries >= 8, "a run's life has at least: registered, heard, settled, claimed, 2 x stored, manifest, done"
 
 
 async def test_killed_while_it_makes_its_tables(lives: Nursery) -> None:

@@ -11,6 +11,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, inspect
 
+from receiver.errors import StoreUnavailableError
 from receiver.store import migrate
 from receiver.store.schema import metadata
 
@@ -87,3 +88,12 @@ def test_a_downgrade_leaves_nothing_behind(connection: Connection) -> None:
     migrate.upgrade(connection)
     command.downgrade(migrate._alembic(connection), "base")
     assert shape(connection) == {}
+
+
+def test_a_database_from_the_future_is_refused(connection: Connection) -> None:
+    """A newer version's database is not touched, and the operator is told."""
+    migrate.upgrade(connection)
+    connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    connection.commit()
+    with pytest.raises(StoreUnavailableError, match="newer"):
+        migrate.upgrade(connection)
