@@ -163,7 +163,7 @@ class Discover(Section):
 class Dispatching(Section):
     """How handlers are run."""
 
-    concurrency: Count = Field(16, description="Handler calls at the same time, over all handlers.")
+    concurrency: Count = Field(16, description="Most calls of any one handler at the same time.")
     timeout_seconds: Span = Field(900, description="Time limit of one handler call.")
     max_attempts: Count = Field(12, description="Attempts before a dispatch is dead.")
     lease_seconds: Annotated[float, Field(ge=3)] = Field(
