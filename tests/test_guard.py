@@ -88,6 +88,13 @@ async def answer(streams: Streams, request: bytes = HONEST) -> bytes:
         return await reader.readexactly(length)
 
 
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    """Close at once, whatever is still to be sent, and be done with it before the loop ends."""
+    writer.transport.abort()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
 async def known(stand: Stand, waiting: Callable[[], int], count: int) -> None:
     """Wait until the server has seen that many."""
     async with asyncio.timeout(10):
@@ -109,7 +116,7 @@ async def test_honest_requests_pass_in_one_piece_and_in_many(stand: Stand) -> No
     assert stand.guard.closed == 0
     assert not stand.guard.heads
     assert not stand.guard.bodies
-    streams[1].close()
+    await hang_up(streams[1])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,7 @@ async def test_what_is_never_finished_is_closed(stand: Stand, start: bytes) -> N
     await stand.after(0.2)
     assert await closed(reader)
     assert stand.guard.closed == 1
-    writer.close()
+    await hang_up(writer)
 
 
 async def test_a_trickle_does_not_buy_time(stand: Stand) -> None:
@@ -145,7 +152,7 @@ async def test_a_trickle_does_not_buy_time(stand: Stand) -> None:
     await writer.drain()
     await stand.after(2)
     assert await closed(reader)
-    writer.close()
+    await hang_up(writer)
 
 
 async def test_a_second_request_is_timed_like_the_first(stand: Stand) -> None:
@@ -158,7 +165,7 @@ async def test_a_second_request_is_timed_like_the_first(stand: Stand) -> None:
     await known(stand, lambda: len(stand.guard.heads), 1)
     await stand.after(10.1)
     assert await closed(streams[0])
-    streams[1].close()
+    await hang_up(streams[1])
 
 
 @pytest.mark.parametrize(
@@ -186,7 +193,7 @@ async def test_what_is_too_large_is_closed(stand: Stand, request_: bytes) -> Non
             while await reader.read(65_536):
                 pass
     assert stand.guard.closed == 1
-    writer.close()
+    await hang_up(writer)
 
 
 async def test_honest_callers_get_through_a_crowd() -> None:
@@ -199,7 +206,7 @@ async def test_honest_callers_get_through_a_crowd() -> None:
         for _ in range(20):
             honest = await stand.connect()
             assert await answer(honest) == b"5"
-            honest[1].close()
+            await hang_up(honest[1])
         assert await closed(crowd[0][0])
         for _, writer in crowd:
-            writer.close()
+            await hang_up(writer)

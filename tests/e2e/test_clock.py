@@ -65,7 +65,6 @@ async def test_a_run_given_up_by_a_clock_that_was_ahead_comes_back(stage: Stage)
         run_id = stage.start("emu-image", {"kind": "run_seconds", "seconds": 2}, callback=False)
         await stage.register(service, run_id)
         clock.wrong_by = YEAR
-        assert (await stage.send(client, stage.body(run_id))).status_code == 401
         await stage.at(run_id, state="lost", lost_reason="deadline")
         clock.wrong_by = timedelta(0)
         assert (await stage.send(client, stage.body(run_id))).json() == {"status": "accepted"}
