@@ -1,7 +1,6 @@
 """`kill -9` of a real process, anywhere: what was answered 200 ends settled, its files whole, its effects applied once."""
 
 import asyncio
-import contextlib
 import itertools
 import random
 import secrets
@@ -168,9 +167,10 @@ async def test_killed_ten_times_at_random_under_load(lives: Nursery) -> None:
     stage = lives.stage
     chance = random.Random(secrets.randbits(32))
     acknowledged: list[str] = []
+    enough = asyncio.Event()
 
     async def load(client: httpx.AsyncClient) -> None:
-        while True:
+        while not enough.is_set():
             run_id = stage.start(chance.choice(["emu-image", "emu-text", "emu-two-images"]), callback=False)
             await insist(stage, client, stage.body(run_id))
             acknowledged.append(run_id)
@@ -185,10 +185,8 @@ async def test_killed_ten_times_at_random_under_load(lives: Nursery) -> None:
             await lives.kill(pid)
         pid = await lives.begin()
         await lives.ready(pid)
-        for sender in senders:
-            sender.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*senders)
+        enough.set()  # not cancelled: a TLS handshake that is cut off leaves its socket open
+        await asyncio.gather(*senders)
     await stage.over(*acknowledged)
     for run_id in acknowledged:
         check(stage, run_id)
