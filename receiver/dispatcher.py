@@ -1,25 +1,23 @@
 """Brings settled runs to their handlers: leases due dispatches, calls, writes the answer down. `tick` works, `run` waits."""
 
 import asyncio
-import json
 import random
-import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, assert_never
+from typing import Any
 
 import structlog
 
+from receiver.attempt import AttemptContext, Registration, answer_state, call, settled_run
 from receiver.changes import Change
 from receiver.decide import Outcome, conclude, settle
-from receiver.download import Download, Downloader
+from receiver.download import Downloader
 from receiver.errors import StoreUnavailableError
-from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledRun
+from receiver.handler import Done, Retry
 from receiver.intake import Signals
-from receiver.model import Artifact, Dispatch, DispatchState, Event, Output, Run, Subscription
+from receiver.model import Dispatch, DispatchState, Event, Subscription
 from receiver.store import Database, ledger, queue
 from receiver.store.queue import Leased
 from receiver.store.rows import moment
@@ -29,22 +27,7 @@ from receiver.waiting import either
 log = structlog.get_logger("receiver.dispatcher")
 
 _IDLE_SECONDS = 5.0
-_GRACE_SECONDS = 5.0
-"""How long a handler may take to clean up once its attempt is cancelled."""
 _WRITE_AGAIN_SECONDS = 1.0
-_MAX_REASON = 1000
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
-
-
-@dataclass(frozen=True, slots=True)
-class Registration:
-    """A configured handler: the object, and its limits."""
-
-    name: str
-    handler: Handler
-    max_attempts: int = 12
-    timeout_seconds: float = 900.0
-    concurrency: int = 8
 
 
 @dataclass(slots=True)
@@ -208,7 +191,7 @@ class Dispatcher:
         leased, registration = attempt.leased, attempt.registration
         started_at = self._clock()
         deadline_at = started_at + timedelta(seconds=registration.timeout_seconds)
-        context = _Context(self._database, self._downloader, leased, registration, deadline_at, self._clock)
+        context = AttemptContext(self._database, self._downloader, leased, registration, deadline_at, self._clock)
         run = settled_run(leased.run, leased.outputs)
         answer = await call(registration.handler, run, context, registration.timeout_seconds)
         now = self._clock()
@@ -276,151 +259,3 @@ class Dispatcher:
             line.error("dispatch.dead", reason=reason)
         else:
             line.warning("dispatch.retry", reason=reason, due_at=outcome.due_at)
-
-
-async def call(handler: Handler, run: SettledRun, context: "_Context", timeout_seconds: float) -> Answer:
-    """Call a handler and return its answer, whatever it does: raising, hanging and answering rubbish mean Retry.
-
-    It gets a task of its own, so that one which swallows its cancellation is left behind, not waited for.
-    """
-    task = asyncio.create_task(_guarded(handler, run, context))
-    try:
-        await asyncio.wait({task}, timeout=timeout_seconds)
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task}, timeout=_GRACE_SECONDS)
-            if not task.done():
-                context.log.error("handler.ignores_cancellation")
-            return Retry(f"it took longer than {timeout_seconds:g} s")
-    except asyncio.CancelledError:
-        task.cancel()
-        await asyncio.wait({task}, timeout=_GRACE_SECONDS)
-        raise
-    if task.cancelled():
-        return Retry("it cancelled itself")
-    answer = task.result()
-    if isinstance(answer, Done | Retry | Reject):
-        return storable(answer)
-    return Retry(f"it returned {type(answer).__name__} instead of Done, Retry or Reject")
-
-
-async def _guarded(handler: Handler, run: SettledRun, context: "_Context") -> object:
-    try:
-        return await handler.handle(run, context)
-    except asyncio.CancelledError:
-        raise
-    except BaseException as error:
-        context.log.warning("handler.raised", exc_info=True)
-        return Retry(_described(error))
-
-
-def storable(answer: Answer) -> Answer:
-    """Return an answer that the ledger can hold: a plug-in may put anything into it, and must not lose its lease so."""
-    try:
-        match answer:
-            case Done(result=result):
-                kept = dict(result)
-                json.dumps(kept, default=str)
-                return Done(kept)
-            case Retry(reason=reason, after_seconds=after):
-                return Retry(_text(reason), None if after is None else float(after))
-            case Reject(reason=reason):
-                return Reject(_text(reason))
-    except Exception as error:  # noqa: BLE001 -- whatever a plug-in's object does when it is looked at
-        what = f"what it answered cannot be kept: {type(error).__name__}"
-        # The effect of Done is applied: only what it says about itself is lost.
-        if isinstance(answer, Done):
-            return Done({"result": what})
-        return Reject(what) if isinstance(answer, Reject) else Retry(what)
-    assert_never(answer)
-
-
-def _text(value: object) -> str:
-    return _UNSTORABLE.sub("\ufffd", str(value))[:_MAX_REASON]
-
-
-def _described(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001 -- an error that cannot even say what it is
-        return type(error).__name__
-
-
-def answer_state(answer: Answer) -> DispatchState:
-    match answer:
-        case Done():
-            return DispatchState.DONE
-        case Retry():
-            return DispatchState.READY
-        case Reject():
-            return DispatchState.DEAD
-
-
-def settled_run(run: Run, outputs: Sequence[Output]) -> SettledRun:
-    """Return a run as its handlers see it."""
-    settled_at = run.settled_at or run.first_seen_at
-    called = run.reported_at is not None and run.reported_at <= settled_at
-    return SettledRun(
-        run_id=run.run_id,
-        run_type=run.run_type or "unknown",
-        status=run.state.value,
-        technique_id=run.technique_id,
-        workspace_id=run.workspace_id,
-        project_id=run.project_id,
-        outputs=tuple(outputs),
-        metadata=run.metadata,
-        charged_cost=run.charged_cost,
-        error_code=run.error_code,
-        error_message=run.error_message,
-        created_at=run.created_at,
-        started_at=run.started_at,
-        completed_at=run.completed_at or settled_at,
-        settled_at=settled_at,
-        settled_by="callback" if called else "poll",
-        verdict=run.verdict and run.verdict.value,
-    )
-
-
-class _Context:
-    """What one attempt gives its handler; see `receiver.handler.Context`."""
-
-    def __init__(
-        self,
-        database: Database,
-        downloader: Downloader,
-        leased: Leased,
-        registration: Registration,
-        deadline_at: datetime,
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._database = database
-        self._downloader = downloader
-        self._leased = leased
-        self._clock = clock
-        self.idempotency_key = leased.dispatch.idempotency_key
-        self.event = leased.dispatch.event
-        self.attempt = leased.dispatch.attempts
-        self.max_attempts = registration.max_attempts
-        self.deadline_at = deadline_at
-        self.artifacts: Sequence[Artifact] = leased.artifacts
-        bound: Mapping[str, Any] = {
-            "run_id": leased.run.run_id,
-            "handler": registration.name,
-            "attempt": leased.dispatch.attempts,
-        }
-        self.log: Log = structlog.get_logger("receiver.handler").bind(**bound)
-
-    def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
-        return self._downloader.open(output)
-
-    async def reserve(self, position: int, output_id: str, location: str) -> None:
-        run_id, handler = self._leased.run.run_id, self._leased.dispatch.handler
-        await self._database.write(lambda tx: queue.reserve(tx, run_id, handler, position, output_id, location))
-
-    async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
-        run_id, handler, now = self._leased.run.run_id, self._leased.dispatch.handler, self._clock()
-        await self._database.write(
-            lambda tx: queue.store_artifact(
-                tx, run_id, handler, position, size=size, sha256=sha256, content_type=content_type, now=now
-            )
-        )

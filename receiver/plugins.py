@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from receiver.attempt import Registration
 from receiver.config import HandlerEntry, Settings
-from receiver.dispatcher import Registration
 from receiver.errors import ConfigError, HandlerLoadError, Problem
 from receiver.handler import Handler
 from receiver.model import Event, Subscription, When

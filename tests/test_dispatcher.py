@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import BaseModel
 
+from receiver import attempt as attempt_module
 from receiver import dispatcher as dispatcher_module
-from receiver.dispatcher import Dispatcher, Registration
+from receiver.attempt import Registration
+from receiver.dispatcher import Dispatcher
 from receiver.download import Downloader
 from receiver.errors import LocationTakenError
 from receiver.handler import Answer, Context, Done, Handler, Reject, Retry, SettledRun
@@ -123,7 +125,7 @@ async def bench(database: Database, clock: Clock) -> AsyncIterator[Bench]:
 @pytest.fixture(autouse=True)
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits in these tests."""
-    monkeypatch.setattr(dispatcher_module, "_GRACE_SECONDS", 0.01)
+    monkeypatch.setattr(attempt_module, "_GRACE_SECONDS", 0.01)
     monkeypatch.setattr(dispatcher_module, "_WRITE_AGAIN_SECONDS", 0.0)
 
 
