@@ -39,6 +39,10 @@ class Changes:
         self._all: set[Listener] = set()
         self._by_run: dict[str, set[Listener]] = {}
 
+    def __bool__(self) -> bool:
+        """Whether anyone listens."""
+        return bool(self._all or self._by_run)
+
     def publish(self, change: Change) -> None:
         """Tell everyone who listens to this run, or to all."""
         for listener in (*self._all, *self._by_run.get(change.run_id, ())):

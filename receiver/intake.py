@@ -20,7 +20,7 @@ from receiver.changes import Change, Changes
 from receiver.decide import Changed, Decision, Kind, Policy, Unchanged, kind_of, reconcile, settle
 from receiver.errors import PayloadError, SignatureError, SignatureProblem, StoreUnavailableError
 from receiver.flora.messages import Callback, parse_callback
-from receiver.flora.signature import verify
+from receiver.flora.signature import Verified, verify
 from receiver.model import (
     Asked,
     Delivery,
@@ -48,6 +48,8 @@ _BATCH = 256
 """Entries that share one commit, at most."""
 _PATIENCE_SECONDS = 8.0
 """FLORA waits 10 s for an answer: better a 503 that it hears than a 200 that it does not."""
+_LOOK_SECONDS = 0.25
+"""How often it is looked for entries whose time is up: a timer for each would cost more than all of its verifying."""
 _START_SECONDS = 1.0
 _START_PATIENCE = timedelta(minutes=2)
 """How long settling a run of unknown origin waits for a start that may name it."""
@@ -107,6 +109,8 @@ class _Entry:
     delivery: Delivery | None
     start: str | None
     done: asyncio.Future["_Recorded"]
+    since: float
+    """When it came, on the loop's clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,8 @@ class Intake:
         self._clock = clock
         self._jitter = jitter
         self._waiting: deque[_Entry] = deque()
+        self._in_hand: Sequence[_Entry] = ()
+        """The batch that is being committed."""
         self._committing: asyncio.Task[None] | None = None
         self.rejections: deque[Rejection] = deque(maxlen=1000)
         """Refused requests not written down yet; the janitor empties it."""
@@ -199,26 +205,29 @@ class Intake:
             if error.problem is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE:
                 await self._look_anyway(body, now)
             return self.refuse(error.problem.value, str(error), remote=remote, size=len(body))
-        delivery = Delivery(
-            delivery_id=f"sha256:{hashlib.sha256(body).hexdigest()}",
-            body=body,
-            signature=signature or "",
-            received_at=now,
-            age=verified.age,
-            secret=verified.secret,
-            readable=False,
-        )
         try:
             callback = parse_callback(body)
         except PayloadError as error:
-            await self._enter(None, delivery, None)  # authentic, so worth keeping: FLORA may have changed its format
+            # Authentic, so worth keeping: FLORA may have changed its format.
+            await self._enter(None, _unreadable(body, signature, verified, now), None)
             log.error("callback.unreadable", reason=str(error), size=len(body))
             return self.refuse("invalid_payload", str(error), remote=remote, size=len(body))
         owner = self._secrets[verified.secret].workspace_id
         if owner is not None and callback.workspace_id is not None and owner != callback.workspace_id:
             message = f"signed with the secret of {owner}, but about a run of another workspace"
             return self.refuse("workspace_mismatch", message, remote=remote, size=len(body))
-        recorded = await self._enter(_heard(callback, now), _named(delivery, callback), start)
+        delivery = Delivery(
+            delivery_id=callback.delivery_id,
+            body=body,
+            signature=signature or "",
+            received_at=now,
+            age=verified.age,
+            secret=verified.secret,
+            event=callback.event,
+            api_version=callback.api_version,
+            run_id=callback.run_id,
+        )
+        recorded = await self._enter(_heard(callback, now), delivery, start)
         if not recorded.new_delivery:
             return Duplicate()
         return Accepted() if callback.told is not None else Ignored()
@@ -252,22 +261,32 @@ class Intake:
             pass  # it stays refused; polling will find the run
 
     async def _enter(self, report: Report | None, delivery: Delivery | None, start: str | None) -> _Recorded:
-        entry = _Entry(report, delivery, start, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        entry = _Entry(report, delivery, start, loop.create_future(), loop.time())
         self._waiting.append(entry)
         if self._committing is None:
             self._committing = asyncio.create_task(self._commit_all(), name="intake.commit")
-        try:
-            return await asyncio.wait_for(asyncio.shield(entry.done), _PATIENCE_SECONDS)
-        except TimeoutError as error:
-            raise StoreUnavailableError(f"not committed within {_PATIENCE_SECONDS:g} s") from error
+        return await entry.done  # whoever waits may be cancelled; the entry is committed all the same
 
     async def _commit_all(self) -> None:
+        watch = asyncio.create_task(self._watch(), name="intake.watch")
         try:
             while self._waiting:
-                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH))]
-                await self._commit(batch)
+                self._in_hand = [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH))]
+                await self._commit(self._in_hand)
         finally:
+            watch.cancel()
+            self._in_hand = ()
             self._committing = None
+
+    async def _watch(self) -> None:
+        """Tell those who have waited for too long; what they brought may still be committed."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(min(_LOOK_SECONDS, _PATIENCE_SECONDS))
+            for entry in (*self._in_hand, *self._waiting):
+                if loop.time() - entry.since >= _PATIENCE_SECONDS:
+                    _fail(entry, StoreUnavailableError(f"not committed within {_PATIENCE_SECONDS:g} s"))
 
     async def _commit(self, batch: Sequence[_Entry]) -> None:
         """Commit a batch; if one entry spoils it, commit one by one, so that only the bad one fails."""
@@ -364,7 +383,8 @@ class Intake:
         """After the commit: wake the loops, count, and write one line for the batch and one for each event."""
         now = self._clock()
         soon = now + _SOON  # the poller may be about to sleep for longer than that
-        if any(run.next_poll_at is not None and run.next_poll_at <= soon for run in (*fold.new(), *fold.changed())):
+        new_runs, changed_runs = fold.new(), fold.changed()
+        if any(run.next_poll_at is not None and run.next_poll_at <= soon for run in (*new_runs, *changed_runs)):
             self._signals.poll.set()
         if any(dispatch.state is DispatchState.READY for dispatch in fold.dispatches):
             self._signals.dispatch.set()
@@ -378,12 +398,14 @@ class Intake:
                 run_ids=[each for each in new if each][:_LOGGED],
             )
         self._metrics.committed(len(batch))
-        for run in (*fold.new(), *fold.changed()):
-            detail = " ".join(fold.happened.get(run.run_id, ()))
-            self._signals.changes.publish(Change("run", run.run_id, run.state.value, detail))
+        if self._signals.changes:
+            for run in (*new_runs, *changed_runs):
+                detail = " ".join(fold.happened.get(run.run_id, ()))
+                self._signals.changes.publish(Change("run", run.run_id, run.state.value, detail))
         for run_id, run in fold.now_are.items():
-            before = fold.before.get(run_id)
-            self._metrics.judged(before.verdict if before else None, run.verdict)
+            if run.verdict is not None:
+                before = fold.before.get(run_id)
+                self._metrics.judged(before.verdict if before else None, run.verdict)
         for result in recorded:
             if isinstance(result.decision, Changed) and result.decision.events:
                 _tell_events(result.decision, self._metrics)
@@ -434,17 +456,15 @@ def _heard(callback: Callback, now: datetime) -> Heard | None:
     )
 
 
-def _named(delivery: Delivery, callback: Callback) -> Delivery:
+def _unreadable(body: bytes, signature: str | None, verified: Verified, now: datetime) -> Delivery:
     return Delivery(
-        delivery_id=callback.delivery_id,
-        body=delivery.body,
-        signature=delivery.signature,
-        received_at=delivery.received_at,
-        age=delivery.age,
-        secret=delivery.secret,
-        event=callback.event,
-        api_version=callback.api_version,
-        run_id=callback.run_id,
+        delivery_id=f"sha256:{hashlib.sha256(body).hexdigest()}",
+        body=body,
+        signature=signature or "",
+        received_at=now,
+        age=verified.age,
+        secret=verified.secret,
+        readable=False,
     )
 
 

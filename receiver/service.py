@@ -5,6 +5,7 @@ import contextlib
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import httpx
 import structlog
@@ -28,14 +29,19 @@ from receiver.store.migrate import upgrade
 from receiver.sweeper import Discovery, Sweeper
 from receiver.telemetry import Metrics
 from receiver.web.access import Access
+from receiver.web.bodies import MAX_BODY_BYTES
 from receiver.web.ledger import Ledger
 from receiver.web.ops import ops_app
+from receiver.web.protocol import Guard, Limits
 from receiver.web.public import CALLBACK_PATH, public_app
 from receiver.web.runs import Runs
 from receiver.web.server import Server, bind
 
 log = structlog.get_logger("receiver.service")
 
+_OPERATIONS_LIMITS = Limits(  # larger bodies, and the app itself reads on beyond its limit before it refuses
+    message_bytes=5 * MAX_BODY_BYTES, discard_bytes=5 * MAX_BODY_BYTES, body_seconds=60, connections=1000
+)
 _READY_FOR = timedelta(seconds=1)
 """How long a probe of the database is believed: /readyz is public, and must not let anyone load the writer."""
 
@@ -199,7 +205,8 @@ class Service:
             body_timeout_seconds=settings.public.body_timeout_seconds,
         )
         sockets = bind(settings.public.host, settings.public.port)
-        self._public = Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key)
+        guard = _public_guard(settings, self.metrics)
+        self._public = Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key, guard=guard)
         await self._public.start()
         self._operations = self._operations_server()
         await self._operations.start()
@@ -251,7 +258,8 @@ class Service:
         # On loopback there is nobody to hide from; elsewhere TLS, unless a proxy does it.
         plain = is_loopback(operations.host) or operations.allow_plaintext
         tls = settings.tls
-        return Server(app, sockets, cert=None if plain else tls.cert, key=None if plain else tls.key)
+        guard = Guard(_OPERATIONS_LIMITS, closed=partial(self.metrics.hung_up, "operations"))
+        return Server(app, sockets, cert=None if plain else tls.cert, key=None if plain else tls.key, guard=guard)
 
     async def _survive(self, name: str, run: Callable[[asyncio.Event], object]) -> None:
         """Keep a loop running: a bug in one tick must not end the service's work for good."""
@@ -316,6 +324,19 @@ def policy_of(settings: Settings) -> Policy:
         ladder=tuple(timedelta(seconds=pause) for pause in reconcile.ladder_seconds),
         cost_window=timedelta(seconds=reconcile.cost_seconds),
     )
+
+
+def _public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
+    public = settings.public
+    if public.http == "h11":
+        return None
+    limits = Limits(
+        message_bytes=public.max_body_bytes + 32 * 1024,
+        head_seconds=public.head_timeout_seconds,
+        body_seconds=public.body_timeout_seconds + 1,  # the app's own limit comes first: it answers 408
+        connections=public.max_connections,
+    )
+    return Guard(limits, closed=partial(metrics.hung_up, "public"))
 
 
 def _discovery(settings: Settings) -> Discovery:

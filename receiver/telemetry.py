@@ -142,8 +142,15 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.callbacks = self._counter("callbacks", "Requests to the callback path, by their answer.", "result")
+        self._answers: dict[str, Counter] = {}
         self.callback_seconds = self._histogram(
             "callback_seconds", "From a callback's headers to its committed answer.", _ACKNOWLEDGEMENT
+        )
+        self.connections_closed = self._counter(
+            "connections_closed",
+            "Connections closed by a listener's guard: `slow_head`, `slow_body`, `too_large`, `crowded`.",
+            "listener",
+            "reason",
         )
         self.commits = self._counter("commits", "Transactions that committed callbacks and reports.")
         self.commit_batch = self._histogram(
@@ -171,8 +178,15 @@ class Metrics:
 
     def answered(self, result: str, seconds: float) -> None:
         """A request to the callback path got its answer: `accepted`, `duplicate`, `ignored` or a refusal's code."""
-        self.callbacks.labels(result).inc()
+        counter = self._answers.get(result)
+        if counter is None:
+            counter = self._answers[result] = self.callbacks.labels(result)
+        counter.inc()
         self.callback_seconds.observe(seconds)
+
+    def hung_up(self, listener: str, reason: str) -> None:
+        """The guard of a listener (`public`, `operations`) closed a connection."""
+        self.connections_closed.labels(listener, reason).inc()
 
     def committed(self, entries: int) -> None:
         """A group of callbacks and reports is durable."""

@@ -65,6 +65,14 @@ class Public(Section):
     port: Port = Field(8080, description="Port to bind.")
     max_body_bytes: Count = Field(65_536, description="Largest callback body; beyond it the answer is 413.")
     body_timeout_seconds: Span = Field(10, description="How long a callback's body may take to arrive.")
+    http: Literal["httptools", "h11"] = Field(
+        "httptools",
+        description="HTTP parser: `httptools` within the limits below, or `h11`, slower and without a limit on time.",
+    )
+    head_timeout_seconds: Span = Field(10, description="How long a request's head may take to arrive (`httptools`).")
+    max_connections: Count = Field(
+        2000, description="Open connections; beyond it the oldest unfinished request gives way (`httptools`)."
+    )
 
 
 class Operations(Section):

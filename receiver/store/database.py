@@ -5,6 +5,7 @@ WAL file before SQLite 3.51.3); what queues up while it commits shares the next 
 """
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import queue
@@ -127,15 +128,17 @@ class Database:
             return
         answers: list[tuple[Future[Any], Any, Exception | None]] = []
         try:
-            with self._connection.begin():
+            with self._connection.begin() as whole:
                 for job, future in batch:
                     try:
-                        with self._connection.begin_nested():
+                        with self._connection.begin_nested() if len(batch) > 1 else contextlib.nullcontext():
                             answers.append((future, job(self._connection), None))
                     except exc.OperationalError:
                         raise  # full, locked, read-only: SQLite may have ended the whole transaction by itself
                     except Exception as error:  # noqa: BLE001 -- the job's own fault: handed to its caller, below
                         answers.append((future, None, error))
+                        if len(batch) == 1:
+                            whole.rollback()
         except exc.DBAPIError as error:
             self._end_transaction()
             for _, future in batch:

@@ -3,20 +3,40 @@
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
+from sqlalchemy import Connection, LargeBinary, Text, bindparam, func, insert, or_, select, update
 from sqlalchemy.dialects import sqlite
 
 from receiver.errors import StoreUnavailableError
 from receiver.model import Delivery, Dispatch, Output, Run
-from receiver.store.rows import dispatch_row, ms, output_of, run_of, run_row
+from receiver.store.hot import Find, Many
+from receiver.store.rows import RUN_COLUMNS, dispatch_row, ms, output_of, run_of, run_row, run_values
 from receiver.store.schema import deliveries, delivery_bodies, dispatches, outputs, runs
 
+_KNOWN_DELIVERIES = Find(
+    lambda count: select(deliveries.c.delivery_id).where(deliveries.c.delivery_id.in_([""] * count))
+)
+_RUNS = Find(
+    lambda count: (
+        select(*(runs.c[name] for name in RUN_COLUMNS))
+        .where(runs.c.run_id.in_([""] * count))
+        .order_by(runs.c.run_id)
+        .with_for_update()
+    )
+)
+_INSERT_RUN = Many(insert(runs), RUN_COLUMNS)
 _UPDATE_RUN = update(runs).where(runs.c.run_id == bindparam("_run_id"), runs.c.version == bindparam("_version"))
-_INSERT_BODY = insert(delivery_bodies).from_select(
-    ["seq", "signature", "body"],
-    select(deliveries.c.seq, bindparam("signature"), bindparam("body")).where(
-        deliveries.c.delivery_id == bindparam("_delivery_id")
+_DELIVERY = (
+    "delivery_id", "run_id", "event", "api_version", "received_at", "age", "secret", "readable", "duplicates",
+)  # fmt: skip
+_INSERT_DELIVERY = Many(insert(deliveries), _DELIVERY)
+_INSERT_BODY = Many(
+    insert(delivery_bodies).from_select(
+        ["seq", "signature", "body"],
+        select(deliveries.c.seq, bindparam("_signature", type_=Text), bindparam("_body", type_=LargeBinary)).where(
+            deliveries.c.delivery_id == bindparam("_delivery_id")
+        ),
     ),
+    ("_signature", "_body", "_delivery_id"),
 )
 _COUNT_DUPLICATES = (
     update(deliveries)
@@ -27,14 +47,13 @@ _COUNT_DUPLICATES = (
 
 def known_deliveries(tx: Connection, delivery_ids: Collection[str]) -> frozenset[str]:
     """Return which of these deliveries are in the ledger already."""
-    rows = tx.execute(select(deliveries.c.delivery_id).where(deliveries.c.delivery_id.in_(delivery_ids)))
-    return frozenset(rows.scalars())
+    return frozenset(row[0] for row in _KNOWN_DELIVERIES(tx, delivery_ids)) if delivery_ids else frozenset()
 
 
 def runs_by_id(tx: Connection, run_ids: Collection[str]) -> dict[str, Run]:
     """Return these runs, as far as they are known, locked in the order of their ids for the rest of the transaction."""
-    statement = select(runs).where(runs.c.run_id.in_(run_ids)).order_by(runs.c.run_id).with_for_update()
-    return {row["run_id"]: run_of(row) for row in tx.execute(statement).mappings()}
+    found = _RUNS(tx, run_ids) if run_ids else ()
+    return {row[0]: run_of(dict(zip(RUN_COLUMNS, row, strict=True))) for row in found}
 
 
 def outputs_of_runs(tx: Connection, run_ids: Collection[str]) -> dict[str, tuple[Output, ...]]:
@@ -47,8 +66,7 @@ def outputs_of_runs(tx: Connection, run_ids: Collection[str]) -> dict[str, tuple
 
 
 def add_runs(tx: Connection, new: Sequence[Run]) -> None:
-    if new:
-        tx.execute(insert(runs), [run_row(run) for run in new])
+    _INSERT_RUN(tx, [run_values(run) for run in new])
 
 
 def change_runs(tx: Connection, changed: Sequence[Run]) -> None:
@@ -79,32 +97,15 @@ def add_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None
 
 
 def add_deliveries(tx: Connection, new: Sequence[Delivery]) -> None:
-    if not new:
-        return
-    tx.execute(
-        insert(deliveries),
+    _INSERT_DELIVERY(
+        tx,
         [
-            {
-                "delivery_id": delivery.delivery_id,
-                "run_id": delivery.run_id,
-                "event": delivery.event,
-                "api_version": delivery.api_version,
-                "received_at": ms(delivery.received_at),
-                "age": delivery.age,
-                "secret": delivery.secret,
-                "readable": delivery.readable,
-                "duplicates": 0,
-            }
-            for delivery in new
+            (each.delivery_id, each.run_id, each.event, each.api_version, ms(each.received_at), each.age, each.secret,
+             each.readable, 0)
+            for each in new
         ],
-    )
-    tx.execute(
-        _INSERT_BODY,
-        [
-            {"_delivery_id": delivery.delivery_id, "signature": delivery.signature, "body": delivery.body}
-            for delivery in new
-        ],
-    )
+    )  # fmt: skip
+    _INSERT_BODY(tx, [(each.signature, each.body, each.delivery_id) for each in new])
 
 
 def count_duplicates(tx: Connection, times: Mapping[str, int], *, at: datetime) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import RowMapping
@@ -53,25 +54,31 @@ _ENUMS: Mapping[str, Callable[[str], Any]] = {
     "lost_reason": LostReason,
 }
 _TIMES = frozenset(name for name in _RUN_FIELDS if name.endswith(("_at", "_since")))
+_RUN_VALUES = attrgetter(*_RUN_FIELDS)
+_COLUMN_OF: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(_ENUMS, attrgetter("value")),
+    **dict.fromkeys(_TIMES, ms),
+    "metadata": lambda metadata: json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True) if metadata else "{}",
+}
+_CONVERSIONS = tuple((index, _COLUMN_OF[name]) for index, name in enumerate(_RUN_FIELDS) if name in _COLUMN_OF)
+RUN_COLUMNS = _RUN_FIELDS
+
+
+def run_values(run: Run) -> list[Any]:
+    """Return the columns of `runs`, in the order of `RUN_COLUMNS`."""
+    values = list(_RUN_VALUES(run))
+    for index, convert in _CONVERSIONS:
+        if values[index] is not None:
+            values[index] = convert(values[index])
+    return values
 
 
 def run_row(run: Run) -> dict[str, Any]:
-    """Return the columns of `runs`."""
-    row: dict[str, Any] = {}
-    for name in _RUN_FIELDS:
-        value = getattr(run, name)
-        if value is not None:
-            if name in _TIMES:
-                value = ms(value)
-            elif name in _ENUMS:
-                value = value.value
-            elif name == "metadata":
-                value = json.dumps(dict(value), ensure_ascii=False, sort_keys=True)
-        row[name] = value
-    return row
+    """Return the columns of `runs`, by name."""
+    return dict(zip(RUN_COLUMNS, run_values(run), strict=True))
 
 
-def run_of(row: RowMapping) -> Run:
+def run_of(row: Mapping[str, Any] | RowMapping) -> Run:
     """Return the run in a row of `runs`."""
     values: dict[str, Any] = {}
     for name in _RUN_FIELDS:
@@ -83,6 +90,8 @@ def run_of(row: RowMapping) -> Run:
                 value = _ENUMS[name](value)
             elif name == "metadata":
                 value = json.loads(value)
+            elif name == "callback_expected":
+                value = bool(value)
         values[name] = value
     return Run(**values)
 

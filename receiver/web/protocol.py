@@ -2,19 +2,22 @@
 
 httptools parses three times as fast as h11, and uvicorn on it accepts a head of any size and waits for it for ever. Here a
 connection is closed when a request's head exceeds `head_bytes` or takes longer than `head_seconds`, when its body takes
-longer than `body_seconds`, or when the whole message, framing included, exceeds `message_bytes`. At the limit of open
-connections the one that has been sending its head for longest gives way, so that honest callers are still served.
+longer than `body_seconds`, or when more comes although the message, framing included, exceeds `message_bytes`. At the
+limit of open connections the one that has been sending its head for longest gives way, so that honest callers are still
+served. What the app refused already (413) is read on and thrown away up to `discard_bytes`, so that the answer is heard.
 """
 
 import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _SWEEP_SECONDS = 0.5
+Reason = Literal["slow_head", "slow_body", "too_large", "crowded"]
+"""Why a connection was closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,7 @@ class Limits:
 
     head_bytes: int = 16 * 1024
     message_bytes: int = 96 * 1024
+    discard_bytes: int = 2 * 1024 * 1024
     head_seconds: float = 10.0
     body_seconds: float = 10.0
     connections: int = 2000
@@ -31,15 +35,23 @@ class Limits:
 class Guard:
     """The connections of one listener that owe us something, oldest first. `sweep` closes those that owe it too long."""
 
-    def __init__(self, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        closed: Callable[[Reason], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`closed` is told of every connection that the guard closes: for the metrics."""
         self.limits = limits
+        self._told = closed
         self._clock = clock
         self.heads: dict[GuardedProtocol, float] = {}
         """Connections whose request line and headers are awaited, and since when."""
         self.bodies: dict[GuardedProtocol, float] = {}
         """Connections whose body is awaited, and since when."""
         self.closed = 0
-        """Connections closed by this guard, for the metrics."""
+        """Connections closed by this guard."""
 
     def protocol(self, **given: Any) -> asyncio.Protocol:
         """Make the protocol of one connection; uvicorn's `http` setting."""
@@ -61,22 +73,27 @@ class Guard:
         if connections > self.limits.connections:
             oldest = next(iter(self.heads), None) or next(iter(self.bodies), None)
             if oldest is not None:
-                self.close(oldest)
+                self.close(oldest, "crowded")
 
     def sweep(self) -> None:
         """Close what has been owed for too long; both tables are in the order of their times."""
         now = self._clock()
-        for waiting, seconds in ((self.heads, self.limits.head_seconds), (self.bodies, self.limits.body_seconds)):
+        owed: tuple[tuple[dict[GuardedProtocol, float], float, Reason], ...] = (
+            (self.heads, self.limits.head_seconds, "slow_head"),
+            (self.bodies, self.limits.body_seconds, "slow_body"),
+        )
+        for waiting, seconds, reason in owed:
             while waiting:
                 connection, since = next(iter(waiting.items()))
                 if now - since <= seconds:
                     break
-                self.close(connection)
+                self.close(connection, reason)
 
-    def close(self, connection: "GuardedProtocol") -> None:
+    def close(self, connection: "GuardedProtocol", reason: Reason) -> None:
         """Close at once, without an answer: whoever does this is not waiting for one."""
         self.forget(connection)
         self.closed += 1
+        self._told(reason)
         if connection.transport is not None:
             connection.transport.abort()
 
@@ -98,6 +115,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._complete = False
         self._bytes = 0
         """Received of the message at hand, head and framing included."""
+        self._piece = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -110,32 +128,40 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         guard, limits = self._guard, self._guard.limits
-        self._bytes += len(data)
-        if self._bytes > limits.message_bytes:
-            guard.close(self)
+        # Judged before this piece is counted: uvicorn stops reading until the app has seen what came, and may refuse it.
+        if self._bytes > limits.message_bytes and (not self._answered() or self._bytes > limits.discard_bytes):
+            guard.close(self, "too_large")
             return
+        self._piece = len(data)
+        self._bytes += self._piece
         super().data_received(data)
         if self._in_body:
             guard.await_body(self)
         elif self._in_head:
             if self._bytes > limits.head_bytes:
-                guard.close(self)
+                guard.close(self, "too_large")
             else:
                 guard.await_head(self)
         elif self._complete:  # what comes next is a new message; until then uvicorn's keep-alive timer runs
             self._bytes = 0
+            self._complete = False
             guard.forget(self)
 
     def on_message_begin(self) -> None:
         self._in_head = True
-        self._complete = False
+        if self._complete:  # in this very piece: how much of it is the new message's is not known, so it counts nothing
+            self._bytes = 0
+            self._complete = False
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._in_body = True
-        if self._bytes > self._guard.limits.head_bytes and self._head_size() > self._guard.limits.head_bytes:
-            self._guard.close(self)
+        if (
+            self._piece + self._bytes > self._guard.limits.head_bytes
+            and self._head_size() > self._guard.limits.head_bytes
+        ):
+            self._guard.close(self, "too_large")
             return
         super().on_headers_complete()
 
@@ -143,6 +169,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._complete = True
         super().on_message_complete()
+
+    def _answered(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle  # uvicorn's type does not say that there is none at first
+        return cycle is not None and cycle.response_complete
 
     def _head_size(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)

@@ -1,18 +1,22 @@
 """The public listener: `POST /callbacks/flora`, `GET /healthz`, `GET /readyz`, and nothing else.
 
-Bytes in, the intake's answer out as HTTP. FLORA follows no redirect, so both spellings of the path are routed.
+Bytes in, the intake's answer out as HTTP. FLORA follows no redirect, so both spellings of the path are routed. A callback
+is answered by plain ASGI, without the objects and the middleware that Starlette makes for each request: they cost more
+than verifying the callback does. Everything else is Starlette's.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import assert_never
 
 from starlette.applications import Starlette
+from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import HEADER
@@ -37,6 +41,105 @@ STATUS = {
 """Every code that the public listener refuses with, and its HTTP status."""
 
 _RETRY_AFTER_SECONDS = 10
+_CALLBACK_PATHS = frozenset({CALLBACK_PATH, CALLBACK_PATH + "/"})
+_OTHER_METHODS = ("GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT")
+_HEADER = HEADER.lower().encode()
+
+
+def _whole(status: int, body: bytes) -> tuple[Message, Message]:
+    """Return the two messages of an answer that is the same every time."""
+    headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
+    start = {"type": "http.response.start", "status": status, "headers": headers}
+    return start, {"type": "http.response.body", "body": body}
+
+
+_GOOD = {word: _whole(200, b'{"status":"%s"}' % word.encode()) for word in ("accepted", "duplicate", "ignored")} | {
+    "disconnected": _whole(400, b"")  # nobody is there to read it
+}
+
+
+class Door:
+    """An ASGI app: callbacks are its own business, the rest is handed on."""
+
+    def __init__(
+        self, intake: Intake, metrics: Metrics, rest: ASGIApp, *, max_body_bytes: int, body_timeout_seconds: float
+    ) -> None:
+        self._intake = intake
+        self._metrics = metrics
+        self._rest = rest
+        self._limit = max_body_bytes
+        self._timeout_seconds = body_timeout_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in _CALLBACK_PATHS or scope["method"] != "POST":
+            await self._rest(scope, receive, send)
+            return
+        started = time.perf_counter()
+        answer = await self._callback(scope, receive)
+        if isinstance(answer, Refused):
+            await refusal(answer.code, answer.message)(scope, receive, send)
+        else:
+            for message in _GOOD[answer]:
+                await send(message)
+        result = answer.code if isinstance(answer, Refused) else answer
+        self._metrics.answered(result, time.perf_counter() - started)
+
+    async def _callback(self, scope: Scope, receive: Receive) -> str | Refused:
+        """Return the answer to one callback: a word of `_GOOD`, or a refusal."""
+        remote = scope["client"][0] if scope["client"] else None
+        announced, signatures = 0, []
+        for name, value in scope["headers"]:
+            if name == _HEADER:
+                signatures.append(value.decode("latin-1"))
+            elif name == b"content-length" and value.isdigit():
+                announced = int(value[:18])
+        intake, limit = self._intake, self._limit
+        body: bytes | None = None
+        if announced <= limit:
+            try:
+                async with asyncio.timeout(self._timeout_seconds):
+                    body = await _body(receive, limit)
+            except TimeoutError:
+                return intake.refuse("body_timeout", "the body did not arrive in time", remote=remote, size=0)
+            except ClientDisconnect:
+                return "disconnected"
+        if body is None:
+            message = f"a callback has at most {limit} bytes"
+            return intake.refuse("body_too_large", message, remote=remote, size=limit)
+        query = scope["query_string"]
+        start = QueryParams(query).get("start") if query else None
+        try:
+            # Two headers of this name are one that FLORA never wrote: joined, they hold two times: malformed.
+            answer = await intake.accept(body, ",".join(signatures) or None, remote=remote, start=start)
+        except StoreUnavailableError as error:
+            return Refused("unavailable", f"{error}; nothing was committed, please retry")
+        match answer:
+            case Accepted():
+                return "accepted"
+            case Duplicate():
+                return "duplicate"
+            case Ignored():
+                return "ignored"
+            case Refused():
+                return answer
+        assert_never(answer)
+
+
+async def _body(receive: Receive, limit: int) -> bytes | None:
+    """Return the body, or None as soon as it turns out to be longer than `limit` bytes."""
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        piece = message.get("body", b"")
+        size += len(piece)
+        if size > limit:
+            return None
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return b"".join(pieces)  # of a single piece, that piece itself
 
 
 def public_app(
@@ -46,14 +149,8 @@ def public_app(
     ready: Callable[[], Awaitable[str | None]],
     max_body_bytes: int = 65_536,
     body_timeout_seconds: float = 10.0,
-) -> Starlette:
+) -> ASGIApp:
     """Build the app. `ready` returns None, or why this process should get no traffic."""
-
-    async def callback(request: Request) -> Response:
-        started = time.perf_counter()
-        response, result = await _callback(request, intake, max_body_bytes, body_timeout_seconds)
-        metrics.answered(result, time.perf_counter() - started)
-        return response
 
     async def healthz(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -62,72 +159,26 @@ def public_app(
         reason = await ready()
         return JSONResponse({"status": "ready"}) if reason is None else refusal("unavailable", reason)
 
-    app = Starlette(
+    async def not_a_post(request: Request) -> Response:
+        return refusal("method_not_allowed", f"{request.method} is not allowed here", {"Allow": "POST"})
+
+    rest = Starlette(
         routes=[
-            Route(CALLBACK_PATH, callback, methods=["POST"]),
-            Route(CALLBACK_PATH + "/", callback, methods=["POST"]),
+            *(Route(path, not_a_post, methods=_OTHER_METHODS) for path in sorted(_CALLBACK_PATHS)),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
         ],
         exception_handlers={HTTPException: _http_error},
     )
-    app.router.redirect_slashes = False
-    return app
+    rest.router.redirect_slashes = False
+    return Door(intake, metrics, rest, max_body_bytes=max_body_bytes, body_timeout_seconds=body_timeout_seconds)
 
 
-async def _callback(request: Request, intake: Intake, limit: int, timeout_seconds: float) -> tuple[Response, str]:
-    """Return the answer to one callback, and its name for the metrics."""
-    remote = request.client.host if request.client else None
-    try:
-        async with asyncio.timeout(timeout_seconds):
-            body = await _body(request, limit)
-    except TimeoutError:
-        return _refused(intake.refuse("body_timeout", "the body did not arrive in time", remote=remote, size=0))
-    except ClientDisconnect:
-        return Response(status_code=400), "disconnected"  # nobody is there to read it
-    if body is None:
-        message = f"a callback has at most {limit} bytes"
-        return _refused(intake.refuse("body_too_large", message, remote=remote, size=limit))
-    # Two headers of this name are one that FLORA never wrote: joined, they hold two times and are refused as malformed.
-    signatures = request.headers.getlist(HEADER)
-    try:
-        signature = ",".join(signatures) if signatures else None
-        answer = await intake.accept(body, signature, remote=remote, start=request.query_params.get("start"))
-    except StoreUnavailableError as error:
-        return refusal("unavailable", f"{error}; nothing was committed, please retry"), "unavailable"
-    match answer:
-        case Accepted():
-            return JSONResponse({"status": "accepted"}), "accepted"
-        case Duplicate():
-            return JSONResponse({"status": "duplicate"}), "duplicate"
-        case Ignored():
-            return JSONResponse({"status": "ignored"}), "ignored"
-        case Refused():
-            return _refused(answer)
-    assert_never(answer)
-
-
-async def _body(request: Request, limit: int) -> bytes | None:
-    """Return the body, or None as soon as it turns out to be longer than `limit` bytes."""
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:18]) > limit:
-        return None
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            return None
-    return bytes(body)
-
-
-def _refused(answer: Refused) -> tuple[Response, str]:
-    return refusal(answer.code, answer.message), answer.code
-
-
-def refusal(code: str, message: str) -> Response:
+def refusal(code: str, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return `{"error": {"code", "message"}}` with the code's status."""
     status = STATUS[code]
-    headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)} if status == 503 else None  # noqa: PLR2004
+    if status == 503:  # noqa: PLR2004
+        headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
     return JSONResponse({"error": {"code": code, "message": message}}, status_code=status, headers=headers)
 
 

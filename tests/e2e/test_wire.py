@@ -38,6 +38,8 @@ class Door:
                 return await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError as error:
             return error.partial
+        except ConnectionError:  # the guard does not say good-bye
+            return b""
         finally:
             writer.transport.abort()
 
