@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
 from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects import postgresql
 
 from receiver.errors import StoreUnavailableError
 from receiver.model import Delivery, Dispatch, Output, Run
@@ -31,9 +31,12 @@ def known_deliveries(tx: Connection, delivery_ids: Collection[str]) -> frozenset
     return frozenset(rows.scalars())
 
 
-def runs_by_id(tx: Connection, run_ids: Collection[str]) -> dict[str, Run]:
-    """Return these runs, as far as they are known, locked in the order of their ids for the rest of the transaction."""
-    statement = select(runs).where(runs.c.run_id.in_(run_ids)).order_by(runs.c.run_id).with_for_update()
+def runs_by_id(tx: Connection, run_ids: Collection[str], *, for_update: bool = False) -> dict[str, Run]:
+    """Return these runs, as far as they are known; `for_update` locks them, in the order of their ids."""
+    statement = select(runs).where(runs.c.run_id.in_(run_ids)).order_by(runs.c.run_id)
+    if for_update:
+        # FOR NO KEY UPDATE: rows that refer to a run may be inserted meanwhile, as by a dispatcher.
+        statement = statement.with_for_update(key_share=True)
     return {row["run_id"]: run_of(row) for row in tx.execute(statement).mappings()}
 
 
@@ -112,14 +115,14 @@ def count_duplicates(tx: Connection, times: Mapping[str, int], *, at: datetime) 
     if times:
         tx.execute(
             _COUNT_DUPLICATES,
-            [{"_delivery_id": key, "_times": count, "_at": ms(at)} for key, count in times.items()],
+            [{"_delivery_id": key, "_times": count, "_at": ms(at)} for key, count in sorted(times.items())],
         )
 
 
 def add_dispatches(tx: Connection, new: Sequence[Dispatch]) -> None:
     """Add dispatches; one that exists already stays as it is."""
     if new:
-        statement = sqlite.insert(dispatches).on_conflict_do_nothing()
+        statement = postgresql.insert(dispatches).on_conflict_do_nothing()
         tx.execute(statement, [dispatch_row(dispatch) for dispatch in new])
 
 
