@@ -232,7 +232,12 @@ class Starter:
         return await self.find(token)
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Ask again about what was not answered, until told to stop."""
+        """Ask again about what was not answered, until told to stop; then ask nothing more."""
+        await self.recover(stopping)
+        await self.stop()
+
+    async def recover(self, stopping: asyncio.Event) -> None:
+        """Ask again about what was not answered, by this process or by one that is gone, until told to stop."""
         while not stopping.is_set():
             self._wake.clear()
             try:
@@ -241,7 +246,15 @@ class Starter:
                 log.error("starter.unavailable", reason=str(error))
                 pause = self._idle_seconds
             await either(self._wake, stopping, pause)
-        self._stopped = True  # what is asked for from here on is committed, and asked by the next process
+
+    async def ask_own(self, stopping: asyncio.Event) -> None:
+        """Ask about what is started here, until told to stop: where another process recovers."""
+        await stopping.wait()
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Ask nothing more: what is asked for from here on is committed, and asked by the next process."""
+        self._stopped = True
         if self._asking:
             await asyncio.wait(set(self._asking.values()), timeout=_GRACE_SECONDS)
         for task in self._asking.values():

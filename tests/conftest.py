@@ -11,7 +11,7 @@ from receiver.store import Database, SqliteDatabase
 from receiver.store.migrate import upgrade
 from receiver.store.postgres import PostgresDatabase
 from tests.core import Clock, Core, a_core
-from tests.postgres import Postgres, postgres
+from tests.postgres import Postgres, pooler, postgres
 
 
 @pytest.fixture(scope="session")
@@ -73,3 +73,10 @@ def clock() -> Clock:
 def core(database: Database, clock: Clock) -> Core:
     """A ledger with its door; one handler, `h`, listens to settled runs."""
     return a_core(database, clock)
+
+
+@pytest.fixture
+def pgbouncer(postgres_server: Postgres, postgres_database: str) -> Iterator[str]:
+    """The URL of the suite's database behind a PgBouncer in transaction mode."""
+    with pooler(postgres_server, postgres_database) as url:
+        yield url

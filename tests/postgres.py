@@ -128,3 +128,31 @@ def postgres() -> Iterator[Postgres]:
             yield server
         finally:
             server.ctl("stop", "-m", "immediate")
+
+
+@contextlib.contextmanager
+def pooler(server: Postgres, database: str) -> Iterator[str]:
+    """Run PgBouncer in transaction mode before a server, on a unix socket; yield the URL that leads through it."""
+    program = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
+    if program is None:
+        pytest.fail("pgbouncer is missing: the tests run behind it too. apt-get install pgbouncer", pytrace=False)
+    with tempfile.TemporaryDirectory(prefix="flora-pool-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        hand_over(directory)
+        config = directory / "pgbouncer.ini"
+        config.write_text(
+            f"[databases]\n* = host={server.directory} port={_PORT}\n[pgbouncer]\npool_mode = transaction\n"
+            f"listen_addr =\nlisten_port = 6432\nunix_socket_dir = {directory}\nauth_type = any\n"
+            f"default_pool_size = 4\nlogfile = {directory}/log\n"
+        )
+        config.write_text(config.read_text().replace("[databases]\n* =", f"[databases]\n{database} = user=flora"))
+        process = subprocess.Popen(
+            [program, str(config)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            cwd="/", **unprivileged(),
+        )  # fmt: skip
+        try:
+            yield f"postgresql://flora@/{database}?host={directory}&port=6432"
+        finally:
+            process.terminate()
+            process.wait(10)

@@ -73,3 +73,9 @@ def open_database(url: str, *, listen_url: str | None = None, pool_size: int = 8
     except OSError as error:
         raise StoreUnavailableError(f"cannot create {path.parent}: {error.strerror}") from error
     return SqliteDatabase(path)
+
+
+def shown(url: str) -> str:
+    """Return a URL as it may be logged: without user, password and options."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
