@@ -26,6 +26,7 @@ class Listener:
 
     changes: asyncio.Queue[Change] = field(default_factory=lambda: asyncio.Queue(_BACKLOG))
     run_id: str | None = None
+    own_only: bool = False
     missed: bool = False
 
     async def next(self) -> Change:
@@ -43,18 +44,20 @@ class Changes:
         """Whether anyone listens."""
         return bool(self._all or self._by_run)
 
-    def publish(self, change: Change) -> None:
-        """Tell everyone who listens to this run, or to all."""
+    def publish(self, change: Change, *, told_by_others: bool = False) -> None:
+        """Tell everyone who listens to this run, or to all; `told_by_others`: another process committed it."""
         for listener in (*self._all, *self._by_run.get(change.run_id, ())):
+            if told_by_others and listener.own_only:
+                continue
             try:
                 listener.changes.put_nowait(change)
             except asyncio.QueueFull:
                 listener.missed = True
 
     @contextmanager
-    def listening(self, run_id: str | None = None) -> Iterator[Listener]:
-        """Listen to one run, or to all of them, inside the block."""
-        listener = Listener(run_id=run_id)
+    def listening(self, run_id: str | None = None, *, own_only: bool = False) -> Iterator[Listener]:
+        """Listen to one run, or to all of them, inside the block; `own_only`: to what this process commits."""
+        listener = Listener(run_id=run_id, own_only=own_only)
         group = self._all if run_id is None else self._by_run.setdefault(run_id, set())
         group.add(listener)
         try:

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import structlog
@@ -27,6 +28,8 @@ from receiver.waiting import either
 log = structlog.get_logger("receiver.dispatcher")
 
 _IDLE_SECONDS = 5.0
+_SHARED_IDLE_SECONDS = 1.0
+"""Another process may commit something that nobody wakes us for."""
 _WRITE_AGAIN_SECONDS = 1.0
 
 
@@ -70,6 +73,7 @@ class Dispatcher:
         self._metrics = metrics
         self._lease = lease
         self._takeover = takeover
+        self._idle_seconds = _SHARED_IDLE_SECONDS if database.shared else _IDLE_SECONDS
         self._clock = clock
         self._jitter = jitter
         self._running: dict[int, _Attempt] = {}
@@ -84,7 +88,7 @@ class Dispatcher:
                     pause = await self.tick(self._clock())
                 except StoreUnavailableError as error:
                     log.error("dispatcher.unavailable", reason=str(error))
-                    pause = _IDLE_SECONDS
+                    pause = self._idle_seconds
                 await either(self._signals.dispatch, stopping, pause)
         finally:
             renewing.cancel()
@@ -98,8 +102,8 @@ class Dispatcher:
                 await self._claim(registration, registration.concurrency - busy, now)
         names = tuple(self._registrations)
         next_ms = await self._database.read(lambda tx: queue.next_due_ms(tx, names, after=now))
-        until = _IDLE_SECONDS if next_ms is None else (moment(next_ms) - self._clock()).total_seconds()
-        return min(_IDLE_SECONDS, max(until, 0.0))
+        until = self._idle_seconds if next_ms is None else (moment(next_ms) - self._clock()).total_seconds()
+        return min(self._idle_seconds, max(until, 0.0))
 
     async def drain(self) -> None:
         """Wait until no attempt is running."""
@@ -124,12 +128,14 @@ class Dispatcher:
 
     async def renew(self) -> None:
         """Extend the leases of all running attempts; cancel those that were taken over."""
-        until = self._clock() + self._lease
+
+        def job(tx: Any, seqs: Sequence[int], token: str) -> frozenset[int]:
+            until = self._database.now(tx, self._clock()) + self._lease
+            return queue.renew(tx, seqs, token=token, until=until)
+
         for token in {attempt.token for attempt in self._running.values()}:
             seqs = [seq for seq, attempt in self._running.items() if attempt.token == token]
-            held = await self._database.write(
-                lambda tx, seqs=seqs, token=token: queue.renew(tx, seqs, token=token, until=until)  # type: ignore[misc]
-            )
+            held = await self._database.write(partial(job, seqs=seqs, token=token))
             for seq in set(seqs) - held:
                 attempt = self._running.get(seq)
                 if attempt and attempt.task:
@@ -147,10 +153,13 @@ class Dispatcher:
     async def _claim(self, registration: Registration, free: int, now: datetime) -> None:
         token = secrets.token_hex(16)
 
+        def abandoned(tx: Any) -> datetime | None:
+            """Return when a lease must have run out by now to be taken over."""
+            return self._database.now(tx, now) if self._takeover else None
+
         def job(tx: Any) -> tuple[tuple[Leased, ...], tuple[Dispatch, ...]]:
-            buried = queue.bury(
-                tx, registration.name, max_attempts=registration.max_attempts, now=now, takeover=self._takeover
-            )
+            lapsed = abandoned(tx)
+            buried = queue.bury(tx, registration.name, max_attempts=registration.max_attempts, now=now, lapsed=lapsed)
             for dispatch in buried:
                 self._alert(tx, dispatch.run_id, dispatch.event, now)
             claimed = queue.claim(
@@ -160,13 +169,13 @@ class Dispatcher:
                 max_attempts=registration.max_attempts,
                 token=token,
                 now=now,
-                until=now + self._lease,
-                takeover=self._takeover,
+                until=(lapsed or now) + self._lease,
+                lapsed=lapsed,
             )
             return claimed, buried
 
         name = registration.name
-        if not await self._database.read(lambda tx: queue.has_due(tx, name, now=now, takeover=self._takeover)):
+        if not await self._database.read(lambda tx: queue.has_due(tx, name, now=now, lapsed=abandoned(tx))):
             return  # the common case costs no write
         claimed, buried = await self._database.write(job)
         if buried:

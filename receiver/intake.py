@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import structlog
 from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
 
 from receiver.changes import Change, Changes
 from receiver.decide import Changed, Decision, Kind, Policy, Unchanged, kind_of, reconcile, settle
@@ -288,7 +289,7 @@ class Intake:
                 if loop.time() - entry.since >= _PATIENCE_SECONDS:
                     _fail(entry, StoreUnavailableError(f"not committed within {_PATIENCE_SECONDS:g} s"))
 
-    async def _commit(self, batch: Sequence[_Entry]) -> None:
+    async def _commit(self, batch: Sequence[_Entry], tries: int = 3) -> None:
         """Commit a batch; if one entry spoils it, commit one by one, so that only the bad one fails."""
         try:
             recorded, fold = await self._database.write(lambda tx: self._record(tx, batch))
@@ -300,9 +301,12 @@ class Intake:
             if len(batch) > 1:
                 for entry in batch:
                     await self._commit([entry])
-                return
-            log.exception("intake.entry_failed")
-            _fail(batch[0], StoreUnavailableError(f"this entry cannot be committed: {type(error).__name__}"))
+            elif isinstance(error, IntegrityError) and tries > 1:
+                # Another door has just committed the same delivery, run or start: decided again, we know of it.
+                await self._commit(batch, tries - 1)
+            else:
+                log.exception("intake.entry_failed")
+                _fail(batch[0], StoreUnavailableError(f"this entry cannot be committed: {type(error).__name__}"))
         else:
             for entry, result in zip(batch, recorded, strict=True):
                 if not entry.done.done():
@@ -315,7 +319,7 @@ class Intake:
         delivery_ids = {entry.delivery.delivery_id for entry in batch if entry.delivery}
         run_ids = {entry.report.run_id for entry in batch if entry.report}
         seen = set(ledger.known_deliveries(tx, delivery_ids)) if delivery_ids else set()
-        known = ledger.runs_by_id(tx, run_ids) if run_ids else {}
+        known = ledger.runs_by_id(tx, run_ids, for_update=True) if run_ids else {}
         fold = _Fold(known, dict(known))
         asked = starts.by_token(tx, tokens) if (tokens := {entry.start for entry in batch if entry.start}) else {}
         fresh: list[Delivery] = []

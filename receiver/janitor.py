@@ -69,6 +69,15 @@ class Janitor:
         except StoreUnavailableError as error:
             log.warning("janitor.rejections_dropped", reason=str(error))
 
+    async def keep_rejections(self, stopping: asyncio.Event) -> None:
+        """Write down what this process refused, and nothing else: where another one does the rest."""
+        while not stopping.is_set():
+            await either(self._never, stopping, self._pause_seconds)
+            try:
+                await self._write_rejections()
+            except StoreUnavailableError as error:
+                log.warning("janitor.rejections_kept", reason=str(error))
+
     async def tick(self, now: datetime) -> int:
         """Do one piece of each kind of work; return the size of the largest."""
         sizes = [await self._write_rejections(), await self._write_off(now)]

@@ -42,6 +42,8 @@ log = structlog.get_logger("receiver.poller")
 _AT_ONCE = 2000
 """Due runs of one API key that are planned together."""
 _IDLE_SECONDS = 5.0
+_SHARED_IDLE_SECONDS = 1.0
+"""Another process may commit something that nobody wakes us for."""
 _NO_KEY_SECONDS = 60.0
 _NOT_COMMITTED_SECONDS = 1.0
 
@@ -115,6 +117,7 @@ class Poller:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._database = database
+        self._idle_seconds = _SHARED_IDLE_SECONDS if database.shared else _IDLE_SECONDS
         self._intake = intake
         self._signals = signals
         self._metrics = metrics
@@ -134,7 +137,7 @@ class Poller:
                 pause = await self.tick(self._clock())
             except StoreUnavailableError as error:
                 log.error("poller.unavailable", reason=str(error))
-                pause = _IDLE_SECONDS
+                pause = self._idle_seconds
             await either(self._signals.poll, stopping, pause)
         for desk in self._desks.values():
             for task in desk.tasks:
@@ -153,7 +156,10 @@ class Poller:
         if None not in self._desks:
             await self._without_key(now)
         next_ms = await self._database.read(lambda tx: ledger.next_due_ms(tx, after=now))
-        waits = [_IDLE_SECONDS, *(held for desk in self._desks.values() if (held := desk.reader.held_seconds()) > 0)]
+        waits = [
+            self._idle_seconds,
+            *(held for desk in self._desks.values() if (held := desk.reader.held_seconds()) > 0),
+        ]
         if next_ms is not None:
             waits.append((moment(next_ms) - now).total_seconds())
         return min(waits)  # whatever is due by now is in hand or held: the ones in hand wake us when they are done

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any, Literal
 
 import httpx
 import structlog
@@ -15,9 +16,11 @@ from receiver.config import Settings, made_token, operations_problem
 from receiver.decide import Policy
 from receiver.dispatcher import Dispatcher
 from receiver.download import Downloader, DownloadLimits
+from receiver.election import Election
 from receiver.errors import ConfigError, Problem, StoreUnavailableError
 from receiver.flora.client import FloraClient
 from receiver.handler import Checks, Closes
+from receiver.herald import Herald
 from receiver.http import api_client, is_loopback, tls_context
 from receiver.intake import Intake, Secret, Signals
 from receiver.janitor import Janitor, Retention
@@ -25,6 +28,7 @@ from receiver.plugins import Loaded, load_handlers
 from receiver.poller import Poller
 from receiver.starter import Starter
 from receiver.store import Database, open_database, queue
+from receiver.store.database import shown
 from receiver.store.migrate import upgrade
 from receiver.sweeper import Discovery, Sweeper
 from receiver.telemetry import Metrics
@@ -42,6 +46,10 @@ log = structlog.get_logger("receiver.service")
 _OPERATIONS_LIMITS = Limits(  # larger bodies, and the app itself reads on beyond its limit before it refuses
     message_bytes=5 * MAX_BODY_BYTES, discard_bytes=5 * MAX_BODY_BYTES, body_seconds=60, connections=1000
 )
+Only = Literal["door", "workers"]
+
+_HEAD_START = timedelta(seconds=45)
+"""Longer than a question to FLORA takes: see Starter."""
 _READY_FOR = timedelta(seconds=1)
 """How long a probe of the database is believed: /readyz is public, and must not let anyone load the writer."""
 
@@ -50,15 +58,28 @@ class Service:
     """One receiver process. `async with Service(settings).running() as service: …`, or `run_until_signal`."""
 
     def __init__(
-        self, settings: Settings, *, policy: Policy | None = None, clock: Callable[[], datetime] | None = None
+        self,
+        settings: Settings,
+        *,
+        only: Only | None = None,
+        policy: Policy | None = None,
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
-        """Load handlers and open the database. Raises ConfigError, StoreError; nothing runs yet."""
+        """Load handlers and open the database. Raises ConfigError, StoreError; nothing runs yet.
+
+        `only` leaves a part to other processes: the door takes callbacks, the workers do everything else.
+        """
+        if (problem := role_problem(settings, only)) is not None:
+            raise ConfigError([problem])
         self._settings = settings
+        self._only = only
         self._clock = clock or (lambda: datetime.now(UTC))
         self._loaded = load_handlers(settings)
         self.metrics = Metrics()
         self.signals = Signals()
-        self.database: Database = open_database(settings.database.url)
+        self.database: Database = open_database(
+            settings.database.url, listen_url=settings.database.listen_url, pool_size=settings.database.pool_size
+        )
         subscriptions = tuple(each.subscription for each in self._loaded)
         flora = settings.flora
         self.intake = Intake(
@@ -93,6 +114,7 @@ class Service:
             self.budgets,
             signals=self.signals,
             callback_url=None if settings.public_url is None else settings.public_url + CALLBACK_PATH,
+            head_start=_HEAD_START if self.database.shared else timedelta(0),
             clock=self._clock,
         )
         self.sweeper = Sweeper(
@@ -120,6 +142,7 @@ class Service:
             signals=self.signals,
             metrics=self.metrics,
             lease=timedelta(seconds=settings.dispatch.lease_seconds),
+            takeover=self.database.shared,
             clock=self._clock,
         )
         self.janitor = Janitor(
@@ -133,6 +156,7 @@ class Service:
             pause_seconds=min(5.0, settings.reconcile.callback_window_seconds / 4),
             clock=self._clock,
         )
+        self.herald = Herald(self.database, self.signals)
         self._stopping = asyncio.Event()
         self._probed_at: datetime | None = None
         self._public: Server | None = None
@@ -191,12 +215,54 @@ class Service:
         before, after = await self.database.run(upgrade)
         if before != after:
             log.info("database.migrated", before=before, after=after)
-        freed = await self.database.write(queue.void_leases)
-        if freed:
+        # Where the database is shared, leases may be held by the living: they run out by themselves.
+        if not self.database.shared and (freed := await self.database.write(queue.void_leases)):
             log.warning(
                 "dispatch.leases_voided", count=freed, reason="the process that held them did not stop in order"
             )
         await self._warn_of_trouble()
+        if self._only != "workers":
+            self._public = self._public_server()
+            await self._public.start()
+        self._operations = self._operations_server()
+        await self._operations.start()
+        for name, run in self._loops().items():
+            self._tasks.append(asyncio.create_task(self._survive(name, run), name=name))
+        ops_host, ops_port = self.operations_address
+        log.info(
+            "service.ready", role=self._only or "all", listening=self._listening(), operations=f"{ops_host}:{ops_port}",
+            database=shown(settings.database.url),
+            handlers=[each.registration.name for each in self._loaded],
+        )  # fmt: skip
+
+    def _loops(self) -> Mapping[str, Callable[[asyncio.Event], Coroutine[Any, Any, None]]]:
+        """Return what this process runs: everything, its role's part, or what it is elected to."""
+        if not self.database.shared:
+            alone: dict[str, Callable[[asyncio.Event], Coroutine[Any, Any, None]]] = {
+                "poller": self.poller.run,
+                "dispatcher": self.dispatcher.run,
+                "janitor": self.janitor.run,
+                "starter": self.starter.run,
+            }
+            if self._settings.discover.enabled:
+                alone["sweeper"] = self.sweeper.run
+            return alone if self._only is None else {"rejections": self.janitor.keep_rejections}
+        loops = {
+            "herald": self.herald.run,
+            "listener": self.herald.listen,
+            "rejections": self.janitor.keep_rejections,
+        }
+        if self._only == "door":
+            return loops
+        elected = {"poller": self.poller.run, "janitor": self.janitor.run, "starter": self.starter.recover}
+        if self._settings.discover.enabled:
+            elected["sweeper"] = self.sweeper.run
+        for name, work in elected.items():
+            loops[name] = Election(self.database, name, work).run
+        return loops | {"dispatcher": self.dispatcher.run, "own starts": self.starter.ask_own}
+
+    def _public_server(self) -> Server:
+        settings = self._settings
         app = public_app(
             self.intake,
             self.metrics,
@@ -206,29 +272,13 @@ class Service:
         )
         sockets = bind(settings.public.host, settings.public.port)
         guard = _public_guard(settings, self.metrics)
-        self._public = Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key, guard=guard)
-        await self._public.start()
-        self._operations = self._operations_server()
-        await self._operations.start()
-        loops: dict[str, Poller | Dispatcher | Janitor | Starter | Sweeper]
-        loops = {
-            "poller": self.poller,
-            "dispatcher": self.dispatcher,
-            "janitor": self.janitor,
-            "starter": self.starter,
-        }
-        if settings.discover.enabled:
-            loops["sweeper"] = self.sweeper
-        for name, loop in loops.items():
-            self._tasks.append(asyncio.create_task(self._survive(name, loop.run), name=name))
+        return Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key, guard=guard)
+
+    def _listening(self) -> str | None:
+        if self._public is None:
+            return None
         host, port = self.address
-        scheme = "https" if settings.tls.cert else "http"
-        ops_host, ops_port = self.operations_address
-        log.info(
-            "service.ready", listening=f"{scheme}://{host}:{port}", operations=f"{ops_host}:{ops_port}",
-            database=settings.database.url.split("@")[-1],
-            handlers=[each.registration.name for each in self._loaded],
-        )  # fmt: skip
+        return f"{'https' if self._settings.tls.cert else 'http'}://{host}:{port}"
 
     def _operations_server(self) -> Server:
         """Bind the operations listener. Raises ConfigError if it must not be opened like this."""
@@ -253,7 +303,8 @@ class Service:
             stopping=self._stopping,
             clock=self._clock,
         )
-        app = ops_app(access, runs.routes(), ledger.routes())
+        rooms = [ledger.probes()] if self._only == "door" else [runs.routes(), ledger.routes()]
+        app = ops_app(access, *rooms)
         sockets = bind(operations.host, operations.port, setting="operations")
         # On loopback there is nobody to hide from; elsewhere TLS, unless a proxy does it.
         plain = is_loopback(operations.host) or operations.allow_plaintext
@@ -297,6 +348,15 @@ class Service:
             log.warning("config.odd", setting=problem.path, reason=problem.message)
         for problem in await check_handlers(self._loaded):
             log.error("handler.unhealthy", handler=problem.path, reason=problem.message)
+
+
+def role_problem(settings: Settings, only: Only | None) -> Problem | None:
+    """Return why this process must not do only a part of the work; None: it may."""
+    if only is None or not settings.database.url.startswith("sqlite"):
+        return None
+    if only == "door" and settings.database.measure_door:
+        return None
+    return Problem("--only", "a SQLite file belongs to one process that does everything: use a postgresql:// url")
 
 
 async def check_handlers(loaded: tuple[Loaded, ...]) -> list[Problem]:

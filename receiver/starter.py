@@ -12,12 +12,13 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import structlog
 from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
 
 from receiver.budget import Budget
 from receiver.changes import Change
@@ -45,6 +46,8 @@ from receiver.waiting import either
 log = structlog.get_logger("receiver.starter")
 
 _IDLE_SECONDS = 5.0
+_SHARED_IDLE_SECONDS = 1.0
+"""Another process may commit something that nobody wakes us for."""
 _AT_ONCE = 64
 _PAGES = 20
 """Pages that are searched for the run of an unanswered start, at most: the newest two thousand."""
@@ -96,7 +99,11 @@ class Conflict:
 
 
 class Starter:
-    """Starts and tracks. `callback_url` is ours as FLORA must call it; None: there is none, and runs are polled."""
+    """Starts and tracks. `callback_url` is ours as FLORA must call it; None: there is none, and runs are polled.
+
+    Whoever commits an intent asks FLORA at once. `head_start` is how long it has for that before the process that recovers
+    starts asks too; none is needed where there is one process.
+    """
 
     def __init__(
         self,
@@ -107,15 +114,18 @@ class Starter:
         *,
         signals: Signals,
         callback_url: str | None,
+        head_start: timedelta = timedelta(0),
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._database = database
+        self._idle_seconds = _SHARED_IDLE_SECONDS if database.shared else _IDLE_SECONDS
         self._intake = intake
         self._clients = clients
         self._budgets = budgets
         self._signals = signals
         self._callback_url = callback_url
+        self._head_start = head_start
         self._clock = clock
         self._jitter = jitter
         self._asking: dict[str, asyncio.Task[None]] = {}
@@ -130,7 +140,7 @@ class Starter:
         now = self._clock()
         key = request.idempotency_key or f"auto-{secrets.token_hex(16)}"
 
-        def commit(tx: Connection) -> Intended | Conflict:
+        def commit(tx: Connection) -> Intended | Conflict | None:
             before = starts.by_key(
                 tx,
                 workspace_id=request.workspace_id,
@@ -145,9 +155,10 @@ class Starter:
             token = secrets.token_hex(16)
             body, expected = self._body(request, key, token)
             if before is not None:
-                again = replace(asked_again(before, token=token, request=body, now=now), metadata=request.metadata)
-                starts.replace_refused(tx, before.token, again)
-                return Intended(again, repeated=False)
+                again = asked_again(before, token=token, request=body, now=now)
+                again = replace(again, metadata=request.metadata, due_at=now + self._head_start)
+                replaced = starts.replace_refused(tx, before.token, again)
+                return Intended(again, repeated=False) if replaced else None
             new = Start(
                 token=token,
                 workspace_id=request.workspace_id,
@@ -160,13 +171,20 @@ class Starter:
                 callback_expected=expected,
                 state=StartState.ASKING,
                 created_at=now,
-                due_at=now,
+                due_at=now + self._head_start,
             )
             starts.add(tx, new)
             return Intended(new, repeated=False)
 
-        answer = await self._database.write(commit)
-        if isinstance(answer, Intended) and answer.start.state is StartState.ASKING and answer.start.due_at <= now:
+        answer = None
+        while answer is None:
+            try:
+                answer = await self._database.write(commit)
+            except IntegrityError:  # another process has just used the key: now its start is seen
+                answer = await self._database.write(commit)
+        if isinstance(answer, Conflict) or answer.start.state is not StartState.ASKING:
+            return answer
+        if not answer.repeated or answer.start.due_at <= now:
             self._ask_soon(answer.start)
         return answer
 
@@ -214,16 +232,29 @@ class Starter:
         return await self.find(token)
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Ask again about what was not answered, until told to stop."""
+        """Ask again about what was not answered, until told to stop; then ask nothing more."""
+        await self.recover(stopping)
+        await self.stop()
+
+    async def recover(self, stopping: asyncio.Event) -> None:
+        """Ask again about what was not answered, by this process or by one that is gone, until told to stop."""
         while not stopping.is_set():
             self._wake.clear()
             try:
                 pause = await self.tick(self._clock())
             except StoreUnavailableError as error:
                 log.error("starter.unavailable", reason=str(error))
-                pause = _IDLE_SECONDS
+                pause = self._idle_seconds
             await either(self._wake, stopping, pause)
-        self._stopped = True  # what is asked for from here on is committed, and asked by the next process
+
+    async def ask_own(self, stopping: asyncio.Event) -> None:
+        """Ask about what is started here, until told to stop: where another process recovers."""
+        await stopping.wait()
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Ask nothing more: what is asked for from here on is committed, and asked by the next process."""
+        self._stopped = True
         if self._asking:
             await asyncio.wait(set(self._asking.values()), timeout=_GRACE_SECONDS)
         for task in self._asking.values():
@@ -237,8 +268,8 @@ class Starter:
             if start.token not in busy:
                 self._ask_soon(start)
         next_ms = await self._database.read(starts.next_due_ms)
-        until = _IDLE_SECONDS if next_ms is None else (moment(next_ms) - now).total_seconds()
-        return min(_IDLE_SECONDS, until) if until > 0 else _IDLE_SECONDS
+        until = self._idle_seconds if next_ms is None else (moment(next_ms) - now).total_seconds()
+        return min(self._idle_seconds, until) if until > 0 else self._idle_seconds
 
     async def drain(self) -> None:
         """Wait until FLORA is being asked nothing."""

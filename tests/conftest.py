@@ -1,15 +1,17 @@
-"""Fixtures for every test that needs a ledger. A second database joins as another parameter of `database`."""
+"""Fixtures for every test that needs a ledger: what asks for `database` runs on SQLite and on PostgreSQL."""
 
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine
 
-from receiver.store import Database
+from receiver.store import Database, SqliteDatabase
 from receiver.store.migrate import upgrade
+from receiver.store.postgres import PostgresDatabase
 from tests.core import Clock, Core, a_core
+from tests.postgres import Postgres, pooler, postgres
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +31,35 @@ def sqlite_path(migrated: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(migrated, tmp_path / "receiver.db"))
 
 
-@pytest.fixture(params=["sqlite"])
-async def database(sqlite_path: Path) -> AsyncIterator[Database]:
-    """An open, empty ledger."""
-    database = Database(sqlite_path, busy_timeout_ms=50)
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """A PostgreSQL server for this worker's tests."""
+    with postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_database(postgres_server: Postgres) -> str:
+    """The name of a database with the tables in it."""
+    postgres_server.create("suite")
+    return "suite"
+
+
+@pytest.fixture
+def postgres_url(postgres_server: Postgres, postgres_database: str) -> str:
+    """A fresh ledger on PostgreSQL, not opened yet."""
+    postgres_server.empty(postgres_database)
+    return postgres_server.url(postgres_database)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
+    """An open, empty ledger: what holds on one database holds on the other."""
+    database: Database
+    if request.param == "sqlite":
+        database = SqliteDatabase(request.getfixturevalue("sqlite_path"), busy_timeout_ms=50)
+    else:
+        database = PostgresDatabase(request.getfixturevalue("postgres_url"), connections=4, database_clock=False)
     yield database
     await database.close()
 
@@ -46,3 +73,10 @@ def clock() -> Clock:
 def core(database: Database, clock: Clock) -> Core:
     """A ledger with its door; one handler, `h`, listens to settled runs."""
     return a_core(database, clock)
+
+
+@pytest.fixture
+def pgbouncer(postgres_server: Postgres, postgres_database: str) -> Iterator[str]:
+    """The URL of the suite's database behind a PgBouncer in transaction mode."""
+    with pooler(postgres_server, postgres_database) as url:
+        yield url

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from sqlalchemy import text
+from sqlalchemy.engine.base import OptionEngine
+
 from receiver.decide import Policy
 from receiver.flora.signature import sign
 from receiver.intake import Answer, Intake, Secret, Signals
@@ -26,6 +29,7 @@ from receiver.model import (
     Told,
 )
 from receiver.store import Database, ledger, queue
+from receiver.store.postgres import PostgresDatabase
 from receiver.telemetry import Metrics
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
@@ -53,6 +57,16 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not holds():  # noqa: ASYNC110  what holds may be another thread's
             await asyncio.sleep(0)
+
+
+async def writable(database: Database, yes: bool) -> None:
+    """Let the database refuse writes, as after a remount or on a standby, or take them again."""
+    if isinstance(database, PostgresDatabase):
+        engine = database._writing
+        read_only = engine.execution_options(postgresql_readonly=True)
+        database._writing = engine._proxied if isinstance(engine, OptionEngine) and yes else read_only
+    else:
+        await database.run(lambda c: c.exec_driver_sql(f"PRAGMA query_only = {'OFF' if yes else 'ON'}").close())
 
 
 def a_run(state: RunState = RunState.OPEN, **fields: Any) -> Run:
@@ -166,7 +180,7 @@ class Core:
 
     async def rows(self, sql: str) -> list[Any]:
         """Return what a query finds, for facts that no statement of ours reads."""
-        return await self.database.read(lambda tx: list(tx.exec_driver_sql(sql).all()))
+        return await self.database.read(lambda tx: list(tx.execute(text(sql)).all()))
 
     async def count(self, table: str) -> int:
         return int((await self.rows(f"SELECT count(*) FROM {table}"))[0][0])  # noqa: S608  -- a table's name of ours

@@ -2,11 +2,9 @@
 
 import asyncio
 import contextlib
-import sqlite3
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,14 +16,28 @@ from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import sign
 from receiver.intake import Accepted, Answer, Duplicate, Ignored, Refused, Secret
 from receiver.model import DispatchState, Event, RunState, Subscription, Told, Verdict, When
-from receiver.store import Database, ledger
-from tests.core import NOW, SECRET, Clock, Core, a_core, a_heard, a_read, a_registration, callback_body, signed
+from receiver.store import Database, SqliteDatabase, ledger
+from receiver.store.postgres import PostgresDatabase
+from tests.core import (
+    NOW,
+    SECRET,
+    Clock,
+    Core,
+    a_core,
+    a_heard,
+    a_read,
+    a_registration,
+    callback_body,
+    signed,
+    writable,
+)
 
 
 @contextlib.contextmanager
 def commits(core: Core) -> Iterator[list[Connection]]:
     """Count the commits of the writer."""
     seen: list[Connection] = []
+    assert isinstance(core.database, SqliteDatabase | PostgresDatabase)
     event.listen(core.database._writing, "commit", note := seen.append)
     yield seen
     event.remove(core.database._writing, "commit", note)
@@ -193,9 +205,9 @@ async def test_a_broken_ledger_does_not_turn_a_refusal_into_an_error(database: D
     """The look is a favour; without it the answer is the same."""
     core = a_core(database, clock)
     await core.register()
-    await core.database.run(lambda c: c.exec_driver_sql("PRAGMA query_only = ON").close())
+    await writable(core.database, False)
     assert isinstance(await late_call(core), Refused)
-    await core.database.run(lambda c: c.exec_driver_sql("PRAGMA query_only = OFF").close())
+    await writable(core.database, True)
 
 
 # --- batches -----------------------------------------------------------------------------------------------------
@@ -330,13 +342,12 @@ async def test_each_loss_has_its_own_dispatch(database: Database, clock: Clock) 
 # --- bad weather -------------------------------------------------------------------------------------------------
 
 
-async def test_a_locked_ledger_is_told_and_the_retry_is_new(core: Core, sqlite_path: Path) -> None:
+async def test_a_ledger_that_cannot_be_written_is_told_and_the_retry_is_new(core: Core) -> None:
     """Nobody is told 200 for what is not durable; FLORA's retry is then no duplicate."""
-    with contextlib.closing(sqlite3.connect(sqlite_path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        answers = await asyncio.gather(*(core.call(f"whd_{n}") for n in range(3)), return_exceptions=True)
-        assert {type(answer) for answer in answers} == {StoreUnavailableError}
-        other.execute("ROLLBACK")
+    await writable(core.database, False)
+    answers = await asyncio.gather(*(core.call(f"whd_{n}") for n in range(3)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {StoreUnavailableError}
+    await writable(core.database, True)
     assert await core.call("whd_0") == Accepted()
 
 

@@ -8,7 +8,7 @@ from receiver.errors import StoreUnavailableError
 from receiver.janitor import Janitor, Retention
 from receiver.model import Delivery, RunState, Verdict
 from receiver.store import ledger
-from tests.core import NOW, Clock, Core, a_read, a_run
+from tests.core import NOW, Clock, Core, a_read, a_run, writable
 
 WINDOW = 420
 
@@ -118,10 +118,10 @@ async def test_a_ledger_that_cannot_be_written_stops_a_tick_and_not_the_janitor(
     await core.register()
     await core.settle(completed_at=NOW, charged_cost=0.1)
     core.clock.forward(WINDOW)
-    await core.database.run(lambda c: c.exec_driver_sql("PRAGMA query_only = ON").close())
+    await writable(core.database, False)
     with pytest.raises(StoreUnavailableError):
         await janitor.tick(core.clock.now)
-    await core.database.run(lambda c: c.exec_driver_sql("PRAGMA query_only = OFF").close())
+    await writable(core.database, True)
     await janitor.tick(core.clock.now)
     assert (await core.run()).verdict is Verdict.RECOVERED
 

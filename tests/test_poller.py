@@ -15,7 +15,7 @@ from receiver.flora.client import FloraClient
 from receiver.model import Event, LostReason, Run, RunState, Subscription, Verdict
 from receiver.poller import Poller
 from receiver.store import Database
-from tests.core import NOW, Clock, Core, a_core
+from tests.core import NOW, Clock, Core, a_core, writable
 
 WORKSPACE = "ws_emulator"
 TECHNIQUE = find_technique("emu-image")
@@ -351,8 +351,8 @@ async def test_one_workspaces_refused_key_starves_no_other(sky: Sky) -> None:
 async def test_a_ledger_that_cannot_be_written_makes_no_storm(sky: Sky) -> None:
     """The answer is lost, the run stays due; FLORA is not asked again and again meanwhile."""
     run_id = await sky.tracked()
-    await sky.core.database.run(lambda c: c.exec_driver_sql("PRAGMA query_only = ON").close())
+    await writable(sky.core.database, False)
     assert await sky.poll() <= 2
-    await sky.core.database.run(lambda c: c.exec_driver_sql("PRAGMA query_only = OFF").close())
+    await writable(sky.core.database, True)
     await sky.poll(10)
     assert (await sky.core.run(run_id)).state is RunState.COMPLETED

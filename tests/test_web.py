@@ -12,7 +12,7 @@ from receiver.intake import Secret
 from receiver.model import RunState
 from receiver.store import Database
 from receiver.web.public import STATUS, public_app
-from tests.core import NOW, SECRET, Clock, Core, a_core, callback_body, signed
+from tests.core import NOW, SECRET, Clock, Core, a_core, callback_body, signed, writable
 
 PATH = "/callbacks/flora"
 
@@ -178,12 +178,12 @@ async def _never() -> AsyncIterator[bytes]:
 
 async def test_our_own_faults_are_503(door: Door) -> None:
     """Never 4xx, which FLORA might take for final; with a time to come again, and a retry is then accepted."""
-    await door.core.database.run(lambda c: c.exec_driver_sql("PRAGMA query_only = ON").close())
+    await writable(door.core.database, False)
     response = await door.call(callback_body())
     assert (response.status_code, code(response)) == (503, "unavailable")
     assert response.headers["retry-after"].isdecimal()
     assert door.answered("unavailable") == 1
-    await door.core.database.run(lambda c: c.exec_driver_sql("PRAGMA query_only = OFF").close())
+    await writable(door.core.database, True)
     assert (await door.call(callback_body())).json() == {"status": "accepted"}
 
 

@@ -1,7 +1,7 @@
 """The command tree: names, options and help. The work is in the modules that the commands import."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
@@ -60,11 +60,15 @@ def serve(
         Optional[int],  # noqa: UP045
         typer.Option(min=0, max=65535, help="Operations port to bind; default: [operations] port."),
     ] = None,
+    only: Annotated[
+        Optional[Literal["door", "workers"]],  # noqa: UP045
+        typer.Option(help="Take callbacks only, or do all but that; the rest is other processes' (PostgreSQL)."),
+    ] = None,
 ) -> None:
     """Run the receiver until it is stopped."""
     from receiver.cli.serve import run  # noqa: PLC0415
 
-    run(config, host=host, port=port, ops_host=ops_host, ops_port=ops_port)
+    run(config, host=host, port=port, ops_host=ops_host, ops_port=ops_port, only=only)
 
 
 @app.command()

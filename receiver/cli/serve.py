@@ -6,7 +6,7 @@ from pathlib import Path
 
 from receiver.cli.output import explained
 from receiver.config import Settings, load
-from receiver.service import Service
+from receiver.service import Only, Service
 from receiver.telemetry import configure_logging
 
 
@@ -17,16 +17,17 @@ def run(
     port: int | None = None,
     ops_host: str | None = None,
     ops_port: int | None = None,
+    only: Only | None = None,
 ) -> None:
     with explained():
         settings = _with(load(config, os.environ), "public", host=host, port=port)
         settings = _with(settings, "operations", host=ops_host, port=ops_port)
         configure_logging(settings.log.level, settings.log.format)
-        asyncio.run(_serve(settings))
+        asyncio.run(_serve(settings, only))
 
 
-async def _serve(settings: Settings) -> None:
-    await Service(settings).run_until_signal()
+async def _serve(settings: Settings, only: Only | None) -> None:
+    await Service(settings, only=only).run_until_signal()
 
 
 def _with(settings: Settings, listener: str, *, host: str | None, port: int | None) -> Settings:

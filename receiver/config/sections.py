@@ -22,6 +22,7 @@ from receiver.config.values import (
     ExistingFile,
     FloraUrl,
     Port,
+    PostgresUrl,
     Seconds,
     Secret,
     SecretList,
@@ -110,6 +111,10 @@ class Database(Section):
     url: DatabaseUrl = Field(
         "sqlite:///var/receiver.db", repr=False, description="`sqlite:///` with a path, or `postgresql://…`."
     )
+    listen_url: PostgresUrl | None = Field(
+        None, repr=False, description="PostgreSQL past a pooler, for wake-ups; without one, `url` is tried."
+    )
+    pool_size: Count = Field(8, description="Connections to PostgreSQL that one process keeps.")
     measure_door: bool = Field(default=False, description="For benchmarks only: allow `serve --only door` on SQLite.")
 
 

@@ -115,6 +115,12 @@ def _database_url(value: str) -> str:
     return value
 
 
+def _postgres_url(value: str) -> str:
+    if not value.startswith("postgresql://"):
+        raise ValueError("must be postgresql://…")
+    return value
+
+
 Secret = Annotated[SecretStr, BeforeValidator(_dereference), AfterValidator(_whole)]
 SecretList = Annotated[tuple[Secret, ...], BeforeValidator(listed)]
 Tolerance = Annotated[int | None, Field(ge=0), BeforeValidator(_off)]
@@ -127,3 +133,4 @@ Words = Annotated[tuple[str, ...], BeforeValidator(listed)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 FloraUrl = Annotated[HttpUrl, AfterValidator(_secure_url)]
 DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
+PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]

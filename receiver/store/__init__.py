@@ -1,5 +1,6 @@
 """The ledger in a database: the only SQL of the service. Called by intake, poller, dispatcher, janitor and service."""
 
 from receiver.store.database import Database, open_database
+from receiver.store.sqlite import SqliteDatabase
 
-__all__ = ["Database", "open_database"]
+__all__ = ["Database", "SqliteDatabase", "open_database"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime
 
 from sqlalchemy import Connection, func, select
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects import postgresql
 
 from receiver.store.rows import moment, ms
 from receiver.store.schema import channel_hours, deliveries, rejections
@@ -17,7 +17,7 @@ def count(tx: Connection, outcomes: Mapping[str, int], *, now: datetime) -> None
     if not outcomes:
         return
     hour = ms(now) // _HOUR_MS * _HOUR_MS
-    statement = sqlite.insert(channel_hours)
+    statement = postgresql.insert(channel_hours)
     upsert = statement.on_conflict_do_update(
         index_elements=["hour", "outcome"], set_={"runs": channel_hours.c.runs + statement.excluded.runs}
     )

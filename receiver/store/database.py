@@ -1,247 +1,81 @@
-"""Who may write, who may read, and what the database's errors mean. Jobs are plain functions of a connection.
+"""What a ledger's database can do, whichever it is, and which one a URL names. Jobs are plain functions of a connection."""
 
-SQLite has exactly one writer connection, on one thread (two connections that write or checkpoint at once can corrupt a
-WAL file before SQLite 3.51.3); what queues up while it commits shares the next commit. Readers are `query_only`.
-"""
-
-import asyncio
-import contextlib
-import fcntl
-import os
-import queue
-import sqlite3
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Protocol, TypeVar
 
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, exc, make_url
+from sqlalchemy import Connection, make_url
+from sqlalchemy.exc import ArgumentError
 
-from receiver.errors import StoreInUseError, StoreUnavailableError
+from receiver.errors import StoreUnavailableError
+from receiver.store.sqlite import SqliteDatabase
 
 T = TypeVar("T")
 Job = Callable[[Connection], T]
 
-_BATCH = 64
-"""Jobs that share one commit, at most: bounds how long the first of them waits for the last."""
-_READERS = 4
 
+class Database(Protocol):
+    """A database that is open."""
 
-class Database:
-    """A SQLite file that this process owns."""
-
-    def __init__(self, path: Path, *, busy_timeout_ms: int = 2_000, readers: int = _READERS) -> None:
-        """Take the file over: lock it, open it, start the writer. Raises StoreInUseError, StoreUnavailableError."""
-        self._path = path
-        self._lock = _lock_file(path)
-        self._closing = False
-        self._jobs: queue.SimpleQueue[tuple[Job[Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._writing = _sqlite_engine(path, busy_timeout_ms, read_only=False)
-        self._reading = _sqlite_engine(path, busy_timeout_ms, read_only=True)
-        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="ledger-read")
-        try:
-            self._connection = self._writing.connect()
-        except exc.DBAPIError as error:
-            self._let_go()
-            raise _unavailable(error) from error
-        self._writer = threading.Thread(target=self._write_forever, name="ledger-write", daemon=True)
-        self._writer.start()
+    shared: bool
+    """Whether other processes may work on it at the same time."""
 
     async def write(self, job: Job[T]) -> T:
-        """Run `job` in a transaction; when this returns, what it wrote is durable.
+        """Run `job` in a transaction; when this returns, what it wrote is durable. It may run more than once.
 
-        Raises StoreUnavailableError when nothing was committed for a reason that may pass; else what `job` raised.
+        Raises StoreUnavailableError when nothing is known to be committed for a reason that may pass; else what `job` raised.
         """
-        return await self._queue(job)
+        ...
 
     async def read(self, job: Job[T]) -> T:
         """Run `job` on a connection that cannot write, in a snapshot of what is committed."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, job)
+        ...
 
-    async def run(self, job: Callable[[Connection], T]) -> T:
-        """Run `job` on the writer's connection outside any transaction (migrations, checkpoints)."""
-        return await self._queue(_Bare(job))
+    async def run(self, job: Job[T]) -> T:
+        """Run `job` on a connection outside any transaction (migrations)."""
+        ...
 
-    async def _queue(self, job: Job[T]) -> T:
-        if self._closing:
-            raise StoreUnavailableError("the database is being closed")  # the writer would never come to it
-        future: Future[T] = Future()
-        self._jobs.put((job, future))
-        # A caller that is cancelled leaves; its job still runs, whole.
-        return await asyncio.shield(asyncio.wrap_future(future))
+    def now(self, tx: Connection, default: datetime) -> datetime:
+        """Return the time by which leases are judged: the database's where it is shared, else `default`."""
+        ...
+
+    async def notify(self, what: str) -> None:
+        """Tell the other processes something; it may get lost."""
+        ...
+
+    def notices(self) -> AsyncIterator[str]:
+        """Yield what other processes tell, until the connection is lost."""
+        ...
 
     async def close(self) -> None:
-        """Finish what is queued, checkpoint, and give the file back."""
-        self._closing = True
-        self._jobs.put(None)
-        await asyncio.to_thread(self._writer.join)
-        await asyncio.to_thread(self._readers.shutdown)
-        self._reading.dispose()
-        self._connection.close()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        self._writing.dispose()
-        os.close(self._lock)
-
-    def _read(self, job: Job[T]) -> T:
-        try:
-            with self._reading.connect() as connection, connection.begin():
-                return job(connection)
-        except exc.OperationalError as error:
-            raise _unavailable(error) from error
-
-    def _write_forever(self) -> None:
-        while (first := self._jobs.get()) is not None:
-            batch = [first]
-            stop = False
-            while len(batch) < _BATCH:
-                try:
-                    item = self._jobs.get_nowait()
-                except queue.Empty:
-                    break
-                if item is None:
-                    stop = True
-                    break
-                batch.append(item)
-            self._write(batch)
-            if stop:
-                break
-        self._checkpoint()
-
-    def _write(self, batch: list[tuple[Job[Any], Future[Any]]]) -> None:
-        """Run a batch in order; neighbours share one commit, each in a savepoint of its own."""
-        together: list[tuple[Job[Any], Future[Any]]] = []
-        for job, future in batch:
-            if isinstance(job, _Bare):
-                self._commit(together)
-                together = []
-                _settle(future, lambda job=job: job(self._connection))  # type: ignore[misc]
-                self._end_transaction()
-            else:
-                together.append((job, future))
-        self._commit(together)
-
-    def _commit(self, batch: list[tuple[Job[Any], Future[Any]]]) -> None:
-        if not batch:
-            return
-        answers: list[tuple[Future[Any], Any, Exception | None]] = []
-        try:
-            with self._connection.begin() as whole:
-                for job, future in batch:
-                    try:
-                        with self._connection.begin_nested() if len(batch) > 1 else contextlib.nullcontext():
-                            answers.append((future, job(self._connection), None))
-                    except exc.OperationalError:
-                        raise  # full, locked, read-only: SQLite may have ended the whole transaction by itself
-                    except Exception as error:  # noqa: BLE001 -- the job's own fault: handed to its caller, below
-                        answers.append((future, None, error))
-                        if len(batch) == 1:
-                            whole.rollback()
-        except exc.DBAPIError as error:
-            self._end_transaction()
-            for _, future in batch:
-                future.set_exception(_unavailable(error))
-            return
-        except BaseException as error:  # noqa: BLE001 -- a waiter must never wait for ever
-            self._end_transaction()
-            for _, future in batch:
-                future.set_exception(error)
-            return
-        for future, result, failure in answers:
-            if failure is None:
-                future.set_result(result)
-            else:
-                future.set_exception(failure)
-
-    def _end_transaction(self) -> None:
-        """Leave no transaction open: after an error in COMMIT itself, SQLAlchemy lets go of it and SQLite does not."""
-        try:
-            self._connection.rollback()
-            self._connection.connection.rollback()
-        except (exc.DBAPIError, sqlite3.Error):
-            self._connection.invalidate()  # closes it; the next BEGIN opens another
-
-    def _checkpoint(self) -> None:
-        """Move the log into the file, so that the next start finds nothing to recover. Losing this costs nothing."""
-        try:
-            self._connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._connection.rollback()
-        except exc.DBAPIError:
-            pass
+        """Finish what is running and let go."""
+        ...
 
 
-class _Bare(Generic[T]):
-    """A job that runs outside a transaction."""
-
-    def __init__(self, job: Job[T]) -> None:
-        self._job = job
-
-    def __call__(self, connection: Connection) -> T:
-        return self._job(connection)
-
-
-def open_database(url: str) -> Database:
+def open_database(url: str, *, listen_url: str | None = None, pool_size: int = 8) -> Database:
     """Open the database that `[database] url` names. Blocking: call it before the loop starts, or from a thread."""
-    parsed = make_url(url)
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise StoreUnavailableError("[database] url is not a URL") from error
+    if parsed.get_backend_name() == "postgresql":
+        try:
+            from receiver.store.postgres import PostgresDatabase  # noqa: PLC0415 -- psycopg comes with an extra
+        except ImportError as error:
+            raise StoreUnavailableError("PostgreSQL needs psycopg: pip install 'flora-receiver[postgres]'") from error
+        return PostgresDatabase.open(url, listen_url=listen_url, connections=pool_size)
     if parsed.get_backend_name() != "sqlite" or not parsed.database:
-        raise StoreUnavailableError(f"{parsed.get_backend_name()} databases are not supported yet: use sqlite:///FILE")
+        raise StoreUnavailableError("[database] url must be sqlite:///FILE or postgresql://…")
     path = Path(parsed.database)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreUnavailableError(f"cannot create {path.parent}: {error.strerror}") from error
-    return Database(path)
+    return SqliteDatabase(path)
 
 
-def _lock_file(path: Path) -> int:
-    try:
-        handle = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o600)
-    except OSError as error:
-        raise StoreUnavailableError(f"cannot write beside {path}: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise StoreInUseError(
-            f"{path} belongs to another running flora-receiver: stop it, or give this one its own [database] url"
-        ) from error
-    return handle
-
-
-def _sqlite_engine(path: Path, busy_timeout_ms: int, *, read_only: bool) -> Engine:
-    engine = create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False}, **_pool(read_only))
-
-    @event.listens_for(engine, "connect")
-    def prepare(connection: sqlite3.Connection, _record: Any) -> None:
-        connection.isolation_level = None  # we say BEGIN ourselves: the driver would only do so before a write
-        for pragma in (
-            f"busy_timeout = {busy_timeout_ms}",
-            "journal_mode = WAL",
-            "synchronous = FULL",  # a commit is an fsync: 2xx means durable
-            "foreign_keys = ON",
-            *(("query_only = ON",) if read_only else ()),
-        ):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
-
-    return engine
-
-
-def _pool(read_only: bool) -> dict[str, Any]:
-    return {"pool_size": _READERS, "max_overflow": 0} if read_only else {"poolclass": NullPool}
-
-
-def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
-    try:
-        future.set_result(call())
-    except BaseException as error:  # noqa: BLE001 -- a waiter must never wait for ever
-        future.set_exception(error)
-
-
-def _unavailable(error: exc.DBAPIError) -> StoreUnavailableError:
-    return StoreUnavailableError(f"the database cannot be used now: {error.orig}")
+def shown(url: str) -> str:
+    """Return a URL as it may be logged: without user, password and options."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"

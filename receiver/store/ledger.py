@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, LargeBinary, Text, bindparam, func, insert, or_, select, update
-from sqlalchemy.dialects import sqlite
+from sqlalchemy import Connection, LargeBinary, Select, Text, bindparam, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql
 
 from receiver.errors import StoreUnavailableError
 from receiver.model import Delivery, Dispatch, Output, Run
@@ -15,14 +16,16 @@ from receiver.store.schema import deliveries, delivery_bodies, dispatches, outpu
 _KNOWN_DELIVERIES = Find(
     lambda count: select(deliveries.c.delivery_id).where(deliveries.c.delivery_id.in_([""] * count))
 )
-_RUNS = Find(
-    lambda count: (
-        select(*(runs.c[name] for name in RUN_COLUMNS))
-        .where(runs.c.run_id.in_([""] * count))
-        .order_by(runs.c.run_id)
-        .with_for_update()
-    )
-)
+
+
+def _select_runs(count: int) -> Select[Any]:
+    columns = (runs.c[name] for name in RUN_COLUMNS)
+    return select(*columns).where(runs.c.run_id.in_([""] * count)).order_by(runs.c.run_id)
+
+
+_RUNS = Find(_select_runs)
+# FOR NO KEY UPDATE: rows that refer to a run may be inserted meanwhile, as by a dispatcher.
+_RUNS_LOCKED = Find(lambda count: _select_runs(count).with_for_update(key_share=True))
 _INSERT_RUN = Many(insert(runs), RUN_COLUMNS)
 _UPDATE_RUN = update(runs).where(runs.c.run_id == bindparam("_run_id"), runs.c.version == bindparam("_version"))
 _DELIVERY = (
@@ -50,9 +53,10 @@ def known_deliveries(tx: Connection, delivery_ids: Collection[str]) -> frozenset
     return frozenset(row[0] for row in _KNOWN_DELIVERIES(tx, delivery_ids)) if delivery_ids else frozenset()
 
 
-def runs_by_id(tx: Connection, run_ids: Collection[str]) -> dict[str, Run]:
-    """Return these runs, as far as they are known, locked in the order of their ids for the rest of the transaction."""
-    found = _RUNS(tx, run_ids) if run_ids else ()
+def runs_by_id(tx: Connection, run_ids: Collection[str], *, for_update: bool = False) -> dict[str, Run]:
+    """Return these runs, as far as they are known; `for_update` locks them, in the order of their ids."""
+    find = _RUNS_LOCKED if for_update else _RUNS
+    found = find(tx, run_ids) if run_ids else ()
     return {row[0]: run_of(dict(zip(RUN_COLUMNS, row, strict=True))) for row in found}
 
 
@@ -113,14 +117,14 @@ def count_duplicates(tx: Connection, times: Mapping[str, int], *, at: datetime) 
     if times:
         tx.execute(
             _COUNT_DUPLICATES,
-            [{"_delivery_id": key, "_times": count, "_at": ms(at)} for key, count in times.items()],
+            [{"_delivery_id": key, "_times": count, "_at": ms(at)} for key, count in sorted(times.items())],
         )
 
 
 def add_dispatches(tx: Connection, new: Sequence[Dispatch]) -> None:
     """Add dispatches; one that exists already stays as it is."""
     if new:
-        statement = sqlite.insert(dispatches).on_conflict_do_nothing()
+        statement = postgresql.insert(dispatches).on_conflict_do_nothing()
         tx.execute(statement, [dispatch_row(dispatch) for dispatch in new])
 
 

@@ -7,8 +7,10 @@ from sqlalchemy import Connection, inspect, text
 
 from receiver.errors import StoreUnavailableError
 
-HEAD = "0002"
+HEAD = "0003"
 """The revision this version of the code works on; a test holds it against the migrations."""
+_LOCK = 0x464C4F5241
+"""A number that no other program locks: FLORA in ASCII."""
 
 
 def current(connection: Connection) -> str | None:
@@ -23,18 +25,32 @@ def upgrade(connection: Connection) -> tuple[str | None, str]:
     """Upgrade to HEAD; return the revisions before and after. A database that is up to date costs one query."""
     before = current(connection)
     connection.rollback()
-    if before != HEAD:
-        from alembic import command  # noqa: PLC0415 -- 150 ms, and almost every start finds nothing to do
-        from alembic.util import CommandError  # noqa: PLC0415
-
-        try:
-            command.upgrade(_alembic(connection), "head")
-        except CommandError as error:
-            raise StoreUnavailableError(
-                f"the database is at revision {before}, which this version ({HEAD}) does not know: it was made by a newer "
-                "flora-receiver, so run that one, or start with another database"
-            ) from error
+    if before == HEAD:
+        return before, HEAD
+    if connection.dialect.name != "postgresql":
+        _upgrade(connection, before)
+        return before, HEAD
+    with connection.begin():
+        # One process at a time, the others wait and find nothing to do. A lock of the transaction, not of the session:
+        # PgBouncer lends sessions out. All migrations are one transaction, so that a failure leaves what there was.
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        before = current(connection)
+        if before != HEAD:
+            _upgrade(connection, before)
     return before, HEAD
+
+
+def _upgrade(connection: Connection, before: str | None) -> None:
+    from alembic import command  # noqa: PLC0415 -- 150 ms, and almost every start finds nothing to do
+    from alembic.util import CommandError  # noqa: PLC0415
+
+    try:
+        command.upgrade(_alembic(connection), "head")
+    except CommandError as error:
+        raise StoreUnavailableError(
+            f"the database is at revision {before}, which this version ({HEAD}) does not know: it was made by a newer "
+            "flora-receiver, so run that one, or start with another database"
+        ) from error
 
 
 def _alembic(connection: Connection) -> Any:

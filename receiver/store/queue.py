@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, and_, exists, func, or_, select, update
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import IntegrityError
 
 from receiver.errors import LocationTakenError
@@ -39,7 +39,7 @@ def claim(
     token: str,
     now: datetime,
     until: datetime,
-    takeover: bool = False,
+    lapsed: datetime | None = None,
 ) -> tuple[Leased, ...]:
     """Lease up to `limit` due dispatches of a handler to `token`, counting the attempt.
 
@@ -51,7 +51,7 @@ def claim(
         select(dispatches.c.seq)
         .where(
             dispatches.c.handler == handler,
-            _due(now, takeover=takeover),
+            _due(now, lapsed=lapsed),
             dispatches.c.attempts < max_attempts,
             ~exists().where(
                 earlier.c.run_id == dispatches.c.run_id,
@@ -81,7 +81,7 @@ def claim(
     if not rows:
         return ()
     tx.execute(
-        sqlite.insert(dispatch_attempts).on_conflict_do_nothing(),
+        postgresql.insert(dispatch_attempts).on_conflict_do_nothing(),
         [{"dispatch_seq": row["seq"], "attempt": row["attempts"], "started_at": ms(now)} for row in rows],
     )
     run_ids = {row["run_id"] for row in rows}
@@ -94,14 +94,14 @@ def claim(
 
 
 def bury(
-    tx: Connection, handler: str, *, max_attempts: int, now: datetime, takeover: bool = False
+    tx: Connection, handler: str, *, max_attempts: int, now: datetime, lapsed: datetime | None = None
 ) -> tuple[Dispatch, ...]:
     """Mark dead what used up its attempts without ever answering: its workers died, or its limit was lowered."""
     statement = (
         update(dispatches)
         .where(
             dispatches.c.handler == handler,
-            _due(now, takeover=takeover),
+            _due(now, lapsed=lapsed),
             dispatches.c.attempts >= max_attempts,
         )
         .values(
@@ -218,9 +218,9 @@ def rearm(
     return tuple(dispatch_of(row) for row in rows)
 
 
-def has_due(tx: Connection, handler: str, *, now: datetime, takeover: bool = False) -> bool:
+def has_due(tx: Connection, handler: str, *, now: datetime, lapsed: datetime | None = None) -> bool:
     """Return whether a handler has anything to claim or bury."""
-    due = exists().where(dispatches.c.handler == handler, _due(now, takeover=takeover))
+    due = exists().where(dispatches.c.handler == handler, _due(now, lapsed=lapsed))
     return bool(tx.execute(select(due)).scalar_one())
 
 
@@ -261,7 +261,7 @@ def artifacts_of_runs(tx: Connection, run_ids: Collection[str], handler: str) ->
 
 def reserve(tx: Connection, run_id: str, handler: str, position: int, output_id: str, location: str) -> None:
     """Claim a place for an output; a claim of the same output moves. Raises LocationTakenError if it is another's."""
-    statement = sqlite.insert(artifacts).values(
+    statement = postgresql.insert(artifacts).values(
         run_id=run_id, handler=handler, position=position, output_id=output_id, location=location
     )
     moved = statement.on_conflict_do_update(
@@ -306,12 +306,12 @@ def artifacts_of_run(tx: Connection, run_id: str) -> Sequence[Artifact]:
     return [artifact_of(row) for row in tx.execute(statement.order_by(artifacts.c.position)).mappings()]
 
 
-def _due(now: datetime, *, takeover: bool) -> Any:
-    """Ready and due; with `takeover`, also leased by a worker whose lease ran out."""
+def _due(now: datetime, *, lapsed: datetime | None) -> Any:
+    """Ready and due; with `lapsed`, also leased by a worker whose lease had run out by then."""
     ready = and_(dispatches.c.state == DispatchState.READY.value, dispatches.c.due_at <= ms(now))
-    if not takeover:
+    if lapsed is None:
         return ready
-    abandoned = and_(dispatches.c.state == DispatchState.LEASED.value, dispatches.c.lease_until <= ms(now))
+    abandoned = and_(dispatches.c.state == DispatchState.LEASED.value, dispatches.c.lease_until <= ms(lapsed))
     return and_(dispatches.c.state.in_(_UNFINISHED), or_(ready, abandoned))
 
 

@@ -233,3 +233,12 @@ rejections = Table(
     Column("remote", Text),
     Column("size", Integer, nullable=False),
 )
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("token", Text, nullable=False),
+    Column("until", BigInteger, nullable=False),
+)

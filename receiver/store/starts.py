@@ -60,19 +60,22 @@ def change(tx: Connection, start: Start, *, only_in: Collection[StartState]) -> 
     return changed.rowcount > 0
 
 
-def replace_refused(tx: Connection, token: str, start: Start) -> None:
-    """Write a refused start anew, as the intent that it is now; its token changes."""
-    tx.execute(
+def replace_refused(tx: Connection, token: str, start: Start) -> bool:
+    """Write a refused start anew, as the intent that it is now; its token changes. False if someone else just did."""
+    changed = tx.execute(
         update(starts)
         .where(starts.c.token == token, starts.c.state == StartState.REFUSED.value)
         .values(start_row(start))
     )
+    return changed.rowcount > 0
 
 
 def mark_started(tx: Connection, runs_by_token: Mapping[str, str]) -> None:
     """Name the run of each of these starts, whatever was known of them before."""
     if runs_by_token:
-        tx.execute(_MARK_STARTED, [{"_token": token, "_run_id": run_id} for token, run_id in runs_by_token.items()])
+        tx.execute(
+            _MARK_STARTED, [{"_token": token, "_run_id": run_id} for token, run_id in sorted(runs_by_token.items())]
+        )
 
 
 def due(tx: Connection, *, now: datetime, limit: int) -> tuple[Start, ...]:

@@ -3,7 +3,7 @@
 from datetime import datetime
 
 from sqlalchemy import Connection, select
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects import postgresql
 
 from receiver.store.rows import moment, ms
 from receiver.store.schema import watermarks
@@ -17,7 +17,7 @@ def watermark(tx: Connection, scope: str) -> datetime | None:
 
 def set_watermark(tx: Connection, scope: str, created_at: datetime, *, swept_at: datetime) -> None:
     """Write down that a list has been swept up to the run created at `created_at`."""
-    statement = sqlite.insert(watermarks)
+    statement = postgresql.insert(watermarks)
     upsert = statement.on_conflict_do_update(
         index_elements=["scope"],
         set_={"created_at": statement.excluded.created_at, "swept_at": statement.excluded.swept_at},

@@ -65,6 +65,12 @@ class Ledger:
             Route("/api/dispatches/retry", self.retry, methods=["POST"]),
             Route("/api/channel", self.channel, methods=["GET"]),
             Route("/api/events", self.events, methods=["GET"]),
+            *self.probes(),
+        )
+
+    def probes(self) -> Sequence[BaseRoute]:
+        """What every process answers, whatever its role."""
+        return (
             Route("/metrics", self.metrics, methods=["GET"]),
             Route("/healthz", self.healthz, methods=["GET"]),
         )

@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy import create_engine
 
 from receiver.model import Run
-from receiver.store import Database
+from receiver.store import SqliteDatabase
 from receiver.store.migrate import upgrade
 from tests.core import Clock
 from tests.stand import MODEL, OTHER, Ledger, Stand, a_ledger, a_stand
@@ -62,7 +62,7 @@ LAYOUTS = (one_technique, jittered, three_kinds, among_others)
 async def one_pass(path: Path, layout: str, count: int) -> tuple[int, float]:
     """Return the requests of one look at `count` open runs, and the seconds that it took on loopback."""
     clock = Clock()
-    database = Database(path)
+    database = SqliteDatabase(path)
     try:
         async with a_stand(clock) as stand:
             ours: Ledger = a_ledger(database, clock, stand)

@@ -104,7 +104,7 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
     [
         ("sqlite:///broken.db", "not a database"),
         ("sqlite:///broken.db/receiver.db", "cannot create"),
-        ("postgresql://localhost/receiver", "not supported yet"),
+        ("postgresql://flora:hunter2@/x?host=/nowhere", "/nowhere"),
     ],
 )
 def test_a_database_that_cannot_be_used_is_told(url: str, words: str, tmp_path: Path) -> None:
@@ -115,6 +115,7 @@ def test_a_database_that_cannot_be_used_is_told(url: str, words: str, tmp_path: 
         assert done.returncode == 1
         assert words in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
+        assert "hunter2" not in done.stdout + done.stderr
     found = json.loads(run_command("check", "--json", cwd=tmp_path, env=env).stdout)
     assert (found["ok"], [problem["path"] for problem in found["problems"]]) == (False, ["database.url"])
 

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,12 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def served(
-    stage: Stage, *, stdout: int = asyncio.subprocess.PIPE, stderr: int | None = None, **sections: Any
+    stage: Stage,
+    *,
+    arguments: Sequence[str] = (),
+    stdout: int = asyncio.subprocess.PIPE,
+    stderr: int | None = None,
+    **sections: Any,
 ) -> AsyncIterator[Served]:
     """Run the console script with a settings file; secrets go through the environment, as in production.
 
@@ -166,7 +171,7 @@ async def served(
     config = stage.directory / "receiver.toml"
     config.write_text(toml(document))
     process = await asyncio.create_subprocess_exec(
-        COMMAND, "serve", "--config", str(config), env=environ, cwd=stage.directory,
+        COMMAND, "serve", "--config", str(config), *arguments, env=environ, cwd=stage.directory,
         stdin=asyncio.subprocess.DEVNULL, stdout=stdout,
         stderr=asyncio.subprocess.STDOUT if stderr is None else stderr,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from sqlalchemy import Engine, event
 import handlers.storage as _storage  # noqa: F401
 from receiver.config import Settings
 from receiver.service import Service
-from receiver.store.database import Database
+from receiver.store.sqlite import SqliteDatabase
 from receiver.telemetry import configure_logging
 
 
@@ -69,14 +69,14 @@ def _die_at_statement(at: int) -> None:
 
 
 def _die_at_commit(at: int, when: str) -> None:
-    commit = Database._commit
+    commit = SqliteDatabase._commit
     commits = 0
 
-    def changes(database: Database) -> int:
+    def changes(database: SqliteDatabase) -> int:
         driver = database._connection.connection.driver_connection
         return int(driver.total_changes) if driver is not None else 0
 
-    def counted(database: Database, batch: Any) -> None:
+    def counted(database: SqliteDatabase, batch: Any) -> None:
         nonlocal commits
         before = changes(database)
         shadows: list[tuple[Any, Future[Any]]] = [(job, Future()) for job, _ in batch]
@@ -98,7 +98,7 @@ def _die_at_commit(at: int, when: str) -> None:
             else:
                 future.set_exception(error)
 
-    Database._commit = counted  # type: ignore[method-assign, assignment]
+    SqliteDatabase._commit = counted  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import httpx
+import psycopg
+import psycopg.rows
 
 from receiver import certificates
 from receiver.config import Settings
@@ -73,6 +75,8 @@ class Stage:
     port: int = 0
     """Where the receiver listens; 0 takes a free one."""
     extra: dict[str, Any] = field(default_factory=dict)
+    postgres: str | None = None
+    """The URL of a PostgreSQL ledger, in place of the SQLite file."""
 
     @property
     def database(self) -> Path:
@@ -96,7 +100,7 @@ class Stage:
             "public": {"host": "127.0.0.1", "port": self.port},
             "operations": {"port": 0},
             "tls": {"cert": str(self.cert), "key": str(self.key)},
-            "database": {"url": f"sqlite:///{self.database}"},
+            "database": {"url": self.postgres or f"sqlite:///{self.database}"},
             "flora": {
                 "base_url": self.emulator.base_url(self.origin),
                 "api_key": self.emulator.settings.api_key,
@@ -159,6 +163,9 @@ class Stage:
 
     def rows(self, statement: str, *values: Any) -> list[dict[str, Any]]:
         """Read from the SQLite file, as another process would: on a connection that cannot write."""
+        if self.postgres is not None:
+            with psycopg.connect(self.postgres, row_factory=psycopg.rows.dict_row) as session:
+                return session.execute(statement.replace("?", "%s").encode(), values or None).fetchall()
         with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=10)) as connection:
             connection.row_factory = sqlite3.Row
             return [dict(row) for row in connection.execute(statement, values)]

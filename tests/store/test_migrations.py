@@ -1,6 +1,7 @@
 """The migrations make exactly the tables that the code works on."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,28 @@ from sqlalchemy import Connection, create_engine, inspect
 from receiver.errors import StoreUnavailableError
 from receiver.store import migrate
 from receiver.store.schema import metadata
+from tests.postgres import Postgres
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database, and beside it another one under the name with `2` at its end."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/empty"
+        return
+    server = request.getfixturevalue("postgres_server")
+    assert isinstance(server, Postgres)
+    names = ("empty", "empty2")
+    for name in names:
+        server.create(name, migrated=False)
+    yield f"postgresql+psycopg://flora@/empty?host={server.directory}&port=5432"
+    for name in names:
+        server.execute(f"DROP DATABASE {name}")
 
 
 @pytest.fixture
-def connection(tmp_path: Path) -> Iterator[Connection]:
-    """An empty database."""
-    engine = create_engine(f"sqlite:///{tmp_path}/empty.db")
+def connection(url: str) -> Iterator[Connection]:
+    engine = create_engine(url)
     with engine.connect() as connection:
         yield connection
     engine.dispose()
@@ -46,12 +63,12 @@ def shape(connection: Connection) -> dict[str, Any]:
     return tables
 
 
-def test_migrations_make_the_schema(connection: Connection, tmp_path: Path) -> None:
+def test_migrations_make_the_schema(connection: Connection, url: str) -> None:
     """Table by table, CHECKs and partial indexes included: a change of one without the other fails here."""
     migrate.upgrade(connection)
     assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     connection.rollback()
-    engine = create_engine(f"sqlite:///{tmp_path}/direct.db")
+    engine = create_engine(url.replace("/empty", "/empty2"))
     with engine.connect() as direct:
         metadata.create_all(direct)
         direct.commit()
@@ -97,3 +114,19 @@ def test_a_database_from_the_future_is_refused(connection: Connection) -> None:
     connection.commit()
     with pytest.raises(StoreUnavailableError, match="newer"):
         migrate.upgrade(connection)
+
+
+def test_processes_that_start_together_migrate_once(url: str) -> None:
+    """On PostgreSQL replicas come up at the same moment: one migrates, the others wait and find it done."""
+    if url.startswith("sqlite"):
+        return  # one process alone may open the file
+    engine = create_engine(url, pool_size=4)
+
+    def start(_: int) -> tuple[str | None, str]:
+        with engine.connect() as connection:
+            return migrate.upgrade(connection)
+
+    with ThreadPoolExecutor(4) as threads:
+        found = sorted(threads.map(start, range(4)), key=str)
+    engine.dispose()
+    assert found == [("0003", "0003")] * 3 + [(None, "0003")]

@@ -143,7 +143,7 @@ async def test_a_stale_worker_changes_nothing(core: Core) -> None:
     await add(core.database, ("run_1", Event.SETTLED))
     (old,) = await claim(core.database)
     assert not await finish(core.database, old, token="t9")
-    (new,) = await claim(core.database, "t2", now=LATER, takeover=True)
+    (new,) = await claim(core.database, "t2", now=LATER, lapsed=LATER)
     assert new.dispatch.attempts == 2
     assert not await finish(core.database, old)
     assert await core.database.write(lambda tx: queue.renew(tx, [old.seq], token="t1", until=LATER)) == frozenset()
@@ -160,8 +160,11 @@ async def test_leases_are_taken_over_only_where_allowed_and_run_out(database: Da
     await claim(database)
     far = NOW + timedelta(days=365)
     assert await claim(database, "t2", now=far) == ()
-    assert await claim(database, "t2", now=UNTIL - timedelta(milliseconds=1), takeover=True) == ()
-    assert len(await claim(database, "t2", now=UNTIL, takeover=True)) == 1
+    assert (
+        await claim(database, "t2", now=UNTIL - timedelta(milliseconds=1), lapsed=UNTIL - timedelta(milliseconds=1))
+        == ()
+    )
+    assert len(await claim(database, "t2", now=UNTIL, lapsed=UNTIL)) == 1
 
 
 async def test_renewing_keeps_a_lease(database: Database) -> None:
@@ -169,7 +172,7 @@ async def test_renewing_keeps_a_lease(database: Database) -> None:
     seqs = [leased.seq for leased in await claim(database)]
     held = await database.write(lambda tx: queue.renew(tx, [*seqs, 999], token="t1", until=LATER))
     assert held == frozenset(seqs)
-    assert await claim(database, "t2", now=UNTIL, takeover=True) == ()
+    assert await claim(database, "t2", now=UNTIL, lapsed=UNTIL) == ()
 
 
 async def test_what_is_given_back_was_never_tried(core: Core) -> None:

@@ -1,0 +1,113 @@
+"""Lets one process at a time do what only one may do. `run` is a loop around the loop that is elected.
+
+The lease ends by the database's clock; its holder stops well before, by its own, if it cannot renew it. So two never work
+at the same time, unless a process is frozen for longer than its lease: then the ledger's guarded writes stand in between.
+"""
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from sqlalchemy import Connection
+
+from receiver.errors import StoreUnavailableError
+from receiver.store import Database, leases
+
+log = structlog.get_logger("receiver.election")
+
+LEASE = timedelta(seconds=15)
+_GRACE_SECONDS = 2.0
+"""How long the loop may take to end once the lease is lost."""
+
+
+class Election:
+    """Runs `work` in whichever process holds the lease `name`."""
+
+    def __init__(
+        self,
+        database: Database,
+        name: str,
+        work: Callable[[asyncio.Event], Awaitable[None]],
+        *,
+        lease: timedelta = LEASE,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._database = database
+        self._name = name
+        self._work = work
+        self._lease = lease
+        self._clock = clock
+        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+        self._token = secrets.token_hex(16)
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Stand for election until told to stop; while elected, work."""
+        while not stopping.is_set():
+            if await self.take():
+                await self._serve(stopping)
+                await self._resign()
+            else:
+                await _pause(stopping, self._lease.total_seconds() / 3)
+
+    async def take(self) -> bool:
+        """Take the lease, or extend it; False if another process has it, or nobody can tell."""
+
+        def job(tx: Connection) -> bool:
+            now = self._database.now(tx, self._clock())
+            return leases.take(tx, self._name, owner=self._owner, token=self._token, now=now, until=now + self._lease)
+
+        try:
+            async with asyncio.timeout(self._lease.total_seconds() / 2):
+                return await self._database.write(job)
+        except (StoreUnavailableError, TimeoutError) as error:
+            log.warning("election.unavailable", name=self._name, reason=str(error))
+            return False
+
+    async def _serve(self, stopping: asyncio.Event) -> None:
+        """Work until told to stop, or until the lease may be another's."""
+        loop = asyncio.get_running_loop()
+        log.info("election.won", name=self._name)
+        resigned = asyncio.Event()
+        working = asyncio.ensure_future(self._work(resigned))
+        third = self._lease.total_seconds() / 3
+        held_until = loop.time() + 2 * third
+        try:
+            while not stopping.is_set() and not working.done():
+                waits = {asyncio.ensure_future(stopping.wait()), working}
+                await asyncio.wait(waits, timeout=third, return_when=asyncio.FIRST_COMPLETED)
+                (waits - {working}).pop().cancel()
+                asked = loop.time()
+                if stopping.is_set() or working.done():
+                    break
+                if await self.take():
+                    held_until = asked + 2 * third
+                elif loop.time() >= held_until:
+                    log.warning("election.lost", name=self._name)
+                    break
+        finally:
+            resigned.set()
+            await asyncio.wait({working}, timeout=_GRACE_SECONDS)
+            if not working.done():
+                working.cancel()
+                await asyncio.wait({working}, timeout=_GRACE_SECONDS)
+        if working.done() and not working.cancelled():
+            working.result()  # its own bug is told by whoever runs us
+
+    async def _resign(self) -> None:
+        """Let the next one begin at once."""
+        try:
+            await self._database.write(lambda tx: leases.release(tx, self._name, token=self._token))
+        except StoreUnavailableError as error:
+            log.warning("election.not_released", name=self._name, reason=str(error))
+
+
+async def _pause(stopping: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await stopping.wait()
+    except TimeoutError:
+        return

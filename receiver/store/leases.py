@@ -1,0 +1,25 @@
+"""Statements of the elections: who does, for now, what only one process may do. Decided on the database's clock."""
+
+from datetime import datetime
+
+from sqlalchemy import Connection, delete, or_
+from sqlalchemy.dialects import postgresql
+
+from receiver.store.rows import ms
+from receiver.store.schema import leases
+
+
+def take(tx: Connection, name: str, *, owner: str, token: str, now: datetime, until: datetime) -> bool:
+    """Take a lease that is free, has run out or is ours already; False if another process holds it."""
+    statement = postgresql.insert(leases).values(name=name, owner=owner, token=token, until=ms(until))
+    taken = statement.on_conflict_do_update(
+        index_elements=["name"],
+        set_={"owner": owner, "token": token, "until": ms(until)},
+        where=or_(leases.c.until <= ms(now), leases.c.token == token),
+    ).returning(leases.c.name)
+    return tx.execute(taken).first() is not None
+
+
+def release(tx: Connection, name: str, *, token: str) -> None:
+    """Give a lease back, if it is ours."""
+    tx.execute(delete(leases).where(leases.c.name == name, leases.c.token == token))

@@ -1,0 +1,195 @@
+"""What is true of PostgreSQL alone: several processes, lost connections, two doors that commit the same at once."""
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, exc
+
+from receiver.errors import StoreUnavailableError
+from receiver.intake import Accepted, Duplicate
+from receiver.store import ledger, open_database
+from receiver.store.postgres import PostgresDatabase
+from tests.core import NOW, Clock, Core, a_core, a_read, a_run
+from tests.postgres import Postgres
+
+
+@asynccontextmanager
+async def opened(url: str, **options: Any) -> AsyncIterator[PostgresDatabase]:
+    database = PostgresDatabase(url, connections=3, **options)
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+@pytest.fixture
+async def database(postgres_url: str) -> AsyncIterator[PostgresDatabase]:
+    async with opened(postgres_url) as made:
+        yield made
+
+
+@pytest.fixture
+async def doors(postgres_url: str, clock: Clock) -> AsyncIterator[tuple[Core, Core]]:
+    """Two processes' doors before one database."""
+    async with opened(postgres_url) as one, opened(postgres_url) as other:
+        yield a_core(one, clock), a_core(other, clock)
+
+
+def cut(server: Postgres) -> int:
+    """End every connection to the suite's database, as a failover does; return how many there were."""
+    return len(server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'suite'"))
+
+
+def insert(run_id: str) -> Any:
+    return lambda tx: ledger.add_runs(tx, [a_run(run_id=run_id)])
+
+
+async def test_two_doors_that_get_the_same_delivery_take_it_once(doors: tuple[Core, Core]) -> None:
+    """One says accepted, the other duplicate; nobody says 503, whoever of them comes first by how little."""
+    for number in range(40):
+        answers = await asyncio.gather(*(door.call(f"whd_{number}", f"run_{number}") for door in doors))
+        assert set(answers) == {Accepted(), Duplicate()}
+    assert await doors[0].count("deliveries") == await doors[0].count("runs") == 40
+
+
+async def test_two_doors_under_load_lose_nothing(doors: tuple[Core, Core]) -> None:
+    """Batches that overlap in any order: each delivery is accepted once, each run is there once, nothing is refused."""
+    calls = [
+        door.call(f"whd_{n}", f"run_{n // 3}") for n in range(300) for door in (doors if n % 2 else reversed(doors))
+    ]
+    answers = Counter(type(answer) for answer in await asyncio.gather(*calls))
+    assert answers == {Accepted: 300, Duplicate: 300}
+    assert await doors[0].count("runs") == 100
+
+
+async def test_two_processes_that_settle_a_run_settle_it_once(doors: tuple[Core, Core]) -> None:
+    """Both read it from the API at the same moment: its dispatches are made once."""
+    for number in range(20):
+        run_id = f"run_{number}"
+        await doors[0].register(run_id)
+        await asyncio.gather(*(door.intake.learn(a_read("completed", NOW, run_id)) for door in doors))
+        assert len(await doors[0].dispatches(run_id)) == 1
+
+
+async def test_a_deadlock_is_tried_again(database: PostgresDatabase) -> None:
+    """PostgreSQL ends one of the two; its job runs once more, and both are committed."""
+    await database.write(lambda tx: ledger.add_runs(tx, [a_run(run_id="run_a"), a_run(run_id="run_b")]))
+    meet = threading.Barrier(2)
+    ran: list[str] = []
+
+    def crossing(first: str, second: str) -> Any:
+        def job(tx: Connection) -> None:
+            ran.append(first)
+            ledger.runs_by_id(tx, [first], for_update=True)
+            if len(ran) <= 2:
+                meet.wait(10)
+            ledger.runs_by_id(tx, [second], for_update=True)
+
+        return job
+
+    await asyncio.gather(*(database.write(crossing(*pair)) for pair in (("run_a", "run_b"), ("run_b", "run_a"))))
+    assert len(ran) == 3
+
+
+async def test_connections_that_were_cut_are_replaced(database: PostgresDatabase, postgres_server: Postgres) -> None:
+    """A restart or failover between two calls is not noticed."""
+    await asyncio.gather(*(database.write(insert(f"run_{n}")) for n in range(6)))
+    assert await asyncio.to_thread(cut, postgres_server) > 0
+    await database.write(insert("run_x"))
+    await asyncio.to_thread(cut, postgres_server)
+    assert len(await database.read(ledger.all_runs)) == 7
+
+
+async def test_a_connection_cut_within_a_job_begins_it_again(
+    database: PostgresDatabase, postgres_server: Postgres
+) -> None:
+    """Before COMMIT nothing is done yet, so the job may run once more."""
+    tries = 0
+
+    def job(tx: Connection) -> None:
+        nonlocal tries
+        tries += 1
+        insert("run_1")(tx)
+        if tries == 1:
+            cut(postgres_server)
+        insert("run_2")(tx)
+
+    await database.write(job)
+    assert (tries, len(await database.read(ledger.all_runs))) == (2, 2)
+
+
+async def test_a_server_that_is_gone_is_unavailable(postgres_server: Postgres) -> None:
+    """Told as such on opening, and without the password."""
+    url = f"postgresql://flora:hunter2@/x?host={postgres_server.directory}/nowhere"
+    with pytest.raises(StoreUnavailableError) as caught:
+        open_database(url)
+    assert "hunter2" not in str(caught.value)
+    async with opened(url) as database:
+        for use in (database.read, database.write, database.run):
+            with pytest.raises(StoreUnavailableError):
+                await use(lambda _: None)
+
+
+async def test_readers_cannot_write_and_see_one_moment(database: PostgresDatabase) -> None:
+    """As on SQLite: what is committed meanwhile is not seen halfway."""
+    with pytest.raises(StoreUnavailableError, match="read-only"):
+        await database.read(insert("run_1"))
+    begun, free = threading.Event(), threading.Event()
+
+    def look(tx: Connection) -> tuple[int, int]:
+        before = len(ledger.all_runs(tx))
+        begun.set()
+        free.wait(10)
+        return before, len(ledger.all_runs(tx))
+
+    reading = asyncio.create_task(database.read(look))
+    await asyncio.to_thread(begun.wait, 10)
+    await database.write(insert("run_1"))
+    free.set()
+    assert await reading == (0, 0)
+
+
+async def test_a_jobs_own_error_is_its_own(database: PostgresDatabase) -> None:
+    """Undone, whole, and not tried again; constraints are its own fault, too."""
+    with pytest.raises(exc.IntegrityError):
+        await database.write(lambda tx: (insert("run_1")(tx), insert("run_1")(tx)))
+    assert await database.read(ledger.all_runs) == ()
+
+
+async def test_a_closed_database_says_so(postgres_url: str) -> None:
+    async with opened(postgres_url) as database:
+        pass
+    with pytest.raises(StoreUnavailableError):
+        await database.write(lambda _: None)
+
+
+async def test_leases_go_by_the_databases_clock(database: PostgresDatabase) -> None:
+    """Whatever this process believes."""
+    found = await database.read(lambda tx: database.now(tx, NOW + timedelta(days=900)))
+    assert abs(found - datetime.now(UTC)) < timedelta(seconds=20)
+
+
+async def test_what_one_process_notifies_another_hears(postgres_url: str, database: PostgresDatabase) -> None:
+    async with opened(postgres_url) as other:
+        notices = other.notices()
+        assert await anext(notices) == ""
+        await database.notify("poll")
+        assert await anext(notices) == "poll"
+        assert isinstance(notices, AsyncGenerator)
+        await notices.aclose()
+
+
+async def test_listening_ends_with_its_connection(database: PostgresDatabase, postgres_server: Postgres) -> None:
+    """It says so, for the listener to begin anew; telling nobody is no error."""
+    notices = database.notices()
+    await anext(notices)
+    await asyncio.to_thread(cut, postgres_server)
+    with pytest.raises(StoreUnavailableError):
+        await anext(notices)
+    await database.notify("poll")
