@@ -55,7 +55,7 @@ _START_SECONDS = 1.0
 _START_PATIENCE = timedelta(minutes=2)
 """How long settling a run of unknown origin waits for a start that may name it."""
 _SOON = timedelta(seconds=5)
-_LOGGED = 20
+_LOGGED = 5
 """Run ids named in one log line, at most."""
 
 

@@ -1,8 +1,11 @@
 """`flora-receiver serve`."""
 
 import asyncio
+import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from receiver.cli.output import explained
 from receiver.config import Settings, load
@@ -23,7 +26,17 @@ def run(
         settings = _with(load(config, os.environ), "public", host=host, port=port)
         settings = _with(settings, "operations", host=ops_host, port=ops_port)
         configure_logging(settings.log.level, settings.log.format)
-        asyncio.run(_serve(settings, only))
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(_serve(settings, only))
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's, if the extra `fast` is installed: the same answers from a lighter event loop."""
+    try:
+        uvloop = importlib.import_module("uvloop")
+    except ImportError:
+        return None
+    return cast("Callable[[], asyncio.AbstractEventLoop]", uvloop.new_event_loop)
 
 
 async def _serve(settings: Settings, only: Only | None) -> None:

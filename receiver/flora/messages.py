@@ -103,10 +103,10 @@ def parse_json(body: bytes) -> Any:
 def parse_callback(body: bytes) -> Callback:
     """Return what a verified body says, or raise PayloadError if it names no delivery or no run."""
     message = parse_json(body)
-    if not isinstance(message, Mapping):
+    if not isinstance(message, dict):
         raise PayloadError("the body is not a JSON object")
     data = message.get("data")
-    if not isinstance(data, Mapping):
+    if not isinstance(data, dict):
         raise PayloadError("data is not an object")
     delivery_id, run_id = _identifier(message, "id"), _identifier(data, "run_id", "runId")
     if delivery_id is None:
@@ -305,7 +305,11 @@ def _get(payload: Mapping[str, Any], *names: str) -> Any:
 
 def _text(payload: Mapping[str, Any], *names: str) -> str | None:
     value = _get(payload, *names)
-    return _UNSTORABLE.sub("\ufffd", value[:_MAX_TEXT]) if isinstance(value, str) and value else None
+    if not isinstance(value, str) or not value:
+        return None
+    if len(value) <= _MAX_TEXT and value.isprintable():  # then there is nothing to replace
+        return value
+    return _UNSTORABLE.sub("\ufffd", value[:_MAX_TEXT])
 
 
 def _identifier(payload: Mapping[str, Any], *names: str) -> str | None:
@@ -315,7 +319,7 @@ def _identifier(payload: Mapping[str, Any], *names: str) -> str | None:
 
 def _clean_id(value: str) -> str | None:
     # "." and ".." would change the path of the read that follows.
-    usable = _ID.fullmatch(value) and not _UNSTORABLE.search(value) and value not in {".", ".."}
+    usable = _ID.fullmatch(value) and (value.isascii() or not _UNSTORABLE.search(value)) and value not in {".", ".."}
     return value if usable else None
 
 
