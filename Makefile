@@ -23,6 +23,7 @@ demo: $(RUNTIME) ## Show it working against an emulated FLORA (KEEP=1 keeps it r
 	@$(VENV)/bin/flora-receiver demo $(if $(KEEP),--keep)
 
 test: $(DEV) ## Run the tests (ARGS="-k name" chooses)
+	@.ci/system
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(DEV) ## Check format, lint, types, imports and dependencies
