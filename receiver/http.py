@@ -16,6 +16,8 @@ from pathlib import Path
 import httpcore
 import httpx
 
+from receiver.addresses import is_loopback
+
 USER_AGENT = "flora-receiver"
 MAX_ADDRESSES = 4  # tried per host, so that a long list of dead ones cannot use up the caller's time
 
@@ -238,14 +240,6 @@ def api_client(
         follow_redirects=False,
         trust_env=False,
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host, as written in a URL, can only be this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:

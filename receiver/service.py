@@ -11,6 +11,7 @@ from typing import Any, Literal
 import httpx
 import structlog
 
+from receiver.addresses import is_loopback
 from receiver.budget import Budget
 from receiver.config import Settings, made_token, operations_problem
 from receiver.decide import Policy
@@ -21,7 +22,7 @@ from receiver.errors import ConfigError, Problem, StoreUnavailableError
 from receiver.flora.client import FloraClient
 from receiver.handler import Checks, Closes
 from receiver.herald import Herald
-from receiver.http import api_client, is_loopback, tls_context
+from receiver.http import api_client, tls_context
 from receiver.intake import Intake, Secret, Signals
 from receiver.janitor import Janitor, Retention
 from receiver.plugins import Loaded, load_handlers

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from receiver.addresses import is_loopback
 from receiver.config import Settings, describe, load, redacted, variables
-from receiver.config.callback_url import callback_url_problem, is_loopback
+from receiver.config.callback_url import callback_url_problem
 from receiver.errors import ConfigError
 from receiver.model import Event, When
 

@@ -7,6 +7,7 @@ import httpcore
 import httpx
 import pytest
 
+from receiver.config import load
 from receiver.http import (
     GuardedBackend,
     PrivateAddressError,
@@ -211,3 +212,11 @@ async def test_the_api_key_stays_with_the_api() -> None:
                 await client.get(other.url("/steal"))
         assert "authorization: bearer k" in api.requests[0].lower()
         assert not other.requests
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "localhost.", "[::1]", "[::ffff:127.0.0.1]"])
+async def test_what_the_settings_take_for_loopback_the_client_does_too(host: str) -> None:
+    """They once disagreed about `localhost.`: the settings were fine, and the service did not start."""
+    settings = load(None, {"FLORA_BASE_URL": f"http://{host}:9100/api/v1"}, need_secrets=False)
+    async with api_client(settings.flora.base_url) as client:
+        assert client.base_url.port == 9100

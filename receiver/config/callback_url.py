@@ -1,13 +1,14 @@
-"""FLORA's rules on the URLs it calls, and what counts as this machine. Pure; imports nothing of ours.
+"""FLORA's rules on the URLs it calls. Pure.
 
 FLORA wants HTTPS and refuses localhost, `*.local`, `*.internal`, cloud metadata names and private, loopback or
 link-local IP literals (its documentation of `callback_url`).
 """
 
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import SplitResult, urlsplit
 
-__all__ = ["callback_url_problem", "is_loopback", "split_http_url"]
+from receiver.addresses import literal
+
+__all__ = ["callback_url_problem", "split_http_url"]
 
 _REFUSED_NAMES = frozenset({"localhost", "metadata", "metadata.goog", "instance-data"})
 _REFUSED_SUFFIXES = (".localhost", ".local", ".internal")
@@ -21,16 +22,10 @@ def callback_url_problem(url: str) -> str | None:
         return "FLORA only calls HTTPS URLs: this must start with https://"
     if host in _REFUSED_NAMES or host.endswith(_REFUSED_SUFFIXES):
         return "FLORA refuses local and internal names: this must be a host name that the internet can reach"
-    address = _literal(host)
+    address = literal(host)
     if address is not None and (not address.is_global or address.is_multicast):
         return "FLORA refuses private addresses: this must be a host name or an address that the internet can reach"
     return None
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether `host`, a name or an IP literal, is this machine and nothing else."""
-    address = _literal(host)
-    return host.lower().rstrip(".") == "localhost" if address is None else address.is_loopback
 
 
 def split_http_url(url: str) -> SplitResult:
@@ -51,12 +46,3 @@ def split_http_url(url: str) -> SplitResult:
     if parts.query or parts.fragment:
         raise ValueError("must not contain a query or a fragment")
     return parts
-
-
-def _literal(host: str) -> IPv4Address | IPv6Address | None:
-    try:
-        address = ip_address(host.strip("[]"))
-    except ValueError:
-        return None
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return mapped or address

@@ -10,7 +10,8 @@ from typing import Any, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from receiver.config.callback_url import callback_url_problem, is_loopback, split_http_url
+from receiver.addresses import is_loopback
+from receiver.config.callback_url import callback_url_problem, split_http_url
 from receiver.config.environment import Gathered, Variable, gather, nearest
 from receiver.config.sections import HandlerEntry
 from receiver.config.settings import LISTS, Settings, section_of
