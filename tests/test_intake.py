@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -354,13 +353,17 @@ async def test_a_ledger_that_cannot_be_written_is_told_and_the_retry_is_new(core
 async def test_patience_ends_before_floras_does(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """A waiter gets its 503 while FLORA still listens; what it brought may be committed later, and is a duplicate then."""
     monkeypatch.setattr(intake_module, "_PATIENCE_SECONDS", 0.01)
-    free = threading.Event()
-    holding = asyncio.create_task(core.database.write(lambda _: free.wait(10)))
-    await asyncio.sleep(0)
+    free = asyncio.Event()
+    write = core.database.write
+
+    async def held(job: Any) -> Any:  # a job that only blocks one of PostgreSQL's connections would hold nobody up
+        await free.wait()
+        return await write(job)
+
+    monkeypatch.setattr(core.database, "write", held)
     with pytest.raises(StoreUnavailableError):
         await core.call()
     free.set()
-    await holding
     await core.intake.close()
     monkeypatch.undo()
     assert await core.call() == Duplicate()
