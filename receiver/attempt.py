@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, assert_never
 
 import structlog
 
-from receiver.download import Download, Downloader
+from receiver.download import Download, Downloader, Saved, save
 from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledRun
 from receiver.model import Artifact, DispatchState, Output, Run
 from receiver.store import Database, queue
@@ -78,8 +79,8 @@ def storable(answer: Answer) -> Answer:
                 kept = dict(result)
                 json.dumps(kept, default=str)
                 return Done(kept)
-            case Retry(reason=reason, after_seconds=after):
-                return Retry(_text(reason), None if after is None else float(after))
+            case Retry(reason=reason, after_seconds=after, reread=reread):
+                return Retry(_text(reason), None if after is None else float(after), reread is True)
             case Reject(reason=reason):
                 return Reject(_text(reason))
     except Exception as error:  # noqa: BLE001 -- whatever a plug-in's object does when it is looked at
@@ -153,6 +154,7 @@ class AttemptContext:
         self._downloader = downloader
         self._leased = leased
         self._clock = clock
+        self.handler = registration.name
         self.idempotency_key = leased.dispatch.idempotency_key
         self.event = leased.dispatch.event
         self.attempt = leased.dispatch.attempts
@@ -168,6 +170,15 @@ class AttemptContext:
 
     def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
         return self._downloader.open(output)
+
+    async def save(self, output: Output, path: Path) -> Saved:
+        async with self.open(output) as download:
+            return await save(download, path)
+
+    async def stored(self) -> Sequence[Artifact]:
+        run_id = self._leased.run.run_id
+        found = await self._database.read(lambda tx: queue.artifacts_of_run(tx, run_id))
+        return [artifact for artifact in found if artifact.stored_at is not None]
 
     async def reserve(self, position: int, output_id: str, location: str) -> None:
         run_id, handler = self._leased.run.run_id, self._leased.dispatch.handler

@@ -4,10 +4,12 @@ Whoever holds the URL of an output has the output: no message, log line or repr 
 """
 
 import asyncio
+import hashlib
 import ssl
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 
@@ -15,7 +17,7 @@ from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedE
 from receiver.http import PrivateAddressError, Resolve, media_client, resolve, tls_context
 from receiver.model import Output
 
-__all__ = ["Download", "DownloadLimits", "Downloader", "text_download"]
+__all__ = ["Download", "DownloadLimits", "Downloader", "Saved", "save", "text_download"]
 
 CHUNK_BYTES = 512 * 1024
 MAX_REDIRECTS = 3
@@ -47,6 +49,16 @@ class Download:
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self.chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A file that holds an output. `size` in bytes; `sha256` as 64 lower-case hex digits."""
+
+    path: Path
+    size: int
+    sha256: str
+    content_type: str | None
 
 
 class Downloader:
@@ -153,6 +165,24 @@ class Downloader:
     def _within_limit(self, host: str, size: int) -> None:
         if size > self._limits.max_bytes:
             raise DownloadRefusedError(f"{host}: the output is larger than the limit of {self._limits.max_bytes} bytes")
+
+
+async def save(download: Download, path: Path) -> Saved:
+    """Write a download into a file that does not exist yet. Nothing is left of it when that fails; it is not synced."""
+    digest, size = hashlib.sha256(), 0
+    file = await asyncio.to_thread(path.open, "xb")
+    try:
+        try:
+            async for chunk in download:
+                digest.update(chunk)
+                size += len(chunk)
+                await asyncio.to_thread(file.write, chunk)
+        finally:
+            await asyncio.to_thread(file.close)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return Saved(path, size, digest.hexdigest(), download.content_type)
 
 
 @asynccontextmanager

@@ -14,7 +14,9 @@ ReceiverError
 ├── ReceiverApiError          the operations API refused, or cannot be reached; raised by `receiver.client` alone
 ├── TableError                a batch's file that is no table at all
 ├── LocationTakenError        another run's output already owns this place in a handler's storage
+├── TargetUnreachableError    a handler's own check: nobody answers there now; a warning, since that may pass
 └── HandlerLoadError          a configured handler that cannot be imported or built
+    └── MissingExtraError        because a library that it needs is not installed
 """
 
 from collections.abc import Sequence
@@ -153,5 +155,13 @@ class LocationTakenError(ReceiverError):
     """Another run's output already owns this place in a handler's storage."""
 
 
+class TargetUnreachableError(ReceiverError):
+    """Raised by a handler's own `check`: its target does not answer now. A warning, since that may pass."""
+
+
 class HandlerLoadError(ReceiverError):
     """A configured handler that cannot be imported or built."""
+
+
+class MissingExtraError(HandlerLoadError):
+    """A configured handler needs a library that is not installed; says which extra brings it."""

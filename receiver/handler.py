@@ -3,19 +3,29 @@
 A handler is a class with a pydantic `Config` and `async def handle(self, run, context) -> Done | Retry | Reject`; it is
 built as `cls(config)`. Delivery is at least once with a stable `context.idempotency_key`: make the effect idempotent.
 An exception out of `handle` means Retry. Optional: `async def check(self)` raises with a message when the handler
-cannot work (wrong directory, wrong credentials), `async def close(self)` runs at shutdown.
+cannot work (wrong directory, wrong credentials), `async def close(self)` runs at shutdown. Every field of `Config` has
+a description, which `flora-receiver handlers show` prints. `handlers/README.md` leads through writing one.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
-from receiver.download import Download
-from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedError, LocationTakenError
+from receiver.config.values import Secret
+from receiver.download import Download, Saved
+from receiver.errors import (
+    DownloadError,
+    DownloadFailedError,
+    DownloadRefusedError,
+    LocationTakenError,
+    MissingExtraError,
+    TargetUnreachableError,
+)
 from receiver.model import Artifact, Event, Output, OutputType, RunState, When
 
 __all__ = [
@@ -33,13 +43,18 @@ __all__ = [
     "Handler",
     "LocationTakenError",
     "Log",
+    "MissingExtraError",
     "Output",
     "OutputType",
     "Reject",
     "Retry",
     "RunState",
+    "Saved",
+    "Secret",
     "SettledRun",
+    "TargetUnreachableError",
     "When",
+    "needs",
 ]
 
 MANIFEST = -1
@@ -55,10 +70,14 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Not now: try again after `after_seconds`, or after the usual growing pause."""
+    """Not now: try again after `after_seconds`, or after the usual growing pause.
+
+    `reread` has the run read again from FLORA before that, for fresh output URLs where the known ones have expired.
+    """
 
     reason: str
     after_seconds: float | None = None
+    reread: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +131,10 @@ class Context(Protocol):
     """What a handler gets besides the run: its key, its limits, guarded downloads, and the record of what it stored."""
 
     @property
+    def handler(self) -> str:
+        """The name under which this handler is configured."""
+
+    @property
     def idempotency_key(self) -> str:
         """`run_id:handler:event:round`, the same on every attempt."""
 
@@ -140,6 +163,12 @@ class Context(Protocol):
         Raises DownloadRefusedError (never will work) or DownloadFailedError (may work later), on entry or on the way.
         """
 
+    async def save(self, output: Output, path: Path) -> Saved:
+        """Fetch an output into a file that does not exist yet; nothing is left of it when that fails. Raises as `open`."""
+
+    async def stored(self) -> Sequence[Artifact]:
+        """Return what all handlers have stored of this run so far, in order of position."""
+
     async def reserve(self, position: int, output_id: str, location: str) -> None:
         """Claim a place for good before writing to it; committed on return.
 
@@ -152,7 +181,11 @@ class Context(Protocol):
 
 @runtime_checkable
 class Handler(Protocol):
-    """What every handler has. A class may also set `on: tuple[Event, ...]` and `when: When`, its configuration's defaults."""
+    """What every handler has.
+
+    A class may also set its configuration's defaults: `on: tuple[Event, ...]`, `when: When`, `timeout_seconds: float`,
+    `max_attempts: int`, `concurrency: int`.
+    """
 
     Config: ClassVar[type[BaseModel]]
 
@@ -163,7 +196,8 @@ class Handler(Protocol):
 class Checks(Protocol):
     """A handler that can tell whether it would work."""
 
-    async def check(self) -> None: ...
+    async def check(self) -> None:
+        """Raise with a message when it would not; TargetUnreachableError where that may pass by itself (a warning)."""
 
 
 @runtime_checkable
@@ -171,3 +205,15 @@ class Closes(Protocol):
     """A handler that holds something to let go of."""
 
     async def close(self) -> None: ...
+
+
+@contextmanager
+def needs(requirement: str) -> Iterator[None]:
+    """Import a library that not everybody has, where the handler is built: `with needs("flora-receiver[nats]"): …`.
+
+    Raises MissingExtraError, which tells what to install.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"needs {error.name}: pip install '{requirement}'") from error

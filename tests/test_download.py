@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import hashlib
 import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from receiver.download import CHUNK_BYTES, Downloader, DownloadLimits
+from receiver.download import CHUNK_BYTES, Downloader, DownloadLimits, save
 from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedError
 from receiver.http import tls_context
 from receiver.model import Output
@@ -62,6 +63,26 @@ async def test_a_file_arrives_whole_in_bounded_chunks(media: MediaServer, downlo
     assert b"".join(chunks) == body
     assert len(chunks) > 1
     assert all(CHUNK_BYTES <= len(chunk) < 2 * CHUNK_BYTES for chunk in chunks[:-1])
+
+
+async def test_a_download_is_saved_whole_or_not_at_all(
+    media: MediaServer, downloader: Downloader, tmp_path: Path
+) -> None:
+    """What is saved is what the server sent, with its hash; of a cut one nothing is left; nothing is overwritten."""
+    body = bytes(range(256)) * 12_000
+    async with downloader.open(media.output("/secret.png", page(body))) as download:
+        saved = await save(download, tmp_path / "whole")
+    assert (saved.size, saved.sha256) == (len(body), hashlib.sha256(body).hexdigest())
+    assert saved.path.read_bytes() == body
+    cut = media.output("/secret-cut", Page(page(body).raw[:-1]))
+    with pytest.raises(DownloadFailedError):
+        async with downloader.open(cut) as download:
+            await save(download, tmp_path / "cut")
+    with pytest.raises(FileExistsError):
+        async with downloader.open(media.output("/secret.png", page(b"other"))) as download:
+            await save(download, saved.path)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    assert saved.path.read_bytes() == body
 
 
 async def test_nothing_of_ours_is_sent_along(media: MediaServer, downloader: Downloader) -> None:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from receiver.config import Settings
 from receiver.errors import ConfigError
-from receiver.handler import Answer, Context, Done, SettledRun
+from receiver.handler import Answer, Context, Done, SettledRun, needs
 from receiver.model import Event, When
 from receiver.plugins import available, load_handlers
 
@@ -34,6 +34,15 @@ class Plain:
 class Opinionated(Plain):
     on: ClassVar[tuple[Event, ...]] = (Event.LOST, Event.DEAD)
     when: ClassVar[When] = When(status=("failed",))
+
+
+class Extravagant(Plain):
+    """Needs what nobody has installed."""
+
+    def __init__(self, config: Options) -> None:
+        super().__init__(config)
+        with needs("some-plugin[extra]"):
+            __import__("a_library_that_does_not_exist")
 
 
 class NoConfig:
@@ -132,3 +141,13 @@ def test_a_value_is_never_repeated_in_a_problem() -> None:
     with pytest.raises(ConfigError) as caught:
         load_handlers(settings(entry("Plain", options={"size": "whsec_very_secret"})))
     assert "whsec_very_secret" not in str(caught.value)
+
+
+def test_a_missing_extra_is_told_with_its_cure() -> None:
+    """Before the first run: which library is missing, and what to install."""
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings(entry("Extravagant")))
+    [problem] = caught.value.problems
+    assert problem.path == "handlers.0.use"
+    assert "a_library_that_does_not_exist" in problem.message
+    assert "pip install 'some-plugin[extra]'" in problem.message

@@ -4,11 +4,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from receiver.download import Download, Downloader
+from receiver.download import Download, Downloader, Saved, save
 from receiver.handler import Artifact, Event, LocationTakenError, Output, SettledRun
 from receiver.http import tls_context
 from tests.media import MediaServer, serving
@@ -50,10 +51,13 @@ class MemoryContext:
     attempt: int = 1
     max_attempts: int = 5
     deadline_at: datetime = NOW + timedelta(minutes=15)
+    handler: str = "test"
+    others: tuple[Artifact, ...] = ()
+    """What other handlers have stored of this run."""
 
     @property
     def idempotency_key(self) -> str:
-        return f"{self.run_id}:test:{self.event}:0"
+        return f"{self.run_id}:{self.handler}:{self.event}:0"
 
     @property
     def artifacts(self) -> Sequence[Artifact]:
@@ -61,6 +65,14 @@ class MemoryContext:
 
     def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
         return self.downloader.open(output)
+
+    async def save(self, output: Output, path: Path) -> Saved:
+        async with self.open(output) as download:
+            return await save(download, path)
+
+    async def stored(self) -> Sequence[Artifact]:
+        found = [*self.others, *self.records.values()]
+        return sorted((each for each in found if each.stored_at is not None), key=lambda each: each.position)
 
     async def reserve(self, position: int, output_id: str, location: str) -> None:
         if self.places.setdefault(location, (self.run_id, position)) != (self.run_id, position):
@@ -72,7 +84,7 @@ class MemoryContext:
             del self.places[known.location]
         self.records[position] = Artifact(
             run_id=self.run_id,
-            handler="test",
+            handler=self.handler,
             position=position,
             output_id=output_id,
             location=location,
