@@ -84,9 +84,10 @@ class Storage:
             async with gate:
                 return await self._attempt(output, known.get(output.position), keys, context)
 
+        by_size = sorted(run.outputs, key=lambda output: output.likely_bytes)  # what is small is safe early
         async with asyncio.TaskGroup() as group:  # when it is cancelled, it waits until every download has cleaned up
-            tasks = [group.create_task(guarded(output)) for output in run.outputs]
-        outcomes = [task.result() for task in tasks]
+            tasks = {output.position: group.create_task(guarded(output)) for output in by_size}
+        outcomes = [tasks[output.position].result() for output in run.outputs]
         kept = [outcome for outcome in outcomes if isinstance(outcome, Kept)]
         if len(kept) < len(outcomes):
             return _worst(outcomes)

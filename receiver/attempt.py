@@ -15,6 +15,7 @@ import structlog
 from receiver.download import Download, Downloader, Saved, save
 from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledRun
 from receiver.model import Artifact, DispatchState, Output, Run
+from receiver.scales import Scales
 from receiver.store import Database, queue
 from receiver.store.queue import Leased
 
@@ -149,7 +150,9 @@ class AttemptContext:
         registration: Registration,
         deadline_at: datetime,
         clock: Callable[[], datetime],
+        scales: Scales,
     ) -> None:
+        self._scales = scales
         self._database = database
         self._downloader = downloader
         self._leased = leased
@@ -169,7 +172,7 @@ class AttemptContext:
         self.log: Log = structlog.get_logger("receiver.handler").bind(**bound)
 
     def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
-        return self._downloader.open(output)
+        return self._scales.weighed(output, self._downloader.open(output))
 
     async def save(self, output: Output, path: Path) -> Saved:
         async with self.open(output) as download:
@@ -191,3 +194,4 @@ class AttemptContext:
                 tx, run_id, handler, position, size=size, sha256=sha256, content_type=content_type, now=now
             )
         )
+        self._scales.stored(position)

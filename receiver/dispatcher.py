@@ -3,6 +3,7 @@
 import asyncio
 import random
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -13,12 +14,13 @@ import structlog
 
 from receiver.attempt import AttemptContext, Registration, answer_state, call, settled_run
 from receiver.changes import Change
-from receiver.decide import Outcome, conclude, settle
+from receiver.decide import Outcome, conclude, room, settle, turns
 from receiver.download import Downloader
 from receiver.errors import StoreUnavailableError
 from receiver.handler import Done, Retry
 from receiver.intake import Signals
-from receiver.model import Dispatch, DispatchState, Event, Subscription
+from receiver.model import Dispatch, DispatchState, Event, Lane, Subscription
+from receiver.scales import Scales
 from receiver.store import Database, ledger, queue
 from receiver.store.queue import Leased
 from receiver.store.rows import moment
@@ -40,6 +42,7 @@ class _Attempt:
     leased: Leased
     registration: Registration
     token: str
+    scales: Scales
     task: asyncio.Task[None] | None = None
     given_back: bool = field(default=False)
 
@@ -97,9 +100,9 @@ class Dispatcher:
     async def tick(self, now: datetime) -> float:
         """Start the due dispatches that fit, and return in how many seconds to look again."""
         for registration in self._registrations.values():
-            busy = sum(attempt.registration is registration for attempt in self._running.values())
-            if busy < registration.concurrency:
-                await self._claim(registration, registration.concurrency - busy, now)
+            mine = [attempt for attempt in self._running.values() if attempt.registration is registration]
+            if len(mine) < registration.concurrency:
+                await self._claim(registration, Counter(attempt.scales.lane for attempt in mine), now)
         names = tuple(self._registrations)
         next_ms = await self._database.read(lambda tx: queue.next_due_ms(tx, names, after=now))
         until = self._idle_seconds if next_ms is None else (moment(next_ms) - self._clock()).total_seconds()
@@ -150,8 +153,10 @@ class Dispatcher:
             except StoreUnavailableError as error:
                 log.error("dispatch.not_renewed", reason=str(error))
 
-    async def _claim(self, registration: Registration, free: int, now: datetime) -> None:
+    async def _claim(self, registration: Registration, running: Counter[Lane], now: datetime) -> None:
         token = secrets.token_hex(16)
+        limit, filling = registration.concurrency, turns(registration.concurrency)
+        with_room = {lane for turn in filling if room(turn, running, limit) for lane in turn.lanes}
 
         def abandoned(tx: Any) -> datetime | None:
             """Return when a lease must have run out by now to be taken over."""
@@ -162,20 +167,27 @@ class Dispatcher:
             buried = queue.bury(tx, registration.name, max_attempts=registration.max_attempts, now=now, lapsed=lapsed)
             for dispatch in buried:
                 self._alert(tx, dispatch.run_id, dispatch.event, now)
-            claimed = queue.claim(
-                tx,
-                registration.name,
-                limit=free,
-                max_attempts=registration.max_attempts,
-                token=token,
-                now=now,
-                until=(lapsed or now) + self._lease,
-                lapsed=lapsed,
-            )
-            return claimed, buried
+            claimed: list[Leased] = []
+            for turn in filling:
+                busy = running + Counter(leased.dispatch.lane for leased in claimed)
+                if due.isdisjoint(turn.lanes) or not room(turn, busy, limit):
+                    continue
+                claimed += queue.claim(
+                    tx,
+                    registration.name,
+                    lanes=turn.lanes,
+                    limit=room(turn, busy, limit),
+                    max_attempts=registration.max_attempts,
+                    token=token,
+                    now=now,
+                    until=(lapsed or now) + self._lease,
+                    lapsed=lapsed,
+                )
+            return tuple(claimed), buried
 
         name = registration.name
-        if not await self._database.read(lambda tx: queue.has_due(tx, name, now=now, lapsed=abandoned(tx))):
+        due = await self._database.read(lambda tx: queue.due_lanes(tx, name, now=now, lapsed=abandoned(tx)))
+        if due.isdisjoint(with_room):
             return  # the common case costs no write
         claimed, buried = await self._database.write(job)
         if buried:
@@ -184,7 +196,8 @@ class Dispatcher:
                 self._signals.changes.publish(Change("dispatch", dispatch.run_id, dispatch.state.value, name))
             self._signals.dispatch.set()
         for leased in claimed:
-            attempt = _Attempt(leased, registration, token)
+            scales = Scales(leased.dispatch.event, leased.outputs, leased.artifacts)
+            attempt = _Attempt(leased, registration, token, scales)
             self._running[leased.seq] = attempt
             attempt.task = asyncio.create_task(
                 self._attempt(attempt), name=f"dispatch {leased.dispatch.idempotency_key}"
@@ -200,7 +213,9 @@ class Dispatcher:
         leased, registration = attempt.leased, attempt.registration
         started_at = self._clock()
         deadline_at = started_at + timedelta(seconds=registration.timeout_seconds)
-        context = AttemptContext(self._database, self._downloader, leased, registration, deadline_at, self._clock)
+        context = AttemptContext(
+            self._database, self._downloader, leased, registration, deadline_at, self._clock, attempt.scales
+        )
         run = settled_run(leased.run, leased.outputs)
         answer = await call(registration.handler, run, context, registration.timeout_seconds)
         now = self._clock()
@@ -223,6 +238,7 @@ class Dispatcher:
                 due_at=outcome.due_at,
                 error=reason,
                 result=answer.result if isinstance(answer, Done) else None,
+                lane=None if isinstance(answer, Done) else attempt.scales.lane,
                 now=now,
             )
             if written and outcome.state is DispatchState.DEAD:

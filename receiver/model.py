@@ -92,6 +92,13 @@ class DispatchState(StrEnum):
     """The handler's filter did not match; `last_error` says which part. Never left."""
 
 
+class Lane(StrEnum):
+    """How much a dispatch has to fetch, so that small outputs do not wait behind large ones; see `decide/lanes.py`."""
+
+    LIGHT = "light"
+    HEAVY = "heavy"
+
+
 class OutputType(StrEnum):
     """FLORA's output types. Stored as open strings: an unknown one is kept and treated as a file."""
 
@@ -100,6 +107,16 @@ class OutputType(StrEnum):
     AUDIO = "audioUrl"
     DOCUMENT = "documentUrl"
     TEXT = "text"
+
+
+_MIB = 1024**2
+_LIKELY_BYTES: Mapping[str, int] = {
+    OutputType.IMAGE: 4 * _MIB,
+    OutputType.DOCUMENT: 6 * _MIB,
+    OutputType.AUDIO: 8 * _MIB,
+    OutputType.VIDEO: 128 * _MIB,
+}
+"""FLORA names no sizes: what an output of a type may well have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +134,13 @@ class Output:
     @property
     def is_text(self) -> bool:
         return self.type == OutputType.TEXT
+
+    @property
+    def likely_bytes(self) -> int:
+        """A guess before anything is fetched: exact for text, and a type that we do not know may be as large as a video."""
+        if self.is_text:
+            return len(self.value)
+        return _LIKELY_BYTES.get(self.type, _LIKELY_BYTES[OutputType.VIDEO])
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +370,7 @@ class Dispatch:
     last_error: str | None = None
     lease_token: str | None = None
     lease_until: datetime | None = None
+    lane: Lane = Lane.LIGHT
 
     @property
     def idempotency_key(self) -> str:

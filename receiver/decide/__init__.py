@@ -3,6 +3,7 @@
 from receiver.decide.attempts import Outcome, conclude
 from receiver.decide.channel import ChannelHealth, channel_health
 from receiver.decide.decision import Changed, Decision, Unchanged
+from receiver.decide.lanes import HEAVY_BYTES, Turn, lane_of, room, turns
 from receiver.decide.plans import (
     LOOKAHEAD,
     Depth,
@@ -23,6 +24,7 @@ from receiver.decide.reconcile import TABLE, Kind, kind_of, reconcile
 from receiver.decide.settling import SETTLED_STATES, callback_gone_at, filter_reason, settle
 
 __all__ = [
+    "HEAVY_BYTES",
     "LOOKAHEAD",
     "SETTLED_STATES",
     "TABLE",
@@ -40,6 +42,7 @@ __all__ = [
     "Scan",
     "Scope",
     "Single",
+    "Turn",
     "Unchanged",
     "callback_gone_at",
     "channel_health",
@@ -48,12 +51,15 @@ __all__ = [
     "filter_reason",
     "home",
     "kind_of",
+    "lane_of",
     "next_poll",
     "plan_polls",
     "reconcile",
     "right_route",
+    "room",
     "route",
     "settle",
+    "turns",
     "worth_another_page",
     "worth_telling",
 ]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from receiver.decide.lanes import lane_of
 from receiver.decide.policy import Policy
 from receiver.model import Dispatch, DispatchState, Event, Output, Run, RunState, Subscription, When
 
@@ -34,7 +35,10 @@ def settle(
                 reason = "the cost came with settled"
             state = DispatchState.READY if reason is None else DispatchState.SKIPPED
             rows.append(
-                Dispatch(run.run_id, subscription.handler, event, counted, state, due_at=now, last_error=reason)
+                Dispatch(
+                    run.run_id, subscription.handler, event, counted, state,
+                    due_at=now, last_error=reason, lane=lane_of(event, outputs),
+                )  # fmt: skip
             )
     return tuple(rows)
 

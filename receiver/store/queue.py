@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, and_, exists, func, or_, select, update
+from sqlalchemy import Connection, and_, exists, func, literal_column, or_, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import IntegrityError
 
 from receiver.errors import LocationTakenError
-from receiver.model import Artifact, Dispatch, DispatchState, Event, Output, Run
+from receiver.model import Artifact, Dispatch, DispatchState, Event, Lane, Output, Run
 from receiver.store.ledger import outputs_of_runs, runs_by_id
 from receiver.store.rows import artifact_of, dispatch_of, ms
 from receiver.store.schema import artifacts, dispatch_attempts, dispatches
 
-_UNFINISHED = (DispatchState.READY.value, DispatchState.LEASED.value)
+# As literals: a partial index is of use only where the query itself says what the index holds.
+_READY, _LEASED = (literal_column(f"'{state.value}'") for state in (DispatchState.READY, DispatchState.LEASED))
+_UNFINISHED = (_READY, _LEASED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,9 @@ def claim(
     now: datetime,
     until: datetime,
     lapsed: datetime | None = None,
+    lanes: Collection[Lane] = tuple(Lane),
 ) -> tuple[Leased, ...]:
-    """Lease up to `limit` due dispatches of a handler to `token`, counting the attempt.
+    """Lease up to `limit` due dispatches of a handler to `token`, those due longest, counting the attempt.
 
     Dispatches of one run and handler are worked on one at a time, in the order they were made. One whose worker died on
     its last attempt is not handed out again: see `bury`.
@@ -51,6 +54,7 @@ def claim(
         select(dispatches.c.seq)
         .where(
             dispatches.c.handler == handler,
+            dispatches.c.lane.in_(lanes),
             _due(now, lapsed=lapsed),
             dispatches.c.attempts < max_attempts,
             ~exists().where(
@@ -132,8 +136,12 @@ def finish(
     due_at: datetime | None = None,
     error: str | None = None,
     result: Mapping[str, Any] | None = None,
+    lane: Lane | None = None,
 ) -> bool:
-    """Write down how an attempt ended; False, and nothing is written, if the lease was lost meanwhile."""
+    """Write down how an attempt ended; False, and nothing is written, if the lease was lost meanwhile.
+
+    `lane` is where a further attempt belongs, as this one has learned.
+    """
     over = state is not DispatchState.READY
     changed = tx.execute(
         update(dispatches)
@@ -148,6 +156,7 @@ def finish(
             if result is None
             else json.dumps(dict(result), default=str),  # ASCII: half characters are escaped
             finished_at=ms(now) if over else None,
+            lane=(lane or leased.dispatch.lane).value,
         )
     ).rowcount
     if not changed:
@@ -218,10 +227,13 @@ def rearm(
     return tuple(dispatch_of(row) for row in rows)
 
 
-def has_due(tx: Connection, handler: str, *, now: datetime, lapsed: datetime | None = None) -> bool:
-    """Return whether a handler has anything to claim or bury."""
-    due = exists().where(dispatches.c.handler == handler, _due(now, lapsed=lapsed))
-    return bool(tx.execute(select(due)).scalar_one())
+def due_lanes(tx: Connection, handler: str, *, now: datetime, lapsed: datetime | None = None) -> frozenset[Lane]:
+    """Return in which lanes a handler has anything to claim or bury."""
+    due = [
+        exists().where(dispatches.c.handler == handler, dispatches.c.lane == lane.value, _due(now, lapsed=lapsed))
+        for lane in Lane
+    ]
+    return frozenset(lane for lane, some in zip(Lane, tx.execute(select(*due)).one(), strict=True) if some)
 
 
 def next_due_ms(tx: Connection, handlers: Collection[str], *, after: datetime) -> int | None:
@@ -232,7 +244,9 @@ def next_due_ms(tx: Connection, handlers: Collection[str], *, after: datetime) -
     return tx.execute(
         select(func.min(dispatches.c.due_at)).where(
             dispatches.c.handler.in_(handlers),
-            dispatches.c.state == DispatchState.READY.value,
+            dispatches.c.lane.in_(tuple(Lane)),  # the index has it before the time
+            dispatches.c.state.in_(_UNFINISHED),
+            dispatches.c.state == _READY,
             dispatches.c.due_at > ms(after),
         )
     ).scalar_one_or_none()
@@ -308,11 +322,10 @@ def artifacts_of_run(tx: Connection, run_id: str) -> Sequence[Artifact]:
 
 def _due(now: datetime, *, lapsed: datetime | None) -> Any:
     """Ready and due; with `lapsed`, also leased by a worker whose lease had run out by then."""
-    ready = and_(dispatches.c.state == DispatchState.READY.value, dispatches.c.due_at <= ms(now))
-    if lapsed is None:
-        return ready
-    abandoned = and_(dispatches.c.state == DispatchState.LEASED.value, dispatches.c.lease_until <= ms(lapsed))
-    return and_(dispatches.c.state.in_(_UNFINISHED), or_(ready, abandoned))
+    due = and_(dispatches.c.state == _READY, dispatches.c.due_at <= ms(now))
+    if lapsed is not None:
+        due = or_(due, and_(dispatches.c.state == _LEASED, dispatches.c.lease_until <= ms(lapsed)))
+    return and_(dispatches.c.state.in_(_UNFINISHED), due)
 
 
 def _held(seqs: Collection[int], token: str) -> Any:

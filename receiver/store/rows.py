@@ -14,6 +14,7 @@ from receiver.model import (
     Dispatch,
     DispatchState,
     Event,
+    Lane,
     LostReason,
     Origin,
     Output,
@@ -111,6 +112,7 @@ def dispatch_row(dispatch: Dispatch) -> dict[str, Any]:
         "attempts": dispatch.attempts,
         "due_at": ms(dispatch.due_at),
         "last_error": dispatch.last_error,
+        "lane": dispatch.lane.value,
     }
 
 
@@ -126,6 +128,7 @@ def dispatch_of(row: RowMapping) -> Dispatch:
         last_error=row["last_error"],
         lease_token=row["lease_token"],
         lease_until=moment_or_none(row["lease_until"]),
+        lane=Lane(row["lane"]),
     )
 
 

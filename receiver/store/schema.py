@@ -139,13 +139,16 @@ dispatches = Table(
     Column("last_error", Text),
     Column("result", Text),
     Column("finished_at", BigInteger),
+    # The default is for replicas of an earlier version, which go on while this one starts.
+    Column("lane", Text, nullable=False, server_default="light"),
     UniqueConstraint("run_id", "handler", "event", "round"),
     CheckConstraint("state IN ('ready', 'leased', 'done', 'dead', 'skipped')", name="state"),
     CheckConstraint("event IN ('settled', 'cost_final', 'lost', 'diverged', 'dead')", name="event"),
     CheckConstraint(
         "(state = 'leased') = (lease_token IS NOT NULL) AND (state = 'leased') = (lease_until IS NOT NULL)", name="lease"
     ),
-    Index("ix_dispatches_due", "handler", "due_at", sqlite_where=text("state IN ('ready', 'leased')"),
+    CheckConstraint("lane IN ('light', 'heavy')", name="lane"),
+    Index("ix_dispatches_due", "handler", "lane", "due_at", "seq", sqlite_where=text("state IN ('ready', 'leased')"),
           postgresql_where=text("state IN ('ready', 'leased')")),
     Index("ix_dispatches_dead", "seq", sqlite_where=text("state = 'dead'"), postgresql_where=text("state = 'dead'")),
 )  # fmt: skip

@@ -218,6 +218,24 @@ async def test_one_failure_does_not_stop_the_others(
     assert {position for position, record in context.records.items() if record.stored_at} == {1, 2}
 
 
+async def test_what_is_likely_small_is_safe_first(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """Text before images before sound before film, whatever the order in the run, which the manifest keeps."""
+    kinds = ("videoUrl", "audioUrl", "imageUrl", "documentUrl", "text", "somethingNewUrl")
+    outputs = tuple(
+        text(n) if kind == "text" else media.output(f"/{kind}", page(PNG), position=n, output_id=kind, kind=kind)
+        for n, kind in enumerate(kinds)
+    )
+    context = context_of()
+    assert isinstance(await storage(root, concurrency=1).handle(replace(run, outputs=outputs), context), Done)
+    assert [kinds[n] for n in list(context.records) if n != MANIFEST] == [
+        "text", "imageUrl", "documentUrl", "audioUrl", "videoUrl", "somethingNewUrl",
+    ]  # fmt: skip
+    described = json.loads((root / "2026-11-24/run_1/run.json").read_bytes())
+    assert [each["type"] for each in described["outputs"]] == list(kinds)
+
+
 async def test_what_may_still_come_is_tried_again(root: Path, run: SettledRun, context_of: ContextOf) -> None:
     """One output that never will come does not give up the one that may."""
     never = Output(position=0, output_id="never", type="imageUrl", value="https://127.0.0.1/a")

@@ -11,6 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, inspect
+from sqlalchemy.exc import IntegrityError
 
 from receiver.errors import StoreUnavailableError
 from receiver.store import migrate
@@ -107,6 +108,30 @@ def test_a_downgrade_leaves_nothing_behind(connection: Connection) -> None:
     assert shape(connection) == {}
 
 
+def test_dispatches_from_before_the_lanes_are_light(connection: Connection) -> None:
+    """They keep their attempts, and nothing odd can be written into the new column; the way back keeps them too."""
+    command.upgrade(migrate._alembic(connection), "0003")
+    values = "'run_1', 'completed', 'tracked', 1, 2, 1, '{}', true, 0, 0, 0, 0, 0, 0"
+    connection.exec_driver_sql(
+        "INSERT INTO runs (run_id, state, origin, first_seen_at, deadline_at, settled_at, metadata, callback_expected, "
+        f"losses, polls, ladder, failures, missing, version) VALUES ({values})"
+    )
+    connection.exec_driver_sql(
+        "INSERT INTO dispatches (seq, run_id, handler, event, round, state, attempts, due_at) "
+        "VALUES (1, 'run_1', 'h', 'settled', 0, 'ready', 1, 1)"
+    )
+    connection.exec_driver_sql("INSERT INTO dispatch_attempts (dispatch_seq, attempt, started_at) VALUES (1, 1, 1)")
+    connection.commit()
+    migrate.upgrade(connection)
+    assert connection.exec_driver_sql("SELECT lane FROM dispatches").scalar_one() == "light"
+    with pytest.raises(IntegrityError):
+        connection.exec_driver_sql("UPDATE dispatches SET lane = 'odd'")
+    connection.rollback()
+    command.downgrade(migrate._alembic(connection), "0003")
+    for table in ("dispatches", "dispatch_attempts"):
+        assert connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one() == 1
+
+
 def test_a_database_from_the_future_is_refused(connection: Connection) -> None:
     """A newer version's database is not touched, and the operator is told."""
     migrate.upgrade(connection)
@@ -129,4 +154,4 @@ def test_processes_that_start_together_migrate_once(url: str) -> None:
     with ThreadPoolExecutor(4) as threads:
         found = sorted(threads.map(start, range(4)), key=str)
     engine.dispose()
-    assert found == [("0003", "0003")] * 3 + [(None, "0003")]
+    assert found == [(migrate.HEAD, migrate.HEAD)] * 3 + [(None, migrate.HEAD)]

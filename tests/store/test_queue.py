@@ -4,10 +4,10 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import exc
+from sqlalchemy import event, exc
 
 from receiver.errors import LocationTakenError
-from receiver.model import Dispatch, DispatchState, Event, RunState
+from receiver.model import Dispatch, DispatchState, Event, Lane, RunState
 from receiver.store import Database, ledger, queue
 from receiver.store.queue import Leased
 from receiver.store.rows import ms
@@ -92,8 +92,65 @@ async def test_only_due_and_ready_is_claimed_longest_due_first(database: Databas
     assert [leased.run.run_id for leased in await claim(database, "t2")] == ["run_1"]
     assert await claim(database, "t3") == ()
     await add(database, ("run_1", Event.DIVERGED, DispatchState.READY, 1))
-    assert not await database.read(lambda tx: queue.has_due(tx, "h", now=NOW))
-    assert await database.read(lambda tx: queue.has_due(tx, "other", now=NOW))
+    assert await database.read(lambda tx: queue.due_lanes(tx, "h", now=NOW)) == frozenset()
+    assert await database.read(lambda tx: queue.due_lanes(tx, "other", now=NOW)) == {Lane.LIGHT}
+
+
+async def test_lanes_are_claimed_apart_each_by_age(database: Database) -> None:
+    """What is older in the other lane does not get in the way; without a choice, age decides over both."""
+    made = [
+        Dispatch("run_1", "h", Event.SETTLED, 0, DispatchState.READY, NOW - timedelta(seconds=2), lane=Lane.HEAVY),
+        Dispatch("run_2", "h", Event.SETTLED, 0, DispatchState.READY, NOW - timedelta(seconds=1)),
+    ]
+    await database.write(lambda tx: ledger.add_dispatches(tx, made))
+    assert await database.read(lambda tx: queue.due_lanes(tx, "h", now=NOW)) == {Lane.LIGHT, Lane.HEAVY}
+    (light,) = await claim(database, limit=1, lanes=(Lane.LIGHT,))
+    assert (light.run.run_id, light.dispatch.lane) == ("run_2", Lane.LIGHT)
+    assert await database.read(lambda tx: queue.due_lanes(tx, "h", now=NOW)) == {Lane.HEAVY}
+    await database.write(lambda tx: queue.give_back(tx, [light.seq], token=TOKEN))
+    (oldest,) = await claim(database, limit=1)
+    assert (oldest.run.run_id, oldest.dispatch.lane) == ("run_1", Lane.HEAVY)
+
+
+async def test_the_next_attempt_goes_where_the_last_one_found_that_it_belongs(database: Database) -> None:
+    """Said by the attempt that ended; where it says nothing, the lane stays."""
+    await add(database, ("run_1", Event.SETTLED))
+    for said, kept in ((Lane.HEAVY, Lane.HEAVY), (None, Lane.HEAVY), (Lane.LIGHT, Lane.LIGHT)):
+        (leased,) = await claim(database)
+        await finish(database, leased, DispatchState.READY, lane=said)
+        assert await database.read(lambda tx: queue.due_lanes(tx, "h", now=NOW)) == {kept}
+
+
+async def test_looking_at_the_queue_costs_nothing_for_what_is_over(database: Database) -> None:
+    """Each look and each claim goes by the index of unfinished dispatches, in its order, however many there were."""
+    asked: list[tuple[str, Any]] = []
+
+    def plans(tx: Any) -> list[str]:
+        def note(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+            asked.append((statement, parameters))
+
+        event.listen(tx, "before_cursor_execute", note)
+        queue.claim(
+            tx, "h", lanes=(Lane.LIGHT,), limit=1, max_attempts=3, token=TOKEN, now=NOW, until=UNTIL, lapsed=NOW
+        )
+        queue.due_lanes(tx, "h", now=NOW, lapsed=NOW)
+        queue.next_due_ms(tx, ["h"], after=NOW)
+        event.remove(tx, "before_cursor_execute", note)
+        explain = "EXPLAIN " if database.shared else "EXPLAIN QUERY PLAN "
+        if database.shared:  # in a small table PostgreSQL reads everything, which is right
+            tx.exec_driver_sql("SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off").close()
+        return [
+            "\n".join(row[-1] for row in tx.exec_driver_sql(explain + statement, parameters))
+            for statement, parameters in asked
+        ]
+
+    found = await database.write(plans)
+    assert len(found) == 3
+    for plan in found:
+        assert "ix_dispatches_due" in plan, plan
+        assert "SCAN dispatches" not in plan, plan
+    assert "ORDER BY" not in found[0], found[0]
+    assert "Sort" not in found[0], found[0]
 
 
 async def test_one_at_a_time_and_in_order_for_each_run_and_handler(database: Database) -> None:
