@@ -180,7 +180,7 @@ async def save(download: Download, path: Path) -> Saved:
         finally:
             await asyncio.to_thread(file.close)
     except BaseException:
-        path.unlink(missing_ok=True)
+        path.unlink()  # noqa: ASYNC240 -- quick, and a thread could not be waited for while the attempt is being cancelled
         raise
     return Saved(path, size, digest.hexdigest(), download.content_type)
 

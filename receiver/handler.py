@@ -209,9 +209,9 @@ class Closes(Protocol):
 
 @contextmanager
 def needs(requirement: str) -> Iterator[None]:
-    """Import a library that not everybody has, where the handler is built: `with needs("flora-receiver[nats]"): …`.
+    """Guard the import of a library that not everybody has; used where a handler is built.
 
-    Raises MissingExtraError, which tells what to install.
+    `with needs("flora-receiver[nats]"): import nats`. Raises MissingExtraError, which tells what to install.
     """
     try:
         yield
