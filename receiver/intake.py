@@ -129,6 +129,7 @@ class _Fold:
     before: dict[str, Run]
     now_are: dict[str, Run]
     outputs: dict[str, Sequence[Output]] = field(default_factory=dict)
+    fresh: dict[str, Sequence[Output]] = field(default_factory=dict)
     dispatches: list[Dispatch] = field(default_factory=list)
     happened: dict[str, list[Event]] = field(default_factory=dict)
 
@@ -346,6 +347,7 @@ class Intake:
         ledger.add_runs(tx, fold.new())
         ledger.change_runs(tx, fold.changed())
         ledger.add_outputs(tx, fold.outputs)
+        ledger.freshen_outputs(tx, fold.fresh)
         ledger.add_dispatches(tx, fold.dispatches)
         starts.mark_started(
             tx, {entry.start: entry.report.run_id for entry in batch if entry.report and entry.start in asked}
@@ -366,6 +368,8 @@ class Intake:
             fold.happened.setdefault(run_id, []).extend(decision.events)
             if decision.outputs:
                 fold.outputs[run_id] = decision.outputs
+            if decision.fresh:
+                fold.fresh[run_id] = decision.fresh
             if decision.events:
                 outputs = fold.outputs.get(run_id) or ledger.outputs_of_runs(tx, [run_id])[run_id]
                 fold.dispatches += settle(decision.run, outputs, decision.events, self._subscriptions, now=now)

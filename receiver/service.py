@@ -142,6 +142,7 @@ class Service:
             downloader=self._downloader,
             signals=self.signals,
             metrics=self.metrics,
+            learn=self.intake.learn,
             lease=timedelta(seconds=settings.dispatch.lease_seconds),
             takeover=self.database.shared,
             clock=self._clock,

@@ -41,6 +41,17 @@ _INSERT_BODY = Many(
     ),
     ("_signature", "_body", "_delivery_id"),
 )
+_FRESHEN = (
+    update(outputs)
+    .where(
+        outputs.c.run_id == bindparam("_run_id"),
+        outputs.c.position == bindparam("_position"),
+        outputs.c.output_id == bindparam("_output_id"),
+        outputs.c.type == bindparam("_type"),
+        outputs.c.value != bindparam("_value"),
+    )
+    .values(value=bindparam("_value"))
+)
 _COUNT_DUPLICATES = (
     update(deliveries)
     .where(deliveries.c.delivery_id == bindparam("_delivery_id"))
@@ -98,6 +109,23 @@ def add_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None
     ]
     if rows:
         tx.execute(insert(outputs), rows)
+
+
+def freshen_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None:
+    """Give outputs the URLs under which they are shown now. What was settled stays: none is added, none goes."""
+    rows = [
+        {
+            "_run_id": run_id,
+            "_position": output.position,
+            "_output_id": output.output_id,
+            "_type": output.type,
+            "_value": output.value,
+        }
+        for run_id, row_outputs in sorted(of_runs.items())
+        for output in row_outputs
+    ]
+    if rows:
+        tx.execute(_FRESHEN, rows)
 
 
 def add_deliveries(tx: Connection, new: Sequence[Delivery]) -> None:
