@@ -390,7 +390,7 @@ _GRID: Mapping[RunState | None, tuple[_Rule, ...]] = {
     None:               (_enter,   _heard,    _enter,  _settle,  _enter,  _settle,  _ignore,   _ignore,   _ignore, _ignore),
     RunState.OPEN:      (_enrich,  _heard,    _wait,   _settle,  _climb,  _settle,  _miss,     _back_off, _hurry,  _ignore),
     RunState.REPORTED:  (_enrich,  _heard,    _climb,  _settle,  _climb,  _settle,  _miss,     _back_off, _hurry,  _ignore),
-    RunState.COMPLETED: (_enrich,  _heard_of, _ask_bill, _bill,   _ask_bill, _dispute, _ask_bill, _ask_bill, _hurry,  _expire),
+    RunState.COMPLETED: (_enrich,  _heard_of, _ask_bill, _bill,  _ask_bill, _dispute, _ask_bill, _ask_bill, _hurry,  _expire),
     RunState.FAILED:    (_enrich,  _heard_of, _ask_bill, _dispute, _ask_bill, _bill,  _ask_bill, _ask_bill, _ignore, _expire),
     RunState.LOST:      (_enrich,  _heard,    _ignore, _settle,  _ignore, _settle,  _ignore,   _ignore,   _reopen, _ignore),
 }
