@@ -5,13 +5,14 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, assert_never
 
 import structlog
 
+from receiver.decide import Backoff
 from receiver.download import Download, Downloader, Saved, save
 from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledRun
 from receiver.model import Artifact, DispatchState, Output, Run
@@ -33,6 +34,7 @@ class Registration:
     max_attempts: int = 12
     timeout_seconds: float = 900.0
     concurrency: int = 8
+    backoff: Backoff = field(default_factory=Backoff)
 
 
 async def call(handler: Handler, run: SettledRun, context: "AttemptContext", timeout_seconds: float) -> Answer:

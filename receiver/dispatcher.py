@@ -210,6 +210,7 @@ class Dispatcher:
             answer_state(answer),
             leased.dispatch.attempts,
             registration.max_attempts,
+            backoff=registration.backoff,
             after_seconds=answer.after_seconds if isinstance(answer, Retry) else None,
             now=now,
             jitter=self._jitter(),

@@ -1,8 +1,11 @@
 """Finds and builds the configured handlers. Called by the service and by `flora-receiver check`."""
 
+import asyncio
 import importlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -11,11 +14,15 @@ from pydantic_core import ErrorDetails
 
 from receiver.attempt import Registration
 from receiver.config import HandlerEntry, Settings
-from receiver.errors import ConfigError, HandlerLoadError, Problem
-from receiver.handler import Handler
+from receiver.decide import Backoff
+from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreachableError
+from receiver.handler import Checks, Handler
 from receiver.model import Event, Subscription, When
 
 GROUP = "flora_receiver.handlers"
+
+_CONCURRENCY = 8
+_CHECK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +33,16 @@ class Loaded:
     subscription: Subscription
 
 
-def load_handlers(settings: Settings) -> tuple[Loaded, ...]:
-    """Build every configured handler, or raise ConfigError with the problems of all of them."""
+def load_handlers(settings: Settings, environ: Mapping[str, str] | None = None) -> tuple[Loaded, ...]:
+    """Build every configured handler, or raise ConfigError with the problems of all of them.
+
+    `environ` is what secrets of the form `env:NAME` refer to; default: the process's own environment.
+    """
     loaded: list[Loaded] = []
     problems: list[Problem] = []
     for index, entry in enumerate(settings.handlers):
         try:
-            loaded.append(_load(entry, settings))
+            loaded.append(_load(entry, settings, os.environ if environ is None else environ))
         except HandlerLoadError as error:
             problems.append(Problem(f"handlers.{index}.use", str(error)))
         except ValidationError as error:
@@ -49,29 +59,64 @@ def load_handlers(settings: Settings) -> tuple[Loaded, ...]:
     return tuple(loaded)
 
 
+async def check_handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[Problem]]:
+    """Return what keeps handlers from working, and what may pass by itself, as their own checks tell."""
+    found = await asyncio.gather(*(_checked(each) for each in loaded))
+    problems = [problem for problem, passing in found if problem is not None and not passing]
+    return problems, [problem for problem, passing in found if problem is not None and passing]
+
+
+async def _checked(loaded: Loaded) -> tuple[Problem | None, bool]:
+    """Return what is wrong with one handler, and whether that may pass."""
+    name, handler = loaded.registration.name, loaded.registration.handler
+    if not isinstance(handler, Checks):
+        return None, False
+    try:
+        async with asyncio.timeout(_CHECK_SECONDS):
+            await handler.check()
+    except TimeoutError:
+        return Problem(name, f"its check did not end within {_CHECK_SECONDS:g} s"), True
+    except Exception as error:  # noqa: BLE001 -- a plug-in's check may raise anything: that is its answer
+        return Problem(name, str(error) or type(error).__name__), isinstance(error, TargetUnreachableError)
+    return None, False
+
+
 def available() -> Sequence[str]:
     """Return the names of the installed handlers, without importing any."""
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
-def _load(entry: HandlerEntry, settings: Settings) -> Loaded:
-    handler_class = _find(entry.use)
-    config = handler_class.Config.model_validate(entry.options)
+def _load(entry: HandlerEntry, settings: Settings, environ: Mapping[str, str]) -> Loaded:
+    handler_class = find_handler(entry.use)
+    config = handler_class.Config.model_validate(entry.options, context={"environ": environ})
     handler = handler_class(config)
     if not isinstance(handler, Handler):
         raise HandlerLoadError(f"{entry.use} has no `handle` method")
     on: tuple[Event, ...] = entry.on or getattr(handler_class, "on", None) or (Event.SETTLED,)
     when: When = entry.when or getattr(handler_class, "when", None) or When()
+    general = settings.dispatch
+
+    def limit(name: str, otherwise: Any) -> Any:
+        return getattr(entry, name) or getattr(handler_class, name, None) or otherwise
+
     return Loaded(
         Registration(
             entry.name,
             handler,
-            max_attempts=entry.max_attempts or settings.dispatch.max_attempts,
-            timeout_seconds=entry.timeout_seconds or settings.dispatch.timeout_seconds,
-            concurrency=min(entry.concurrency, settings.dispatch.concurrency),
+            max_attempts=limit("max_attempts", general.max_attempts),
+            timeout_seconds=limit("timeout_seconds", general.timeout_seconds),
+            concurrency=min(limit("concurrency", _CONCURRENCY), general.concurrency),
+            backoff=_backoff(entry),
         ),
         Subscription(entry.name, on, when),
     )
+
+
+def _backoff(entry: HandlerEntry) -> Backoff:
+    if entry.backoff is None:
+        return Backoff()
+    asked = entry.backoff
+    return Backoff(timedelta(seconds=asked.first_seconds), asked.factor, timedelta(seconds=asked.longest_seconds))
 
 
 def _words(detail: ErrorDetails) -> str:
@@ -81,7 +126,7 @@ def _words(detail: ErrorDetails) -> str:
     return detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
-def _find(use: str) -> Any:
+def find_handler(use: str) -> Any:
     """Return the class behind an entry point's name or a `package.module:Class`."""
     points = [point for point in entry_points(group=GROUP) if point.name == use]
     if ":" not in use and not points:

@@ -20,12 +20,12 @@ from receiver.download import Downloader, DownloadLimits
 from receiver.election import Election
 from receiver.errors import ConfigError, Problem, StoreUnavailableError
 from receiver.flora.client import FloraClient
-from receiver.handler import Checks, Closes
+from receiver.handler import Closes
 from receiver.herald import Herald
 from receiver.http import api_client, tls_context
 from receiver.intake import Intake, Secret, Signals
 from receiver.janitor import Janitor, Retention
-from receiver.plugins import Loaded, load_handlers
+from receiver.plugins import check_handlers, load_handlers
 from receiver.poller import Poller
 from receiver.starter import Starter
 from receiver.store import Database, open_database, queue
@@ -348,8 +348,11 @@ class Service:
     async def _warn_of_trouble(self) -> None:
         for problem in self._settings.warnings():
             log.warning("config.odd", setting=problem.path, reason=problem.message)
-        for problem in await check_handlers(self._loaded):
+        problems, warnings = await check_handlers(self._loaded)
+        for problem in problems:
             log.error("handler.unhealthy", handler=problem.path, reason=problem.message)
+        for warning in warnings:
+            log.warning("handler.unreachable", handler=warning.path, reason=warning.message)
 
 
 def role_problem(settings: Settings, only: Only | None) -> Problem | None:
@@ -359,20 +362,6 @@ def role_problem(settings: Settings, only: Only | None) -> Problem | None:
     if only == "door" and settings.database.measure_door:
         return None
     return Problem("--only", "a SQLite file belongs to one process that does everything: use a postgresql:// url")
-
-
-async def check_handlers(loaded: tuple[Loaded, ...]) -> list[Problem]:
-    """Return what keeps handlers from working, as their own checks tell."""
-    problems = []
-    for each in loaded:
-        handler = each.registration.handler
-        if isinstance(handler, Checks):
-            try:
-                async with asyncio.timeout(10):
-                    await handler.check()
-            except Exception as error:  # noqa: BLE001 -- a plug-in's check may raise anything: that is its answer
-                problems.append(Problem(each.registration.name, str(error) or type(error).__name__))
-    return problems
 
 
 def policy_of(settings: Settings) -> Policy:
