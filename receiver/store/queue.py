@@ -192,32 +192,6 @@ def void_leases(tx: Connection) -> int:
     ).rowcount
 
 
-def rearm(
-    tx: Connection,
-    *,
-    now: datetime,
-    states: Collection[DispatchState],
-    run_id: str | None = None,
-    handler: str | None = None,
-) -> tuple[Dispatch, ...]:
-    """Make dispatches that are over due again, as if they had never been tried; return them.
-
-    Their earlier attempts are forgotten, since attempts are numbered from one again.
-    """
-    statement = update(dispatches).where(dispatches.c.state.in_([state.value for state in states]))
-    if run_id is not None:
-        statement = statement.where(dispatches.c.run_id == run_id)
-    if handler is not None:
-        statement = statement.where(dispatches.c.handler == handler)
-    armed = statement.values(
-        state=DispatchState.READY.value, attempts=0, due_at=ms(now), finished_at=None, result=None
-    ).returning(dispatches)
-    rows = tx.execute(armed).mappings().all()
-    for row in rows:
-        tx.execute(dispatch_attempts.delete().where(dispatch_attempts.c.dispatch_seq == row["seq"]))
-    return tuple(dispatch_of(row) for row in rows)
-
-
 def has_due(tx: Connection, handler: str, *, now: datetime, lapsed: datetime | None = None) -> bool:
     """Return whether a handler has anything to claim or bury."""
     due = exists().where(dispatches.c.handler == handler, _due(now, lapsed=lapsed))
