@@ -1,5 +1,6 @@
 """The public listener: each answer has its status and its JSON, and there is nothing else to find."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -169,9 +170,29 @@ async def test_a_body_that_never_comes_is_given_up(door: Door) -> None:
     assert (response.status_code, code(response)) == (408, "body_timeout")
 
 
-async def _never() -> AsyncIterator[bytes]:
-    import asyncio  # noqa: PLC0415
+async def test_each_body_has_its_own_time(door: Door) -> None:
+    """One timer looks after all of them: each is told of its own lateness, and who leaves is not told that he is late."""
+    reading: asyncio.Queue[None] = asyncio.Queue()
 
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"{"
+        reading.put_nowait(None)
+        await anext(_never())
+
+    posts = []
+    for _ in range(3):
+        posts.append(asyncio.create_task(door.post(stalled())))
+        await reading.get()
+    posts[0].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await posts[0]
+    assert [code(await post) for post in posts[1:]] == ["body_timeout", "body_timeout"]
+    assert (await door.call(callback_body())).status_code == 200
+    assert code(await door.post(stalled())) == "body_timeout"
+    assert door.answered("body_timeout") == 3
+
+
+async def _never() -> AsyncIterator[bytes]:
     await asyncio.Event().wait()
     yield b""
 

@@ -68,7 +68,7 @@ class Door:
         self._metrics = metrics
         self._rest = rest
         self._limit = max_body_bytes
-        self._timeout_seconds = body_timeout_seconds
+        self._bodies = _Bodies(body_timeout_seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] not in _CALLBACK_PATHS or scope["method"] != "POST":
@@ -97,8 +97,7 @@ class Door:
         body: bytes | None = None
         if announced <= limit:
             try:
-                async with asyncio.timeout(self._timeout_seconds):
-                    body = await _body(receive, limit)
+                body = await self._bodies.read(receive, limit)
             except TimeoutError:
                 return intake.refuse("body_timeout", "the body did not arrive in time", remote=remote, size=0)
             except ClientDisconnect:
@@ -123,6 +122,46 @@ class Door:
             case Refused():
                 return answer
         assert_never(answer)
+
+
+class _Bodies:
+    """Reads bodies, none for longer than `seconds`. One timer looks after all of them: a timer each costs 3 us."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._due: dict[asyncio.Task[object], float] = {}
+        """Who is reading, and until when; in that order."""
+        self._late: set[asyncio.Task[object]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def read(self, receive: Receive, limit: int) -> bytes | None:
+        """Return the body, or None if it is longer than `limit` bytes. Raises TimeoutError, ClientDisconnect."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"  # noqa: S101
+        self._due[task] = due = loop.time() + self._seconds
+        if self._timer is None:
+            self._timer = loop.call_at(due, self._look, loop)
+        try:
+            return await _body(receive, limit)
+        except asyncio.CancelledError:
+            if task in self._late and not task.uncancel():
+                raise TimeoutError from None
+            raise
+        finally:
+            self._due.pop(task, None)
+            self._late.discard(task)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Interrupt who is late, and come back for the next."""
+        self._timer = None
+        while self._due:
+            task, due = next(iter(self._due.items()))
+            if due > loop.time():
+                self._timer = loop.call_at(due, self._look, loop)
+                return
+            del self._due[task]
+            self._late.add(task)
+            task.cancel()
 
 
 async def _body(receive: Receive, limit: int) -> bytes | None:

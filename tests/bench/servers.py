@@ -89,9 +89,10 @@ def receiver(
         "RECEIVER_OPERATIONS__PORT": "0",
         "RECEIVER_DATABASE__URL": f"sqlite:///{directory}/receiver.db",
         "RECEIVER_LOG__FORMAT": "json",
+        "RECEIVER_DATABASE__MEASURE_DOOR": "true",
         **(settings or {}),
     }
-    command = [sys.executable, "-m", "tests.bench.door"] if door else [COMMAND, "serve"]
+    command = [COMMAND, "serve", *(("--only", "door") if door else ())]
     with running(command, port, environ=environ, cwd=directory, core=core) as process:
         yield process
 
