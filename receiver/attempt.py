@@ -137,6 +137,7 @@ def settled_run(run: Run, outputs: Sequence[Output]) -> SettledRun:
         settled_at=settled_at,
         settled_by="callback" if called else "poll",
         verdict=run.verdict and run.verdict.value,
+        version=run.version,
     )
 
 

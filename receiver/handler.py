@@ -35,6 +35,7 @@ __all__ = [
     "Checks",
     "Closes",
     "Context",
+    "DescribesSchema",
     "Done",
     "DownloadError",
     "DownloadFailedError",
@@ -116,6 +117,8 @@ class SettledRun:
     """`callback` if its callback came before we read it as terminal, else `poll`."""
     verdict: str | None
     """`matched`, `diverged`, …; None while the callback of a polled run may still come."""
+    version: int = 0
+    """Grows with every change of the run: of two views of one run, the higher is the newer."""
 
 
 class Log(Protocol):
@@ -205,6 +208,15 @@ class Closes(Protocol):
     """A handler that holds something to let go of."""
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class DescribesSchema(Protocol):
+    """A handler class that keeps its data in tables of the user's; `flora-receiver handlers schema` prints them."""
+
+    @classmethod
+    def schema(cls, config: Any) -> str:
+        """Return the SQL that makes what the handler needs, for a configuration of it."""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from receiver.attempt import Registration
 from receiver.config import HandlerEntry, Settings
 from receiver.decide import Backoff
 from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreachableError
-from receiver.handler import Checks, Handler
+from receiver.handler import Checks, DescribesSchema, Handler
 from receiver.model import Event, Subscription, When
 
 GROUP = "flora_receiver.handlers"
@@ -46,10 +46,7 @@ def load_handlers(settings: Settings, environ: Mapping[str, str] | None = None) 
         except HandlerLoadError as error:
             problems.append(Problem(f"handlers.{index}.use", str(error)))
         except ValidationError as error:
-            problems += [
-                Problem(".".join(["handlers", str(index), *(str(part) for part in detail["loc"])]), _words(detail))
-                for detail in error.errors(include_url=False, include_input=False, include_context=False)
-            ]
+            problems += _problems(error, index)
         except Exception as error:  # noqa: BLE001 -- a plug-in's constructor may raise anything; the operator must see which
             problems.append(
                 Problem(f"handlers.{index}", f"{entry.use} cannot be built: {type(error).__name__}: {error}")
@@ -86,6 +83,30 @@ def available() -> Sequence[str]:
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
+def describe_schema(settings: Settings, name: str, environ: Mapping[str, str]) -> str:
+    """Return the SQL of the tables that a configured handler keeps, found by its name or by its `use`.
+
+    Raises ConfigError when its options are wrong, HandlerLoadError when there is no such handler or it has no tables.
+    """
+    named = [index for index, entry in enumerate(settings.handlers) if entry.name == name]
+    found = named or [index for index, entry in enumerate(settings.handlers) if entry.use == name]
+    if not found:
+        raise HandlerLoadError(f"no configured handler is called {name!r}: its [[handlers]] entry says what to print")
+    if len(found) > 1:
+        names = ", ".join(str(settings.handlers[index].name) for index in found)
+        raise HandlerLoadError(f"several handlers use {name!r}: say which of {names}")
+    (index,) = found
+    entry = settings.handlers[index]
+    handler_class = find_handler(entry.use)
+    if not isinstance(handler_class, DescribesSchema):
+        raise HandlerLoadError(f"{entry.use} keeps no tables")
+    try:
+        config = handler_class.Config.model_validate(entry.options, context={"environ": environ})  # type: ignore[attr-defined]
+    except ValidationError as error:
+        raise ConfigError(_problems(error, index)) from error
+    return handler_class.schema(config)
+
+
 def _load(entry: HandlerEntry, settings: Settings, environ: Mapping[str, str]) -> Loaded:
     handler_class = find_handler(entry.use)
     config = handler_class.Config.model_validate(entry.options, context={"environ": environ})
@@ -117,6 +138,13 @@ def _backoff(entry: HandlerEntry) -> Backoff:
         return Backoff()
     asked = entry.backoff
     return Backoff(timedelta(seconds=asked.first_seconds), asked.factor, timedelta(seconds=asked.longest_seconds))
+
+
+def _problems(error: ValidationError, index: int) -> list[Problem]:
+    return [
+        Problem(".".join(["handlers", str(index), *(str(part) for part in detail["loc"])]), _words(detail))
+        for detail in error.errors(include_url=False, include_input=False, include_context=False)
+    ]
 
 
 def _words(detail: ErrorDetails) -> str:

@@ -1,11 +1,11 @@
-"""`flora-receiver handlers list`."""
+"""`flora-receiver handlers list` and `handlers schema`."""
 
 import os
 from pathlib import Path
 
 from receiver.cli.output import explained, show
 from receiver.config import load
-from receiver.plugins import available
+from receiver.plugins import available, describe_schema
 
 
 def run(config: Path | None, *, json: bool) -> None:
@@ -15,3 +15,9 @@ def run(config: Path | None, *, json: bool) -> None:
         lines = ["Installed: " + ", ".join(available())]
         lines += [f"Configured: {entry['name']} (use = {entry['use']!r})" for entry in configured]
         show({"installed": list(available()), "configured": configured}, "\n".join(lines), as_json=json)
+
+
+def schema(config: Path | None, name: str, *, json: bool) -> None:
+    with explained(as_json=json):
+        sql = describe_schema(load(config, os.environ, need_secrets=False), name, os.environ)
+        show({"handler": name, "sql": sql}, sql, as_json=json)

@@ -12,7 +12,18 @@ import pytest
 from receiver import __version__
 from tests.cli.conftest import KEYS, Start, environment, exported, ready, run_command
 
-COMMANDS = ("", "serve", "check", "migrate", "demo", "emulator", "trigger", "handlers", "handlers list")
+COMMANDS = (
+    "",
+    "serve",
+    "check",
+    "migrate",
+    "demo",
+    "emulator",
+    "trigger",
+    "handlers",
+    "handlers list",
+    "handlers schema",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -68,7 +79,7 @@ def test_check_as_json_shows_no_secret(tmp_path: Path) -> None:
         ("", {"RECEIVER_CONFIG": "gone.toml"}, "gone.toml", "cannot be read"),
         ("[tls]\ncert = 'gone.pem'", {}, "tls.cert", "does not exist"),
         ("public_url = 'http://hooks.example.com'", {}, "public_url", "must start with https://"),
-        ("[[handlers]]\nuse = 'storge'", {}, "handlers.0.use", "installed: log, storage"),
+        ("[[handlers]]\nuse = 'storge'", {}, "handlers.0.use", "; installed: "),
         ("[[handlers]]\nuse = 'a.b:C'", {}, "handlers.0.use", "cannot be imported"),
         ("[[handlers]]\nuse = 'storage'\nkey = '{x}'", {}, "handlers.0.key", "unknown field {x}; there are"),
         ("[[handlers]]\nuse = 'log'\nlevel = 'x'", {}, "handlers.0.level", "is no option of this handler"),
