@@ -24,9 +24,13 @@ from receiver.errors import (
     DownloadRefusedError,
     LocationTakenError,
     MissingExtraError,
+    PostError,
+    PostFailedError,
+    PostRefusedError,
     TargetUnreachableError,
 )
 from receiver.model import Artifact, Event, Output, OutputType, RunState, When
+from receiver.posting import Posted, Poster, header_value, target_url, usable_headers
 
 __all__ = [
     "MANIFEST",
@@ -47,6 +51,11 @@ __all__ = [
     "MissingExtraError",
     "Output",
     "OutputType",
+    "PostError",
+    "PostFailedError",
+    "PostRefusedError",
+    "Posted",
+    "Poster",
     "Reject",
     "Retry",
     "RunState",
@@ -55,7 +64,10 @@ __all__ = [
     "SettledRun",
     "TargetUnreachableError",
     "When",
+    "header_value",
     "needs",
+    "target_url",
+    "usable_headers",
 ]
 
 MANIFEST = -1
