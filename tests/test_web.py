@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from receiver.errors import StoreUnavailableError
-from receiver.flora.signature import HEADER, sign
+from receiver.flora.signature import HEADER, canary_key, sign
 from receiver.intake import Secret
 from receiver.model import RunState
 from receiver.store import Database
@@ -71,6 +71,13 @@ async def test_a_callback_is_accepted_once(door: Door) -> None:
 async def test_an_unknown_event_is_ignored(door: Door) -> None:
     response = await door.call(callback_body(event="run.paused"))
     assert (response.status_code, response.json()) == (200, {"status": "ignored"})
+
+
+async def test_a_canary_is_told_that_it_arrived(door: Door) -> None:
+    """It is counted as what it is, never as a callback."""
+    response = await door.post(b"any bytes", (HEADER, signed(b"any bytes", secret=canary_key(SECRET))))
+    assert (response.status_code, response.json()) == (200, {"status": "canary"})
+    assert (door.answered("canary"), door.answered("accepted")) == (1, 0)
 
 
 @pytest.mark.parametrize("path", [PATH, PATH + "/", PATH + "?start=abc", PATH + "/?start=%00&start=b"])

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import HEADER
-from receiver.intake import Accepted, Duplicate, Ignored, Intake, Refused
+from receiver.intake import Accepted, Canary, Duplicate, Ignored, Intake, Refused
 from receiver.telemetry import Metrics
 
 CALLBACK_PATH = "/callbacks/flora"
@@ -53,7 +53,9 @@ def _whole(status: int, body: bytes) -> tuple[Message, Message]:
     return start, {"type": "http.response.body", "body": body}
 
 
-_GOOD = {word: _whole(200, b'{"status":"%s"}' % word.encode()) for word in ("accepted", "duplicate", "ignored")} | {
+_GOOD = {
+    word: _whole(200, b'{"status":"%s"}' % word.encode()) for word in ("accepted", "duplicate", "ignored", "canary")
+} | {
     "disconnected": _whole(400, b"")  # nobody is there to read it
 }
 
@@ -119,6 +121,8 @@ class Door:
                 return "duplicate"
             case Ignored():
                 return "ignored"
+            case Canary():
+                return "canary"
             case Refused():
                 return answer
         assert_never(answer)
