@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import HEADER
-from receiver.intake import Accepted, Canary, Duplicate, Ignored, Intake, Refused
+from receiver.intake import Accepted, Answer, Canary, Duplicate, Ignored, Intake, Refused
 from receiver.telemetry import Metrics
 
 CALLBACK_PATH = "/callbacks/flora"
@@ -114,18 +114,22 @@ class Door:
             answer = await intake.accept(body, ",".join(signatures) or None, remote=remote, start=start)
         except StoreUnavailableError as error:
             return Refused("unavailable", f"{error}; nothing was committed, please retry")
-        match answer:
-            case Accepted():
-                return "accepted"
-            case Duplicate():
-                return "duplicate"
-            case Ignored():
-                return "ignored"
-            case Canary():
-                return "canary"
-            case Refused():
-                return answer
-        assert_never(answer)
+        return _word(answer)
+
+
+def _word(answer: Answer) -> str | Refused:
+    match answer:
+        case Accepted():
+            return "accepted"
+        case Duplicate():
+            return "duplicate"
+        case Ignored():
+            return "ignored"
+        case Canary():
+            return "canary"
+        case Refused():
+            return answer
+    assert_never(answer)
 
 
 class _Bodies:
