@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -25,6 +25,7 @@ from sqlalchemy.schema import CreateSchema
 
 from handlers.refusals import Refusal, Why, explained
 from handlers.tables import DialectName, Rows, Tables
+from handlers.waiting import unfinished
 from receiver.handler import (
     Answer,
     Artifact,
@@ -137,7 +138,7 @@ class Database:
         except Refusal as refusal:
             self._made = not self._config.create  # somebody may have dropped them
             return Reject(str(refusal)) if refusal.why is Why.VALUES else Retry(str(refusal))
-        awaited = [name for name in self._config.wait_for if _is_missing(name, run, artifacts)]
+        awaited = unfinished(self._config.wait_for, run, artifacts)
         if awaited:
             return Retry(f"written; {', '.join(awaited)} has not stored every output yet")
         return Done({"outputs": len(rows.outputs), "artifacts": len(rows.artifacts), "newest": newest})
@@ -303,11 +304,6 @@ def dialect_of(url: URL) -> DialectName:
 def tables_of(config: DatabaseConfig) -> Tables:
     names = config.tables
     return Tables(names.runs, names.outputs, names.artifacts, dialect_of(address_of(config.url)))
-
-
-def _is_missing(handler: str, run: SettledRun, artifacts: Sequence[Artifact]) -> bool:
-    stored = {artifact.position for artifact in artifacts if artifact.handler == handler}
-    return run.status == "completed" and not {output.position for output in run.outputs} <= stored
 
 
 _json = partial(json.dumps, ensure_ascii=False)

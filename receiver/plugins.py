@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,17 @@ def describe_schema(settings: Settings, name: str, environ: Mapping[str, str]) -
     except ValidationError as error:
         raise ConfigError(_problems(error, index)) from error
     return handler_class.schema(config)
+
+
+def without_secrets(settings: Settings, environ: Mapping[str, str]) -> Settings:
+    """Return settings for display, in which whatever a handler's `Config` types as a secret is masked, by any name."""
+    return settings.model_copy(update={"handlers": tuple(_shown(entry, environ) for entry in settings.handlers)})
+
+
+def _shown(entry: HandlerEntry, environ: Mapping[str, str]) -> HandlerEntry:
+    config = find_handler(entry.use).Config.model_validate(entry.options, context={"environ": environ})
+    plain = json.loads(json.dumps(config.model_dump(exclude_unset=True), default=str))
+    return entry.model_copy(update={"options": plain})
 
 
 def _load(entry: HandlerEntry, settings: Settings, environ: Mapping[str, str]) -> Loaded:

@@ -9,7 +9,7 @@ import typer
 from receiver.cli.output import WRONG, explained, show
 from receiver.config import load, redacted
 from receiver.errors import Problem, ReceiverError, StoreInUseError
-from receiver.plugins import check_handlers, load_handlers
+from receiver.plugins import check_handlers, load_handlers, without_secrets
 from receiver.store import open_database
 from receiver.store.migrate import HEAD, current
 
@@ -30,7 +30,7 @@ def run(config: Path | None, *, json: bool) -> None:
             lines.append("Ready: start it with `flora-receiver serve`.")
         data = {
             "ok": not problems,
-            "settings": redacted(settings),
+            "settings": redacted(without_secrets(settings, os.environ)),
             "database": state,
             "warnings": [{"path": each.path, "message": each.message} for each in warnings],
             "problems": [{"path": each.path, "message": each.message} for each in problems],

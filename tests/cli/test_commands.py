@@ -67,6 +67,16 @@ def test_check_as_json_shows_no_secret(tmp_path: Path) -> None:
     assert not any(value in done.stdout for value in KEYS.values())
 
 
+def test_check_as_json_shows_no_secret_of_a_handler(tmp_path: Path) -> None:
+    """Its own type says what is one: a chat's URL is, under whatever name, written out or taken from the environment."""
+    toml = '[[handlers]]\nuse = "notify"\nurls = ["json://127.0.0.1/hunter2", "env:CHAT"]\nseconds = 5'
+    (tmp_path / "receiver.toml").write_text(toml, "utf-8")
+    done = run_command("check", "--json", cwd=tmp_path, env={**KEYS, "CHAT": "json://127.0.0.1/hunter3"})
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["settings"]["handlers"][0]["options"]["seconds"]) == (0, 5)
+    assert "hunter" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("toml", "env", "path", "advice"),
     [
