@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from receiver.config.values import Secret
 from receiver.download import Download, Saved
 from receiver.errors import (
+    AttemptOverError,
     DownloadError,
     DownloadFailedError,
     DownloadRefusedError,
@@ -36,6 +37,7 @@ __all__ = [
     "MANIFEST",
     "Answer",
     "Artifact",
+    "AttemptOverError",
     "Checks",
     "Closes",
     "Context",

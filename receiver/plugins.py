@@ -17,6 +17,7 @@ from receiver.attempt import Registration
 from receiver.config import HandlerEntry, Settings
 from receiver.decide import Backoff
 from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreachableError
+from receiver.functions import FunctionHandler, function_maker
 from receiver.handler import Checks, DescribesSchema, Handler
 from receiver.model import Event, Subscription, When
 
@@ -132,13 +133,16 @@ def _load(entry: HandlerEntry, settings: Settings, environ: Mapping[str, str]) -
     def limit(name: str, otherwise: Any) -> Any:
         return getattr(entry, name) or getattr(handler_class, name, None) or otherwise
 
+    concurrency = min(limit("concurrency", _CONCURRENCY), general.concurrency)
+    if isinstance(handler, FunctionHandler):
+        handler.threads = concurrency
     return Loaded(
         Registration(
             entry.name,
             handler,
             max_attempts=limit("max_attempts", general.max_attempts),
             timeout_seconds=limit("timeout_seconds", general.timeout_seconds),
-            concurrency=min(limit("concurrency", _CONCURRENCY), general.concurrency),
+            concurrency=concurrency,
             backoff=_backoff(entry),
         ),
         Subscription(entry.name, on, when),
@@ -167,12 +171,12 @@ def _words(detail: ErrorDetails) -> str:
 
 
 def find_handler(use: str) -> Any:
-    """Return the class behind an entry point's name or a `package.module:Class`."""
+    """Return the class behind an entry point's name or a `package.module:Class`; for a function what makes its handler."""
     points = [point for point in entry_points(group=GROUP) if point.name == use]
     if ":" not in use and not points:
         raise HandlerLoadError(
             f"there is no handler {use!r}; installed: {', '.join(available()) or 'none'}; "
-            "your own goes as package.module:Class"
+            "your own goes as package.module:Class, or package.module:function"
         )
     try:
         if points:
@@ -182,6 +186,4 @@ def find_handler(use: str) -> Any:
             found = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:
         raise HandlerLoadError(f"{use} cannot be imported: {type(error).__name__}: {error}") from error
-    if not hasattr(found, "Config"):
-        raise HandlerLoadError(f"{use} is not a handler: it has no Config (see receiver.handler)")
-    return found
+    return found if hasattr(found, "Config") else function_maker(found, use)

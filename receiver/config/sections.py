@@ -264,7 +264,9 @@ class Pauses(Section):
 class HandlerEntry(Section):
     """One configured handler. Keys not listed here are the handler's own and land in `options`."""
 
-    use: str = Field(min_length=1, description='Entry point name, or `"package.module:Class"`.')
+    use: str = Field(
+        min_length=1, description='Entry point name, or `"package.module:Class"`, or `"package.module:function"`.'
+    )
     name: str = Field(
         "",
         pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$",

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ import typer
 from receiver.cli.app import app
 from receiver.cli.trigger import CASES
 from receiver.config import Settings, describe, load, variables
+from receiver.download import Downloader
 from receiver.emulator import Emulator, EmulatorSettings
-from receiver.model import LostReason, RunState, Verdict
+from receiver.functions import FunctionHandler
+from receiver.handler import Done
+from receiver.model import LostReason, Output, RunState, Verdict
 from receiver.plugins import GROUP, load_handlers
 from receiver.service import Service
 from receiver.telemetry import Metrics
 from receiver.web.public import CALLBACK_PATH, STATUS
 from receiver.web.server import Server, bind
+from tests.handlers.conftest import RUN, MemoryContext
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -192,6 +197,19 @@ async def test_the_handler_that_is_shown_works(tmp_path: Path, monkeypatch: pyte
         await emulator.aclose()
         await stand.stop()
         sys.modules.pop("checksums")
+
+
+async def test_the_function_that_is_shown_works() -> None:
+    """As the text around it says: found by its name, called in a thread, with a context that it can block on."""
+    source = next(block for block in blocks("python") if "def announce" in block)
+    shown: dict[str, Any] = {}
+    exec(source, shown)  # noqa: S102 -- our own README
+    output = Output(position=0, output_id="words", type="text", value="Grüße")
+    context = MemoryContext(run_id="run_1", downloader=Downloader())
+    answer = await FunctionHandler(shown["announce"]).handle(replace(RUN, outputs=(output,)), context)
+    await context.downloader.aclose()
+    assert answer == Done({"outputs": 1})
+    assert context.log.lines == [("info", "sums.announced", {"names": ["words: 7 bytes"]})]
 
 
 def environ_for(emulator: Emulator, origin: str) -> dict[str, str]:
