@@ -17,6 +17,8 @@ from pathlib import Path
 
 CHUNK_BYTES = 64 * 1024
 TICK_SECONDS = 0.1
+FLOOD_SECONDS = 0.001
+"""The pause after a chunk that was full: a program that floods must wait, not the service's other work."""
 LINGER_SECONDS = 1.0
 """How long what a program has started may go on writing when the program itself has ended."""
 REAP_SECONDS = 10.0
@@ -114,8 +116,10 @@ class Process:
                     if ended:
                         return
                     self._pause(asked=asked)
-                elif selector.select(min(TICK_SECONDS, max(0.0, until - now))):
-                    self._tail.read(reader)
+                    continue
+                wait = min(TICK_SECONDS, max(0.0, until - now))
+                if selector.select(wait) and self._tail.read(reader) == CHUNK_BYTES:
+                    time.sleep(FLOOD_SECONDS)
 
     def _pause(self, *, asked: bool) -> None:
         """Wait a moment for a program that has closed its output."""
@@ -163,13 +167,14 @@ class _Tail:
         self._keep = keep
         self._kept = bytearray()
 
-    def read(self, fd: int) -> None:
+    def read(self, fd: int) -> int:
         chunk = os.read(fd, CHUNK_BYTES)
         self.ended = not chunk
         self.size += len(chunk)
         self._kept += chunk
         if len(self._kept) > self._keep + CHUNK_BYTES:
             del self._kept[: -self._keep or None]
+        return len(chunk)
 
     def bytes(self) -> bytes:
         return bytes(self._kept[-self._keep :]) if self._keep else b""
