@@ -51,7 +51,7 @@ def _usable_url(url: str) -> str:
 class StorageConfig(BaseModel):
     """Where outputs go, and under which names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     url: Annotated[str, Field(min_length=1), AfterValidator(_usable_url)] = "outputs"
     """A directory, `file:///…`, or what obstore reads: `s3://bucket/prefix`, `gs://…`, `az://…`."""

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from receiver.attempt import Registration
-from receiver.config import HandlerEntry, Settings
+from receiver.config import HandlerEntry, Setting, Settings, described
 from receiver.decide import Backoff
 from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreachableError
 from receiver.functions import FunctionHandler, function_maker
@@ -83,6 +83,11 @@ async def _checked(loaded: Loaded) -> tuple[Problem | None, bool]:
 def available() -> Sequence[str]:
     """Return the names of the installed handlers, without importing any."""
     return sorted({point.name for point in entry_points(group=GROUP)})
+
+
+def options_of(use: str) -> list[Setting]:
+    """Return the options of a handler, as its own `Config` describes them. Raises HandlerLoadError."""
+    return described(find_handler(use).Config)
 
 
 def describe_schema(settings: Settings, name: str, environ: Mapping[str, str]) -> str:

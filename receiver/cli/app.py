@@ -159,6 +159,16 @@ def handlers_list(config: Config = None, json: Json = False) -> None:
     run(config, json=json)
 
 
+@handlers.command("show")
+def handlers_show(
+    use: Annotated[str, typer.Argument(help="Its `use`: storage, forward, package.module:Class.")], json: Json = False
+) -> None:
+    """Show a handler's options."""
+    from receiver.cli.handlers import options  # noqa: PLC0415
+
+    options(use, json=json)
+
+
 @handlers.command("schema")
 def handlers_schema(
     name: Annotated[str, typer.Argument(help="The handler's name, or its `use`: database.")],

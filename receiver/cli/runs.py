@@ -13,7 +13,7 @@ import yaml
 
 from receiver.cli.connection import connect
 from receiver.cli.explaining import explained_run
-from receiver.cli.output import WRONG, explained, show
+from receiver.cli.output import WRONG, columns, explained, show
 from receiver.client import ReceiverClient
 from receiver.replies import RunView, StartView
 
@@ -188,14 +188,6 @@ def _lines(run: RunView) -> Iterator[str]:
         error = f"  {one.last_error}" if one.last_error else ""
         state = f"{one.state} (orphaned: no such handler is configured)" if one.orphaned else one.state
         yield f"  {'handler':<10} {one.handler} ({one.event}): {state}, {one.attempts} attempts{error}"
-
-
-def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of plain text."""
-    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
-    )
 
 
 def plain(view: RunView | StartView) -> Any:

@@ -152,9 +152,21 @@ def test_migrate_sets_up_once_and_then_changes_nothing(tmp_path: Path) -> None:
 
 def test_handlers_are_listed(tmp_path: Path) -> None:
     found = json.loads(run_command("handlers", "list", "--json", cwd=tmp_path).stdout)
-    assert found["installed"] == ["log", "storage"]
+    assert found["installed"] == sorted({*found["installed"], "log", "storage"})
     assert [entry["name"] for entry in found["configured"]] == ["storage", "log"]
-    assert "Installed: log, storage" in run_command("handlers", "list", cwd=tmp_path).stdout
+    assert f"Installed: {', '.join(found['installed'])}" in run_command("handlers", "list", cwd=tmp_path).stdout
+
+
+def test_a_handlers_options_are_shown_as_its_model_has_them(tmp_path: Path) -> None:
+    """For shipped handlers and for anybody's own; what is none is said."""
+    found = json.loads(run_command("handlers", "show", "storage", "--json", cwd=tmp_path).stdout)
+    by_name = {option["path"]: option for option in found["options"]}
+    assert (by_name["url"]["type"], by_name["url"]["default"]) == ("text", '"outputs"')
+    assert all(option["help"] for option in found["options"])
+    assert "no options" in run_command("handlers", "show", "log", cwd=tmp_path).stdout
+    wrong = run_command("handlers", "show", "nobody", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert "installed:" in wrong.stderr
 
 
 @pytest.mark.parametrize(
