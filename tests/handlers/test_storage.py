@@ -51,7 +51,7 @@ def identities(root: Path, of: str = "*") -> dict[str, tuple[int, int]]:
 
 
 def has_begun(root: Path) -> bool:
-    return root.exists() and any(path.stat().st_size for path in root.glob(".part-*"))
+    return root.exists() and any(path.stat().st_size for path in root.rglob(".part-*"))
 
 
 def reason(answer: Answer) -> str:
@@ -339,6 +339,33 @@ def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         asyncio.run(storage(root).check())
         assert set(root.iterdir()) == {living, other}
+
+
+async def test_a_directory_is_swept_by_who_comes_to_write_there(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """A killed process leaves its part beside the file that it was to become: the retry removes it."""
+    directory = root / "2026-11-24/run_1"
+    directory.mkdir(parents=True)
+    (directory / ".part-dead").write_bytes(PNG[:100])
+    run = replace(run, outputs=(media.output("/a", page(PNG)),))
+    assert isinstance(await storage(root).handle(run, context_of()), Done)
+    assert {path.name for path in directory.iterdir()} == {"out.png", "run.json"}
+
+
+async def test_a_part_lies_where_its_file_will(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """What is below the root may be another file system: nothing is renamed across."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
+    run = replace(run, outputs=(media.output("/a", Page(head + b"x" * 3_000_000, hold=True)),))
+    task = asyncio.create_task(storage(root).handle(run, context_of()))
+    while not has_begun(root):  # noqa: ASYNC110 - the disk has no event to wait for
+        await asyncio.sleep(0)
+    assert {path.parent for path in root.rglob(".part-*")} == {root / "2026-11-24/run_1"}
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 @pytest.mark.parametrize(
