@@ -50,6 +50,10 @@ def identities(root: Path, of: str = "*") -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in root.rglob(of)}
 
 
+def parts(root: Path) -> set[str]:
+    return {path.parent.relative_to(root).as_posix() for path in root.rglob(".part-*")}
+
+
 def has_begun(root: Path) -> bool:
     return root.exists() and any(path.stat().st_size for path in root.rglob(".part-*"))
 
@@ -350,7 +354,7 @@ async def test_a_directory_is_swept_by_who_comes_to_write_there(
     (directory / ".part-dead").write_bytes(PNG[:100])
     run = replace(run, outputs=(media.output("/a", page(PNG)),))
     assert isinstance(await storage(root).handle(run, context_of()), Done)
-    assert {path.name for path in directory.iterdir()} == {"out.png", "run.json"}
+    assert set(files(directory)) == {"out.png", "run.json"}
 
 
 async def test_a_part_lies_where_its_file_will(
@@ -362,7 +366,7 @@ async def test_a_part_lies_where_its_file_will(
     task = asyncio.create_task(storage(root).handle(run, context_of()))
     while not has_begun(root):  # noqa: ASYNC110 - the disk has no event to wait for
         await asyncio.sleep(0)
-    assert {path.parent for path in root.rglob(".part-*")} == {root / "2026-11-24/run_1"}
+    assert parts(root) == {"2026-11-24/run_1"}
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
