@@ -30,6 +30,7 @@ from receiver.model import Artifact, Event, Output, OutputType, RunState, When
 
 __all__ = [
     "MANIFEST",
+    "THUMBNAIL",
     "Answer",
     "Artifact",
     "Checks",
@@ -59,6 +60,9 @@ __all__ = [
 
 MANIFEST = -1
 """The position under which a handler stores its own description of a run."""
+
+THUMBNAIL = -2
+"""The position of the thumbnail of the output at position 0; that of output n is at `THUMBNAIL - n`."""
 
 
 @dataclass(frozen=True, slots=True)

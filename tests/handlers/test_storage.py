@@ -213,7 +213,7 @@ async def test_one_failure_does_not_stop_the_others(
     """The other outputs are safe, no manifest claims that all are, and the answer says which failed and why."""
     outputs = (media.output("/secret", answer), media.output("/good", page(PNG), position=1, output_id="good"), text(2))
     context = context_of()
-    told = await storage(root, concurrency=1).handle(replace(run, outputs=outputs), context)
+    told = await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context)
     assert isinstance(told, kind)
     assert reason(told).startswith("output 0 (out): ")
     assert why in reason(told)
@@ -380,7 +380,7 @@ async def test_a_part_lies_where_its_file_will(
         {"url": ""},
         {"url": "file://host/a"},
         {"url": "file:relative"},
-        {"concurrency": 0},
+        {"outputs_at_once": 0},
         {"unknown": 1},
     ],
 )
@@ -392,11 +392,11 @@ def test_settings_that_cannot_be_used(settings: dict[str, Any]) -> None:
 
 def test_the_kind_of_place_follows_from_the_url(tmp_path: Path) -> None:
     """Plain paths and file URLs are local; obstore reads the rest."""
-    assert open_place("outputs").locate("a b/c#.png") == (Path.cwd() / "outputs/a b/c#.png").as_uri()
-    assert open_place(f"{tmp_path.as_uri()}/x%20y").locate("a") == (tmp_path / "x y/a").as_uri()
-    assert open_place("s3://bucket/prefix/").locate("a b/c.png") == "s3://bucket/prefix/a%20b/c.png"
+    assert open_place("outputs", {}).locate("a b/c#.png") == (Path.cwd() / "outputs/a b/c#.png").as_uri()
+    assert open_place(f"{tmp_path.as_uri()}/x%20y", {}).locate("a") == (tmp_path / "x y/a").as_uri()
+    assert open_place("s3://bucket/prefix/", {}).locate("a b/c.png") == "s3://bucket/prefix/a%20b/c.png"
     with pytest.raises(ValueError, match="not a place that can be written to"):
-        open_place("nosuch://bucket")
+        open_place("nosuch://bucket", {})
 
 
 def test_storage_is_a_handler_that_checks_and_closes(root: Path) -> None:
