@@ -219,11 +219,15 @@ class Keeper:
             return
         if kept.size > MAX_BYTES:
             raise NoThumbnailError(f"{kept.size} bytes are too many")
-        if await self._foreign(position, key, location) is not None and self._overwrite is Overwrite.NEVER:
-            raise NotOursError(f"{location} holds another file already")
         body = b"".join([chunk async for chunk in self._place.read(kept.key)])
         made = await asyncio.to_thread(thumbnail, body, kept.content_type)
+        found = await self._foreign(position, key, location)
+        if found is not None and (self._overwrite is Overwrite.NEVER or not await self._is(key, made)):
+            raise NotOursError(f"{location} holds another file already")
         await self._put(position, kept.output_id, key, made, CONTENT_TYPE)
+
+    async def _is(self, key: str, body: bytes) -> bool:
+        return await digest(self._place.read(key)) == Stored(len(body), hashlib.sha256(body).hexdigest())
 
     async def _put(self, position: int, name: str, key: str, body: bytes, content_type: str) -> None:
         """Store bytes of our own."""
