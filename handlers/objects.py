@@ -24,6 +24,7 @@ PARTS_AT_ONCE = 2  # with the part size, what one upload holds in memory
 READ_BYTES = 1024 * 1024
 CHECK_SECONDS = 8.0  # whoever asks waits no longer than 10
 ABORT_SECONDS = 3.0
+SETTLE_SECONDS = 0.1
 _PROBE = ".receiver-check-"
 _PLAIN = " /:;,.+=@()"
 _VALUE_CHARACTERS = 256
@@ -86,9 +87,12 @@ class ObjectStore:
                 await self._probe()
         except TimeoutError:
             raise PlaceUnreachableError(f"{self._url} did not answer within {CHECK_SECONDS:g} s") from None
+        finally:
+            await self.close()
 
     async def close(self) -> None:
-        pass
+        """Let obstore's threads let go of their last answer: a process that ends before that is aborted (SIGABRT)."""
+        await asyncio.sleep(SETTLE_SECONDS)
 
     async def _probe(self) -> None:
         key = f"{_PROBE}{secrets.token_hex(4)}"
