@@ -59,7 +59,7 @@ _CREDENTIALS = {
 
 _ANSWERED = re.compile(r"non-2xx status code: (\d{3})")
 _CODE = re.compile(r"<Code>([\w.-]{1,60})</Code>")
-_MESSAGE = re.compile(r"<Message>([^<]{1,200})</Message>")
+_MESSAGE = re.compile(r"<Message>([^<\n]{1,200})")
 _UNSENT = re.compile(r"HTTP error: ([^\n]{1,80})")
 _FROM_THE_MACHINE = re.compile(r"169\.254\.|metadata\.google|fd00:ec2|token request|/metadata/identity")
 
