@@ -35,6 +35,7 @@ from receiver.posting import Posted, Poster, header_value, target_url, usable_he
 
 __all__ = [
     "MANIFEST",
+    "THUMBNAIL",
     "Answer",
     "Artifact",
     "AttemptOverError",
@@ -74,6 +75,9 @@ __all__ = [
 
 MANIFEST = -1
 """The position under which a handler stores its own description of a run."""
+
+THUMBNAIL = -2
+"""The position of the thumbnail of the output at position 0; that of output n is at `THUMBNAIL - n`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ class MediaServer:
     host: str
     port: int
     pages: dict[str, Page] = field(default_factory=dict)
+    first: dict[str, list[Page]] = field(default_factory=dict)
+    """What a path answers before its page, one after the other."""
     requests: list[str] = field(default_factory=list)
     held: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a page that holds has sent all it will."""
@@ -62,7 +64,8 @@ class MediaServer:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 self.requests.append(head)
                 path = head.split(" ")[1]
-                found = self.pages.get(path, page(b"", status="404 Not Found"))
+                before = self.first.get(path)
+                found = before.pop(0) if before else self.pages.get(path, page(b"", status="404 Not Found"))
                 writer.write(found.raw)
                 await writer.drain()
                 if found.hold:

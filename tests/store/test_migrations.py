@@ -107,6 +107,27 @@ def test_a_downgrade_leaves_nothing_behind(connection: Connection) -> None:
     assert shape(connection) == {}
 
 
+def test_artifacts_survive_the_room_for_thumbnails(connection: Connection) -> None:
+    """The table is made anew on SQLite: its rows stay, up and down, and only thumbnails are lost on the way back."""
+    alembic = migrate._alembic(connection)
+    command.upgrade(alembic, "0003")
+    connection.exec_driver_sql(
+        "INSERT INTO runs (run_id, state, origin, callback_expected, first_seen_at, next_poll_at, deadline_at, metadata,"
+        " losses, polls, ladder, failures, missing, version) VALUES ('r', 'open', 'started', true, 1, 1, 1, '{}',"
+        " 0, 0, 0, 0, 0, 0)"
+    )
+    insert = (
+        "INSERT INTO artifacts (run_id, handler, position, output_id, location) VALUES ('r', 'h', {0}, 'o', 'l{0}')"
+    )
+    connection.exec_driver_sql(insert.format(-1))
+    connection.commit()
+    migrate.upgrade(connection)
+    connection.exec_driver_sql(insert.format(-2))
+    connection.commit()
+    command.downgrade(alembic, "0003")
+    assert connection.exec_driver_sql("SELECT position FROM artifacts").scalars().all() == [-1]
+
+
 def test_a_database_from_the_future_is_refused(connection: Connection) -> None:
     """A newer version's database is not touched, and the operator is told."""
     migrate.upgrade(connection)
@@ -129,4 +150,4 @@ def test_processes_that_start_together_migrate_once(url: str) -> None:
     with ThreadPoolExecutor(4) as threads:
         found = sorted(threads.map(start, range(4)), key=str)
     engine.dispose()
-    assert found == [("0003", "0003")] * 3 + [(None, "0003")]
+    assert found == [(migrate.HEAD, migrate.HEAD)] * 3 + [(None, migrate.HEAD)]
