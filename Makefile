@@ -30,6 +30,7 @@ check: $(DEV) ## Check format, lint, types, imports and dependencies
 	@$(PY) -m ruff format --check --quiet . || { echo "Run 'make format'."; exit 1; }
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m mypy --no-error-summary
+	@MYPYPATH=tests/example_plugin/src $(PY) -m mypy --no-error-summary -p flora_checksums
 	@$(PY) -c 'from importlinter.cli import lint_imports_command as run; run()' --no-logo > $(VENV)/imports.txt || { cat $(VENV)/imports.txt; exit 1; }
 	@$(PIP) check || { $(PY) -m pip check; echo "The locks do not fit pyproject.toml: run 'make lock'."; exit 1; }
 	@$(PY) -m deptry --no-ansi . > $(VENV)/dependencies.txt 2>&1 || { cat $(VENV)/dependencies.txt; exit 1; }
