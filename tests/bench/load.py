@@ -56,14 +56,14 @@ def callback(key: str, run_id: str, now: int, workspace_id: str = "ws_bench") ->
     return json.dumps(message, separators=(",", ":")).encode()
 
 
-def signed(count: int) -> Iterator[tuple[bytes, str]]:
+def signed(count: int, *, in_order: bool = False) -> Iterator[tuple[bytes, str]]:
     """Return bodies, all of one length, with their signatures; each is about a delivery and a run of its own.
 
-    Ids come in no order, as FLORA's do: each lands somewhere else in an index.
+    Ids that follow each other in no order land anywhere in an index, and each dirties pages of its own.
     """
     name, now = secrets.token_hex(4), int(time.time())
     for number in range(count):
-        key = f"{spread(number)}{name}"
+        key = f"{name}{number:08x}" if in_order else f"{spread(number)}{name}"
         body = callback(key, f"run_{key}", now)
         yield body, sign(body, SECRET, timestamp=now)
 
@@ -73,11 +73,11 @@ def spread(number: int) -> str:
     return f"{number * 2654435761 % 2**32:08x}"
 
 
-def write_requests(path: Path, count: int) -> Requests:
+def write_requests(path: Path, count: int, *, in_order: bool = False) -> Requests:
     """Write a file for wrk. It is good for 15 minutes: so old may a signature be."""
     size = 0
     with path.open("wb") as file:
-        for body, signature in signed(count):
+        for body, signature in signed(count, in_order=in_order):
             size = file.write(request(body, signature))
     return Requests(path, size, count)
 
@@ -95,7 +95,7 @@ def drive(port: int, requests: Requests, *, seconds: int, connections: int = 64,
     if program is None:
         pytest.fail("the benchmark needs wrk; on Debian and Ubuntu: apt-get install wrk")
     said = subprocess.run(
-        ["taskset", "-c", str(LOAD_CORE), program, "-t1", f"-c{connections}", f"-d{seconds}s", "-s", SCRIPT,
+        ["taskset", "-c", str(LOAD_CORE), program, "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", SCRIPT,
          f"http://127.0.0.1:{port}"],
         env={**os.environ, "BENCH_REQUESTS": str(requests.path), "BENCH_SIZE": str(requests.size),
              **({"BENCH_AGAIN": "1"} if again else {})},
