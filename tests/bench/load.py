@@ -95,8 +95,8 @@ def drive(port: int, requests: Requests, *, seconds: int, connections: int = 64,
     if program is None:
         pytest.fail("the benchmark needs wrk; on Debian and Ubuntu: apt-get install wrk")
     said = subprocess.run(
-        ["taskset", "-c", str(LOAD_CORE), program, "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", SCRIPT,
-         f"http://127.0.0.1:{port}"],
+        ["taskset", "-c", str(LOAD_CORE), program, "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s",
+         "-s", SCRIPT, f"http://127.0.0.1:{port}"],
         env={**os.environ, "BENCH_REQUESTS": str(requests.path), "BENCH_SIZE": str(requests.size),
              **({"BENCH_AGAIN": "1"} if again else {})},
         capture_output=True, check=False, text=True,
