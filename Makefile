@@ -39,8 +39,8 @@ check: $(DEV) ## Check format, lint, types, imports and dependencies
 format: $(DEV) ## Format the code and apply safe fixes
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .
 
-bench: $(DEV) ## Measure
-	@$(PY) -m pytest -q -s $(ARGS) $(or $(wildcard tests/bench/bench_*.py),$(error there is no tests/bench/bench_*.py))
+bench: $(DEV) ## Measure: one table, in some minutes
+	@$(PY) -m pytest -v --no-header --tb=short $(ARGS) $(or $(wildcard tests/bench/bench_*.py),$(error there is no tests/bench/bench_*.py))
 
 proof: $(DEV) ## Prove what takes long: real waits, many rows, many crashes
 	@$(PY) -m pytest -q -s $(ARGS) $(or $(wildcard tests/proof/proof_*.py),$(error there is no tests/proof/proof_*.py))
