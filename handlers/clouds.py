@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
 import obstore.store
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError, UnknownConfigurationKeyError
 from obstore.store import AzureStore, GCSStore, S3Store
 from pydantic import SecretStr
 
@@ -60,6 +60,7 @@ _CREDENTIALS = {
 _ANSWERED = re.compile(r"non-2xx status code: (\d{3})")
 _CODE = re.compile(r"<Code>([\w.-]{1,60})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<\n]{1,200})")
+_QUOTED = re.compile("'[^']*'")
 _UNSENT = re.compile(r"HTTP error: ([^\n]{1,80})")
 _FROM_THE_MACHINE = re.compile(r"169\.254\.|metadata\.google|fd00:ec2|token request|/metadata/identity")
 
@@ -81,6 +82,8 @@ def open_store(url: str, options: Mapping[str, SecretStr]) -> Store:
             client_options=cast("ClientConfig", client),
             retry_config=_RETRIES,
         )
+    except UnknownConfigurationKeyError as exc:
+        raise ValueError(f"`store` has an unknown option {_QUOTED.findall(str(exc))[0]}") from None
     except (BaseError, ValueError, TypeError) as exc:
         raise ValueError(f"not a place that can be written to: {_configured(exc)}") from None
     if not isinstance(store, S3Store | GCSStore | AzureStore):
@@ -127,7 +130,7 @@ def _configured(exc: Exception) -> str:
     for told, meant in _HINTS.items():
         if told in text:
             return meant
-    return text.replace("Configuration key: ", "`store` has an unknown option ").replace("Invalid key: ", "unknown: ")
+    return text
 
 
 def _told(text: str) -> str:

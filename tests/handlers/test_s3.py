@@ -160,6 +160,26 @@ async def test_what_fails_on_the_way_leaves_nothing(
     assert "<Key>" not in (await bucket.get("?list-type=2")).text
 
 
+async def test_a_crash_between_object_and_record_changes_nothing(
+    bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
+) -> None:
+    """The place is this run's own by then: the next attempt puts the same bytes there, even where nothing else may."""
+    run, context = replace(run, outputs=(media.output("/a", page(b"small")),)), context_of()
+    record = context.store_artifact
+
+    async def dies(*args: Any, **fields: Any) -> None:
+        raise RuntimeError("killed")
+
+    context.store_artifact = dies
+    handler = storage(bucket, overwrite="never", manifest=False)
+    assert isinstance(await handler.handle(run, context), Retry)
+    assert context.records[0].stored_at is None
+    context.store_artifact = record
+    assert isinstance(await handler.handle(run, context), Done)
+    assert (await held(bucket, "2026-11-24/run_1/out.png"))[0] == b"small"
+    assert (await bucket.get("?list-type=2")).text.count("<Key>") == 1
+
+
 async def test_a_cancelled_upload_is_aborted(bucket: Bucket) -> None:
     """Parts that nobody sees would be billed: they are gone when the cancellation goes on."""
     begun, never = asyncio.Event(), asyncio.Event()
