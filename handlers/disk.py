@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 from handlers.places import NO_METADATA, PlaceError, Stored
 
-PART_PREFIX = ".flora-part-"  # ours alone: what is called so and locked by nobody is removed
+PART_PREFIX = ".part-flora-"  # ours alone: what is called so and locked by nobody is removed
 STALE_SECONDS = 24 * 3600  # no download runs for that long; asked only where the file system has no locks
 REMEMBERED_DIRECTORIES = 10_000
 THREADS = 16  # they mostly wait for fsync

@@ -51,11 +51,11 @@ def identities(root: Path, of: str = "*") -> dict[str, tuple[int, int]]:
 
 
 def parts(root: Path) -> set[str]:
-    return {path.parent.relative_to(root).as_posix() for path in root.rglob(".flora-part-*")}
+    return {path.parent.relative_to(root).as_posix() for path in root.rglob(".part-flora-*")}
 
 
 def has_begun(root: Path) -> bool:
-    return root.exists() and any(path.stat().st_size for path in root.rglob(".flora-part-*"))
+    return root.exists() and any(path.stat().st_size for path in root.rglob(".part-flora-*"))
 
 
 def reason(answer: Answer) -> str:
@@ -444,7 +444,7 @@ def full_after(room: int) -> Callable[[int, memoryview], int]:
 def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:
     """Parts that no living process holds go; one that is being written stays, and so do files that are not ours."""
     root.mkdir(parents=True)
-    dead, living, other = root / ".flora-part-dead", root / ".flora-part-living", root / "old"
+    dead, living, other = root / ".part-flora-dead", root / ".part-flora-living", root / "old"
     for path in (dead, living, other):
         path.write_text("x")
     with living.open("rb") as held:
@@ -459,7 +459,7 @@ async def test_a_directory_is_swept_by_who_comes_to_write_there(
     """A killed process leaves its part beside the file that it was to become: the retry removes it."""
     directory = root / "2026-11-24/run_1"
     directory.mkdir(parents=True)
-    (directory / ".flora-part-dead").write_bytes(PNG[:100])
+    (directory / ".part-flora-dead").write_bytes(PNG[:100])
     run = replace(run, outputs=(media.output("/a", page(PNG)),))
     assert isinstance(await storage(root).handle(run, context_of()), Done)
     assert set(files(directory)) == {"out.png", "run.json"}
