@@ -716,7 +716,7 @@ async def test_the_example_in_the_readme_does_what_it_says(
 ) -> None:
     """One line for each run, told three times at once and again later."""
     (source,) = re.findall(
-        r"```python\n(#!/usr/bin/env python3\n.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+        r"```python\n(#!/usr/bin/env python3\n.*?)```", (ROOT / "handlers/README.md").read_text("utf-8"), re.DOTALL
     )
     program = tmp_path / "costs.py"
     program.write_text(source, "utf-8")
