@@ -30,6 +30,7 @@ check: $(DEV) ## Check format, lint, types, imports and dependencies
 	@$(PY) -m ruff format --check --quiet . || { echo "Run 'make format'."; exit 1; }
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m mypy --no-error-summary
+	@MYPYPATH=tests/example_plugin/src $(PY) -m mypy --no-error-summary -p flora_checksums
 	@$(PY) -c 'from importlinter.cli import lint_imports_command as run; run()' --no-logo > $(VENV)/imports.txt || { cat $(VENV)/imports.txt; exit 1; }
 	@$(PIP) check || { $(PY) -m pip check; echo "The locks do not fit pyproject.toml: run 'make lock'."; exit 1; }
 	@$(PY) -m deptry --no-ansi . > $(VENV)/dependencies.txt 2>&1 || { cat $(VENV)/dependencies.txt; exit 1; }
@@ -38,8 +39,8 @@ check: $(DEV) ## Check format, lint, types, imports and dependencies
 format: $(DEV) ## Format the code and apply safe fixes
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .
 
-bench: $(DEV) ## Measure
-	@$(PY) -m pytest -q -s $(ARGS) $(or $(wildcard tests/bench/bench_*.py),$(error there is no tests/bench/bench_*.py))
+bench: $(DEV) ## Measure: one table, in some minutes
+	@$(PY) -m pytest -v --no-header --tb=short $(ARGS) $(or $(wildcard tests/bench/bench_*.py),$(error there is no tests/bench/bench_*.py))
 
 proof: $(DEV) ## Prove what takes long: real waits, many rows, many crashes
 	@$(PY) -m pytest -q -s $(ARGS) $(or $(wildcard tests/proof/proof_*.py),$(error there is no tests/proof/proof_*.py))

@@ -1,7 +1,8 @@
 """A directory as a place for outputs: hidden temporary file, hash while writing, fsync, rename, fsync of the directory.
 
-All file work happens in threads of its own; a lock per file keeps the clean-up of a cancelled download behind the
-write that it interrupts.
+The temporary file lies in the directory of its target, which may be a file system of its own; what a killed process
+left there is swept up by the next one that writes there. All file work happens in threads of its own; a lock per file
+keeps the clean-up of a cancelled download behind the write that it interrupts.
 """
 
 import asyncio
@@ -14,19 +15,20 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import AsyncIterable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from handlers.places import PlaceError, Stored
+from handlers.places import NO_METADATA, PlaceError, Stored
 
-PART_PREFIX = ".part-"
+PART_PREFIX = ".part-flora-"  # ours alone: what is called so and locked by nobody is removed
 STALE_SECONDS = 24 * 3600  # no download runs for that long; asked only where the file system has no locks
 REMEMBERED_DIRECTORIES = 10_000
 THREADS = 16  # they mostly wait for fsync
+READ_BYTES = 1024 * 1024
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -57,6 +59,17 @@ class LocalDisk:
     async def size(self, key: str) -> int | None:
         return await self._run(_file_size, self.root / key)
 
+    async def read(self, key: str) -> AsyncIterator[bytes]:
+        path = self.root / key
+        if await self._run(_file_size, path) is None:
+            return
+        file = await self._run(path.open, "rb")
+        try:
+            while chunk := await self._run(file.read, READ_BYTES):
+                yield chunk
+        finally:
+            file.close()
+
     async def put(
         self,
         key: str,
@@ -64,8 +77,9 @@ class LocalDisk:
         *,
         content_type: str | None,  # noqa: ARG002 - files have none
         expected: int | None,
+        metadata: Mapping[str, str] = NO_METADATA,  # noqa: ARG002 - nor this
     ) -> Stored:
-        part = _Part(self._tree, expected)
+        part = _Part(self._tree, self.root / key, expected)
         writing: asyncio.Task[None] | None = None
         try:
             async for chunk in chunks:  # the next chunk is received while this one is hashed and written
@@ -75,7 +89,7 @@ class LocalDisk:
                 writing.add_done_callback(_retrieve)
             if writing is not None:
                 await writing
-            return await self._run(part.publish, self.root / key)
+            return await self._run(part.publish)
         finally:
             if not part.closed:
                 await asyncio.shield(self._run(part.discard))
@@ -88,16 +102,13 @@ class LocalDisk:
         self._threads.shutdown(wait=False)
 
     def _probe(self) -> None:
-        part = _Part(self._tree, None)
+        part = _Part(self._tree, self.root / "probe", None)
         try:
             part.write(b"probe")
             part.sync()
         finally:
             part.discard()
-        for path in self.root.glob(f"{PART_PREFIX}*"):
-            with suppress(FileNotFoundError):
-                if _is_abandoned(path):
-                    path.unlink()
+        _sweep(self.root)
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
@@ -124,6 +135,16 @@ class _Tree:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._durable: set[Path] = set()
+        self._swept: set[Path] = set()
+
+    def enter(self, path: Path) -> None:
+        """Make a directory to write into, and sweep it when this process comes there for the first time."""
+        self.make(path)
+        if path not in self._swept:
+            if len(self._swept) >= REMEMBERED_DIRECTORIES:
+                self._swept.clear()
+            self._swept.add(path)
+            _sweep(path)
 
     def make(self, path: Path) -> None:
         if path == self.root and path.is_dir():
@@ -145,11 +166,12 @@ class _Tree:
 class _Part:
     """One file in the making. Its methods block; they are called from threads, and wait for each other."""
 
-    def __init__(self, tree: "_Tree", expected: int | None) -> None:
+    def __init__(self, tree: "_Tree", target: Path, expected: int | None) -> None:
         self.closed = False
         self._tree = tree
+        self._target = target
         self._expected = expected or 0
-        self._path = tree.root / f"{PART_PREFIX}{secrets.token_hex(8)}"
+        self._path = target.parent / f"{PART_PREFIX}{secrets.token_hex(8)}"
         self._fd = -1
         self._size = 0
         self._digest = hashlib.sha256()
@@ -169,8 +191,9 @@ class _Part:
     def sync(self) -> None:
         os.fsync(self._fd)
 
-    def publish(self, target: Path) -> Stored:
+    def publish(self) -> Stored:
         """Make the file durable under its name; an identical one that is there already stays as it is."""
+        target = self._target
         with self._lock:
             if self.closed:
                 raise asyncio.CancelledError
@@ -181,7 +204,6 @@ class _Part:
                 _sync(target)
             else:
                 self.sync()
-                self._tree.make(target.parent)
                 self._path.replace(target)
                 self._close(remove=False)
             _sync(target.parent)
@@ -195,13 +217,17 @@ class _Part:
     def _open(self) -> None:
         if self._fd >= 0:
             return
-        self._tree.make(self._tree.root)
-        usage = os.statvfs(self._tree.root)
+        self._tree.enter(self._target.parent)
+        usage = os.statvfs(self._target.parent)
         if usage.f_bavail * usage.f_frsize < self._expected:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with suppress(OSError):
-            fcntl.flock(self._fd, fcntl.LOCK_EX)  # held as long as this process lives: see _is_abandoned
+        while True:
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX)  # held as long as this process lives: see _remove_abandoned
+            if os.fstat(self._fd).st_nlink:
+                return
+            os.close(self._fd)  # swept up before it was locked
 
     def _close(self, *, remove: bool) -> None:
         self.closed = True
@@ -212,17 +238,25 @@ class _Part:
             self._path.unlink(missing_ok=True)
 
 
-def _is_abandoned(path: Path) -> bool:
-    """Whether nobody writes this file any more: a dead process holds no lock."""
+def _sweep(directory: Path) -> None:
+    """Remove the parts in a directory that nobody writes any more."""
+    for path in directory.glob(f"{PART_PREFIX}*"):
+        with suppress(OSError):
+            _remove_abandoned(path)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove a part if its writer is dead, and so holds no lock; under the lock, so that nobody else takes it up."""
     fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return os.fstat(fd).st_mtime < time.time() - STALE_SECONDS
-    else:
-        return True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:
+            if os.fstat(fd).st_mtime >= time.time() - STALE_SECONDS:
+                return
+        path.unlink()
     finally:
         os.close(fd)
 

@@ -1,31 +1,43 @@
-"""An object store as a place for outputs: S3, Google, Azure or memory, through obstore."""
+"""An object store as a place for outputs: S3, Google or Azure, through obstore.
 
+What fits into one part is held in memory and put by one request, its SHA-256 in its metadata. Anything larger streams
+in parts. Either way the object appears as a whole or not at all, and is looked at afterwards.
+"""
+
+import asyncio
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator
+import secrets
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 from urllib.parse import quote, unquote
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, PermissionDeniedError
 from obstore.store import ObjectStore as Store
-from obstore.store import from_url
 
-from handlers.places import PlaceError, Stored
+from handlers.clouds import explained
+from handlers.places import NO_METADATA, PlaceError, PlaceUnreachableError, Stored, digest
 
 PART_BYTES = 8 * 1024 * 1024
 PARTS_AT_ONCE = 2  # with the part size, what one upload holds in memory
-_PROBE = ".receiver-check"
+READ_BYTES = 1024 * 1024
+CHECK_SECONDS = 8.0  # whoever asks waits no longer than 10
+ABORT_SECONDS = 3.0
+SETTLE_SECONDS = 0.1
+_PROBE = ".receiver-check-"
+_PLAIN = " /:;,.+=@()"
+_VALUE_CHARACTERS = 256
 
 
 class ObjectStore:
-    """Objects under `url`. An upload appears as a whole or not at all; a cancelled one may leave an open multipart."""
+    """Objects under `url`."""
 
-    def __init__(self, url: str, store: Store | None = None) -> None:
-        """ValueError where obstore cannot read the URL; credentials come from each cloud's usual environment."""
+    def __init__(self, url: str, store: Store, *, cache_control: str | None = None) -> None:
         self._url = url.rstrip("/")
-        try:
-            self._store = store or from_url(url)
-        except (BaseError, ValueError) as exc:
-            raise ValueError(f"not a place that can be written to: {_first_line(exc)}") from exc
+        self._store = store
+        self._cache_control = cache_control
+        self._etag_may_be_md5 = True
 
     def locate(self, key: str) -> str:
         return f"{self._url}/{quote(key)}"
@@ -35,12 +47,18 @@ class ObjectStore:
         return unquote(location.removeprefix(prefix)) if location.startswith(prefix) else None
 
     async def size(self, key: str) -> int | None:
+        found = await self._head(key)
+        return None if found is None else int(found["size"])
+
+    async def read(self, key: str) -> AsyncIterator[bytes]:
         try:
-            return (await obstore.head_async(self._store, key))["size"]
+            answer = await obstore.get_async(self._store, key)
+            async for chunk in answer.stream(min_chunk_size=READ_BYTES):
+                yield bytes(chunk)
         except FileNotFoundError:
-            return None
+            return
         except (BaseError, OSError) as exc:
-            raise self._explained("read", exc) from exc
+            raise self._explained("read from", exc) from None
 
     async def put(
         self,
@@ -49,43 +67,172 @@ class ObjectStore:
         *,
         content_type: str | None,
         expected: int | None,  # noqa: ARG002 - nothing to reserve
+        metadata: Mapping[str, str] = NO_METADATA,
     ) -> Stored:
-        digest = hashlib.sha256()
-        size = 0
+        source = aiter(chunks)
+        head = await _first_part(source)
+        if sum(map(len, head)) <= PART_BYTES:
+            stored = await self._put_small(key, b"".join(head), content_type, metadata)
+        else:
+            stored = await self._put_parts(key, _Source(head, source), self._attributes(content_type, metadata))
+        found = await self.size(key)
+        if found != stored.size:
+            raise PlaceError(f"{self._url} holds {found} bytes of an object of {stored.size}")
+        return stored
 
-        async def hashed() -> AsyncIterator[bytes]:
-            nonlocal size
-            async for chunk in chunks:
-                digest.update(chunk)
-                size += len(chunk)
-                yield chunk
-
+    async def check(self) -> None:
+        """Write, read and delete an object."""
         try:
-            await obstore.put_async(
+            async with asyncio.timeout(CHECK_SECONDS):
+                await self._probe()
+        except TimeoutError:
+            raise PlaceUnreachableError(f"{self._url} did not answer within {CHECK_SECONDS:g} s") from None
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Let obstore's threads let go of their last answer: a process that ends before that is aborted (SIGABRT)."""
+        await asyncio.sleep(SETTLE_SECONDS)
+
+    async def _probe(self) -> None:
+        key = f"{_PROBE}{secrets.token_hex(4)}"
+        doing = "write to"
+        try:
+            await obstore.put_async(self._store, key, b"probe")
+            doing = "write to, but not read from,"
+            await obstore.get_async(self._store, key)
+            doing = "write to, but not delete from,"
+            await obstore.delete_async(self._store, key)
+        except PermissionDeniedError as exc:
+            raise self._explained(doing, exc) from None
+        except (BaseError, OSError) as exc:
+            raise self._explained(doing.partition(",")[0], exc) from None
+
+    async def _put_small(self, key: str, body: bytes, content_type: str | None, metadata: Mapping[str, str]) -> Stored:
+        stored = Stored(len(body), hashlib.sha256(body).hexdigest())
+        attributes = self._attributes(content_type, {**metadata, "sha256": stored.sha256})
+        try:
+            answer = await obstore.put_async(self._store, key, body, attributes=attributes, use_multipart=False)
+        except (BaseError, OSError) as exc:
+            raise self._explained("write to", exc) from None
+        await self._verify(key, body, stored, answer.get("e_tag"))
+        return stored
+
+    async def _verify(self, key: str, body: bytes, stored: Stored, etag: str | None) -> None:
+        """Compare an ETag that looks like an MD5 with ours. Where a store's is something else, read once and remember."""
+        told = (etag or "").strip('"').lower()
+        if not self._etag_may_be_md5 or len(told) != 32:  # noqa: PLR2004 - hex digits of an MD5
+            return
+        if told == hashlib.md5(body, usedforsecurity=False).hexdigest():
+            return
+        if await digest(self.read(key)) != stored:
+            raise PlaceError(f"{self._url} holds other bytes than were sent")
+        self._etag_may_be_md5 = False  # encrypted by its store, most likely
+
+    async def _put_parts(self, key: str, source: "_Source", attributes: Any) -> Stored:
+        upload = asyncio.ensure_future(
+            obstore.put_async(
                 self._store,
                 key,
-                hashed(),
-                attributes={"Content-Type": content_type} if content_type else None,
+                source,
+                attributes=attributes,
                 chunk_size=PART_BYTES,
                 max_concurrency=PARTS_AT_ONCE,
             )
-        except (BaseError, OSError) as exc:
-            raise self._explained("write to", exc) from exc
-        return Stored(size, digest.hexdigest())
-
-    async def check(self) -> None:
+        )
         try:
-            await obstore.put_async(self._store, _PROBE, b"probe")
-            await obstore.delete_async(self._store, _PROBE)
+            await asyncio.shield(upload)
+        except asyncio.CancelledError:
+            # Dropped, an upload would leave its parts in the bucket, unseen and billed; an error makes obstore abort it.
+            source.stop()
+            await asyncio.wait({upload}, timeout=ABORT_SECONDS)
+            upload.cancel()
+            with suppress(BaseException):
+                upload.exception()
+            raise
         except (BaseError, OSError) as exc:
-            raise self._explained("write to", exc) from exc
+            if source.failure is not None:
+                raise source.failure from None
+            raise self._explained("write to", exc) from None
+        return source.stored
 
-    async def close(self) -> None:
-        pass
+    def _attributes(self, content_type: str | None, metadata: Mapping[str, str]) -> Any:
+        """Return what an object is labelled with: names of plain letters, values of plain ASCII, as all clouds take them."""
+        labels = {"Content-Type": content_type, "Cache-Control": self._cache_control}
+        own = {name: quote(value, safe=_PLAIN)[:_VALUE_CHARACTERS].strip() for name, value in metadata.items()}
+        return {name: value for name, value in {**labels, **own}.items() if value}
 
-    def _explained(self, verb: str, exc: Exception) -> PlaceError:
-        return PlaceError(f"cannot {verb} {self._url}: {_first_line(exc)}")
+    async def _head(self, key: str) -> Mapping[str, Any] | None:
+        try:
+            return dict(await obstore.head_async(self._store, key))
+        except FileNotFoundError:
+            return None
+        except (BaseError, OSError) as exc:
+            raise self._explained("read from", exc) from None
+
+    def _explained(self, doing: str, exc: Exception) -> PlaceError:
+        start = f"can {doing}" if "but" in doing else f"cannot {doing}"
+        return explained(f"{start} {self._url}", exc, self._store)
 
 
-def _first_line(exc: Exception) -> str:
-    return str(exc).partition("\n")[0]  # obstore adds pages of debug output
+class _Source:
+    """The chunks of one upload: hashed on their way, and ended by an error once `stop` is called."""
+
+    def __init__(self, head: Sequence[bytes], rest: AsyncIterator[bytes]) -> None:
+        self.failure: BaseException | None = None
+        self._chunks = self._all(list(head), rest)
+        self._stopped = asyncio.Event()
+        self._size = 0
+        self._sha256 = hashlib.sha256()
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(self._size, self._sha256.hexdigest())
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def __aiter__(self) -> "_Source":
+        return self
+
+    async def __anext__(self) -> bytes:
+        coming = asyncio.ensure_future(anext(self._chunks, b""))
+        stopping = asyncio.ensure_future(self._stopped.wait())
+        try:
+            await asyncio.wait({coming, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if self._stopped.is_set():
+                raise InterruptedError("the upload was cancelled")  # noqa: TRY301 - as any failure of the source
+            chunk = coming.result()
+        except BaseException as exc:
+            self.failure = exc
+            raise
+        finally:
+            stopping.cancel()
+            if not coming.done():
+                coming.cancel()
+                await asyncio.wait({coming})
+        if not chunk:
+            raise StopAsyncIteration
+        self._size += len(chunk)
+        self._sha256.update(chunk)
+        return chunk
+
+    async def _all(self, head: list[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        while head:
+            yield head.pop(0)
+        async for chunk in rest:
+            if chunk:
+                yield chunk
+
+
+async def _first_part(source: AsyncIterator[bytes]) -> list[bytes]:
+    """Take chunks until they are more than one part, or all."""
+    taken: list[bytes] = []
+    size = 0
+    while size <= PART_BYTES:
+        chunk = await anext(source, None)
+        if chunk is None:
+            break
+        taken.append(chunk)
+        size += len(chunk)
+    return taken

@@ -1,12 +1,20 @@
 """Where outputs can be put: what `handlers.storage` asks of a local disk and of an object store alike."""
 
-from collections.abc import AsyncIterable
+import hashlib
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
+
+NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 
 class PlaceError(Exception):
-    """The place cannot be used now (full, not writable, unreachable). The message is for operators."""
+    """The place cannot be used now (full, not writable, credentials refused). The message is for operators."""
+
+
+class PlaceUnreachableError(PlaceError):
+    """Nobody answers there now, or only with an error of its own; that may pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +37,17 @@ class Place(Protocol):
     async def size(self, key: str) -> int | None:
         """The size of what is there, in bytes; None where there is nothing."""
 
+    def read(self, key: str) -> AsyncIterator[bytes]:
+        """What is there, in pieces that fit into memory; nothing at all where there is nothing."""
+
     async def put(
-        self, key: str, chunks: AsyncIterable[bytes], *, content_type: str | None, expected: int | None
+        self,
+        key: str,
+        chunks: AsyncIterable[bytes],
+        *,
+        content_type: str | None,
+        expected: int | None,
+        metadata: Mapping[str, str] = NO_METADATA,
     ) -> Stored:
         """Write all chunks (`expected` bytes, where known), or nothing: no reader ever sees a part. Safe on return."""
 
@@ -38,3 +55,12 @@ class Place(Protocol):
         """Raise PlaceError if nothing could be put here now."""
 
     async def close(self) -> None: ...
+
+
+async def digest(chunks: AsyncIterable[bytes]) -> Stored:
+    """Measure and hash what comes, keeping none of it."""
+    size, sha256 = 0, hashlib.sha256()
+    async for chunk in chunks:
+        size += len(chunk)
+        sha256.update(chunk)
+    return Stored(size, sha256.hexdigest())

@@ -1,36 +1,34 @@
 """The handler that stores outputs: each under its key, then a manifest beside them. Found by its entry point `storage`.
 
-For every output: reserve its place, stream it there while hashing, record it. Each step may be the last before a crash,
-and running again from the start then changes nothing that is safe already.
+It may be told again of a run at any time: what the ledger has as stored, and what is still there in that size, is
+neither fetched nor written; a place is reserved in the ledger before anything is written to it (see `keeping`).
 """
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
 from handlers.disk import LocalDisk
-from handlers.manifest import Kept, manifest
-from handlers.naming import KeyTemplate, RunKeys, extension
-from handlers.places import Place, PlaceError
+from handlers.keeping import Keeper, Overwrite
+from handlers.manifest import Kept
+from handlers.naming import KeyTemplate
+from handlers.places import Place, PlaceUnreachableError
+from handlers.thumbnails import require_pillow
 from receiver.handler import (
-    MANIFEST,
     Answer,
-    Artifact,
     Context,
     Done,
-    DownloadFailedError,
-    DownloadRefusedError,
     Event,
-    LocationTakenError,
     Output,
     Reject,
     Retry,
+    Secret,
     SettledRun,
+    TargetUnreachableError,
     When,
 )
 
@@ -43,23 +41,52 @@ def _usable_key(text: str) -> str:
 
 
 def _usable_url(url: str) -> str:
-    if "://" not in url or url.startswith("file:"):
+    if _is_local(url):
         _directory(url)
     return url
+
+
+def _usable_header(text: str | None) -> str | None:
+    if text is not None and not (text.isascii() and text.isprintable() and text.strip()):
+        raise ValueError("must be printable ASCII, as a header is")
+    return text
+
+
+def _as_text(value: object) -> object:
+    """Let options of a store be written as TOML writes them; obstore reads all of them from text."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int) else value
 
 
 class StorageConfig(BaseModel):
     """Where outputs go, and under which names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True)
 
     url: Annotated[str, Field(min_length=1), AfterValidator(_usable_url)] = "outputs"
-    """A directory, `file:///…`, or what obstore reads: `s3://bucket/prefix`, `gs://…`, `az://…`."""
+    """A directory, `file:///…`, or a bucket: `s3://bucket/prefix`, `gs://…`, `az://container/prefix`."""
+    store: Mapping[str, Annotated[Secret, BeforeValidator(_as_text)]] = Field(default_factory=dict)
+    """Options of the bucket by obstore's names, such as `region` and `endpoint`; each may be `env:NAME` or `file:/path`."""
     key: Annotated[str, AfterValidator(_usable_key)] = DEFAULT_KEY
+    """The name of each output below `url`."""
+    overwrite: Overwrite = Overwrite.SAME
+    """For files already there that are not the run's own: `never` use one, use it if the bytes are the `same`, `always`."""
+    max_size: Annotated[ByteSize, Field(ge=1)] | None = None
+    """Largest output, in bytes or as in `500MB`; a larger one is given up. Default: only `downloads.max_bytes` holds."""
     manifest: bool = True
-    """Whether to write `run.json` beside the outputs of a run."""
-    concurrency: Annotated[int, Field(ge=1, le=32)] = 4
-    """How many outputs of one run are fetched at a time."""
+    """Whether to write `run.json`."""
+    thumbnails: bool = False
+    """Whether to put a small WebP beside each image, named as it with `.thumb.webp` added (extra `thumbnails`)."""
+    cache_control: Annotated[str | None, AfterValidator(_usable_header)] = None
+    """`Cache-Control` of the objects in a bucket, such as `public, max-age=31536000, immutable`."""
+    outputs_at_once: Annotated[int, Field(ge=1, le=32)] = 4
+    """Outputs of one run that are fetched at the same time."""
+
+    @model_validator(mode="after")
+    def _can_be_opened(self) -> Self:
+        open_place(self.url, self.store, self.cache_control)
+        return self
 
 
 class Storage:
@@ -70,19 +97,22 @@ class Storage:
     when: ClassVar[When] = When(status=("completed",))
 
     def __init__(self, config: StorageConfig, *, place: Place | None = None) -> None:
+        """MissingExtraError where thumbnails are wanted and Pillow is not installed."""
         self._config = config
         self._template = KeyTemplate(config.key)
-        self._place = place or open_place(config.url)
+        self._place = place or open_place(config.url, config.store, config.cache_control)
+        self._easel = asyncio.Semaphore(1)  # one picture is decoded at a time, whatever that takes of memory
+        if config.thumbnails:
+            require_pillow()
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:
-        known = {artifact.position: artifact for artifact in context.artifacts}
-        taken = {position: self._place.key_of(artifact.location) for position, artifact in known.items()}
-        keys = RunKeys(self._template, run, {position: key for position, key in taken.items() if key is not None})
-        gate = asyncio.Semaphore(self._config.concurrency)
+        config = self._config
+        keeper = Keeper(self._place, self._template, run, context, overwrite=config.overwrite, max_size=config.max_size)
+        gate = asyncio.Semaphore(config.outputs_at_once)
 
         async def guarded(output: Output) -> Kept | Retry | Reject:
             async with gate:
-                return await self._attempt(output, known.get(output.position), keys, context)
+                return await keeper.keep(output)
 
         by_size = sorted(run.outputs, key=lambda output: output.likely_bytes)  # what is small is safe early
         async with asyncio.TaskGroup() as group:  # when it is cancelled, it waits until every download has cleaned up
@@ -91,101 +121,37 @@ class Storage:
         kept = [outcome for outcome in outcomes if isinstance(outcome, Kept)]
         if len(kept) < len(outcomes):
             return _worst(outcomes)
-        if self._config.manifest:
-            try:
-                await self._describe(run, kept, known.get(MANIFEST), keys, context)
-            except PlaceError as exc:
-                return Retry(f"manifest: {exc}")
-            except LocationTakenError as exc:
-                return Reject(f"manifest: {self._taken(exc)}")
-        return Done({"files": len(kept), "bytes": sum(each.size for each in kept)})
+        if config.thumbnails:
+            for each in kept:
+                async with self._easel:
+                    await keeper.show(each)
+        trouble = await keeper.describe(kept) if config.manifest else None
+        return trouble or Done({"files": len(kept), "bytes": sum(each.size for each in kept)})
 
     async def check(self) -> None:
-        await self._place.check()
+        try:
+            await self._place.check()
+        except PlaceUnreachableError as exc:
+            raise TargetUnreachableError(str(exc)) from exc
 
     async def close(self) -> None:
         await self._place.close()
 
-    async def _attempt(
-        self, output: Output, known: Artifact | None, keys: RunKeys, context: Context
-    ) -> Kept | Retry | Reject:
-        """Store one output; whatever goes wrong is an answer about this output alone."""
-        which = f"output {output.position} ({output.output_id})"
-        try:
-            return await self._still_there(output, known) or await self._fetch(output, keys, context)
-        except DownloadRefusedError as exc:
-            return Reject(f"{which}: {exc}")
-        except LocationTakenError as exc:
-            return Reject(f"{which}: {self._taken(exc)}")
-        except (DownloadFailedError, PlaceError) as exc:
-            return Retry(f"{which}: {exc}")
-        except Exception as exc:  # noqa: BLE001 - the other outputs must still be fetched
-            return Retry(f"{which}: {type(exc).__name__}: {exc}")
 
-    async def _still_there(self, output: Output, known: Artifact | None) -> Kept | None:
-        if known is None or known.stored_at is None or known.size is None:
-            return None
-        key = self._place.key_of(known.location)
-        if key is None or await self._place.size(key) != known.size:
-            return None
-        return Kept(
-            position=output.position,
-            output_id=output.output_id,
-            type=output.type,
-            key=key,
-            location=known.location,
-            size=known.size,
-            sha256=known.sha256,
-            content_type=known.content_type,
-        )
-
-    async def _fetch(self, output: Output, keys: RunKeys, context: Context) -> Kept:
-        async with context.open(output) as download:
-            content_type = download.content_type
-            key = keys.output(output, extension(content_type, output))
-            location = self._place.locate(key)
-            await context.reserve(output.position, output.output_id, location)
-            stored = await self._place.put(key, download, content_type=content_type, expected=download.content_length)
-        await context.store_artifact(output.position, size=stored.size, sha256=stored.sha256, content_type=content_type)
-        return Kept(
-            position=output.position,
-            output_id=output.output_id,
-            type=output.type,
-            key=key,
-            location=location,
-            size=stored.size,
-            sha256=stored.sha256,
-            content_type=content_type,
-        )
-
-    async def _describe(
-        self, run: SettledRun, kept: Sequence[Kept], known: Artifact | None, keys: RunKeys, context: Context
-    ) -> None:
-        body = manifest(run, kept)
-        key = keys.manifest(MANIFEST, kept[0].key if kept else None)
-        location = self._place.locate(key)
-        if (
-            known is not None
-            and known.stored_at is not None
-            and (known.location, known.sha256) == (location, hashlib.sha256(body).hexdigest())
-            and await self._place.size(key) == len(body)
-        ):
-            return
-        await context.reserve(MANIFEST, "run.json", location)
-        stored = await self._place.put(key, _once(body), content_type="application/json", expected=len(body))
-        await context.store_artifact(MANIFEST, size=stored.size, sha256=stored.sha256, content_type="application/json")
-
-    def _taken(self, exc: LocationTakenError) -> str:
-        return f"{exc}; make the key template {self._template.text!r} tell runs apart, by {{run_id}} for example"
-
-
-def open_place(url: str) -> Place:
-    """Choose the kind of place by its URL; ValueError where there is none."""
-    if "://" not in url or url.startswith("file:"):
+def open_place(url: str, store: Mapping[str, SecretStr], cache_control: str | None = None) -> Place:
+    """Choose the kind of place by its URL; ValueError where there is none, or its options are wrong."""
+    if _is_local(url):
+        if store or cache_control:
+            raise ValueError("`store` and `cache_control` are for buckets; a directory has neither")
         return LocalDisk(_directory(url))
-    from handlers.objects import ObjectStore  # noqa: PLC0415 - only who uses a cloud waits for its library
+    from handlers.clouds import open_store  # noqa: PLC0415 - only who uses a cloud waits for its library
+    from handlers.objects import ObjectStore  # noqa: PLC0415
 
-    return ObjectStore(url)
+    return ObjectStore(url, open_store(url, store), cache_control=cache_control)
+
+
+def _is_local(url: str) -> bool:
+    return "://" not in url or url.startswith("file:")
 
 
 def _directory(url: str) -> Path:
@@ -197,13 +163,11 @@ def _directory(url: str) -> Path:
     return Path(unquote(parts.path))
 
 
-async def _once(body: bytes) -> AsyncIterator[bytes]:
-    yield body
-
-
 def _worst(outcomes: Sequence[Kept | Retry | Reject]) -> Answer:
     """Answer for the whole run: while an output may still be stored it is tried again, whatever became of the others."""
     rejected = [outcome.reason for outcome in outcomes if isinstance(outcome, Reject)]
-    postponed = [outcome.reason for outcome in outcomes if isinstance(outcome, Retry)]
-    reason = "; ".join([*rejected, *postponed])
-    return Retry(reason) if postponed else Reject(reason)
+    postponed = [outcome for outcome in outcomes if isinstance(outcome, Retry)]
+    reason = "; ".join([*rejected, *(outcome.reason for outcome in postponed)])
+    if not postponed:
+        return Reject(reason)
+    return Retry(reason, reread=any(outcome.reread for outcome in postponed))

@@ -5,13 +5,14 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, assert_never
 
 import structlog
 
+from receiver.decide import Backoff
 from receiver.download import Download, Downloader, Saved, save
 from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledRun
 from receiver.model import Artifact, DispatchState, Output, Run
@@ -34,6 +35,7 @@ class Registration:
     max_attempts: int = 12
     timeout_seconds: float = 900.0
     concurrency: int = 8
+    backoff: Backoff = field(default_factory=Backoff)
 
 
 async def call(handler: Handler, run: SettledRun, context: "AttemptContext", timeout_seconds: float) -> Answer:
@@ -136,6 +138,7 @@ def settled_run(run: Run, outputs: Sequence[Output]) -> SettledRun:
         settled_at=settled_at,
         settled_by="callback" if called else "poll",
         verdict=run.verdict and run.verdict.value,
+        version=run.version,
     )
 
 

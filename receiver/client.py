@@ -13,6 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -185,13 +186,25 @@ class ReceiverClient:
                 return found
 
     def refresh(self, run_id: str) -> RunView:
-        """Have the run read from FLORA now; a lost one is taken up again."""
+        """Have the run read from FLORA now; a lost one is taken up again, a completed one gets fresh output URLs."""
         return run_view(self._post(f"/api/runs/{_segment(run_id)}/refresh", {})["run"])
 
-    def redispatch(self, run_id: str, handler: str | None = None) -> int:
-        """Have handlers work on the run again, all or one; return how many dispatches are due again."""
-        body = {} if handler is None else {"handler": handler}
+    def redispatch(self, run_id: str, handler: str | None = None, *, again: bool = False) -> int:
+        """Have handlers work on the run again, all or one; return how many dispatches are due again.
+
+        `again` opens a new round, with idempotency keys of its own: effects are applied once more.
+        """
+        body: dict[str, Any] = {"again": again} if handler is None else {"handler": handler, "again": again}
         return int(self._post(f"/api/runs/{_segment(run_id)}/redispatch", body)["dispatches"])
+
+    def redispatch_missing(self, handler: str, since: datetime) -> int:
+        """Tell a handler that was added later of the runs settled since (an aware time); return for how many it is due."""
+        armed = 0
+        while True:
+            answer = self._post("/api/runs/redispatch", {"handler": handler, "since": since.isoformat()})
+            armed += int(answer["dispatches"])
+            if not answer["more"]:
+                return armed
 
     def timeline(self, run_id: str) -> dict[str, Any]:
         """Return what happened to a run, in order: `{"run_id", "entries": [{"at", "kind", …}]}`."""
@@ -229,8 +242,9 @@ class ReceiverClient:
         return self._pages("/api/rejections", "rejections", limit)
 
     def dispatches(self, state: str = "dead", limit: int = 100) -> Iterator[dict[str, Any]]:
-        """Give the dispatches in a state, newest first."""
-        return self._pages("/api/dispatches", "dispatches", limit, state=state)
+        """Give the dispatches in a state, newest first; `orphaned`: what waits for handlers that are not configured."""
+        only = {"orphaned": "true"} if state == "orphaned" else {"state": state}
+        return self._pages("/api/dispatches", "dispatches", limit, **only)
 
     def retry_dispatches(self, handler: str | None = None, run_id: str | None = None) -> int:
         """Have dead dispatches tried again, all or those of a handler or a run; return how many."""

@@ -4,7 +4,7 @@ import asyncio
 import random
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -19,7 +19,7 @@ from receiver.download import Downloader
 from receiver.errors import StoreUnavailableError
 from receiver.handler import Done, Retry
 from receiver.intake import Signals
-from receiver.model import Dispatch, DispatchState, Event, Lane, Subscription
+from receiver.model import Asked, Dispatch, DispatchState, Event, Lane, Report, Subscription
 from receiver.scales import Scales
 from receiver.store import Database, ledger, queue
 from receiver.store.queue import Leased
@@ -63,6 +63,7 @@ class Dispatcher:
         downloader: Downloader,
         signals: Signals,
         metrics: Metrics,
+        learn: Callable[[Report], Awaitable[object]],
         lease: timedelta = timedelta(seconds=60),
         takeover: bool = False,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -74,6 +75,7 @@ class Dispatcher:
         self._downloader = downloader
         self._signals = signals
         self._metrics = metrics
+        self._learn = learn
         self._lease = lease
         self._takeover = takeover
         self._idle_seconds = _SHARED_IDLE_SECONDS if database.shared else _IDLE_SECONDS
@@ -223,6 +225,7 @@ class Dispatcher:
             answer_state(answer),
             leased.dispatch.attempts,
             registration.max_attempts,
+            backoff=registration.backoff,
             after_seconds=answer.after_seconds if isinstance(answer, Retry) else None,
             now=now,
             jitter=self._jitter(),
@@ -247,6 +250,15 @@ class Dispatcher:
 
         written = await self._write_down(leased, job)
         self._tell(leased, outcome, reason, written=written, seconds=(now - started_at).total_seconds())
+        if isinstance(answer, Retry) and answer.reread:
+            await self._reread(leased.run.run_id, now)
+
+    async def _reread(self, run_id: str, now: datetime) -> None:
+        """Have a run read again, for the URLs that its outputs have now."""
+        try:
+            await self._learn(Asked(run_id, now))
+        except StoreUnavailableError as error:
+            log.warning("dispatch.not_reread", run_id=run_id, reason=str(error))  # the next attempt asks again
 
     async def _write_down(self, leased: Leased, job: Callable[[Any], bool]) -> bool:
         """Write an answer down as soon as the database lets us: the effect is applied, and nobody else takes the lease."""
@@ -261,7 +273,9 @@ class Dispatcher:
         """Tell handlers that listen to `dead`. The death of an alert is not announced by another alert."""
         if event is Event.DEAD or not any(Event.DEAD in row.on for row in self._subscriptions):
             return
-        run, outputs = ledger.runs_by_id(tx, [run_id])[run_id], ledger.outputs_of_runs(tx, [run_id])[run_id]
+        # Locked, or two deaths at the same time would count the same round, and one of them would go untold.
+        run = ledger.runs_by_id(tx, [run_id], for_update=True)[run_id]
+        outputs = ledger.outputs_of_runs(tx, [run_id])[run_id]
         round_ = queue.next_round(tx, run_id, Event.DEAD)
         rows = settle(run, outputs, [Event.DEAD], self._subscriptions, now=now, round_=round_)
         ledger.add_dispatches(tx, rows)

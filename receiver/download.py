@@ -1,5 +1,7 @@
 """Guarded fetching of output URLs, as bounded streams of bytes. The dispatcher and the handlers call it.
 
+A body that is cut is continued where it ended, if its server offers that and the rest is surely of the same body.
+
 Whoever holds the URL of an output has the output: no message, log line or repr made here shows more than its host.
 """
 
@@ -15,14 +17,19 @@ import httpx
 
 from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedError
 from receiver.http import PrivateAddressError, Resolve, media_client, resolve, tls_context
+from receiver.media_urls import parsed, redirected
 from receiver.model import Output
+from receiver.ranges import Whole, whole
 
 __all__ = ["Download", "DownloadLimits", "Downloader", "Saved", "save", "text_download"]
 
 CHUNK_BYTES = 512 * 1024
 MAX_REDIRECTS = 3
+MAX_RESUMES = 5  # of one download
 
 _OK = 200
+_RESUME_SECONDS = 0.1  # before the first; each further one waits three times as long
+_TO_A_RANGE = frozenset({200, 206, 416})  # the rest, or word that there is no such rest
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _EXPIRED = frozenset({403, 404, 410})
 
@@ -100,30 +107,33 @@ class Downloader:
     async def fetch(self, url: str) -> AsyncIterator[Download]:
         """Read one URL; the deadline covers redirects and body, and is checked whenever bytes are waited for."""
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_seconds
-        response = await self._follow(_parsed(url), deadline)
+        start = parsed(url)
+        response = await self._follow(start, deadline)
+        body = _Body(start, response, whole(response.headers), deadline)
         try:
             yield Download(
-                chunks=self._chunks(response, deadline),
+                chunks=self._chunks(body),
                 content_type=_content_type(response),
                 content_length=_content_length(response),
             )
         finally:
-            await response.aclose()
+            await body.response.aclose()
 
-    async def _follow(self, url: httpx.URL, deadline: float) -> httpx.Response:
+    async def _follow(self, url: httpx.URL, deadline: float, headers: dict[str, str] | None = None) -> httpx.Response:
+        """Send a request, through redirects, and return what it leads to."""
         client = self._first
         for _ in range(MAX_REDIRECTS + 1):
             async with _watching(url.host, deadline):
                 try:
-                    response = await client.send(client.build_request("GET", url), stream=True)
+                    response = await client.send(client.build_request("GET", url, headers=headers), stream=True)
                 except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
                     # Most likely an idle connection that the server was just closing: once more, on another.
-                    response = await client.send(client.build_request("GET", url), stream=True)
+                    response = await client.send(client.build_request("GET", url, headers=headers), stream=True)
             try:
                 if response.status_code not in _REDIRECTS:
-                    self._accept(response)
+                    self._accept(response, partly=headers is not None)
                     return response
-                target = _redirected(response)
+                target = redirected(response)
             except BaseException:
                 await response.aclose()
                 raise
@@ -131,40 +141,88 @@ class Downloader:
             url, client = target, self._further
         raise DownloadRefusedError(f"{url.host}: more than {MAX_REDIRECTS} redirects")
 
-    def _accept(self, response: httpx.Response) -> None:
+    def _accept(self, response: httpx.Response, *, partly: bool) -> None:
         host, status = response.url.host, response.status_code
         if status in _EXPIRED:
             raise DownloadFailedError(f"{host} answered {status}: the output is no longer there", expired=True)
-        if status != _OK:
+        if status not in (_TO_A_RANGE if partly else {_OK}):
             raise DownloadFailedError(f"{host} answered {status}")
         if response.headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
             raise DownloadRefusedError(f"{host} sent an encoded body although none was asked for")
         self._within_limit(host, _content_length(response) or 0)
 
-    async def _chunks(self, response: httpx.Response, deadline: float) -> AsyncIterator[bytes]:
-        host = response.url.host
-        raw = response.aiter_raw()
+    async def _chunks(self, body: "_Body") -> AsyncIterator[bytes]:
         received = 0
         while True:
             parts: list[bytes] = []
             size = 0
-            async with _watching(host, deadline):
-                async for part in raw:
-                    parts.append(part)
-                    size += len(part)
-                    if size >= CHUNK_BYTES:
+            host = body.response.url.host
+            while size < CHUNK_BYTES:
+                try:
+                    async with _watching(host, body.deadline):
+                        async for part in body.raw:
+                            parts.append(part)
+                            size += len(part)
+                            if size >= CHUNK_BYTES:
+                                break
+                    if size >= CHUNK_BYTES or body.whole is None or received + size >= body.whole.length:
                         break
+                    raise DownloadFailedError(f"{host}: cut")  # noqa: TRY301 - as the HTTP layer says of others
+                except DownloadFailedError as cut:
+                    await self._resume(body, received + size, cut)
             if not parts and not received:
                 raise DownloadFailedError(f"{host} answered with an empty body")
             if not parts:
                 return
             received += size
             self._within_limit(host, received)
+            if body.whole is not None and received > body.whole.length:
+                raise DownloadFailedError(f"{host} sent more than it said it would")
             yield b"".join(parts)
+
+    async def _resume(self, body: "_Body", offset: int, cut: DownloadFailedError) -> None:
+        """Go on from `offset` with another answer; where that cannot be, raise `cut`, or what came instead."""
+        loop = asyncio.get_running_loop()
+        if body.whole is None or not offset:
+            raise cut
+        await body.response.aclose()
+        while body.resumes < MAX_RESUMES:
+            pause = _RESUME_SECONDS * 3**body.resumes
+            if loop.time() + pause >= body.deadline:
+                break
+            body.resumes += 1
+            await asyncio.sleep(pause)
+            try:
+                response = await self._follow(body.start, body.deadline, body.whole.asking(offset))
+            except DownloadFailedError as failure:
+                if failure.expired:
+                    raise
+                continue
+            body.go_on_with(response)
+            if body.whole.continued_by(response.status_code, response.headers, offset):
+                return
+            await response.aclose()
+            break
+        raise cut
 
     def _within_limit(self, host: str, size: int) -> None:
         if size > self._limits.max_bytes:
             raise DownloadRefusedError(f"{host}: the output is larger than the limit of {self._limits.max_bytes} bytes")
+
+
+class _Body:
+    """What is being read: where it was asked for, the answer that it comes in now, and how to ask for its rest."""
+
+    def __init__(self, start: httpx.URL, response: httpx.Response, whole: Whole | None, deadline: float) -> None:
+        self.start = start
+        self.whole = whole
+        self.deadline = deadline
+        self.resumes = 0
+        self.go_on_with(response)
+
+    def go_on_with(self, response: httpx.Response) -> None:
+        self.response = response
+        self.raw = response.aiter_raw()
 
 
 async def save(download: Download, path: Path) -> Saved:
@@ -180,7 +238,7 @@ async def save(download: Download, path: Path) -> Saved:
         finally:
             await asyncio.to_thread(file.close)
     except BaseException:
-        path.unlink(missing_ok=True)
+        path.unlink()  # noqa: ASYNC240 -- quick, and a thread could not be waited for while the attempt is being cancelled
         raise
     return Saved(path, size, digest.hexdigest(), download.content_type)
 
@@ -224,35 +282,6 @@ def _translated(exc: httpx.HTTPError, host: str) -> DownloadError:
             return DownloadFailedError(f"{host}: stalled")
         case _:
             return DownloadFailedError(f"{host}: cut, or not proper HTTP ({type(exc).__name__})")
-
-
-def _parsed(url: str) -> httpx.URL:
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, UnicodeError, TypeError):
-        raise DownloadRefusedError("the output's URL cannot be read") from None
-    return _clean(parsed)
-
-
-def _redirected(response: httpx.Response) -> httpx.URL:
-    location = response.headers.get("location")
-    try:
-        target = response.url.join(location) if location else None
-    except (httpx.InvalidURL, UnicodeError):
-        target = None
-    if target is None:
-        raise DownloadRefusedError(f"{response.url.host} redirects to something that is not a URL")
-    return _clean(target)
-
-
-def _clean(url: httpx.URL) -> httpx.URL:
-    if url.scheme not in {"http", "https"} or not url.host:
-        raise DownloadRefusedError(f"{url.host or 'the output'}: outputs are fetched over https only")
-    if not 0 <= (url.port or 0) < 65536:  # noqa: PLR2004
-        raise DownloadRefusedError(f"{url.host}: there is no such port")
-    if url.userinfo:
-        raise DownloadRefusedError(f"{url.host}: the output's URL carries credentials")
-    return url.copy_with(fragment=None)
 
 
 def _content_type(response: httpx.Response) -> str | None:

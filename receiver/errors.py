@@ -11,6 +11,10 @@ ReceiverError
 ├── DownloadError             an output that could not be fetched
 │   ├── DownloadRefusedError     and never will be: private address, too large, not HTTPS
 │   └── DownloadFailedError      but may be later: cut, stalled, 5xx, expired
+├── PostError                 something that could not be posted, or to which no answer came
+│   ├── PostRefusedError         nothing was sent, nor will be before someone changes something: private address, certificate
+│   └── PostFailedError          but may be later: nobody there, cut, no answer in time; it may have arrived all the same
+├── AttemptOverError          a function that was left behind wants something of its context
 ├── ReceiverApiError          the operations API refused, or cannot be reached; raised by `receiver.client` alone
 ├── TableError                a batch's file that is no table at all
 ├── LocationTakenError        another run's output already owns this place in a handler's storage
@@ -122,6 +126,22 @@ class DownloadFailedError(DownloadError):
     def __init__(self, message: str, *, expired: bool = False) -> None:
         self.expired = expired
         super().__init__(message)
+
+
+class PostError(ReceiverError):
+    """Something that could not be posted, or to which no answer came."""
+
+
+class PostRefusedError(PostError):
+    """Nothing was sent, and will not be before someone changes something: private address, certificate."""
+
+
+class PostFailedError(PostError):
+    """It may work later: nobody there, cut, no answer in time. It may have arrived all the same."""
+
+
+class AttemptOverError(ReceiverError):
+    """A plain function calls its context after its attempt has ended: it should end, too."""
 
 
 class ReceiverApiError(ReceiverError):

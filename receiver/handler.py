@@ -19,22 +19,30 @@ from pydantic import BaseModel
 from receiver.config.values import Secret
 from receiver.download import Download, Saved
 from receiver.errors import (
+    AttemptOverError,
     DownloadError,
     DownloadFailedError,
     DownloadRefusedError,
     LocationTakenError,
     MissingExtraError,
+    PostError,
+    PostFailedError,
+    PostRefusedError,
     TargetUnreachableError,
 )
 from receiver.model import Artifact, Event, Output, OutputType, RunState, When
+from receiver.posting import Posted, Poster, header_value, target_url, usable_headers
 
 __all__ = [
     "MANIFEST",
+    "THUMBNAIL",
     "Answer",
     "Artifact",
+    "AttemptOverError",
     "Checks",
     "Closes",
     "Context",
+    "DescribesSchema",
     "Done",
     "DownloadError",
     "DownloadFailedError",
@@ -46,6 +54,11 @@ __all__ = [
     "MissingExtraError",
     "Output",
     "OutputType",
+    "PostError",
+    "PostFailedError",
+    "PostRefusedError",
+    "Posted",
+    "Poster",
     "Reject",
     "Retry",
     "RunState",
@@ -54,11 +67,17 @@ __all__ = [
     "SettledRun",
     "TargetUnreachableError",
     "When",
+    "header_value",
     "needs",
+    "target_url",
+    "usable_headers",
 ]
 
 MANIFEST = -1
 """The position under which a handler stores its own description of a run."""
+
+THUMBNAIL = -2
+"""The position of the thumbnail of the output at position 0; that of output n is at `THUMBNAIL - n`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +135,8 @@ class SettledRun:
     """`callback` if its callback came before we read it as terminal, else `poll`."""
     verdict: str | None
     """`matched`, `diverged`, …; None while the callback of a polled run may still come."""
+    version: int = 0
+    """Grows with every change of the run: of two views of one run, the higher is the newer."""
 
 
 class Log(Protocol):
@@ -207,11 +228,20 @@ class Closes(Protocol):
     async def close(self) -> None: ...
 
 
+@runtime_checkable
+class DescribesSchema(Protocol):
+    """A handler class that keeps its data in tables of the user's; `flora-receiver handlers schema` prints them."""
+
+    @classmethod
+    def schema(cls, config: Any) -> str:
+        """Return the SQL that makes what the handler needs, for a configuration of it."""
+
+
 @contextmanager
 def needs(requirement: str) -> Iterator[None]:
-    """Import a library that not everybody has, where the handler is built: `with needs("flora-receiver[nats]"): …`.
+    """Guard the import of a library that not everybody has; used where a handler is built.
 
-    Raises MissingExtraError, which tells what to install.
+    `with needs("flora-receiver[nats]"): import nats`. Raises MissingExtraError, which tells what to install.
     """
     try:
         yield

@@ -1,8 +1,12 @@
 """Finds and builds the configured handlers. Called by the service and by `flora-receiver check`."""
 
+import asyncio
 import importlib
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -10,12 +14,17 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from receiver.attempt import Registration
-from receiver.config import HandlerEntry, Settings
-from receiver.errors import ConfigError, HandlerLoadError, Problem
-from receiver.handler import Handler
+from receiver.config import HandlerEntry, Setting, Settings, described
+from receiver.decide import Backoff
+from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreachableError
+from receiver.functions import FunctionHandler, function_maker
+from receiver.handler import Checks, DescribesSchema, Handler
 from receiver.model import Event, Subscription, When
 
 GROUP = "flora_receiver.handlers"
+
+_CONCURRENCY = 8
+_CHECK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +35,20 @@ class Loaded:
     subscription: Subscription
 
 
-def load_handlers(settings: Settings) -> tuple[Loaded, ...]:
-    """Build every configured handler, or raise ConfigError with the problems of all of them."""
+def load_handlers(settings: Settings, environ: Mapping[str, str] | None = None) -> tuple[Loaded, ...]:
+    """Build every configured handler, or raise ConfigError with the problems of all of them.
+
+    `environ` is what secrets of the form `env:NAME` refer to; default: the process's own environment.
+    """
     loaded: list[Loaded] = []
     problems: list[Problem] = []
     for index, entry in enumerate(settings.handlers):
         try:
-            loaded.append(_load(entry, settings))
+            loaded.append(_load(entry, settings, os.environ if environ is None else environ))
         except HandlerLoadError as error:
             problems.append(Problem(f"handlers.{index}.use", str(error)))
         except ValidationError as error:
-            problems += [
-                Problem(".".join(["handlers", str(index), *(str(part) for part in detail["loc"])]), _words(detail))
-                for detail in error.errors(include_url=False, include_input=False, include_context=False)
-            ]
+            problems += _problems(error, index)
         except Exception as error:  # noqa: BLE001 -- a plug-in's constructor may raise anything; the operator must see which
             problems.append(
                 Problem(f"handlers.{index}", f"{entry.use} cannot be built: {type(error).__name__}: {error}")
@@ -49,29 +58,114 @@ def load_handlers(settings: Settings) -> tuple[Loaded, ...]:
     return tuple(loaded)
 
 
+async def check_handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[Problem]]:
+    """Return what keeps handlers from working, and what may pass by itself, as their own checks tell."""
+    found = await asyncio.gather(*(_checked(each) for each in loaded))
+    problems = [problem for problem, passing in found if problem is not None and not passing]
+    return problems, [problem for problem, passing in found if problem is not None and passing]
+
+
+async def _checked(loaded: Loaded) -> tuple[Problem | None, bool]:
+    """Return what is wrong with one handler, and whether that may pass."""
+    name, handler = loaded.registration.name, loaded.registration.handler
+    if not isinstance(handler, Checks):
+        return None, False
+    try:
+        async with asyncio.timeout(_CHECK_SECONDS):
+            await handler.check()
+    except TimeoutError:
+        return Problem(name, f"its check did not end within {_CHECK_SECONDS:g} s"), True
+    except Exception as error:  # noqa: BLE001 -- a plug-in's check may raise anything: that is its answer
+        return Problem(name, str(error) or type(error).__name__), isinstance(error, TargetUnreachableError)
+    return None, False
+
+
 def available() -> Sequence[str]:
     """Return the names of the installed handlers, without importing any."""
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
-def _load(entry: HandlerEntry, settings: Settings) -> Loaded:
-    handler_class = _find(entry.use)
-    config = handler_class.Config.model_validate(entry.options)
+def options_of(use: str) -> list[Setting]:
+    """Return the options of a handler, as its own `Config` describes them. Raises HandlerLoadError."""
+    return described(find_handler(use).Config)
+
+
+def describe_schema(settings: Settings, name: str, environ: Mapping[str, str]) -> str:
+    """Return the SQL of the tables that a configured handler keeps, found by its name or by its `use`.
+
+    Raises ConfigError when its options are wrong, HandlerLoadError when there is no such handler or it has no tables.
+    """
+    named = [index for index, entry in enumerate(settings.handlers) if entry.name == name]
+    found = named or [index for index, entry in enumerate(settings.handlers) if entry.use == name]
+    if not found:
+        raise HandlerLoadError(f"no configured handler is called {name!r}: its [[handlers]] entry says what to print")
+    if len(found) > 1:
+        names = ", ".join(str(settings.handlers[index].name) for index in found)
+        raise HandlerLoadError(f"several handlers use {name!r}: say which of {names}")
+    (index,) = found
+    entry = settings.handlers[index]
+    handler_class = find_handler(entry.use)
+    if not isinstance(handler_class, DescribesSchema):
+        raise HandlerLoadError(f"{entry.use} keeps no tables")
+    try:
+        config = handler_class.Config.model_validate(entry.options, context={"environ": environ})  # type: ignore[attr-defined]
+    except ValidationError as error:
+        raise ConfigError(_problems(error, index)) from error
+    return handler_class.schema(config)
+
+
+def without_secrets(settings: Settings, environ: Mapping[str, str]) -> Settings:
+    """Return settings for display, in which whatever a handler's `Config` types as a secret is masked, by any name."""
+    return settings.model_copy(update={"handlers": tuple(_shown(entry, environ) for entry in settings.handlers)})
+
+
+def _shown(entry: HandlerEntry, environ: Mapping[str, str]) -> HandlerEntry:
+    config = find_handler(entry.use).Config.model_validate(entry.options, context={"environ": environ})
+    plain = json.loads(json.dumps(config.model_dump(exclude_unset=True), default=str))
+    return entry.model_copy(update={"options": plain})
+
+
+def _load(entry: HandlerEntry, settings: Settings, environ: Mapping[str, str]) -> Loaded:
+    handler_class = find_handler(entry.use)
+    config = handler_class.Config.model_validate(entry.options, context={"environ": environ})
     handler = handler_class(config)
     if not isinstance(handler, Handler):
         raise HandlerLoadError(f"{entry.use} has no `handle` method")
     on: tuple[Event, ...] = entry.on or getattr(handler_class, "on", None) or (Event.SETTLED,)
     when: When = entry.when or getattr(handler_class, "when", None) or When()
+    general = settings.dispatch
+
+    def limit(name: str, otherwise: Any) -> Any:
+        return getattr(entry, name) or getattr(handler_class, name, None) or otherwise
+
+    concurrency = min(limit("concurrency", _CONCURRENCY), general.concurrency)
+    if isinstance(handler, FunctionHandler):
+        handler.threads = concurrency
     return Loaded(
         Registration(
             entry.name,
             handler,
-            max_attempts=entry.max_attempts or settings.dispatch.max_attempts,
-            timeout_seconds=entry.timeout_seconds or settings.dispatch.timeout_seconds,
-            concurrency=min(entry.concurrency, settings.dispatch.concurrency),
+            max_attempts=limit("max_attempts", general.max_attempts),
+            timeout_seconds=limit("timeout_seconds", general.timeout_seconds),
+            concurrency=concurrency,
+            backoff=_backoff(entry),
         ),
         Subscription(entry.name, on, when),
     )
+
+
+def _backoff(entry: HandlerEntry) -> Backoff:
+    if entry.backoff is None:
+        return Backoff()
+    asked = entry.backoff
+    return Backoff(timedelta(seconds=asked.first_seconds), asked.factor, timedelta(seconds=asked.longest_seconds))
+
+
+def _problems(error: ValidationError, index: int) -> list[Problem]:
+    return [
+        Problem(".".join(["handlers", str(index), *(str(part) for part in detail["loc"])]), _words(detail))
+        for detail in error.errors(include_url=False, include_input=False, include_context=False)
+    ]
 
 
 def _words(detail: ErrorDetails) -> str:
@@ -81,13 +175,13 @@ def _words(detail: ErrorDetails) -> str:
     return detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
-def _find(use: str) -> Any:
-    """Return the class behind an entry point's name or a `package.module:Class`."""
+def find_handler(use: str) -> Any:
+    """Return the class behind an entry point's name or a `package.module:Class`; for a function what makes its handler."""
     points = [point for point in entry_points(group=GROUP) if point.name == use]
     if ":" not in use and not points:
         raise HandlerLoadError(
             f"there is no handler {use!r}; installed: {', '.join(available()) or 'none'}; "
-            "your own goes as package.module:Class"
+            "your own goes as package.module:Class, or package.module:function"
         )
     try:
         if points:
@@ -97,6 +191,4 @@ def _find(use: str) -> Any:
             found = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:
         raise HandlerLoadError(f"{use} cannot be imported: {type(error).__name__}: {error}") from error
-    if not hasattr(found, "Config"):
-        raise HandlerLoadError(f"{use} is not a handler: it has no Config (see receiver.handler)")
-    return found
+    return found if hasattr(found, "Config") else function_maker(found, use)

@@ -65,6 +65,8 @@ class DispatchView:
     """`ready`, `leased`, `done`, `dead` or `skipped`."""
     attempts: int
     last_error: str | None
+    orphaned: bool = False
+    """It waits for a handler that is not configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,7 @@ def _dispatch(row: Mapping[str, Any]) -> DispatchView:
         state=row["state"],
         attempts=row["attempts"],
         last_error=row["last_error"],
+        orphaned=row.get("orphaned", False),
     )
 
 

@@ -20,21 +20,22 @@ from receiver.download import Downloader, DownloadLimits
 from receiver.election import Election
 from receiver.errors import ConfigError, Problem, StoreUnavailableError
 from receiver.flora.client import FloraClient
-from receiver.handler import Checks, Closes
+from receiver.handler import Closes
 from receiver.herald import Herald
 from receiver.http import api_client, tls_context
 from receiver.intake import Intake, Secret, Signals
 from receiver.janitor import Janitor, Retention
-from receiver.plugins import Loaded, load_handlers
+from receiver.plugins import check_handlers, load_handlers
 from receiver.poller import Poller
 from receiver.starter import Starter
-from receiver.store import Database, open_database, queue
+from receiver.store import Database, open_database, queries, queue
 from receiver.store.database import shown
 from receiver.store.migrate import upgrade
 from receiver.sweeper import Discovery, Sweeper
 from receiver.telemetry import Metrics
 from receiver.web.access import Access
 from receiver.web.bodies import MAX_BODY_BYTES
+from receiver.web.dispatches import Dispatches
 from receiver.web.ledger import Ledger
 from receiver.web.ops import ops_app
 from receiver.web.protocol import Guard, Limits
@@ -81,12 +82,12 @@ class Service:
         self.database: Database = open_database(
             settings.database.url, listen_url=settings.database.listen_url, pool_size=settings.database.pool_size
         )
-        subscriptions = tuple(each.subscription for each in self._loaded)
+        self._subscriptions = tuple(each.subscription for each in self._loaded)
         flora = settings.flora
         self.intake = Intake(
             self.database,
             secrets=[Secret(value, workspace) for value, workspace in settings.secrets_by_workspace()],
-            subscriptions=subscriptions,
+            subscriptions=self._subscriptions,
             policy=policy or policy_of(settings),
             signals=self.signals,
             metrics=self.metrics,
@@ -138,10 +139,11 @@ class Service:
         self.dispatcher = Dispatcher(
             self.database,
             [each.registration for each in self._loaded],
-            subscriptions,
+            self._subscriptions,
             downloader=self._downloader,
             signals=self.signals,
             metrics=self.metrics,
+            learn=self.intake.learn,
             lease=timedelta(seconds=settings.dispatch.lease_seconds),
             takeover=self.database.shared,
             clock=self._clock,
@@ -287,6 +289,7 @@ class Service:
         if (problem := operations_problem(settings)) is not None:
             raise ConfigError([problem])
         access = Access(made_token(settings), operations.host, operations.allowed_hosts)
+        names = [each.handler for each in self._subscriptions]
         runs = Runs(
             self.database,
             self.intake,
@@ -294,17 +297,21 @@ class Service:
             signals=self.signals,
             stopping=self._stopping,
             base_url=settings.flora.base_url,
+            handlers=names,
             clock=self._clock,
         )
+        dispatches = Dispatches(self.database, self._subscriptions, signals=self.signals, clock=self._clock)
         ledger = Ledger(
             self.database,
             self.starter,
             self.metrics,
             signals=self.signals,
             stopping=self._stopping,
+            handlers=names,
             clock=self._clock,
         )
-        rooms = [ledger.probes()] if self._only == "door" else [runs.routes(), ledger.routes()]
+        everything = [dispatches.routes(), runs.routes(), ledger.routes()]
+        rooms = [ledger.probes()] if self._only == "door" else everything
         app = ops_app(access, *rooms)
         sockets = bind(operations.host, operations.port, setting="operations")
         # On loopback there is nobody to hide from; elsewhere TLS, unless a proxy does it.
@@ -347,8 +354,18 @@ class Service:
     async def _warn_of_trouble(self) -> None:
         for problem in self._settings.warnings():
             log.warning("config.odd", setting=problem.path, reason=problem.message)
-        for problem in await check_handlers(self._loaded):
+        problems, warnings = await check_handlers(self._loaded)
+        for problem in problems:
             log.error("handler.unhealthy", handler=problem.path, reason=problem.message)
+        for warning in warnings:
+            log.warning("handler.unreachable", handler=warning.path, reason=warning.message)
+        names = [each.handler for each in self._subscriptions]
+        with contextlib.suppress(StoreUnavailableError):
+            waiting = await self.database.read(lambda tx: queries.orphans(tx, names))
+            for handler, number in waiting.items():
+                log.warning(
+                    "dispatches.orphaned", handler=handler, dispatches=number, cure="configure the handler again"
+                )
 
 
 def role_problem(settings: Settings, only: Only | None) -> Problem | None:
@@ -358,20 +375,6 @@ def role_problem(settings: Settings, only: Only | None) -> Problem | None:
     if only == "door" and settings.database.measure_door:
         return None
     return Problem("--only", "a SQLite file belongs to one process that does everything: use a postgresql:// url")
-
-
-async def check_handlers(loaded: tuple[Loaded, ...]) -> list[Problem]:
-    """Return what keeps handlers from working, as their own checks tell."""
-    problems = []
-    for each in loaded:
-        handler = each.registration.handler
-        if isinstance(handler, Checks):
-            try:
-                async with asyncio.timeout(10):
-                    await handler.check()
-            except Exception as error:  # noqa: BLE001 -- a plug-in's check may raise anything: that is its answer
-                problems.append(Problem(each.registration.name, str(error) or type(error).__name__))
-    return problems
 
 
 def policy_of(settings: Settings) -> Policy:

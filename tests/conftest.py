@@ -13,6 +13,9 @@ from receiver.store.postgres import PostgresDatabase
 from tests.core import Clock, Core, a_core
 from tests.postgres import Postgres, pooler, postgres
 
+collect_ignore = ["example_plugin"]
+"""A package of its own; `test_kit.py` installs it and runs its tests."""
+
 
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -10,6 +10,7 @@ import pwd
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,23 @@ def pooler(server: Postgres, database: str) -> Iterator[str]:
             [program, str(config)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             cwd="/", **unprivileged(),
         )  # fmt: skip
+        url = f"postgresql://flora@/{database}?host={directory}&port=6432"
         try:
-            yield f"postgresql://flora@/{database}?host={directory}&port=6432"
+            _answers(process, url)
+            yield url
         finally:
             process.terminate()
             process.wait(10)
+
+
+def _answers(process: subprocess.Popen[bytes], url: str) -> None:
+    """Wait until PgBouncer, which has only just been started, listens."""
+    while True:
+        try:
+            psycopg.connect(url).close()
+        except psycopg.OperationalError as error:
+            if process.poll() is not None:
+                pytest.fail(f"pgbouncer ended: {error}", pytrace=False)
+            time.sleep(0.02)
+        else:
+            return

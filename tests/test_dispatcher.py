@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -18,9 +18,9 @@ from receiver.download import Downloader
 from receiver.errors import LocationTakenError
 from receiver.handler import Answer, Context, Done, Handler, Reject, Retry, SettledRun
 from receiver.http import tls_context
-from receiver.model import DispatchState, Event, Subscription
+from receiver.model import DispatchState, Event, Output, Subscription
 from receiver.store import Database, queue
-from tests.core import NOW, OUTPUT, Clock, Core, a_core, until, writable
+from tests.core import NOW, OUTPUT, Clock, Core, a_core, a_read, until, writable
 
 Act = Callable[[SettledRun, Context], Awaitable[Any]]
 TLS = tls_context()
@@ -90,6 +90,7 @@ class Bench:
             downloader=self.downloader,
             signals=self.core.signals,
             metrics=self.core.metrics,
+            learn=self.core.intake.learn,
             clock=self.core.clock,
             jitter=lambda: 0.0,
             **options,
@@ -164,6 +165,23 @@ async def test_retry_waits_its_pause_under_the_same_key(bench: Bench) -> None:
     assert await bench.states() == {"h:settled:0": ("done", 3)}
     rows = await bench.core.rows("SELECT attempt, outcome, error FROM dispatch_attempts ORDER BY attempt")
     assert [tuple(row) for row in rows] == [(1, "ready", "later"), (2, "ready", "again"), (3, "done", None)]
+
+
+async def test_a_handler_has_its_run_read_again(bench: Bench) -> None:
+    """Where an output's URL has expired: the run is due at once, and the next attempt sees the URL it has then."""
+    handler = answering(Retry("expired", reread=True), Done())
+    dispatcher = bench.dispatcher(handler)
+    await bench.settled()
+    assert (await bench.core.run()).next_poll_at is None
+    await bench.round(dispatcher)
+    assert (await bench.core.run()).next_poll_at == bench.core.clock.now
+    again = replace(OUTPUT, value="https://media.flora.example/again.png")
+    strange = Output(7, "another", "imageUrl", "https://media.flora.example/another.png")
+    await bench.core.intake.learn(a_read("completed", bench.core.clock.now, outputs=(again, strange)))
+    await bench.round(dispatcher, seconds=60)
+    assert [run.outputs for run, _, _ in handler.calls] == [(OUTPUT,), (again,)]
+    assert (await bench.core.run()).next_poll_at is None
+    assert (await bench.states())["h:settled:0"] == ("done", 2)
 
 
 async def test_reject_is_never_tried_again(bench: Bench) -> None:

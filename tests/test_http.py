@@ -1,5 +1,6 @@
 """The guard's rules, and what our clients never do."""
 
+import asyncio
 import socket
 from collections.abc import Sequence
 
@@ -142,6 +143,29 @@ async def test_no_spelling_of_loopback_passes(host: str) -> None:
     """The real resolver turns odd spellings into addresses, and those are checked."""
     with pytest.raises(httpcore.ConnectError):
         await GuardedBackend().connect_tcp(host, 9, timeout=5)
+
+
+async def test_a_cancelled_handshake_closes_its_connection() -> None:
+    """A server that speaks no TLS must not keep our sockets: httpcore alone would leave them to the collector."""
+    arrived, ended = asyncio.Event(), asyncio.Event()
+
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        arrived.set()
+        await reader.read()
+        ended.set()
+        writer.close()
+
+    async with await asyncio.start_server(mute, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        backend = GuardedBackend(allowed=[("media.test", port)], resolve=Names("127.0.0.1"))
+        stream = await backend.connect_tcp("media.test", port, timeout=5)
+        handshake = asyncio.create_task(stream.start_tls(TLS, "media.test", 60))
+        await arrived.wait()
+        handshake.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await handshake
+        await asyncio.wait_for(ended.wait(), 10)
 
 
 async def test_unix_sockets_are_refused() -> None:

@@ -12,8 +12,8 @@ from sqlalchemy import Connection, event
 from receiver import intake as intake_module
 from receiver.decide import Changed, Unchanged
 from receiver.errors import StoreUnavailableError
-from receiver.flora.signature import sign
-from receiver.intake import Accepted, Answer, Duplicate, Ignored, Refused, Secret
+from receiver.flora.signature import canary_key, sign
+from receiver.intake import Accepted, Answer, Canary, Duplicate, Ignored, Refused, Secret
 from receiver.model import DispatchState, Event, RunState, Subscription, Told, Verdict, When
 from receiver.store import Database, SqliteDatabase, ledger
 from receiver.store.postgres import PostgresDatabase
@@ -58,6 +58,30 @@ def failing_for(monkeypatch: pytest.MonkeyPatch, run_id: str) -> Iterator[None]:
 
 
 # --- answers -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_canary_comes_in_and_leaves_no_trace(core: Core) -> None:
+    """Whatever its bytes are; its key signs nothing else, and a callback's body under it is still only a canary."""
+    key = canary_key(SECRET)
+    assert key != SECRET
+    for body in (b"canary", b"", callback_body()):
+        assert await core.intake.accept(body, signed(body, secret=key)) == Canary()
+    assert await core.find() is None
+    assert not core.intake.rejections
+    assert not core.signals.poll.is_set()
+
+
+async def test_a_canary_is_refused_like_anything_else_when_it_is_altered_or_old(core: Core) -> None:
+    """Else it would prove nothing: neither the way, nor that the clock is right."""
+    key = canary_key(SECRET)
+    for body, at in (
+        (b"canary ", NOW),
+        (b"canary", NOW - timedelta(seconds=61)),
+        (b"canary", NOW + timedelta(hours=1)),
+    ):
+        answer = await core.intake.accept(body, signed(b"canary", at, key))
+        assert isinstance(answer, Refused)
+        assert answer.code == "signature_mismatch"
 
 
 async def test_an_accepted_callback_is_committed_and_due(core: Core) -> None:

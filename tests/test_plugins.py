@@ -1,15 +1,18 @@
 """Loading handlers: every problem at once, each with its path, and nothing runs that was not asked for."""
 
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from receiver.config import Settings
-from receiver.errors import ConfigError
-from receiver.handler import Answer, Context, Done, SettledRun, needs
+from receiver.decide import Backoff
+from receiver.errors import ConfigError, Problem
+from receiver.handler import Answer, Context, Done, Secret, SettledRun, TargetUnreachableError, needs
 from receiver.model import Event, When
-from receiver.plugins import available, load_handlers
+from receiver.plugins import available, check_handlers, load_handlers
 
 HERE = __name__
 
@@ -43,6 +46,27 @@ class Extravagant(Plain):
         super().__init__(config)
         with needs("some-plugin[extra]"):
             __import__("a_library_that_does_not_exist")
+
+
+class Modest(Plain):
+    """Sets its own limits, and looks for somebody who is not there."""
+
+    max_attempts = 3
+    timeout_seconds = 5.0
+    concurrency = 1
+
+    async def check(self) -> None:
+        raise TargetUnreachableError("nobody answers at 127.0.0.1:9")
+
+
+class Broken(Plain):
+    async def check(self) -> None:
+        raise PermissionError("no right to write")
+
+
+class Secretive(Plain):
+    class Config(BaseModel):
+        token: Secret
 
 
 class NoConfig:
@@ -151,3 +175,48 @@ def test_a_missing_extra_is_told_with_its_cure() -> None:
     assert problem.path == "handlers.0.use"
     assert "a_library_that_does_not_exist" in problem.message
     assert "pip install 'some-plugin[extra]'" in problem.message
+
+
+def test_a_class_may_set_its_own_limits() -> None:
+    """The settings of its entry come first, then its own, then those of [dispatch]."""
+    own, changed = load_handlers(settings(entry("Modest"), {**entry("Modest", max_attempts=7), "name": "b"}))
+    first, second = own.registration, changed.registration
+    assert (first.max_attempts, first.timeout_seconds, first.concurrency) == (3, 5.0, 1)
+    assert (second.max_attempts, second.timeout_seconds) == (7, 5.0)
+
+
+def test_pauses_between_attempts_are_set_for_each_handler() -> None:
+    """What is not named stays as usual."""
+    usual, own = load_handlers(
+        settings(entry("Plain"), {**entry("Plain", backoff={"first_seconds": 60, "factor": 1}), "name": "b"})
+    )
+    assert usual.registration.backoff == Backoff()
+    assert own.registration.backoff == Backoff(timedelta(seconds=60), 1.0, timedelta(minutes=30))
+    with pytest.raises(ValidationError, match="must not be greater"):
+        settings(entry("Plain", backoff={"first_seconds": 7200}))
+
+
+async def test_checks_tell_what_is_wrong_from_what_may_pass() -> None:
+    """A target that does not answer is a warning: it may be back when it is needed."""
+    loaded = load_handlers(settings(entry("Plain"), entry("Modest"), entry("Broken")))
+    problems, warnings = await check_handlers(loaded)
+    assert problems == [Problem("broken", "no right to write")]
+    assert warnings == [Problem("modest", "nobody answers at 127.0.0.1:9")]
+
+
+def test_a_secret_may_stand_in_the_environment(tmp_path: Path) -> None:
+    """As everywhere in the settings: `env:NAME` or `file:/path`; and it is never shown."""
+    kept = tmp_path / "token"
+    kept.write_text("from a file\n")
+    first, second = load_handlers(
+        settings(
+            entry("Secretive", options={"token": "env:TOKEN"}),
+            {**entry("Secretive", options={"token": f"file:{kept}"}), "name": "b"},
+        ),
+        {"TOKEN": "from the environment"},
+    )
+    tokens = [each.registration.handler.config.token for each in (first, second)]  # type: ignore[attr-defined]
+    assert [token.get_secret_value() for token in tokens] == ["from the environment", "from a file"]
+    assert "from" not in repr(tokens)
+    with pytest.raises(ConfigError, match="TOKEN is not set"):
+        load_handlers(settings(entry("Secretive", options={"token": "env:TOKEN"})), {})

@@ -1,5 +1,6 @@
 """The public listener: each answer has its status and its JSON, and there is nothing else to find."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -7,7 +8,7 @@ import httpx
 import pytest
 
 from receiver.errors import StoreUnavailableError
-from receiver.flora.signature import HEADER, sign
+from receiver.flora.signature import HEADER, canary_key, sign
 from receiver.intake import Secret
 from receiver.model import RunState
 from receiver.store import Database
@@ -70,6 +71,13 @@ async def test_a_callback_is_accepted_once(door: Door) -> None:
 async def test_an_unknown_event_is_ignored(door: Door) -> None:
     response = await door.call(callback_body(event="run.paused"))
     assert (response.status_code, response.json()) == (200, {"status": "ignored"})
+
+
+async def test_a_canary_is_told_that_it_arrived(door: Door) -> None:
+    """It is counted as what it is, never as a callback."""
+    response = await door.post(b"any bytes", (HEADER, signed(b"any bytes", secret=canary_key(SECRET))))
+    assert (response.status_code, response.json()) == (200, {"status": "canary"})
+    assert (door.answered("canary"), door.answered("accepted")) == (1, 0)
 
 
 @pytest.mark.parametrize("path", [PATH, PATH + "/", PATH + "?start=abc", PATH + "/?start=%00&start=b"])
@@ -169,9 +177,29 @@ async def test_a_body_that_never_comes_is_given_up(door: Door) -> None:
     assert (response.status_code, code(response)) == (408, "body_timeout")
 
 
-async def _never() -> AsyncIterator[bytes]:
-    import asyncio  # noqa: PLC0415
+async def test_each_body_has_its_own_time(door: Door) -> None:
+    """One timer looks after all of them: each is told of its own lateness, and who leaves is not told that he is late."""
+    reading: asyncio.Queue[None] = asyncio.Queue()
 
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"{"
+        reading.put_nowait(None)
+        await anext(_never())
+
+    posts = []
+    for _ in range(3):
+        posts.append(asyncio.create_task(door.post(stalled())))
+        await reading.get()
+    posts[0].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await posts[0]
+    assert [code(await post) for post in posts[1:]] == ["body_timeout", "body_timeout"]
+    assert (await door.call(callback_body())).status_code == 200
+    assert code(await door.post(stalled())) == "body_timeout"
+    assert door.answered("body_timeout") == 3
+
+
+async def _never() -> AsyncIterator[bytes]:
     await asyncio.Event().wait()
     yield b""
 

@@ -159,6 +159,28 @@ def handlers_list(config: Config = None, json: Json = False) -> None:
     run(config, json=json)
 
 
+@handlers.command("show")
+def handlers_show(
+    use: Annotated[str, typer.Argument(help="Its `use`: storage, forward, package.module:Class.")], json: Json = False
+) -> None:
+    """Show a handler's options."""
+    from receiver.cli.handlers import options  # noqa: PLC0415
+
+    options(use, json=json)
+
+
+@handlers.command("schema")
+def handlers_schema(
+    name: Annotated[str, typer.Argument(help="The handler's name, or its `use`: database.")],
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Print the SQL of a handler's tables."""
+    from receiver.cli.handlers import schema  # noqa: PLC0415
+
+    schema(config, name, json=json)
+
+
 @runs.command("batch")
 def runs_batch(
     file: Annotated[Path, typer.Argument(help="CSV or JSON Lines, UTF-8; - for standard input.")],

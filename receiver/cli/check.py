@@ -9,8 +9,7 @@ import typer
 from receiver.cli.output import WRONG, explained, show
 from receiver.config import load, redacted
 from receiver.errors import Problem, ReceiverError, StoreInUseError
-from receiver.plugins import load_handlers
-from receiver.service import check_handlers
+from receiver.plugins import check_handlers, load_handlers, without_secrets
 from receiver.store import open_database
 from receiver.store.migrate import HEAD, current
 
@@ -19,10 +18,10 @@ def run(config: Path | None, *, json: bool) -> None:
     with explained(as_json=json):
         settings = load(config, os.environ)
         loaded = load_handlers(settings)
-        problems = asyncio.run(check_handlers(loaded))
+        problems, unreachable = asyncio.run(check_handlers(loaded))
         state, trouble = asyncio.run(_database(settings.database.url))
         problems += trouble
-        warnings = settings.warnings()
+        warnings = settings.warnings() + unreachable
         names = ", ".join(each.registration.name for each in loaded)
         lines = ["Settings: fine", f"Handlers: {names}", f"Database: {state}"]
         lines += [f"Warning: {warning.path}: {warning.message}" for warning in warnings]
@@ -31,7 +30,7 @@ def run(config: Path | None, *, json: bool) -> None:
             lines.append("Ready: start it with `flora-receiver serve`.")
         data = {
             "ok": not problems,
-            "settings": redacted(settings),
+            "settings": redacted(without_secrets(settings, os.environ)),
             "database": state,
             "warnings": [{"path": each.path, "message": each.message} for each in warnings],
             "problems": [{"path": each.path, "message": each.message} for each in problems],

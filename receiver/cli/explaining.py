@@ -53,6 +53,9 @@ def _reasons(run: Mapping[str, Any]) -> Iterator[str]:
 
 def _handlers(run: Mapping[str, Any]) -> Iterator[str]:
     for row in run["dispatches"]:
+        if row["orphaned"]:
+            yield f"{row['handler']} is not configured: what it has to do waits until it is."
+            continue
         match row["state"]:
             case "dead":
                 yield f"{row['handler']} gave up on it after {row['attempts']} attempts: {row['last_error']}"

@@ -4,8 +4,8 @@ from itertools import islice
 
 import typer
 
-from receiver.cli.output import WRONG, show
-from receiver.cli.runs import columns, talking
+from receiver.cli.output import WRONG, columns, show
+from receiver.cli.runs import talking
 
 
 def list_deliveries(*, run_id: str | None, limit: int, json: bool) -> None:

@@ -1,5 +1,6 @@
 """The commands on a running service: names, options and help. The work is in `runs.py` and `looking.py`."""
 
+from datetime import datetime
 from typing import Annotated, Optional
 
 import typer
@@ -123,11 +124,25 @@ def refresh(run_id: RunId, json: Json = False) -> None:
 
 
 @runs.command("redispatch")
-def redispatch(run_id: RunId, handler: Handler = None, json: Json = False) -> None:
-    """Have the handlers work on a run again."""
+def redispatch(
+    run_id: Annotated[Optional[str], typer.Argument(help="The run; not with --missing.")] = None,  # noqa: UP045
+    handler: Handler = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Apply effects once more, under new idempotency keys.")
+    ] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Tell a handler added later of the runs settled since --since.")
+    ] = False,
+    since: Annotated[
+        Optional[datetime],  # noqa: UP045
+        typer.Option(help="With --missing: a date or a time, UTC.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Have the handlers work on a run again, or a new handler on old runs."""
     from receiver.cli.runs import redispatch as command  # noqa: PLC0415
 
-    command(run_id, handler=handler, json=json)
+    command(run_id, handler=handler, again=again, missing=missing, since=since, json=json)
 
 
 @runs.command("resolve")
@@ -165,7 +180,7 @@ def show_delivery(delivery_id: Annotated[str, typer.Argument(help="The delivery,
 
 @dispatches.command("list")
 def list_dispatches(
-    state: Annotated[str, typer.Option(help="ready, leased, done, dead or skipped.")] = "dead",
+    state: Annotated[str, typer.Option(help="ready, leased, done, dead, skipped, or orphaned.")] = "dead",
     limit: Limit = 50,
     json: Json = False,
 ) -> None:

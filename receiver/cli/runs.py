@@ -4,7 +4,7 @@ import json as js
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,7 @@ import yaml
 
 from receiver.cli.connection import connect
 from receiver.cli.explaining import explained_run
-from receiver.cli.output import WRONG, explained, show
+from receiver.cli.output import WRONG, columns, explained, show
 from receiver.client import ReceiverClient
 from receiver.replies import RunView, StartView
 
@@ -116,13 +116,24 @@ def explain(run_id: str, *, json: bool) -> None:
 def refresh(run_id: str, *, json: bool) -> None:
     with talking(json=json) as receiver:
         run = receiver.refresh(run_id)
-        told = "is settled: nothing is left to read" if run.settled else "is being read now"
+        told = "is read once more, for the newest URLs" if run.settled else "is being read now"
         show(plain(run), f"{run_id} {told}.", as_json=json)
 
 
-def redispatch(run_id: str, *, handler: str | None, json: bool) -> None:
+def redispatch(
+    run_id: str | None, *, handler: str | None, again: bool, missing: bool, since: datetime | None, json: bool
+) -> None:
+    if missing:
+        if run_id is not None or again or handler is None or since is None:
+            raise typer.BadParameter("--missing goes with --handler and --since, and with no run and no --again")
+        with talking(json=json) as receiver:
+            number = receiver.redispatch_missing(handler, since.replace(tzinfo=UTC))
+            show({"handler": handler, "dispatches": number}, f"{handler} is due for {number} runs.", as_json=json)
+        return
+    if run_id is None or since is not None:
+        raise typer.BadParameter("name a run, or give --missing, --handler and --since")
     with talking(json=json) as receiver:
-        number = receiver.redispatch(run_id, handler)
+        number = receiver.redispatch(run_id, handler, again=again)
         show({"run_id": run_id, "dispatches": number}, f"{number} dispatches are due again.", as_json=json)
         if not number:
             raise typer.Exit(WRONG)
@@ -175,15 +186,8 @@ def _lines(run: RunView) -> Iterator[str]:
         yield f"  {'file':<10} {file.path or file.location}  {file.size} bytes"
     for one in run.dispatches:
         error = f"  {one.last_error}" if one.last_error else ""
-        yield f"  {'handler':<10} {one.handler} ({one.event}): {one.state}, {one.attempts} attempts{error}"
-
-
-def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of plain text."""
-    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
-    )
+        state = f"{one.state} (orphaned: no such handler is configured)" if one.orphaned else one.state
+        yield f"  {'handler':<10} {one.handler} ({one.event}): {state}, {one.attempts} attempts{error}"
 
 
 def plain(view: RunView | StartView) -> Any:

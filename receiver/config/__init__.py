@@ -1,9 +1,10 @@
 """The settings: where they come from, what they may be, what is wrong with them. A leaf: imports no other room."""
 
+from receiver.config.describing import Setting, described
 from receiver.config.loading import load, operations_problem, variables
 from receiver.config.ops_token import made_token, token_path
 from receiver.config.sections import HandlerEntry, Workspace
-from receiver.config.settings import Setting, Settings, describe, redacted
+from receiver.config.settings import Settings, describe, redacted
 
 __all__ = [
     "HandlerEntry",
@@ -11,6 +12,7 @@ __all__ = [
     "Settings",
     "Workspace",
     "describe",
+    "described",
     "load",
     "made_token",
     "operations_problem",

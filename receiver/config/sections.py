@@ -247,10 +247,26 @@ Filter = Annotated[
 ]
 
 
+class Pauses(Section):
+    """How long to wait between the attempts of a dispatch."""
+
+    first_seconds: Span = 1
+    factor: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 2
+    longest_seconds: Annotated[float, Field(gt=0, le=86_400)] = 1800
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.first_seconds > self.longest_seconds:
+            raise ValueError("first_seconds must not be greater than longest_seconds")
+        return self
+
+
 class HandlerEntry(Section):
     """One configured handler. Keys not listed here are the handler's own and land in `options`."""
 
-    use: str = Field(min_length=1, description='Entry point name, or `"package.module:Class"`.')
+    use: str = Field(
+        min_length=1, description='Entry point name, or `"package.module:Class"`, or `"package.module:function"`.'
+    )
     name: str = Field(
         "",
         pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$",
@@ -264,9 +280,18 @@ class HandlerEntry(Section):
         None,
         description="Events: `settled`, `cost_final`, `lost`, `diverged`, `dead`; default: the handler's own choice.",
     )
-    max_attempts: Count | None = Field(None, description="Attempts before it is dead; default: `[dispatch]`.")
-    timeout_seconds: Span | None = Field(None, description="Time limit of one call; default: `[dispatch]`.")
-    concurrency: Count = Field(8, description="Calls of this handler at the same time.")
+    max_attempts: Count | None = Field(
+        None, description="Attempts before it is dead; default: the handler's own, else `[dispatch]`."
+    )
+    backoff: Pauses | None = Field(
+        None, description="Pauses between attempts: `first_seconds` (1), `factor` (2), `longest_seconds` (1800)."
+    )
+    timeout_seconds: Span | None = Field(
+        None, description="Time limit of one call; default: the handler's own, else `[dispatch]`."
+    )
+    concurrency: Count | None = Field(
+        None, description="Calls of this handler at the same time; default: the handler's own, else 8."
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="Every further key: the handler's own.")
 
     @model_validator(mode="before")

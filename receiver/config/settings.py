@@ -4,15 +4,13 @@ Built by `config.load`; the rooms get the sections they need from the compositio
 """
 
 import re
-import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
-from typing import Annotated, Any, Literal, Union
+from types import MappingProxyType
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
 
+from receiver.config.describing import Setting, described, setting_of
 from receiver.config.sections import (
     Database,
     Discover,
@@ -129,16 +127,6 @@ def section_of(key: str) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One setting, for the documentation: `path` is `public.port` or `handlers[].name`; `default` is as in TOML."""
-
-    path: str
-    type: str
-    default: str
-    help: str
-
-
 def describe() -> list[Setting]:
     """Return every setting with its type, default and help."""
     return [setting for key in Settings.model_fields for setting in _described(key)]
@@ -146,40 +134,10 @@ def describe() -> list[Setting]:
 
 def _described(key: str) -> Iterator[Setting]:
     section = section_of(key)
-    fields = section.model_fields if section else {key: Settings.model_fields[key]}
-    prefix = "" if section is None else f"{key}[]." if key in LISTS else f"{key}."
-    for name, each in fields.items():
-        default = "required" if each.is_required() else _as_toml(each.get_default(call_default_factory=True))
-        yield Setting(f"{prefix}{name}", _kind(each.annotation), default, each.description or "")
-
-
-_KINDS = {str: "text", int: "integer", float: "number", bool: "boolean", SecretStr: "secret", Path: "path"}
-
-
-def _kind(annotation: Any) -> str:
-    """Say a type in the words of whoever writes the file."""
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return _kind(inner[0])
-    if origin in {Union, UnionType}:
-        return " or ".join(_kind(each) for each in inner if each is not NoneType)
-    if origin is Literal:
-        return " or ".join(f"`{each}`" for each in inner)
-    if origin is tuple:
-        return f"list of {_kind(inner[0])}"
-    return _KINDS.get(annotation) or (
-        "text" if isinstance(annotation, type) and issubclass(annotation, str) else "table"
-    )
-
-
-def _as_toml(value: object) -> str:
-    if value is None or value == "":
-        return ""
-    if isinstance(value, tuple):
-        return f"[{', '.join(_as_toml(each) for each in value)}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    if section is not None:
+        yield from described(section, f"{key}[]." if key in LISTS else f"{key}.")
+    else:
+        yield setting_of(key, Settings.model_fields[key])
 
 
 def redacted(settings: Settings) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The rules of the service, pure: no clock, no I/O, no log. The state table is in `reconcile.py`."""
 
-from receiver.decide.attempts import Outcome, conclude
+from receiver.decide.attempts import Backoff, Outcome, conclude
 from receiver.decide.channel import ChannelHealth, channel_health
 from receiver.decide.decision import Changed, Decision, Unchanged
 from receiver.decide.lanes import HEAVY_BYTES, Turn, lane_of, room, turns
@@ -28,6 +28,7 @@ __all__ = [
     "LOOKAHEAD",
     "SETTLED_STATES",
     "TABLE",
+    "Backoff",
     "Changed",
     "ChannelHealth",
     "Decision",

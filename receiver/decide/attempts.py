@@ -6,9 +6,24 @@ from datetime import datetime, timedelta
 
 from receiver.model import DispatchState
 
-_LONGEST = timedelta(minutes=30)
 _LONGEST_ASKED = 86_400.0
 """Seconds; a handler may ask for any number of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How pauses between attempts grow: `first`, then each `factor` times the one before, up to `longest`."""
+
+    first: timedelta = timedelta(seconds=1)
+    factor: float = 2.0
+    longest: timedelta = timedelta(minutes=30)
+
+    def pause(self, attempts: int) -> timedelta:
+        """Return the pause after that many attempts."""
+        try:
+            return min(self.first * self.factor ** max(attempts - 1, 0), self.longest)
+        except OverflowError:
+            return self.longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +40,19 @@ def conclude(
     max_attempts: int,
     *,
     now: datetime,
+    backoff: Backoff = Backoff(),
     after_seconds: float | None = None,
     jitter: float = 0.5,
 ) -> Outcome:
     """Return what becomes of a dispatch whose `attempts`-th attempt was answered with a state: done, dead or ready.
 
-    Pauses double from 1 s to 30 min: twelve attempts reach over about an hour and a half.
+    As `backoff` stands by default, pauses double from 1 s to 30 min: twelve attempts reach over more than an hour.
     """
     if answered is not DispatchState.READY:
         return Outcome(answered)
     if attempts >= max_attempts:
         return Outcome(DispatchState.DEAD)
-    pause = min(timedelta(seconds=2 ** min(attempts - 1, 20)), _LONGEST) * (1 + 0.25 * jitter)
+    pause = backoff.pause(attempts) * (1 + 0.25 * jitter)
     if after_seconds is not None and not math.isnan(after_seconds):
         pause = timedelta(seconds=min(max(after_seconds, 0.0), _LONGEST_ASKED))
     return Outcome(DispatchState.READY, now + pause)

@@ -12,11 +12,15 @@ class Unchanged:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """The run's new row; its outputs, if this report brought them; what happened, for handlers that listen."""
+    """The run's new row; its outputs, if this report brought them; what happened, for handlers that listen.
+
+    `fresh` are the outputs of a run settled before, as they are shown now: the same ones, perhaps under other URLs.
+    """
 
     run: Run
     outputs: tuple[Output, ...] = ()
     events: tuple[Event, ...] = ()
+    fresh: tuple[Output, ...] = ()
 
 
 Decision = Unchanged | Changed

@@ -312,28 +312,37 @@ def _settle(case: _Case) -> Decision:
 
 
 def _bill(case: _Case) -> Decision:
-    """A settled run read again, and it agrees: only its cost may still be filled in."""
+    """A settled run read again, and it agrees: its cost may still be filled in, and its outputs have their newest URLs."""
     run = case.known
-    if run.cost_due_at is None:
-        return Unchanged()
-    if case.snapshot.charged_cost is None:
-        return _ask_bill(case)
+    if run.cost_due_at is None or case.snapshot.charged_cost is None:
+        asked = _ask_bill(case)
+        return replace(asked, fresh=case.snapshot.outputs) if isinstance(asked, Changed) else asked
     run = replace(
         run, charged_cost=case.snapshot.charged_cost, cost_due_at=None, next_poll_at=None, polls=run.polls + 1
     )
-    return Changed(run, events=(Event.COST_FINAL,))
+    return Changed(run, events=(Event.COST_FINAL,), fresh=case.snapshot.outputs)
 
 
 def _ask_bill(case: _Case) -> Decision:
     """The cost is still unknown: ask again for a while, then say that it stays unknown."""
     run = case.known
     if run.cost_due_at is None:
-        return Unchanged()
+        return _looked_again(case)
     over = case.now >= run.cost_due_at
     run = replace(run, polls=run.polls + 1)
     if over:
         return Changed(replace(run, cost_due_at=None, next_poll_at=None), events=(Event.COST_FINAL,))
     return Changed(replace(run, next_poll_at=_next_cost_read(run, case)))
+
+
+def _looked_again(case: _Case) -> Decision:
+    """A settled run was read once more because somebody asked for it; without an answer it is read again."""
+    run = case.known
+    if run.next_poll_at is None:
+        return Unchanged()  # nobody asked: a list showed it in passing
+    if isinstance(case.report, Unanswered):
+        return _back_off(case)
+    return Changed(replace(run, polls=run.polls + 1, failures=0, next_poll_at=None))
 
 
 def _dispute(case: _Case) -> Decision:
@@ -381,7 +390,7 @@ _GRID: Mapping[RunState | None, tuple[_Rule, ...]] = {
     None:               (_enter,   _heard,    _enter,  _settle,  _enter,  _settle,  _ignore,   _ignore,   _ignore, _ignore),
     RunState.OPEN:      (_enrich,  _heard,    _wait,   _settle,  _climb,  _settle,  _miss,     _back_off, _hurry,  _ignore),
     RunState.REPORTED:  (_enrich,  _heard,    _climb,  _settle,  _climb,  _settle,  _miss,     _back_off, _hurry,  _ignore),
-    RunState.COMPLETED: (_enrich,  _heard_of, _ask_bill, _bill,  _ask_bill, _dispute, _ask_bill, _ask_bill, _ignore, _expire),
+    RunState.COMPLETED: (_enrich,  _heard_of, _ask_bill, _bill,  _ask_bill, _dispute, _ask_bill, _ask_bill, _hurry,  _expire),
     RunState.FAILED:    (_enrich,  _heard_of, _ask_bill, _dispute, _ask_bill, _bill,  _ask_bill, _ask_bill, _ignore, _expire),
     RunState.LOST:      (_enrich,  _heard,    _ignore, _settle,  _ignore, _settle,  _ignore,   _ignore,   _reopen, _ignore),
 }

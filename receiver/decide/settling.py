@@ -34,11 +34,18 @@ def settle(
             if event is Event.COST_FINAL and Event.SETTLED in events and Event.SETTLED in subscription.on:
                 reason = "the cost came with settled"
             state = DispatchState.READY if reason is None else DispatchState.SKIPPED
+            lane = lane_of(event, outputs)
             rows.append(
                 Dispatch(
-                    run.run_id, subscription.handler, event, counted, state,
-                    due_at=now, last_error=reason, lane=lane_of(event, outputs),
-                )  # fmt: skip
+                    run.run_id,
+                    subscription.handler,
+                    event,
+                    counted,
+                    state,
+                    due_at=now,
+                    last_error=reason,
+                    lane=lane,
+                )
             )
     return tuple(rows)
 

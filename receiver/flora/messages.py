@@ -17,7 +17,8 @@ from urllib.parse import unquote, urlsplit
 from receiver.errors import FloraError, PayloadError
 from receiver.model import Output, OutputType, Snapshot, Told
 
-_ID = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
+_MAX_ID = 200
+_ID = re.compile(rf"[^\s\x00-\x1f\x7f]{{1,{_MAX_ID}}}")
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST_MS = 253_402_300_799_999  # the end of the year 9999
@@ -131,7 +132,7 @@ def _told(event: str | None, status: str | None) -> Told | None:
     by_event = _TOLD.get(event or "")
     if by_event is None or status not in {"completed", "failed"}:
         return by_event
-    return by_event if by_event.value == status else Told.BOTH
+    return by_event if by_event == status else Told.BOTH
 
 
 def parse_run(payload: Any, *, technique_id: str | None = None) -> Snapshot:
@@ -304,7 +305,12 @@ def _get(payload: Mapping[str, Any], *names: str) -> Any:
 
 
 def _text(payload: Mapping[str, Any], *names: str) -> str | None:
-    value = _get(payload, *names)
+    for name in names:
+        value = payload.get(name)
+        if value is not None:
+            break
+    else:
+        return None
     if not isinstance(value, str) or not value:
         return None
     if len(value) <= _MAX_TEXT and value.isprintable():  # then there is nothing to replace
@@ -313,14 +319,19 @@ def _text(payload: Mapping[str, Any], *names: str) -> str | None:
 
 
 def _identifier(payload: Mapping[str, Any], *names: str) -> str | None:
-    value = _get(payload, *names)
-    return _clean_id(value) if isinstance(value, str) else None
+    for name in names:
+        value = payload.get(name)
+        if value is not None:
+            return _clean_id(value) if isinstance(value, str) else None
+    return None
 
 
 def _clean_id(value: str) -> str | None:
-    # "." and ".." would change the path of the read that follows.
-    usable = _ID.fullmatch(value) and (value.isascii() or not _UNSTORABLE.search(value)) and value not in {".", ".."}
-    return value if usable else None
+    if value in {".", ".."}:  # they would change the path of the read that follows
+        return None
+    if value.isascii() and value.isprintable():  # as good as every id, and told without the patterns
+        return value if 0 < len(value) <= _MAX_ID and " " not in value else None
+    return value if _ID.fullmatch(value) and not _UNSTORABLE.search(value) else None
 
 
 def _number(value: Any) -> float | None:

@@ -5,37 +5,55 @@ the database does. Rows are sequences, in the order of the names.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Executable
-from sqlalchemy.sql.elements import ClauseElement
+from sqlalchemy import Column, Connection, Dialect, Executable, FromClause, Insert, bindparam, column, func, values
+from sqlalchemy.dialects import postgresql
 
 _STYLES = {"sqlite": "qmark", "postgresql": "format"}
 """Positional styles that each driver takes."""
+_MOST = 256
+"""Rows of one statement."""
 
 
 class Many:
-    """One statement for many rows."""
+    """An insert of many rows by one statement: the driver is entered once, and lets the other threads in once."""
 
-    def __init__(self, statement: ClauseElement, names: Sequence[str]) -> None:
-        """`names` are the statement's parameters, in the order in which it has them: columns', or `bindparam`s'."""
-        self._statement = statement
-        self._names = tuple(names)
-        self._texts: dict[str, str] = {}
+    def __init__(self, columns: Sequence[Column[Any]], make: Callable[[FromClause], Insert]) -> None:
+        """`make` returns the insert that takes the rows from a table of these columns.
+
+        PostgreSQL is given arrays. SQLite is given a list of values, its length rounded up by rows of NULLs: `make` leaves
+        out rows whose first column is NULL.
+        """
+        self._columns = tuple(columns)
+        self._make = make
+        self._texts: dict[tuple[str, int], str] = {}
 
     def __call__(self, tx: Connection, rows: Sequence[Sequence[Any]]) -> None:
-        """Run it for every row."""
-        if rows:
-            text = self._texts.get(tx.dialect.name) or self._compile(tx.dialect)
-            tx.exec_driver_sql(text, [tuple(row) for row in rows])
+        """Insert the rows."""
+        for first in range(0, len(rows), _MOST):
+            some = rows[first : first + _MOST]
+            parameters: tuple[Any, ...]
+            if tx.dialect.name == "postgresql":
+                count, parameters = 0, tuple(list(column) for column in zip(*some, strict=True))
+            else:
+                count = _rounded(len(some))
+                parameters = (*chain.from_iterable(some), *(None,) * (len(self._columns) * (count - len(some))))
+            text = self._texts.get((tx.dialect.name, count)) or self._compile(tx.dialect, count)
+            tx.exec_driver_sql(text, parameters)
 
-    def _compile(self, dialect: Dialect) -> str:
-        compiled: Any = self._statement.compile(
-            dialect=_positional(type(dialect), dialect.name), column_keys=self._names
-        )
-        if tuple(compiled.positiontup) != self._names:
-            raise TypeError(f"the parameters stand in another order: {compiled.positiontup}")
-        return self._texts.setdefault(dialect.name, str(compiled))
+    def _compile(self, dialect: Dialect, count: int) -> str:
+        columns = [column(each.name, each.type) for each in self._columns]
+        given: FromClause
+        if dialect.name == "postgresql":
+            arrays = (bindparam(each.name, type_=postgresql.ARRAY(each.type)) for each in columns)
+            given = func.unnest(*arrays).table_valued(*columns).render_derived()
+        else:
+            row = tuple(bindparam(None, type_=each.type) for each in columns)
+            given = values(*columns, name="given").data([row] * count).cte()
+        compiled: Any = self._make(given).compile(dialect=_positional(type(dialect), dialect.name))
+        return self._texts.setdefault((dialect.name, count), str(compiled))
 
 
 class Find:

@@ -4,13 +4,24 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, LargeBinary, Select, Text, bindparam, func, insert, or_, select, update
+from sqlalchemy import Connection, FromClause, Select, bindparam, func, insert, literal_column, or_, select, update
 from sqlalchemy.dialects import postgresql
 
 from receiver.errors import StoreUnavailableError
 from receiver.model import Delivery, Dispatch, Output, Run
 from receiver.store.hot import Find, Many
-from receiver.store.rows import RUN_COLUMNS, dispatch_row, ms, output_of, run_of, run_row, run_values
+from receiver.store.rows import (
+    AS_NEW,
+    HEARD_COLUMNS,
+    RUN_COLUMNS,
+    dispatch_row,
+    heard_values,
+    ms,
+    output_of,
+    run_of,
+    run_row,
+    run_values,
+)
 from receiver.store.schema import deliveries, delivery_bodies, dispatches, outputs, runs
 
 _KNOWN_DELIVERIES = Find(
@@ -23,23 +34,49 @@ def _select_runs(count: int) -> Select[Any]:
     return select(*columns).where(runs.c.run_id.in_([""] * count)).order_by(runs.c.run_id)
 
 
+def _given(rows: FromClause) -> Select[Any]:
+    return select(rows).where(next(iter(rows.c)).is_not(None))
+
+
 _RUNS = Find(_select_runs)
 # FOR NO KEY UPDATE: rows that refer to a run may be inserted meanwhile, as by a dispatcher.
 _RUNS_LOCKED = Find(lambda count: _select_runs(count).with_for_update(key_share=True))
-_INSERT_RUN = Many(insert(runs), RUN_COLUMNS)
+_INSERT_RUN = Many(
+    [runs.c[name] for name in RUN_COLUMNS], lambda rows: insert(runs).from_select(RUN_COLUMNS, _given(rows))
+)
+_INSERT_HEARD = Many(
+    [runs.c[name] for name in HEARD_COLUMNS],
+    lambda rows: insert(runs).from_select(
+        [*HEARD_COLUMNS, *AS_NEW], _given(rows).add_columns(*(literal_column(value) for value in AS_NEW.values()))
+    ),
+)
 _UPDATE_RUN = update(runs).where(runs.c.run_id == bindparam("_run_id"), runs.c.version == bindparam("_version"))
-_DELIVERY = (
-    "delivery_id", "run_id", "event", "api_version", "received_at", "age", "secret", "readable", "duplicates",
-)  # fmt: skip
-_INSERT_DELIVERY = Many(insert(deliveries), _DELIVERY)
+_DELIVERY = ("delivery_id", "run_id", "event", "api_version", "received_at", "age", "secret", "readable", "duplicates")
+_INSERT_DELIVERY = Many(
+    [deliveries.c[name] for name in _DELIVERY], lambda rows: insert(deliveries).from_select(_DELIVERY, _given(rows))
+)
 _INSERT_BODY = Many(
-    insert(delivery_bodies).from_select(
+    [deliveries.c.delivery_id, delivery_bodies.c.signature, delivery_bodies.c.body],
+    lambda rows: insert(delivery_bodies).from_select(
         ["seq", "signature", "body"],
-        select(deliveries.c.seq, bindparam("_signature", type_=Text), bindparam("_body", type_=LargeBinary)).where(
-            deliveries.c.delivery_id == bindparam("_delivery_id")
+        # Not a join: a planner may do that the other way round, through all deliveries.
+        _given(rows).with_only_columns(
+            select(deliveries.c.seq).where(deliveries.c.delivery_id == rows.c.delivery_id).scalar_subquery(),
+            rows.c.signature,
+            rows.c.body,
         ),
     ),
-    ("_signature", "_body", "_delivery_id"),
+)
+_FRESHEN = (
+    update(outputs)
+    .where(
+        outputs.c.run_id == bindparam("_run_id"),
+        outputs.c.position == bindparam("_position"),
+        outputs.c.output_id == bindparam("_output_id"),
+        outputs.c.type == bindparam("_type"),
+        outputs.c.value != bindparam("_value"),
+    )
+    .values(value=bindparam("_value"))
 )
 _COUNT_DUPLICATES = (
     update(deliveries)
@@ -70,7 +107,15 @@ def outputs_of_runs(tx: Connection, run_ids: Collection[str]) -> dict[str, tuple
 
 
 def add_runs(tx: Connection, new: Sequence[Run]) -> None:
-    _INSERT_RUN(tx, [run_values(run) for run in new])
+    heard, others = [], []
+    for run in new:
+        values = heard_values(run)
+        if values is None:
+            others.append(run_values(run))
+        else:
+            heard.append(values)
+    _INSERT_HEARD(tx, heard)
+    _INSERT_RUN(tx, others)
 
 
 def change_runs(tx: Connection, changed: Sequence[Run]) -> None:
@@ -100,6 +145,23 @@ def add_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None
         tx.execute(insert(outputs), rows)
 
 
+def freshen_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None:
+    """Give outputs the URLs under which they are shown now. What was settled stays: none is added, none goes."""
+    rows = [
+        {
+            "_run_id": run_id,
+            "_position": output.position,
+            "_output_id": output.output_id,
+            "_type": output.type,
+            "_value": output.value,
+        }
+        for run_id, row_outputs in sorted(of_runs.items())
+        for output in row_outputs
+    ]
+    if rows:
+        tx.execute(_FRESHEN, rows)
+
+
 def add_deliveries(tx: Connection, new: Sequence[Delivery]) -> None:
     _INSERT_DELIVERY(
         tx,
@@ -109,7 +171,7 @@ def add_deliveries(tx: Connection, new: Sequence[Delivery]) -> None:
             for each in new
         ],
     )  # fmt: skip
-    _INSERT_BODY(tx, [(each.signature, each.body, each.delivery_id) for each in new])
+    _INSERT_BODY(tx, [(each.delivery_id, each.signature, each.body) for each in new])
 
 
 def count_duplicates(tx: Connection, times: Mapping[str, int], *, at: datetime) -> None:

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, inspect, text
 
 from receiver.errors import StoreUnavailableError
 
-HEAD = "0004"
+HEAD = "0005"
 """The revision this version of the code works on; a test holds it against the migrations."""
 _LOCK = 0x464C4F5241
 """A number that no other program locks: FLORA in ASCII."""

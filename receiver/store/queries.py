@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select, tuple_
+from sqlalchemy import ColumnElement, Connection, Row, and_, func, select, tuple_
 
 from receiver.model import Artifact, Dispatch, DispatchState, Output, Rejection, Run, RunState, Start, StartState
 from receiver.store.ledger import outputs_of_runs
@@ -31,9 +31,10 @@ class Account:
     dispatches: tuple[Dispatch, ...]
     start: Start | None
 
-    @property
-    def finished(self) -> bool:
-        return self.run.state in _OVER and not any(row.state.value in _UNFINISHED for row in self.dispatches)
+    def finished(self, handlers: Collection[str]) -> bool:
+        """Return whether the run is over, and these handlers have nothing left to do for it."""
+        left = (row.state.value in _UNFINISHED and row.handler in handlers for row in self.dispatches)
+        return self.run.state in _OVER and not any(left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +83,19 @@ def account(tx: Connection, run_id: str) -> Account | None:
     )
 
 
-def is_finished(tx: Connection, run_id: str) -> bool | None:
-    """Return whether a run is over and no handler has anything left to do for it; None: there is no such run."""
+def is_finished(tx: Connection, run_id: str, handlers: Collection[str]) -> bool | None:
+    """Return whether a run is over and these handlers have nothing left to do for it; None: there is no such run."""
     state = tx.execute(select(runs.c.state).where(runs.c.run_id == run_id)).scalar_one_or_none()
     if state is None:
         return None
-    return RunState(state) in _OVER and not unfinished(tx, [run_id])
+    return RunState(state) in _OVER and not unfinished(tx, [run_id], handlers)
 
 
-def unfinished(tx: Connection, run_ids: Collection[str]) -> frozenset[str]:
-    """Return which of these runs have dispatches that are not over."""
-    statement = select(dispatches.c.run_id).where(dispatches.c.run_id.in_(run_ids), dispatches.c.state.in_(_UNFINISHED))
+def unfinished(tx: Connection, run_ids: Collection[str], handlers: Collection[str]) -> frozenset[str]:
+    """Return for which of these runs these handlers still have something to do."""
+    statement = select(dispatches.c.run_id).where(
+        dispatches.c.run_id.in_(run_ids), dispatches.c.state.in_(_UNFINISHED), dispatches.c.handler.in_(handlers)
+    )
     return frozenset(tx.execute(statement.distinct()).scalars())
 
 
@@ -177,6 +180,22 @@ def dispatch_page(
     return tuple((row["seq"], dispatch_of(row)) for row in tx.execute(statement).mappings())
 
 
+def orphan_page(
+    tx: Connection, *, limit: int, handlers: Collection[str], before: int | None = None
+) -> tuple[tuple[int, Dispatch], ...]:
+    """Return what waits for handlers other than these, with its sequence, newest first."""
+    statement = select(dispatches).where(_orphaned(handlers)).order_by(dispatches.c.seq.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(dispatches.c.seq < before)
+    return tuple((row["seq"], dispatch_of(row)) for row in tx.execute(statement).mappings())
+
+
+def orphans(tx: Connection, handlers: Collection[str]) -> dict[str, int]:
+    """Return how many dispatches wait for handlers other than these, by handler."""
+    statement = select(dispatches.c.handler, func.count()).where(_orphaned(handlers)).group_by(dispatches.c.handler)
+    return {handler: int(rows) for handler, rows in tx.execute(statement)}
+
+
 def attempts_of_run(tx: Connection, run_id: str) -> tuple[Attempt, ...]:
     """Return every call of a handler about a run, oldest first."""
     statement = (
@@ -205,13 +224,16 @@ def unsettled(tx: Connection) -> dict[str, int]:
     return dict.fromkeys(states, 0) | {state: int(rows) for state, rows in tx.execute(statement)}
 
 
-def backlog(tx: Connection) -> dict[str, int]:
-    """Return how many dispatches are ready, leased and dead."""
+def backlog(tx: Connection, handlers: Collection[str]) -> dict[str, int]:
+    """Return how many dispatches are ready, leased and dead, and how many are orphaned: no such handler is configured."""
     states = (*_UNFINISHED, DispatchState.DEAD.value)
     statement = (
-        select(dispatches.c.state, func.count()).where(dispatches.c.state.in_(states)).group_by(dispatches.c.state)
+        select(dispatches.c.state, func.count())
+        .where(dispatches.c.state.in_(states), ~_orphaned(handlers))
+        .group_by(dispatches.c.state)
     )
-    return dict.fromkeys(states, 0) | {state: int(rows) for state, rows in tx.execute(statement)}
+    counted = {state: int(rows) for state, rows in tx.execute(statement)}
+    return dict.fromkeys(states, 0) | counted | {"orphaned": sum(orphans(tx, handlers).values())}
 
 
 def run_key(run: Run) -> tuple[int, str]:
@@ -222,6 +244,10 @@ def run_key(run: Run) -> tuple[int, str]:
 def start_key(start: Start) -> tuple[int, str]:
     """Return what a page of starts is ordered by."""
     return ms(start.created_at), start.token
+
+
+def _orphaned(handlers: Collection[str]) -> ColumnElement[bool]:
+    return and_(dispatches.c.state.in_(_UNFINISHED), dispatches.c.handler.not_in(handlers))
 
 
 def _arrival(row: Row[Any], *, body: bytes | None = None, signature: str | None = None) -> Arrival:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, and_, exists, func, literal_column, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, exists, func, literal_column, or_, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import IntegrityError
 
@@ -17,7 +17,8 @@ from receiver.store.rows import artifact_of, dispatch_of, ms
 from receiver.store.schema import artifacts, dispatch_attempts, dispatches
 
 # As literals: a partial index is of use only where the query itself says what the index holds.
-_READY, _LEASED = (literal_column(f"'{state.value}'") for state in (DispatchState.READY, DispatchState.LEASED))
+_READY: ColumnElement[str] = literal_column(f"'{DispatchState.READY.value}'")
+_LEASED: ColumnElement[str] = literal_column(f"'{DispatchState.LEASED.value}'")
 _UNFINISHED = (_READY, _LEASED)
 
 
@@ -199,32 +200,6 @@ def void_leases(tx: Connection) -> int:
         .where(dispatches.c.state == DispatchState.LEASED.value)
         .values(state=DispatchState.READY.value, lease_token=None, lease_until=None)
     ).rowcount
-
-
-def rearm(
-    tx: Connection,
-    *,
-    now: datetime,
-    states: Collection[DispatchState],
-    run_id: str | None = None,
-    handler: str | None = None,
-) -> tuple[Dispatch, ...]:
-    """Make dispatches that are over due again, as if they had never been tried; return them.
-
-    Their earlier attempts are forgotten, since attempts are numbered from one again.
-    """
-    statement = update(dispatches).where(dispatches.c.state.in_([state.value for state in states]))
-    if run_id is not None:
-        statement = statement.where(dispatches.c.run_id == run_id)
-    if handler is not None:
-        statement = statement.where(dispatches.c.handler == handler)
-    armed = statement.values(
-        state=DispatchState.READY.value, attempts=0, due_at=ms(now), finished_at=None, result=None
-    ).returning(dispatches)
-    rows = tx.execute(armed).mappings().all()
-    for row in rows:
-        tx.execute(dispatch_attempts.delete().where(dispatch_attempts.c.dispatch_seq == row["seq"]))
-    return tuple(dispatch_of(row) for row in rows)
 
 
 def due_lanes(tx: Connection, handler: str, *, now: datetime, lapsed: datetime | None = None) -> frozenset[Lane]:

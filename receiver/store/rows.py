@@ -1,7 +1,7 @@
 """Rows to nouns and back: the one place that knows how a noun is laid out in columns."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from operator import attrgetter
@@ -61,14 +61,46 @@ _COLUMN_OF: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(_TIMES, ms),
     "metadata": lambda metadata: json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True) if metadata else "{}",
 }
-_CONVERSIONS = tuple((index, _COLUMN_OF[name]) for index, name in enumerate(_RUN_FIELDS) if name in _COLUMN_OF)
 RUN_COLUMNS = _RUN_FIELDS
+HEARD_COLUMNS = (
+    "run_id", "state", "origin", "first_seen_at", "deadline_at", "run_type", "workspace_id", "error_code",
+    "error_message", "told", "reported_at", "next_poll_at",
+)  # fmt: skip
+"""What the first callback of a run fills in. The other columns are as in every new row: to bind them costs as much again."""
+AS_NEW = {
+    "metadata": "'{}'",
+    "callback_expected": "TRUE",
+    **dict.fromkeys(("losses", "polls", "ladder", "failures", "missing", "version"), "0"),
+}
+"""Those of the others that are not NULL, in SQL."""
+_OTHERS = tuple(field for field in fields(Run) if field.name not in HEARD_COLUMNS)
+_OTHER_VALUES = attrgetter(*(field.name for field in _OTHERS))
+_NEW_VALUES: tuple[Any, ...] = tuple({} if field.name == "metadata" else field.default for field in _OTHERS)
+_HEARD_VALUES = attrgetter(*HEARD_COLUMNS)
+
+
+def _conversions(names: Sequence[str]) -> tuple[tuple[int, Callable[[Any], Any]], ...]:
+    return tuple((index, _COLUMN_OF[name]) for index, name in enumerate(names) if name in _COLUMN_OF)
+
+
+_RUN_CONVERSIONS, _HEARD_CONVERSIONS = _conversions(RUN_COLUMNS), _conversions(HEARD_COLUMNS)
 
 
 def run_values(run: Run) -> list[Any]:
     """Return the columns of `runs`, in the order of `RUN_COLUMNS`."""
     values = list(_RUN_VALUES(run))
-    for index, convert in _CONVERSIONS:
+    for index, convert in _RUN_CONVERSIONS:
+        if values[index] is not None:
+            values[index] = convert(values[index])
+    return values
+
+
+def heard_values(run: Run) -> list[Any] | None:
+    """Return the columns of `HEARD_COLUMNS`, or None if others of this run are not as in every new row."""
+    if _OTHER_VALUES(run) != _NEW_VALUES:
+        return None
+    values = list(_HEARD_VALUES(run))
+    for index, convert in _HEARD_CONVERSIONS:
         if values[index] is not None:
             values[index] = convert(values[index])
     return values

@@ -177,7 +177,6 @@ artifacts = Table(
     Column("content_type", Text),
     Column("stored_at", BigInteger),
     UniqueConstraint("handler", "location"),
-    CheckConstraint("position >= -1", name="position"),
     CheckConstraint("(stored_at IS NULL) = (sha256 IS NULL)", name="stored"),
 )
 

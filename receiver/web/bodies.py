@@ -8,7 +8,7 @@ import math
 import re
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import ClientDisconnect, Request
 
 from receiver.model import DispatchState, RunState, StartState
@@ -95,9 +95,18 @@ class RefreshBody(Body):
 
 
 class RedispatchBody(Body):
-    """`POST /api/runs/{run_id}/redispatch`."""
+    """`POST /api/runs/{run_id}/redispatch`; `again` opens a new round, with idempotency keys of its own."""
 
     handler: str | None = Field(None, min_length=1, max_length=64)
+    again: bool = False
+
+
+class MissingBody(Body):
+    """`POST /api/runs/redispatch`: the runs settled since then that a handler added later was never told of."""
+
+    handler: str = Field(min_length=1, max_length=64)
+    since: Annotated[AwareDatetime, Field(strict=False)]
+    limit: int = Field(100, ge=1, le=MOST_ROWS)
 
 
 class RetryBody(Body):
@@ -149,7 +158,7 @@ def limit_of(request: Request) -> int:
     """Return `?limit=`, 1 to 500, 100 by default."""
     given = request.query_params.get("limit", "100")
     if not given.isascii() or not given.isdecimal() or not 1 <= int(given[:9]) <= MOST_ROWS:
-        raise _wrong("limit", f"must be a whole number from 1 to {MOST_ROWS}")
+        raise wrong("limit", f"must be a whole number from 1 to {MOST_ROWS}")
     return int(given)
 
 
@@ -161,8 +170,16 @@ def seconds_of(request: Request, *, default: float) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds <= LONGEST_WAIT_SECONDS:
-        raise _wrong("timeout", f"must be a number of seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
+        raise wrong("timeout", f"must be a number of seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
     return seconds
+
+
+def flag_of(request: Request, name: str) -> bool:
+    """Return `?name=`, `true` or `false`; false by default."""
+    given = request.query_params.get(name, "false")
+    if given not in {"true", "false"}:
+        raise wrong(name, "must be true or false")
+    return given == "true"
 
 
 def state_of(request: Request, states: type[State]) -> State | None:
@@ -173,7 +190,7 @@ def state_of(request: Request, states: type[State]) -> State | None:
     try:
         return states(given)
     except ValueError as error:
-        raise _wrong("state", f"must be one of {', '.join(state.value for state in states)}") from error
+        raise wrong("state", f"must be one of {', '.join(state.value for state in states)}") from error
 
 
 def cursor_of(request: Request) -> tuple[int, str] | None:
@@ -187,7 +204,7 @@ def cursor_of(request: Request) -> tuple[int, str] | None:
                 return number, identifier
     except (ValueError, binascii.Error, RecursionError):
         pass
-    raise _wrong("cursor", "is not a cursor of this list")
+    raise wrong("cursor", "is not a cursor of this list")
 
 
 def cursor(number: int, identifier: str = "") -> str:
@@ -195,5 +212,6 @@ def cursor(number: int, identifier: str = "") -> str:
     return base64.urlsafe_b64encode(json.dumps([number, identifier]).encode()).decode()
 
 
-def _wrong(field: str, message: str) -> Refusal:
+def wrong(field: str, message: str) -> Refusal:
+    """Return the refusal of one field."""
     return Refusal(400, "invalid_request", f"{field} {message}", fields=[(field, message)])

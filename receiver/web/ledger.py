@@ -1,8 +1,8 @@
-"""The operations API on everything but runs: callbacks, refusals, dispatches, techniques, the channel, changes, metrics."""
+"""The operations API on all but runs and dispatches: callbacks, refusals, techniques, the channel, changes, metrics."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,17 +12,15 @@ from starlette.routing import BaseRoute, Route
 
 from receiver.decide.channel import channel_health
 from receiver.intake import Signals
-from receiver.model import DispatchState
 from receiver.starter import Starter
-from receiver.store import Database, channel, queries, queue
+from receiver.store import Database, channel, queries
 from receiver.telemetry import Metrics
 from receiver.web import bodies
-from receiver.web.answers import Refusal, answered, not_found
-from receiver.web.runs import armed_answer
+from receiver.web.answers import answered, not_found
+from receiver.web.paging import page_of, sequence_of
 from receiver.web.views import (
     arrival_json,
     change_json,
-    dispatch_json,
     health_json,
     rejection_json,
     technique_json,
@@ -44,6 +42,7 @@ class Ledger:
         *,
         signals: Signals,
         stopping: asyncio.Event,
+        handlers: Collection[str],
         clock: Callable[[], datetime],
         heartbeat_seconds: float = 15.0,
     ) -> None:
@@ -52,6 +51,7 @@ class Ledger:
         self._metrics = metrics
         self._signals = signals
         self._stopping = stopping
+        self._handlers = frozenset(handlers)
         self._clock = clock
         self._heartbeat_seconds = heartbeat_seconds
 
@@ -61,8 +61,6 @@ class Ledger:
             Route("/api/deliveries", self.deliveries, methods=["GET"]),
             Route("/api/deliveries/{delivery_id:path}", self.delivery, methods=["GET"]),
             Route("/api/rejections", self.rejections, methods=["GET"]),
-            Route("/api/dispatches", self.dispatches, methods=["GET"]),
-            Route("/api/dispatches/retry", self.retry, methods=["POST"]),
             Route("/api/channel", self.channel, methods=["GET"]),
             Route("/api/events", self.events, methods=["GET"]),
             *self.probes(),
@@ -81,12 +79,12 @@ class Ledger:
         return answered({"technique": technique_json(found)})
 
     async def deliveries(self, request: Request) -> Response:
-        limit, before = bodies.limit_of(request), _sequence(request)
+        limit, before = bodies.limit_of(request), sequence_of(request)
         run_id = request.query_params.get("run_id")
         page = await self._database.read(
             lambda tx: queries.delivery_page(tx, limit=limit, run_id=run_id, before=before)
         )
-        return _page("deliveries", [(row.seq, arrival_json(row)) for row in page], limit)
+        return page_of("deliveries", [(row.seq, arrival_json(row)) for row in page], limit)
 
     async def delivery(self, request: Request) -> Response:
         delivery_id = request.path_params["delivery_id"]
@@ -97,23 +95,9 @@ class Ledger:
         return answered({"delivery": {**arrival_json(found), "signature": found.signature, "body": body}})
 
     async def rejections(self, request: Request) -> Response:
-        limit, before = bodies.limit_of(request), _sequence(request)
+        limit, before = bodies.limit_of(request), sequence_of(request)
         page = await self._database.read(lambda tx: queries.rejection_page(tx, limit=limit, before=before))
-        return _page("rejections", [(seq, rejection_json(row)) for seq, row in page], limit)
-
-    async def dispatches(self, request: Request) -> Response:
-        limit, before = bodies.limit_of(request), _sequence(request)
-        state = bodies.state_of(request, DispatchState) or DispatchState.DEAD
-        page = await self._database.read(lambda tx: queries.dispatch_page(tx, limit=limit, state=state, before=before))
-        return _page("dispatches", [(seq, dispatch_json(row)) for seq, row in page], limit)
-
-    async def retry(self, request: Request) -> Response:
-        body = await bodies.read(request, bodies.RetryBody)
-        now = self._clock()
-        armed = await self._database.write(
-            lambda tx: queue.rearm(tx, now=now, states=(DispatchState.DEAD,), run_id=body.run_id, handler=body.handler)
-        )
-        return armed_answer(armed, self._signals)
+        return page_of("rejections", [(seq, rejection_json(row)) for seq, row in page], limit)
 
     async def channel(self, _: Request) -> Response:
         since = self._clock() - _DAY
@@ -142,7 +126,9 @@ class Ledger:
         return StreamingResponse(self._stream(), media_type="text/event-stream", headers=headers)
 
     async def metrics(self, _: Request) -> Response:
-        runs, backlog = await self._database.read(lambda tx: (queries.unsettled(tx), queries.backlog(tx)))
+        runs, backlog = await self._database.read(
+            lambda tx: (queries.unsettled(tx), queries.backlog(tx, self._handlers))
+        )
         self._metrics.counted(runs, backlog)
         body, content_type = self._metrics.render()
         return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
@@ -162,20 +148,3 @@ class Ledger:
 
 def _event(data: Mapping[str, Any]) -> str:
     return f"event: {data['kind']}\ndata: {json.dumps(data)}\n\n"
-
-
-def _sequence(request: Request) -> int | None:
-    before = bodies.cursor_of(request)
-    if before is None:
-        return None
-    number, identifier = before
-    if identifier:
-        raise Refusal(
-            400, "invalid_request", "cursor is not a cursor of this list", fields=[("cursor", "another list's")]
-        )
-    return number
-
-
-def _page(name: str, rows: Sequence[tuple[int, Mapping[str, Any]]], limit: int) -> Response:
-    cursor = bodies.cursor(rows[-1][0]) if len(rows) == limit else None
-    return answered({name: [row for _, row in rows], "next_cursor": cursor})

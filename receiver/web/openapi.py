@@ -109,10 +109,18 @@ _OPERATIONS = (
     _Operation(
         "post",
         "/api/runs/{run_id}/redispatch",
-        "Have handlers work on the run again: all, or one.",
+        "Have handlers work on the run again: all, or one; `again`: under new idempotency keys.",
         ((200, "What is due again.", "Armed"),),
         _UNKNOWN_RUN,
         body=bodies.RedispatchBody,
+    ),
+    _Operation(
+        "post",
+        "/api/runs/redispatch",
+        "Tell a handler that was added later of runs settled since; repeat while the answer says `more`.",
+        ((200, "What is due.", "Armed"),),
+        ((400, "unknown_handler: no such handler is configured, or it does not listen to `settled`"),),
+        body=bodies.MissingBody,
     ),
     _Operation(
         "get",
@@ -175,7 +183,11 @@ _OPERATIONS = (
         "/api/dispatches",
         "List dispatches in a state (default: dead), newest first.",
         ((200, "A page.", "DispatchPage"),),
-        query=(_state(DispatchState), *_PAGE),
+        query=(
+            _state(DispatchState),
+            ("orphaned", {"type": "boolean"}, "Instead: what waits for handlers that are not configured."),
+            *_PAGE,
+        ),
     ),
     _Operation(
         "post",
@@ -322,6 +334,7 @@ _SCHEMAS: _Json = {
     ),
     "Dispatch": _object(
         run_id=_TEXT, handler=_TEXT, event=_TEXT, round=_COUNT, attempts=_COUNT, due_at=_TIME, last_error=_TEXT_OR_NULL,
+        orphaned={**_FLAG, "description": "It waits for a handler that is not configured."},
         state={"type": "string", "enum": [state.value for state in DispatchState]},
     ),
     "Start": _object(
@@ -364,7 +377,10 @@ _SCHEMAS: _Json = {
         start=_ref("Start"), run={"oneOf": [_ref("Run"), {"type": "null"}]},
         repeated={**_FLAG, "description": "The key was known: nothing was started now."},
     ),
-    "Armed": _object(dispatches=_COUNT, armed={**_rows("Dispatch"), "description": "The first hundred."}),
+    "Armed": _object(
+        dispatches=_COUNT, armed={**_rows("Dispatch"), "description": "The first hundred."},
+        more={**_FLAG, "description": "There may be more: ask again. For runs/redispatch alone."},
+    ),
     "RunPage": _object(runs=_rows("Run"), **_NEXT),
     "StartPage": _object(starts=_rows("Start"), **_NEXT),
     "DeliveryPage": _object(deliveries=_rows("Delivery"), **_NEXT),

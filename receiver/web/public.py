@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import HEADER
-from receiver.intake import Accepted, Duplicate, Ignored, Intake, Refused
+from receiver.intake import Accepted, Answer, Canary, Duplicate, Ignored, Intake, Refused
 from receiver.telemetry import Metrics
 
 CALLBACK_PATH = "/callbacks/flora"
@@ -53,7 +53,9 @@ def _whole(status: int, body: bytes) -> tuple[Message, Message]:
     return start, {"type": "http.response.body", "body": body}
 
 
-_GOOD = {word: _whole(200, b'{"status":"%s"}' % word.encode()) for word in ("accepted", "duplicate", "ignored")} | {
+_GOOD = {
+    word: _whole(200, b'{"status":"%s"}' % word.encode()) for word in ("accepted", "duplicate", "ignored", "canary")
+} | {
     "disconnected": _whole(400, b"")  # nobody is there to read it
 }
 
@@ -68,7 +70,7 @@ class Door:
         self._metrics = metrics
         self._rest = rest
         self._limit = max_body_bytes
-        self._timeout_seconds = body_timeout_seconds
+        self._bodies = _Bodies(body_timeout_seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] not in _CALLBACK_PATHS or scope["method"] != "POST":
@@ -97,8 +99,7 @@ class Door:
         body: bytes | None = None
         if announced <= limit:
             try:
-                async with asyncio.timeout(self._timeout_seconds):
-                    body = await _body(receive, limit)
+                body = await self._bodies.read(receive, limit)
             except TimeoutError:
                 return intake.refuse("body_timeout", "the body did not arrive in time", remote=remote, size=0)
             except ClientDisconnect:
@@ -113,16 +114,62 @@ class Door:
             answer = await intake.accept(body, ",".join(signatures) or None, remote=remote, start=start)
         except StoreUnavailableError as error:
             return Refused("unavailable", f"{error}; nothing was committed, please retry")
-        match answer:
-            case Accepted():
-                return "accepted"
-            case Duplicate():
-                return "duplicate"
-            case Ignored():
-                return "ignored"
-            case Refused():
-                return answer
-        assert_never(answer)
+        return _word(answer)
+
+
+def _word(answer: Answer) -> str | Refused:
+    match answer:
+        case Accepted():
+            return "accepted"
+        case Duplicate():
+            return "duplicate"
+        case Ignored():
+            return "ignored"
+        case Canary():
+            return "canary"
+        case Refused():
+            return answer
+    assert_never(answer)
+
+
+class _Bodies:
+    """Reads bodies, none for longer than `seconds`. One timer looks after all of them: a timer each costs 3 us."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._due: dict[asyncio.Task[object], float] = {}
+        """Who is reading, and until when; in that order."""
+        self._late: set[asyncio.Task[object]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def read(self, receive: Receive, limit: int) -> bytes | None:
+        """Return the body, or None if it is longer than `limit` bytes. Raises TimeoutError, ClientDisconnect."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"  # noqa: S101
+        self._due[task] = due = loop.time() + self._seconds
+        if self._timer is None:
+            self._timer = loop.call_at(due, self._look, loop)
+        try:
+            return await _body(receive, limit)
+        except asyncio.CancelledError:
+            if task in self._late and not task.uncancel():
+                raise TimeoutError from None
+            raise
+        finally:
+            self._due.pop(task, None)
+            self._late.discard(task)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Interrupt who is late, and come back for the next."""
+        self._timer = None
+        while self._due:
+            task, due = next(iter(self._due.items()))
+            if due > loop.time():
+                self._timer = loop.call_at(due, self._look, loop)
+                return
+            del self._due[task]
+            self._late.add(task)
+            task.cancel()
 
 
 async def _body(receive: Receive, limit: int) -> bytes | None:

@@ -1,7 +1,7 @@
 """The operations API on runs and starts: start, track, look, wait, refresh, re-dispatch, resolve."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,23 +10,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from receiver.changes import Change
 from receiver.flora.messages import ids_of_poll_url
 from receiver.intake import Intake, Signals
-from receiver.model import Asked, Dispatch, DispatchState, Origin, Registered, RunState, Start, StartState
+from receiver.model import Asked, Origin, Registered, RunState, Start, StartState
 from receiver.starter import Conflict, Starter, StartRequest
-from receiver.store import Database, queries, queue
+from receiver.store import Database, queries
 from receiver.web import bodies
 from receiver.web.answers import Refusal, answered, not_found, start_refusal, unavailable
 from receiver.web.timeline import timeline
-from receiver.web.views import account_json, dispatch_json, run_json, start_json
+from receiver.web.views import account_json, run_json, start_json
 from receiver.web.waiting import unless_stopped, until_finished
-
-_OVER = (DispatchState.DONE, DispatchState.DEAD)
 
 
 class Runs:
-    """Endpoints; `base_url` is FLORA's, to hold a `poll_url` against."""
+    """Endpoints; `base_url` is FLORA's, to hold a `poll_url` against, `handlers` the names of the configured ones."""
 
     def __init__(
         self,
@@ -37,6 +34,7 @@ class Runs:
         signals: Signals,
         stopping: asyncio.Event,
         base_url: str,
+        handlers: Collection[str],
         clock: Callable[[], datetime],
     ) -> None:
         self._database = database
@@ -45,6 +43,7 @@ class Runs:
         self._signals = signals
         self._stopping = stopping
         self._origin = _origin(base_url)
+        self._handlers = frozenset(handlers)
         self._clock = clock
 
     def routes(self) -> Sequence[BaseRoute]:
@@ -55,7 +54,6 @@ class Runs:
             Route("/api/runs/{run_id}/wait", self.wait, methods=["GET"]),
             Route("/api/runs/{run_id}/timeline", self.timeline, methods=["GET"]),
             Route("/api/runs/{run_id}/refresh", self.refresh, methods=["POST"]),
-            Route("/api/runs/{run_id}/redispatch", self.redispatch, methods=["POST"]),
             Route("/api/starts", self.starts, methods=["GET"]),
             Route("/api/starts/{token}/resolve", self.resolve, methods=["POST"]),
         )
@@ -100,7 +98,7 @@ class Runs:
 
         def read(tx: Any) -> Mapping[str, Any]:
             page = queries.run_page(tx, limit=limit, state=state, before=before)
-            busy = queries.unfinished(tx, [run.run_id for run in page])
+            busy = queries.unfinished(tx, [run.run_id for run in page], self._handlers)
             over = {RunState.COMPLETED, RunState.FAILED, RunState.LOST}
             return {
                 "runs": [run_json(run, finished=run.state in over and run.run_id not in busy) for run in page],
@@ -115,7 +113,12 @@ class Runs:
     async def wait(self, request: Request) -> Response:
         run_id, seconds = request.path_params["run_id"], bodies.seconds_of(request, default=30)
         finished = await until_finished(
-            self._database, self._signals.changes, self._stopping, run_id, timeout_seconds=seconds
+            self._database,
+            self._signals.changes,
+            self._stopping,
+            run_id,
+            handlers=self._handlers,
+            timeout_seconds=seconds,
         )
         if finished is False and self._stopping.is_set():
             raise unavailable("the service is stopping: ask again when it is back")
@@ -129,7 +132,7 @@ class Runs:
             if account is None:
                 return None
             arrivals = queries.delivery_page(tx, limit=bodies.MOST_ROWS, run_id=run_id)
-            return timeline(account, arrivals, queries.attempts_of_run(tx, run_id))
+            return timeline(account, arrivals, queries.attempts_of_run(tx, run_id), self._handlers)
 
         found = await self._database.read(read)
         if found is None:
@@ -142,15 +145,6 @@ class Runs:
         await self._known(run_id)
         await self._intake.learn(Asked(run_id, self._clock()))
         return await self._run_answer(run_id)
-
-    async def redispatch(self, request: Request) -> Response:
-        body = await bodies.read(request, bodies.RedispatchBody)
-        run_id, now = request.path_params["run_id"], self._clock()
-        await self._known(run_id)
-        armed = await self._database.write(
-            lambda tx: queue.rearm(tx, now=now, states=_OVER, run_id=run_id, handler=body.handler)
-        )
-        return armed_answer(armed, self._signals)
 
     async def starts(self, request: Request) -> Response:
         limit, state = bodies.limit_of(request), bodies.state_of(request, StartState)
@@ -196,12 +190,12 @@ class Runs:
     async def _with_run(self, start: Start, *, status: int, repeated: bool) -> Response:
         run_id = start.run_id or ""
         account = await self._database.read(lambda tx: queries.account(tx, run_id))
-        run = None if account is None else account_json(account)
+        run = None if account is None else account_json(account, self._handlers)
         return answered({"start": start_json(start), "run": run, "repeated": repeated}, status=status)
 
     async def _run_answer(self, run_id: str) -> Response:
         account = await self._known(run_id)
-        return answered({"run": account_json(account)})
+        return answered({"run": account_json(account, self._handlers)})
 
     async def _known(self, run_id: str) -> queries.Account:
         account = await self._database.read(lambda tx: queries.account(tx, run_id))
@@ -233,15 +227,6 @@ class Runs:
 
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-def armed_answer(armed: Sequence[Dispatch], signals: Signals) -> Response:
-    """Wake the dispatcher for what is due again, tell listeners, and answer how many that is."""
-    if armed:
-        signals.dispatch.set()
-    for dispatch in armed:
-        signals.changes.publish(Change("dispatch", dispatch.run_id, dispatch.state.value, dispatch.handler))
-    return answered({"dispatches": len(armed), "armed": [dispatch_json(dispatch) for dispatch in armed[:100]]})
 
 
 def _start_request(body: bodies.StartBody) -> StartRequest:

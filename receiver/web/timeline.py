@@ -1,6 +1,6 @@
 """What happened to a run, in order: pure, from what the ledger holds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -10,7 +10,9 @@ from receiver.web.views import account_json, time_json
 Entry = tuple[datetime, dict[str, Any]]
 
 
-def timeline(account: Account, arrivals: Sequence[Arrival], attempts: Sequence[Attempt]) -> dict[str, Any]:
+def timeline(
+    account: Account, arrivals: Sequence[Arrival], attempts: Sequence[Attempt], handlers: Collection[str]
+) -> dict[str, Any]:
     """Return `{"run", "reads", "entries": [{"at", "kind", …}]}`, oldest entry first."""
     entries = sorted(
         (*_of_run(account), *_of_deliveries(arrivals), *_of_attempts(attempts), *_of_artifacts(account)),
@@ -18,7 +20,7 @@ def timeline(account: Account, arrivals: Sequence[Arrival], attempts: Sequence[A
     )
     return {
         "run_id": account.run.run_id,
-        "run": account_json(account),
+        "run": account_json(account, handlers),
         "reads": account.run.polls,
         "entries": [{"at": time_json(at), **entry} for at, entry in entries],
     }

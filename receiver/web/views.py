@@ -1,5 +1,6 @@
 """The nouns as JSON, for the operations API. Times are ISO 8601 in UTC; money is US dollars. Pure."""
 
+from collections.abc import Collection
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from receiver.changes import Change
 from receiver.decide.channel import ChannelHealth
 from receiver.flora.messages import Technique
-from receiver.model import Artifact, Dispatch, Rejection, Run, Start, StartState
+from receiver.model import Artifact, Dispatch, DispatchState, Rejection, Run, Start, StartState
 from receiver.store.queries import Account, Arrival
 
 
@@ -46,13 +47,13 @@ def run_json(run: Run, *, finished: bool) -> dict[str, Any]:
     }
 
 
-def account_json(account: Account) -> dict[str, Any]:
-    """Return a run with its outputs, artifacts, dispatches and start."""
+def account_json(account: Account, handlers: Collection[str]) -> dict[str, Any]:
+    """Return a run with its outputs, artifacts, dispatches and start; `handlers` are the configured ones."""
     return {
-        **run_json(account.run, finished=account.finished),
+        **run_json(account.run, finished=account.finished(handlers)),
         "outputs": [asdict(output) for output in account.outputs],
         "artifacts": [artifact_json(artifact) for artifact in account.artifacts],
-        "dispatches": [dispatch_json(dispatch) for dispatch in account.dispatches],
+        "dispatches": [dispatch_json(dispatch, handlers) for dispatch in account.dispatches],
         "start": None if account.start is None else start_json(account.start),
     }
 
@@ -70,13 +71,16 @@ def artifact_json(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def dispatch_json(dispatch: Dispatch) -> dict[str, Any]:
+def dispatch_json(dispatch: Dispatch, handlers: Collection[str]) -> dict[str, Any]:
+    """Return a dispatch; it is orphaned while it waits for a handler that is not configured."""
+    waits = dispatch.state in {DispatchState.READY, DispatchState.LEASED}
     return {
         "run_id": dispatch.run_id,
         "handler": dispatch.handler,
         "event": dispatch.event.value,
         "round": dispatch.round,
         "state": dispatch.state.value,
+        "orphaned": waits and dispatch.handler not in handlers,
         "attempts": dispatch.attempts,
         "due_at": time_json(dispatch.due_at),
         "last_error": dispatch.last_error,

@@ -1,7 +1,7 @@
 """Waiting inside a request: for a run, for an answer of FLORA, for the next change. Every wait ends with the service."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine
 from typing import Any, TypeVar
 
 from receiver.changes import Change, Changes, Listener
@@ -28,14 +28,23 @@ async def unless_stopped(
 
 
 async def until_finished(
-    database: Database, changes: Changes, stopping: asyncio.Event, run_id: str, *, timeout_seconds: float
+    database: Database,
+    changes: Changes,
+    stopping: asyncio.Event,
+    run_id: str,
+    *,
+    handlers: Collection[str],
+    timeout_seconds: float,
 ) -> bool | None:
-    """Return True once the run is over and its dispatches too, False when time or service ended first; None: no such run."""
+    """Return True once the run and these handlers' work on it are over, False when time or service ended first.
+
+    None: there is no such run.
+    """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
     with changes.listening(run_id) as listener:
         while True:
-            finished = await database.read(lambda tx: queries.is_finished(tx, run_id))
+            finished = await database.read(lambda tx: queries.is_finished(tx, run_id, handlers))
             left = deadline - loop.time()
             if finished is not False or left <= 0 or stopping.is_set():
                 return finished

@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.bench.load import SECRET, SERVER_CORE
 
 ROOT = Path(__file__).parents[2]
+WITHOUT_UVLOOP = Path(__file__).with_name("without_uvloop")
 COMMAND = str(Path(sys.executable).with_name("flora-receiver"))
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -25,14 +26,17 @@ class Process:
     pid: int
     port: int
     ready_seconds: float
+    log: Path
+    command: str = ""
 
     def cpu_seconds(self) -> float:
         """Return the processor time that all of its threads have taken, in user mode and in the kernel's."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
-    def resident_mib(self) -> float:
-        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    def said(self) -> str:
+        """Return the end of its log, to tell why something failed."""
+        return self.log.read_text(errors="replace")[-2000:]
 
 
 def free_port() -> int:
@@ -54,7 +58,7 @@ def running(
             if process.poll() is not None or time.perf_counter() - began > 30:
                 raise AssertionError(f"the server did not begin: {(cwd / 'server.log').read_text()[-2000:]}")
             time.sleep(0.005)
-        yield Process(process.pid, port, time.perf_counter() - began)
+        yield Process(process.pid, port, time.perf_counter() - began, cwd / "server.log", " ".join(command))
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -74,13 +78,17 @@ def _answers(port: int) -> bool:
 
 @contextlib.contextmanager
 def receiver(
-    directory: Path, *, core: int | None = SERVER_CORE, door: bool = True, settings: Mapping[str, str] | None = None
+    directory: Path,
+    *arguments: str,
+    core: int | None = SERVER_CORE,
+    settings: Mapping[str, str] | None = None,
+    uvloop: bool = False,
 ) -> Iterator[Process]:
-    """Run `flora-receiver serve` on a SQLite file in `directory`; settings as environment variables."""
+    """Run `flora-receiver serve` with its SQLite file in `directory`; settings as environment variables."""
     port = free_port()
     environ = {
         "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": _path(uvloop=uvloop),
         "FLORA_WEBHOOK_SECRET": SECRET,
         "FLORA_API_KEY": "sk_test_bench",
         "FLORA_BASE_URL": "http://127.0.0.1:9/api/v1",
@@ -91,20 +99,41 @@ def receiver(
         "RECEIVER_LOG__FORMAT": "json",
         **(settings or {}),
     }
-    command = [sys.executable, "-m", "tests.bench.door"] if door else [COMMAND, "serve"]
-    with running(command, port, environ=environ, cwd=directory, core=core) as process:
+    with running([COMMAND, "serve", *arguments], port, environ=environ, cwd=directory, core=core) as process:
         yield process
 
 
 @contextlib.contextmanager
-def rival(name: str, directory: Path, *command: str, **environ: str) -> Iterator[Process]:
+def door(directory: Path, *, uvloop: bool = False) -> Iterator[Process]:
+    """Run the door alone: nothing polls, nothing is dispatched."""
+    alone = {"RECEIVER_DATABASE__MEASURE_DOOR": "true"}
+    with receiver(directory, "--only", "door", settings=alone, uvloop=uvloop) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def rival(name: str, directory: Path, *command: str, uvloop: bool = False, **environ: str) -> Iterator[Process]:
     """Run a rival of `tests/bench/rivals` on a free port, which it finds in its environment."""
     port = free_port()
     given = {**os.environ, "PORT": str(port), "SECRET": SECRET, "DATABASE": str(directory / f"{name}.db"), **environ}
-    with running(
-        command or [sys.executable, "-m", f"tests.bench.rivals.{name}"],
-        port,
-        environ={**given, "PYTHONPATH": f"{ROOT}{os.pathsep}{given.get('PYTHONPATH', '')}"},
-        cwd=directory,
-    ) as process:
+    given["PYTHONPATH"] = os.pathsep.join(filter(None, (_path(uvloop=uvloop), given.get("PYTHONPATH"))))
+    command = command or (sys.executable, "-m", f"tests.bench.rivals.{name}")
+    with running(command, port, environ=given, cwd=directory) as process:
         yield process
+
+
+def _path(*, uvloop: bool) -> str:
+    return str(ROOT) if uvloop else f"{WITHOUT_UVLOOP}{os.pathsep}{ROOT}"
+
+
+@contextlib.contextmanager
+def emulator(directory: Path, *, core: int, nice: int = 0) -> Iterator[tuple[Process, dict[str, str]]]:
+    """Run an emulated FLORA; yield it with the settings that lead a receiver to it."""
+    port = free_port()
+    command = ["nice", "-n", str(nice), COMMAND, "emulator", "--port", str(port), "--run-seconds", "0"]
+    with running(command, port, environ=os.environ, cwd=directory, core=core) as process:
+        settings = {
+            "FLORA_BASE_URL": f"http://127.0.0.1:{port}/api/v1",
+            "FLORA_API_KEY": "sk_test_emulator",
+        }
+        yield process, settings

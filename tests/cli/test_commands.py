@@ -12,7 +12,18 @@ import pytest
 from receiver import __version__
 from tests.cli.conftest import KEYS, Start, environment, exported, ready, run_command
 
-COMMANDS = ("", "serve", "check", "migrate", "demo", "emulator", "trigger", "handlers", "handlers list")
+COMMANDS = (
+    "",
+    "serve",
+    "check",
+    "migrate",
+    "demo",
+    "emulator",
+    "trigger",
+    "handlers",
+    "handlers list",
+    "handlers schema",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -56,6 +67,16 @@ def test_check_as_json_shows_no_secret(tmp_path: Path) -> None:
     assert not any(value in done.stdout for value in KEYS.values())
 
 
+def test_check_as_json_shows_no_secret_of_a_handler(tmp_path: Path) -> None:
+    """Its own type says what is one: a chat's URL is, under whatever name, written out or taken from the environment."""
+    toml = '[[handlers]]\nuse = "notify"\nurls = ["json://127.0.0.1/hunter2", "env:CHAT"]\nseconds = 5'
+    (tmp_path / "receiver.toml").write_text(toml, "utf-8")
+    done = run_command("check", "--json", cwd=tmp_path, env={**KEYS, "CHAT": "json://127.0.0.1/hunter3"})
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["settings"]["handlers"][0]["options"]["seconds"]) == (0, 5)
+    assert "hunter" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("toml", "env", "path", "advice"),
     [
@@ -68,7 +89,7 @@ def test_check_as_json_shows_no_secret(tmp_path: Path) -> None:
         ("", {"RECEIVER_CONFIG": "gone.toml"}, "gone.toml", "cannot be read"),
         ("[tls]\ncert = 'gone.pem'", {}, "tls.cert", "does not exist"),
         ("public_url = 'http://hooks.example.com'", {}, "public_url", "must start with https://"),
-        ("[[handlers]]\nuse = 'storge'", {}, "handlers.0.use", "installed: log, storage"),
+        ("[[handlers]]\nuse = 'storge'", {}, "handlers.0.use", "; installed: "),
         ("[[handlers]]\nuse = 'a.b:C'", {}, "handlers.0.use", "cannot be imported"),
         ("[[handlers]]\nuse = 'storage'\nkey = '{x}'", {}, "handlers.0.key", "unknown field {x}; there are"),
         ("[[handlers]]\nuse = 'log'\nlevel = 'x'", {}, "handlers.0.level", "is no option of this handler"),
@@ -131,9 +152,21 @@ def test_migrate_sets_up_once_and_then_changes_nothing(tmp_path: Path) -> None:
 
 def test_handlers_are_listed(tmp_path: Path) -> None:
     found = json.loads(run_command("handlers", "list", "--json", cwd=tmp_path).stdout)
-    assert found["installed"] == ["log", "storage"]
+    assert found["installed"] == sorted({*found["installed"], "log", "storage"})
     assert [entry["name"] for entry in found["configured"]] == ["storage", "log"]
-    assert "Installed: log, storage" in run_command("handlers", "list", cwd=tmp_path).stdout
+    assert f"Installed: {', '.join(found['installed'])}" in run_command("handlers", "list", cwd=tmp_path).stdout
+
+
+def test_a_handlers_options_are_shown_as_its_model_has_them(tmp_path: Path) -> None:
+    """For shipped handlers and for anybody's own; what is none is said."""
+    found = json.loads(run_command("handlers", "show", "storage", "--json", cwd=tmp_path).stdout)
+    by_name = {option["path"]: option for option in found["options"]}
+    assert (by_name["url"]["type"], by_name["url"]["default"]) == ("text", '"outputs"')
+    assert all(option["help"] for option in found["options"])
+    assert "no options" in run_command("handlers", "show", "log", cwd=tmp_path).stdout
+    wrong = run_command("handlers", "show", "nobody", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert "installed:" in wrong.stderr
 
 
 @pytest.mark.parametrize(

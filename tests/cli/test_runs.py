@@ -153,10 +153,14 @@ def test_a_run_of_somebody_elses_is_tracked(desk: Desk) -> None:
 
 def test_a_run_is_refreshed_and_dispatched_again(desk: Desk) -> None:
     run_id = desk.start("--wait")
-    assert "settled" in desk.text("runs", "refresh", run_id)
+    assert "newest URLs" in desk.text("runs", "refresh", run_id)
     assert desk.json("runs", "redispatch", run_id, "--handler", "storage")["dispatches"] >= 1
     assert desk.json("runs", "wait", run_id)["state"] == "completed"
     assert "0 dispatches" in desk.text("runs", "redispatch", run_id, "--handler", "nobody", code=1)
+    assert desk.json("runs", "redispatch", run_id, "--handler", "log", "--again")["dispatches"] == 1
+    assert "0 runs" in desk.text("runs", "redispatch", "--missing", "--handler", "log", "--since", "2026-11-01")
+    assert "--since" in desk.text("runs", "redispatch", "--missing", "--handler", "log", code=2)
+    assert "No dispatches are orphaned." in desk.text("dispatches", "list", "--state", "orphaned")
 
 
 def test_callbacks_dispatches_and_the_channel_are_shown(desk: Desk) -> None:

@@ -1,17 +1,18 @@
 """What becomes of a dispatch after an attempt."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.decide import Outcome, conclude
+from receiver.decide import Backoff, Outcome, conclude
 from receiver.model import DispatchState
 from tests.core import NOW
 
 
-def pause(attempts: int, **options: float) -> float:
+def pause(attempts: int, **options: Any) -> float:
     outcome = conclude(DispatchState.READY, attempts, 10**9, now=NOW, **{"jitter": 0.0, **options})
     assert outcome.state is DispatchState.READY
     assert outcome.due_at is not None
@@ -37,6 +38,14 @@ def test_pauses_double_up_to_half_an_hour() -> None:
     assert [pause(n) for n in range(1, 13)] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1800]
     assert pause(10**6) == 1800
     assert pause(1, jitter=1.0) == 1.25
+
+
+def test_a_handler_has_its_own_pauses() -> None:
+    """Where the settings say so; growing by its own factor, and never beyond its longest."""
+    backoff = Backoff(timedelta(seconds=10), 3.0, timedelta(seconds=100))
+    assert [pause(n, backoff=backoff) for n in range(1, 5)] == [10, 30, 90, 100]
+    assert pause(10**6, backoff=backoff) == 100
+    assert pause(5, backoff=Backoff(timedelta(seconds=5), 1.0, timedelta(seconds=5))) == 5
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ GRID: dict[RunState | None, tuple[Effect, ...]] = {
     RunState.REPORTED:  (enriches, is_heard_again, climbs,            settles,  climbs,            settles,
                          misses,             backs_off,         hurries, nothing),
     RunState.COMPLETED: (enriches, is_heard_of,    asks_for_the_bill, bills,    asks_for_the_bill, disputes,
-                         asks_for_the_bill,  asks_for_the_bill, nothing, writes_off),
+                         asks_for_the_bill,  asks_for_the_bill, hurries, writes_off),
     RunState.FAILED:    (enriches, is_heard_of,    asks_for_the_bill, disputes, asks_for_the_bill, bills,
                          asks_for_the_bill,  asks_for_the_bill, nothing, writes_off),
     RunState.LOST:      (enriches, is_heard,       nothing,           settles,  nothing,           settles,
@@ -283,6 +283,26 @@ def test_no_read_leaves_a_run_due_at_once(state: RunState | None, kind: Kind) ->
         decision = decide(run, REPORTS[kind])
         assert isinstance(decision, Changed), "a due read that changes nothing is due again at once"
         assert decision.run.next_poll_at is None or decision.run.next_poll_at > LATER
+
+
+def test_a_settled_run_that_somebody_asks_for_is_read_once_more() -> None:
+    """For the newest URLs of its outputs. Only an answer ends the asking; what was settled stays."""
+    asked = after(a_run(RunState.COMPLETED), Asked("run_1", LATER))
+    assert asked.next_poll_at == LATER
+    fresh = (replace(OUTPUT, value="https://media.flora.example/again.png"),)
+    decision = changed(asked, a_read("completed", LATER, outputs=fresh))
+    assert decision == Changed(replace(asked, polls=1, next_poll_at=None), fresh=fresh)
+    for unhelpful in (Kind.RUNNING, Kind.EMPTY, Kind.MISSING):
+        assert after(asked, REPORTS[unhelpful]).next_poll_at is None
+    unanswered = changed(asked, REPORTS[Kind.UNANSWERED])
+    assert unanswered.run.next_poll_at is not None
+    assert unanswered.run.next_poll_at > LATER
+
+
+def test_reads_for_the_bill_bring_new_urls_too() -> None:
+    """A run whose cost is awaited is read anyway."""
+    decision = changed(settled(RunState.COMPLETED), a_read("completed", LATER))
+    assert decision.fresh == (OUTPUT,)
 
 
 # --- lost --------------------------------------------------------------------------------------------------------

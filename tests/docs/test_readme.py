@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,28 @@ import typer
 from receiver.cli.app import app
 from receiver.cli.trigger import CASES
 from receiver.config import Settings, describe, load, variables
+from receiver.download import Downloader
 from receiver.emulator import Emulator, EmulatorSettings
-from receiver.model import LostReason, RunState, Verdict
-from receiver.plugins import GROUP, load_handlers
+from receiver.functions import FunctionHandler
+from receiver.handler import Done
+from receiver.model import LostReason, Output, RunState, Verdict
+from receiver.plugins import GROUP, load_handlers, options_of
 from receiver.service import Service
 from receiver.telemetry import Metrics
 from receiver.web.public import CALLBACK_PATH, STATUS
 from receiver.web.server import Server, bind
+from tests.handlers.conftest import RUN, MemoryContext
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
+HANDLERS = (ROOT / "handlers/README.md").read_text("utf-8")
 LINES = README.splitlines()
 PATIENCE_SECONDS = 30
 
 
 def blocks(language: str) -> list[str]:
-    """Every code block of a language, without the indentation it has inside a list."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", README, re.MULTILINE | re.DOTALL)
+    """Every code block of a language in both READMEs, without the indentation it has inside a list."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", README + HANDLERS, re.MULTILINE | re.DOTALL)
     return ["".join(line.removeprefix(indent) for line in block.splitlines(keepends=True)) for indent, block in found]
 
 
@@ -104,13 +110,18 @@ def test_reasons_for_lost_runs_are_as_many_as_told() -> None:
 
 @pytest.mark.parametrize("point", entry_points(group=GROUP), ids=lambda point: point.name)
 def test_every_handler_is_documented_with_its_options(point: Any) -> None:
-    section = README.split(f"**`{point.name}`**")[1].split("\n**`")[0]
-    options = point.load().Config.model_fields
-    assert {option for option in options if f"| `{option}` | " not in section} == set()
-    assert f"| `{point.name}` | " in (ROOT / "handlers/README.md").read_text("utf-8")
+    """Its section has the options as its model has them: name, default and help; and it stands in both tables."""
+    section = HANDLERS.split(f"\n## {point.name}\n")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("| `")]
+    for option in options_of(point.name):
+        default = f"`{option.default}`" if option.default else "–"
+        row = f"| `{option.path}` | {default} | {option.help} |"
+        assert row in shown, f"add to handlers/README.md: {row}"
+    assert f"| `{point.name}` | " in HANDLERS
+    assert f"| `{point.name}` | " in README
 
 
-@pytest.mark.parametrize("block", blocks("toml"))
+@pytest.mark.parametrize("block", [block for block in blocks("toml") if "[project." not in block])
 def test_settings_that_are_shown_load(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("cert.pem", "key.pem"):
@@ -192,6 +203,19 @@ async def test_the_handler_that_is_shown_works(tmp_path: Path, monkeypatch: pyte
         await emulator.aclose()
         await stand.stop()
         sys.modules.pop("checksums")
+
+
+async def test_the_function_that_is_shown_works() -> None:
+    """As the text around it says: found by its name, called in a thread, with a context that it can block on."""
+    source = next(block for block in blocks("python") if "def announce" in block)
+    shown: dict[str, Any] = {}
+    exec(source, shown)  # noqa: S102 -- our own README
+    output = Output(position=0, output_id="words", type="text", value="Grüße")
+    context = MemoryContext(run_id="run_1", downloader=Downloader())
+    answer = await FunctionHandler(shown["announce"]).handle(replace(RUN, outputs=(output,)), context)
+    await context.downloader.aclose()
+    assert answer == Done({"outputs": 1})
+    assert context.log.lines == [("info", "sums.announced", {"names": ["words: 7 bytes"]})]
 
 
 def environ_for(emulator: Emulator, origin: str) -> dict[str, str]:

@@ -50,8 +50,12 @@ def identities(root: Path, of: str = "*") -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in root.rglob(of)}
 
 
+def parts(root: Path) -> set[str]:
+    return {path.parent.relative_to(root).as_posix() for path in root.rglob(".part-flora-*")}
+
+
 def has_begun(root: Path) -> bool:
-    return root.exists() and any(path.stat().st_size for path in root.glob(".part-*"))
+    return root.exists() and any(path.stat().st_size for path in root.rglob(".part-flora-*"))
 
 
 def reason(answer: Answer) -> str:
@@ -209,7 +213,7 @@ async def test_one_failure_does_not_stop_the_others(
     """The other outputs are safe, no manifest claims that all are, and the answer says which failed and why."""
     outputs = (media.output("/secret", answer), media.output("/good", page(PNG), position=1, output_id="good"), text(2))
     context = context_of()
-    told = await storage(root, concurrency=1).handle(replace(run, outputs=outputs), context)
+    told = await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context)
     assert isinstance(told, kind)
     assert reason(told).startswith("output 0 (out): ")
     assert why in reason(told)
@@ -228,12 +232,120 @@ async def test_what_is_likely_small_is_safe_first(
         for n, kind in enumerate(kinds)
     )
     context = context_of()
-    assert isinstance(await storage(root, concurrency=1).handle(replace(run, outputs=outputs), context), Done)
+    assert isinstance(await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context), Done)
     assert [kinds[n] for n in list(context.records) if n != MANIFEST] == [
         "text", "imageUrl", "documentUrl", "audioUrl", "videoUrl", "somethingNewUrl",
     ]  # fmt: skip
     described = json.loads((root / "2026-11-24/run_1/run.json").read_bytes())
     assert [each["type"] for each in described["outputs"]] == list(kinds)
+
+
+@pytest.mark.parametrize(
+    ("overwrite", "there", "kind"),
+    [
+        ("never", PNG, Reject),
+        ("never", b"other", Reject),
+        ("same", PNG, Done),
+        ("same", b"other", Reject),
+        ("same", bytes(len(PNG)), Reject),
+        ("always", b"other", Done),
+    ],
+)
+async def test_a_file_that_is_not_the_runs_own(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, overwrite: str, there: bytes, kind: type
+) -> None:
+    """It is met as `overwrite` says, and a refusal says what lies in the way and leaves nothing reserved."""
+    path = root / "2026-11-24/run_1/out.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(there)
+    run, context = replace(run, outputs=(media.output("/a", page(PNG)),)), context_of()
+    before = path.stat()
+    handler = storage(root, overwrite=overwrite)
+    answer = await handler.handle(run, context)
+    assert isinstance(answer, kind)
+    assert await handler.handle(run, context) == answer  # a refusal does not become a licence
+    if isinstance(answer, Reject):
+        assert "out.png holds another file already" in answer.reason
+        assert 0 not in context.records
+    else:
+        assert path.read_bytes() == PNG
+        assert context.records[0].sha256 == hashlib.sha256(PNG).hexdigest()
+    if overwrite != "always":
+        assert path.stat() == before
+
+
+async def test_another_ledgers_manifest_is_renewed_and_nobody_elses(
+    root: Path, run: SettledRun, context_of: ContextOf
+) -> None:
+    """After the loss of a ledger the same files are taken as they are; `run.json` must be of the same run."""
+    run = replace(run, outputs=(text(0),))
+    await storage(root).handle(run, context_of())
+    later = replace(run, verdict="recovered")
+    assert isinstance(await storage(root).handle(later, context_of("run_1")), Done)
+    file = root / "2026-11-24/run_1/run.json"
+    assert json.loads(file.read_bytes())["verdict"] == "recovered"
+    for foreign in (b"{}", b"[]", b"not JSON"):
+        file.write_bytes(foreign)
+        answer = await storage(root).handle(run, context_of())
+        assert isinstance(answer, Reject)
+        assert answer.reason.startswith("manifest: ")
+        assert file.read_bytes() == foreign
+
+
+async def test_an_own_place_is_written_again_whatever_lies_there(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """Reserved in an earlier attempt: `never` is about others' files."""
+    run, context = replace(run, outputs=(media.output("/a", page(PNG)),)), context_of()
+    handler = storage(root, overwrite="never")
+    await handler.handle(run, context)
+    context.records = {n: replace(each, stored_at=None, sha256=None) for n, each in context.records.items()}
+    (root / "2026-11-24/run_1/out.png").write_bytes(b"half")
+    assert isinstance(await handler.handle(run, context), Done)
+    assert files(root)["2026-11-24/run_1/out.png"] == PNG
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_outputs_beyond_max_size_are_given_up(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, announced: bool
+) -> None:
+    """By its announced length or by counting; the others are stored, and the limit itself still passes."""
+    big = b"x" * 1001
+    chunked = Page(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n%s\r\n0\r\n\r\n" % big)
+    outputs = (media.output("/a", page(big) if announced else chunked), text(1, "x" * 1000))
+    answer = await storage(root, max_size="1KB").handle(replace(run, outputs=outputs), context_of())
+    assert answer == Reject("output 0 (out): larger than max_size, 1000 bytes")
+    assert set(files(root)) == {"2026-11-24/run_1/words.txt"}
+
+
+async def test_an_expired_url_has_the_run_read_again(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """What is stored stays; the fresh URL is fetched for what is missing alone."""
+    gone = media.output("/gone", page(b"", status="403 Forbidden"))
+    good = media.output("/good", page(PNG), position=1, output_id="good")
+    handler, context = storage(root), context_of()
+    answer = await handler.handle(replace(run, outputs=(gone, good)), context)
+    assert isinstance(answer, Retry)
+    assert answer.reread
+    fresh = (media.output("/fresh", page(PNG)), replace(good, value=media.url("/never-asked")))
+    assert isinstance(await handler.handle(replace(run, outputs=fresh), context), Done)
+    assert [head.split(" ")[1] for head in media.requests] == ["/gone", "/good", "/fresh"]
+    other = await handler.handle(replace(run, outputs=(media.output("/c", CUT, output_id="x"),)), context)
+    assert isinstance(other, Retry)
+    assert not other.reread
+
+
+async def test_another_output_at_the_same_position_is_fetched(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """A run that is read again may tell of its outputs in another order."""
+    first, second = media.output("/a", page(PNG), output_id="a"), media.output("/b", page(b"b"), output_id="b")
+    handler, context = storage(root), context_of()
+    await handler.handle(replace(run, outputs=(first, replace(second, position=1))), context)
+    swapped = (second, replace(first, position=1))
+    assert isinstance(await handler.handle(replace(run, outputs=swapped), context), Done)
+    assert [context.records[n].size for n in (0, 1)] == [1, len(PNG)]
 
 
 async def test_what_may_still_come_is_tried_again(root: Path, run: SettledRun, context_of: ContextOf) -> None:
@@ -350,13 +462,40 @@ def full_after(room: int) -> Callable[[int, memoryview], int]:
 def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:
     """Parts that no living process holds go; one that is being written stays, and so do files that are not ours."""
     root.mkdir(parents=True)
-    dead, living, other = root / ".part-dead", root / ".part-living", root / "old"
+    dead, living, other = root / ".part-flora-dead", root / ".part-flora-living", root / "old"
     for path in (dead, living, other):
         path.write_text("x")
     with living.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         asyncio.run(storage(root).check())
         assert set(root.iterdir()) == {living, other}
+
+
+async def test_a_directory_is_swept_by_who_comes_to_write_there(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """A killed process leaves its part beside the file that it was to become: the retry removes it."""
+    directory = root / "2026-11-24/run_1"
+    directory.mkdir(parents=True)
+    (directory / ".part-flora-dead").write_bytes(PNG[:100])
+    run = replace(run, outputs=(media.output("/a", page(PNG)),))
+    assert isinstance(await storage(root).handle(run, context_of()), Done)
+    assert set(files(directory)) == {"out.png", "run.json"}
+
+
+async def test_a_part_lies_where_its_file_will(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """What is below the root may be another file system: nothing is renamed across."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
+    run = replace(run, outputs=(media.output("/a", Page(head + b"x" * 3_000_000, hold=True)),))
+    task = asyncio.create_task(storage(root).handle(run, context_of()))
+    while not has_begun(root):  # noqa: ASYNC110 - the disk has no event to wait for
+        await asyncio.sleep(0)
+    assert parts(root) == {"2026-11-24/run_1"}
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 @pytest.mark.parametrize(
@@ -367,8 +506,18 @@ def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:
         {"url": ""},
         {"url": "file://host/a"},
         {"url": "file:relative"},
-        {"concurrency": 0},
+        {"outputs_at_once": 0},
         {"unknown": 1},
+        {"overwrite": "sometimes"},
+        {"max_size": 0},
+        {"cache_control": "no-cache\n"},
+        {"store": {"region": "x"}},
+        {"cache_control": "no-cache"},
+        {"url": "memory:///x"},
+        {"url": "https://example.com/x"},
+        {"url": "s3://bucket", "store": {"nonsense": "x"}},
+        {"url": "s3://bucket", "store": {"region": ["x"]}},
+        {"url": "s3://bucket", "store": {"region": "env:NOT_SET"}},
     ],
 )
 def test_settings_that_cannot_be_used(settings: dict[str, Any]) -> None:
@@ -379,11 +528,11 @@ def test_settings_that_cannot_be_used(settings: dict[str, Any]) -> None:
 
 def test_the_kind_of_place_follows_from_the_url(tmp_path: Path) -> None:
     """Plain paths and file URLs are local; obstore reads the rest."""
-    assert open_place("outputs").locate("a b/c#.png") == (Path.cwd() / "outputs/a b/c#.png").as_uri()
-    assert open_place(f"{tmp_path.as_uri()}/x%20y").locate("a") == (tmp_path / "x y/a").as_uri()
-    assert open_place("s3://bucket/prefix/").locate("a b/c.png") == "s3://bucket/prefix/a%20b/c.png"
+    assert open_place("outputs", {}).locate("a b/c#.png") == (Path.cwd() / "outputs/a b/c#.png").as_uri()
+    assert open_place(f"{tmp_path.as_uri()}/x%20y", {}).locate("a") == (tmp_path / "x y/a").as_uri()
+    assert open_place("s3://bucket/prefix/", {}).locate("a b/c.png") == "s3://bucket/prefix/a%20b/c.png"
     with pytest.raises(ValueError, match="not a place that can be written to"):
-        open_place("nosuch://bucket")
+        open_place("nosuch://bucket", {})
 
 
 def test_storage_is_a_handler_that_checks_and_closes(root: Path) -> None:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import exc
+from sqlalchemy import Connection, exc
 
 from receiver.errors import StoreUnavailableError
 from receiver.model import Delivery, LostReason, Origin, Output, Run, RunState, Told, Verdict
@@ -68,6 +68,39 @@ async def test_every_field_of_a_run_survives(database: Database) -> None:
     bare = a_run(run_type=None)
     await add(database, bare)
     assert await get(database) == bare
+
+
+async def test_a_run_that_a_callback_tells_of_first(database: Database) -> None:
+    """Its row is inserted with fewer columns, and only if nothing else of it is known."""
+    heard = a_run(RunState.REPORTED, origin=Origin.CALLBACK, workspace_id="ws_1", error_code="e", error_message="m")
+    known = [
+        replace(heard, run_id=f"run_{name}", **{name: getattr(FULL, name)})
+        for name in ("metadata", "callback_expected", "losses", "polls", "progress", "quoted_cost", "cost_due_at")
+    ]
+    await add(database, heard, *known)
+    for run in (heard, *known):
+        assert await get(database, run.run_id) == run
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 255, 256, 257, 600])
+async def test_any_number_of_rows(core: Core, count: int) -> None:
+    """However many share a statement, each comes in once, with its own delivery and body, and in order."""
+    runs = [a_run(RunState.REPORTED, run_id=f"run_{number:03}") for number in range(count)]
+    rows = [a_delivery(f"whd_{number:03}", run_id=f"run_{number:03}", body=b"%d" % number) for number in range(count)]
+
+    def job(tx: Connection) -> None:
+        ledger.add_deliveries(tx, rows)
+        ledger.add_runs(tx, runs)
+        ledger.add_runs(tx, [])
+
+    await core.database.write(job)
+    found = await core.rows(
+        "SELECT delivery_id, body, deliveries.run_id, state FROM deliveries JOIN delivery_bodies USING (seq)"
+        " JOIN runs USING (run_id) ORDER BY deliveries.seq"
+    )
+    assert [tuple(row) for row in found] == [
+        (f"whd_{number:03}", b"%d" % number, f"run_{number:03}", "reported") for number in range(count)
+    ]
 
 
 @pytest.mark.parametrize(

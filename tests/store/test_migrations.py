@@ -111,10 +111,10 @@ def test_a_downgrade_leaves_nothing_behind(connection: Connection) -> None:
 def test_dispatches_from_before_the_lanes_are_light(connection: Connection) -> None:
     """They keep their attempts, and nothing odd can be written into the new column; the way back keeps them too."""
     command.upgrade(migrate._alembic(connection), "0003")
-    values = "'run_1', 'completed', 'tracked', 1, 2, 1, '{}', true, 0, 0, 0, 0, 0, 0"
     connection.exec_driver_sql(
         "INSERT INTO runs (run_id, state, origin, first_seen_at, deadline_at, settled_at, metadata, callback_expected, "
-        f"losses, polls, ladder, failures, missing, version) VALUES ({values})"
+        "losses, polls, ladder, failures, missing, version) "
+        "VALUES ('run_1', 'completed', 'tracked', 1, 2, 1, '{}', true, 0, 0, 0, 0, 0, 0)"
     )
     connection.exec_driver_sql(
         "INSERT INTO dispatches (seq, run_id, handler, event, round, state, attempts, due_at) "
@@ -128,8 +128,29 @@ def test_dispatches_from_before_the_lanes_are_light(connection: Connection) -> N
         connection.exec_driver_sql("UPDATE dispatches SET lane = 'odd'")
     connection.rollback()
     command.downgrade(migrate._alembic(connection), "0003")
-    for table in ("dispatches", "dispatch_attempts"):
-        assert connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one() == 1
+    assert connection.exec_driver_sql("SELECT count(*) FROM dispatches").scalar_one() == 1
+    assert connection.exec_driver_sql("SELECT count(*) FROM dispatch_attempts").scalar_one() == 1
+
+
+def test_artifacts_survive_the_room_for_thumbnails(connection: Connection) -> None:
+    """The table is made anew on SQLite: its rows stay, up and down, and only thumbnails are lost on the way back."""
+    alembic = migrate._alembic(connection)
+    command.upgrade(alembic, "0003")
+    connection.exec_driver_sql(
+        "INSERT INTO runs (run_id, state, origin, callback_expected, first_seen_at, next_poll_at, deadline_at, metadata,"
+        " losses, polls, ladder, failures, missing, version) VALUES ('r', 'open', 'started', true, 1, 1, 1, '{}',"
+        " 0, 0, 0, 0, 0, 0)"
+    )
+    insert = (
+        "INSERT INTO artifacts (run_id, handler, position, output_id, location) VALUES ('r', 'h', {0}, 'o', 'l{0}')"
+    )
+    connection.exec_driver_sql(insert.format(-1))
+    connection.commit()
+    migrate.upgrade(connection)
+    connection.exec_driver_sql(insert.format(-2))
+    connection.commit()
+    command.downgrade(alembic, "0003")
+    assert connection.exec_driver_sql("SELECT position FROM artifacts").scalars().all() == [-1]
 
 
 def test_a_database_from_the_future_is_refused(connection: Connection) -> None:

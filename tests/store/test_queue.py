@@ -369,10 +369,13 @@ async def test_a_claim_moves_and_frees_its_old_place(database: Database) -> None
     assert await places(database) == [(0, "/b", False)]
 
 
-async def test_a_manifest_has_the_position_before_the_first(database: Database) -> None:
-    await reserve(database, "/m", position=-1)
-    with pytest.raises(LocationTakenError):  # the CHECK on positions is the only other way to be refused here
-        await reserve(database, "/n", position=-2)
+async def test_positions_before_the_first_are_the_handlers_own(database: Database) -> None:
+    """The manifest has -1, thumbnails lie below it: each a place of its own."""
+    for position, location in ((-1, "/m"), (-2, "/t0"), (-3, "/t1")):
+        await reserve(database, location, position=position)
+    with pytest.raises(LocationTakenError):
+        await reserve(database, "/t1", position=-4)
+    assert await places(database) == [(-3, "/t1", False), (-2, "/t0", False), (-1, "/m", False)]
 
 
 async def test_bytes_are_safe_with_their_hash_or_not_at_all(database: Database) -> None:

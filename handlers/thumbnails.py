@@ -1,0 +1,80 @@
+"""Small pictures of stored images, for the dashboard. Pure but for Pillow; for `handlers.keeping`, called in a thread.
+
+Images come from outside: the formats are few, the pixels are counted before any is decoded, and what is broken or too
+large has no thumbnail.
+"""
+
+import io
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from receiver.handler import needs
+
+CONTENT_TYPE = "image/webp"
+SUFFIX = ".thumb.webp"
+SIDE = 512
+MAX_BYTES = 32 * 1024 * 1024
+MAX_PIXELS = 40_000_000  # more than 8K video; what is decoded takes four bytes for each
+MAX_SIDE = 32_768
+
+_FORMATS: Mapping[str, str] = {
+    "image/bmp": "BMP",
+    "image/gif": "GIF",
+    "image/jpeg": "JPEG",
+    "image/jpg": "JPEG",
+    "image/png": "PNG",
+    "image/webp": "WEBP",
+}
+_PLAIN_MODES = frozenset({"L", "RGB", "RGBA"})
+
+
+class NoThumbnailError(Exception):
+    """This image has no thumbnail; the message says why, for the log."""
+
+
+def can_be_shown(content_type: str | None) -> bool:
+    return _format(content_type) is not None
+
+
+def require_pillow() -> None:
+    with needs("flora-receiver[thumbnails]"):
+        import PIL.Image  # noqa: F401, PLC0415 - only who asks for thumbnails has it
+
+
+def thumbnail(body: bytes, content_type: str | None) -> bytes:
+    """Make a WebP of at most 512 × 512 pixels, or raise NoThumbnailError. The same bytes make the same picture."""
+    from PIL import Image, ImageOps  # noqa: PLC0415
+
+    kind = _format(content_type)
+    if kind is None:
+        raise NoThumbnailError(f"{content_type} is not among the formats that are opened")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(body), formats=[kind]) as image:
+                _measure(image.size)
+                image.verify()
+            with Image.open(io.BytesIO(body), formats=[kind]) as image:
+                picture: Any = image
+                if image.mode not in _PLAIN_MODES:
+                    picture = image.convert("RGBA" if image.has_transparency_data else "RGB")
+                picture.thumbnail((SIDE, SIDE))  # a JPEG is decoded small at once
+                ImageOps.exif_transpose(picture, in_place=True)
+                made = io.BytesIO()
+                picture.save(made, "WEBP", quality=80, method=4)
+    except NoThumbnailError:
+        raise
+    except Exception as exc:
+        raise NoThumbnailError(f"cannot be opened as {kind}: {type(exc).__name__}") from exc
+    return made.getvalue()
+
+
+def _format(content_type: str | None) -> str | None:
+    return _FORMATS.get((content_type or "").partition(";")[0].strip().lower())
+
+
+def _measure(size: tuple[int, int]) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS or max(size) > MAX_SIDE:
+        raise NoThumbnailError(f"{width} × {height} pixels are too many")

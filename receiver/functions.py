@@ -1,0 +1,240 @@
+"""Plain Python functions as handlers: `use = "package.module:function"`. Built by `receiver.plugins`.
+
+An `async def` runs on the loop. Any other function gets a daemon thread of its own for each call, never one of a pool
+that others share: one that hangs is left behind when its time is over, starves nobody, and does not keep the process.
+"""
+
+import asyncio
+import contextvars
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from receiver.errors import AttemptOverError, DownloadRefusedError, HandlerLoadError
+from receiver.handler import Answer, Artifact, Context, Done, Event, Log, Output, Retry, Saved, SettledRun
+
+__all__ = ["BlockingContext", "FunctionHandler", "FunctionMaker", "NoOptions", "function_maker"]
+
+READ_BYTES = 64 * 1024 * 1024
+
+T = TypeVar("T")
+
+
+class NoOptions(BaseModel):
+    """A function has no options of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FunctionMaker:
+    """What a handler's class is to the loader: it has a `Config`, and makes the handler."""
+
+    Config: ClassVar[type[BaseModel]] = NoOptions
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.__doc__ = inspect.getdoc(function)
+
+    def __call__(self, config: BaseModel) -> "FunctionHandler":  # noqa: ARG002 -- it is empty
+        return FunctionHandler(self._function)
+
+
+def function_maker(found: object, use: str) -> FunctionMaker:
+    """Take a callable for a handler; HandlerLoadError says why it cannot be one."""
+    if inspect.isclass(found) or not callable(found):
+        raise HandlerLoadError(
+            f"{use} is not a handler: it has no Config (see receiver.handler), nor is it a function (run, context)"
+        )
+    if any(
+        check(each) for check in (inspect.isgeneratorfunction, inspect.isasyncgenfunction) for each in _bodies(found)
+    ):
+        raise HandlerLoadError(f"{use} yields; a handler returns None, a dict, Done, Retry or Reject")
+    try:
+        inspect.signature(found).bind("run", "context")
+    except TypeError:
+        raise HandlerLoadError(f"{use} cannot be called with (run, context)") from None
+    except ValueError:  # builtins do not tell
+        raise HandlerLoadError(f"{use} does not tell its parameters: wrap it in a function (run, context)") from None
+    return FunctionMaker(found)
+
+
+def _bodies(function: Callable[..., Any]) -> tuple[object, object]:
+    """Return what may be the function proper: an object's own class may define what calling it does."""
+    return function, getattr(type(function), "__call__", None)  # noqa: B004 -- not whether, but what
+
+
+class FunctionHandler:
+    """Calls a function (run, context); None and a mapping mean Done, anything but an answer is left to be refused."""
+
+    Config: ClassVar[type[BaseModel]] = NoOptions
+
+    def __init__(self, function: Callable[..., Any], *, threads: int = 8) -> None:
+        self._function = function
+        self._is_async = any(inspect.iscoroutinefunction(each) for each in _bodies(function))
+        self.threads = threads
+        """Most threads at a time, those included that were left behind."""
+        self._live = 0
+
+    async def handle(self, run: SettledRun, context: Context) -> Answer:
+        answer: Any
+        if self._is_async:
+            answer = await self._function(run, context)
+        elif self._live >= self.threads:
+            return Retry(f"{self._live} earlier calls have not returned; the function should end by itself")
+        else:
+            answer = await self._in_thread(run, context)
+            if inspect.isawaitable(answer):  # a lambda around an `async def`, for example
+                answer = await answer
+        if answer is None:
+            return Done()
+        result: Answer = Done(answer) if isinstance(answer, Mapping) else answer
+        return result
+
+    async def _in_thread(self, run: SettledRun, context: Context) -> Any:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+        blocking = BlockingContext(context, loop)
+
+        def settle(answer: Any, error: BaseException | None) -> None:
+            self._live -= 1
+            if ended.done():
+                context.log.info("handler.returned_late")
+            else:
+                ended.set_result((answer, error))
+
+        def work() -> None:
+            answer, error = None, None
+            try:
+                answer = self._function(run, blocking)
+            except BaseException as exc:  # noqa: BLE001 -- SystemExit too: it is the attempt's to judge
+                error = exc
+            try:
+                loop.call_soon_threadsafe(settle, answer, error)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                return
+
+        carried = contextvars.copy_context()
+        threading.Thread(target=carried.run, args=(work,), name=f"handler-{context.handler}", daemon=True).start()
+        self._live += 1
+        try:
+            answer, error = await ended
+        finally:
+            if not ended.done() or ended.cancelled():
+                context.log.warning("handler.left_behind", threads=self._live)
+            await blocking.end()
+        if error is not None:
+            raise error
+        return answer
+
+
+class BlockingContext:
+    """The context of a plain function: as `receiver.handler.Context`, with calls that return when they are done.
+
+    Once the attempt is over every one of them raises AttemptOverError, so that a function left behind can do no harm.
+    """
+
+    def __init__(self, context: Context, loop: asyncio.AbstractEventLoop) -> None:
+        self._context = context
+        self._loop = loop
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._over = False
+
+    @property
+    def handler(self) -> str:
+        return self._context.handler
+
+    @property
+    def idempotency_key(self) -> str:
+        return self._context.idempotency_key
+
+    @property
+    def event(self) -> Event:
+        return self._context.event
+
+    @property
+    def attempt(self) -> int:
+        return self._context.attempt
+
+    @property
+    def max_attempts(self) -> int:
+        return self._context.max_attempts
+
+    @property
+    def deadline_at(self) -> datetime:
+        return self._context.deadline_at
+
+    @property
+    def artifacts(self) -> Sequence[Artifact]:
+        return self._context.artifacts
+
+    @property
+    def log(self) -> Log:
+        return self._context.log
+
+    def save(self, output: Output, path: Path) -> Saved:
+        """Fetch an output into a file that does not exist yet; nothing is left of it when that fails."""
+        return self._wait_for(lambda: self._context.save(output, Path(path)))
+
+    def read(self, output: Output, max_bytes: int = READ_BYTES) -> bytes:
+        """Fetch an output into memory; DownloadRefusedError where it is larger than `max_bytes`."""
+        return self._wait_for(lambda: self._read(output, max_bytes))
+
+    def stored(self) -> Sequence[Artifact]:
+        """Return what all handlers have stored of this run so far, in order of position."""
+        return self._wait_for(self._context.stored)
+
+    def reserve(self, position: int, output_id: str, location: str) -> None:
+        """Claim a place for good before writing to it; committed on return."""
+        self._wait_for(lambda: self._context.reserve(position, output_id, location))
+
+    def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
+        """Record that the bytes at the reserved place are safe; committed on return."""
+        self._wait_for(
+            lambda: self._context.store_artifact(position, size=size, sha256=sha256, content_type=content_type)
+        )
+
+    async def end(self) -> None:
+        """Let nothing happen any more: what is under way is cancelled, and waited for until it has cleaned up."""
+        self._over = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _read(self, output: Output, max_bytes: int) -> bytes:
+        parts = bytearray()
+        async with self._context.open(output) as download:
+            async for chunk in download:
+                parts += chunk
+                if len(parts) > max_bytes:
+                    raise DownloadRefusedError(f"the output is larger than the {max_bytes} bytes to be read")
+        return bytes(parts)
+
+    def _wait_for(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Have the loop do something, and wait for it in this thread."""
+        running = self._tracked(ask)
+        try:
+            future = asyncio.run_coroutine_threadsafe(running, self._loop)
+        except RuntimeError:  # the loop is closed
+            running.close()
+            raise AttemptOverError("the service has stopped") from None
+        try:
+            return future.result()
+        except CancelledError:
+            raise AttemptOverError("the attempt's time is over") from None
+
+    async def _tracked(self, ask: Callable[[], Awaitable[T]]) -> T:
+        task = asyncio.current_task()
+        if self._over or task is None:
+            raise AttemptOverError("the attempt's time is over")
+        self._tasks.add(task)
+        try:
+            return await ask()
+        finally:
+            self._tasks.discard(task)

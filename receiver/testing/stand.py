@@ -1,0 +1,121 @@
+"""An emulated FLORA and a receiver beside it, both real servers in this process: a handler in its natural surroundings."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from receiver import certificates
+from receiver.client import ReceiverClient
+from receiver.config import Settings
+from receiver.emulator import Emulator, EmulatorSettings
+from receiver.http import probe_client
+from receiver.replies import RunView
+from receiver.service import Service
+from receiver.testing.runs import signed_callback
+from receiver.web.public import CALLBACK_PATH
+from receiver.web.server import Server, bind
+
+_PROMPT = {"id": "prompt", "type": "text", "value": "a lighthouse"}
+_PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """A running receiver; `secret` signs its callbacks, `ca` vouches for its HTTPS address, `url` is where they go."""
+
+    emulator: Emulator
+    service: Service
+    secret: str
+    ca: Path
+    token: str
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.service.address[1]}{CALLBACK_PATH}"
+
+    async def run(
+        self, technique: str = "emu-image", *, metadata: Mapping[str, Any] | None = None, wait: bool = True
+    ) -> RunView:
+        """Start a run of one of the emulator's techniques; return it once its handlers are done, or dead.
+
+        `emu-image`, `emu-two-images`, `emu-video`, `emu-audio`, `emu-document`, `emu-text`, `emu-everything`, `emu-fail`.
+        """
+
+        def ask() -> RunView:
+            with self.client() as receiver:
+                started = receiver.start(technique, [_PROMPT], metadata=metadata)
+                assert started.run_id is not None, started  # noqa: S101 -- the emulator answers at once
+                return receiver.wait(started.run_id, timeout_seconds=_PATIENCE_SECONDS if wait else 0)
+
+        return await asyncio.to_thread(ask)
+
+    async def look(self, run_id: str) -> RunView:
+        """Return a run as it stands."""
+
+        def ask() -> RunView:
+            with self.client() as receiver:
+                return receiver.run(run_id)
+
+        return await asyncio.to_thread(ask)
+
+    async def callback(self, run_id: str, **options: Any) -> httpx.Response:
+        """Send a callback as FLORA would; `options` as of `signed_callback`."""
+        body, headers = signed_callback(run_id, self.secret, **options)
+        async with probe_client(ca=self.ca) as client:
+            return await client.post(self.url, content=body, headers=headers)
+
+    def client(self) -> ReceiverClient:
+        """Return a client of the operations API; it blocks, so call it in a thread."""
+        host, port = self.service.operations_address
+        return ReceiverClient(f"http://{host}:{port}", self.token)
+
+
+@asynccontextmanager
+async def standing(directory: Path, handlers: Sequence[Mapping[str, Any]], **sections: Any) -> AsyncIterator[Stand]:
+    """Run both, with files below `directory`. `handlers` and `sections` are settings: a handler's own under `options`."""
+    authority = certificates.make_authority()
+    ca = directory / "ca.pem"
+    ca.write_bytes(authority.pem)
+    cert, key = certificates.write(certificates.issue(authority), directory)
+    secret, token = f"whsec_{secrets.token_hex(16)}", secrets.token_hex(16)
+    emulator = Emulator(
+        EmulatorSettings(
+            run_seconds=0.1, time_scale=20.0, allow_private_callbacks=True, callback_ca=ca, webhook_secrets=(secret,)
+        )
+    )
+    flora = Server(emulator.app, bind("127.0.0.1", 0))
+    await flora.start()
+    emulator.public_origin = f"http://127.0.0.1:{flora.port}"
+    sockets = bind("127.0.0.1", 0)
+    port = sockets[0].getsockname()[1]
+    for each in sockets:
+        each.close()
+    document: dict[str, Any] = {
+        "public_url": f"https://127.0.0.1:{port}",
+        "public": {"host": "127.0.0.1", "port": port},
+        "operations": {"port": 0, "token": token},
+        "tls": {"cert": str(cert), "key": str(key)},
+        "database": {"url": f"sqlite:///{directory / 'receiver.db'}"},
+        "flora": {
+            "base_url": emulator.base_url(emulator.public_origin),
+            "api_key": emulator.settings.api_key,
+            "webhook_secrets": [secret],
+        },
+        "reconcile": {"first_poll_seconds": 1.0, "max_gap_seconds": 1.0, "callback_window_seconds": 5.0},
+        "downloads": {"allow_private_hosts": [urlsplit(emulator.public_origin).netloc]},
+        "handlers": [dict(handler) for handler in handlers],
+    }
+    try:
+        service = Service(Settings.model_validate(document | sections))
+        async with service.running():
+            yield Stand(emulator, service, secret, ca, token)
+    finally:
+        await emulator.aclose()
+        await flora.stop()

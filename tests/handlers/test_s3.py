@@ -1,0 +1,416 @@
+"""Storage in S3: moto over HTTP, through bad links, with wrong credentials, and against stores that lie."""
+
+import asyncio
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import obstore
+import pytest
+
+import handlers.clouds
+import handlers.objects
+from handlers.objects import PART_BYTES, ObjectStore
+from handlers.places import PlaceError, PlaceUnreachableError
+from handlers.storage import Storage, StorageConfig
+from receiver.handler import THUMBNAIL, Done, Output, Reject, Retry, SettledRun, TargetUnreachableError
+from tests.handlers.clouds import SECRET, Bucket, link, moto, told
+from tests.handlers.test_thumbnails import picture
+from tests.media import MediaServer, Page, page
+
+ContextOf = Callable[..., Any]
+BIG = bytes(range(256)) * 100_000
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Bucket]:
+    with moto() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+async def bucket(server: Bucket) -> Bucket:
+    """An empty bucket."""
+    await server.reset()
+    return server
+
+
+@pytest.fixture(autouse=True)
+def _no_clouds_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
+            monkeypatch.delenv(name)
+
+
+def storage(
+    bucket: Bucket, url: str = "s3://bucket/pre", *, options: dict[str, Any] | None = None, **more: Any
+) -> Storage:
+    return Storage(StorageConfig.model_validate({"url": url, "store": options or bucket.options(), **more}))
+
+
+async def chunks(body: bytes, size: int = 500_000) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), size):
+        yield body[start : start + size]
+
+
+async def held(bucket: Bucket, key: str) -> tuple[bytes, dict[str, str], str]:
+    """What an object is, how it is labelled, and its ETag."""
+    found = await obstore.get_async(bucket.place()._store, key)
+    return (
+        bytes(await found.bytes_async()),
+        {str(name): text for name, text in found.attributes.items()},
+        str(found.meta["e_tag"]),
+    )
+
+
+async def put(place: ObjectStore, key: str, body: bytes) -> None:
+    stored = await place.put(key, chunks(body), content_type=None, expected=None)
+    assert (stored.size, stored.sha256) == (len(body), hashlib.sha256(body).hexdigest())
+
+
+async def test_a_run_becomes_labelled_objects(
+    bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
+) -> None:
+    """Type, cache rule and who it is of travel with each object; told again, nothing is fetched or written."""
+    body = picture()
+    big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="Größe 1", kind="videoUrl")
+    run = replace(run, technique_id="tech ü", outputs=(media.output("/a", page(body)), big))
+    handler = storage(bucket, cache_control="public, max-age=60", thumbnails=True)
+    await handler.check()
+    context = context_of()
+    assert await handler.handle(run, context) == Done({"files": 2, "bytes": len(body) + len(BIG)})
+
+    image, labels, _ = await held(bucket, "2026-11-24/run_1/out.png")
+    assert image == body
+    assert labels == {
+        "Content-Type": "image/png",
+        "Cache-Control": "public, max-age=60",
+        "run": "run_1",
+        "output": "out",
+        "technique": "tech %C3%BC",
+        "sha256": hashlib.sha256(body).hexdigest(),
+    }
+    video, labels, etag = await held(bucket, "2026-11-24/run_1/Größe 1.mp4")
+    assert video == BIG
+    assert labels["output"] == "Gr%C3%B6%C3%9Fe 1"
+    assert etag.endswith('-4"')
+    assert context.records[1].location == "s3://bucket/pre/2026-11-24/run_1/Gr%C3%B6%C3%9Fe%201.mp4"
+    assert context.records[THUMBNAIL].location.endswith("/out.png.thumb.webp")
+    manifest = json.loads((await held(bucket, "2026-11-24/run_1/run.json"))[0])
+    assert [each["size"] for each in manifest["outputs"]] == [len(body), len(BIG)]
+
+    requests, stores = len(media.requests), context.stores
+    assert isinstance(await handler.handle(run, context), Done)
+    assert (len(media.requests), context.stores) == (requests, stores)
+    listed = await bucket.get("?list-type=2")
+    assert listed.text.count("<Key>") == 4  # the check has left nothing
+
+
+@pytest.mark.parametrize("size", [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES + 1])
+async def test_sizes_around_a_part(bucket: Bucket, size: int) -> None:
+    """One request up to a part, parts beyond it: the same bytes come back."""
+    place, body = bucket.place(), (BIG * 2)[:size]
+    await put(place, "a b/Größe#1?.bin", body)
+    assert b"".join([chunk async for chunk in place.read("a b/Größe#1?.bin")]) == body
+    assert await place.size("a b/Größe#1?.bin") == size
+    assert await place.size("nothing") is None
+    assert [chunk async for chunk in place.read("nothing")] == []
+
+
+async def test_a_file_that_is_not_the_runs_own(
+    bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
+) -> None:
+    """An object of someone else is compared by its bytes, and left as it is."""
+    place, key = bucket.place(), "2026-11-24/run_1/out.png"
+    run = replace(run, outputs=(media.output("/a", page(BIG)),))
+    await put(place, key, BIG)
+    assert isinstance(await storage(bucket, overwrite="never").handle(run, context_of()), Reject)
+    assert isinstance(await storage(bucket).handle(run, context_of("run_1")), Done)
+    await put(place, key, BIG[::-1])
+    context = context_of()
+    assert isinstance(await storage(bucket).handle(run, context), Reject)
+    assert (await held(bucket, key))[0] == BIG[::-1]
+    assert isinstance(await storage(bucket, overwrite="always").handle(run, context), Done)
+
+
+async def test_what_fails_on_the_way_leaves_nothing(
+    bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
+) -> None:
+    """A download that is cut in the middle of an upload: its own reason, no object, no open upload."""
+    cut = Page(page(BIG).raw[:-1000])
+    run = replace(run, outputs=(media.output("/secret", cut),))
+    answer = await storage(bucket).handle(run, context_of())
+    assert isinstance(answer, Retry)
+    assert answer.reason.startswith("output 0 (out): 127.0.0.1: cut")
+    expired = await storage(bucket).handle(
+        replace(run, outputs=(media.output("/secret", page(b"", status="410 Gone")),)), context_of()
+    )
+    assert isinstance(expired, Retry)
+    assert expired.reread
+    large = await storage(bucket, max_size=len(BIG) - 1).handle(
+        replace(run, outputs=(media.output("/secret", page(BIG)),)), context_of()
+    )
+    assert isinstance(large, Reject)
+    assert await bucket.open_uploads() == 0
+    assert "<Key>" not in (await bucket.get("?list-type=2")).text
+
+
+async def test_a_crash_between_object_and_record_changes_nothing(
+    bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
+) -> None:
+    """The place is this run's own by then: the next attempt puts the same bytes there, even where nothing else may."""
+    run, context = replace(run, outputs=(media.output("/a", page(b"small")),)), context_of()
+    record = context.store_artifact
+
+    async def dies(*args: Any, **fields: Any) -> None:
+        raise RuntimeError("killed")
+
+    context.store_artifact = dies
+    handler = storage(bucket, overwrite="never", manifest=False)
+    assert isinstance(await handler.handle(run, context), Retry)
+    assert context.records[0].stored_at is None
+    context.store_artifact = record
+    assert isinstance(await handler.handle(run, context), Done)
+    assert (await held(bucket, "2026-11-24/run_1/out.png"))[0] == b"small"
+    assert (await bucket.get("?list-type=2")).text.count("<Key>") == 1
+
+
+async def test_a_cancelled_upload_is_aborted(bucket: Bucket) -> None:
+    """Parts that nobody sees would be billed: they are gone when the cancellation goes on."""
+    begun, never = asyncio.Event(), asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        try:
+            async for chunk in chunks(BIG):
+                yield chunk
+            begun.set()
+            await never.wait()
+        finally:
+            begun.clear()
+
+    task = asyncio.create_task(bucket.place().put("a", endless(), content_type=None, expected=None))
+    await begun.wait()
+    while not await bucket.open_uploads():  # noqa: ASYNC110 - moto has no event to wait for
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not begun.is_set()
+    assert await bucket.open_uploads() == 0
+    assert await bucket.place().size("a") is None
+
+
+async def test_connections_that_break_in_the_middle(bucket: Bucket) -> None:
+    """Every other connection is cut in the middle of a part: that part is sent again."""
+    async with link(bucket.endpoint, cuts=lambda number: 3_000_000 if number % 2 == 0 else None) as bad:
+        await put(Bucket(bad.endpoint).place(), "a", BIG)
+        assert bad.broken >= 1
+    assert (await held(bucket, "a"))[0] == BIG
+    assert await bucket.open_uploads() == 0
+
+
+async def test_a_link_that_never_lasts(
+    bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given up after a few tries, with a plain reason; the next attempt over a good link needs nothing else."""
+    monkeypatch.setitem(handlers.clouds._RETRIES, "max_retries", 1)
+    run, context = replace(run, outputs=(media.output("/a", page(BIG)),)), context_of()
+    async with link(bucket.endpoint, cuts=lambda _: 3_000_000) as bad:
+        answer = await storage(Bucket(bad.endpoint)).handle(run, context)
+    assert isinstance(answer, Retry)
+    assert "cannot write to s3://bucket/pre: no answer from its endpoint" in answer.reason
+    assert isinstance(await storage(bucket).handle(run, context), Done)
+    assert (await held(bucket, "2026-11-24/run_1/out.png"))[0] == BIG
+
+
+async def test_a_slow_link(bucket: Bucket) -> None:
+    """Slow is no error."""
+    async with link(bucket.endpoint, bytes_per_second=20_000_000) as slow:
+        await put(Bucket(slow.endpoint).place(), "a", BIG)
+    assert (await held(bucket, "a"))[0] == BIG
+
+
+async def test_targets_that_do_not_answer(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence, a closed port and a server in trouble may pass: the check only warns."""
+    monkeypatch.setattr(handlers.objects, "CHECK_SECONDS", 0.3)
+    async with link(bucket.endpoint, silent=True) as silent:
+        with pytest.raises(TargetUnreachableError, match="did not answer within"):
+            await storage(Bucket(silent.endpoint)).check()
+    monkeypatch.setattr(handlers.objects, "CHECK_SECONDS", 8.0)
+    monkeypatch.setitem(handlers.clouds._RETRIES, "max_retries", 0)
+    with pytest.raises(TargetUnreachableError, match="no answer from its endpoint"):
+        await storage(Bucket("http://127.0.0.1:1")).check()
+    async with told(PUT=(503, {}, b"<Error><Code>SlowDown</Code><Message>Please wait</Message></Error>")) as busy:
+        with pytest.raises(TargetUnreachableError, match=r"answered 503 \(SlowDown, Please wait\)"):
+            await storage(Bucket(busy.endpoint)).check()
+
+
+async def test_a_bucket_that_does_not_exist(bucket: Bucket, run: SettledRun, context_of: ContextOf) -> None:
+    """Said by the check, and by the reason of the run that waits for it."""
+    handler = storage(bucket, "s3://nobucket/pre")
+    with pytest.raises(PlaceError, match=r"s3://nobucket/pre: NoSuchBucket, .*; does the bucket exist\?"):
+        await handler.check()
+    run = replace(run, outputs=(Output(position=0, output_id="a", type="text", value="x"),))
+    answer = await handler.handle(run, context_of())
+    assert isinstance(answer, Retry)
+    assert "NoSuchBucket" in answer.reason
+
+
+async def test_wrong_credentials(bucket: Bucket, run: SettledRun, context_of: ContextOf) -> None:
+    """Named as such, never shown, and nothing is retried for minutes."""
+    run = replace(run, outputs=(Output(position=0, output_id="a", type="text", value="x"),))
+    await bucket.let_in_nobody()
+    try:
+        with pytest.raises(
+            PlaceError, match=r"InvalidAccessKeyId, .*are the credentials and their rights right\?"
+        ) as caught:
+            await storage(bucket).check()
+        answer = await storage(bucket).handle(run, context_of())
+    finally:
+        await bucket.let_in_everybody()
+    assert not isinstance(caught.value, PlaceUnreachableError)
+    assert isinstance(answer, Retry)
+    for said in (answer.reason, str(caught.value), repr(storage(bucket)._config)):
+        assert SECRET not in said
+
+
+OK: tuple[int, dict[str, str], bytes] = (200, {"ETag": '"x"'}, b"probe")
+DENIED: tuple[int, dict[str, str], bytes] = (403, {}, b"<Error><Code>AccessDenied</Code></Error>")
+
+
+@pytest.mark.parametrize(
+    ("answers", "what"),
+    [
+        ({"PUT": DENIED}, "cannot write to s3://bucket/pre: AccessDenied"),
+        ({"PUT": OK, "GET": DENIED}, "can write to, but not read from, s3://bucket/pre: AccessDenied"),
+        ({"PUT": OK, "GET": OK, "DELETE": DENIED}, "can write to, but not delete from, s3://bucket/pre: AccessDenied"),
+    ],
+)
+async def test_the_check_names_the_right_that_is_missing(answers: dict[str, Any], what: str) -> None:
+    """Write, read and delete are tried apart."""
+    async with told(**{"POST": DENIED, **answers}) as store:
+        with pytest.raises(PlaceError) as caught:
+            await Bucket(store.endpoint).place(disable_bulk_delete=True).check()
+    assert str(caught.value).startswith(what)
+
+
+async def test_what_a_store_holds_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong size is an error; an ETag that is no MD5 of ours is looked into once, and only other bytes are an error."""
+    body, md5 = b"hello", hashlib.md5(b"hello", usedforsecurity=False).hexdigest()
+    sized = {"Content-Length": "5", "ETag": '"x"'}
+    for etag, held, head, error in [
+        (md5, b"hullo", sized, None),
+        (md5, b"hello", {**sized, "Content-Length": "4"}, "holds 4 bytes of an object of 5"),
+        ("0" * 32, b"hullo", sized, "holds other bytes than were sent"),
+        ("0" * 32, b"hello", sized, None),
+        ("opaque", b"hullo", sized, None),
+    ]:
+        async with told(
+            PUT=(200, {"ETag": f'"{etag}"'}, b""), GET=(200, {"ETag": '"x"'}, held), HEAD=(200, head, b"")
+        ) as store:
+            place = Bucket(store.endpoint).place()
+            if error:
+                with pytest.raises(PlaceError, match=error):
+                    await put(place, "a", body)
+                continue
+            await put(place, "a", body)
+            await put(place, "a", body)
+            reads = sum(request.startswith("GET") for request in store.requests)
+            assert reads == (1 if etag == "0" * 32 else 0)
+
+
+async def test_the_usual_environment_works_and_options_override_it(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`AWS_…` as for every other program; what `store` names comes first."""
+    names = {"ENDPOINT_URL": bucket.endpoint, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ALLOW_HTTP": "true"}
+    for name, value in {**names, "REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    handler = Storage(StorageConfig(url="s3://bucket/env"))
+    await handler.check()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    await storage(bucket).check()
+
+
+def test_secrets_come_from_where_secrets_come_from(tmp_path: Any) -> None:
+    """Each option may point to the environment or to a file; none is shown."""
+    file = tmp_path / "secret"
+    file.write_text(f"{SECRET}\n")
+    options = {"access_key_id": "env:KEY", "secret_access_key": f"file:{file}", "timeout": "5s", "aws_allow_http": True}
+    config = StorageConfig.model_validate(
+        {"url": "s3://bucket", "store": options}, context={"environ": {"KEY": "AKIAEXAMPLE"}}
+    )
+    assert config.store["access_key_id"].get_secret_value() == "AKIAEXAMPLE"
+    assert config.store["secret_access_key"].get_secret_value() == SECRET
+    assert SECRET not in repr(config)
+    assert "AKIAEXAMPLE" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "says"),
+    [
+        ("s3://bucket", {"nonsense": "x"}, "unknown option 'nonsense'"),
+        ("s3://bucket", {"virtual_hosted_style_request": "maybe"}, 'failed to parse "maybe" as boolean'),
+        ("s3://bucket", {"timeout": "soon"}, 'failed to parse "soon" as Duration'),
+        ("s3://bucket", {"access_key_id": SECRET}, "access_key_id without secret_access_key"),
+        ("s3://bucket", {"endpoint": "http://127.0.0.1:9000"}, "allow_http = true permits"),
+        ("s3://bucket", {"aws_bucket": "other"}, "the URL names it"),
+        ("s3://bucket", {"secret_access_key": {"a": SECRET}}, "string"),
+        ("gs://bucket", {"service_account_key": SECRET}, "service account"),
+        ("az://container", {}, "account_name, or AZURE_STORAGE_ACCOUNT_NAME"),
+        ("az://container", {"account_name": "a", "account_key": SECRET}, "Invalid Access Key"),
+        ("memory:///x", {}, "there are directories, s3://, gs:// and az://"),
+        ("outputs", {"region": "x"}, "are for buckets"),
+    ],
+)
+def test_bad_options_are_told_at_once(url: str, options: dict[str, Any], says: str) -> None:
+    """In plain words, when the configuration is read, without the values."""
+    with pytest.raises(ValueError, match="validation error") as caught:
+        StorageConfig.model_validate({"url": url, "store": options})
+    assert says in str(caught.value)
+    assert SECRET not in str(caught.value)
+    assert "Debug source" not in str(caught.value)
+
+
+UPLOAD = """
+import asyncio, sys
+from pathlib import Path
+from handlers.storage import StorageConfig, open_place
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+
+async def body(megabytes):
+    for n in range(2 * megabytes):
+        yield bytes([n % 256]) * (512 * 1024)
+
+async def main():
+    options = {"endpoint": sys.argv[1], "access_key_id": "a", "secret_access_key": "b", "allow_http": "true"}
+    config = StorageConfig.model_validate({"url": "s3://bucket/pre", "store": options})
+    place = open_place(config.url, config.store)
+    await place.put("warm", body(17), content_type=None, expected=None)
+    before = peak()
+    stored = await place.put("large", body(200), content_type=None, expected=None)
+    print(stored.size, stored.sha256, peak() - before)
+    await place.close()
+
+asyncio.run(main())
+"""
+
+
+def test_two_hundred_megabytes_take_little_memory(bucket: Bucket) -> None:
+    """In parts, a few at a time: what a large output takes is what a small one took."""
+    told = subprocess.run(
+        [sys.executable, "-c", UPLOAD, bucket.endpoint], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    size, sha256, growth = told.split()
+    digest = hashlib.sha256()
+    for n in range(400):
+        digest.update(bytes([n % 256]) * (512 * 1024))
+    assert (int(size), sha256) == (200 * 1024 * 1024, digest.hexdigest())
+    assert int(growth) <= 32
