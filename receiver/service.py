@@ -162,6 +162,7 @@ class Service:
         self.herald = Herald(self.database, self.signals)
         self._stopping = asyncio.Event()
         self._probed_at: datetime | None = None
+        self._probe: asyncio.Future[None] | None = None
         self._public: Server | None = None
         self._operations: Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -205,9 +206,11 @@ class Service:
             return "stopping"
         now = self._clock()
         if self._probed_at is None or not timedelta(0) <= now - self._probed_at < _READY_FOR:
+            if self._probe is None or self._probe.done():  # many may ask while the database does not answer
+                self._probe = asyncio.ensure_future(self.database.write(lambda _: None))
             try:
                 async with asyncio.timeout(5):
-                    await self.database.write(lambda _: None)
+                    await asyncio.shield(self._probe)
             except (StoreUnavailableError, TimeoutError) as error:
                 return str(error) or "the database does not answer"
             self._probed_at = now

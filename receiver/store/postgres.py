@@ -25,6 +25,14 @@ _TRIES = 3
 _AGAIN = {"40001", "40P01"}
 """Serialization failure, deadlock: PostgreSQL's own word that the same transaction may work now."""
 _TROUBLE = (exc.OperationalError, exc.InterfaceError, exc.InternalError)
+_PREFACE = (
+    "SELECT set_config('lock_timeout', '5s', true), set_config('idle_in_transaction_session_timeout', '10s', true), "
+    "current_setting('transaction_read_only')"
+)
+"""Opens every transaction that writes, and holds for it alone. A replica that is frozen in one must not keep its locks,
+and whoever wants one of them must not wait for ever: callbacks come through one after the other. It also tells a standby
+from a server that takes writes, and makes a job without a statement of its own ask the server at all (`/readyz`).
+"""
 _NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 _TIMEOUTS: dict[str, Any] = {
     # A server that is gone without a word must not hold a callback for the minutes that TCP would wait.
@@ -122,6 +130,7 @@ class PostgresDatabase:
             committing = False
             try:
                 with self._writing.connect() as connection, connection.begin() as transaction:
+                    _open(connection)
                     result = job(connection)
                     committing = True
                     transaction.commit()
@@ -163,6 +172,11 @@ def _engine(url: str, connections: int) -> Engine:
         # PgBouncer in transaction mode gives every transaction another server: nothing may be prepared on one.
         connect_args={"prepare_threshold": None, **_TIMEOUTS},
     )
+
+
+def _open(connection: Connection) -> None:
+    if connection.exec_driver_sql(_PREFACE).one()[2] == "on":
+        raise StoreUnavailableError("the database takes no writes now: it is read-only, or a standby")
 
 
 def _plain(url: str) -> str:

@@ -153,6 +153,7 @@ async def served(
     arguments: Sequence[str] = (),
     stdout: int = asyncio.subprocess.PIPE,
     stderr: int | None = None,
+    environ: Mapping[str, str] = {},
     **sections: Any,
 ) -> AsyncIterator[Served]:
     """Run the console script with a settings file; secrets go through the environment, as in production.
@@ -163,6 +164,7 @@ async def served(
     document = stage.document(**sections)
     flora = document["flora"]
     environ = {
+        **environ,
         "PATH": os.environ["PATH"],
         "FLORA_API_KEY": flora.pop("api_key"),
         "FLORA_WEBHOOK_SECRET": ",".join(flora.pop("webhook_secrets")),

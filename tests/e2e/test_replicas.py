@@ -2,8 +2,12 @@
 
 import asyncio
 import contextlib
+import json
+import os
 import socket
-from collections.abc import AsyncIterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,13 +62,27 @@ class Replicas:
     lives: list[Served]
     ports: list[int]
 
+    async def operations(self, number: int) -> str:
+        """Return where a replica's operations API listens, as its log tells."""
+
+        async def look() -> str | None:
+            lines = (self.stage.directory / f"log{number}").read_bytes().splitlines(keepends=True)
+            told = [json.loads(line) for line in lines if b'"service.ready"' in line and line.endswith(b"\n")]
+            return f"http://{told[0]['operations']}" if told else None
+
+        found = await eventually(look)
+        assert found is not None
+        return found
+
     async def kill(self, number: int) -> None:
         self.lives[number].process.kill()
         await self.lives[number].process.wait()
 
 
 @contextlib.asynccontextmanager
-async def replicas(stage: Stage, *roles: tuple[str, ...], **sections: Any) -> AsyncIterator[Replicas]:
+async def replicas(
+    stage: Stage, *roles: tuple[str, ...], environ: Mapping[str, str] = {}, **sections: Any
+) -> AsyncIterator[Replicas]:
     """Run one receiver for each tuple of further arguments."""
     async with contextlib.AsyncExitStack() as stack:
         limits = httpx.Limits(max_keepalive_connections=0)
@@ -76,7 +94,7 @@ async def replicas(stage: Stage, *roles: tuple[str, ...], **sections: Any) -> As
             ports.append(stage.port)
             log = stack.enter_context((stage.directory / f"log{number}").open("wb"))
             life = await stack.enter_async_context(
-                served(stage, stdout=log.fileno(), arguments=arguments, **LEASE, **sections)
+                served(stage, stdout=log.fileno(), arguments=arguments, environ=environ, **LEASE, **sections)
             )
             if "workers" not in arguments:
                 await life.ready(client)
@@ -89,6 +107,51 @@ async def replicas(stage: Stage, *roles: tuple[str, ...], **sections: Any) -> As
             yield Replicas(stage, client, lives, ports)
         finally:
             server.close()
+
+
+EFFECTS = '''"""A handler as a user writes one: it may be called again, and its effect is there once."""
+
+import asyncio
+import os
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+async def count(run, context):
+    with (HERE / "calls").open("a") as calls:
+        calls.write(f"{context.idempotency_key} {os.getpid()}\\n")
+    await asyncio.sleep(0.05)  # it takes its time, so that a kill may come in between
+    try:
+        (HERE / "effects" / context.idempotency_key).open("x").close()
+    except FileExistsError:
+        return {"again": True}
+'''
+
+
+class Effects:
+    """What the handler above has done, and which calls it had."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._directory = stage.directory
+        (stage.directory / "effects").mkdir()
+        (stage.directory / "counting.py").write_text(EFFECTS)
+        self.environ = {"PYTHONPATH": str(stage.directory)}
+        self.handlers: list[dict[str, Any]] = [
+            {"use": "storage", "options": {"url": str(stage.outputs)}},
+            {"use": "counting:count", "name": "count"},
+        ]
+
+    def check(self, run_ids: list[str], killed: set[int]) -> None:
+        """One effect for each run; more than one call only where the process of each earlier call was killed."""
+        keys = {f"{run_id}:count:settled:0" for run_id in run_ids}
+        assert {path.name for path in (self._directory / "effects").iterdir()} == keys
+        calls: dict[str, list[int]] = {}
+        for line in (self._directory / "calls").read_text().splitlines():
+            key, pid = line.split()
+            calls.setdefault(key, []).append(int(pid))
+        assert calls.keys() == keys
+        assert {pid for pids in calls.values() for pid in pids[:-1]} <= killed
 
 
 def check(stage: Stage, run_ids: list[str]) -> None:
@@ -105,8 +168,9 @@ def check(stage: Stage, run_ids: list[str]) -> None:
 
 
 async def test_two_of_three_are_killed_and_nothing_is_lost(shared: Stage) -> None:
-    """One after the other, under load: what they held is taken over within a lease, and nothing happens twice."""
-    async with replicas(shared, (), (), ()) as them:
+    """One after the other, under load: what they held is taken over within a lease, and no effect is doubled."""
+    effects = Effects(shared)
+    async with replicas(shared, (), (), (), environ=effects.environ, handlers=effects.handlers) as them:
         run_ids = [shared.start() for _ in range(30)]
 
         async def settled(count: int) -> bool:
@@ -120,6 +184,32 @@ async def test_two_of_three_are_killed_and_nothing_is_lost(shared: Stage) -> Non
         run_ids += [shared.start() for _ in range(20)]
         await shared.over(*run_ids, within=60)
         check(shared, run_ids)
+        effects.check(run_ids, {them.lives[0].pid, them.lives[1].pid})
+
+
+async def test_a_run_is_waited_for_on_another_replica(shared: Stage) -> None:
+    """Whoever settles it: the wait ends by itself, and long before its time is over, on each of them."""
+    token = {"token": "0123456789abcdef"}
+    async with replicas(shared, (), (), operations=token) as them:
+        run_id = shared.start("emu-image", callback=False)
+        headers = {"Authorization": f"Bearer {token['token']}"}
+        tracked = {"run_id": run_id, "technique_id": "tech_emu_image", "callback_expected": True}
+        origins = [await them.operations(number) for number in range(2)]
+        answer = await them.client.post(f"{origins[0]}/api/runs/track", json=tracked, headers=headers)
+        assert answer.status_code == 200
+        waits = [
+            asyncio.create_task(them.client.get(f"{origin}/api/runs/{run_id}/wait?timeout=14", headers=headers))
+            for origin in origins
+        ]
+        assert (await shared.send(them.client, shared.body(run_id))).status_code == 200
+        for answer in await asyncio.gather(*waits):
+            run = answer.json()["run"]
+            assert (run["state"], run["finished"]) == ("completed", True)
+        workers = [
+            number for number in range(2) if b"dispatch.done" in (shared.directory / f"log{number}").read_bytes()
+        ]
+        assert workers
+        shared.check_files(run_id)
 
 
 async def test_the_database_restarts(shared: Stage, postgres_server: Postgres) -> None:
@@ -133,7 +223,11 @@ async def test_the_database_restarts(shared: Stage, postgres_server: Postgres) -
             answer = await shared.send(them.client, shared.body(late))
             assert answer.status_code == 503
             shared.port = them.ports[0]
-            assert not await is_ready(shared, them.client)
+
+            async def says_so() -> bool:  # a good answer is believed for a second
+                return not await is_ready(shared, them.client)
+
+            await eventually(says_so)
         finally:
             await asyncio.to_thread(postgres_server.ctl, "start")
 
@@ -160,6 +254,69 @@ async def test_door_and_workers_share_the_work(shared: Stage) -> None:
     assert b"dispatch.done" not in (shared.directory / "log0").read_bytes()
     assert b"callbacks.committed" in (shared.directory / "log0").read_bytes()
     assert b"dispatch.done" in (shared.directory / "log1").read_bytes()
+
+
+async def test_a_doors_operations_listener_has_probes_and_metrics_alone(shared: Stage) -> None:
+    """What it could tell of runs is another's business; unknown paths are told in our own JSON."""
+    headers = {"Authorization": "Bearer 0123456789abcdef"}
+    async with replicas(shared, ("--only", "door"), operations={"token": "0123456789abcdef"}) as them:
+        origin = await them.operations(0)
+        for path in ("/healthz", "/metrics"):
+            assert (await them.client.get(origin + path, headers=headers)).status_code == 200
+        for path in ("/api/runs", "/api/dispatches", "/api/events", "/"):
+            answer = await them.client.get(origin + path, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+        assert (await them.client.get(f"{origin}/metrics")).status_code == 401
+
+
+async def test_a_door_restarts_while_workers_go_on(shared: Stage) -> None:
+    """FLORA repeats what it was refused meanwhile: every callback is accepted, none is lost, no run waits for a poll."""
+    slow: dict[str, Any] = {"reconcile": {"first_poll_seconds": 60, "callback_window_seconds": 120}}
+    async with replicas(shared, ("--only", "door"), ("--only", "workers"), **slow) as them:
+        run_ids = [shared.start() for _ in range(20)]
+        await eventually(lambda: _accepted(shared))
+        door = them.lives[0]
+        assert await door.stop() == 0
+        run_ids += [shared.start() for _ in range(10)]
+        balanced, shared.port = shared.port, them.ports[0]
+        with (shared.directory / "log2").open("wb") as log:
+            async with served(shared, stdout=log.fileno(), arguments=("--only", "door"), **LEASE, **slow) as again:
+                await again.ready(them.client)
+                shared.port = balanced
+                await shared.over(*run_ids, within=60)
+        check(shared, run_ids)
+        assert {row["verdict"] for row in shared.rows("SELECT verdict FROM runs")} == {"matched"}
+
+
+async def test_a_door_on_sqlite_is_for_measuring(stage: Stage) -> None:
+    """Only where it is asked for by name; it takes callbacks, commits them, and works on nothing."""
+    async with served(stage, arguments=("--only", "door")) as life:
+        assert await life.ended() == 2
+    environ = {"RECEIVER_DATABASE__MEASURE_DOOR": "true"}
+    async with stage.client() as client, served(stage, arguments=("--only", "door"), environ=environ) as life:
+        await life.ready(client)
+        run_id = stage.start(callback=False)
+        assert (await stage.send(client, stage.body(run_id))).json() == {"status": "accepted"}
+        assert await life.stop() == 0
+    assert (stage.run(run_id)["state"], stage.dispatches(run_id)) == ("reported", [])
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_missing_driver_is_told_with_its_cure(command: str, tmp_path: Path) -> None:
+    """PostgreSQL is an extra: without it the settings are answered by what to install."""
+    blocked = "import sys; sys.modules['psycopg'] = None; from receiver.cli import main; main()"
+    environ = {
+        "PATH": os.environ["PATH"],
+        "FLORA_API_KEY": "sk_test_x",
+        "FLORA_WEBHOOK_SECRET": "whsec_x",
+        "RECEIVER_DATABASE__URL": "postgresql://receiver@127.0.0.1/receiver",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", blocked, command], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in {1, 2}, done.stdout
+    assert "flora-receiver[postgres]" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 async def test_a_part_of_the_work_needs_postgres(stage: Stage) -> None:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import Connection, exc
 
@@ -17,6 +18,8 @@ from receiver.store import ledger, open_database
 from receiver.store.postgres import PostgresDatabase
 from tests.core import NOW, Clock, Core, a_core, a_read, a_run
 from tests.postgres import Postgres
+
+IDLE = "idle_in_transaction_session_timeout"
 
 
 @asynccontextmanager
@@ -193,3 +196,72 @@ async def test_listening_ends_with_its_connection(database: PostgresDatabase, po
     with pytest.raises(StoreUnavailableError):
         await anext(notices)
     await database.notify("poll")
+
+
+async def test_an_empty_job_asks_the_server(database: PostgresDatabase, postgres_server: Postgres) -> None:
+    """Readiness is such a job: with connections in hand and the server stopped, it must not succeed."""
+    await database.write(lambda _: None)
+    await asyncio.to_thread(postgres_server.ctl, "stop", "-m", "immediate")
+    try:
+        with pytest.raises(StoreUnavailableError):
+            await database.write(lambda _: None)
+    finally:
+        await asyncio.to_thread(postgres_server.ctl, "start")
+    await database.write(lambda _: None)
+
+
+async def test_a_server_that_takes_no_writes_is_unavailable(
+    database: PostgresDatabase, postgres_server: Postgres
+) -> None:
+    """A standby, or what an operator has made read-only: reads go on, readiness says no."""
+    await asyncio.to_thread(postgres_server.execute, "ALTER DATABASE suite SET default_transaction_read_only = on")
+    try:
+        with pytest.raises(StoreUnavailableError, match="takes no writes"):
+            await database.write(lambda _: None)
+        assert await database.read(ledger.all_runs) == ()
+    finally:
+        await asyncio.to_thread(postgres_server.execute, "ALTER DATABASE suite RESET default_transaction_read_only")
+
+
+async def test_a_frozen_process_does_not_keep_its_locks(postgres_url: str, clock: Clock) -> None:
+    """Whoever stops in the middle of a transaction loses it; callbacks for that run and for others come through again."""
+    async with opened(postgres_url) as frozen, opened(postgres_url) as other:
+        door = a_core(other, clock)
+        await door.register("run_1")
+        begun, thaw = threading.Event(), threading.Event()
+        asked: list[str] = []
+
+        def job(tx: Connection) -> None:
+            asked.extend(tx.exec_driver_sql(f"SHOW {name}").scalar_one() for name in ("lock_timeout", IDLE))
+            tx.exec_driver_sql(f"SET LOCAL {IDLE} = '200ms'")  # the test's patience
+            ledger.runs_by_id(tx, ["run_1"], for_update=True)
+            begun.set()
+            thaw.wait(20)
+
+        freezing = asyncio.create_task(frozen.write(job))
+        await asyncio.to_thread(begun.wait, 20)
+        assert await door.call("whd_1", "run_1") == Accepted()
+        assert await door.call("whd_2", "run_2") == Accepted()
+        assert asked == ["5s", "10s"]
+        thaw.set()
+        with pytest.raises(StoreUnavailableError):
+            await freezing
+
+
+async def test_a_lock_that_is_not_let_go_is_not_waited_for(postgres_url: str, postgres_server: Postgres) -> None:
+    """Whoever holds it, an operator's session perhaps: a job ends with an error in time, and the next one has its turn."""
+    async with opened(postgres_url) as database:
+        await database.write(insert("run_1"))
+        with psycopg.connect(postgres_url) as session:
+            session.execute("SELECT * FROM runs FOR UPDATE")
+            with pytest.raises(StoreUnavailableError, match="lock timeout"):
+                await database.write(_in_no_time(lambda tx: ledger.runs_by_id(tx, ["run_1"], for_update=True)))
+        await database.write(lambda tx: ledger.runs_by_id(tx, ["run_1"], for_update=True))
+
+
+def _in_no_time(job: Any) -> Any:
+    def hurried(tx: Connection) -> None:
+        tx.exec_driver_sql("SET LOCAL lock_timeout = '50ms'")
+        job(tx)
+
+    return hurried
