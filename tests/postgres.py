@@ -8,6 +8,7 @@ import grp
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -105,13 +106,27 @@ class Postgres:
             pytest.fail(f"pg_ctl {words}: {done.stderr} {log.read_text() if log.exists() else ''}", pytrace=False)
 
 
+def sweep() -> None:
+    """Stop the servers that killed test runs have left behind, and remove their directories."""
+    for directory in Path("/tmp").glob("flora-pg-*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            owner = int((directory / "owner").read_text())
+            if Path(f"/proc/{owner}").exists() or not Path("/proc/self").exists():
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int((directory / "data/postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
+            shutil.rmtree(directory, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def postgres() -> Iterator[Postgres]:
     """Run a server inside the block."""
+    sweep()
     with tempfile.TemporaryDirectory(prefix="flora-pg-", dir="/tmp", ignore_cleanup_errors=True) as name:
         directory = Path(name)
         directory.chmod(0o755)
         hand_over(directory)
+        (directory / "owner").write_text(str(os.getpid()))
         data = directory / "data"
         done = subprocess.run(
             [tool("initdb"), "-D", str(data), "-U", "flora", "-A", "trust", "-E", "UTF8", "--no-locale", "-N"],

@@ -117,3 +117,13 @@ async def test_the_operations_listener_is_guarded_too(stage: Stage) -> None:
         port = service.operations_address[1]
         await ended(await connected(port, None, b"GET /api/runs HTTP/1.1\r\nX-A: " + b"a" * 40_000))
         assert closed_by_guard(service, "too_large", "operations") == 1
+
+
+async def test_who_never_begins_to_speak_tls_keeps_nobody_out(stage: Stage) -> None:
+    """The guard cannot see a connection before its handshake; that has a time of its own, after which it is closed."""
+    async with stage.service():
+        silent = [await asyncio.open_connection("127.0.0.1", stage.port) for _ in range(300)]
+        async with stage.client() as client:
+            for _ in range(5):
+                await is_honest(stage, client, stage.start(callback=False))
+        assert set(await asyncio.gather(*map(ended, silent))) == {b""}

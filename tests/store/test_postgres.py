@@ -1,11 +1,14 @@
 """What is true of PostgreSQL alone: several processes, lost connections, two doors that commit the same at once."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -17,8 +20,9 @@ from receiver.intake import Accepted, Duplicate
 from receiver.store import ledger, open_database
 from receiver.store.postgres import PostgresDatabase
 from tests.core import NOW, Clock, Core, a_core, a_read, a_run
-from tests.postgres import Postgres
+from tests.postgres import Postgres, sweep
 
+ROOT = Path(__file__).parents[2]
 IDLE = "idle_in_transaction_session_timeout"
 
 
@@ -265,3 +269,23 @@ def _in_no_time(job: Any) -> Any:
         job(tx)
 
     return hurried
+
+
+def test_a_server_whose_tests_were_killed_is_swept_up() -> None:
+    """Else every test run that ends hard would leave one behind."""
+    begin = """if True:
+        import time
+        from tests.postgres import postgres
+        with postgres() as server:
+            print(server.directory, flush=True)
+            time.sleep(99)
+    """
+    with subprocess.Popen([sys.executable, "-c", begin], stdout=subprocess.PIPE, text=True, cwd=ROOT) as owner:
+        assert owner.stdout is not None
+        left = Path(owner.stdout.readline().strip())
+        owner.kill()
+        owner.wait()
+    pid = int((left / "data/postmaster.pid").read_text().split()[0])
+    assert Path(f"/proc/{pid}").exists()
+    sweep()
+    assert not left.exists()
