@@ -1,0 +1,167 @@
+"""Kafka for the handler `publish`: acknowledged by all in-sync replicas; the run's id is the key, the message's a header.
+
+Kafka does not know an id again across attempts: who reads dedupes on the header `idempotency-key`. The producer is
+idempotent, so that what it repeats by itself within an attempt is written once.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped]
+from aiokafka.conn import create_conn  # type: ignore[import-untyped]
+from aiokafka.errors import (  # type: ignore[import-untyped]
+    AuthenticationFailedError,
+    ClusterAuthorizationFailedError,
+    IllegalSaslStateError,
+    InvalidTopicError,
+    KafkaConnectionError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    SaslAuthenticationFailed,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
+    UnsupportedSaslMechanismError,
+)
+
+from handlers.broker import Access, BrokerError, BrokerUnreachableError, Link, Message, MessageRefusedError, excerpt
+
+_CREDENTIALS = (
+    AuthenticationFailedError,
+    IllegalSaslStateError,
+    SaslAuthenticationFailed,
+    UnsupportedSaslMechanismError,
+)
+_ABANDON_SECONDS = 1.0
+_REQUEST_BYTES = 64 * 1024 * 1024  # what a topic takes is the broker's to say
+
+
+class KafkaBroker:
+    """Produces to a topic, in the partition that the run's id chooses."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._link: Link[Any] = Link(self._connect, self._abandon)
+        protocol = "SSL" if access.tls else "PLAINTEXT"
+        self._security: dict[str, Any] = {"security_protocol": protocol, "ssl_context": access.tls}
+        if access.user is not None:
+            self._security = {
+                "security_protocol": f"SASL_{protocol}",
+                "ssl_context": access.tls,
+                "sasl_mechanism": access.sasl.upper(),
+                "sasl_plain_username": access.user,
+                "sasl_plain_password": access.password,
+            }
+
+    async def publish(self, message: Message) -> Mapping[str, Any]:
+        headers = [("idempotency-key", message.id.encode()), ("content-type", b"application/json")]
+        headers += [(f"ce_{name}", value.encode()) for name, value in message.attributes.items()]
+        producer = await self._link.get()
+        try:
+            place = await producer.send_and_wait(message.to, message.body, key=message.key.encode(), headers=headers)
+        except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
+            raise MessageRefusedError(
+                f"the message has {len(message.body)} bytes, more than the topic {message.to!r} takes: "
+                "raise its max.message.bytes"
+            ) from error
+        except InvalidTopicError as error:
+            raise MessageRefusedError(f"Kafka takes no topic of the name {message.to!r}") from error
+        except BaseException as error:  # also when the wait was cancelled: a producer never gives up on what it holds
+            self._link.drop(producer)
+            if isinstance(error, KafkaError | OSError):
+                raise self._explained(error, message.to) from error
+            raise
+        return {"topic": place.topic, "partition": place.partition, "offset": place.offset}
+
+    async def check(self, to: str | None) -> None:
+        producer = await self._link.get()
+        if to is None:
+            return
+        try:
+            cluster = await producer.client.fetch_all_metadata()  # of all topics: asking for one may make it
+        except KafkaError as error:
+            self._link.drop(producer)
+            raise self._explained(error, to) from error
+        if to not in cluster.topics(exclude_internal_topics=False):
+            raise BrokerUnreachableError(_no_topic(to))  # a warning: many clusters make topics when they are first used
+
+    async def close(self) -> None:
+        await self._link.close()
+
+    async def _connect(self) -> Any:
+        producer = AIOKafkaProducer(
+            bootstrap_servers=[f"{host}:{port}" for host, port in self._access.hosts],
+            client_id="flora-receiver",
+            acks="all",
+            enable_idempotence=True,
+            max_request_size=_REQUEST_BYTES,
+            request_timeout_ms=self._request_ms,
+            **self._security,
+        )
+        try:
+            async with asyncio.timeout(self._access.connect_seconds):
+                await producer.start()
+        except BaseException as error:
+            await self._abandon(producer)
+            if isinstance(error, KafkaConnectionError):
+                raise await self._why() from error
+            if isinstance(error, KafkaError | OSError) and not isinstance(error, TimeoutError):
+                raise self._explained(error, None) from error
+            if isinstance(error, TimeoutError):
+                raise BrokerUnreachableError(f"{self._access.url} cannot be reached: {excerpt(error)}") from error
+            raise
+        return producer
+
+    @property
+    def _request_ms(self) -> int:
+        """Time of one request: half of our patience, so that one that is lost can be repeated."""
+        return max(1, round(self._access.answer_seconds * 500))
+
+    async def _why(self) -> BrokerError:
+        """Ask the first broker once more: that its bootstrap failed is all that aiokafka says."""
+        (host, port), *_ = self._access.hosts
+        options = {**self._security, "request_timeout_ms": self._request_ms}
+        try:
+            connection = await create_conn(host, port, **options)
+        except (KafkaError, OSError) as error:
+            return self._explained(error, None)
+        connection.close()
+        return BrokerUnreachableError(f"{self._access.url} cannot be reached: it did not answer the first request")
+
+    async def _abandon(self, producer: Any) -> None:
+        """Stop a producer without delivering: its own `stop` waits for ever for a broker that is away.
+
+        An idempotent producer of aiokafka never lets a message expire. So the task that sends and its connections go
+        first, then what is left in its hands, and only then is it told to stop.
+        """
+        sender = producer._sender  # noqa: SLF001 - there is no public way
+        # Told to end before the connections go, or it would open new ones for what it could not send.
+        ending = asyncio.ensure_future(sender.close())
+        await asyncio.sleep(0)
+        with suppress(Exception):
+            await producer.client.close()
+        producer._message_accumulator.fail_all(KafkaError("given up"))  # noqa: SLF001 - there is no public way
+        await asyncio.wait({ending}, timeout=_ABANDON_SECONDS)
+        if not ending.done():
+            ending.cancel()
+        with suppress(Exception):
+            async with asyncio.timeout(_ABANDON_SECONDS):
+                await producer.stop()
+
+    def _explained(self, error: Exception, topic: str | None) -> BrokerError:
+        url = self._access.url
+        if isinstance(error, _CREDENTIALS):
+            return BrokerError(f"{url} refuses our credentials: {excerpt(error)}")
+        if isinstance(error, UnknownTopicOrPartitionError) and topic:
+            return BrokerError(_no_topic(topic))
+        if isinstance(error, TopicAuthorizationFailedError | ClusterAuthorizationFailedError):
+            return BrokerError(f"{url} does not allow it: {excerpt(error)}; the user needs Write and IdempotentWrite")
+        if isinstance(error, KafkaConnectionError | OSError):
+            return BrokerUnreachableError(f"{url} cannot be reached: {excerpt(error)}")
+        return BrokerError(f"{url} did not take it: {excerpt(error)}")
+
+
+def _no_topic(topic: str) -> str:
+    return f"there is no topic {topic!r}: kafka-topics.sh --create --topic {topic}, unless the cluster makes it itself"

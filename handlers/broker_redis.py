@@ -1,0 +1,116 @@
+"""Redis streams for the handler `publish`. A script adds the message and remembers its id in one step: twice is once.
+
+The memory of an id is a key beside the stream, `{stream}:published:id`, which expires. In that form a cluster would
+keep both on one node. An id is remembered before the message is added, empty, and filled in afterwards: a user who may
+write to the stream but not to these keys thus fails before anything is doubled.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, ConnectionError, NoPermissionError, RedisError, TimeoutError  # noqa: A004
+
+from handlers.broker import Access, BrokerError, BrokerUnreachableError, Message, excerpt
+
+_PUBLISH = """
+local known = redis.call('GET', KEYS[2])
+if known and known ~= '' then return {known, 1} end
+redis.call('SET', KEYS[2], '', 'EX', ARGV[1])
+local entry = {'XADD', KEYS[1]}
+if ARGV[2] ~= '' then
+  for _, word in ipairs({'MAXLEN', '~', ARGV[2]}) do entry[#entry + 1] = word end
+end
+entry[#entry + 1] = '*'
+for index = 3, #ARGV do entry[#entry + 1] = ARGV[index] end
+local id = redis.call(unpack(entry))
+redis.call('SET', KEYS[2], id, 'EX', ARGV[1])
+return {id, 0}
+"""
+
+
+class RedisBroker:
+    """Adds entries to a stream, which is made by the first."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._redis = Redis(connection_pool=_pool(access))
+
+    async def publish(self, message: Message) -> Mapping[str, Any]:
+        fields = {"idempotency_key": message.id, "run_id": message.key, "data": message.body}
+        fields |= {f"ce_{name}": value for name, value in message.attributes.items()}
+        words = [part for pair in fields.items() for part in pair]
+        seconds = self._access.remember_hours * 3600
+        seen = f"{{{message.to}}}:published:{message.id}"
+        maxlen = self._access.maxlen or ""
+        entry, duplicate = await self._asked(_PUBLISH, message.to, seen, arguments=[seconds, maxlen, *words])
+        return {"entry": entry.decode(), "duplicate": bool(duplicate)}
+
+    async def check(self, to: str | None) -> None:
+        if to is None:
+            await self._asked("return 1")
+            return
+        kind = await self._asked("return redis.pcall('TYPE', KEYS[1])['ok'] or 'unknown'", to)
+        if kind.decode() not in {"none", "stream", "unknown"}:
+            raise BrokerError(f"{to!r} is a {kind.decode()}, not a stream: choose another name in `to`")
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+        await self._redis.connection_pool.disconnect()
+
+    async def _asked(self, script: str, *keys: str, arguments: list[Any] | None = None) -> Any:
+        url = self._access.url
+        try:
+            return await self._redis.eval(script, len(keys), *keys, *(arguments or []))
+        except AuthenticationError as error:
+            raise BrokerError(f"{url} refuses our credentials: {excerpt(error)}") from error
+        except NoPermissionError as error:
+            raise BrokerError(
+                f"{url} does not allow it: {excerpt(error)}; the user needs +eval +get +set +xadd on these keys"
+            ) from error
+        except (ConnectionError, TimeoutError, OSError) as error:
+            raise BrokerUnreachableError(f"{url} cannot be reached: {excerpt(error)}") from error
+        except RedisError as error:
+            raise BrokerError(f"{url} did not take it: {excerpt(error)}{_advice(str(error))}") from error
+
+
+def _advice(error: str) -> str:
+    """Tell what to do about the errors that an operator meets."""
+    if "NOAUTH" in error:
+        return "; set `password`"
+    if "WRONGTYPE" in error:
+        return "; choose another name in `to`"
+    if "READONLY" in error:
+        return "; it is a replica: name the primary"
+    if error.startswith("MOVED") or "CLUSTERDOWN" in error:
+        return "; a Redis Cluster: name the node that holds the stream"
+    if "OOM" in error:
+        return "; it is full: set `maxlen`, or give it memory"
+    return ""
+
+
+def _pool(access: Access) -> BlockingConnectionPool:
+    """Make the pool, of one connection: those who wait for it wait no longer than for an answer."""
+    (host, port), *_ = access.hosts
+    options: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "db": int(access.path.strip("/") or 0),
+        "username": access.user,
+        "password": access.password,
+        "socket_timeout": access.answer_seconds,
+        "socket_connect_timeout": access.connect_seconds,
+        "retry": Retry(NoBackoff(), 0),  # the dispatcher tries again
+    }
+    if access.tls is not None:
+        options |= {
+            "ssl_ca_certs": access.ca_file and str(access.ca_file),
+            "ssl_certfile": access.cert_file and str(access.cert_file),
+            "ssl_keyfile": access.key_file and str(access.key_file),
+            "ssl_cert_reqs": "required",
+            "ssl_check_hostname": True,
+        }
+    kind: type[Connection] = Connection if access.tls is None else SSLConnection
+    return BlockingConnectionPool(max_connections=1, timeout=None, connection_class=kind, **options)
