@@ -72,10 +72,10 @@ def _filled(argument: str, given: dict[str, str]) -> str:
 
 
 def _url(found: re.Match[str]) -> str:
-    text = (found[1] if found.re.groups and found[1] else found[0]).rstrip("/.,")
+    text = (found[1] if found.re.groups and found[1] else found[0]).rstrip(".,")
     url = text if "://" in text else f"https://{text}"
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
-        if parts.scheme in {"https", "http"} and parts.hostname and parts.port != 0:
+        if parts.scheme in {"https", "http"} and parts.hostname and parts.port != 0 and not url.split()[1:]:
             return f"{parts.scheme}://{parts.netloc}"
     raise TunnelError(f"the pattern found {text[:80]!r}, which is no URL")

@@ -90,7 +90,7 @@ class Ssh:
                 listener = await self._connection.forward_remote_port(
                     listen_host, self._remote_port, local.host, local.port
                 )
-        except (asyncssh.Error, OSError, TimeoutError, ValueError) as error:
+        except (asyncssh.Error, asyncssh.ChannelListenError, OSError, TimeoutError, ValueError) as error:
             await self.close()
             raise TunnelError(self._advice(asyncssh, error)) from error
         return self._public_url or self._url(listener.get_port(), tls=local.tls)

@@ -3,7 +3,6 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
@@ -14,15 +13,9 @@ from starlette.routing import Route
 from receiver.http import own_client, probe_client
 from receiver.tunnel.probe import Obstacle, probe
 from receiver.web.server import Server, bind
-from tests.e2e.stage import Stage, free_port, staged
+from tests.e2e.stage import Stage, free_port
 
 SECRET = "whsec_probe"
-
-
-@pytest.fixture
-async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
-    async with staged(tmp_path) as stage:
-        yield stage
 
 
 async def test_a_canary_arrives_and_leaves_no_trace(stage: Stage) -> None:
