@@ -6,43 +6,32 @@ import os
 import secrets
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import typer
 from pydantic import SecretStr
 
 from receiver import certificates
 from receiver.addresses import is_loopback
+from receiver.cli.dev_desk import EVERY_ADDRESS, Desk
 from receiver.cli.dev_view import View
-from receiver.cli.dev_watching import Follower, Player, WatchedDoor
-from receiver.cli.output import WRONG, explained
+from receiver.cli.dev_watching import WatchedDoor
+from receiver.cli.output import explained
 from receiver.config import Settings, load, made_token
-from receiver.config.callback_url import callback_url_problem, split_http_url
+from receiver.config.callback_url import split_http_url
 from receiver.decide import Policy
 from receiver.emulator import Emulator, EmulatorSettings
-from receiver.errors import ConfigError, Problem, TunnelError
-from receiver.http import own_client, probe_client
+from receiver.errors import ConfigError, Problem
 from receiver.service import Service, policy_of
-from receiver.store import queries
 from receiver.telemetry import configure_logging
 from receiver.tunnel.choosing import Wanted, chosen
-from receiver.tunnel.judging import Judgement, Upstream, judge, upstream
-from receiver.tunnel.keeping import Closed, Keeper, Looked, News, NotOpened, Opened, Pace, Woke
-from receiver.tunnel.probe import probe
-from receiver.tunnel.provider import Given, Local, Provider
 from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
-
-_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compared with, not bound
-_PROBE_SECONDS = 8.0
-_STRANDED_SECONDS = 5.0
-_STATUS_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +43,12 @@ class Asked:
     emulator: bool = False
     ca: Path | None = None
     json: bool = False
-    pace: Pace = field(default_factory=Pace)
 
 
 def run(config: Path | None, asked: Asked, *, host: str, port: int | None, ops_port: int | None) -> None:
     with explained(as_json=asked.json):
         settings = load(config, os.environ, need_secrets=not asked.emulator)
-        if not (is_loopback(host) or host in _EVERY_ADDRESS):
+        if not (is_loopback(host) or host in EVERY_ADDRESS):
             raise ConfigError([Problem("--host", "must be loopback, 0.0.0.0 or ::, so that we reach ourselves")])
         asked = replace(asked, wanted=_checked(asked.wanted))
         settings = _with(settings, {"public": {"host": host, "port": port}, "operations": {"port": ops_port}})
@@ -110,8 +98,7 @@ async def _dev(settings: Settings, asked: Asked) -> int:
         service = Service(settings, policy=policy, around=lambda app: WatchedDoor(app, view))
         stack.enter_context(view)
         await stack.enter_async_context(service.running())
-        desk = _Desk(service, settings, view, provider, ca, asked.pace)
-        return await desk.work(stopping)
+        return await Desk(service, settings, view, provider, ca=ca).work(stopping)
 
 
 @contextlib.asynccontextmanager
@@ -167,176 +154,3 @@ async def _emulated(
 def _host_of(text: str) -> str:
     place = text.rpartition("@")[2]
     return place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
-
-
-class _Desk:
-    """One session: it composes the service, the tunnel and the view, and says what follows from what."""
-
-    def __init__(
-        self, service: Service, settings: Settings, view: View, provider: Provider | None, ca: Path | None, pace: Pace
-    ) -> None:
-        self._service = service
-        self._settings = settings
-        self._view = view
-        self._provider = provider
-        self._pace = pace
-        host = settings.public.host
-        self._local = Local(service.address[1], tls=settings.tls.cert is not None, host=_EVERY_ADDRESS.get(host, host))
-        self._secret = settings.secrets_by_workspace()[0][0]
-        self._ca = ca
-        self._asked_flora: dict[str, float] = {}
-        self._stranded: frozenset[str] = frozenset()
-        self._opened = False
-        self._url: str | None = None
-        self._judged: Judgement | None = None
-        self._upstream = Upstream.UNKNOWN
-
-    async def work(self, stopping: asyncio.Event) -> int:
-        """Run until told to stop; return the exit code."""
-        host, port = self._service.operations_address
-        receiver = self._local.url + CALLBACK_PATH
-        self._view.tell("receiver", receiver, receiver=receiver, operations=f"http://{host}:{port}")
-        async with probe_client(ca=self._ca, timeout_seconds=_PROBE_SECONDS) as outside, own_client() as inside:
-            follower = Follower(self._service, self._view)
-            if self._provider is None:
-                self._view.tell("tunnel", "none: runs are polled, and each is played as a callback", url=None)
-                player = Player(self._service, self._settings, receiver, inside)
-                return await self._together(
-                    stopping, [follower.run(player), self._look_on(outside, inside), self._show_status()]
-                )
-            keeper = Keeper(
-                self._provider,
-                self._local,
-                look=lambda url: self._look(url, outside, inside),
-                tell=self._heard,
-                pace=self._pace,
-            )
-            try:
-                url = await keeper.open()
-                self._check(url)
-            except TunnelError as error:
-                await self._provider.close()
-                printed = "".join(f"\n    {line}" for line in error.printed)
-                text = f"{self._provider.name} did not open: {error}{printed}"
-                self._view.tell("tunnel", text, error=str(error), printed=error.printed)
-                return WRONG
-            except BaseException:
-                await self._provider.close()
-                raise
-            work = [follower.run(), keeper.run(stopping), self._read_stranded(), self._show_status()]
-            return await self._together(stopping, work)
-
-    async def _together(self, stopping: asyncio.Event, work: list[Coroutine[Any, Any, None]]) -> int:
-        """Do all of it until told to stop, or until something fails; nothing is left behind."""
-        tasks: set[asyncio.Task[Any]] = {asyncio.create_task(each) for each in work}
-        stopped = asyncio.create_task(stopping.wait())
-        try:
-            done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {stopped}:
-                task.result()
-        finally:
-            for task in (stopped, *tasks):
-                task.cancel()
-            await asyncio.wait({stopped, *tasks})
-        return 0
-
-    def _check(self, url: str) -> None:
-        """Hold the URL against FLORA's rules, unless FLORA is this machine too. Raises TunnelError."""
-        if is_loopback(urlsplit(self._settings.flora.base_url).hostname or ""):
-            return
-        if (problem := callback_url_problem(url + CALLBACK_PATH)) is not None:
-            raise TunnelError(f"{url}: {problem}")
-
-    async def _look(self, url: str | None, outside: httpx.AsyncClient, inside: httpx.AsyncClient) -> Judgement:
-        """Send both canaries and judge."""
-        home = probe(self._local.url + CALLBACK_PATH, self._secret, client=inside)
-        if url is None:
-            far, near = None, await home
-        else:
-            far, near = await asyncio.gather(probe(url + CALLBACK_PATH, self._secret, client=outside), home)
-        before, self._asked_flora = self._asked_flora, _answers(self._service)
-        now_is = upstream(before, self._asked_flora)
-        self._upstream = self._upstream if now_is is Upstream.UNKNOWN else now_is
-        self._judged = judge(far, near, self._upstream, ours=not isinstance(self._provider, Given))
-        return self._judged
-
-    async def _look_on(self, outside: httpx.AsyncClient, inside: httpx.AsyncClient) -> None:
-        """Without a tunnel: look whether receiver and FLORA work."""
-        last = None
-        while True:
-            judgement = await self._look(None, outside, inside)
-            if judgement.code != last:
-                self._tell(judgement)
-                last = judgement.code
-            await asyncio.sleep(self._pace.every)
-
-    async def _heard(self, news: News) -> None:
-        """Show what happened to the tunnel, and do what follows from it."""
-        match news:
-            case Opened(url, moved):
-                self._url, again, self._opened = url, self._opened, True
-                self._service.moved(url)
-                name = self._provider.name if self._provider else ""
-                text = f"{name}  {url}{CALLBACK_PATH}"
-                self._view.tell("tunnel", text, provider=name, url=url, moved=moved)
-                if again:
-                    await self._catch_up(moved=moved)
-            case Closed(reason):
-                self._view.tell("tunnel", f"TUNNEL: {reason}; opening it again", fault="tunnel", reason=reason)
-            case NotOpened(reason, seconds):
-                text = f"TUNNEL: it did not open: {reason}; again in {seconds:g} s"
-                self._view.tell("tunnel", text, fault="tunnel", reason=reason, again_seconds=seconds)
-            case Looked(judgement, is_news, recovered):
-                if is_news:
-                    self._tell(judgement)
-                if recovered:
-                    await self._catch_up(moved=False)
-            case Woke(seconds):
-                self._view.tell("tunnel", f"this machine slept for {seconds:.0f} s", slept_seconds=round(seconds))
-                await self._catch_up(moved=False)
-            case _:
-                assert_never(news)
-
-    def _tell(self, judgement: Judgement) -> None:
-        fault = judgement.fault
-        took = "" if judgement.seconds is None else f" ({judgement.seconds * 1000:.0f} ms)"
-        text = f"{fault.value.upper()}: {judgement.reason}" if fault else f"{judgement.reason}{took}"
-        self._view.tell("canary", text, fault=fault, code=judgement.code, reason=judgement.reason)
-
-    async def _catch_up(self, *, moved: bool) -> None:
-        """Read every run that is not settled: FLORA may have called while nobody could answer."""
-        ids = await self._service.poller.hurry()
-        if not ids:
-            return
-        why = "they call the old address, and are polled from now on" if moved else "their callbacks may be lost"
-        self._view.tell("catch-up", f"{len(ids)} open runs are read now: {why}", run_ids=sorted(ids), moved=moved)
-        if moved:
-            self._stranded |= ids
-
-    async def _read_stranded(self) -> None:
-        """Keep reading the runs whose callbacks go to an address that we lost, until they are settled."""
-        while True:
-            await asyncio.sleep(_STRANDED_SECONDS)
-            if self._stranded:
-                self._stranded = await self._service.poller.hurry(self._stranded)
-
-    async def _show_status(self) -> None:
-        while True:
-            counts = await self._service.database.read(queries.unsettled)
-            judged = self._judged
-            where = "no tunnel" if self._provider is None else self._url or "opening"
-            took = "" if judged is None or judged.seconds is None else f"  canary {judged.seconds * 1000:.0f} ms"
-            state = "" if judged is None or judged.fault is None else f"  {judged.fault.value.upper()}: {judged.reason}"
-            text = f"{where}{took}{state}  ·  {sum(counts.values())} open runs  ·  Ctrl-C ends it"
-            self._view.status(text, fine=judged is not None and judged.fault is None)
-            await asyncio.sleep(_STATUS_SECONDS)
-
-
-def _answers(service: Service) -> dict[str, float]:
-    """Return how often FLORA's API has answered with each status."""
-    return {
-        sample.labels["status"]: sample.value
-        for metric in service.metrics.api_requests.collect()
-        for sample in metric.samples
-        if sample.name.endswith("_total")
-    }

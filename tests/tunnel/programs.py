@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from tests.e2e.stage import eventually
+
 CLOUDFLARED = """
 if sys.argv[1:3] != ["tunnel", "--no-autoupdate"] or "--url" not in sys.argv:
     sys.exit("unexpected arguments: " + " ".join(sys.argv[1:]))
@@ -60,3 +62,17 @@ def written(directory: Path, name: str, body: str) -> Path:
     path.write_text(_HEAD.format(python=sys.executable) + body)
     path.chmod(0o755)
     return path
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def gone(pid: int) -> None:
+    async def look() -> bool:
+        return not alive(pid)
+
+    await eventually(look)

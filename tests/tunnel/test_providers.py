@@ -24,25 +24,11 @@ from receiver.tunnel.program import Program
 from receiver.tunnel.provider import Given, Local
 from receiver.tunnel.ssh import Account, Ssh, account
 from receiver.web.public import CALLBACK_PATH
-from tests.e2e.stage import Stage, eventually, free_port
+from tests.e2e.stage import Stage, free_port
 from tests.sshd import Sshd
-from tests.tunnel.programs import CLOUDFLARED, FORWARDER, written
+from tests.tunnel.programs import CLOUDFLARED, FORWARDER, alive, gone, written
 
 LOCAL = Local(8080)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-async def gone(pid: int) -> None:
-    async def look() -> bool:
-        return not alive(pid)
-
-    await eventually(look)
 
 
 # --- programs ----------------------------------------------------------------------------------------------------
