@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_never
 from urllib.parse import urlsplit
@@ -28,13 +29,16 @@ __all__ = ["EVERY_ADDRESS", "Desk"]
 
 EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compared with, not bound
 """What is bound to every address, and where it is found on this machine."""
-_PROBE_SECONDS = 8.0
+_PROBE_SECONDS = 6.0
 _STRANDED_SECONDS = 5.0
 _STATUS_SECONDS = 1.0
 
 
 class Desk:
-    """`work` until told to stop. `ca`: a further CA that the canary trusts from outside."""
+    """`work` until told to stop. `ca`: a further CA that the canary trusts from outside.
+
+    A canary may take `patience_seconds`; runs whose callbacks go to a lost address are read every `again_seconds`.
+    """
 
     def __init__(
         self,
@@ -45,14 +49,16 @@ class Desk:
         *,
         ca: Path | None = None,
         pace: Pace | None = None,
-        patience_seconds: float | None = None,
+        patience_seconds: float = _PROBE_SECONDS,
+        again_seconds: float = _STRANDED_SECONDS,
     ) -> None:
         self._service = service
         self._settings = settings
         self._view = view
         self._provider = provider
         self._pace = pace or Pace()
-        self._patience = _PROBE_SECONDS if patience_seconds is None else patience_seconds
+        self._patience = patience_seconds
+        self._again_seconds = again_seconds
         host = settings.public.host
         self._local = Local(service.address[1], tls=settings.tls.cert is not None, host=EVERY_ADDRESS.get(host, host))
         self._secret = settings.secrets_by_workspace()[0][0]
@@ -85,7 +91,9 @@ class Desk:
                 pace=self._pace,
             )
             try:
-                url = await keeper.open()
+                if (url := await _unless(stopping, keeper.open())) is None:
+                    await self._provider.close()
+                    return 0
                 self._check(url)
             except TunnelError as error:
                 await self._provider.close()
@@ -130,8 +138,11 @@ class Desk:
         before, self._asked_flora = self._asked_flora, _answers(self._service)
         now_is = upstream(before, self._asked_flora)
         self._upstream = self._upstream if now_is is Upstream.UNKNOWN else now_is
-        self._judged = judge(far, near, self._upstream, ours=not isinstance(self._provider, Given))
-        return self._judged
+        judged = judge(far, near, self._upstream, ours=not isinstance(self._provider, Given))
+        if judged.code == "unreachable" and self._provider is not None and self._provider.hint:
+            judged = replace(judged, reason=f"{judged.reason}; {self._provider.hint}")
+        self._judged = judged
+        return judged
 
     async def _look_on(self, outside: httpx.AsyncClient, inside: httpx.AsyncClient) -> None:
         """Without a tunnel: look whether receiver and FLORA work."""
@@ -189,7 +200,7 @@ class Desk:
     async def _read_stranded(self) -> None:
         """Keep reading the runs whose callbacks go to an address that we lost, until they are settled."""
         while True:
-            await asyncio.sleep(_STRANDED_SECONDS)
+            await asyncio.sleep(self._again_seconds)
             if self._stranded:
                 self._stranded = await self._service.poller.hurry(self._stranded)
 
@@ -203,6 +214,18 @@ class Desk:
             text = f"{where}{took}{state}  ·  {sum(counts.values())} open runs  ·  Ctrl-C ends it"
             self._view.status(text, fine=judged is not None and judged.fault is None)
             await asyncio.sleep(_STATUS_SECONDS)
+
+
+async def _unless(stopping: asyncio.Event, opening: Coroutine[Any, Any, str]) -> str | None:
+    """Return what is opened, or None if we are to stop before that; then the opening is given up."""
+    task, stopped = asyncio.create_task(opening), asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        stopped.cancel()
+        await asyncio.wait({task, stopped})
 
 
 def _answers(service: Service) -> dict[str, float]:

@@ -19,6 +19,7 @@ class Cloudflared:
     """Reads the URL from what `cloudflared tunnel --url …` prints."""
 
     name = "cloudflared"
+    hint = ""
 
     def __init__(self, *, program: str = "cloudflared", within_seconds: float = 30.0) -> None:
         self._name = program

@@ -22,6 +22,7 @@ class Command:
     """
 
     name = "command"
+    hint = "is it the right URL? See --pattern"
 
     def __init__(
         self,

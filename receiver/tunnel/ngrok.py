@@ -24,6 +24,7 @@ class Ngrok:
     """One HTTP endpoint; with a reserved `domain` its URL stays the same."""
 
     name = "ngrok"
+    hint = ""
 
     def __init__(self, domain: str | None = None, *, agent: _Agent | None = None) -> None:
         self._domain = domain

@@ -65,6 +65,7 @@ async def probe(url: str, secret: str, *, client: httpx.AsyncClient, clock: Call
     body = json.dumps({"canary": secrets.token_hex(8)}).encode()
     headers = {
         "Content-Type": "application/json",
+        "Connection": "close",  # FLORA comes by a new connection: one that still stands would prove nothing
         HEADER: sign(body, canary_key(secret), timestamp=int(clock())),
         # ngrok's free plan puts a page of its own before visitors that do not say this; FLORA's POSTs never see it.
         "ngrok-skip-browser-warning": "1",

@@ -24,6 +24,8 @@ class Provider(Protocol):
     """One way to a public URL. It may be opened again after it was closed; its URL may be another one then."""
 
     name: str
+    hint: str
+    """What to look at when it is open and nobody answers there."""
 
     async def open(self, local: Local) -> str:
         """Return the public URL that leads to `local`, without a path. Raises TunnelError."""
@@ -39,6 +41,7 @@ class Given:
     """A URL that exists already: somebody else leads it here. It cannot be opened again."""
 
     name = "public-url"
+    hint = "what is it that leads it here?"
 
     def __init__(self, url: str) -> None:
         self._url = url

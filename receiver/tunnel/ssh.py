@@ -48,6 +48,7 @@ class Ssh:
     """Listens on `remote_port` of the host's public side, or on its loopback where `public_url`'s proxy takes it from."""
 
     name = "ssh"
+    hint = "does its sshd say GatewayPorts clientspecified, does a firewall let the port through?"
 
     def __init__(
         self,
@@ -123,8 +124,8 @@ class Ssh:
             return f"{host} does not let us in ({error.reason}): check the user, and the key with --identity"
         if isinstance(error, asyncssh.ChannelListenError):
             return (
-                f"{host} does not listen on port {self._remote_port} for us: is it taken, is it below 1024, does its "
-                "sshd allow AllowTcpForwarding?"
+                f"{host} does not listen on port {self._remote_port} for us: is it taken, is it below 1024, does its sshd "
+                "say AllowTcpForwarding? An old connection of ours may hold it: with ClientAliveInterval 15 not for long"
             )
         if isinstance(error, TimeoutError):
             return f"{host} did not answer within {_CONNECT_SECONDS:g} s"

@@ -25,7 +25,7 @@ from receiver.tunnel.command import Command
 from receiver.tunnel.keeping import Pace
 from receiver.tunnel.provider import Given, Provider
 from tests.e2e.stage import Stage, eventually
-from tests.tunnel.programs import FORWARDER, written
+from tests.tunnel.programs import FORWARDER, gone, written
 
 QUICK = Pace(every=0.1, confirm=0.01, settle=0.0, longest=0.1)
 Line = dict[str, Any]
@@ -75,7 +75,7 @@ async def at_desk(stage: Stage, provider: Provider, **sections: Any) -> AsyncIte
     service = Service(settings, around=lambda app: WatchedDoor(app, view))
     stopping = asyncio.Event()
     async with service.running():
-        desk = Desk(service, settings, view, provider, ca=stage.ca, pace=QUICK, patience_seconds=1.0)
+        desk = Desk(service, settings, view, provider, ca=stage.ca, pace=QUICK, patience_seconds=1.0, again_seconds=0.3)
         working = asyncio.create_task(desk.work(stopping))
         try:
             yield Session(service, screen)
@@ -99,7 +99,10 @@ def opened(line: Line) -> bool:
 
 
 async def test_a_stopped_tunnel_is_replaced_and_its_runs_are_caught_up(stage: Stage, forwarder: Command) -> None:
-    """A run's callback goes to an address that hangs: polling settles it; the next run is called back by the new one."""
+    """Polling settles a run whose callback goes to an address that is gone; the next one is called back by the new one.
+
+    The first one is still running when the tunnel is open again, and by the policy it would not be read for ten minutes.
+    """
     reconcile = {"first_poll_seconds": 600, "max_gap_seconds": 600}
     async with at_desk(stage, forwarder, reconcile=reconcile) as session:
         first = (await session.until(opened))["url"]
@@ -107,6 +110,7 @@ async def test_a_stopped_tunnel_is_replaced_and_its_runs_are_caught_up(stage: St
         assert forwarder._program is not None
         pid = next(int(line.split()[1]) for line in forwarder._program.printed if line.startswith("pid "))
         os.kill(pid, signal.SIGSTOP)
+        stage.emulator.faults.add(parse_faults([{"kind": "run_seconds", "seconds": 4.0, "next": 1}]))
         stranded = await session.start()
         fault = await session.until(lambda line: line.get("fault") == "tunnel")
         assert fault["kind"] == "canary"
@@ -164,6 +168,28 @@ async def test_floras_rules_hold_for_a_tunnels_url(stage: Stage) -> None:
         desk = Desk(service, settings, view, Given("https://192.168.1.7"))
         assert await desk.work(asyncio.Event()) == 1
     assert "FLORA refuses private addresses" in screen.getvalue()
+
+
+async def test_stopping_while_a_tunnel_opens(stage: Stage, tmp_path: Path) -> None:
+    """It may take half a minute: nobody waits for that, and its program is ended."""
+    program = written(
+        tmp_path, "slow", f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(3600)"
+    )
+    settings = Settings.model_validate(stage.document())
+    stopping = asyncio.Event()
+    async with Service(settings).running() as service:
+        view = View(as_json=True, stream=io.StringIO())
+        working = asyncio.create_task(Desk(service, settings, view, Command(str(program))).work(stopping))
+
+        async def begun() -> int:
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                return int((tmp_path / "pid").read_text())
+            return 0
+
+        pid = await eventually(begun)
+        stopping.set()
+        assert await working == 0
+        await gone(pid)
 
 
 def test_people_get_plain_lines_without_a_terminal() -> None:

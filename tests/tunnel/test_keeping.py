@@ -34,6 +34,7 @@ class Tunnels:
     """A provider whose tunnels have these URLs, one after the other; an error is raised instead."""
 
     name = "tunnels"
+    hint = ""
 
     def __init__(self, *urls: str | TunnelError) -> None:
         self._urls = list(urls)
