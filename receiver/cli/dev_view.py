@@ -26,9 +26,9 @@ _COLOURS = {
     "diverged": "red",
     "dead": "red",
     "refused": "red",
-    "TUNNEL": "bold red",
-    "RECEIVER": "bold red",
-    "FLORA": "bold red",
+    "TUNNEL:": "bold red",
+    "RECEIVER:": "bold red",
+    "FLORA:": "bold red",
 }
 
 
@@ -65,7 +65,7 @@ class View:
             return
         styled = Text(line)
         for word, colour in _COLOURS.items():
-            styled.highlight_regex(rf"\b{word}\b", colour)
+            styled.highlight_regex(rf"\b{word}(?!\w)", colour)
         self._console.print(styled, soft_wrap=True)
 
     def status(self, text: str, *, fine: bool) -> None:
