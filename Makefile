@@ -13,11 +13,13 @@ RUNTIME := $(VENV)/.runtime-$(PLACE)
 DEV     := $(VENV)/.dev-$(PLACE)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench proof lock clean
+.PHONY: help install demo test check format bench proof lock clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(DEV) ## Install it in .venv with every extra, and with what the tests need
 
 demo: $(RUNTIME) ## Show it working against an emulated FLORA (KEEP=1 keeps it running)
 	@$(VENV)/bin/flora-receiver demo $(if $(KEEP),--keep)

@@ -16,6 +16,7 @@ ReceiverError
 │   └── PostFailedError          but may be later: nobody there, cut, no answer in time; it may have arrived all the same
 ├── AttemptOverError          a function that was left behind wants something of its context
 ├── ReceiverApiError          the operations API refused, or cannot be reached; raised by `receiver.client` alone
+├── TunnelError               a tunnel that did not open; carries what its program printed
 ├── TableError                a batch's file that is no table at all
 ├── LocationTakenError        another run's output already owns this place in a handler's storage
 ├── TargetUnreachableError    a handler's own check: nobody answers there now; a warning, since that may pass
@@ -164,6 +165,14 @@ class ReceiverApiError(ReceiverError):
         self.message = message
         self.fields = tuple(fields)
         self.request_id = request_id
+        super().__init__(message)
+
+
+class TunnelError(ReceiverError):
+    """A tunnel that did not open: what to do about it, and the last lines that its program printed."""
+
+    def __init__(self, message: str, *, printed: Sequence[str] = ()) -> None:
+        self.printed = tuple(printed)
         super().__init__(message)
 
 

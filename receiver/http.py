@@ -285,6 +285,25 @@ def probe_client(*, ca: Path | None = None, timeout_seconds: float = 15.0) -> ht
     )
 
 
+def own_client(*, timeout_seconds: float = 5.0) -> httpx.AsyncClient:
+    """Build a client for a listener of this very machine: whatever name its certificate bears, it is our own."""
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    tls.check_hostname = False
+    tls.verify_mode = ssl.CERT_NONE
+
+    async def stay(request: httpx.Request) -> None:
+        if not is_loopback(request.url.host):
+            raise httpx.UnsupportedProtocol(f"not on this machine: {request.url.host}", request=request)
+
+    return httpx.AsyncClient(
+        headers={"User-Agent": USER_AGENT},
+        verify=tls,
+        timeout=timeout_seconds,
+        event_hooks={"request": [stay]},
+        trust_env=False,
+    )
+
+
 def operations_client(url: str, token: str, *, timeout_seconds: float, ca: Path | None = None) -> httpx.Client:
     """Build a client for a service's operations listener; the token goes to the origin of `url` and nowhere else.
 

@@ -30,7 +30,7 @@ from receiver.decide import (
 from receiver.errors import FloraError, StoreUnavailableError
 from receiver.flora.client import FloraClient
 from receiver.intake import Intake, Signals
-from receiver.model import Read, Report, Run, RunState, Snapshot, Unanswered
+from receiver.model import Asked, Read, Report, Run, RunState, Snapshot, Unanswered
 from receiver.reading import Reader, readers
 from receiver.store import Database, ledger
 from receiver.store.rows import moment
@@ -163,6 +163,13 @@ class Poller:
         if next_ms is not None:
             waits.append((moment(next_ms) - now).total_seconds())
         return min(waits)  # whatever is due by now is in hand or held: the ones in hand wake us when they are done
+
+    async def hurry(self, only: Collection[str] | None = None) -> frozenset[str]:
+        """Have every unsettled run, or those of `only`, read now, and return them: their callbacks may not have found us."""
+        found = await self._database.read(ledger.unsettled_ids)
+        ids = found if only is None else found & frozenset(only)
+        await asyncio.gather(*(self._intake.learn(Asked(run_id, self._clock())) for run_id in sorted(ids)))
+        return ids
 
     async def drain(self) -> None:
         """Wait until nothing is being read."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import httpx
 import structlog
+from starlette.types import ASGIApp
 
 from receiver.addresses import is_loopback
 from receiver.budget import Budget
@@ -66,15 +67,18 @@ class Service:
         only: Only | None = None,
         policy: Policy | None = None,
         clock: Callable[[], datetime] | None = None,
+        around: Callable[[ASGIApp], ASGIApp] | None = None,
     ) -> None:
         """Load handlers and open the database. Raises ConfigError, StoreError; nothing runs yet.
 
-        `only` leaves a part to other processes: the door takes callbacks, the workers do everything else.
+        `only` leaves a part to other processes: the door takes callbacks, the workers do everything else. `around`
+        wraps the public app: somebody wants to watch.
         """
         if (problem := role_problem(settings, only)) is not None:
             raise ConfigError([problem])
         self._settings = settings
         self._only = only
+        self._around = around
         self._clock = clock or (lambda: datetime.now(UTC))
         self._loaded = load_handlers(settings)
         self.metrics = Metrics()
@@ -115,7 +119,7 @@ class Service:
             self.clients,
             self.budgets,
             signals=self.signals,
-            callback_url=None if settings.public_url is None else settings.public_url + CALLBACK_PATH,
+            callback_url=_callback_url(settings.public_url),
             head_start=_HEAD_START if self.database.shared else timedelta(0),
             clock=self._clock,
         )
@@ -180,6 +184,10 @@ class Service:
         if self._operations is None:
             raise RuntimeError("the service is not running")
         return self._operations.host, self._operations.port
+
+    def moved(self, public_url: str) -> None:
+        """FLORA reaches us by another URL from now on; what was started before is called back by the old one."""
+        self.starter.callback_url = _callback_url(public_url)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Service"]:
@@ -276,6 +284,8 @@ class Service:
             max_body_bytes=settings.public.max_body_bytes,
             body_timeout_seconds=settings.public.body_timeout_seconds,
         )
+        if self._around is not None:
+            app = self._around(app)
         sockets = bind(settings.public.host, settings.public.port)
         guard = _public_guard(settings, self.metrics)
         return Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key, guard=guard)
@@ -391,6 +401,10 @@ def policy_of(settings: Settings) -> Policy:
         ladder=tuple(timedelta(seconds=pause) for pause in reconcile.ladder_seconds),
         cost_window=timedelta(seconds=reconcile.cost_seconds),
     )
+
+
+def _callback_url(public_url: str | None) -> str | None:
+    return None if public_url is None else public_url.rstrip("/") + CALLBACK_PATH
 
 
 def _public_guard(settings: Settings, metrics: Metrics) -> Guard | None:

@@ -124,7 +124,8 @@ class Starter:
         self._clients = clients
         self._budgets = budgets
         self._signals = signals
-        self._callback_url = callback_url
+        self.callback_url = callback_url
+        """May change while we run: what is started from then on is told the new one."""
         self._head_start = head_start
         self._clock = clock
         self._jitter = jitter
@@ -427,7 +428,7 @@ class Starter:
 
     def _body(self, request: StartRequest, key: str, token: str) -> tuple[str, bool]:
         """Return the JSON that FLORA gets, and whether its callback will come to us."""
-        ours = self._callback_url
+        ours = self.callback_url
         is_ours = ours is not None and (request.callback_url is None or same_address(request.callback_url, ours))
         url = with_token(request.callback_url or ours or "", token) if is_ours else request.callback_url
         if request.generate is None:

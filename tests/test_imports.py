@@ -71,6 +71,10 @@ def test_no_cycle_of_any_kind() -> None:
         ("receiver.emulator", ("receiver.flora.signature", "receiver.errors")),
         ("receiver.telemetry", ("receiver.model",)),
         ("receiver.certificates", ()),
+        (
+            "receiver.tunnel",
+            ("receiver.errors", "receiver.addresses", "receiver.http", "receiver.flora", "receiver.flora.signature"),
+        ),
         ("handlers", ("receiver.handler", "receiver.download")),
     ],
 )

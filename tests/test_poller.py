@@ -182,6 +182,24 @@ async def test_a_cost_that_lags_is_told_when_it_comes(sky: Sky) -> None:
     assert len(await sky.core.dispatches(run_id, Event.COST_FINAL)) == 1
 
 
+async def test_hurrying_reads_what_is_not_settled_at_once(sky: Sky) -> None:
+    """Every open run, or those that are named; what is settled is left alone, and a run that goes on has its next read."""
+    done = await sky.tracked()
+    await sky.poll()
+    long = {"kind": "run_seconds", "seconds": 1000}
+    open_runs = {sky.start(long), sky.start(long)}
+    for run_id in open_runs:
+        await sky.track(run_id)
+    one = min(open_runs)
+    assert await sky.poll() == 0
+    assert await sky.poller.hurry([one, done, "run_unknown"]) == {one}
+    assert await sky.poll() == 1
+    assert await sky.poller.hurry() == open_runs
+    assert await sky.poll() > 0
+    assert await sky.poll() == 0
+    assert {(await sky.core.run(run_id)).state for run_id in open_runs} == {RunState.OPEN}
+
+
 async def test_many_costs_that_lag_do_not_make_us_spin(sky: Sky) -> None:
     """A list that shows a settled run still without its cost is an answer: the run is due later, not at once."""
     run_ids = [sky.start({"kind": "cost_lag", "seconds": 1000}) for _ in range(40)]

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -381,6 +381,18 @@ async def test_without_a_public_url_runs_are_polled(scene: Scene) -> None:
     start = await scene.start(scene.process(callback_url=None))
     assert scene.runs[0].callback_url is None
     assert not (await scene.core.run(start.run_id or "")).callback_expected
+
+
+async def test_another_address_counts_from_the_next_start_on(scene: Scene) -> None:
+    """A tunnel has moved: what is started now is called back there; the same key again starts nothing."""
+    starter = scene.process(callback_url=None)
+    before = await scene.start(starter)
+    starter.callback_url = OURS
+    after = await scene.start(starter, replace(REQUEST, idempotency_key="other"))
+    assert [run.callback_url for run in scene.runs] == [with_token(OURS, after.token), None]
+    assert (after.callback_expected, before.callback_expected) == (True, False)
+    assert (await scene.start(starter)).run_id == before.run_id
+    assert len(scene.runs) == 2
 
 
 @pytest.mark.parametrize("to_a_run", [True, False])

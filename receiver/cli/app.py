@@ -100,6 +100,66 @@ def demo(
 
 
 @app.command()
+def dev(
+    config: Config = None,
+    tunnel: Annotated[
+        Optional[Literal["cloudflared", "ngrok", "ssh", "command"]],  # noqa: UP045
+        typer.Option(help="The way to a public URL; default: the first that is there."),
+    ] = None,
+    no_tunnel: Annotated[
+        bool, typer.Option("--no-tunnel", help="Poll, and play each settled run as a callback.")
+    ] = False,
+    public_url: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A URL that leads here already; with --ssh or --command: the URL of that tunnel."),
+    ] = None,
+    emulator: Annotated[
+        bool, typer.Option("--emulator", help="With an emulated FLORA instead of the real one.")
+    ] = False,
+    ssh: Annotated[Optional[str], typer.Option(help="user@host[:port] that can be reached from outside.")] = None,  # noqa: UP045
+    remote_port: Annotated[int, typer.Option(min=1, max=65535, help="The port that the ssh host listens on.")] = 8443,
+    known_hosts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(exists=True, dir_okay=False, help="Keys of ssh hosts; default: ~/.ssh/known_hosts."),
+    ] = None,
+    identity: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(exists=True, dir_okay=False, help="Private key for ssh; default: ssh's own."),
+    ] = None,
+    command: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Any tunnel program, run without a shell: {port}, {host} and {url} are filled in."),
+    ] = None,
+    pattern: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Regular expression for the URL that --command prints; default: the first https URL."),
+    ] = None,
+    domain: Annotated[Optional[str], typer.Option(help="A reserved ngrok domain.")] = None,  # noqa: UP045
+    host: Annotated[str, typer.Option(help="Address to bind: loopback, or 0.0.0.0.")] = "127.0.0.1",
+    port: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, max=65535, help="Port to bind, 0 for a free one; default: [public] port."),
+    ] = None,
+    ops_port: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, max=65535, help="Operations port to bind; default: [operations] port."),
+    ] = None,
+    ca: Pem = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
+) -> None:
+    """Work on an integration: a public URL, and a live view."""
+    from receiver.cli.dev import Asked, run  # noqa: PLC0415
+    from receiver.tunnel.choosing import Wanted  # noqa: PLC0415
+
+    wanted = Wanted(
+        tunnel=tunnel, public_url=public_url, ssh=ssh, remote_port=remote_port, known_hosts=known_hosts,
+        identity=identity, command=command, pattern=pattern, domain=domain,
+    )  # fmt: skip
+    asked = Asked(wanted, no_tunnel=no_tunnel, emulator=emulator, ca=ca, json=json)
+    run(config, asked, host=host, port=port, ops_port=ops_port)
+
+
+@app.command()
 def emulator(
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind, 0 for a free one.")] = 9100,

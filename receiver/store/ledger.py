@@ -8,7 +8,7 @@ from sqlalchemy import Connection, FromClause, Select, bindparam, func, insert, 
 from sqlalchemy.dialects import postgresql
 
 from receiver.errors import StoreUnavailableError
-from receiver.model import Delivery, Dispatch, Output, Run
+from receiver.model import Delivery, Dispatch, Output, Run, RunState
 from receiver.store.hot import Find, Many
 from receiver.store.rows import (
     AS_NEW,
@@ -209,6 +209,13 @@ def due_runs(
         statement = statement.where(or_(runs.c.workspace_id.is_(None), runs.c.workspace_id.not_in(without)))
     rows = tx.execute(statement.order_by(runs.c.next_poll_at).limit(limit)).mappings()
     return tuple(run_of(row) for row in rows)
+
+
+def unsettled_ids(tx: Connection) -> frozenset[str]:
+    """Return the runs that are open or reported. Costs what is unsettled, not what the ledger holds."""
+    states = (RunState.OPEN.value, RunState.REPORTED.value)
+    statement = select(runs.c.run_id).where(runs.c.next_poll_at.is_not(None), runs.c.state.in_(states))
+    return frozenset(tx.execute(statement).scalars())
 
 
 def next_due_ms(tx: Connection, *, after: datetime | None = None) -> int | None:

@@ -18,6 +18,7 @@ COMMANDS = (
     "check",
     "migrate",
     "demo",
+    "dev",
     "emulator",
     "trigger",
     "handlers",

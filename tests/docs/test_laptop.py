@@ -1,0 +1,54 @@
+"""The three commands of "On a laptop" as they stand, in a folder of their own; only the host's name is another one."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.cli.conftest import COMMAND, Running, environment
+from tests.e2e.stage import free_port
+from tests.sshd import sshd
+
+ROOT = Path(__file__).parents[2]
+SECTION = (ROOT / "README.md").read_text("utf-8").split("\n## On a laptop\n")[1].split("\n## ")[0]
+PATIENCE_SECONDS = 120
+
+
+def test_three_commands_lead_from_a_clone_to_a_stored_file(tmp_path: Path) -> None:
+    """By the README alone: FLORA's callback comes through sshd and TLS, and the file is where the last command says."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
+    install, dev, run = [line for block in blocks for line in block.splitlines()]
+    subprocess.run(shlex.split(install), cwd=ROOT, check=True, timeout=PATIENCE_SECONDS)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    directory = tmp_path / "sshd"
+    directory.mkdir()
+    # Ports that are free here; the key and the host's key are those of this sshd.
+    env = {"RECEIVER_OPERATIONS__PORT": str(free_port()), "RECEIVER_PUBLIC__PORT": "0"}
+    program, *arguments = shlex.split(dev)
+    assert tmp_path.joinpath(program).samefile(COMMAND)
+    with sshd(directory) as server:
+        arguments[arguments.index("you@hooks.example.com")] = server.address
+        remote_port = free_port()
+        here = ("--identity", server.identity, "--known-hosts", server.known_hosts, "--remote-port", remote_port)
+        running = Running(*arguments, *here, cwd=tmp_path, env=env, errors=False)
+        try:
+            seen = running.until(lambda line: "callbacks come through" in line)
+            assert any(f"https://127.0.0.1:{remote_port}/callbacks/flora" in line for line in seen)
+            run_id, file = shell(run, tmp_path, env).split()
+            told = running.until(lambda line: "output_1.png" in line)
+        finally:
+            assert running.stop() == 0
+    assert Path(file).read_bytes().startswith(b"\x89PNG")
+    assert sum(f"callback  {run_id}  completed  accepted" in line for line in told) == 1
+    assert any("matched" in line for line in told)
+
+
+def shell(line: str, cwd: Path, env: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["sh", "-euc", line], cwd=cwd, env=environment(**env), capture_output=True, text=True, check=False,
+        timeout=PATIENCE_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
