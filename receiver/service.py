@@ -283,6 +283,7 @@ class Service:
             ready=self.ready,
             max_body_bytes=settings.public.max_body_bytes,
             body_timeout_seconds=settings.public.body_timeout_seconds,
+            trusted_proxies=settings.public.trusted_proxies,
         )
         if self._around is not None:
             app = self._around(app)

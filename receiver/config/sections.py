@@ -3,6 +3,7 @@
 Each field's description is what the README says about it; a value's problem is told without the value.
 """
 
+from ipaddress import ip_network
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -59,6 +60,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, from_attributes=True)
 
 
+def _networks(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        try:
+            ip_network(value, strict=False)
+        except ValueError:
+            raise ValueError("must be addresses or networks, as 10.0.0.0/8") from None
+    return values
+
+
 class Public(Section):
     """The listener that FLORA reaches."""
 
@@ -73,6 +83,9 @@ class Public(Section):
     head_timeout_seconds: Span = Field(10, description="How long a request's head may take to arrive (`httptools`).")
     max_connections: Count = Field(
         2000, description="Open connections; beyond it the oldest unfinished request gives way (`httptools`)."
+    )
+    trusted_proxies: Annotated[Words, AfterValidator(_networks)] = Field(
+        ("127.0.0.1", "::1"), description="Addresses or networks of proxies whose `X-Forwarded-For` is believed."
     )
 
 

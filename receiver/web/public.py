@@ -7,7 +7,7 @@ than verifying the callback does. Everything else is Starlette's.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import assert_never
 
 from starlette.applications import Starlette
@@ -22,6 +22,7 @@ from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import HEADER
 from receiver.intake import Accepted, Answer, Canary, Duplicate, Ignored, Intake, Refused
 from receiver.telemetry import Metrics
+from receiver.web.remote import FORWARDED, tells_remote
 
 CALLBACK_PATH = "/callbacks/flora"
 
@@ -64,13 +65,21 @@ class Door:
     """An ASGI app: callbacks are its own business, the rest is handed on."""
 
     def __init__(
-        self, intake: Intake, metrics: Metrics, rest: ASGIApp, *, max_body_bytes: int, body_timeout_seconds: float
+        self,
+        intake: Intake,
+        metrics: Metrics,
+        rest: ASGIApp,
+        *,
+        max_body_bytes: int,
+        body_timeout_seconds: float,
+        trusted_proxies: Sequence[str] = (),
     ) -> None:
         self._intake = intake
         self._metrics = metrics
         self._rest = rest
         self._limit = max_body_bytes
         self._bodies = _Bodies(body_timeout_seconds)
+        self._remote = tells_remote(trusted_proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] not in _CALLBACK_PATHS or scope["method"] != "POST":
@@ -88,13 +97,15 @@ class Door:
 
     async def _callback(self, scope: Scope, receive: Receive) -> str | Refused:
         """Return the answer to one callback: a word of `_GOOD`, or a refusal."""
-        remote = scope["client"][0] if scope["client"] else None
-        announced, signatures = 0, []
+        announced, signatures, forwarded = 0, [], None
         for name, value in scope["headers"]:
             if name == _HEADER:
                 signatures.append(value.decode("latin-1"))
             elif name == b"content-length" and value.isdigit():
                 announced = int(value[:18])
+            elif name == FORWARDED:
+                forwarded = value if forwarded is None else b"%s,%s" % (forwarded, value)
+        remote = self._remote(scope["client"][0] if scope["client"] else None, forwarded)
         intake, limit = self._intake, self._limit
         body: bytes | None = None
         if announced <= limit:
@@ -196,6 +207,7 @@ def public_app(
     ready: Callable[[], Awaitable[str | None]],
     max_body_bytes: int = 65_536,
     body_timeout_seconds: float = 10.0,
+    trusted_proxies: Sequence[str] = (),
 ) -> ASGIApp:
     """Build the app. `ready` returns None, or why this process should get no traffic."""
 
@@ -218,7 +230,14 @@ def public_app(
         exception_handlers={HTTPException: _http_error},
     )
     rest.router.redirect_slashes = False
-    return Door(intake, metrics, rest, max_body_bytes=max_body_bytes, body_timeout_seconds=body_timeout_seconds)
+    return Door(
+        intake,
+        metrics,
+        rest,
+        max_body_bytes=max_body_bytes,
+        body_timeout_seconds=body_timeout_seconds,
+        trusted_proxies=trusted_proxies,
+    )
 
 
 def refusal(code: str, message: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -55,6 +55,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # the public listener looks for itself, only where it needs to know
                 timeout_keep_alive=120,  # a proxy's idle connection must end at the proxy, not here
                 timeout_graceful_shutdown=5,
                 ssl_certfile=cert,
