@@ -77,6 +77,8 @@ class Stage:
     extra: dict[str, Any] = field(default_factory=dict)
     postgres: str | None = None
     """The URL of a PostgreSQL ledger, in place of the SQLite file."""
+    plain: bool = False
+    """Whether the receiver leaves TLS to a proxy before it."""
 
     @property
     def database(self) -> Path:
@@ -99,7 +101,7 @@ class Stage:
         base: dict[str, Any] = {
             "public": {"host": "127.0.0.1", "port": self.port},
             "operations": {"port": 0},
-            "tls": {"cert": str(self.cert), "key": str(self.key)},
+            "tls": {} if self.plain else {"cert": str(self.cert), "key": str(self.key)},
             "database": {"url": self.postgres or f"sqlite:///{self.database}"},
             "flora": {
                 "base_url": self.emulator.base_url(self.origin),

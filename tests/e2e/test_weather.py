@@ -156,7 +156,10 @@ ONCE: Mapping[str, Fault] = {
 
 
 async def test_downloads_that_go_wrong_once(stage: Stage) -> None:
-    """They are tried again, with the reason written down, and the files are whole; nothing unfinished is left behind."""
+    """They are tried again, with the reason written down, and the files are whole; nothing unfinished is left behind.
+
+    A download that breaks off in the middle may go on where it ended, within its attempt.
+    """
     async with stage.service() as service:
         runs = {name: await stage.track(service, "emu-two-images", ONCE[name]) for name in ONCE}
         await stage.over(*runs.values())
@@ -167,7 +170,10 @@ async def test_downloads_that_go_wrong_once(stage: Stage) -> None:
             " WHERE d.run_id = ? AND d.handler = 'storage' AND d.event = 'settled' ORDER BY a.attempt",
             run_id,
         )
-        assert [attempt["outcome"] for attempt in attempts] == ["ready", "done"], name
+        outcomes = [attempt["outcome"] for attempt in attempts]
+        if name in {"stalls later", "cut", "too short"} and outcomes == ["done"]:
+            continue
+        assert outcomes == ["ready", "done"], name
         assert "127.0.0.1" in attempts[0]["error"]
         assert "/media/" not in attempts[0]["error"]
     assert stage.parts() == []
