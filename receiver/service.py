@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -33,6 +34,7 @@ from receiver.store import Database, open_database, queries, queue
 from receiver.store.database import shown
 from receiver.store.migrate import upgrade
 from receiver.sweeper import Discovery, Sweeper
+from receiver.systemd import Supervisor
 from receiver.telemetry import Metrics
 from receiver.web.access import Access
 from receiver.web.bodies import MAX_BODY_BYTES
@@ -68,17 +70,20 @@ class Service:
         policy: Policy | None = None,
         clock: Callable[[], datetime] | None = None,
         around: Callable[[ASGIApp], ASGIApp] | None = None,
+        listeners: Mapping[str, socket.socket] | None = None,
     ) -> None:
         """Load handlers and open the database. Raises ConfigError, StoreError; nothing runs yet.
 
         `only` leaves a part to other processes: the door takes callbacks, the workers do everything else. `around`
-        wraps the public app: somebody wants to watch.
+        wraps the public app: somebody wants to watch. `listeners` are sockets that are bound already, `public` or
+        `operations`.
         """
         if (problem := role_problem(settings, only)) is not None:
             raise ConfigError([problem])
         self._settings = settings
         self._only = only
         self._around = around
+        self._given = dict(listeners or {})
         self._clock = clock or (lambda: datetime.now(UTC))
         self._loaded = load_handlers(settings)
         self.metrics = Metrics()
@@ -198,15 +203,24 @@ class Service:
         finally:
             await self._stop()
 
-    async def run_until_signal(self) -> None:
-        """Run until SIGTERM or SIGINT."""
+    async def run_until_signal(self, supervisor: Supervisor = Supervisor()) -> None:  # noqa: B008 -- frozen
+        """Run until SIGTERM or SIGINT, and let whoever supervises us know how we are."""
         asked = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asked.set)
         async with self.running():
+            watched = asyncio.create_task(supervisor.watch(self._alive), name="watchdog")
+            supervisor.tell("READY=1", f"STATUS=serving as {self._only or 'all'}")
             await asked.wait()
             log.info("service.stopping")
+            supervisor.tell("STOPPING=1")
+            watched.cancel()
+
+    async def _alive(self) -> None:
+        """Return if the event loop and the ledger's threads work. A database that says no is not our hanging."""
+        with contextlib.suppress(StoreUnavailableError):
+            await self.database.write(lambda _: None)
 
     async def ready(self) -> str | None:
         """Return None, or why this process should get no callbacks now. A good answer is believed for a second."""
@@ -287,9 +301,12 @@ class Service:
         )
         if self._around is not None:
             app = self._around(app)
-        sockets = bind(settings.public.host, settings.public.port)
+        sockets = self._sockets("public", settings.public.host, settings.public.port)
         guard = _public_guard(settings, self.metrics)
         return Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key, guard=guard)
+
+    def _sockets(self, name: str, host: str, port: int) -> list[socket.socket]:
+        return [self._given[name]] if name in self._given else bind(host, port, setting=name)
 
     def _listening(self) -> str | None:
         if self._public is None:
@@ -327,7 +344,7 @@ class Service:
         everything = [dispatches.routes(), runs.routes(), ledger.routes()]
         rooms = [ledger.probes()] if self._only == "door" else everything
         app = ops_app(access, *rooms)
-        sockets = bind(operations.host, operations.port, setting="operations")
+        sockets = self._sockets("operations", operations.host, operations.port)
         # On loopback there is nobody to hide from; elsewhere TLS, unless a proxy does it.
         plain = is_loopback(operations.host) or operations.allow_plaintext
         tls = settings.tls

@@ -11,6 +11,7 @@ from typing import cast
 from receiver.cli.output import explained
 from receiver.config import Settings, load
 from receiver.service import Only, Service
+from receiver.systemd import Supervisor, listeners
 from receiver.telemetry import configure_logging
 
 _YOUNG = 10_000
@@ -45,10 +46,10 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _serve(settings: Settings, only: Only | None) -> None:
-    service = Service(settings, only=only)
+    service = Service(settings, only=only, listeners=listeners(os.environ, os.getpid()))
     gc.freeze()  # what is loaded by now stays for good: no collection needs to look at it
     gc.set_threshold(_YOUNG, *gc.get_threshold()[1:])
-    await service.run_until_signal()
+    await service.run_until_signal(Supervisor.of(os.environ, os.getpid()))
 
 
 def _with(settings: Settings, listener: str, *, host: str | None, port: int | None) -> Settings:

@@ -1,0 +1,155 @@
+"""systemd's part, played for real: the socket is held outside, readiness and the watchdog are heard, the unit is verified."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+
+import httpx
+import pytest
+
+from receiver.systemd import Supervisor, listeners
+from tests.e2e.lives import COMMAND
+from tests.e2e.stage import Stage, eventually, staged, toml
+
+DEPLOY = Path(__file__).parents[2] / "deploy/systemd"
+
+
+@pytest.fixture
+async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
+    async with staged(tmp_path) as made:
+        yield made
+
+
+class Manager:
+    """Holds the listening socket and hears what the service says, as systemd does."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        stage.port = self.listener.getsockname()[1]
+        self.address = str(stage.directory / "notify")
+        self._ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._ear.bind(self.address)
+        self._ear.setblocking(False)
+        self.heard: list[str] = []
+
+    def listen(self) -> list[str]:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.heard += self._ear.recv(4096).decode().splitlines()
+        return self.heard
+
+    async def said(self, word: str, times: int = 1) -> None:
+        async def look() -> bool:
+            return self.listen().count(word) >= times
+
+        await eventually(look, what=f"{word} in {self.heard}")
+
+    @contextlib.asynccontextmanager
+    async def service(self, environ: Mapping[str, str] = {}) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Start the service with the socket as descriptor 3; `LISTEN_PID` is its own, so a shell has to say it."""
+        document = self._stage.document()
+        flora = document["flora"]
+        config = self._stage.directory / "receiver.toml"
+        secrets = {"FLORA_API_KEY": flora.pop("api_key"), "FLORA_WEBHOOK_SECRET": flora.pop("webhook_secrets")[0]}
+        document["public"] = {"host": "127.0.0.1", "port": 1}  # which nobody but root could bind, and nobody has to
+        config.write_text(toml(document))
+        process = await asyncio.create_subprocess_exec(
+            "/bin/sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", COMMAND, "serve", "--config", str(config),
+            env={"PATH": os.environ["PATH"], **secrets, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "public",
+                 "NOTIFY_SOCKET": self.address, "WATCHDOG_USEC": "400000", **environ},
+            cwd=self._stage.directory, pass_fds=(3,), preexec_fn=lambda: os.dup2(self.listener.fileno(), 3),
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    def close(self) -> None:
+        self.listener.close()
+        self._ear.close()
+
+
+async def test_a_restart_refuses_no_connection(stage: Stage) -> None:
+    """The socket outlives the service: who calls in between waits in its queue, and is answered by the next life."""
+    manager = Manager(stage)
+    async with stage.client() as client:
+        async with manager.service() as first:
+            await manager.said("READY=1")
+            await manager.said("WATCHDOG=1", 3)
+            assert (await stage.send(client, stage.body("run_before"))).status_code == 200
+            first.terminate()
+            assert await first.wait() == 0
+            assert "STOPPING=1" in manager.listen()
+        between = [asyncio.create_task(_called(stage, f"run_{number}")) for number in range(20)]
+        async with manager.service():
+            await manager.said("READY=1", 2)
+            assert set(await asyncio.gather(*between)) == {200}
+    manager.close()
+    assert len(stage.rows("SELECT run_id FROM runs")) == 21
+
+
+async def _called(stage: Stage, run_id: str) -> int:
+    async with httpx.AsyncClient(verify=stage.tls(), trust_env=False, timeout=30) as client:
+        return (await stage.send(client, stage.body(run_id))).status_code
+
+
+async def test_what_hangs_says_nothing() -> None:
+    """A loop or a writer that does not come back is not alive: systemd hears no word, and starts the service anew."""
+    said: list[str] = []
+
+    class Listening(Supervisor):
+        def tell(self, *words: str) -> None:
+            said.extend(words)
+
+    hanging = asyncio.Event()
+    lives = 3
+
+    async def alive() -> None:
+        nonlocal lives
+        lives -= 1
+        if lives < 0:
+            await hanging.wait()
+
+    watching = asyncio.create_task(Listening("@nobody", 0.002).watch(alive))
+
+    async def silent() -> bool:
+        return lives < 0
+
+    await eventually(silent)
+    assert said == ["WATCHDOG=1"] * 3
+    watching.cancel()
+
+
+def test_what_is_not_for_us_is_left_alone() -> None:
+    """Sockets and a watchdog are for one process: a child of ours that inherits the names takes neither."""
+    assert listeners({"LISTEN_PID": "1", "LISTEN_FDS": "1"}, 2) == {}
+    assert listeners({}, 2) == {}
+    assert Supervisor.of({"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}, 2) == Supervisor()
+    assert Supervisor.of({"WATCHDOG_USEC": "1000000", "NOTIFY_SOCKET": "/x"}, 2) == Supervisor("/x", 1.0)
+    Supervisor().tell("READY=1")
+    Supervisor("/nowhere/at/all").tell("READY=1")
+
+
+def test_the_unit_is_as_systemd_wants_it(tmp_path: Path) -> None:
+    """`systemd-analyze verify` has nothing to say about the shipped files but where the program is."""
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.fail("systemd-analyze is missing: apt-get install systemd", pytrace=False)
+    for name in ("flora-receiver.service", "flora-receiver.socket"):
+        text = (DEPLOY / name).read_text()
+        (tmp_path / name).write_text(text.replace("/opt/flora-receiver/.venv/bin/flora-receiver", "/bin/true"))
+    done = subprocess.run(
+        [program, "verify", tmp_path / "flora-receiver.service", tmp_path / "flora-receiver.socket"],
+        capture_output=True, text=True, check=False, env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"},
+    )  # fmt: skip
+    ours = [line for line in (done.stdout + done.stderr).splitlines() if "flora-receiver" in line]
+    assert (done.returncode, ours) == (0, [])
