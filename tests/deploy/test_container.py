@@ -1,0 +1,168 @@
+"""The container, without an engine: the Dockerfile's own steps are run into a directory, and the service is started from it.
+
+As an unprivileged user on a read-only root, where this machine lets root make one; compose files are held to what they name.
+"""
+
+import asyncio
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from receiver.config import variables
+from tests.e2e.stage import Stage, eventually, free_port, staged, toml
+from tests.postgres import hand_over, unprivileged
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "deploy/container/Dockerfile").read_text()
+COMPOSE = ["compose.yaml", "compose.scale.yaml"]
+
+
+def steps() -> list[tuple[str, str]]:
+    """Return the instructions of the build stage, in order."""
+    stage = re.split(r"(?m)^FROM .*$", DOCKERFILE)[1]
+    return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in stage.strip().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which the build stage has been carried out; only its two places are elsewhere."""
+    place = tmp_path_factory.mktemp("image")
+    source, prefix = place / "src", place / "opt"
+    source.mkdir()
+    for instruction, words in steps():
+        if instruction == "COPY":
+            *names, target = words.split()
+            for name in names:
+                found = ROOT / name
+                to = source / target if found.is_dir() else source / Path(name).name
+                (shutil.copytree if found.is_dir() else shutil.copy)(found, to)
+        elif instruction == "RUN":
+            command = shlex.split(words.replace("/opt/flora-receiver", str(prefix)))
+            command[0] = sys.executable if command[0] == "python" else command[0]
+            done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{words}: {done.stderr}"
+        else:
+            assert instruction == "WORKDIR"
+    for parent in (place, *place.parents):
+        if parent != Path("/tmp") and str(parent).startswith("/tmp"):
+            parent.chmod(parent.stat().st_mode | 0o755)
+    return prefix
+
+
+@pytest.fixture
+async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
+    async with staged(tmp_path) as made:
+        yield made
+
+
+def can_remount() -> bool:
+    """Whether this machine lets us make a root of our own: containers often do not."""
+    probe = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        "mount --make-rprivate / && mount --bind /tmp /tmp && mount -o remount,bind,ro /",
+    ]
+    return os.geteuid() == 0 and subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
+async def test_the_service_runs_from_the_image_on_a_read_only_root(image: Path, stage: Stage) -> None:
+    """As nobody, with one directory to write to: a run goes from its callback to its file."""
+    data = stage.directory / "data"
+    data.mkdir(mode=0o700)
+    hand_over(data)
+    for parent in (stage.directory, *stage.directory.parents[:2]):
+        parent.chmod(0o755)
+    for secret in (stage.cert, stage.key, stage.ca):
+        secret.chmod(0o644)
+    stage.port = free_port()
+    document = stage.document(database={"url": f"sqlite:///{data}/receiver.db"})
+    document["handlers"] = [{"use": "storage", "options": {"url": str(data / "outputs")}}]
+    flora = document["flora"]
+    environ = {
+        "PATH": f"{image}/bin:/usr/bin:/bin",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "FLORA_API_KEY": flora.pop("api_key"),
+        "FLORA_WEBHOOK_SECRET": flora.pop("webhook_secrets")[0],
+    }
+    config = stage.directory / "receiver.toml"
+    config.write_text(toml(document))
+    serve = [f"{image}/bin/flora-receiver", "serve", "--config", str(config)]
+    further: dict[str, Any] = unprivileged()
+    if can_remount():
+        # `mount` as root, then nobody: what the engine does for `read_only: true` and `USER`.
+        script = (
+            f"mount --make-rprivate / && mount --bind {data} {data} && mount -o remount,bind,ro / && cd {data} && "
+            'exec setpriv --reuid=nobody --regid=nogroup --clear-groups "$@"'
+        )
+        serve, further = ["unshare", "-m", "sh", "-c", script, "sh", *serve], {}
+    with (stage.directory / "log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(*serve, env=environ, cwd=data, stdout=log, stderr=log, **further)
+        try:
+            async with stage.client() as client:
+
+                async def ready() -> bool:
+                    assert process.returncode is None, (stage.directory / "log").read_text()
+                    try:
+                        return (await client.get(f"https://127.0.0.1:{stage.port}/readyz")).status_code == 200
+                    except httpx.TransportError:
+                        return False
+
+                await eventually(ready)
+                run_id = stage.start()
+
+                async def stored() -> list[Path]:
+                    return list((data / "outputs").rglob(f"*/{run_id}/*.png"))
+
+                [file] = await eventually(stored)
+            assert file.read_bytes().startswith(b"\x89PNG")
+            process.terminate()
+            assert await process.wait() == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+def test_the_image_is_told_what_to_leave_out() -> None:
+    """The context is the lock, the package and its words; every file that the Dockerfile copies is among them."""
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {name for instruction, words in steps() if instruction == "COPY" for name in words.split()[:-1]}
+    assert copied == kept
+    assert "--require-hashes" in DOCKERFILE
+    assert 'ENTRYPOINT ["flora-receiver"]' in DOCKERFILE  # no shell in between: signals reach the process
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+def test_compose_publishes_the_proxy_alone(name: str) -> None:
+    """Everything else is inside; roots are read-only, secrets are files, and every variable is a setting of ours."""
+    document = yaml.safe_load((ROOT / "deploy" / name).read_text())
+    known = {*variables(), *(f"{each}_FILE" for each in variables()), "RECEIVER_CONFIG"}
+    for service, described in document["services"].items():
+        assert ("ports" in described) == (service == "caddy")
+        assert set(described.get("secrets", ())) <= document["secrets"].keys()
+        assert set(described["networks"]) <= document["networks"].keys()
+        if service not in {"caddy", "postgres"}:
+            assert described["read_only"]
+            assert described["cap_drop"] == ["ALL"]
+            assert described["environment"].keys() <= known
+            files = {Path(value).name for each, value in described["environment"].items() if each.endswith("_FILE")}
+            assert files == set(described["secrets"])
+    assert all(
+        (ROOT / "deploy" / volume.split(":")[0]).exists() for volume in _mounted(document) if "Caddyfile" in volume
+    )
+
+
+def _mounted(document: dict[str, Any]) -> list[str]:
+    return [volume for described in document["services"].values() for volume in described.get("volumes", ())]
