@@ -211,6 +211,14 @@ def trigger(
     run(url, case, run_id=run_id, delivery_id=delivery_id, secret=secret, ca=ca, json=json)
 
 
+@app.command()
+def doctor(config: Config = None, ca: Pem = None, json: Json = False) -> None:
+    """Look at everything from the settings to the way in from outside, and say what is wrong with its cure."""
+    from receiver.cli.doctor import run  # noqa: PLC0415
+
+    run(config, ca=ca, json=json)
+
+
 @handlers.command("list")
 def handlers_list(config: Config = None, json: Json = False) -> None:
     """Show the installed handlers, and the ones that the settings use."""

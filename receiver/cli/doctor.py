@@ -1,0 +1,62 @@
+"""`flora-receiver doctor`: everything that can be looked at from here, each finding with its cause and its cure."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import typer
+
+from receiver.cli.output import WRONG, explained, show
+from receiver.config import Settings, load
+from receiver.doctor.findings import Finding, Severity
+from receiver.doctor.flora import of_flora
+from receiver.doctor.machine import of_ledger
+from receiver.doctor.public import of_public
+from receiver.doctor.settings import of_settings
+from receiver.plugins import check_handlers, load_handlers
+
+
+def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
+    with explained(as_json=json):
+        settings = load(config, os.environ)
+        found = asyncio.run(examine(settings, ca=ca))
+        bad = any(each.illness.severity is Severity.ERROR for each in found)
+        lines = [line for each in found for line in _told(each)]
+        lines.append("Something is wrong." if bad else "Nothing is wrong.")
+        show({"ok": not bad, "findings": [_json(each) for each in found]}, "\n".join(lines), as_json=json)
+        if bad:
+            raise typer.Exit(WRONG)
+
+
+async def examine(settings: Settings, *, ca: Path | None = None) -> list[Finding]:
+    """Return every finding, the worst first."""
+    loaded = load_handlers(settings)
+    flora, ledger, public, (problems, unreachable) = await asyncio.gather(
+        of_flora(settings), of_ledger(settings), of_public(settings, ca=ca), check_handlers(loaded)
+    )
+    found = [*of_settings(settings), *flora, *ledger, *public]
+    found += [Finding("handler.broken", f"{each.path}: {each.message}") for each in problems]
+    found += [Finding("handler.unreachable", f"{each.path}: {each.message}") for each in unreachable]
+    order = list(Severity)
+    return sorted(found, key=lambda each: -order.index(each.illness.severity))
+
+
+def _told(finding: Finding) -> list[str]:
+    illness = finding.illness
+    return [
+        f"{illness.severity.upper():<8} {finding.id}: {illness.means}: {finding.what}",
+        f"         cause: {illness.cause}",
+        f"         cure:  {illness.cure}",
+    ]
+
+
+def _json(finding: Finding) -> dict[str, str]:
+    illness = finding.illness
+    return {
+        "id": finding.id,
+        "severity": illness.severity.value,
+        "means": illness.means,
+        "what": finding.what,
+        "cause": illness.cause,
+        "cure": illness.cure,
+    }

@@ -1,0 +1,84 @@
+"""Takes the way that FLORA takes: to the public URL, by a canary whose bytes are signed, and judges what it met."""
+
+import asyncio
+import ssl
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cryptography import x509
+
+from receiver.config import Settings
+from receiver.doctor.findings import Finding
+from receiver.doctor.machine import own_origin
+from receiver.http import own_client, probe_client, tls_context
+from receiver.tunnel.probe import Obstacle, Probe, probe
+from receiver.web.public import CALLBACK_PATH
+
+_SLOW_SECONDS = 5.0
+_PATIENCE_SECONDS = 12.0
+_SOON = timedelta(days=14)
+_OBSTACLES = {
+    Obstacle.NAME: "public.unresolved",
+    Obstacle.REFUSED: "public.unreachable",
+    Obstacle.TIMEOUT: "public.slow",
+    Obstacle.TLS: "public.certificate",
+    Obstacle.CUT: "public.someone_else",
+}
+
+
+async def of_public(
+    settings: Settings, *, ca: Path | None = None, slow_seconds: float = _SLOW_SECONDS
+) -> list[Finding]:
+    """Send a canary through the public URL and one on loopback; look at the certificate besides."""
+    secrets = settings.secrets_by_workspace()
+    if settings.public_url is None or not secrets:
+        return []
+    secret = secrets[0][0]
+    async with probe_client(ca=ca, timeout_seconds=_PATIENCE_SECONDS) as client, own_client() as own:
+        outside = await probe(settings.public_url + CALLBACK_PATH, secret, client=client)
+        inside = await probe(own_origin(settings) + CALLBACK_PATH, secret, client=own)
+    finding = judged(outside, inside, slow_seconds=slow_seconds)
+    if finding is not None and finding.id == "public.certificate":
+        return [finding]
+    found = [] if finding is None else [finding]
+    return found + await _of_certificate(settings.public_url, ca)
+
+
+def judged(outside: Probe, inside: Probe, *, slow_seconds: float = _SLOW_SECONDS) -> Finding | None:
+    """Return what two canaries say about the way between outside and here; None: it is clear. Pure."""
+    if outside.arrived:
+        took = f"a canary took {outside.seconds:.1f} s"
+        return None if outside.seconds < slow_seconds else Finding("public.slow", took)
+    if outside.obstacle is not None:
+        return Finding(_OBSTACLES[outside.obstacle], outside.message)
+    if outside.location is not None:
+        return Finding("public.redirect", f"{outside.status} to {outside.location}")
+    told = f"{outside.status} {outside.answer}"
+    match outside.answer:
+        case "signature_mismatch":
+            return Finding("public.altered" if inside.arrived else "public.wrong_secret", told)
+        case "not_found" | "method_not_allowed":
+            return Finding("public.rewritten", told)
+        case "unavailable":
+            return Finding("public.unavailable", told)
+        case _:
+            who = f", from {outside.server}" if outside.server else ""
+            return Finding("public.someone_else", f"{outside.status}{who}: {outside.message[:80]}")
+
+
+async def _of_certificate(public_url: str, ca: Path | None) -> list[Finding]:
+    """Say when the certificate ends soon. What is wrong with it already the canary has told."""
+    parts = urlsplit(public_url)
+    if parts.scheme != "https":
+        return []
+    try:
+        async with asyncio.timeout(10):
+            _, writer = await asyncio.open_connection(parts.hostname, parts.port or 443, ssl=tls_context(ca))
+    except (OSError, TimeoutError, ssl.SSLError):
+        return []
+    raw = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.transport.abort()
+    ends = x509.load_der_x509_certificate(raw).not_valid_after_utc
+    soon = ends - datetime.now(UTC) < _SOON
+    return [Finding("public.certificate_ends", f"at {ends:%Y-%m-%d %H:%M} UTC")] if soon else []
