@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-__all__ = ["LOCAL_HOSTS", "Authority", "Issued", "issue", "make_authority", "write"]
+__all__ = ["LOCAL_HOSTS", "Authority", "Issued", "issue", "keep_authority", "kept_authority", "make_authority", "write"]
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _LIFE = timedelta(days=7)
@@ -80,6 +80,25 @@ def write(issued: Issued, directory: Path, name: str = "server") -> tuple[Path, 
         file.write(issued.key)
     certificate.write_bytes(issued.certificate)
     return certificate, key
+
+
+def keep_authority(authority: Authority, directory: Path) -> Path:
+    """Write `ca.pem` and `ca.key`, the key readable by its owner alone; return the certificate's path."""
+    return write(Issued(authority.pem, _private_pem(authority.key)), directory, "ca")[0]
+
+
+def kept_authority(directory: Path) -> Authority | None:
+    """Return the CA that was kept there; None: there is none. ValueError where it is of no use, or its time is over."""
+    try:
+        certificate = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
+        key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
+    except FileNotFoundError:
+        return None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
+        raise ValueError("ca.pem and ca.key do not belong together")
+    if certificate.not_valid_after_utc < datetime.now(UTC) + _SKEW:
+        raise ValueError("the CA has ended")
+    return Authority(certificate, key)
 
 
 def _builder(

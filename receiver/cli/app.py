@@ -211,6 +211,35 @@ def trigger(
     run(url, case, run_id=run_id, delivery_id=delivery_id, secret=secret, ca=ca, json=json)
 
 
+@app.command("dev-cert")
+def dev_cert(
+    host: Annotated[Optional[list[str]], typer.Option(help="A name or address; default: this machine's own.")] = None,  # noqa: UP045
+    directory: Annotated[Path, typer.Option("--dir", file_okay=False, help="Where the files go.")] = Path("var/tls"),
+    days: Annotated[int, typer.Option(min=1, max=825, help="How long the certificate is good.")] = 90,
+    force: Annotated[bool, typer.Option("--force", help="Make a new CA too.")] = False,
+    json: Json = False,
+) -> None:
+    """Make a local CA and a certificate under it; nothing is installed."""
+    from receiver.cli.dev_cert import run  # noqa: PLC0415
+
+    run(host or (), directory, days=days, force=force, json=json)
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Option("--dir", file_okay=False, help="Where the files go.")] = Path(),
+    public_url: Annotated[Optional[str], typer.Option(help="What FLORA is told to call.")] = None,  # noqa: UP045
+    database: Annotated[Optional[str], typer.Option(help="sqlite:///… or postgresql://….")] = None,  # noqa: UP045
+    storage: Annotated[str, typer.Option(help="Where outputs go: a directory, or s3://….")] = "outputs",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a commented receiver.toml, and a .env for the secrets."""
+    from receiver.cli.init import run  # noqa: PLC0415
+
+    run(directory, public_url=public_url, database=database, storage=storage, force=force, json=json)
+
+
 @app.command()
 def doctor(config: Config = None, ca: Pem = None, json: Json = False) -> None:
     """Look at everything from the settings to the way in from outside, and say what is wrong with its cure."""

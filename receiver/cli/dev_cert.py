@@ -1,0 +1,54 @@
+"""`flora-receiver dev-cert`: a CA of one's own and a certificate under it, for a laptop. It installs nothing anywhere."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from receiver.certificates import LOCAL_HOSTS, issue, keep_authority, kept_authority, make_authority, write
+from receiver.cli.output import explained, show
+from receiver.errors import ConfigError, Problem
+
+_CA_LIFE = timedelta(days=3650)
+
+
+def run(hosts: Sequence[str], directory: Path, *, days: int, force: bool, json: bool) -> None:
+    with explained(as_json=json):
+        names = tuple(hosts) or LOCAL_HOSTS
+        try:
+            authority = None if force else kept_authority(directory)
+            made = authority is None
+            if authority is None:
+                authority = make_authority("flora-receiver development CA", life=_CA_LIFE)
+                keep_authority(authority, directory)
+            certificate, key = write(issue(authority, *names, life=timedelta(days=days)), directory)
+        except ValueError as error:
+            raise ConfigError([Problem(str(directory), f"{error}; --force makes new ones")]) from error
+        except OSError as error:
+            raise ConfigError([Problem(str(directory), f"cannot be written: {error.strerror}")]) from error
+        ca = directory / "ca.pem"
+        paths = {"ca": str(ca), "certificate": str(certificate), "key": str(key)}
+        show(
+            {**paths, "hosts": list(names), "days": days, "new_ca": made},
+            _told(ca, certificate, key, names),
+            as_json=json,
+        )
+
+
+def _told(ca: Path, certificate: Path, key: Path, names: Sequence[str]) -> str:
+    return f"""{certificate} is good for {", ".join(names)}. In receiver.toml:
+
+  [tls]
+  cert = "{certificate}"
+  key = "{key}"
+
+Nobody trusts it yet, and nothing was installed. Who shall trust it is given {ca}; keep ca.key to yourself:
+
+  curl               --cacert {ca}
+  flora-receiver     trigger, dev and doctor take --ca {ca}; emulator takes --callback-ca {ca}
+  Python             SSL_CERT_FILE={ca}
+  Node               NODE_EXTRA_CA_CERTS={ca}
+  Debian, Ubuntu     sudo cp {ca} /usr/local/share/ca-certificates/flora-receiver.crt && sudo update-ca-certificates
+  macOS              sudo security add-trusted-cert -d -r trustRoot -k /Library/Keychains/System.keychain {ca}
+  Firefox            Settings, Certificates, Authorities, Import
+
+FLORA itself trusts public certificates only: this is for the emulator, and for tests of your own."""
