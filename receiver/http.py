@@ -278,10 +278,16 @@ def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     return url.scheme, url.host.lower(), url.port
 
 
-def probe_client(*, ca: Path | None = None, timeout_seconds: float = 15.0) -> httpx.AsyncClient:
+def probe_client(
+    *, ca: Path | None = None, timeout_seconds: float = 15.0, limits: httpx.Limits | None = None
+) -> httpx.AsyncClient:
     """Build a client for an address that the operator typed: any host, no redirects."""
     return httpx.AsyncClient(
-        headers={"User-Agent": USER_AGENT}, verify=tls_context(ca), timeout=timeout_seconds, trust_env=False
+        headers={"User-Agent": USER_AGENT},
+        verify=tls_context(ca),
+        timeout=timeout_seconds,
+        limits=limits or httpx.Limits(max_connections=100, max_keepalive_connections=20),
+        trust_env=False,
     )
 
 

@@ -198,17 +198,29 @@ def emulator(
 @app.command()
 def trigger(
     url: Annotated[str, typer.Argument(help="Where to send it, e.g. https://127.0.0.1:8080/callbacks/flora.")],
-    case: Annotated[str, typer.Option(help="completed, failed, or the code of the refusal to provoke.")] = "completed",
+    case: Annotated[
+        str, typer.Option(help="completed, failed, duplicate, …, or the refusal to provoke.")
+    ] = "completed",
     run_id: Annotated[Optional[str], typer.Option(help="The run it is about; default: a made-up one.")] = None,  # noqa: UP045
     delivery_id: Annotated[str | None, typer.Option(help="The delivery's id; the same again is a duplicate.")] = None,
     secret: Annotated[Optional[str], typer.Option(help="Signing secret; default: FLORA_WEBHOOK_SECRET.")] = None,  # noqa: UP045
+    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many times.")] = 1,
+    rate: Annotated[Optional[float], typer.Option(min=0.01, help="How many a second; default: as many as fit.")] = None,  # noqa: UP045
+    record: Annotated[Optional[Path], typer.Option(dir_okay=False, help="Keep what is sent, byte for byte.")] = None,  # noqa: UP045
+    source: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--from", exists=True, dir_okay=False, help="Send what --record has kept."),
+    ] = None,
     ca: Pem = None,
     json: Json = False,
 ) -> None:
-    """Send one callback, show the answer."""
+    """Send callbacks, signed or spoiled on purpose, and judge the answers."""
     from receiver.cli.trigger import run  # noqa: PLC0415
 
-    run(url, case, run_id=run_id, delivery_id=delivery_id, secret=secret, ca=ca, json=json)
+    run(
+        url, case, run_id=run_id, delivery_id=delivery_id, secret=secret, ca=ca, json=json, count=count, rate=rate,
+        record=record, source=source,
+    )  # fmt: skip
 
 
 @app.command("dev-cert")

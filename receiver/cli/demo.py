@@ -25,7 +25,7 @@ from rich.text import Text
 
 from receiver import certificates
 from receiver.cli.output import WRONG, explained, show
-from receiver.cli.trigger import CASES
+from receiver.cli.trigger_cases import CASES, Subject
 from receiver.config import Settings
 from receiver.emulator import Emulator, EmulatorSettings, parse_faults
 from receiver.flora.client import FloraClient
@@ -221,7 +221,7 @@ async def _start(emulator: Emulator, service: Service, origin: str, url: str) ->
 
 async def _forge(url: str, ca: Path) -> str:
     """Send a callback signed with a secret of our own making, and return how it was refused."""
-    shot = CASES["signature_mismatch"](b'{"id":"whd_forged","data":{"run_id":"run_forged"}}', "")
+    (shot,) = CASES["signature_mismatch"](Subject("", "run_forged", "whd_forged"))
     async with probe_client(ca=ca) as client:
         response = await client.post(url, content=shot.body, headers=dict(shot.headers))
     return f"{response.status_code} {response.json()['error']['code']}"

@@ -5,18 +5,51 @@ from pathlib import Path
 
 import pytest
 
-from receiver.cli.trigger import CASES
+from receiver.cli.trigger_cases import CASES, Subject, again
 from receiver.web.public import STATUS
 from tests.cli.conftest import KEYS, Served, run_command
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_gets_its_answer(case: str, served: Served, tmp_path: Path) -> None:
+    """As its requests say that they expect, one after the other; a refusal with its documented status."""
     done = run_command("trigger", served.url, "--case", case, "--ca", served.ca, "--json", cwd=tmp_path, env=KEYS)
     found = json.loads(done.stdout)
-    assert (done.returncode, found["as_expected"], found["status"]) == (0, True, STATUS.get(case, 200))
+    (*_, last) = CASES[case](Subject("whsec_x"))
+    assert (done.returncode, found["as_expected"]) == (0, True), found
+    assert found["status"] == STATUS.get(last.expected, 200)
     answer = json.loads(found["body"])
-    assert answer["error"]["code"] == case if case in STATUS else answer == {"status": "accepted"}
+    assert answer["error"]["code"] == last.expected if last.expected in STATUS else answer == {"status": last.expected}
+
+
+def test_every_refusal_that_one_request_can_meet_has_a_case(served: Served) -> None:
+    """The others need a receiver with several workspaces, a sender that stalls, or one that cannot commit."""
+    met = {shot.expected for case in CASES.values() for shot in case(Subject("whsec_x"))}
+    assert STATUS.keys() - met == {"workspace_mismatch", "body_timeout", "unavailable"}
+
+
+def test_many_are_counted_and_timed(served: Served, tmp_path: Path) -> None:
+    """With a rate they go by the clock; the summary counts answers, and tells how long they took."""
+    command = ("trigger", served.url, "--ca", served.ca, "--count", "60", "--rate", "300", "--json")
+    done = run_command(*command, cwd=tmp_path, env=KEYS)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["sent"], found["answers"]) == (0, 60, {"200 accepted": 60})
+    assert 0 < found["seconds"]["p50"] <= found["seconds"]["p99"]
+    assert "60  200 accepted" in run_command(*command[:-1], cwd=tmp_path, env=KEYS).stdout
+
+
+def test_a_record_is_sent_again_byte_for_byte(served: Served, tmp_path: Path) -> None:
+    """Its deliveries are duplicates then, signatures and odd bytes included; what is no record is refused."""
+    record = ("trigger", served.url, "--ca", served.ca, "--case", "duplicate", "--record", "shots.jsonl")
+    assert run_command(*record, cwd=tmp_path, env=KEYS).returncode == 0
+    lines = (tmp_path / "shots.jsonl").read_text().splitlines()
+    assert [again(line).body for line in lines] == [again(lines[0]).body] * 2
+    replayed = run_command("trigger", served.url, "--ca", served.ca, "--from", "shots.jsonl", cwd=tmp_path)
+    assert replayed.returncode == 0, replayed.stdout
+    assert replayed.stdout.count('{"status":"duplicate"}') == 2
+    (tmp_path / "odd.jsonl").write_text("{}\n")
+    odd = run_command("trigger", served.url, "--from", "odd.jsonl", cwd=tmp_path)
+    assert (odd.returncode, "line 1 of odd.jsonl" in odd.stderr) == (2, True)
 
 
 def test_the_same_delivery_again_is_a_duplicate(served: Served, tmp_path: Path) -> None:

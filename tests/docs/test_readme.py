@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from receiver.cli.app import app
-from receiver.cli.trigger import CASES
+from receiver.cli.trigger_cases import CASES
 from receiver.config import Settings, describe, load, variables
 from receiver.download import Downloader
 from receiver.emulator import Emulator, EmulatorSettings

@@ -8,7 +8,7 @@ import httpx
 from starlette.routing import Route
 
 from receiver.changes import Change, Changes
-from receiver.cli.trigger import CASES
+from receiver.cli.trigger_cases import CASES, Subject
 from receiver.service import Service
 from receiver.web.openapi import document
 from receiver.web.views import change_json
@@ -38,7 +38,7 @@ async def test_a_delivery_whose_id_has_a_slash_is_shown(ops: Ops) -> None:
 
 
 async def test_refused_requests_are_listed_without_their_bodies(ops: Ops) -> None:
-    shot = CASES["signature_mismatch"](b'{"id":"whd_1","data":{"run_id":"run_1"}}', "")
+    (shot,) = CASES["signature_mismatch"](Subject("", "run_1", "whd_1"))
     async with ops.stage.client() as client:
         for _ in range(3):
             await client.post(ops.stage.url, content=shot.body, headers=dict(shot.headers))
