@@ -251,6 +251,10 @@ class ReceiverClient:
         body = {name: value for name, value in (("handler", handler), ("run_id", run_id)) if value is not None}
         return int(self._post("/api/dispatches/retry", body)["dispatches"])
 
+    def backup(self, path: Path) -> int:
+        """Have the service copy its SQLite ledger into a new file on its own machine; return the size in bytes."""
+        return int(self._post("/api/backup", {"path": str(path)})["size"])
+
     def channel(self) -> dict[str, Any]:
         """Return the health of the callback channel over the last 24 hours, and its counts by hour."""
         return self._get("/api/channel")

@@ -37,6 +37,7 @@ from receiver.sweeper import Discovery, Sweeper
 from receiver.systemd import Supervisor
 from receiver.telemetry import Metrics
 from receiver.web.access import Access
+from receiver.web.backups import Backups
 from receiver.web.bodies import MAX_BODY_BYTES
 from receiver.web.dispatches import Dispatches
 from receiver.web.ledger import Ledger
@@ -341,7 +342,7 @@ class Service:
             handlers=names,
             clock=self._clock,
         )
-        everything = [dispatches.routes(), runs.routes(), ledger.routes()]
+        everything = [dispatches.routes(), runs.routes(), Backups(self.database).routes(), ledger.routes()]
         rooms = [ledger.probes()] if self._only == "door" else everything
         app = ops_app(access, *rooms)
         sockets = self._sockets("operations", operations.host, operations.port)

@@ -223,6 +223,30 @@ def trigger(
     )  # fmt: skip
 
 
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="A file that does not exist yet.")],
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Copy a SQLite ledger, also while the service runs."""
+    from receiver.cli.keeping import backup as command  # noqa: PLC0415
+
+    command(config, file, json=json)
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `backup` has written.")],
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Put a copy of a SQLite ledger in its place; the service must not run."""
+    from receiver.cli.keeping import restore as command  # noqa: PLC0415
+
+    command(config, file, json=json)
+
+
 @app.command("dev-cert")
 def dev_cert(
     host: Annotated[Optional[list[str]], typer.Option(help="A name or address; default: this machine's own.")] = None,  # noqa: UP045

@@ -51,6 +51,11 @@ class SqliteDatabase:
         self._writer = threading.Thread(target=self._write_forever, name="ledger-write", daemon=True)
         self._writer.start()
 
+    @staticmethod
+    def hold(path: Path) -> int:
+        """Take a file over without opening it; closing the handle gives it back. Raises StoreInUseError."""
+        return _lock_file(path)
+
     async def write(self, job: Job[T]) -> T:
         """Run `job` in a transaction; when this returns, what it wrote is durable.
 

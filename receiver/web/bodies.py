@@ -116,6 +116,12 @@ class RetryBody(Body):
     run_id: Id | None = None
 
 
+class BackupBody(Body):
+    """`POST /api/backup`: where the copy goes, as the service sees it; nothing is overwritten."""
+
+    path: str = Field(min_length=2, max_length=1000, pattern=r"^/[^\x00]*[^/\x00]$")
+
+
 class ResolveBody(Body):
     """`POST /api/starts/{token}/resolve`: the run that the start made, or null for none at all."""
 

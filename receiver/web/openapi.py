@@ -197,6 +197,17 @@ _OPERATIONS = (
         body=bodies.RetryBody,
     ),
     _Operation(
+        "post",
+        "/api/backup",
+        "Copy a SQLite ledger into a new file on the service's machine, checked and synced.",
+        ((200, "Where it is, and its size in bytes.", "Backup"),),
+        (
+            (400, "not_sqlite: PostgreSQL has pg_dump"),
+            (503, "unavailable: the file is there already, or cannot be written"),
+        ),
+        body=bodies.BackupBody,
+    ),
+    _Operation(
         "get",
         "/api/channel",
         "Judge the callback channel over the last 24 hours.",
@@ -370,6 +381,7 @@ _SCHEMAS: _Json = {
         run_id=_TEXT, run=_ref("Run"), reads=_COUNT,
         entries={"type": "array", "items": {**_object(at=_TIME, kind=_TEXT), "additionalProperties": True}},
     ),
+    "Backup": _object(path=_TEXT, size=_COUNT),
     "OneRun": _object(run=_ref("Run")),
     "OneTechnique": _object(technique=_ref("Technique")),
     "OneDelivery": _object(delivery=_ref("Delivery")),

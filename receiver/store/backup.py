@@ -1,0 +1,93 @@
+"""Copies of a SQLite ledger: taken while it is in use, checked, and put back. PostgreSQL has its own tools for that."""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from receiver.errors import StoreUnavailableError
+from receiver.store.sqlite import SqliteDatabase
+
+_COMPANIONS = ("-wal", "-shm")
+
+
+def copy(tx: Connection, target: Path) -> int:
+    """Write what `tx` sees into a file that does not exist yet, checked and on disk when this returns; return its size.
+
+    Writers are not held up meanwhile. Raises StoreUnavailableError where the file cannot be written.
+    """
+    part = target.with_name(f".{target.name}.part")
+    try:
+        if target.exists():
+            raise StoreUnavailableError(f"{target} is there already: a backup overwrites nothing")
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+        source: sqlite3.Connection = tx.connection.driver_connection  # type: ignore[assignment]
+        with contextlib.closing(sqlite3.connect(part)) as copied:
+            source.backup(copied)
+            copied.execute("PRAGMA journal_mode = DELETE")
+            _sound(copied, part)
+        _sync(part)
+        part.rename(target)
+        _sync(target.parent)
+        return target.stat().st_size
+    except (OSError, sqlite3.Error) as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise StoreUnavailableError(f"cannot write {target}: {error}") from error
+
+
+def restore(source: Path, ledger: Path, *, now: datetime | None = None) -> Path | None:
+    """Put a copy in a ledger's place; return where the ledger that was there lies now. Nobody may be using it.
+
+    Raises StoreInUseError while a service runs, StoreUnavailableError where the copy is of no use or cannot be written.
+    """
+    part = ledger.with_name(f".{ledger.name}.part")
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as copied:
+            _sound(copied, source)
+            known = copied.execute("SELECT count(*) FROM sqlite_master WHERE name = 'alembic_version'").fetchone()[0]
+        if not known:
+            raise StoreUnavailableError(f"{source} is no ledger of flora-receiver")
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        lock = SqliteDatabase.hold(ledger)
+        try:
+            aside = _set_aside(ledger, now or datetime.now(UTC))
+            shutil.copyfile(source, part)
+            part.chmod(0o600)
+            _sync(part)
+            part.rename(ledger)
+            _sync(ledger.parent)
+        finally:
+            os.close(lock)
+    except (OSError, sqlite3.Error) as error:
+        raise StoreUnavailableError(f"cannot restore {ledger} from {source}: {error}") from error
+    return aside
+
+
+def _set_aside(ledger: Path, now: datetime) -> Path | None:
+    """Give the old files other names: a WAL that stayed would be laid over the copy."""
+    if not ledger.exists():
+        return None
+    aside = ledger.with_name(f"{ledger.name}.before-{now:%Y%m%dT%H%M%SZ}")
+    for suffix in ("", *_COMPANIONS):
+        with contextlib.suppress(FileNotFoundError):
+            ledger.with_name(ledger.name + suffix).rename(aside.with_name(aside.name + suffix))
+    return aside
+
+
+def _sound(connection: sqlite3.Connection, path: Path) -> None:
+    [(told,)] = connection.execute("PRAGMA integrity_check(1)").fetchall()
+    if told != "ok":
+        raise StoreUnavailableError(f"{path} is damaged: {told}")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,88 @@
+"""A ledger is copied under load, lost, and put back: what was acknowledged before the copy is there, work goes on."""
+
+import asyncio
+import sqlite3
+import stat
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from receiver.errors import StoreInUseError, StoreUnavailableError
+from receiver.store import SqliteDatabase, backup
+from tests.cli.conftest import run_command
+from tests.e2e.lives import served
+from tests.e2e.stage import Stage, eventually, free_port
+
+TOKEN = {"token": "0123456789abcdef"}
+
+
+async def test_a_backup_under_load_is_put_back_after_a_crash(stage: Stage) -> None:
+    """The running service makes it; after `kill -9` and the loss of the file, the next life goes on from the copy."""
+    config, port = stage.directory / "receiver.toml", free_port()
+    operations = {**TOKEN, "port": port}
+    async with stage.client() as client:
+        async with served(stage, operations=operations) as life:
+            await life.ready(client)
+            before = [stage.start() for _ in range(15)]
+            await eventually(lambda: _settled(stage, 5))
+            sending = [asyncio.create_task(stage.send(client, stage.body(f"run_x{number}"))) for number in range(30)]
+            env = {"RECEIVER_OPS_TOKEN": TOKEN["token"], "RECEIVER_OPS_URL": f"http://127.0.0.1:{port}"}
+            made = await asyncio.to_thread(
+                run_command, "backup", "copy.db", "--config", str(config), cwd=stage.directory, env=env
+            )
+            assert made.returncode == 0, made.stderr
+            assert {answer.status_code for answer in await asyncio.gather(*sending)} == {200}
+            life.process.kill()
+            await life.process.wait()
+        copy = stage.directory / "copy.db"
+        assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+        with closing(sqlite3.connect(copy)) as connection:
+            kept = {row[0] for row in connection.execute("SELECT run_id FROM runs WHERE settled_at IS NOT NULL")}
+        assert len(kept) >= 5
+        for path in stage.directory.glob("ledger.db*"):
+            path.unlink()
+        put = await asyncio.to_thread(run_command, "restore", "copy.db", "--config", str(config), cwd=stage.directory)
+        assert put.returncode == 0, put.stderr
+        async with served(stage, operations=operations) as life:
+            await life.ready(client)
+            assert kept <= {row["run_id"] for row in stage.rows("SELECT run_id FROM runs")}
+            for run_id in before:  # as FLORA repeats what came after the copy; the rest are duplicates
+                assert (await stage.send(client, stage.body(run_id))).status_code == 200
+            await stage.over(*before)
+    for run_id in before:
+        stage.check_files(run_id)
+
+
+async def _settled(stage: Stage, count: int) -> bool:
+    return len(stage.rows("SELECT run_id FROM runs WHERE settled_at IS NOT NULL")) >= count
+
+
+async def test_copies_overwrite_nothing_and_damage_is_told(sqlite_path: Path, tmp_path: Path) -> None:
+    """Nor is a ledger replaced that somebody uses, or by what is none."""
+    database = SqliteDatabase(sqlite_path)
+    target = tmp_path / "copy.db"
+    assert await database.read(lambda tx: backup.copy(tx, target)) == target.stat().st_size
+    with pytest.raises(StoreUnavailableError, match="overwrites nothing"):
+        await database.read(lambda tx: backup.copy(tx, target))
+    with pytest.raises(StoreUnavailableError, match="cannot write"):
+        await database.read(lambda tx: backup.copy(tx, tmp_path / "nowhere" / "copy.db"))
+    with pytest.raises(StoreInUseError):
+        backup.restore(target, sqlite_path)
+    await database.close()
+    other = tmp_path / "other.db"
+    with closing(sqlite3.connect(other)) as connection:
+        connection.execute("CREATE TABLE x (y)")
+    with pytest.raises(StoreUnavailableError, match="no ledger"):
+        backup.restore(other, sqlite_path)
+    damaged = tmp_path / "damaged.db"
+    raw = bytearray(target.read_bytes())
+    raw[4096:8192] = b"\xff" * 4096
+    damaged.write_bytes(raw)
+    with pytest.raises(StoreUnavailableError):
+        backup.restore(damaged, sqlite_path)
+    aside = backup.restore(target, sqlite_path)
+    assert aside is not None
+    assert aside.exists()
+    reopened = SqliteDatabase(sqlite_path)
+    await reopened.close()
