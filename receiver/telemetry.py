@@ -171,6 +171,11 @@ class Metrics:
         self.dispatch_backlog = self._gauge(
             "dispatch_backlog", "Dispatches that are not done, by state; counted when asked.", "state"
         )
+        self.overdue = self._gauge(
+            "overdue_seconds",
+            "How long the oldest `run` to read, or `dispatch` to do, has been due; 0: none is.",
+            "queue",
+        )
         for state in (RunState.COMPLETED, RunState.FAILED, RunState.LOST):
             self.runs_settled.labels(state.value)
         for verdict in Verdict:  # an alert on a series that does not exist yet never fires
@@ -212,8 +217,10 @@ class Metrics:
         self.dispatches.labels(handler, outcome).inc()
         self.dispatch_seconds.labels(handler).observe(seconds)
 
-    def counted(self, runs: Mapping[str, int], backlog: Mapping[str, int]) -> None:
-        """The ledger was counted: unsettled runs, and dispatches that are not done, by state."""
+    def counted(self, runs: Mapping[str, int], backlog: Mapping[str, int], overdue: Mapping[str, float]) -> None:
+        """The ledger was counted: unsettled runs, dispatches that are not done, and the seconds by which work is late."""
+        for queue, seconds in overdue.items():
+            self.overdue.labels(queue).set(seconds)
         for state, number in runs.items():
             self.runs.labels(state).set(number)
         for state, number in backlog.items():

@@ -214,7 +214,7 @@ def trigger(
     ca: Pem = None,
     json: Json = False,
 ) -> None:
-    """Send callbacks, signed or spoiled on purpose, and judge the answers."""
+    """Send callbacks, good and spoiled ones, and judge answers."""
     from receiver.cli.trigger import run  # noqa: PLC0415
 
     run(
@@ -241,7 +241,7 @@ def restore(
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Put a copy of a SQLite ledger in its place; the service must not run."""
+    """Put a copy in its place, with the service stopped."""
     from receiver.cli.keeping import restore as command  # noqa: PLC0415
 
     command(config, file, json=json)
@@ -255,7 +255,7 @@ def dev_cert(
     force: Annotated[bool, typer.Option("--force", help="Make a new CA too.")] = False,
     json: Json = False,
 ) -> None:
-    """Make a local CA and a certificate under it; nothing is installed."""
+    """Make a local CA and a certificate; it installs nothing."""
     from receiver.cli.dev_cert import run  # noqa: PLC0415
 
     run(host or (), directory, days=days, force=force, json=json)
@@ -270,7 +270,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
     json: Json = False,
 ) -> None:
-    """Write a commented receiver.toml, and a .env for the secrets."""
+    """Write a receiver.toml, and a .env for the secrets."""
     from receiver.cli.init import run  # noqa: PLC0415
 
     run(directory, public_url=public_url, database=database, storage=storage, force=force, json=json)
@@ -278,7 +278,7 @@ def init(
 
 @app.command()
 def doctor(config: Config = None, ca: Pem = None, json: Json = False) -> None:
-    """Look at everything from the settings to the way in from outside, and say what is wrong with its cure."""
+    """Find what is wrong, from settings to the way in."""
     from receiver.cli.doctor import run  # noqa: PLC0415
 
     run(config, ca=ca, json=json)

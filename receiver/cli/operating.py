@@ -139,7 +139,7 @@ def redispatch(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Have the handlers work on a run again, or a new handler on old runs."""
+    """Have handlers work on a run again, or new ones on old runs."""
     from receiver.cli.runs import redispatch as command  # noqa: PLC0415
 
     command(run_id, handler=handler, again=again, missing=missing, since=since, json=json)

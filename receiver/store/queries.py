@@ -236,6 +236,18 @@ def backlog(tx: Connection, handlers: Collection[str]) -> dict[str, int]:
     return dict.fromkeys(states, 0) | counted | {"orphaned": sum(orphans(tx, handlers).values())}
 
 
+def overdue(tx: Connection, handlers: Collection[str], *, now: datetime) -> dict[str, float]:
+    """Return for how many seconds the oldest work has been due: runs to read, and dispatches of these handlers; 0: none."""
+    ready = and_(dispatches.c.state == DispatchState.READY.value, dispatches.c.handler.in_(handlers))
+    oldest = {
+        "run": tx.execute(
+            select(func.min(runs.c.next_poll_at)).where(runs.c.next_poll_at.is_not(None))
+        ).scalar_one_or_none(),
+        "dispatch": tx.execute(select(func.min(dispatches.c.due_at)).where(ready)).scalar_one_or_none(),
+    }
+    return {queue: 0.0 if due is None else max(0.0, (ms(now) - due) / 1000) for queue, due in oldest.items()}
+
+
 def run_key(run: Run) -> tuple[int, str]:
     """Return what a page of runs is ordered by."""
     return ms(run.first_seen_at), run.run_id

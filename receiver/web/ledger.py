@@ -126,10 +126,11 @@ class Ledger:
         return StreamingResponse(self._stream(), media_type="text/event-stream", headers=headers)
 
     async def metrics(self, _: Request) -> Response:
-        runs, backlog = await self._database.read(
-            lambda tx: (queries.unsettled(tx), queries.backlog(tx, self._handlers))
+        now, names = self._clock(), self._handlers
+        counts = await self._database.read(
+            lambda tx: (queries.unsettled(tx), queries.backlog(tx, names), queries.overdue(tx, names, now=now))
         )
-        self._metrics.counted(runs, backlog)
+        self._metrics.counted(*counts)
         body, content_type = self._metrics.render()
         return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
 

@@ -19,6 +19,7 @@ from receiver.errors import AttemptOverError, ConfigError
 from receiver.functions import BlockingContext, FunctionHandler
 from receiver.handler import Context, Done, DownloadRefusedError, LocationTakenError, Reject, Retry, SettledRun
 from receiver.plugins import load_handlers
+from tests.core import until
 from tests.handlers.conftest import RUN, MemoryContext
 from tests.media import MediaServer, Page, page
 
@@ -198,8 +199,7 @@ async def test_a_plain_function_has_the_whole_context(
 
 async def test_one_that_hangs_is_left_behind(context_of: ContextOf) -> None:
     """Its attempt ends in time, and further calls are refused while as many as may run are still hanging."""
-    release, returned = threading.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
+    release = threading.Event()
     refused: list[Exception] = []
 
     def hanging(run: SettledRun, context: BlockingContext) -> None:
@@ -208,7 +208,6 @@ async def test_one_that_hangs_is_left_behind(context_of: ContextOf) -> None:
             context.reserve(0, "out", "file:///late")
         except AttemptOverError as error:
             refused.append(error)
-        loop.call_soon_threadsafe(returned.set)
 
     handler = FunctionHandler(hanging, threads=1)
     context = context_of()
@@ -217,10 +216,10 @@ async def test_one_that_hangs_is_left_behind(context_of: ContextOf) -> None:
     second = await attempted(handler, context_of(), 0.05)
     assert second == Retry("1 earlier calls have not returned; the function should end by itself")
     release.set()
-    await returned.wait()
+    # The loop hears of the return after the function's last line.
+    await until(lambda: context.log.lines[-1][1] == "handler.returned_late")
     assert len(refused) == 1
     assert not context.records
-    await asyncio.sleep(0)
     assert await attempted(handler, context_of()) == Done()
 
 
