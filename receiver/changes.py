@@ -66,3 +66,12 @@ class Changes:
             group.discard(listener)
             if run_id is not None and not group:
                 self._by_run.pop(run_id, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """How the door wakes the loops: something is due now."""
+
+    poll: asyncio.Event = field(default_factory=asyncio.Event)
+    dispatch: asyncio.Event = field(default_factory=asyncio.Event)
+    changes: Changes = field(default_factory=Changes)

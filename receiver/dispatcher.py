@@ -13,12 +13,11 @@ from typing import Any
 import structlog
 
 from receiver.attempt import AttemptContext, Registration, answer_state, call, settled_run
-from receiver.changes import Change
+from receiver.changes import Change, Signals
 from receiver.decide import Outcome, conclude, room, settle, turns
 from receiver.download import Downloader
 from receiver.errors import StoreUnavailableError
 from receiver.handler import Done, Retry
-from receiver.intake import Signals
 from receiver.model import Asked, Dispatch, DispatchState, Event, Lane, Report, Subscription
 from receiver.scales import Scales
 from receiver.store import Database, ledger, queue

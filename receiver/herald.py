@@ -9,9 +9,8 @@ import secrets
 
 import structlog
 
-from receiver.changes import Change, Listener
+from receiver.changes import Change, Listener, Signals
 from receiver.errors import StoreUnavailableError
-from receiver.intake import Signals
 from receiver.store import Database
 from receiver.waiting import either
 

@@ -11,6 +11,7 @@ import structlog
 from sqlalchemy import Connection
 
 from receiver.budget import Budget
+from receiver.changes import Signals
 from receiver.decide import (
     LOOKAHEAD,
     Depth,
@@ -29,7 +30,7 @@ from receiver.decide import (
 )
 from receiver.errors import FloraError, StoreUnavailableError
 from receiver.flora.client import FloraClient
-from receiver.intake import Intake, Signals
+from receiver.intake import Intake
 from receiver.model import Asked, Read, Report, Run, RunState, Snapshot, Unanswered
 from receiver.reading import Reader, readers
 from receiver.store import Database, ledger

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from receiver.addresses import is_loopback
 from receiver.budget import Budget
+from receiver.changes import Signals
 from receiver.config import Settings, made_token, operations_problem
 from receiver.decide import Policy
 from receiver.dispatcher import Dispatcher
@@ -25,7 +26,7 @@ from receiver.flora.client import FloraClient
 from receiver.handler import Closes
 from receiver.herald import Herald
 from receiver.http import api_client, tls_context
-from receiver.intake import Intake, Secret, Signals
+from receiver.intake import Intake, Secret
 from receiver.janitor import Janitor, Retention
 from receiver.plugins import check_handlers, load_handlers
 from receiver.poller import Poller

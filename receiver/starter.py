@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from receiver.budget import Budget
-from receiver.changes import Change
+from receiver.changes import Change, Signals
 from receiver.decide.starting import (
     Reply,
     asked_again,
@@ -29,6 +29,7 @@ from receiver.decide.starting import (
     deferred,
     denied,
     may_repeat,
+    registered,
     reply_of,
     searched_again,
     unresolved,
@@ -37,7 +38,7 @@ from receiver.decide.starting import (
 from receiver.errors import FloraError, StoreUnavailableError
 from receiver.flora.client import FloraClient
 from receiver.flora.messages import StartedRun, Technique
-from receiver.intake import Intake, Signals, registered
+from receiver.intake import Intake
 from receiver.model import Operation, Registered, Run, Snapshot, Start, StartState
 from receiver.store import Database, ledger, starts
 from receiver.store.rows import moment

@@ -10,9 +10,10 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.engine.base import OptionEngine
 
+from receiver.changes import Signals
 from receiver.decide import Policy
 from receiver.flora.signature import sign
-from receiver.intake import Answer, Intake, Secret, Signals
+from receiver.intake import Answer, Intake, Secret
 from receiver.model import (
     Dispatch,
     Event,

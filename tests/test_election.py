@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from receiver.changes import Change
+from receiver.changes import Change, Signals
 from receiver.election import LEASE, Election
 from receiver.herald import Herald, _written
-from receiver.intake import Signals
 from receiver.store import Database
 from receiver.store.postgres import PostgresDatabase
 from tests.core import Clock, until, writable

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event
 
-from receiver import intake as intake_module
+from receiver import commits as commits_module
 from receiver.decide import Changed, Unchanged
 from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import canary_key, sign
@@ -284,7 +284,7 @@ async def test_everything_about_a_run_in_one_batch(core: Core) -> None:
 
 async def test_more_entries_than_a_batch_holds(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit goes with the next one; nobody is forgotten."""
-    monkeypatch.setattr(intake_module, "_BATCH", 3)
+    monkeypatch.setattr(commits_module, "_BATCH", 3)
     assert await asyncio.gather(*(core.call(f"whd_{n}", f"run_{n % 4}") for n in range(20))) == [Accepted()] * 20
     assert await core.count("deliveries") == 20
     assert await core.count("runs") == 4
@@ -376,7 +376,7 @@ async def test_a_ledger_that_cannot_be_written_is_told_and_the_retry_is_new(core
 
 async def test_patience_ends_before_floras_does(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """A waiter gets its 503 while FLORA still listens; what it brought may be committed later, and is a duplicate then."""
-    monkeypatch.setattr(intake_module, "_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(commits_module, "_PATIENCE_SECONDS", 0.01)
     free = asyncio.Event()
     write = core.database.write
 

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from receiver.errors import FloraError
-from receiver.model import Snapshot, Start, StartState
+from receiver.model import Origin, Registered, Snapshot, Start, StartState
 
 SAFE_TO_REPEAT = timedelta(minutes=100)
 """FLORA's key lives two hours (its site says 24): we trust it for less."""
@@ -134,4 +134,18 @@ def _explained(start: Start, error: FloraError) -> Start:
         error_message=str(error),
         error_fields=error.fields,
         request_id=error.request_id,
+    )
+
+
+def registered(start: Start, run_id: str, now: datetime) -> Registered:
+    """Return what a start knows about the run that it made."""
+    return Registered(
+        run_id=run_id,
+        origin=Origin.STARTED,
+        registered_at=now,
+        callback_expected=start.callback_expected,
+        run_type="technique" if start.technique_id else "generation",
+        technique_id=start.technique_id or None,
+        workspace_id=start.workspace_id or None,
+        metadata=start.metadata,
     )

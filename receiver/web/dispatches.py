@@ -8,9 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from receiver.changes import Change
+from receiver.changes import Change, Signals
 from receiver.decide import settle
-from receiver.intake import Signals
 from receiver.model import Dispatch, DispatchState, Event, Subscription
 from receiver.store import Database, ledger, queries, rearming
 from receiver.web import bodies

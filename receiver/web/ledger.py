@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
+from receiver.changes import Signals
 from receiver.decide.channel import channel_health
-from receiver.intake import Signals
 from receiver.starter import Starter
 from receiver.store import Database, channel, queries
 from receiver.telemetry import Metrics

@@ -10,8 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from receiver.changes import Signals
 from receiver.flora.messages import ids_of_poll_url
-from receiver.intake import Intake, Signals
+from receiver.intake import Intake
 from receiver.model import Asked, Origin, Registered, RunState, Start, StartState
 from receiver.starter import Conflict, Starter, StartRequest
 from receiver.store import Database, queries
