@@ -47,6 +47,8 @@ class Fold:
     fresh: dict[str, Sequence[Output]] = field(default_factory=dict)
     dispatches: list[Dispatch] = field(default_factory=list)
     happened: dict[str, list[Event]] = field(default_factory=dict)
+    asking: dict[str | None, bool] = field(default_factory=dict)
+    """For each workspace that it was asked for: whether a start of it may be about to name one of these runs."""
 
     def new(self) -> list[Run]:
         return sorted((run for key, run in self.now_are.items() if key not in self.before), key=lambda run: run.run_id)
@@ -128,7 +130,7 @@ class Recorder:
         # same delivery id with another body still makes the run that it names due.
         run_id = report.run_id
         run = fold.now_are.get(run_id)
-        if run is not None and self._must_wait(tx, run, report, now):
+        if run is not None and self._must_wait(tx, fold, run, report, now):
             report = Unanswered(run_id, now, retry_after=_START_SECONDS)
         decision = reconcile(run, report, self._policy, now=now, jitter=self._jitter())
         if isinstance(decision, Changed):
@@ -143,7 +145,7 @@ class Recorder:
                 fold.dispatches += settle(decision.run, outputs, decision.events, self._subscriptions, now=now)
         return decision
 
-    def _must_wait(self, tx: Connection, run: Run, report: Report, now: datetime) -> bool:
+    def _must_wait(self, tx: Connection, fold: Fold, run: Run, report: Report, now: datetime) -> bool:
         """Return whether settling has to wait: the run may be one that we are starting right now.
 
         Its callback overtook the answer to its start and carried no token; settled now, its dispatches would be judged
@@ -153,4 +155,7 @@ class Recorder:
             return False
         if kind_of(report) not in {Kind.COMPLETED, Kind.FAILED}:
             return False
-        return starts.any_asking(tx, workspace_id=run.workspace_id, since=now - _START_PATIENCE)
+        if run.workspace_id not in fold.asking:
+            since = now - _START_PATIENCE
+            fold.asking[run.workspace_id] = starts.any_asking(tx, workspace_id=run.workspace_id, since=since)
+        return fold.asking[run.workspace_id]
