@@ -356,7 +356,9 @@ async def test_used_up_attempts_are_dead_and_told(alarmed: Bench) -> None:
     dispatcher = alarmed.dispatcher(answering(Retry("no")), alert, max_attempts=2)
     await alarmed.round(dispatcher)
     await alarmed.round(dispatcher, 10)
-    assert await alarmed.states() == {"h:settled:0": ("dead", 2), "i:dead:0": ("ready", 0)}
+    states = await alarmed.states()
+    assert states["h:settled:0"] == ("dead", 2)
+    assert "i:dead:0" in states  # done already, if this very tick came to it after the death
     await alarmed.round(dispatcher)
     assert await alarmed.states() == {"h:settled:0": ("dead", 2), "i:dead:0": ("done", 1)}
     assert [key for _, key, _ in alert.calls] == ["run_1:i:dead:0"]

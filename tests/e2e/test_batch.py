@@ -169,7 +169,7 @@ async def test_a_changed_row_is_not_taken_for_the_old_one(office: Office) -> Non
 
 async def test_ctrl_c_and_on_again(tmp_path: Path) -> None:
     """It ends at once with 130, writes what it knows, says how to go on; what was started is not started again."""
-    async with staged(tmp_path, run_seconds=1.0) as stage:
+    async with staged(tmp_path, run_seconds=600.0) as stage:
         office = Office(stage)
         async with stage.service(**office.settings()):
             file = office.table(12)
@@ -183,7 +183,8 @@ async def test_ctrl_c_and_on_again(tmp_path: Path) -> None:
             states = [row["state"] for row in office.results()]
             assert len(states) == 12
             assert "not_started" in states
-            assert {"unfinished", "completed"} & set(states)
+            assert "unfinished" in states
+            stage.end_runs()
             again = await office.batch(file, "--yes", "--parallel", "12")
             assert again.code == 0, again
             office.check(12)
@@ -191,7 +192,7 @@ async def test_ctrl_c_and_on_again(tmp_path: Path) -> None:
 
 async def test_on_a_terminal_it_asks_shows_progress_and_leaves_it_clean(tmp_path: Path) -> None:
     """A person sees the price, says yes, watches a bar; after Ctrl-C the cursor is back."""
-    async with staged(tmp_path, run_seconds=1.0) as stage:
+    async with staged(tmp_path, run_seconds=600.0) as stage:
         office = Office(stage)
         async with stage.service(**office.settings()):
             office.table(4)

@@ -160,7 +160,7 @@ async def test_downloads_that_go_wrong_once(stage: Stage) -> None:
 
     A download that breaks off in the middle may go on where it ended, within its attempt.
     """
-    async with stage.service() as service:
+    async with stage.service(downloads={"stall_seconds": 1.0}) as service:
         runs = {name: await stage.track(service, "emu-two-images", ONCE[name]) for name in ONCE}
         await stage.over(*runs.values())
     for name, run_id in runs.items():
