@@ -100,12 +100,22 @@ class Dispatcher:
 
     async def tick(self, now: datetime) -> float:
         """Start the due dispatches that fit, and return in how many seconds to look again."""
-        for registration in self._registrations.values():
-            mine = [attempt for attempt in self._running.values() if attempt.registration is registration]
-            if len(mine) < registration.concurrency:
-                await self._claim(registration, Counter(attempt.scales.lane for attempt in mine), now)
         names = tuple(self._registrations)
-        next_ms = await self._database.read(lambda tx: queue.next_due_ms(tx, names, after=now))
+        busy = {name: Counter[Lane]() for name in names}
+        for attempt in self._running.values():
+            busy[attempt.registration.name][attempt.scales.lane] += 1
+        free = [each for each in self._registrations.values() if busy[each.name].total() < each.concurrency]
+
+        def look(tx: Any) -> tuple[dict[str, frozenset[Lane]], int | None]:
+            lapsed = self._lapsed(tx, now)
+            due = {each.name: queue.due_lanes(tx, each.name, now=now, lapsed=lapsed) for each in free}
+            return due, queue.next_due_ms(tx, names, after=now)
+
+        due, next_ms = await self._database.read(
+            look
+        )  # one look for all: it is taken after every answer of any handler
+        for registration in free:
+            await self._claim(registration, busy[registration.name], due[registration.name], now)
         until = self._idle_seconds if next_ms is None else (moment(next_ms) - self._clock()).total_seconds()
         return min(self._idle_seconds, max(until, 0.0))
 
@@ -154,17 +164,21 @@ class Dispatcher:
             except StoreUnavailableError as error:
                 log.error("dispatch.not_renewed", reason=str(error))
 
-    async def _claim(self, registration: Registration, running: Counter[Lane], now: datetime) -> None:
+    def _lapsed(self, tx: Any, now: datetime) -> datetime | None:
+        """Return when a lease must have run out by now to be taken over; None: none is."""
+        return self._database.now(tx, now) if self._takeover else None
+
+    async def _claim(
+        self, registration: Registration, running: Counter[Lane], due: frozenset[Lane], now: datetime
+    ) -> None:
         token = secrets.token_hex(16)
         limit, filling = registration.concurrency, turns(registration.concurrency)
         with_room = {lane for turn in filling if room(turn, running, limit) for lane in turn.lanes}
-
-        def abandoned(tx: Any) -> datetime | None:
-            """Return when a lease must have run out by now to be taken over."""
-            return self._database.now(tx, now) if self._takeover else None
+        if due.isdisjoint(with_room):
+            return  # the common case costs no write
 
         def job(tx: Any) -> tuple[tuple[Leased, ...], tuple[Dispatch, ...]]:
-            lapsed = abandoned(tx)
+            lapsed = self._lapsed(tx, now)
             buried = queue.bury(tx, registration.name, max_attempts=registration.max_attempts, now=now, lapsed=lapsed)
             for dispatch in buried:
                 self._alert(tx, dispatch.run_id, dispatch.event, now)
@@ -187,9 +201,6 @@ class Dispatcher:
             return tuple(claimed), buried
 
         name = registration.name
-        due = await self._database.read(lambda tx: queue.due_lanes(tx, name, now=now, lapsed=abandoned(tx)))
-        if due.isdisjoint(with_room):
-            return  # the common case costs no write
         claimed, buried = await self._database.write(job)
         if buried:
             log.error("dispatch.dead", handler=name, reason="every worker that tried it stopped before it answered")
