@@ -111,9 +111,8 @@ class Dispatcher:
             due = {each.name: queue.due_lanes(tx, each.name, now=now, lapsed=lapsed) for each in free}
             return due, queue.next_due_ms(tx, names, after=now)
 
-        due, next_ms = await self._database.read(
-            look
-        )  # one look for all: it is taken after every answer of any handler
+        # One look for all of them: it is taken again after each answer of any handler.
+        due, next_ms = await self._database.read(look)
         for registration in free:
             await self._claim(registration, busy[registration.name], due[registration.name], now)
         until = self._idle_seconds if next_ms is None else (moment(next_ms) - self._clock()).total_seconds()
