@@ -11,7 +11,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -200,6 +200,23 @@ class _Bare(Generic[T]):
 
     def __call__(self, connection: Connection) -> T:
         return self._job(connection)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[Connection]:
+    """Hold a file that is there and only read it, in one's own thread. Raises StoreInUseError, StoreUnavailableError."""
+    if not path.exists():
+        raise StoreUnavailableError(f"there is no {path}")
+    lock = _lock_file(path)
+    engine = _sqlite_engine(path, 2_000, read_only=True)
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except exc.DBAPIError as error:
+        raise _unavailable(error) from error
+    finally:
+        engine.dispose()
+        os.close(lock)
 
 
 def _lock_file(path: Path) -> int:
