@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -221,3 +222,45 @@ def test_processes_that_start_together_migrate_once(url: str) -> None:
         found = sorted(threads.map(start, range(4)), key=str)
     engine.dispose()
     assert found == [(migrate.HEAD, migrate.HEAD)] * 3 + [(None, migrate.HEAD)]
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_migration_gives_way_to_who_is_at_work(
+    postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch, writes: bool
+) -> None:
+    """It does not stand in everybody's way behind a long reader (pg_dump), nor end in a deadlock with a replica that writes.
+
+    It lets go of what it has locked, and tries again until it is through.
+    """
+    monkeypatch.setattr(migrate, "_PATIENCE", "300ms")
+    monkeypatch.setattr(migrate, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(migrate, "_TRIES", 100)
+    postgres_server.create("busy", migrated=False)
+    url = postgres_server.url("busy")
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    waits = "SELECT 1 FROM pg_stat_activity WHERE datname = 'busy' AND wait_event_type = 'Lock' AND query LIKE 'ALTER%disp%'"
+
+    def upgrade() -> tuple[str | None, str]:
+        with engine.connect() as connection:
+            return migrate.upgrade(connection)
+
+    try:
+        with engine.connect() as connection:
+            command.upgrade(migrate._alembic(connection), "0003")
+            connection.commit()
+        with ThreadPoolExecutor(1) as thread, psycopg.connect(url) as busy:
+            busy.execute("SET deadlock_timeout = '100s'")  # so that it is not this one that ends a deadlock
+            busy.execute("SELECT FROM dispatches")
+            upgraded = thread.submit(upgrade)
+            while not postgres_server.execute(waits):
+                assert not upgraded.done(), upgraded.result()
+            if writes:
+                busy.execute("SELECT FROM artifacts")  # which the migration has altered already: it must let go
+            else:
+                while postgres_server.execute(waits):
+                    assert not upgraded.done(), upgraded.result()
+            busy.commit()
+            assert upgraded.result() == ("0003", migrate.HEAD)
+    finally:
+        engine.dispose()
+        postgres_server.execute("DROP DATABASE busy WITH (FORCE)")

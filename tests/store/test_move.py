@@ -226,7 +226,7 @@ def test_killed_half_way_it_leaves_an_empty_target(ledger: Path, postgres_server
             assert process.poll() is None
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    while postgres_server.execute("SELECT FROM pg_stat_activity WHERE datname = 'target'"):
+    while postgres_server.execute("SELECT 1 FROM pg_stat_activity WHERE datname = 'target'"):
         pass  # the server notices that nobody listens, and rolls back
     assert emptied(url)
     assert move(ledger, url).copied
