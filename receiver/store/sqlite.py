@@ -219,9 +219,17 @@ def held(path: Path) -> Iterator[Connection]:
         os.close(lock)
 
 
+def belong(file: int | Path, directory: Path) -> None:
+    """Give a file to whom its directory belongs to: what root writes here, the service must be able to open."""
+    if os.geteuid() == 0:
+        owner = directory.stat()
+        os.chown(file, owner.st_uid, owner.st_gid)
+
+
 def _lock_file(path: Path) -> int:
     try:
         handle = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o600)
+        belong(handle, path.parent)
     except OSError as error:
         raise StoreUnavailableError(f"cannot write beside {path}: {error.strerror}") from error
     try:
