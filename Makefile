@@ -48,13 +48,17 @@ proof: $(DEV) ## Prove what takes long: real waits, many rows, many crashes
 	@$(PY) -m pytest -q -s $(ARGS) $(or $(wildcard tests/proof/proof_*.py),$(error there is no tests/proof/proof_*.py))
 
 # Needs uv. The second lock repeats the first one's versions. hatchling and editables build the checkout itself.
+# The third is the container's: what a server may need, in the versions that the tests run with.
+SERVER := $(foreach extra,fast kafka nats notify postgres redis thumbnails,--extra $(extra))
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 lock: ## Write the lock files anew (UPGRADE=1 takes newer versions)
 	@printf 'hatchling\neditables\n' | $(LOCK) pyproject.toml - --output-file requirements.lock
 	@printf 'hatchling\neditables\n' | $(LOCK) pyproject.toml - --extra dev --constraint requirements.lock \
 		--output-file requirements-dev.lock
-	@! grep -nE '://' requirements.lock requirements-dev.lock || { echo "A lock names a download address."; exit 1; }
+	@printf 'hatchling\neditables\n' | $(LOCK) pyproject.toml - $(SERVER) --constraint requirements-dev.lock \
+		--output-file requirements-server.lock
+	@! grep -nE '://' requirements*.lock || { echo "A lock names a download address."; exit 1; }
 
 clean: ## Remove the environment and the caches, never data
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

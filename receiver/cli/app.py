@@ -247,6 +247,18 @@ def restore(
     command(config, file, json=json)
 
 
+@app.command()
+def move(
+    to: Annotated[str, typer.Option(help="An empty database, postgresql://…; a password from ~/.pgpass.")],
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Copy a SQLite ledger to PostgreSQL, and compare."""
+    from receiver.cli.keeping import move as command  # noqa: PLC0415
+
+    command(config, to, json=json)
+
+
 @app.command("dev-cert")
 def dev_cert(
     host: Annotated[Optional[list[str]], typer.Option(help="A name or address; default: this machine's own.")] = None,  # noqa: UP045

@@ -1,15 +1,18 @@
-"""`flora-receiver backup` and `restore`: copies of a SQLite ledger, beside a running service or without one."""
+"""`flora-receiver backup`, `restore` and `move`: copies of a SQLite ledger, and its way to PostgreSQL."""
 
 import asyncio
 import os
 from pathlib import Path
 
 from receiver.cli.connection import connect
-from receiver.cli.output import explained, show
+from receiver.cli.output import columns, explained, show
 from receiver.config import Settings, load
-from receiver.errors import ConfigError, Problem, ReceiverApiError, StoreInUseError
+from receiver.errors import ConfigError, Problem, ReceiverApiError, StoreInUseError, StoreUnavailableError
 from receiver.store import backup as copies
 from receiver.store import open_database
+from receiver.store.database import NO_PSYCOPG, shown
+
+_PG_DUMP = "use pg_dump and pg_restore, which copy it while it is in use"
 
 
 def backup(config: Path | None, file: Path, *, json: bool) -> None:
@@ -38,6 +41,31 @@ def restore(config: Path | None, file: Path, *, json: bool) -> None:
         show(data, f"{ledger} is as it was when {file} was made.{told}", as_json=json)
 
 
+def move(config: Path | None, to: str, *, json: bool) -> None:
+    with explained(as_json=json):
+        ledger = _sqlite(load(config, os.environ, need_secrets=False), otherwise="there is nothing to move")
+        if not to.startswith("postgresql://"):
+            raise ConfigError([Problem("--to", "must be postgresql://…")])
+        try:
+            from receiver.store.move import move as moved_to  # noqa: PLC0415 -- psycopg comes with an extra
+        except ImportError as error:
+            raise StoreUnavailableError(NO_PSYCOPG) from error
+        moved = moved_to(ledger, to)
+        rows = [(name, str(held.rows), held.checksum) for name, held in moved.tables.items()]
+        was = f"{ledger} is" if moved.copied else f"Nothing was copied: {ledger} was"
+        text = (
+            f"{columns(('table', 'rows', 'checksum'), rows)}\n{was} in {shown(to)}, every row of it, as counts and "
+            "checksums of both sides say.\nName that in [database] url (RECEIVER_DATABASE__URL), then start the service. "
+            "Never start it on the file again."
+        )
+        data = {
+            "ledger": str(ledger),
+            "copied": moved.copied,
+            "tables": {name: {"rows": held.rows, "checksum": held.checksum} for name, held in moved.tables.items()},
+        }
+        show(data, text, as_json=json)
+
+
 async def _copied(settings: Settings, target: Path) -> int:
     database = open_database(settings.database.url)
     try:
@@ -46,9 +74,8 @@ async def _copied(settings: Settings, target: Path) -> int:
         await database.close()
 
 
-def _sqlite(settings: Settings) -> Path:
+def _sqlite(settings: Settings, *, otherwise: str = _PG_DUMP) -> Path:
     url = settings.database.url
     if not url.startswith("sqlite:///"):
-        message = "is PostgreSQL: use pg_dump and pg_restore, which copy it while it is in use"
-        raise ConfigError([Problem("database.url", message)])
+        raise ConfigError([Problem("database.url", f"is PostgreSQL: {otherwise}")])
     return Path(url.removeprefix("sqlite:///"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from receiver.errors import StoreUnavailableError
-from receiver.store.sqlite import SqliteDatabase
+from receiver.store.sqlite import SqliteDatabase, belong
 
 _COMPANIONS = ("-wal", "-shm")
 
@@ -58,6 +58,7 @@ def restore(source: Path, ledger: Path, *, now: datetime | None = None) -> Path 
             aside = _set_aside(ledger, now or datetime.now(UTC))
             shutil.copyfile(source, part)
             part.chmod(0o600)
+            belong(part, ledger.parent)
             _sync(part)
             part.rename(ledger)
             _sync(ledger.parent)

@@ -14,6 +14,8 @@ from receiver.store.sqlite import SqliteDatabase
 T = TypeVar("T")
 Job = Callable[[Connection], T]
 
+NO_PSYCOPG = "PostgreSQL needs psycopg: pip install 'flora-receiver[postgres]'"
+
 
 class Database(Protocol):
     """A database that is open."""
@@ -63,7 +65,7 @@ def open_database(url: str, *, listen_url: str | None = None, pool_size: int = 8
         try:
             from receiver.store.postgres import PostgresDatabase  # noqa: PLC0415 -- psycopg comes with an extra
         except ImportError as error:
-            raise StoreUnavailableError("PostgreSQL needs psycopg: pip install 'flora-receiver[postgres]'") from error
+            raise StoreUnavailableError(NO_PSYCOPG) from error
         return PostgresDatabase.open(url, listen_url=listen_url, connections=pool_size)
     if parsed.get_backend_name() != "sqlite" or not parsed.database:
         raise StoreUnavailableError("[database] url must be sqlite:///FILE or postgresql://…")

@@ -6,7 +6,7 @@ of its own, so `listen_url` may lead past the pooler; without any, replicas find
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, TypeVar
@@ -130,7 +130,7 @@ class PostgresDatabase:
             committing = False
             try:
                 with self._writing.connect() as connection, connection.begin() as transaction:
-                    _open(connection)
+                    begun(connection)
                     result = job(connection)
                     committing = True
                     transaction.commit()
@@ -163,6 +163,25 @@ class PostgresDatabase:
             raise _unavailable(error) from error
 
 
+@contextlib.contextmanager
+def connected(url: str) -> Iterator[Connection]:
+    """Connect for a command that works alone, in its own thread. Raises StoreUnavailableError."""
+    engine = _engine(url, 1)
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except exc.DBAPIError as error:
+        raise _unavailable(error) from error
+    finally:
+        engine.dispose()
+
+
+def begun(connection: Connection) -> None:
+    """Open a transaction that writes. Raises StoreUnavailableError where none can."""
+    if connection.exec_driver_sql(_PREFACE).one()[2] == "on":
+        raise StoreUnavailableError("the database takes no writes now: it is read-only, or a standby")
+
+
 def _engine(url: str, connections: int) -> Engine:
     return create_engine(
         make_url(url).set(drivername="postgresql+psycopg"),
@@ -172,11 +191,6 @@ def _engine(url: str, connections: int) -> Engine:
         # PgBouncer in transaction mode gives every transaction another server: nothing may be prepared on one.
         connect_args={"prepare_threshold": None, **_TIMEOUTS},
     )
-
-
-def _open(connection: Connection) -> None:
-    if connection.exec_driver_sql(_PREFACE).one()[2] == "on":
-        raise StoreUnavailableError("the database takes no writes now: it is read-only, or a standby")
 
 
 def _plain(url: str) -> str:

@@ -11,7 +11,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -202,9 +202,34 @@ class _Bare(Generic[T]):
         return self._job(connection)
 
 
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[Connection]:
+    """Hold a file that is there and only read it, in one's own thread. Raises StoreInUseError, StoreUnavailableError."""
+    if not path.exists():
+        raise StoreUnavailableError(f"there is no {path}")
+    lock = _lock_file(path)
+    engine = _sqlite_engine(path, 2_000, read_only=True)
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except exc.DBAPIError as error:
+        raise _unavailable(error) from error
+    finally:
+        engine.dispose()
+        os.close(lock)
+
+
+def belong(file: int | Path, directory: Path) -> None:
+    """Give a file to whom its directory belongs to: what root writes here, the service must be able to open."""
+    if os.geteuid() == 0:
+        owner = directory.stat()
+        os.chown(file, owner.st_uid, owner.st_gid)
+
+
 def _lock_file(path: Path) -> int:
     try:
         handle = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o600)
+        belong(handle, path.parent)
     except OSError as error:
         raise StoreUnavailableError(f"cannot write beside {path}: {error.strerror}") from error
     try:

@@ -18,7 +18,8 @@ import httpx
 import pytest
 import yaml
 
-from receiver.config import variables
+from receiver.config import load, variables
+from receiver.service import role_problem
 from tests.e2e.stage import Stage, eventually, free_port, staged, toml
 from tests.postgres import hand_over, unprivileged
 
@@ -77,7 +78,10 @@ def can_remount() -> bool:
     return os.geteuid() == 0 and subprocess.run(probe, capture_output=True, check=False).returncode == 0
 
 
-async def test_the_service_runs_from_the_image_on_a_read_only_root(image: Path, stage: Stage) -> None:
+@pytest.mark.parametrize("ledger", ["sqlite", "postgres"])
+async def test_the_service_runs_from_the_image_on_a_read_only_root(
+    image: Path, stage: Stage, ledger: str, request: pytest.FixtureRequest
+) -> None:
     """As nobody, with one directory to write to: a run goes from its callback to its file."""
     data = stage.directory / "data"
     data.mkdir(mode=0o700)
@@ -87,7 +91,8 @@ async def test_the_service_runs_from_the_image_on_a_read_only_root(image: Path, 
     for secret in (stage.cert, stage.key, stage.ca):
         secret.chmod(0o644)
     stage.port = free_port()
-    document = stage.document(database={"url": f"sqlite:///{data}/receiver.db"})
+    url = f"sqlite:///{data}/receiver.db" if ledger == "sqlite" else request.getfixturevalue("postgres_url")
+    document = stage.document(database={"url": url})
     document["handlers"] = [{"use": "storage", "options": {"url": str(data / "outputs")}}]
     flora = document["flora"]
     environ = {
@@ -135,6 +140,15 @@ async def test_the_service_runs_from_the_image_on_a_read_only_root(image: Path, 
                 await process.wait()
 
 
+def test_the_image_has_what_the_recipes_ask_for(image: Path) -> None:
+    """The driver of PostgreSQL, the faster loop, and what the shipped handlers need."""
+    modules = ("psycopg", "uvloop", "aiokafka", "nats", "redis", "apprise", "PIL")
+    done = subprocess.run(
+        [image / "bin/python", "-c", f"import {', '.join(modules)}"], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_image_is_told_what_to_leave_out() -> None:
     """The context is the lock, the package and its words; every file that the Dockerfile copies is among them."""
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
@@ -150,6 +164,7 @@ def test_compose_publishes_the_proxy_alone(name: str) -> None:
     document = yaml.safe_load((ROOT / "deploy" / name).read_text())
     known = {*variables(), *(f"{each}_FILE" for each in variables()), "RECEIVER_CONFIG"}
     for service, described in document["services"].items():
+        assert described["restart"] == "always"
         assert ("ports" in described) == (service == "caddy")
         assert set(described.get("secrets", ())) <= document["secrets"].keys()
         assert set(described["networks"]) <= document["networks"].keys()
@@ -162,6 +177,32 @@ def test_compose_publishes_the_proxy_alone(name: str) -> None:
     assert all(
         (ROOT / "deploy" / volume.split(":")[0]).exists() for volume in _mounted(document) if "Caddyfile" in volume
     )
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+def test_what_compose_sets_are_good_settings(name: str, tmp_path: Path) -> None:
+    """Read by the service's own code, with its secrets in files that are where compose puts them."""
+    document = yaml.safe_load((ROOT / "deploy" / name).read_text())
+    contents = {"database_url": "postgresql://receiver:x@postgres/receiver", "ops_token": "0123456789abcdef"}
+    for secret in document["secrets"]:
+        (tmp_path / secret).write_text(contents.get(secret, f"{secret}_value") + "\n")
+    (tmp_path / "receiver.toml").write_text('[[handlers]]\nuse = "log"\n')
+    for service, described in document["services"].items():
+        if service in {"caddy", "postgres"}:
+            continue
+        environ = {
+            each: re.sub(r"\$\{\w+:\?[^}]*\}", "hooks.example.com", value)
+            .replace("/run/secrets", str(tmp_path))
+            .replace("/etc/flora-receiver", str(tmp_path))
+            for each, value in described["environment"].items()
+        }
+        settings = load(None, environ)
+        assert settings.public_url == "https://hooks.example.com"
+        assert settings.operations.host == "127.0.0.1"
+        assert settings.database.url.startswith("postgresql" if "scale" in name else "sqlite")
+        assert described["init"] is True, "handlers may leave processes behind, which somebody must wait for"
+        only = described.get("command", ["serve"])[1:]
+        assert role_problem(settings, only[1] if only else None) is None
 
 
 def _mounted(document: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """systemd's part, played for real: the socket is held outside, readiness and the watchdog are heard, the unit is verified."""
 
 import asyncio
+import configparser
 import contextlib
 import os
 import shutil
@@ -153,3 +154,25 @@ def test_the_unit_is_as_systemd_wants_it(tmp_path: Path) -> None:
     )  # fmt: skip
     ours = [line for line in (done.stdout + done.stderr).splitlines() if "flora-receiver" in line]
     assert (done.returncode, ours) == (0, [])
+
+
+def test_the_unit_is_hardened() -> None:
+    """By `systemd-analyze security`'s own count, in which 10 is an open door; the threshold is in tenths."""
+    program = shutil.which("systemd-analyze")
+    assert program is not None
+    command = [program, "security", "--offline=yes", "--threshold=20", "--no-pager", f"{DEPLOY}/flora-receiver.service"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Overall exposure level" in done.stdout
+
+
+def test_the_unit_never_gives_up() -> None:
+    """A database that is away at the start ends each start at once: five of those in ten seconds must not be the last.
+
+    Nor may a check come before the service: a bucket that refuses its key is no reason to refuse callbacks.
+    """
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.read(DEPLOY / "flora-receiver.service")
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0"
+    assert unit["Service"]["Restart"] == "always"
+    assert "ExecStartPre" not in unit["Service"]

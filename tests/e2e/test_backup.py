@@ -13,6 +13,7 @@ from receiver.store import SqliteDatabase, backup
 from tests.cli.conftest import run_command
 from tests.e2e.lives import served
 from tests.e2e.stage import Stage, eventually, free_port
+from tests.postgres import hand_over
 
 TOKEN = {"token": "0123456789abcdef"}
 
@@ -86,3 +87,17 @@ async def test_copies_overwrite_nothing_and_damage_is_told(sqlite_path: Path, tm
     assert aside.exists()
     reopened = SqliteDatabase(sqlite_path)
     await reopened.close()
+
+
+async def test_what_root_puts_back_belongs_to_the_service(sqlite_path: Path, tmp_path: Path) -> None:
+    """An operator is root, the service is not: it must be able to open the ledger, and the lock beside it."""
+    directory = tmp_path / "state"
+    directory.mkdir()
+    hand_over(directory)
+    ledger = directory / "receiver.db"
+    assert backup.restore(sqlite_path, ledger) is None
+    paths = [ledger, directory / "receiver.db.lock"]
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in (*paths, directory)} == {
+        (directory.stat().st_uid, directory.stat().st_gid)
+    }
+    assert [stat.S_IMODE(path.stat().st_mode) for path in paths] == [0o600, 0o600]

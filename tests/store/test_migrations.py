@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -153,6 +154,51 @@ def test_artifacts_survive_the_room_for_thumbnails(connection: Connection) -> No
     assert connection.exec_driver_sql("SELECT position FROM artifacts").scalars().all() == [-1]
 
 
+def steps() -> list[tuple[str, str]]:
+    """Return each migration but the first, with the one before it."""
+    scripts = ScriptDirectory(str(Path(migrate.__file__).with_name("migrations")))
+    return [
+        (str(script.down_revision), script.revision)
+        for script in reversed(list(scripts.walk_revisions()))
+        if script.down_revision
+    ]
+
+
+@pytest.mark.parametrize(("before", "after"), steps())
+def test_a_migration_takes_nothing_from_the_version_before(connection: Connection, before: str, after: str) -> None:
+    """Its statements still find their columns, may leave out what is new, and break no rule that they do not know.
+
+    Replicas of it go on while a new one migrates. Indexes may be exchanged, and rules loosened.
+    """
+    alembic = migrate._alembic(connection)
+    command.upgrade(alembic, before)
+    old, old_rules = shape(connection), rules(connection)
+    command.upgrade(alembic, after)
+    new, new_rules = shape(connection), rules(connection)
+    inspector = inspect(connection)
+    for name, table in old.items():
+        assert set(table["columns"]) <= set(new[name]["columns"]), name
+        for key in ("uniques", "keys"):
+            assert table[key] == new[name][key], (name, key)
+        added = {column[0] for column in set(new[name]["columns"]) - set(table["columns"])}
+        for column in inspector.get_columns(name):
+            if column["name"] in added:
+                assert column["nullable"] or column["default"] is not None, (name, column["name"])
+        for rule in new_rules[name] - old_rules[name]:
+            assert any(column in rule for column in added), f"{name} has a new rule on what was there: {rule}"
+    connection.rollback()
+
+
+def rules(connection: Connection) -> dict[str, set[str]]:
+    inspector = inspect(connection)
+    found = {
+        name: {str(check["sqltext"]) for check in inspector.get_check_constraints(name)}
+        for name in inspector.get_table_names()
+    }
+    connection.rollback()
+    return found
+
+
 def test_a_database_from_the_future_is_refused(connection: Connection) -> None:
     """A newer version's database is not touched, and the operator is told."""
     migrate.upgrade(connection)
@@ -176,3 +222,45 @@ def test_processes_that_start_together_migrate_once(url: str) -> None:
         found = sorted(threads.map(start, range(4)), key=str)
     engine.dispose()
     assert found == [(migrate.HEAD, migrate.HEAD)] * 3 + [(None, migrate.HEAD)]
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_migration_gives_way_to_who_is_at_work(
+    postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch, writes: bool
+) -> None:
+    """It does not stand in everybody's way behind a long reader (pg_dump), nor end in a deadlock with a replica that writes.
+
+    It lets go of what it has locked, and tries again until it is through.
+    """
+    monkeypatch.setattr(migrate, "_PATIENCE", "300ms")
+    monkeypatch.setattr(migrate, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(migrate, "_TRIES", 100)
+    postgres_server.create("busy", migrated=False)
+    url = postgres_server.url("busy")
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    waits = "SELECT 1 FROM pg_stat_activity WHERE datname = 'busy' AND wait_event_type = 'Lock' AND query LIKE 'ALTER%disp%'"
+
+    def upgrade() -> tuple[str | None, str]:
+        with engine.connect() as connection:
+            return migrate.upgrade(connection)
+
+    try:
+        with engine.connect() as connection:
+            command.upgrade(migrate._alembic(connection), "0003")
+            connection.commit()
+        with ThreadPoolExecutor(1) as thread, psycopg.connect(url) as busy:
+            busy.execute("SET deadlock_timeout = '100s'")  # so that it is not this one that ends a deadlock
+            busy.execute("SELECT FROM dispatches")
+            upgraded = thread.submit(upgrade)
+            while not postgres_server.execute(waits):
+                assert not upgraded.done(), upgraded.result()
+            if writes:
+                busy.execute("SELECT FROM artifacts")  # which the migration has altered already: it must let go
+            else:
+                while postgres_server.execute(waits):
+                    assert not upgraded.done(), upgraded.result()
+            busy.commit()
+            assert upgraded.result() == ("0003", migrate.HEAD)
+    finally:
+        engine.dispose()
+        postgres_server.execute("DROP DATABASE busy WITH (FORCE)")

@@ -1,0 +1,129 @@
+"""A SQLite ledger's way to PostgreSQL: every row as it is, counted and summed on both sides before anything is kept.
+
+One transaction on the target: whatever ends it early leaves the target as empty as it was. The source is only read.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Row, Table, exc, exists, func, insert, select
+
+from receiver.errors import StoreError
+from receiver.store.hot import Many
+from receiver.store.migrate import HEAD, current, upgrade
+from receiver.store.postgres import begun, connected
+from receiver.store.schema import delivery_bodies, leases, metadata, outputs, starts
+from receiver.store.sqlite import held
+
+TABLES: Sequence[Table] = tuple(table for table in metadata.sorted_tables if table is not leases)
+"""Those that others refer to come first. Leases belong to processes, not to the ledger."""
+_LARGE = frozenset({delivery_bodies, outputs, starts})
+"""Whose rows may be large: a body has up to 64 KiB, a text output more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """What a table holds. The checksum adds up the SHA-256 of each row, so that the order of rows is of no account."""
+
+    rows: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What the target holds now, by table. `copied` is False if it was all there already."""
+
+    tables: dict[str, Sum]
+    copied: bool
+
+
+def move(ledger: Path, url: str) -> Moved:
+    """Copy a SQLite ledger that nobody uses into a PostgreSQL database that is empty, or compare it with its copy there.
+
+    Raises StoreInUseError while a service runs, StoreUnavailableError where a database does not answer, StoreError where
+    they do not fit; the target is as it was then.
+    """
+    with held(ledger) as old, connected(url) as new:
+        if (revision := current(old)) != HEAD:
+            raise StoreError(f"{ledger} is at revision {revision}, this version works on {HEAD}: `migrate` it first")
+        if (revision := current(new)) is None:
+            new.rollback()
+            upgrade(new)
+        elif revision != HEAD:
+            raise StoreError(
+                f"the target is at revision {revision}, this version works on {HEAD}: give it an empty one"
+            )
+        new.rollback()
+        there = {table.name: summed(old, table) for table in TABLES}
+        with new.begin():
+            begun(new)
+            # A service that runs on the target already must not write in between; its callers hear 503, and FLORA repeats.
+            new.exec_driver_sql(f"LOCK TABLE {_names()} IN EXCLUSIVE MODE")
+            copied = not any(new.execute(select(exists(table.select()))).scalar_one() for table in TABLES)
+            if copied:
+                for table in TABLES:
+                    _copy(old, new, table)
+            here = {table.name: summed(new, table) for table in TABLES}
+            _compare(there, here, copied=copied)
+            if copied:
+                _number(new)
+                new.exec_driver_sql(f"ANALYZE {_names()}")  # else the first hour's plans are those of empty tables
+    return Moved(here, copied)
+
+
+def summed(tx: Connection, table: Table) -> Sum:
+    """Count and sum a table; what is equal on SQLite and PostgreSQL has the same sum."""
+    rows = total = 0
+    for some in _parts(tx, table):
+        rows += len(some)
+        for row in some:
+            total += int.from_bytes(hashlib.sha256(repr(tuple(row)).encode()).digest())
+    return Sum(rows, f"{total % (1 << 256):064x}")
+
+
+def _copy(old: Connection, new: Connection, table: Table) -> None:
+    try:
+        for some in _parts(old, table):
+            _insert(table)(new, some)
+    except (exc.DataError, exc.IntegrityError) as error:
+        told = str(error.orig).splitlines()[0]  # what comes after it quotes the row
+        raise StoreError(f"{table.name} has a row that PostgreSQL does not take: {told}") from error
+
+
+def _parts(tx: Connection, table: Table) -> Iterator[Sequence[Row[Any]]]:
+    rows = 20 if table in _LARGE else 250
+    return tx.execute(select(table), execution_options={"yield_per": rows}).partitions()
+
+
+@cache
+def _insert(table: Table) -> Many:
+    names = [column.name for column in table.columns]
+    return Many(list(table.columns), lambda rows: insert(table).from_select(names, select(rows)))
+
+
+def _compare(there: dict[str, Sum], here: dict[str, Sum], *, copied: bool) -> None:
+    wrong = [name for name in there if there[name] != here[name]]
+    if not wrong:
+        return
+    if not copied:
+        raise StoreError(f"the target is not empty, and holds another ledger: {', '.join(wrong)} differ")
+    told = "; ".join(f"{name}: {there[name].rows} rows there, {here[name].rows} here" for name in wrong)
+    raise StoreError(
+        f"the copy is not what was copied, so nothing was kept ({told}): has the target triggers or rules?"
+    )
+
+
+def _number(new: Connection) -> None:
+    """Have the next row's number follow the highest one."""
+    for table in TABLES:
+        if (column := table.autoincrement_column) is not None:
+            sequence = func.pg_get_serial_sequence(table.name, column.name)
+            new.execute(select(func.setval(sequence, select(func.max(column)).scalar_subquery())))
+
+
+def _names() -> str:
+    return ", ".join(table.name for table in TABLES)
