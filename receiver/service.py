@@ -37,6 +37,7 @@ from receiver.store.migrate import upgrade
 from receiver.sweeper import Discovery, Sweeper
 from receiver.systemd import Supervisor
 from receiver.telemetry import Metrics
+from receiver.web.accepting import room_for
 from receiver.web.access import Access
 from receiver.web.backups import Backups
 from receiver.web.bodies import MAX_BODY_BYTES
@@ -435,7 +436,7 @@ def _public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
         message_bytes=public.max_body_bytes + 32 * 1024,
         head_seconds=public.head_timeout_seconds,
         body_seconds=public.body_timeout_seconds + 1,  # the app's own limit comes first: it answers 408
-        connections=public.max_connections,
+        connections=room_for(public.max_connections),
     )
     return Guard(limits, closed=partial(metrics.hung_up, "public"))
 
