@@ -542,7 +542,6 @@ async def test_stopping_does_not_wait_for_a_database_that_is_gone(bench: Bench) 
     stopping.cancel()
     await asyncio.wait({stopping})
     await until(lambda: not dispatcher._running)
-    await writable(bench.core.database, True)
     assert await bench.states() == {"h:settled:0": ("leased", 1)}
 
 

@@ -18,6 +18,7 @@ import pytest
 from tests.e2e.lives import Served, is_ready, served
 from tests.e2e.stage import Stage, eventually, free_port
 from tests.postgres import Postgres
+from tests.severing import severing
 
 LEASE: dict[str, Any] = {"dispatch": {"lease_seconds": 3}}
 
@@ -237,6 +238,40 @@ async def test_the_database_restarts(shared: Stage, postgres_server: Postgres) -
         await eventually(taken)
         await shared.over(*run_ids, late, within=60)
         check(shared, [*run_ids, late])
+
+
+async def test_connections_to_the_database_are_reset(shared: Stage, postgres_server: Postgres) -> None:
+    """As in a failover, again and again, just before a COMMIT or just after it: what was not confirmed is done once."""
+    effects = Effects(shared)
+    async with severing(postgres_server, "suite") as way:
+        sections = {"database": {"url": way.url}, "handlers": effects.handlers}
+        async with replicas(shared, (), (), environ=effects.environ, **sections) as them:
+            run_ids: list[str] = []
+            for number in range(12):
+                run_ids += [shared.start() for _ in range(4)]
+                before = way.cuts
+                way.cut_next = "after COMMIT" if number % 2 else "before COMMIT"
+
+                async def cut(before: int = before) -> bool:
+                    return way.cuts > before
+
+                await eventually(cut)
+                if number % 4 == 3:
+                    way.sever()
+            way.refusing = True
+            way.sever()
+            late = shared.start(callback=False)
+            answer = await shared.send(them.client, shared.body(late, delivery_id="whd_late"))
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+            way.refusing = False
+
+            async def taken() -> bool:
+                return (await shared.send(them.client, shared.body(late, delivery_id="whd_late"))).status_code == 200
+
+            await eventually(taken)
+            await shared.over(*run_ids, late, within=60)
+            check(shared, [*run_ids, late])
+            effects.check([*run_ids, late], killed=set())
 
 
 async def _accepted(stage: Stage) -> bool:
