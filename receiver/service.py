@@ -58,6 +58,10 @@ Only = Literal["door", "workers"]
 
 _HEAD_START = timedelta(seconds=45)
 """Longer than a question to FLORA takes: see Starter."""
+_LOOPS_SECONDS = 10.0
+"""How long the loops may take to put down what they hold."""
+_COMMIT_SECONDS = 5.0
+"""How long what has arrived may take to be committed once we stop: a database that hangs must not hold us."""
 _READY_FOR = timedelta(seconds=1)
 """How long a probe of the database is believed: /readyz is public, and must not let anyone load the writer."""
 
@@ -221,7 +225,10 @@ class Service:
             watched.cancel()
 
     async def _alive(self) -> None:
-        """Return if the event loop and the ledger's threads work. A database that says no is not our hanging."""
+        """Return if the event loop and the ledger's threads work. A server that says no, or nothing, is not our hanging."""
+        if self.database.shared:
+            await self.ready()
+            return
         with contextlib.suppress(StoreUnavailableError):
             await self.database.write(lambda _: None)
 
@@ -372,10 +379,11 @@ class Service:
         if self._operations is not None:
             await self._operations.stop()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=10)
+            await asyncio.wait(self._tasks, timeout=_LOOPS_SECONDS)
         for task in self._tasks:
             task.cancel()
-        await self.intake.close()
+        with contextlib.suppress(TimeoutError):  # nobody is told 200 for what is dropped here
+            await asyncio.wait_for(self.intake.close(), _COMMIT_SECONDS)
         for each in self._loaded:
             if isinstance(each.registration.handler, Closes):
                 with contextlib.suppress(Exception):

@@ -1,8 +1,9 @@
-"""A way to PostgreSQL that can be cut at the one moment that matters: around the answer to a COMMIT."""
+"""A way to PostgreSQL that hangs, is cut, or is cut at the one moment that matters: around the answer to a COMMIT."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,7 +24,11 @@ class Severing:
     cuts: int = 0
     refusing: bool = False
     """Whether connections are reset as soon as they are made, as of a host whose server is down."""
+    holding: bool = False
+    """Whether the server's answers are kept back, as of a host that hangs."""
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
+    _loop: asyncio.AbstractEventLoop = field(init=False)
+    _end: asyncio.Event = field(init=False)
 
     async def relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refusing:
@@ -59,25 +64,45 @@ class Severing:
             while data := await there.read(65_536):
                 if cutting.is_set():
                     return  # it is committed, and nobody hears of it
-                writer.write(data)
-                await writer.drain()
+                if not self.holding:
+                    writer.write(data)
+                    await writer.drain()
         writer.close()
 
     def sever(self) -> None:
         """Reset every connection."""
+        self._loop.call_soon_threadsafe(self._abort)
+
+    def _abort(self) -> None:
         for writer in self._writers:
             writer.transport.abort()
 
+    async def run(self, database: str, ready: threading.Event) -> None:
+        """Relay until told to end."""
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        listener = await asyncio.start_server(self.relay, "127.0.0.1", 0)
+        self.url = f"postgresql://flora@127.0.0.1:{listener.sockets[0].getsockname()[1]}/{database}"
+        ready.set()
+        await self._end.wait()
+        listener.close()
+        self._abort()
+        relays = asyncio.all_tasks() - {asyncio.current_task()}
+        if relays:
+            await asyncio.wait(relays)
 
-@contextlib.asynccontextmanager
-async def severing(server: Postgres, database: str) -> AsyncIterator[Severing]:
-    """Relay inside the block."""
-    made = Severing(server)
-    listener = await asyncio.start_server(made.relay, "127.0.0.1", 0)
-    made.url = f"postgresql://flora@127.0.0.1:{listener.sockets[0].getsockname()[1]}/{database}"
+    def end(self) -> None:
+        self._loop.call_soon_threadsafe(self._end.set)
+
+
+@contextlib.contextmanager
+def severing(server: Postgres, database: str) -> Iterator[Severing]:
+    """Relay inside the block, on a thread of its own: whoever connects may block the test's loop meanwhile."""
+    made, ready = Severing(server), threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(made.run(database, ready)), name="severing")
+    thread.start()
+    assert ready.wait(20)
     try:
         yield made
     finally:
-        listener.close()
-        made.sever()
-        await listener.wait_closed()
+        made.end()
+        thread.join()

@@ -6,15 +6,18 @@ of its own, so `listen_url` may lead past the pooler; without any, replicas find
 
 import asyncio
 import contextlib
+import os
 import random
+import socket
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, TypeVar
 
 import psycopg
-from sqlalchemy import Connection, Engine, create_engine, exc, make_url
+from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url
 
 from receiver.errors import StoreUnavailableError
 from receiver.store.rows import moment
@@ -31,6 +34,8 @@ _PAUSE_SECONDS = 0.1
 _KEPT_FOR_WRITERS = 2
 """Connections that reads never take: a slow page of the operations API must not hold up callbacks."""
 _TROUBLE = (exc.OperationalError, exc.InterfaceError, exc.InternalError)
+_CLOSE_SECONDS = 5.0
+"""What is running when we close has that long to be over."""
 _PREFACE = (
     "SELECT set_config('lock_timeout', '5s', true), set_config('idle_in_transaction_session_timeout', '10s', true), "
     "current_setting('transaction_read_only')"
@@ -65,6 +70,9 @@ class PostgresDatabase:
         self._writing = _engine(url, connections)
         # A snapshot, as readers have on SQLite; said with BEGIN, so that it holds behind a pooler too.
         self._reading = self._writing.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        self._sessions: weakref.WeakSet[psycopg.Connection[Any]] = weakref.WeakSet()
+        event.listen(self._writing, "connect", lambda session, _: self._sessions.add(session))
+        self._closing = False
         self._listen_url = _plain(listen_url or url)
         self._database_clock = database_clock
         self._writers = ThreadPoolExecutor(connections, thread_name_prefix="ledger")
@@ -119,8 +127,21 @@ class PostgresDatabase:
             raise StoreUnavailableError(f"cannot listen: {_first_line(error)}") from error
 
     async def close(self) -> None:
-        """Finish what is running and disconnect."""
-        await asyncio.to_thread(self._let_go)
+        """Finish what is running and disconnect; a server that does not answer any more is not waited for."""
+        self._closing = True
+        letting_go = asyncio.ensure_future(asyncio.to_thread(self._let_go))
+        await asyncio.wait({letting_go}, timeout=_CLOSE_SECONDS)
+        if not letting_go.done():
+            self._hang_up()
+        await letting_go
+
+    def _hang_up(self) -> None:
+        """End what waits for an answer: a thread that does would keep the whole process from ending."""
+        for threads in (self._writers, self._readers):
+            threads.shutdown(wait=False, cancel_futures=True)
+        for session in list(self._sessions):
+            with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(session.fileno())) as line:
+                line.shutdown(socket.SHUT_RDWR)
 
     def _let_go(self) -> None:
         self._writers.shutdown()
@@ -140,7 +161,7 @@ class PostgresDatabase:
             except _TROUBLE as error:
                 lost = error.connection_invalidated and not committing
                 again = _state(error) in _AGAIN
-                if attempt == _TRIES or not (lost or again):
+                if attempt == _TRIES or self._closing or not (lost or again):
                     raise _unavailable(error) from error
                 if again:
                     time.sleep(_PAUSE_SECONDS * random.uniform(0.2, 1))  # noqa: S311 -- no secret
@@ -154,7 +175,7 @@ class PostgresDatabase:
                 with self._reading.connect() as connection, connection.begin():
                     return job(connection)
             except _TROUBLE as error:
-                if attempt == _TRIES or not error.connection_invalidated:
+                if attempt == _TRIES or self._closing or not error.connection_invalidated:
                     raise _unavailable(error) from error
             except exc.TimeoutError as error:
                 raise StoreUnavailableError("the database is busy: no connection is free") from error

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, exc
 
 from receiver.errors import StoreUnavailableError
 from receiver.intake import Accepted, Duplicate
-from receiver.store import ledger, open_database
+from receiver.store import ledger, open_database, postgres
 from receiver.store.postgres import PostgresDatabase
 from tests.core import NOW, Clock, Core, a_core, a_read, a_run
 from tests.postgres import Postgres, sweep
@@ -138,15 +138,18 @@ async def test_a_connection_cut_around_the_commit_is_answered_by_the_retry(
 ) -> None:
     """Nobody can know which it was, so every waiter gets its 503; FLORA's retry is then new, or a duplicate. Never both."""
     assert postgres_url
-    async with severing(postgres_server, "suite") as way, opened(way.url) as database:
-        door = a_core(database, clock)
-        await door.call("whd_0", "run_0")
-        way.cut_next = moment
-        answers = await asyncio.gather(*(door.call(f"whd_{n}", f"run_{n}") for n in (1, 2, 3)), return_exceptions=True)
-        assert {type(answer) for answer in answers} == {StoreUnavailableError}
-        assert way.cuts == 1
-        assert [await door.call(f"whd_{n}", f"run_{n}") for n in (1, 2, 3)] == [after] * 3
-        assert await door.count("deliveries") == await door.count("runs") == 4
+    with severing(postgres_server, "suite") as way:
+        async with opened(way.url) as database:
+            door = a_core(database, clock)
+            await door.call("whd_0", "run_0")
+            way.cut_next = moment
+            answers = await asyncio.gather(
+                *(door.call(f"whd_{n}", f"run_{n}") for n in (1, 2, 3)), return_exceptions=True
+            )
+            assert {type(answer) for answer in answers} == {StoreUnavailableError}
+            assert way.cuts == 1
+            assert [await door.call(f"whd_{n}", f"run_{n}") for n in (1, 2, 3)] == [after] * 3
+            assert await door.count("deliveries") == await door.count("runs") == 4
 
 
 async def test_a_run_is_settled_once_though_the_commit_was_cut(
@@ -154,14 +157,34 @@ async def test_a_run_is_settled_once_though_the_commit_was_cut(
 ) -> None:
     """The poller reads it again, and finds it settled: one set of outputs, one dispatch."""
     assert postgres_url
-    async with severing(postgres_server, "suite") as way, opened(way.url) as database:
-        door = a_core(database, clock)
-        await door.register("run_1")
-        way.cut_next = "after COMMIT"
-        with pytest.raises(StoreUnavailableError):
+    with severing(postgres_server, "suite") as way:
+        async with opened(way.url) as database:
+            door = a_core(database, clock)
+            await door.register("run_1")
+            way.cut_next = "after COMMIT"
+            with pytest.raises(StoreUnavailableError):
+                await door.intake.learn(a_read("completed", NOW, "run_1"))
             await door.intake.learn(a_read("completed", NOW, "run_1"))
-        await door.intake.learn(a_read("completed", NOW, "run_1"))
-        assert len(await door.dispatches("run_1")) == len(await door.outputs("run_1")) == 1
+            assert len(await door.dispatches("run_1")) == len(await door.outputs("run_1")) == 1
+
+
+async def test_closing_does_not_wait_for_a_server_that_hangs(
+    postgres_server: Postgres, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for its answer ends with an error, and what is queued behind it is never begun."""
+    assert postgres_url
+    monkeypatch.setattr(postgres, "_CLOSE_SECONDS", 0.2)
+    with severing(postgres_server, "suite") as way:
+        database = PostgresDatabase(way.url, connections=1)
+        await database.write(lambda _: None)
+        way.holding = True
+        writing, queued = (asyncio.create_task(database.write(lambda _: None)) for _ in range(2))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            await database.close()
+            await asyncio.wait({writing, queued})
+        assert isinstance(writing.exception(), StoreUnavailableError)
+        assert queued.cancelled()
 
 
 async def test_a_server_that_is_gone_is_unavailable(postgres_server: Postgres) -> None:
