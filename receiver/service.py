@@ -9,35 +9,32 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal
 
-import httpx
 import structlog
 from starlette.types import ASGIApp
 
+from receiver import wiring
 from receiver.addresses import is_loopback
-from receiver.budget import Budget
 from receiver.changes import Signals
 from receiver.config import Settings, made_token, operations_problem
 from receiver.decide import Policy
 from receiver.dispatcher import Dispatcher
-from receiver.download import Downloader, DownloadLimits
+from receiver.download import Downloader
 from receiver.election import Election
 from receiver.errors import ConfigError, Problem, StoreUnavailableError
-from receiver.flora.client import FloraClient
 from receiver.handler import Closes
 from receiver.herald import Herald
 from receiver.http import api_client, tls_context
 from receiver.intake import Intake, Secret
-from receiver.janitor import Janitor, Retention
+from receiver.janitor import Janitor
 from receiver.plugins import check_handlers, load_handlers
 from receiver.poller import Poller
 from receiver.starter import Starter
 from receiver.store import Database, open_database, queries, queue
 from receiver.store.database import shown
 from receiver.store.migrate import upgrade
-from receiver.sweeper import Discovery, Sweeper
+from receiver.sweeper import Sweeper
 from receiver.systemd import Supervisor
 from receiver.telemetry import Metrics
-from receiver.web.accepting import room_for
 from receiver.web.access import Access
 from receiver.web.backups import Backups
 from receiver.web.bodies import MAX_BODY_BYTES
@@ -45,7 +42,7 @@ from receiver.web.dispatches import Dispatches
 from receiver.web.ledger import Ledger
 from receiver.web.ops import ops_app
 from receiver.web.protocol import Guard, Limits
-from receiver.web.public import CALLBACK_PATH, public_app
+from receiver.web.public import public_app
 from receiver.web.runs import Runs
 from receiver.web.server import Server, bind
 
@@ -104,7 +101,7 @@ class Service:
             self.database,
             secrets=[Secret(value, workspace) for value, workspace in settings.secrets_by_workspace()],
             subscriptions=self._subscriptions,
-            policy=policy or policy_of(settings),
+            policy=policy or wiring.policy(settings),
             signals=self.signals,
             metrics=self.metrics,
             tolerance_past=flora.tolerance_past_seconds,
@@ -112,8 +109,8 @@ class Service:
             clock=self._clock,
         )
         self._api = api_client(flora.base_url, timeout_seconds=flora.timeout_seconds, tls=tls_context(flora.ca_file))
-        self.clients = _clients(settings, self._api)
-        self.budgets = _budgets(settings, self.clients, self._clock)
+        self.clients = wiring.clients(settings, self._api)
+        self.budgets = wiring.budgets(settings, self.clients, self._clock)
         """One for each API key, shared by all that ask FLORA with it."""
         self.poller = Poller(
             self.database,
@@ -122,7 +119,7 @@ class Service:
             signals=self.signals,
             metrics=self.metrics,
             budgets=self.budgets,
-            policy=policy or policy_of(settings),
+            policy=policy or wiring.policy(settings),
             clock=self._clock,
         )
         self.starter = Starter(
@@ -131,7 +128,7 @@ class Service:
             self.clients,
             self.budgets,
             signals=self.signals,
-            callback_url=_callback_url(settings.public_url),
+            callback_url=wiring.callback_url(settings.public_url),
             head_start=_HEAD_START if self.database.shared else timedelta(0),
             clock=self._clock,
         )
@@ -139,16 +136,12 @@ class Service:
             self.database,
             self.intake,
             self.poller.readers,
-            discovery=_discovery(settings),
+            discovery=wiring.discovery(settings),
             clock=self._clock,
         )
         downloads = settings.downloads
         self._downloader = Downloader(
-            limits=DownloadLimits(
-                max_bytes=downloads.max_bytes,
-                stall_seconds=downloads.stall_seconds,
-                deadline_seconds=downloads.deadline_seconds,
-            ),
+            limits=wiring.download_limits(settings),
             allow_private_hosts=downloads.allow_private_hosts,
             tls=tls_context(downloads.ca_file),
         )
@@ -167,11 +160,7 @@ class Service:
         self.janitor = Janitor(
             self.database,
             self.intake,
-            retention=Retention(
-                timedelta(days=settings.retention.bodies_days),
-                timedelta(days=settings.retention.ledger_days),
-                settings.retention.rejections,
-            ),
+            retention=wiring.retention(settings),
             pause_seconds=min(5.0, settings.reconcile.callback_window_seconds / 4),
             clock=self._clock,
         )
@@ -199,7 +188,7 @@ class Service:
 
     def moved(self, public_url: str) -> None:
         """FLORA reaches us by another URL from now on; what was started before is called back by the old one."""
-        self.starter.callback_url = _callback_url(public_url)
+        self.starter.callback_url = wiring.callback_url(public_url)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Service"]:
@@ -312,7 +301,7 @@ class Service:
         if self._around is not None:
             app = self._around(app)
         sockets = self._sockets("public", settings.public.host, settings.public.port)
-        guard = _public_guard(settings, self.metrics)
+        guard = wiring.public_guard(settings, self.metrics)
         return Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key, guard=guard)
 
     def _sockets(self, name: str, host: str, port: int) -> list[socket.socket]:
@@ -417,65 +406,3 @@ def role_problem(settings: Settings, only: Only | None) -> Problem | None:
     if only == "door" and settings.database.measure_door:
         return None
     return Problem("--only", "a SQLite file belongs to one process that does everything: use a postgresql:// url")
-
-
-def policy_of(settings: Settings) -> Policy:
-    """Return the rules' numbers as the settings have them."""
-    reconcile = settings.reconcile
-    return Policy(
-        first_poll=timedelta(seconds=reconcile.first_poll_seconds),
-        max_gap=timedelta(seconds=reconcile.max_gap_seconds),
-        callback_window=timedelta(seconds=reconcile.callback_window_seconds),
-        deadline=timedelta(hours=reconcile.deadline_hours),
-        ladder=tuple(timedelta(seconds=pause) for pause in reconcile.ladder_seconds),
-        cost_window=timedelta(seconds=reconcile.cost_seconds),
-    )
-
-
-def _callback_url(public_url: str | None) -> str | None:
-    return None if public_url is None else public_url.rstrip("/") + CALLBACK_PATH
-
-
-def _public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
-    public = settings.public
-    if public.http == "h11":
-        return None
-    limits = Limits(
-        message_bytes=public.max_body_bytes + 32 * 1024,
-        head_seconds=public.head_timeout_seconds,
-        body_seconds=public.body_timeout_seconds + 1,  # the app's own limit comes first: it answers 408
-        connections=room_for(public.max_connections),
-    )
-    return Guard(limits, closed=partial(metrics.hung_up, "public"))
-
-
-def _discovery(settings: Settings) -> Discovery:
-    discover = settings.discover
-    return Discovery(
-        every=timedelta(seconds=discover.every_seconds),
-        overlap=timedelta(seconds=discover.overlap_seconds),
-        first=timedelta(hours=discover.first_hours),
-        workspace_ids=discover.workspace_ids,
-        project_ids=discover.project_ids,
-        technique_ids=discover.technique_ids,
-        run_types=discover.run_types,
-    )
-
-
-def _budgets(
-    settings: Settings, clients: Mapping[str | None, FloraClient], clock: Callable[[], datetime]
-) -> Mapping[str | None, Budget]:
-    """Return each client's budget; FLORA counts by key, so clients with one key share one."""
-    by_key: dict[str | None, Budget] = {}
-    limit = settings.reconcile.concurrency
-    return {key: by_key.setdefault(settings.api_key_for(key), Budget(limit, clock=clock)) for key in clients}
-
-
-def _clients(settings: Settings, http: httpx.AsyncClient) -> Mapping[str | None, FloraClient]:
-    clients: dict[str | None, FloraClient] = {}
-    timeout = settings.flora.timeout_seconds
-    for workspace_id in (None, *(workspace.id for workspace in settings.workspaces)):
-        key = settings.api_key_for(workspace_id)
-        if key is not None:
-            clients[workspace_id] = FloraClient(http, key, timeout_seconds=timeout)
-    return clients
