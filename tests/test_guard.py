@@ -216,6 +216,22 @@ async def test_honest_callers_get_through_a_crowd() -> None:
             await hang_up(writer)
 
 
+async def test_odd_but_honest_requests_are_answered(stand: Stand) -> None:
+    """One connection: chunks with extensions and trailers, a body that waits to be asked for, one that was refused unread."""
+    streams = await stand.connect()
+    chunks = b"5;a=b\r\nhello\r\n0\r\nX-Trailer: 1\r\n\r\n"
+    assert await answer(streams, b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks) == b"5"
+    streams[1].write(b"POST / HTTP/1.1\r\nHost: t\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+    async with asyncio.timeout(10):
+        assert await streams[0].readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert await answer(streams, b"hello") == b"5"
+    refused = b"POST /nowhere HTTP/1.1\r\nHost: t\r\nContent-Length: 300000\r\n\r\n" + b"a" * 300_000
+    assert await answer(streams, refused) == b"Not Found"
+    assert await answer(streams) == b"5"
+    assert stand.guard.closed == 0
+    await hang_up(streams[1])
+
+
 async def test_a_crowd_that_idles_keeps_nobody_out() -> None:
     """One request on each of many connections, then nothing: keep-alive lasts two minutes, and honest callers do not wait."""
     async with standing(Limits(connections=50)) as stand:
