@@ -25,6 +25,8 @@ log = structlog.get_logger("receiver.intake")
 
 _BATCH = 256
 """Entries that share one commit, at most."""
+_MOST = 10_000
+"""Entries that may wait: more than comes within anybody's patience. While a database hangs, memory must not run out."""
 _PATIENCE_SECONDS = 8.0
 """FLORA waits 10 s for an answer: better a 503 that it hears than a 200 that it does not."""
 _LOOK_SECONDS = 0.25
@@ -69,6 +71,8 @@ class GroupCommit:
         self, report: Report | None, delivery: Delivery | None = None, start: str | None = None
     ) -> Recorded:
         """Commit one entry, with whatever else has come. Raises StoreUnavailableError."""
+        if len(self._waiting) >= _MOST:
+            raise StoreUnavailableError("too much is waiting to be committed")
         loop = asyncio.get_running_loop()
         entry = _Waiting(report, delivery, start, loop.create_future(), loop.time())
         self._waiting.append(entry)

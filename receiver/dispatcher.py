@@ -5,7 +5,7 @@ import random
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -43,7 +43,8 @@ class _Attempt:
     token: str
     scales: Scales
     task: asyncio.Task[None] | None = None
-    given_back: bool = field(default=False)
+    answered: bool = False
+    """Its effect is applied: from here on it is written down, not stopped."""
 
 
 class Dispatcher:
@@ -125,13 +126,20 @@ class Dispatcher:
             await asyncio.sleep(0)
 
     async def give_back(self) -> None:
-        """Stop every attempt and return its lease, uncounted: we stop, the handler is not to blame."""
+        """Stop every attempt and return its lease, uncounted: we stop, the handler is not to blame.
+
+        What is being written down is waited for: given back while another thread commits it, it would be done again.
+        """
         attempts = list(self._running.values())
         for attempt in attempts:
-            attempt.given_back = True
-            if attempt.task:
+            if attempt.task and not attempt.answered:
                 attempt.task.cancel()
-        await self.drain()
+        try:
+            await self.drain()
+        finally:  # whoever stops us may not have the patience
+            for attempt in self._running.values():
+                if attempt.task:
+                    attempt.task.cancel()
         for token in {attempt.token for attempt in attempts}:
             seqs = [attempt.leased.seq for attempt in attempts if attempt.token == token]
             try:
@@ -151,7 +159,8 @@ class Dispatcher:
             held = await self._database.write(partial(job, seqs=seqs, token=token))
             for seq in set(seqs) - held:
                 attempt = self._running.get(seq)
-                if attempt and attempt.task:
+                # Over by now, perhaps, and even begun anew: then it is not this lease that was lost.
+                if attempt and attempt.task and attempt.token == token and not attempt.answered:
                     log.warning("dispatch.taken_over", dispatch=attempt.leased.dispatch.idempotency_key)
                     attempt.task.cancel()
 
@@ -229,6 +238,7 @@ class Dispatcher:
         )
         run = settled_run(leased.run, leased.outputs)
         answer = await call(registration.handler, run, context, registration.timeout_seconds)
+        attempt.answered = True
         now = self._clock()
         outcome = conclude(
             answer_state(answer),
@@ -255,7 +265,8 @@ class Dispatcher:
             )
             if written and outcome.state is DispatchState.DEAD:
                 self._alert(tx, leased.run.run_id, leased.dispatch.event, now)
-            return written
+            # Not written now: an earlier try may have been committed, and only its answer lost.
+            return written or queue.concluded(tx, leased)
 
         written = await self._write_down(leased, job)
         self._tell(leased, outcome, reason, written=written, seconds=(now - started_at).total_seconds())

@@ -46,44 +46,47 @@ class Election:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Stand for election until told to stop; while elected, work."""
+        loop = asyncio.get_running_loop()
         while not stopping.is_set():
+            asked = loop.time()
             if await self.take():
-                await self._serve(stopping)
+                await self._serve(stopping, since=asked)
                 await self._resign()
             else:
                 await _pause(stopping, self._lease.total_seconds() / 3)
 
-    async def take(self) -> bool:
-        """Take the lease, or extend it; False if another process has it, or nobody can tell."""
+    async def take(self, *, within: float | None = None) -> bool:
+        """Take the lease, or extend it; False if another process has it, or nobody can tell within that many seconds."""
 
         def job(tx: Connection) -> bool:
             now = self._database.now(tx, self._clock())
             return leases.take(tx, self._name, owner=self._owner, token=self._token, now=now, until=now + self._lease)
 
         try:
-            async with asyncio.timeout(self._lease.total_seconds() / 2):
+            async with asyncio.timeout(self._lease.total_seconds() / 2 if within is None else within):
                 return await self._database.write(job)
         except (StoreUnavailableError, TimeoutError) as error:
             log.warning("election.unavailable", name=self._name, reason=str(error))
             return False
 
-    async def _serve(self, stopping: asyncio.Event) -> None:
-        """Work until told to stop, or until the lease may be another's."""
+    async def _serve(self, stopping: asyncio.Event, *, since: float) -> None:
+        """Work until told to stop, or until the lease may be another's. It was asked for at `since`: it runs from then on."""
         loop = asyncio.get_running_loop()
         log.info("election.won", name=self._name)
         resigned = asyncio.Event()
         working = asyncio.ensure_future(self._work(resigned))
         third = self._lease.total_seconds() / 3
-        held_until = loop.time() + 2 * third
+        held_until = since + 2 * third
         try:
             while not stopping.is_set() and not working.done():
                 waits = {asyncio.ensure_future(stopping.wait()), working}
-                await asyncio.wait(waits, timeout=third, return_when=asyncio.FIRST_COMPLETED)
+                pause = min(third, max((held_until - loop.time()) / 2, third / 5))
+                await asyncio.wait(waits, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
                 (waits - {working}).pop().cancel()
                 asked = loop.time()
                 if stopping.is_set() or working.done():
                     break
-                if await self.take():
+                if await self.take(within=held_until - asked):
                     held_until = asked + 2 * third
                 elif loop.time() >= held_until:
                     log.warning("election.lost", name=self._name)

@@ -9,32 +9,30 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal
 
-import httpx
 import structlog
 from starlette.types import ASGIApp
 
+from receiver import wiring
 from receiver.addresses import is_loopback
-from receiver.budget import Budget
 from receiver.changes import Signals
 from receiver.config import Settings, made_token, operations_problem
 from receiver.decide import Policy
 from receiver.dispatcher import Dispatcher
-from receiver.download import Downloader, DownloadLimits
+from receiver.download import Downloader
 from receiver.election import Election
 from receiver.errors import ConfigError, Problem, StoreUnavailableError
-from receiver.flora.client import FloraClient
 from receiver.handler import Closes
 from receiver.herald import Herald
 from receiver.http import api_client, tls_context
 from receiver.intake import Intake, Secret
-from receiver.janitor import Janitor, Retention
+from receiver.janitor import Janitor
 from receiver.plugins import check_handlers, load_handlers
 from receiver.poller import Poller
 from receiver.starter import Starter
 from receiver.store import Database, open_database, queries, queue
 from receiver.store.database import shown
 from receiver.store.migrate import upgrade
-from receiver.sweeper import Discovery, Sweeper
+from receiver.sweeper import Sweeper
 from receiver.systemd import Supervisor
 from receiver.telemetry import Metrics
 from receiver.web.access import Access
@@ -44,7 +42,7 @@ from receiver.web.dispatches import Dispatches
 from receiver.web.ledger import Ledger
 from receiver.web.ops import ops_app
 from receiver.web.protocol import Guard, Limits
-from receiver.web.public import CALLBACK_PATH, public_app
+from receiver.web.public import public_app
 from receiver.web.runs import Runs
 from receiver.web.server import Server, bind
 
@@ -57,6 +55,10 @@ Only = Literal["door", "workers"]
 
 _HEAD_START = timedelta(seconds=45)
 """Longer than a question to FLORA takes: see Starter."""
+_LOOPS_SECONDS = 10.0
+"""How long the loops may take to put down what they hold."""
+_COMMIT_SECONDS = 5.0
+"""How long what has arrived may take to be committed once we stop: a database that hangs must not hold us."""
 _READY_FOR = timedelta(seconds=1)
 """How long a probe of the database is believed: /readyz is public, and must not let anyone load the writer."""
 
@@ -99,7 +101,7 @@ class Service:
             self.database,
             secrets=[Secret(value, workspace) for value, workspace in settings.secrets_by_workspace()],
             subscriptions=self._subscriptions,
-            policy=policy or policy_of(settings),
+            policy=policy or wiring.policy(settings),
             signals=self.signals,
             metrics=self.metrics,
             tolerance_past=flora.tolerance_past_seconds,
@@ -107,8 +109,8 @@ class Service:
             clock=self._clock,
         )
         self._api = api_client(flora.base_url, timeout_seconds=flora.timeout_seconds, tls=tls_context(flora.ca_file))
-        self.clients = _clients(settings, self._api)
-        self.budgets = _budgets(settings, self.clients, self._clock)
+        self.clients = wiring.clients(settings, self._api)
+        self.budgets = wiring.budgets(settings, self.clients, self._clock)
         """One for each API key, shared by all that ask FLORA with it."""
         self.poller = Poller(
             self.database,
@@ -117,7 +119,7 @@ class Service:
             signals=self.signals,
             metrics=self.metrics,
             budgets=self.budgets,
-            policy=policy or policy_of(settings),
+            policy=policy or wiring.policy(settings),
             clock=self._clock,
         )
         self.starter = Starter(
@@ -126,7 +128,7 @@ class Service:
             self.clients,
             self.budgets,
             signals=self.signals,
-            callback_url=_callback_url(settings.public_url),
+            callback_url=wiring.callback_url(settings.public_url),
             head_start=_HEAD_START if self.database.shared else timedelta(0),
             clock=self._clock,
         )
@@ -134,16 +136,12 @@ class Service:
             self.database,
             self.intake,
             self.poller.readers,
-            discovery=_discovery(settings),
+            discovery=wiring.discovery(settings),
             clock=self._clock,
         )
         downloads = settings.downloads
         self._downloader = Downloader(
-            limits=DownloadLimits(
-                max_bytes=downloads.max_bytes,
-                stall_seconds=downloads.stall_seconds,
-                deadline_seconds=downloads.deadline_seconds,
-            ),
+            limits=wiring.download_limits(settings),
             allow_private_hosts=downloads.allow_private_hosts,
             tls=tls_context(downloads.ca_file),
         )
@@ -162,11 +160,7 @@ class Service:
         self.janitor = Janitor(
             self.database,
             self.intake,
-            retention=Retention(
-                timedelta(days=settings.retention.bodies_days),
-                timedelta(days=settings.retention.ledger_days),
-                settings.retention.rejections,
-            ),
+            retention=wiring.retention(settings),
             pause_seconds=min(5.0, settings.reconcile.callback_window_seconds / 4),
             clock=self._clock,
         )
@@ -194,7 +188,7 @@ class Service:
 
     def moved(self, public_url: str) -> None:
         """FLORA reaches us by another URL from now on; what was started before is called back by the old one."""
-        self.starter.callback_url = _callback_url(public_url)
+        self.starter.callback_url = wiring.callback_url(public_url)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Service"]:
@@ -220,7 +214,10 @@ class Service:
             watched.cancel()
 
     async def _alive(self) -> None:
-        """Return if the event loop and the ledger's threads work. A database that says no is not our hanging."""
+        """Return if the event loop and the ledger's threads work. A server that says no, or nothing, is not our hanging."""
+        if self.database.shared:
+            await self.ready()
+            return
         with contextlib.suppress(StoreUnavailableError):
             await self.database.write(lambda _: None)
 
@@ -304,7 +301,7 @@ class Service:
         if self._around is not None:
             app = self._around(app)
         sockets = self._sockets("public", settings.public.host, settings.public.port)
-        guard = _public_guard(settings, self.metrics)
+        guard = wiring.public_guard(settings, self.metrics)
         return Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key, guard=guard)
 
     def _sockets(self, name: str, host: str, port: int) -> list[socket.socket]:
@@ -371,10 +368,11 @@ class Service:
         if self._operations is not None:
             await self._operations.stop()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=10)
+            await asyncio.wait(self._tasks, timeout=_LOOPS_SECONDS)
         for task in self._tasks:
             task.cancel()
-        await self.intake.close()
+        with contextlib.suppress(TimeoutError):  # nobody is told 200 for what is dropped here
+            await asyncio.wait_for(self.intake.close(), _COMMIT_SECONDS)
         for each in self._loaded:
             if isinstance(each.registration.handler, Closes):
                 with contextlib.suppress(Exception):
@@ -408,65 +406,3 @@ def role_problem(settings: Settings, only: Only | None) -> Problem | None:
     if only == "door" and settings.database.measure_door:
         return None
     return Problem("--only", "a SQLite file belongs to one process that does everything: use a postgresql:// url")
-
-
-def policy_of(settings: Settings) -> Policy:
-    """Return the rules' numbers as the settings have them."""
-    reconcile = settings.reconcile
-    return Policy(
-        first_poll=timedelta(seconds=reconcile.first_poll_seconds),
-        max_gap=timedelta(seconds=reconcile.max_gap_seconds),
-        callback_window=timedelta(seconds=reconcile.callback_window_seconds),
-        deadline=timedelta(hours=reconcile.deadline_hours),
-        ladder=tuple(timedelta(seconds=pause) for pause in reconcile.ladder_seconds),
-        cost_window=timedelta(seconds=reconcile.cost_seconds),
-    )
-
-
-def _callback_url(public_url: str | None) -> str | None:
-    return None if public_url is None else public_url.rstrip("/") + CALLBACK_PATH
-
-
-def _public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
-    public = settings.public
-    if public.http == "h11":
-        return None
-    limits = Limits(
-        message_bytes=public.max_body_bytes + 32 * 1024,
-        head_seconds=public.head_timeout_seconds,
-        body_seconds=public.body_timeout_seconds + 1,  # the app's own limit comes first: it answers 408
-        connections=public.max_connections,
-    )
-    return Guard(limits, closed=partial(metrics.hung_up, "public"))
-
-
-def _discovery(settings: Settings) -> Discovery:
-    discover = settings.discover
-    return Discovery(
-        every=timedelta(seconds=discover.every_seconds),
-        overlap=timedelta(seconds=discover.overlap_seconds),
-        first=timedelta(hours=discover.first_hours),
-        workspace_ids=discover.workspace_ids,
-        project_ids=discover.project_ids,
-        technique_ids=discover.technique_ids,
-        run_types=discover.run_types,
-    )
-
-
-def _budgets(
-    settings: Settings, clients: Mapping[str | None, FloraClient], clock: Callable[[], datetime]
-) -> Mapping[str | None, Budget]:
-    """Return each client's budget; FLORA counts by key, so clients with one key share one."""
-    by_key: dict[str | None, Budget] = {}
-    limit = settings.reconcile.concurrency
-    return {key: by_key.setdefault(settings.api_key_for(key), Budget(limit, clock=clock)) for key in clients}
-
-
-def _clients(settings: Settings, http: httpx.AsyncClient) -> Mapping[str | None, FloraClient]:
-    clients: dict[str | None, FloraClient] = {}
-    timeout = settings.flora.timeout_seconds
-    for workspace_id in (None, *(workspace.id for workspace in settings.workspaces)):
-        key = settings.api_key_for(workspace_id)
-        if key is not None:
-            clients[workspace_id] = FloraClient(http, key, timeout_seconds=timeout)
-    return clients

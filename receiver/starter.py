@@ -5,16 +5,13 @@ again under the same key, and the token in the callback's URL names the run even
 """
 
 import asyncio
-import hashlib
 import json
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import structlog
 from sqlalchemy import Connection
@@ -40,6 +37,7 @@ from receiver.flora.client import FloraClient
 from receiver.flora.messages import StartedRun, Technique
 from receiver.intake import Intake
 from receiver.model import Operation, Registered, Run, Snapshot, Start, StartState
+from receiver.start_request import StartRequest
 from receiver.store import Database, ledger, starts
 from receiver.store.rows import moment
 from receiver.waiting import either
@@ -57,31 +55,6 @@ _PAUSE_SECONDS = 1.0
 """Between two tries to commit what FLORA answered."""
 _GRACE_SECONDS = 5.0
 """How long a question that is on its way may take to be answered once we stop."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartRequest:
-    """What a caller wants started. `technique_id` for a technique run; `generate` is the body of `POST /generate`."""
-
-    technique_id: str = ""
-    inputs: tuple[Mapping[str, Any], ...] = ()
-    mode: str = "async"
-    generate: Mapping[str, Any] | None = None
-    workspace_id: str = ""
-    callback_url: str | None = None
-    """None: ours. Another one is passed on, and the run is polled."""
-    idempotency_key: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def operation(self) -> Operation:
-        return Operation.TECHNIQUE_RUN if self.generate is None else Operation.GENERATE
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of what FLORA would be asked to do, apart from the key and our own callback URL."""
-        asked = [self.technique_id, list(self.inputs), self.mode, self.generate, self.callback_url]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +128,7 @@ class Starter:
             if before is not None and before.state is not StartState.REFUSED:
                 return Intended(before, repeated=True)
             token = secrets.token_hex(16)
-            body, expected = self._body(request, key, token)
+            body, expected = request.body(key, token, ours=self.callback_url)
             if before is not None:
                 again = asked_again(before, token=token, request=body, now=now)
                 again = replace(again, metadata=request.metadata, due_at=now + self._head_start)
@@ -427,19 +400,6 @@ class Starter:
             raise FloraError("there is no API key for this workspace", status=401, code="unauthorized")
         return client, self._budgets[key]
 
-    def _body(self, request: StartRequest, key: str, token: str) -> tuple[str, bool]:
-        """Return the JSON that FLORA gets, and whether its callback will come to us."""
-        ours = self.callback_url
-        is_ours = ours is not None and (request.callback_url is None or same_address(request.callback_url, ours))
-        url = with_token(request.callback_url or ours or "", token) if is_ours else request.callback_url
-        if request.generate is None:
-            body: dict[str, Any] = {"inputs": list(request.inputs), "mode": request.mode, "idempotency_key": key}
-        else:
-            body = dict(request.generate)
-        if url is not None:
-            body["callback_url"] = url
-        return json.dumps(body, ensure_ascii=False), is_ours
-
 
 @asynccontextmanager
 async def _counted(budget: Budget) -> AsyncIterator[None]:
@@ -452,18 +412,3 @@ async def _counted(budget: Budget) -> AsyncIterator[None]:
                 budget.limited(5.0 if error.retry_after is None else error.retry_after)
             raise
         budget.went_well()
-
-
-def with_token(callback_url: str, token: str) -> str:
-    """Return the callback URL that names a start."""
-    scheme, netloc, path, query, _ = urlsplit(callback_url)
-    pairs = [(name, value) for name, value in parse_qsl(query) if name != "start"]
-    return urlunsplit((scheme, netloc, path, urlencode([*pairs, ("start", token)]), ""))
-
-
-def same_address(one: str, other: str) -> bool:
-    """Return whether two callback URLs lead to the same place, query aside."""
-    left, right = urlsplit(one), urlsplit(other)
-    return (left.scheme, left.netloc.lower(), left.path.rstrip("/")) == (
-        right.scheme, right.netloc.lower(), right.path.rstrip("/"),
-    )  # fmt: skip

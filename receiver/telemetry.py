@@ -148,7 +148,7 @@ class Metrics:
         )
         self.connections_closed = self._counter(
             "connections_closed",
-            "Connections closed by a listener's guard: `slow_head`, `slow_body`, `too_large`, `crowded`.",
+            "Connections closed by a listener's guard: `slow_head`, `slow_body`, `too_large`, `too_many`, `crowded`.",
             "listener",
             "reason",
         )

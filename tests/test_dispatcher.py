@@ -15,7 +15,7 @@ from receiver import dispatcher as dispatcher_module
 from receiver.attempt import Registration
 from receiver.dispatcher import Dispatcher
 from receiver.download import Downloader
-from receiver.errors import LocationTakenError
+from receiver.errors import LocationTakenError, StoreUnavailableError
 from receiver.handler import Answer, Context, Done, Handler, Reject, Retry, SettledRun
 from receiver.http import tls_context
 from receiver.model import DispatchState, Event, Output, Subscription
@@ -498,6 +498,127 @@ async def test_an_answer_that_cannot_be_written_is_kept_until_it_can(
     await until(lambda: tries >= 3)
     await writable(bench.core.database, True)
     await dispatcher.drain()
+    assert await bench.states() == {"h:settled:0": ("done", 1)}
+    assert len(handler.calls) == 1
+
+
+async def test_what_is_being_written_down_is_not_given_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopping comes while the answer is on its way to the database: given back then, the effect would be applied again."""
+    await bench.settled()
+    handler, free = hanging()
+    dispatcher = bench.dispatcher(handler)
+    await dispatcher.tick(NOW)
+    writing, written = asyncio.Event(), asyncio.Event()
+    write = bench.core.database.write
+
+    async def slow(job: Any) -> Any:
+        writing.set()
+        await written.wait()
+        return await write(job)
+
+    monkeypatch.setattr(bench.core.database, "write", slow)
+    free.set()
+    await writing.wait()
+    stopping = asyncio.create_task(dispatcher.give_back())
+    await asyncio.sleep(0)
+    written.set()
+    await stopping
+    assert await bench.states() == {"h:settled:0": ("done", 1)}
+    await bench.round(bench.dispatcher(handler))
+    assert len(handler.calls) == 1
+
+
+async def test_stopping_does_not_wait_for_a_database_that_is_gone(bench: Bench) -> None:
+    """Whoever stops us ends the waiting; nothing goes on behind their back."""
+    await bench.settled()
+    handler, free = hanging()
+    dispatcher = bench.dispatcher(handler)
+    await dispatcher.tick(NOW)
+    await writable(bench.core.database, False)
+    free.set()
+    await until(lambda: all(attempt.answered for attempt in dispatcher._running.values()))
+    stopping = asyncio.create_task(dispatcher.give_back())
+    await asyncio.sleep(0)
+    stopping.cancel()
+    await asyncio.wait({stopping})
+    await until(lambda: not dispatcher._running)
+    assert await bench.states() == {"h:settled:0": ("leased", 1)}
+
+
+async def test_renewing_leaves_alone_what_has_just_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease is gone because it is done: nobody took it over, and whoever waits for it is told."""
+    await bench.settled()
+    handler, free = hanging()
+    dispatcher = bench.dispatcher(handler)
+    await dispatcher.tick(NOW)
+    committed, told = asyncio.Event(), asyncio.Event()
+    write = bench.core.database.write
+
+    async def slow(job: Any) -> Any:
+        answer = await write(job)
+        if not committed.is_set():
+            committed.set()
+            await told.wait()
+        return answer
+
+    monkeypatch.setattr(bench.core.database, "write", slow)
+    with bench.core.signals.changes.listening("run_1") as listener:
+        free.set()
+        await committed.wait()
+        await dispatcher.renew()
+        told.set()
+        await dispatcher.drain()
+        assert (await asyncio.wait_for(listener.next(), 20)).state == "done"
+
+
+async def test_renewing_leaves_alone_what_has_begun_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease that could not be renewed was the attempt's before: the one that runs now has its own."""
+    await bench.settled()
+    handler, free = hanging()
+    dispatcher = bench.dispatcher(handler)
+    await dispatcher.tick(NOW)
+    (before,) = dispatcher._running.values()
+    write = bench.core.database.write
+
+    async def meanwhile(job: Any) -> Any:
+        if before.task and not before.task.done():
+            before.task.cancel()
+            await dispatcher.drain()
+            await write(lambda tx: queue.give_back(tx, [before.leased.seq], token=before.token))
+            monkeypatch.setattr(bench.core.database, "write", write)
+            await dispatcher.tick(bench.core.clock.now)
+        return await write(job)
+
+    monkeypatch.setattr(bench.core.database, "write", meanwhile)
+    await dispatcher.renew()
+    free.set()
+    await dispatcher.drain()
+    assert await bench.states() == {"h:settled:0": ("done", 1)}
+
+
+async def test_a_commit_whose_answer_is_lost_is_recognised(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection was cut just then: the second try finds its own writing, and whoever waits is told."""
+    await bench.settled()
+    handler, free = hanging()
+    dispatcher = bench.dispatcher(handler)
+    await dispatcher.tick(NOW)
+    write = bench.core.database.write
+    tries = 0
+
+    async def cut(job: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        answer = await write(job)
+        if tries == 1:
+            raise StoreUnavailableError("the connection was cut")
+        return answer
+
+    monkeypatch.setattr(bench.core.database, "write", cut)
+    with bench.core.signals.changes.listening("run_1") as listener:
+        free.set()
+        await dispatcher.drain()
+        assert (await asyncio.wait_for(listener.next(), 20)).state == "done"
+    assert tries == 2
     assert await bench.states() == {"h:settled:0": ("done", 1)}
     assert len(handler.calls) == 1
 

@@ -85,6 +85,38 @@ async def test_who_cannot_renew_stops_before_its_lease_ends(database: Database, 
     assert times == 2
 
 
+async def test_a_lease_counts_from_when_it_was_asked_for(
+    database: Database, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer came late, and then none comes: the work has ended by the time that the lease has."""
+    lease, loop = timedelta(seconds=3), asyncio.get_running_loop()
+    ended: list[float] = []
+    write, never = database.write, asyncio.Event()
+    asked = 0.0
+
+    async def slow(job: Any) -> Any:
+        nonlocal asked
+        if asked:
+            await never.wait()
+        asked = loop.time()
+        answer = await write(job)
+        await asyncio.sleep(1.2)
+        return answer
+
+    async def work(stopping: asyncio.Event) -> None:
+        await stopping.wait()
+        ended.append(loop.time())
+        monkeypatch.setattr(database, "write", write)
+
+    monkeypatch.setattr(database, "write", slow)
+    stopping = asyncio.Event()
+    running = asyncio.create_task(candidate(database, clock, work=work, lease=lease).run(stopping))
+    await until(lambda: bool(ended))
+    stopping.set()
+    await running
+    assert ended[0] - asked < lease.total_seconds()
+
+
 async def test_a_bug_in_the_work_is_told_and_frees_the_lease_in_time(database: Database, clock: Clock) -> None:
     """Whoever runs the election hears of it, as of any loop."""
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -37,6 +37,8 @@ class Stand:
     guard: Guard
     clock: Clock
     port: int
+    told: list[str]
+    """Why connections were closed."""
 
     async def connect(self) -> Streams:
         return await asyncio.open_connection("127.0.0.1", self.port)
@@ -52,13 +54,15 @@ async def _echo(request: Request) -> PlainTextResponse:
 
 
 @asynccontextmanager
-async def standing(limits: Limits) -> AsyncIterator[Stand]:
-    clock = Clock()
-    guard = Guard(limits, clock=clock)
-    server = Server(Starlette(routes=[Route("/", _echo, methods=["POST"])]), bind("127.0.0.1", 0), guard=guard)
+async def standing(
+    limits: Limits, app: Callable[[Request], Awaitable[PlainTextResponse]] = _echo
+) -> AsyncIterator[Stand]:
+    clock, told = Clock(), list[str]()
+    guard = Guard(limits, clock=clock, closed=told.append)
+    server = Server(Starlette(routes=[Route("/", app, methods=["POST"])]), bind("127.0.0.1", 0), guard=guard)
     await server.start()
     try:
-        yield Stand(guard, clock, server.port)
+        yield Stand(guard, clock, server.port, told)
     finally:
         await server.stop()
 
@@ -210,3 +214,90 @@ async def test_honest_callers_get_through_a_crowd() -> None:
         assert await closed(crowd[0][0])
         for _, writer in crowd:
             await hang_up(writer)
+
+
+async def test_odd_but_honest_requests_are_answered(stand: Stand) -> None:
+    """One connection: chunks with extensions and trailers, a body that waits to be asked for, one that was refused unread."""
+    streams = await stand.connect()
+    chunks = b"5;a=b\r\nhello\r\n0\r\nX-Trailer: 1\r\n\r\n"
+    assert await answer(streams, b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks) == b"5"
+    streams[1].write(b"POST / HTTP/1.1\r\nHost: t\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+    async with asyncio.timeout(10):
+        assert await streams[0].readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert await answer(streams, b"hello") == b"5"
+    refused = b"POST /nowhere HTTP/1.1\r\nHost: t\r\nContent-Length: 300000\r\n\r\n" + b"a" * 300_000
+    assert await answer(streams, refused) == b"Not Found"
+    assert await answer(streams) == b"5"
+    assert stand.guard.closed == 0
+    await hang_up(streams[1])
+
+
+async def test_a_crowd_that_idles_keeps_nobody_out() -> None:
+    """One request on each of many connections, then nothing: keep-alive lasts two minutes, and honest callers do not wait."""
+    async with standing(Limits(connections=50)) as stand:
+        crowd = [await stand.connect() for _ in range(50)]
+        for streams in crowd:
+            assert await answer(streams) == b"5"
+        assert await answer(crowd[0]) == b"5"
+        for _ in range(20):
+            honest = await stand.connect()
+            assert await answer(honest) == b"5"
+            await hang_up(honest[1])
+        assert await closed(crowd[1][0])
+        assert await answer(crowd[0]) == b"5"  # it was not the one that had been quiet for longest
+        for _, writer in crowd:
+            await hang_up(writer)
+
+
+async def test_who_has_only_just_begun_does_not_give_way_to_who_idles() -> None:
+    """A request in two pieces is honest for a second; after that it goes first."""
+    async with standing(Limits(connections=2)) as stand:
+        idle, begun = await stand.connect(), await stand.connect()
+        assert await answer(idle) == b"5"
+        begun[1].write(HONEST[:-3])
+        await known(stand, lambda: len(stand.guard.bodies), 1)
+        newcomer = await stand.connect()
+        assert await closed(idle[0])
+        assert await answer(newcomer) == b"5"
+        stand.clock.seconds += 1.1
+        other = await stand.connect()
+        assert await closed(begun[0])
+        for streams in (newcomer, other):
+            assert await answer(streams) == b"5"
+        for _, writer in (idle, begun, newcomer, other):
+            await hang_up(writer)
+
+
+async def test_who_waits_for_an_answer_does_not_give_way() -> None:
+    """Where every connection is being worked for, the newcomer goes: the others are owed something."""
+    free = asyncio.Event()
+
+    async def slow(_: Request) -> PlainTextResponse:
+        await free.wait()
+        return PlainTextResponse("done")
+
+    async with standing(Limits(connections=2), slow) as stand:
+        waiting = [await stand.connect() for _ in range(2)]
+        calls = [asyncio.create_task(answer(streams)) for streams in waiting]
+        await known(stand, lambda: len(stand.guard.idle), 2)
+        newcomer = await stand.connect()
+        assert await closed(newcomer[0])
+        free.set()
+        assert await asyncio.gather(*calls) == [b"done", b"done"]
+        for _, writer in (*waiting, newcomer):
+            await hang_up(writer)
+
+
+async def test_a_few_requests_may_be_sent_ahead_and_many_may_not(stand: Stand) -> None:
+    """A piece full of tiny requests, each of which costs a hundred times its bytes here, is not a way to fill memory."""
+    few = await stand.connect()
+    few[1].write(HONEST * 17)
+    assert [await answer(few, b"") for _ in range(17)] == [b"5"] * 17
+    many = await stand.connect()
+    many[1].write(HONEST * 5000)
+    assert await closed(many[0])
+    assert stand.guard.closed == 1
+    assert stand.told == ["too_many"]
+    assert await answer(few) == b"5"
+    await hang_up(few[1])
+    await hang_up(many[1])

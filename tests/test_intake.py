@@ -393,6 +393,16 @@ async def test_patience_ends_before_floras_does(core: Core, monkeypatch: pytest.
     assert await core.call() == Duplicate()
 
 
+async def test_no_more_waits_than_there_is_room_for(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that hangs must not fill our memory: who comes then is told at once, and what waits is committed."""
+    monkeypatch.setattr(commits_module, "_MOST", 3)
+    calls = [asyncio.create_task(core.call(f"whd_{n}", f"run_{n}")) for n in range(5)]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [Accepted] * 3 + [StoreUnavailableError] * 2
+    assert await core.count("deliveries") == 3
+    assert await core.call("whd_3", "run_3") == Accepted()
+
+
 async def test_a_sender_that_hangs_up_takes_nothing_along(core: Core) -> None:
     """Its callback is committed with the others of its batch."""
     calls = [asyncio.create_task(core.call(f"whd_{n}", f"run_{n}")) for n in range(3)]

@@ -17,7 +17,8 @@ from receiver.flora.client import FloraClient
 from receiver.http import api_client
 from receiver.intake import Accepted
 from receiver.model import Origin, RunState, Start, StartState
-from receiver.starter import Conflict, Intended, Starter, StartRequest, same_address, with_token
+from receiver.start_request import StartRequest, same_address, with_token
+from receiver.starter import Conflict, Intended, Starter
 from receiver.web.server import Server, bind
 from tests.core import Core, a_registration, callback_body, signed
 

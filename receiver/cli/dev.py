@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import typer
 from pydantic import SecretStr
 
-from receiver import certificates
+from receiver import certificates, wiring
 from receiver.addresses import is_loopback
 from receiver.cli.dev_desk import EVERY_ADDRESS, Desk
 from receiver.cli.dev_view import View
@@ -27,7 +27,7 @@ from receiver.config.callback_url import split_http_url
 from receiver.decide import Policy
 from receiver.emulator import Emulator, EmulatorSettings
 from receiver.errors import ConfigError, Problem
-from receiver.service import Service, policy_of
+from receiver.service import Service
 from receiver.telemetry import configure_logging
 from receiver.tunnel.choosing import Wanted, chosen
 from receiver.web.public import CALLBACK_PATH
@@ -94,7 +94,7 @@ async def _dev(settings: Settings, asked: Asked) -> int:
             settings, ca = await stack.enter_async_context(_emulated(settings, asked, directory, view))
         tls = settings.tls.cert is not None
         provider = None if asked.no_tunnel else chosen(asked.wanted, tls=tls)
-        policy = _at_hand(policy_of(settings)) if provider is None else None
+        policy = _at_hand(wiring.policy(settings)) if provider is None else None
         service = Service(settings, policy=policy, around=lambda app: WatchedDoor(app, view))
         stack.enter_context(view)
         await stack.enter_async_context(service.running())

@@ -6,13 +6,18 @@ of its own, so `listen_url` may lead past the pooler; without any, replicas find
 
 import asyncio
 import contextlib
+import os
+import random
+import socket
+import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, TypeVar
 
 import psycopg
-from sqlalchemy import Connection, Engine, create_engine, exc, make_url
+from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url
 
 from receiver.errors import StoreUnavailableError
 from receiver.store.rows import moment
@@ -24,7 +29,13 @@ CHANNEL = "flora_receiver"
 _TRIES = 3
 _AGAIN = {"40001", "40P01"}
 """Serialization failure, deadlock: PostgreSQL's own word that the same transaction may work now."""
+_PAUSE_SECONDS = 0.1
+"""Before that, at most: whoever won needs its turn first, and two that lost must not meet again."""
+_KEPT_FOR_WRITERS = 2
+"""Connections that reads never take: a slow page of the operations API must not hold up callbacks."""
 _TROUBLE = (exc.OperationalError, exc.InterfaceError, exc.InternalError)
+_CLOSE_SECONDS = 5.0
+"""What is running when we close has that long to be over."""
 _PREFACE = (
     "SELECT set_config('lock_timeout', '5s', true), set_config('idle_in_transaction_session_timeout', '10s', true), "
     "current_setting('transaction_read_only')"
@@ -59,9 +70,13 @@ class PostgresDatabase:
         self._writing = _engine(url, connections)
         # A snapshot, as readers have on SQLite; said with BEGIN, so that it holds behind a pooler too.
         self._reading = self._writing.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        self._sessions: weakref.WeakSet[psycopg.Connection[Any]] = weakref.WeakSet()
+        event.listen(self._writing, "connect", lambda session, _: self._sessions.add(session))
+        self._closing = False
         self._listen_url = _plain(listen_url or url)
         self._database_clock = database_clock
-        self._threads = ThreadPoolExecutor(connections, thread_name_prefix="ledger")
+        self._writers = ThreadPoolExecutor(connections, thread_name_prefix="ledger")
+        self._readers = ThreadPoolExecutor(max(1, connections - _KEPT_FOR_WRITERS), thread_name_prefix="ledger-read")
 
     @classmethod
     def open(cls, url: str, *, listen_url: str | None = None, connections: int = 8) -> "PostgresDatabase":
@@ -80,15 +95,15 @@ class PostgresDatabase:
         `job` may run more than once: after a deadlock, or on a new connection if the old one was lost before COMMIT.
         """
         # A caller that is cancelled leaves; its job still runs, whole.
-        return await asyncio.shield(self._in_thread(self._transact, job))
+        return await asyncio.shield(_in_thread(self._writers, self._transact, job))
 
     async def read(self, job: Job[T]) -> T:
         """Run `job` in a transaction that cannot write."""
-        return await self._in_thread(self._look, job)
+        return await _in_thread(self._readers, self._look, job)
 
     async def run(self, job: Job[T]) -> T:
         """Run `job` on a connection outside any transaction (migrations)."""
-        return await self._in_thread(self._bare, job)
+        return await _in_thread(self._writers, self._bare, job)
 
     def now(self, tx: Connection, default: datetime) -> datetime:
         """Return the database's time: leases must not depend on how well the clocks of replicas agree."""
@@ -112,18 +127,26 @@ class PostgresDatabase:
             raise StoreUnavailableError(f"cannot listen: {_first_line(error)}") from error
 
     async def close(self) -> None:
-        """Finish what is running and disconnect."""
-        await asyncio.to_thread(self._let_go)
+        """Finish what is running and disconnect; a server that does not answer any more is not waited for."""
+        self._closing = True
+        letting_go = asyncio.ensure_future(asyncio.to_thread(self._let_go))
+        await asyncio.wait({letting_go}, timeout=_CLOSE_SECONDS)
+        if not letting_go.done():
+            self._hang_up()
+        await letting_go
+
+    def _hang_up(self) -> None:
+        """End what waits for an answer: a thread that does would keep the whole process from ending."""
+        for threads in (self._writers, self._readers):
+            threads.shutdown(wait=False, cancel_futures=True)
+        for session in list(self._sessions):
+            with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(session.fileno())) as line:
+                line.shutdown(socket.SHUT_RDWR)
 
     def _let_go(self) -> None:
-        self._threads.shutdown()
+        self._writers.shutdown()
+        self._readers.shutdown()
         self._writing.dispose()
-
-    def _in_thread(self, call: Callable[[Job[T]], T], job: Job[T]) -> "asyncio.Future[T]":
-        try:
-            return asyncio.get_running_loop().run_in_executor(self._threads, call, job)
-        except RuntimeError as error:
-            raise StoreUnavailableError("the database is being closed") from error
 
     def _transact(self, job: Job[T]) -> T:
         for attempt in range(1, _TRIES + 1):
@@ -137,8 +160,11 @@ class PostgresDatabase:
                     return result
             except _TROUBLE as error:
                 lost = error.connection_invalidated and not committing
-                if attempt == _TRIES or not (lost or _state(error) in _AGAIN):
+                again = _state(error) in _AGAIN
+                if attempt == _TRIES or self._closing or not (lost or again):
                     raise _unavailable(error) from error
+                if again:
+                    time.sleep(_PAUSE_SECONDS * random.uniform(0.2, 1))  # noqa: S311 -- no secret
             except exc.TimeoutError as error:
                 raise StoreUnavailableError("the database is busy: no connection is free") from error
         raise AssertionError("unreachable")
@@ -149,7 +175,7 @@ class PostgresDatabase:
                 with self._reading.connect() as connection, connection.begin():
                     return job(connection)
             except _TROUBLE as error:
-                if attempt == _TRIES or not error.connection_invalidated:
+                if attempt == _TRIES or self._closing or not error.connection_invalidated:
                     raise _unavailable(error) from error
             except exc.TimeoutError as error:
                 raise StoreUnavailableError("the database is busy: no connection is free") from error
@@ -179,7 +205,15 @@ def connected(url: str) -> Iterator[Connection]:
 def begun(connection: Connection) -> None:
     """Open a transaction that writes. Raises StoreUnavailableError where none can."""
     if connection.exec_driver_sql(_PREFACE).one()[2] == "on":
+        connection.invalidate()  # after a failover the name leads elsewhere: the next one is made anew
         raise StoreUnavailableError("the database takes no writes now: it is read-only, or a standby")
+
+
+def _in_thread(threads: ThreadPoolExecutor, call: Callable[[Job[T]], T], job: Job[T]) -> "asyncio.Future[T]":
+    try:
+        return asyncio.get_running_loop().run_in_executor(threads, call, job)
+    except RuntimeError as error:
+        raise StoreUnavailableError("the database is being closed") from error
 
 
 def _engine(url: str, connections: int) -> Engine:

@@ -170,6 +170,16 @@ def finish(
     return True
 
 
+def concluded(tx: Connection, leased: Leased) -> bool:
+    """Return whether this very attempt's end is written down. Nobody but its worker does that."""
+    ended = exists().where(
+        dispatch_attempts.c.dispatch_seq == leased.seq,
+        dispatch_attempts.c.attempt == leased.dispatch.attempts,
+        dispatch_attempts.c.ended_at.is_not(None),
+    )
+    return bool(tx.execute(select(ended)).scalar_one())
+
+
 def give_back(tx: Connection, seqs: Collection[int], *, token: str) -> int:
     """Return leases unused, their attempt uncounted: the process stops, the work is not to blame."""
     if not seqs:

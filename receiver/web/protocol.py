@@ -2,21 +2,27 @@
 
 httptools parses three times as fast as h11, and uvicorn on it accepts a head of any size and waits for it for ever. Here a
 connection is closed when a request's head exceeds `head_bytes` or takes longer than `head_seconds`, when its body takes
-longer than `body_seconds`, or when more comes although the message, framing included, exceeds `message_bytes`. At the
-limit of open connections the one that has been sending its head for longest gives way, so that honest callers are still
-served. What the app refused already (413) is read on and thrown away up to `discard_bytes`, so that the answer is heard.
+longer than `body_seconds`, when more comes although the message, framing included, exceeds `message_bytes`, or when more
+requests come than may wait for answers. At the limit of open connections one gives way, so that honest callers are still
+served: see `Guard.make_room`. What the app refused already (413) is read on and thrown away up to `discard_bytes`, so that
+the answer is heard.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
+from operator import itemgetter
 from typing import Any, Literal
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _SWEEP_SECONDS = 0.5
-Reason = Literal["slow_head", "slow_body", "too_large", "crowded"]
+_PROMPT_SECONDS = 1.0
+"""An honest request comes at once, and whole: who is that young gives way last."""
+Reason = Literal["slow_head", "slow_body", "too_large", "too_many", "crowded"]
 """Why a connection was closed."""
 
 
@@ -30,6 +36,8 @@ class Limits:
     head_seconds: float = 10.0
     body_seconds: float = 10.0
     connections: int = 2000
+    pipelined: int = 16
+    """Requests of one connection that wait for the answer to an earlier one: a megabyte of short ones is a gigabyte here."""
 
 
 class Guard:
@@ -50,6 +58,8 @@ class Guard:
         """Connections whose request line and headers are awaited, and since when."""
         self.bodies: dict[GuardedProtocol, float] = {}
         """Connections whose body is awaited, and since when."""
+        self.idle: dict[GuardedProtocol, None] = {}
+        """Connections that owe nothing, those that have been quiet for longest first. Some wait for their answer."""
         self.closed = 0
         """Connections closed by this guard."""
 
@@ -58,22 +68,41 @@ class Guard:
         return GuardedProtocol(self, **given)
 
     def await_head(self, connection: "GuardedProtocol") -> None:
+        self.idle.pop(connection, None)
         self.heads.setdefault(connection, self._clock())
 
     def await_body(self, connection: "GuardedProtocol") -> None:
+        self.idle.pop(connection, None)
         self.heads.pop(connection, None)
         self.bodies.setdefault(connection, self._clock())
+
+    def await_nothing(self, connection: "GuardedProtocol") -> None:
+        self.forget(connection)
+        self.idle[connection] = None
 
     def forget(self, connection: "GuardedProtocol") -> None:
         self.heads.pop(connection, None)
         self.bodies.pop(connection, None)
+        self.idle.pop(connection, None)
 
-    def make_room(self, connections: int) -> None:
-        """Close the oldest incomplete request if there are more connections than there may be."""
-        if connections > self.limits.connections:
-            oldest = next(iter(self.heads), None) or next(iter(self.bodies), None)
-            if oldest is not None:
-                self.close(oldest, "crowded")
+    def make_room(self, newcomer: "GuardedProtocol", connections: int) -> None:
+        """Close one connection if there are more than there may be.
+
+        First the oldest unfinished request; where none is older than an honest one takes, the one that has been idle for
+        longest: else whoever sends one request on each of many connections would keep everybody out for as long as
+        keep-alive lasts. The newcomer itself, if all others wait for their answers.
+        """
+        if connections <= self.limits.connections:
+            return
+        owing = [
+            (since, connection)
+            for connection, since in (*islice(self.heads.items(), 1), *islice(self.bodies.items(), 1))
+            if connection is not newcomer
+        ]
+        since, oldest = min(owing, key=itemgetter(0), default=(math.inf, newcomer))
+        if self._clock() - since <= _PROMPT_SECONDS:
+            oldest = next((connection for connection in self.idle if connection.answered), oldest)
+        self.close(oldest, "crowded")
 
     def sweep(self) -> None:
         """Close what has been owed for too long; both tables are in the order of their times."""
@@ -120,7 +149,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._guard.await_head(self)
-        self._guard.make_room(len(self.connections))
+        self._guard.make_room(self, len(self.connections))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._guard.forget(self)
@@ -129,7 +158,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         guard, limits = self._guard, self._guard.limits
         # Judged before this piece is counted: uvicorn stops reading until the app has seen what came, and may refuse it.
-        if self._bytes > limits.message_bytes and (not self._answered() or self._bytes > limits.discard_bytes):
+        if self._bytes > limits.message_bytes and (not self.answered or self._bytes > limits.discard_bytes):
             guard.close(self, "too_large")
             return
         self._piece = len(data)
@@ -145,7 +174,7 @@ class GuardedProtocol(HttpToolsProtocol):
         elif self._complete:  # what comes next is a new message; until then uvicorn's keep-alive timer runs
             self._bytes = 0
             self._complete = False
-            guard.forget(self)
+            guard.await_nothing(self)
 
     def on_message_begin(self) -> None:
         self._in_head = True
@@ -163,6 +192,10 @@ class GuardedProtocol(HttpToolsProtocol):
         ):
             self._guard.close(self, "too_large")
             return
+        if len(self.pipeline) >= self._guard.limits.pipelined:
+            if not self.transport.is_closing():  # the rest of this very piece is still parsed
+                self._guard.close(self, "too_many")
+            return
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -170,7 +203,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._complete = True
         super().on_message_complete()
 
-    def _answered(self) -> bool:
+    @property
+    def answered(self) -> bool:
+        """Whether the last request has its whole answer."""
         cycle: RequestResponseCycle | None = self.cycle  # uvicorn's type does not say that there is none at first
         return cycle is not None and cycle.response_complete
 

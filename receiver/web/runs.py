@@ -14,7 +14,8 @@ from receiver.changes import Signals
 from receiver.flora.messages import ids_of_poll_url
 from receiver.intake import Intake
 from receiver.model import Asked, Origin, Registered, RunState, Start, StartState
-from receiver.starter import Conflict, Starter, StartRequest
+from receiver.start_request import StartRequest
+from receiver.starter import Conflict, Starter
 from receiver.store import Database, queries
 from receiver.web import bodies
 from receiver.web.answers import Refusal, answered, not_found, start_refusal, unavailable

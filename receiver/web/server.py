@@ -5,12 +5,14 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from receiver.errors import ConfigError, Problem
-from receiver.web.protocol import Guard
+from receiver.web.accepting import Acceptor, greeted_at_once
+from receiver.web.protocol import Guard, Limits
 
 _HANDSHAKE_SECONDS = 5.0
 
@@ -100,20 +102,23 @@ class Server(uvicorn.Server):
             self._sweeping.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 -- uvicorn's signature
-        """Listen as uvicorn does, but on our sockets alone, and without patience for half a TLS handshake."""
+        """Listen as uvicorn does, but on our sockets alone, and count handshakes."""
         await self.lifespan.startup()
-        loop = asyncio.get_running_loop()
-        self.servers = [
-            await loop.create_server(
-                self._connection,
-                sock=listener,
-                ssl=self.config.ssl,
-                ssl_handshake_timeout=_HANDSHAKE_SECONDS if self.config.ssl else None,
-                backlog=self.config.backlog,
-            )
-            for listener in self.sockets
-        ]
+        self.servers = [await self._listen(listener) for listener in self.sockets]
         self.started = True
+
+    async def _listen(self, listener: socket.socket) -> Any:
+        if self.config.ssl is None:
+            loop = asyncio.get_running_loop()
+            return await loop.create_server(self._connection, sock=listener, backlog=self.config.backlog)
+        connections = Limits().connections if self._guard is None else self._guard.limits.connections
+        return Acceptor(
+            listener,
+            self._connection,
+            self.config.ssl,
+            at_once=greeted_at_once(connections),
+            handshake_seconds=_HANDSHAKE_SECONDS,
+        )
 
     def _connection(self) -> asyncio.Protocol:
         return self.config.http_protocol_class(  # type: ignore[call-arg]

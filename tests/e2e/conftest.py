@@ -21,3 +21,10 @@ async def shared(tmp_path: Path, postgres_url: str) -> AsyncIterator[Stage]:
     async with staged(tmp_path) as made:
         made.postgres = postgres_url
         yield made
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def ledger_url(request: pytest.FixtureRequest) -> str | None:
+    """Where the ledger is: None for the stage's own SQLite file, or the URL of an empty one on PostgreSQL."""
+    url: str | None = request.getfixturevalue("postgres_url") if request.param == "postgres" else None
+    return url

@@ -10,6 +10,13 @@ from tests.e2e.stage import FINISHED, Clock, Stage, eventually
 HOUR, YEAR = timedelta(hours=1), timedelta(days=365)
 
 
+@pytest.fixture
+def stage(stage: Stage, ledger_url: str | None) -> Stage:
+    """Every test of this file runs on both databases."""
+    stage.postgres = ledger_url
+    return stage
+
+
 @pytest.mark.parametrize("jump", [HOUR, YEAR, -HOUR, -YEAR], ids=["hour ahead", "year ahead", "hour back", "year back"])
 async def test_a_clock_that_jumps(stage: Stage, jump: timedelta) -> None:
     """While it is wrong, FLORA's callbacks are 401, and yet the runs that they name are read at once and stored.

@@ -70,11 +70,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def place(request: pytest.FixtureRequest, stage: Stage) -> Stage:
+@pytest.fixture
+def place(stage: Stage, ledger_url: str | None) -> Stage:
     """A stage on either database."""
-    if request.param == "postgres":
-        stage.postgres = request.getfixturevalue("postgres_url")
+    stage.postgres = ledger_url
     return stage
 
 

@@ -1,10 +1,18 @@
 """The whole path, over HTTPS: runs end, callbacks come or do not, files are right."""
 
 import pytest
+from sqlalchemy import text
 
 from receiver.emulator.techniques import TECHNIQUES
 from receiver.store import queue
 from tests.e2e.stage import Stage, eventually
+
+
+@pytest.fixture
+def stage(stage: Stage, ledger_url: str | None) -> Stage:
+    """Every test of this file runs on both databases."""
+    stage.postgres = ledger_url
+    return stage
 
 
 async def test_every_technique_ends_with_the_right_files(stage: Stage) -> None:
@@ -116,8 +124,10 @@ async def test_storing_again_writes_nothing_new(stage: Stage) -> None:
         asked = stage.emulator.gate.requests.copy()
 
     async with stage.service() as service:
-        again = "UPDATE dispatches SET state = 'ready', finished_at = NULL WHERE run_id = ? AND handler = 'storage'"
-        await service.database.write(lambda tx: tx.exec_driver_sql(again, (run_id,)).rowcount)
+        again = (
+            "UPDATE dispatches SET state = 'ready', finished_at = NULL WHERE run_id = :run_id AND handler = 'storage'"
+        )
+        await service.database.write(lambda tx: tx.execute(text(again), {"run_id": run_id}).rowcount)
         service.signals.dispatch.set()
         await stage.over(run_id)
         assert await service.database.read(lambda tx: queue.dispatches_of_run(tx, run_id))

@@ -15,9 +15,13 @@ from typing import Any
 import httpx
 import pytest
 
+from receiver import commits
+from receiver import service as service_module
+from receiver.store import postgres
 from tests.e2e.lives import Served, is_ready, served
 from tests.e2e.stage import Stage, eventually, free_port
 from tests.postgres import Postgres
+from tests.severing import severing
 
 LEASE: dict[str, Any] = {"dispatch": {"lease_seconds": 3}}
 
@@ -237,6 +241,57 @@ async def test_the_database_restarts(shared: Stage, postgres_server: Postgres) -
         await eventually(taken)
         await shared.over(*run_ids, late, within=60)
         check(shared, [*run_ids, late])
+
+
+async def test_connections_to_the_database_are_reset(shared: Stage, postgres_server: Postgres) -> None:
+    """As in a failover, again and again, just before a COMMIT or just after it: what was not confirmed is done once."""
+    effects = Effects(shared)
+    with severing(postgres_server, "suite") as way:
+        sections = {"database": {"url": way.url}, "handlers": effects.handlers}
+        async with replicas(shared, (), (), environ=effects.environ, **sections) as them:
+            run_ids: list[str] = []
+            for number in range(12):
+                run_ids += [shared.start() for _ in range(4)]
+                before = way.cuts
+                way.cut_next = "after COMMIT" if number % 2 else "before COMMIT"
+
+                async def cut(before: int = before) -> bool:
+                    return way.cuts > before
+
+                await eventually(cut)
+                if number % 4 == 3:
+                    way.sever()
+            way.refusing = True
+            way.sever()
+            late = shared.start(callback=False)
+            answer = await shared.send(them.client, shared.body(late, delivery_id="whd_late"))
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+            way.refusing = False
+
+            async def taken() -> bool:
+                return (await shared.send(them.client, shared.body(late, delivery_id="whd_late"))).status_code == 200
+
+            await eventually(taken)
+            await shared.over(*run_ids, late, within=60)
+            check(shared, [*run_ids, late])
+            effects.check([*run_ids, late], killed=set())
+
+
+async def test_a_database_that_hangs_does_not_keep_the_process(
+    shared: Stage, postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing answers any more, not even with an error: callers get their 503, and stopping ends; nobody was told 200."""
+    monkeypatch.setattr(commits, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(postgres, "_CLOSE_SECONDS", 0.2)
+    for name in ("_LOOPS_SECONDS", "_COMMIT_SECONDS"):
+        monkeypatch.setattr(service_module, name, 0.2)
+    with severing(postgres_server, "suite") as way:
+        async with asyncio.timeout(60), shared.client() as client, shared.service(database={"url": way.url}):
+            assert (await shared.send(client, shared.body("run_1"))).status_code == 200
+            way.holding = True
+            answer = await shared.send(client, shared.body("run_2"))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert len(shared.rows("SELECT run_id FROM runs WHERE run_id = 'run_1'")) == 1
 
 
 async def _accepted(stage: Stage) -> bool:

@@ -6,6 +6,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import pytest
 from structlog.testing import capture_logs
 
 from receiver.emulator import parse_faults
@@ -16,6 +17,13 @@ Fault = Mapping[str, Any]
 Lines = list[MutableMapping[str, Any]]
 
 READS: Fault = {"path": "/techniques", "method": "GET"}
+
+
+@pytest.fixture
+def stage(stage: Stage, ledger_url: str | None) -> Stage:
+    """Every test of this file runs on both databases."""
+    stage.postgres = ledger_url
+    return stage
 
 
 PASSING: Mapping[str, Fault] = {

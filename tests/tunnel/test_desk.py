@@ -20,7 +20,8 @@ from receiver.cli.dev_watching import WatchedDoor
 from receiver.config import Settings
 from receiver.emulator import parse_faults
 from receiver.service import Service
-from receiver.starter import Intended, StartRequest
+from receiver.start_request import StartRequest
+from receiver.starter import Intended
 from receiver.tunnel.command import Command
 from receiver.tunnel.keeping import Pace
 from receiver.tunnel.provider import Given, Provider
