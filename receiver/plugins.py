@@ -25,6 +25,8 @@ GROUP = "flora_receiver.handlers"
 
 _CONCURRENCY = 8
 _CHECK_SECONDS = 10.0
+_ANYTHING = (Exception, SystemExit)
+"""What code that is not ours may raise: a script that is named as a module ends with `sys.exit`, without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def load_handlers(settings: Settings, environ: Mapping[str, str] | None = None) 
             problems.append(Problem(f"handlers.{index}.use", str(error)))
         except ValidationError as error:
             problems += _problems(error, index)
-        except Exception as error:  # noqa: BLE001 -- a plug-in's constructor may raise anything; the operator must see which
+        except _ANYTHING as error:  # a plug-in's constructor may raise anything; the operator must see which
             problems.append(
                 Problem(f"handlers.{index}", f"{entry.use} cannot be built: {type(error).__name__}: {error}")
             )
@@ -75,7 +77,7 @@ async def _checked(loaded: Loaded) -> tuple[Problem | None, bool]:
             await handler.check()
     except TimeoutError:
         return Problem(name, f"its check did not end within {_CHECK_SECONDS:g} s"), True
-    except Exception as error:  # noqa: BLE001 -- a plug-in's check may raise anything: that is its answer
+    except _ANYTHING as error:  # a plug-in's check may raise anything: that is its answer
         return Problem(name, str(error) or type(error).__name__), isinstance(error, TargetUnreachableError)
     return None, False
 
@@ -189,6 +191,14 @@ def find_handler(use: str) -> Any:
         else:
             module_name, _, attribute = use.partition(":")
             found = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:
-        raise HandlerLoadError(f"{use} cannot be imported: {type(error).__name__}: {error}") from error
+    except _ANYTHING as error:
+        raise HandlerLoadError(
+            f"{use} cannot be imported: {type(error).__name__}: {error}{_hint(use, error)}"
+        ) from error
     return found if hasattr(found, "Config") else function_maker(found, use)
+
+
+def _hint(use: str, error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name == use.partition(":")[0].partition(".")[0]:
+        return "; a module in the working directory is found by `python -m receiver`, any other has to be installed"
+    return ""

@@ -1,5 +1,6 @@
 """Loading handlers: every problem at once, each with its path, and nothing runs that was not asked for."""
 
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,6 +87,16 @@ class Explosive(Plain):
         raise RuntimeError("boom")
 
 
+class Exiting(Plain):
+    def __init__(self, config: Options) -> None:  # noqa: ARG002
+        sys.exit("bye")
+
+
+class Leaving(Plain):
+    async def check(self) -> None:
+        sys.exit("gone")
+
+
 def settings(*handlers: dict[str, Any], **more: Any) -> Settings:
     return Settings.model_validate({"handlers": list(handlers), **more})
 
@@ -167,6 +178,28 @@ def test_a_value_is_never_repeated_in_a_problem() -> None:
     assert "whsec_very_secret" not in str(caught.value)
 
 
+def test_a_module_that_exits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without a guard ends the process that imports it: not ours, and not without a word."""
+    (tmp_path / "a_script_that_exits.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings({"use": "a_script_that_exits:main"}, entry("Exiting")))
+    assert [problem.message for problem in caught.value.problems] == [
+        "a_script_that_exits:main cannot be imported: SystemExit: 3",
+        f"{HERE}:Exiting cannot be built: SystemExit: bye",
+    ]
+
+
+def test_a_module_that_is_not_found_is_told_where_it_would_be() -> None:
+    """`flora-receiver` does not look in the working directory; what a module of one's own lacks is another matter."""
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings({"use": "my_sums:announce"}))
+    assert "found by `python -m receiver`" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings({"use": "tests.no_such_module:announce"}))
+    assert "found by" not in str(caught.value)
+
+
 def test_a_missing_extra_is_told_with_its_cure() -> None:
     """Before the first run: which library is missing, and what to install."""
     with pytest.raises(ConfigError) as caught:
@@ -198,9 +231,9 @@ def test_pauses_between_attempts_are_set_for_each_handler() -> None:
 
 async def test_checks_tell_what_is_wrong_from_what_may_pass() -> None:
     """A target that does not answer is a warning: it may be back when it is needed."""
-    loaded = load_handlers(settings(entry("Plain"), entry("Modest"), entry("Broken")))
+    loaded = load_handlers(settings(entry("Plain"), entry("Modest"), entry("Broken"), entry("Leaving")))
     problems, warnings = await check_handlers(loaded)
-    assert problems == [Problem("broken", "no right to write")]
+    assert problems == [Problem("broken", "no right to write"), Problem("leaving", "gone")]
     assert warnings == [Problem("modest", "nobody answers at 127.0.0.1:9")]
 
 
