@@ -1,6 +1,7 @@
 """Finds and builds the configured handlers. Called by the service and by `flora-receiver check`."""
 
 import asyncio
+import contextlib
 import importlib
 import json
 import os
@@ -18,13 +19,14 @@ from receiver.config import HandlerEntry, Setting, Settings, described
 from receiver.decide import Backoff
 from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreachableError
 from receiver.functions import FunctionHandler, function_maker
-from receiver.handler import Checks, DescribesSchema, Handler
+from receiver.handler import Checks, Closes, DescribesSchema, Handler
 from receiver.model import Event, Subscription, When
 
 GROUP = "flora_receiver.handlers"
 
 _CONCURRENCY = 8
 _CHECK_SECONDS = 10.0
+_CLOSE_SECONDS = 5.0
 _ANYTHING = (Exception, SystemExit)
 """What code that is not ours may raise: a script that is named as a module ends with `sys.exit`, without a word."""
 
@@ -65,6 +67,21 @@ async def check_handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], lis
     found = await asyncio.gather(*(_checked(each) for each in loaded))
     problems = [problem for problem, passing in found if problem is not None and not passing]
     return problems, [problem for problem, passing in found if problem is not None and passing]
+
+
+async def close_handlers(loaded: tuple[Loaded, ...]) -> None:
+    """Have every handler let go of what it holds; one that does not come to an end is left behind."""
+    handlers = [each.registration.handler for each in loaded]
+    closing = {asyncio.create_task(_closed(each)) for each in handlers if isinstance(each, Closes)}
+    if closing:
+        _, left = await asyncio.wait(closing, timeout=_CLOSE_SECONDS)
+        for task in left:
+            task.cancel()
+
+
+async def _closed(handler: Closes) -> None:
+    with contextlib.suppress(*_ANYTHING):
+        await handler.close()
 
 
 async def _checked(loaded: Loaded) -> tuple[Problem | None, bool]:

@@ -23,12 +23,11 @@ from receiver.download import Downloader, DownloadLimits
 from receiver.election import Election
 from receiver.errors import ConfigError, Problem, StoreUnavailableError
 from receiver.flora.client import FloraClient
-from receiver.handler import Closes
 from receiver.herald import Herald
 from receiver.http import api_client, tls_context
 from receiver.intake import Intake, Secret
 from receiver.janitor import Janitor, Retention
-from receiver.plugins import check_handlers, load_handlers
+from receiver.plugins import check_handlers, close_handlers, load_handlers
 from receiver.poller import Poller
 from receiver.starter import Starter
 from receiver.store import Database, open_database, queries, queue
@@ -375,10 +374,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         await self.intake.close()
-        for each in self._loaded:
-            if isinstance(each.registration.handler, Closes):
-                with contextlib.suppress(Exception):
-                    await asyncio.wait_for(each.registration.handler.close(), 5)
+        await close_handlers(self._loaded)
         await self._api.aclose()
         await self._downloader.aclose()
         await self.database.close()

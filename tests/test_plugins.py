@@ -1,5 +1,6 @@
 """Loading handlers: every problem at once, each with its path, and nothing runs that was not asked for."""
 
+import asyncio
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from receiver import plugins
 from receiver.config import Settings
 from receiver.decide import Backoff
 from receiver.errors import ConfigError, Problem
 from receiver.handler import Answer, Context, Done, Secret, SettledRun, TargetUnreachableError, needs
 from receiver.model import Event, When
-from receiver.plugins import available, check_handlers, load_handlers
+from receiver.plugins import available, check_handlers, close_handlers, load_handlers
 
 HERE = __name__
 
@@ -235,6 +237,35 @@ async def test_checks_tell_what_is_wrong_from_what_may_pass() -> None:
     problems, warnings = await check_handlers(loaded)
     assert problems == [Problem("broken", "no right to write"), Problem("leaving", "gone")]
     assert warnings == [Problem("modest", "nobody answers at 127.0.0.1:9")]
+
+
+class Closing(Plain):
+    """Lets go as it is told to: in order, with an error, with the process, or never."""
+
+    closed: ClassVar[list[str]] = []
+
+    async def close(self) -> None:
+        match self.config.size:
+            case 1:
+                raise RuntimeError("boom")
+            case 2:
+                sys.exit(1)
+            case 3:
+                await asyncio.Event().wait()
+            case _:
+                pass
+        self.closed.append(f"{self.config.size}")
+
+
+async def test_closing_is_over_whatever_a_handler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that stops, and a check that ends, wait for nobody for ever; all others have let go."""
+    monkeypatch.setattr(plugins, "_CLOSE_SECONDS", 0.01)
+    names = ("a", "b", "c", "d", "e")
+    entries = [entry("Closing", options={"size": size}) | {"name": name} for size, name in enumerate(names, 1)]
+    Closing.closed.clear()
+    await close_handlers(load_handlers(settings(*entries, entry("Plain"))))
+    assert sorted(Closing.closed) == ["4", "5"]
+    await close_handlers(())
 
 
 def test_a_secret_may_stand_in_the_environment(tmp_path: Path) -> None:
