@@ -22,6 +22,7 @@ from receiver.scales import Scales
 from receiver.store import Database, queue
 from receiver.store.queue import Leased
 from receiver.telemetry import scrubbed
+from receiver.threads import owned_by
 
 _GRACE_SECONDS = 5.0
 """How long a handler may take to clean up once its attempt is cancelled."""
@@ -70,6 +71,7 @@ async def call(handler: Handler, run: SettledRun, context: "AttemptContext", tim
 
 
 async def _guarded(handler: Handler, run: SettledRun, context: "AttemptContext") -> object:
+    owned_by(context.handler)
     try:
         return await handler.handle(run, context)
     except asyncio.CancelledError:

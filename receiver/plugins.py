@@ -21,6 +21,7 @@ from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreac
 from receiver.functions import FunctionHandler, function_maker
 from receiver.handler import Checks, Closes, DescribesSchema, Handler
 from receiver.model import Event, Subscription, When
+from receiver.threads import owned_by
 
 GROUP = "flora_receiver.handlers"
 
@@ -71,15 +72,18 @@ async def check_handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], lis
 
 async def close_handlers(loaded: tuple[Loaded, ...]) -> None:
     """Have every handler let go of what it holds; one that does not come to an end is left behind."""
-    handlers = [each.registration.handler for each in loaded]
-    closing = {asyncio.create_task(_closed(each)) for each in handlers if isinstance(each, Closes)}
+    registered = [each.registration for each in loaded]
+    closing = {
+        asyncio.create_task(_closed(each.name, each.handler)) for each in registered if isinstance(each.handler, Closes)
+    }
     if closing:
         _, left = await asyncio.wait(closing, timeout=_CLOSE_SECONDS)
         for task in left:
             task.cancel()
 
 
-async def _closed(handler: Closes) -> None:
+async def _closed(name: str, handler: Closes) -> None:
+    owned_by(name)
     with contextlib.suppress(*_ANYTHING):
         await handler.close()
 
@@ -89,6 +93,7 @@ async def _checked(loaded: Loaded) -> tuple[Problem | None, bool]:
     name, handler = loaded.registration.name, loaded.registration.handler
     if not isinstance(handler, Checks):
         return None, False
+    owned_by(name)
     try:
         async with asyncio.timeout(_CHECK_SECONDS):
             await handler.check()

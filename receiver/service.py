@@ -36,6 +36,7 @@ from receiver.store.migrate import upgrade
 from receiver.sweeper import Discovery, Sweeper
 from receiver.systemd import Supervisor
 from receiver.telemetry import Metrics
+from receiver.threads import Threads
 from receiver.web.access import Access
 from receiver.web.backups import Backups
 from receiver.web.bodies import MAX_BODY_BYTES
@@ -87,6 +88,7 @@ class Service:
         self._given = dict(listeners or {})
         self._clock = clock or (lambda: datetime.now(UTC))
         self._loaded = load_handlers(settings)
+        self._threads = Threads()
         self.metrics = Metrics()
         self.signals = Signals()
         self.database: Database = open_database(
@@ -241,6 +243,7 @@ class Service:
 
     async def _start(self) -> None:
         settings = self._settings
+        asyncio.get_running_loop().set_default_executor(self._threads)
         before, after = await self.database.run(upgrade)
         if before != after:
             log.info("database.migrated", before=before, after=after)
@@ -375,6 +378,7 @@ class Service:
             task.cancel()
         await self.intake.close()
         await close_handlers(self._loaded)
+        self._threads.let_go()
         await self._api.aclose()
         await self._downloader.aclose()
         await self.database.close()
