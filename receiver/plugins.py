@@ -93,15 +93,28 @@ async def _checked(loaded: Loaded) -> tuple[Problem | None, bool]:
     name, handler = loaded.registration.name, loaded.registration.handler
     if not isinstance(handler, Checks):
         return None, False
+    # A task of its own, so that one which swallows its cancellation is left behind, not waited for.
+    task = asyncio.create_task(_trouble(name, handler))
+    try:
+        await asyncio.wait({task}, timeout=_CHECK_SECONDS)
+    finally:
+        task.cancel()
+    if not task.done() or task.cancelled():
+        return Problem(name, f"its check did not end within {_CHECK_SECONDS:g} s"), True
+    error = task.result()
+    if error is None:
+        return None, False
+    return Problem(name, str(error) or type(error).__name__), isinstance(error, TargetUnreachableError)
+
+
+async def _trouble(name: str, handler: Checks) -> BaseException | None:
+    """Return what a check raises: whatever that is, it is its answer."""
     owned_by(name)
     try:
-        async with asyncio.timeout(_CHECK_SECONDS):
-            await handler.check()
-    except TimeoutError:
-        return Problem(name, f"its check did not end within {_CHECK_SECONDS:g} s"), True
-    except _ANYTHING as error:  # a plug-in's check may raise anything: that is its answer
-        return Problem(name, str(error) or type(error).__name__), isinstance(error, TargetUnreachableError)
-    return None, False
+        await handler.check()
+    except _ANYTHING as error:
+        return error
+    return None
 
 
 def available() -> Sequence[str]:

@@ -1,6 +1,7 @@
 """Loading handlers: every problem at once, each with its path, and nothing runs that was not asked for."""
 
 import asyncio
+import contextlib
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -237,6 +238,27 @@ async def test_checks_tell_what_is_wrong_from_what_may_pass() -> None:
     problems, warnings = await check_handlers(loaded)
     assert problems == [Problem("broken", "no right to write"), Problem("leaving", "gone")]
     assert warnings == [Problem("modest", "nobody answers at 127.0.0.1:9")]
+
+
+class Stubborn(Plain):
+    """A check that swallows its cancellation once, and ends when it is let."""
+
+    free: ClassVar[asyncio.Event]
+
+    async def check(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await self.free.wait()
+
+
+async def test_a_check_that_does_not_end_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the other checks nor the start of the service: it is a warning, even if it ignores that its time is over."""
+    monkeypatch.setattr(plugins, "_CHECK_SECONDS", 0.01)
+    Stubborn.free = asyncio.Event()
+    problems, warnings = await check_handlers(load_handlers(settings(entry("Stubborn"), entry("Broken"))))
+    assert problems == [Problem("broken", "no right to write")]
+    assert warnings == [Problem("stubborn", "its check did not end within 0.01 s")]
+    Stubborn.free.set()
 
 
 class Closing(Plain):
