@@ -43,6 +43,7 @@ REASON_CHARACTERS = 600
 T = TypeVar("T")
 
 _OURS = ("FLORA_", "RECEIVER_")
+_USUAL = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -107,7 +108,7 @@ class CommandConfig(BaseModel):
     """The directory it runs in. Default: its own temporary directory, which is removed afterwards."""
     env: dict[Name, Given] = {}
     """Variables for the program; a value may be a secret: `env:NAME` or `file:/path`."""
-    pass_env: tuple[Annotated[str, AfterValidator(_passable)], ...] = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
+    pass_env: tuple[Annotated[str, AfterValidator(_passable)], ...] = _USUAL
     """Variables of the service that the program gets as well; never `FLORA_…` or `RECEIVER_…`."""
     download: bool = False
     """Whether the outputs are downloaded for it beforehand, into `RUN_OUTPUTS_DIR`."""
@@ -148,7 +149,8 @@ class Command:
         self._program = _find(config.command[0], self._environ.get(b"PATH", environ.get(b"PATH")))
         self._arguments = [ArgumentTemplate(argument) for argument in config.command[1:]]
         self._cwd = None if config.cwd is None else config.cwd.expanduser().absolute()
-        self._secrets = [value.get_secret_value() for value in config.env.values()]
+        passed = [os.fsdecode(self._environ.get(name.encode(), b"")) for name in config.pass_env if name not in _USUAL]
+        self._secrets = [*passed, *(value.get_secret_value() for value in config.env.values())]
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="command")
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:

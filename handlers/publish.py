@@ -219,7 +219,7 @@ def _attributes(run: SettledRun, context: Context) -> dict[str, str]:
         "source": "/flora-receiver",
         "type": f"flora_receiver.run.{context.event.value}",
         "subject": run.run_id,
-        "time": run.completed_at.isoformat().replace("+00:00", "Z"),
+        "time": run.settled_at.isoformat().replace("+00:00", "Z"),
         "datacontenttype": "application/json",
     }
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -15,14 +16,19 @@ import structlog
 from receiver.decide import Backoff
 from receiver.download import Download, Downloader, Saved, save
 from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledRun
+from receiver.media_urls import concealed
 from receiver.model import Artifact, DispatchState, Output, Run
 from receiver.scales import Scales
 from receiver.store import Database, queue
 from receiver.store.queue import Leased
+from receiver.telemetry import scrubbed
+from receiver.threads import owned_by
 
 _GRACE_SECONDS = 5.0
 """How long a handler may take to clean up once its attempt is cancelled."""
 _MAX_REASON = 1000
+_MAX_RESULT = 256 * 1024
+"""Characters of JSON: room for what a program printed, not for a media file."""
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
@@ -60,32 +66,35 @@ async def call(handler: Handler, run: SettledRun, context: "AttemptContext", tim
         return Retry("it cancelled itself")
     answer = task.result()
     if isinstance(answer, Done | Retry | Reject):
-        return storable(answer)
+        return storable(answer, _media(run))
     return Retry(f"it returned {type(answer).__name__} instead of Done, Retry or Reject")
 
 
 async def _guarded(handler: Handler, run: SettledRun, context: "AttemptContext") -> object:
+    owned_by(context.handler)
     try:
         return await handler.handle(run, context)
     except asyncio.CancelledError:
         raise
-    except BaseException as error:
-        context.log.warning("handler.raised", exc_info=True)
+    except BaseException as error:  # noqa: BLE001 -- whatever a plug-in raises, SystemExit too
+        # Libraries quote the URL that failed, or its path, which only we can tell for a media URL.
+        context.log.warning("handler.raised", exception=concealed(_traced(error), _media(run)))
         return Retry(_described(error))
 
 
-def storable(answer: Answer) -> Answer:
-    """Return an answer that the ledger can hold: a plug-in may put anything into it, and must not lose its lease so."""
+def storable(answer: Answer, media: Sequence[str] = ()) -> Answer:
+    """Return an answer that the ledger can hold: a plug-in may put anything into it, and must not lose its lease so.
+
+    What it says shows no secret and no media URL; `media` are those of the run.
+    """
     try:
         match answer:
             case Done(result=result):
-                kept = dict(result)
-                json.dumps(kept, default=str)
-                return Done(kept)
+                return Done(_kept(result, media))
             case Retry(reason=reason, after_seconds=after, reread=reread):
-                return Retry(_text(reason), None if after is None else float(after), reread is True)
+                return Retry(_text(reason, media), None if after is None else float(after), reread is True)
             case Reject(reason=reason):
-                return Reject(_text(reason))
+                return Reject(_text(reason, media))
     except Exception as error:  # noqa: BLE001 -- whatever a plug-in's object does when it is looked at
         what = f"what it answered cannot be kept: {type(error).__name__}"
         # The effect of Done is applied: only what it says about itself is lost.
@@ -95,8 +104,26 @@ def storable(answer: Answer) -> Answer:
     assert_never(answer)
 
 
-def _text(value: object) -> str:
-    return _UNSTORABLE.sub("\ufffd", str(value))[:_MAX_REASON]
+def _kept(result: Mapping[str, Any], media: Sequence[str]) -> Mapping[str, Any]:
+    """Return a result as strict JSON values, without media URLs."""
+    text = json.dumps(dict(result), default=str, ensure_ascii=False)
+    if len(text) > _MAX_RESULT:
+        return {"result": f"what it answered is too long to be kept: {len(text)} characters"}
+    text = _UNSTORABLE.sub("\ufffd", concealed(text, media))
+    kept: Mapping[str, Any] = json.loads(text, parse_constant=lambda _: None)
+    return kept
+
+
+def _text(value: object, media: Sequence[str]) -> str:
+    return _UNSTORABLE.sub("\ufffd", scrubbed(concealed(str(value), media)))[:_MAX_REASON]
+
+
+def _media(run: SettledRun) -> list[str]:
+    return [output.value for output in run.outputs if not output.is_text]
+
+
+def _traced(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def _described(error: BaseException) -> str:

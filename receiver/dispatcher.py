@@ -317,4 +317,4 @@ class Dispatcher:
         elif state is DispatchState.DEAD:
             line.error("dispatch.dead", reason=reason)
         else:
-            line.warning("dispatch.retry", reason=reason, due_at=outcome.due_at)
+            line.warning("dispatch.retry", reason=reason, due_at=outcome.due_at and outcome.due_at.isoformat())

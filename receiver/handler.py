@@ -2,9 +2,10 @@
 
 A handler is a class with a pydantic `Config` and `async def handle(self, run, context) -> Done | Retry | Reject`; it is
 built as `cls(config)`. Delivery is at least once with a stable `context.idempotency_key`: make the effect idempotent.
-An exception out of `handle` means Retry. Optional: `async def check(self)` raises with a message when the handler
-cannot work (wrong directory, wrong credentials), `async def close(self)` runs at shutdown. Every field of `Config` has
-a description, which `flora-receiver handlers show` prints. `handlers/README.md` leads through writing one.
+An exception out of `handle` means Retry. It runs on the service's event loop: what blocks goes into a thread.
+Optional: `async def check(self)` raises with a message when the handler cannot work (wrong directory, wrong
+credentials), `async def close(self)` runs at shutdown. Every field of `Config` has a description, which
+`flora-receiver handlers show` prints. `handlers/README.md` leads through writing one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

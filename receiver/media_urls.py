@@ -1,4 +1,10 @@
-"""Which URLs may be an output's at all: https or http, a host, a port, no credentials. For `receiver.download`."""
+"""Which URLs may be an output's at all: https or http, a host, a port, no credentials; and how they are kept unseen. Pure.
+
+For `receiver.download` and `receiver.attempt`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
 
 import httpx
 
@@ -34,3 +40,31 @@ def _clean(url: httpx.URL) -> httpx.URL:
     if url.userinfo:
         raise DownloadRefusedError(f"{url.host}: the output's URL carries credentials")
     return url.copy_with(fragment=None)
+
+
+_ORIGIN = re.compile(r"[^:/?#]+://[^/?#]*")
+_SHORTEST_PATH = 6
+"""Shorter paths are words like any other."""
+
+
+def concealed(text: str, urls: Iterable[str]) -> str:
+    """Return a text in which media URLs show no more than their host, also where a library quotes the path alone."""
+    shown = {quoted: instead for url in urls for quoted, instead in _spellings(url).items()}
+    for quoted in sorted(shown, key=len, reverse=True):
+        text = text.replace(quoted, shown[quoted])
+    return text
+
+
+def _spellings(text: str) -> Mapping[str, str]:
+    """Return what gives a URL away, and what is shown instead: the whole of it, and its path with and without query."""
+    origin = _ORIGIN.match(text)
+    written = text[origin.end() :] if origin else text  # as FLORA spelled it; below, as it travels
+    paths = {written}
+    try:
+        url = httpx.URL(text)
+        paths |= {url.raw_path.decode("ascii"), url.path}
+    except (httpx.InvalidURL, UnicodeError):
+        pass
+    paths |= {path.partition("?")[0] for path in paths}
+    whole = {text: f"{origin[0] if origin else ''}/…"} if len(written) > 1 else {}
+    return whole | {path: "/…" for path in paths if len(path) >= _SHORTEST_PATH}

@@ -371,6 +371,8 @@ class Dispatch:
     lease_token: str | None = None
     lease_until: datetime | None = None
     lane: Lane = Lane.LIGHT
+    result: Mapping[str, Any] | None = field(default=None, hash=False)
+    """What its handler said about itself when it was done."""
 
     @property
     def idempotency_key(self) -> str:

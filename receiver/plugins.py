@@ -1,6 +1,7 @@
 """Finds and builds the configured handlers. Called by the service and by `flora-receiver check`."""
 
 import asyncio
+import contextlib
 import importlib
 import json
 import os
@@ -18,13 +19,17 @@ from receiver.config import HandlerEntry, Setting, Settings, described
 from receiver.decide import Backoff
 from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreachableError
 from receiver.functions import FunctionHandler, function_maker
-from receiver.handler import Checks, DescribesSchema, Handler
+from receiver.handler import Checks, Closes, DescribesSchema, Handler
 from receiver.model import Event, Subscription, When
+from receiver.threads import owned_by
 
 GROUP = "flora_receiver.handlers"
 
 _CONCURRENCY = 8
 _CHECK_SECONDS = 10.0
+_CLOSE_SECONDS = 5.0
+_ANYTHING = (Exception, SystemExit)
+"""What code that is not ours may raise: a script that is named as a module ends with `sys.exit`, without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ def load_handlers(settings: Settings, environ: Mapping[str, str] | None = None) 
             problems.append(Problem(f"handlers.{index}.use", str(error)))
         except ValidationError as error:
             problems += _problems(error, index)
-        except Exception as error:  # noqa: BLE001 -- a plug-in's constructor may raise anything; the operator must see which
+        except _ANYTHING as error:  # a plug-in's constructor may raise anything; the operator must see which
             problems.append(
                 Problem(f"handlers.{index}", f"{entry.use} cannot be built: {type(error).__name__}: {error}")
             )
@@ -65,19 +70,51 @@ async def check_handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], lis
     return problems, [problem for problem, passing in found if problem is not None and passing]
 
 
+async def close_handlers(loaded: tuple[Loaded, ...]) -> None:
+    """Have every handler let go of what it holds; one that does not come to an end is left behind."""
+    registered = [each.registration for each in loaded]
+    closing = {
+        asyncio.create_task(_closed(each.name, each.handler)) for each in registered if isinstance(each.handler, Closes)
+    }
+    if closing:
+        _, left = await asyncio.wait(closing, timeout=_CLOSE_SECONDS)
+        for task in left:
+            task.cancel()
+
+
+async def _closed(name: str, handler: Closes) -> None:
+    owned_by(name)
+    with contextlib.suppress(*_ANYTHING):
+        await handler.close()
+
+
 async def _checked(loaded: Loaded) -> tuple[Problem | None, bool]:
     """Return what is wrong with one handler, and whether that may pass."""
     name, handler = loaded.registration.name, loaded.registration.handler
     if not isinstance(handler, Checks):
         return None, False
+    # A task of its own, so that one which swallows its cancellation is left behind, not waited for.
+    task = asyncio.create_task(_trouble(name, handler))
     try:
-        async with asyncio.timeout(_CHECK_SECONDS):
-            await handler.check()
-    except TimeoutError:
+        await asyncio.wait({task}, timeout=_CHECK_SECONDS)
+    finally:
+        task.cancel()
+    if not task.done() or task.cancelled():
         return Problem(name, f"its check did not end within {_CHECK_SECONDS:g} s"), True
-    except Exception as error:  # noqa: BLE001 -- a plug-in's check may raise anything: that is its answer
-        return Problem(name, str(error) or type(error).__name__), isinstance(error, TargetUnreachableError)
-    return None, False
+    error = task.result()
+    if error is None:
+        return None, False
+    return Problem(name, str(error) or type(error).__name__), isinstance(error, TargetUnreachableError)
+
+
+async def _trouble(name: str, handler: Checks) -> BaseException | None:
+    """Return what a check raises: whatever that is, it is its answer."""
+    owned_by(name)
+    try:
+        await handler.check()
+    except _ANYTHING as error:
+        return error
+    return None
 
 
 def available() -> Sequence[str]:
@@ -189,6 +226,14 @@ def find_handler(use: str) -> Any:
         else:
             module_name, _, attribute = use.partition(":")
             found = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:
-        raise HandlerLoadError(f"{use} cannot be imported: {type(error).__name__}: {error}") from error
+    except _ANYTHING as error:
+        raise HandlerLoadError(
+            f"{use} cannot be imported: {type(error).__name__}: {error}{_hint(use, error)}"
+        ) from error
     return found if hasattr(found, "Config") else function_maker(found, use)
+
+
+def _hint(use: str, error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name == use.partition(":")[0].partition(".")[0]:
+        return "; a module in the working directory is found by `python -m receiver`, any other has to be installed"
+    return ""

@@ -67,6 +67,8 @@ class DispatchView:
     last_error: str | None
     orphaned: bool = False
     """It waits for a handler that is not configured."""
+    result: Mapping[str, Any] | None = None
+    """What the handler said about itself when it was done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +203,7 @@ def _dispatch(row: Mapping[str, Any]) -> DispatchView:
         attempts=row["attempts"],
         last_error=row["last_error"],
         orphaned=row.get("orphaned", False),
+        result=row.get("result"),
     )
 
 

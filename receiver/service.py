@@ -21,12 +21,11 @@ from receiver.dispatcher import Dispatcher
 from receiver.download import Downloader
 from receiver.election import Election
 from receiver.errors import ConfigError, Problem, StoreUnavailableError
-from receiver.handler import Closes
 from receiver.herald import Herald
 from receiver.http import api_client, tls_context
 from receiver.intake import Intake, Secret
 from receiver.janitor import Janitor
-from receiver.plugins import check_handlers, load_handlers
+from receiver.plugins import check_handlers, close_handlers, load_handlers
 from receiver.poller import Poller
 from receiver.starter import Starter
 from receiver.store import Database, open_database, queries, queue
@@ -35,6 +34,7 @@ from receiver.store.migrate import upgrade
 from receiver.sweeper import Sweeper
 from receiver.systemd import Supervisor
 from receiver.telemetry import Metrics
+from receiver.threads import Threads
 from receiver.web.access import Access
 from receiver.web.backups import Backups
 from receiver.web.bodies import MAX_BODY_BYTES
@@ -90,6 +90,7 @@ class Service:
         self._given = dict(listeners or {})
         self._clock = clock or (lambda: datetime.now(UTC))
         self._loaded = load_handlers(settings)
+        self._threads = Threads()
         self.metrics = Metrics()
         self.signals = Signals()
         self.database: Database = open_database(
@@ -239,6 +240,7 @@ class Service:
 
     async def _start(self) -> None:
         settings = self._settings
+        asyncio.get_running_loop().set_default_executor(self._threads)
         before, after = await self.database.run(upgrade)
         if before != after:
             log.info("database.migrated", before=before, after=after)
@@ -373,10 +375,8 @@ class Service:
             task.cancel()
         with contextlib.suppress(TimeoutError):  # nobody is told 200 for what is dropped here
             await asyncio.wait_for(self.intake.close(), _COMMIT_SECONDS)
-        for each in self._loaded:
-            if isinstance(each.registration.handler, Closes):
-                with contextlib.suppress(Exception):
-                    await asyncio.wait_for(each.registration.handler.close(), 5)
+        await close_handlers(self._loaded)
+        self._threads.let_go()
         await self._api.aclose()
         await self._downloader.aclose()
         await self.database.close()

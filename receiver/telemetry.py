@@ -18,7 +18,7 @@ from structlog.typing import Processor
 
 from receiver.model import Event, Run, RunState, Verdict
 
-__all__ = ["Metrics", "configure_logging", "scrub"]
+__all__ = ["Metrics", "configure_logging", "scrub", "scrubbed"]
 
 MASK = "***"
 # They log URLs, statements or parameters below this level.
@@ -101,6 +101,11 @@ def scrub(_: Any, method: str, event: MutableMapping[str, Any]) -> MutableMappin
     for key, value in event.items():
         event[key] = _clean(key, value, shorten=shorten)
     return event
+
+
+def scrubbed(text: str) -> str:
+    """Return a text as a log line would show it: without secrets, and of web URLs no more than scheme and host."""
+    return _clean_text(text, shorten=True) if _SUSPECT.search(text) else text
 
 
 def _clean(key: str, value: Any, *, shorten: bool) -> Any:

@@ -283,6 +283,28 @@ def test_odd_but_usable_values_are_warnings() -> None:
     ]
 
 
+def test_what_a_handler_will_never_see_is_a_warning() -> None:
+    """A filter on a word that FLORA does not use matches nothing, and waiting for nobody has no end: both in silence."""
+    toml = """
+[[handlers]]
+use = "storage"
+when = { output_type = ["imageUrl", "image"], run_type = "technique" }
+[[handlers]]
+use = "notify"
+when = { run_type = "tecnique" }
+wait_for = ["storage", "storag", "notify"]
+[[handlers]]
+use = "mine:Own"
+wait_for = 5
+"""
+    assert [str(each.path) for each in settings(toml, BASE).warnings()] == [
+        "handlers.0.when.output_type",
+        "handlers.1.when.run_type",
+        "handlers.1.wait_for",
+        "handlers.1.wait_for",
+    ]
+
+
 LEAK = "whsec_LEAK"
 
 

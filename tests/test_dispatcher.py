@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any, ClassVar
 
 import pytest
+import structlog
 from pydantic import BaseModel
 
 from receiver import attempt as attempt_module
@@ -24,6 +25,7 @@ from tests.core import NOW, OUTPUT, Clock, Core, a_core, a_read, until, writable
 
 Act = Callable[[SettledRun, Context], Awaitable[Any]]
 TLS = tls_context()
+MEDIA = "https://media.example/media/fox.png?sig=1"
 
 
 @dataclass
@@ -279,6 +281,39 @@ async def test_an_odd_answer_never_leaves_its_lease_behind(bench: Bench, answer:
     dispatcher = bench.dispatcher(answering(answer))
     await bench.round(dispatcher)
     assert await bench.states() == {"h:settled:0": (state, 1)}
+
+
+async def test_what_a_handler_says_shows_no_media_url_and_no_secret(bench: Bench) -> None:
+    """Libraries quote URLs, or paths alone; whoever reads the ledger, an answer of the API or a log sees the host."""
+    await bench.core.register("run_1")
+    await bench.core.settle("run_1", outputs=[Output(0, "out", "imageUrl", MEDIA), Output(1, "t", "text", "a text")])
+    told = f"Max retries exceeded with url: /media/fox.png?sig=1 {MEDIA} https://chat.example/T0/secret whsec_abc"
+    dispatcher = bench.dispatcher(answering(RuntimeError(told), Retry(told), Done({"at": MEDIA, "a": ["a text"]})))
+    with structlog.testing.capture_logs() as lines:
+        await bench.round(dispatcher)
+        shown = "url: /… https://media.example/… https://chat.example/… whsec_***"
+        assert await bench.error() == f"RuntimeError: Max retries exceeded with {shown}"
+        await bench.round(dispatcher, 10)
+        assert await bench.error() == f"Max retries exceeded with {shown}"
+        await bench.round(dispatcher, 10)
+    (row,) = await bench.core.dispatches()
+    assert (row.state, row.result) == (DispatchState.DONE, {"at": "https://media.example/…", "a": ["a text"]})
+    assert "RuntimeError" in str(lines)
+    assert "fox.png" not in str(lines)
+
+
+async def test_a_result_is_kept_as_strict_json_if_it_is_small(bench: Bench) -> None:
+    """It is what the API shows later: nothing in it may break that, or fill the ledger."""
+    await bench.settled("run_1", "run_2")
+    odd = {"nan": float("nan"), "half": "\ud800", "nul": "\x00", "at": NOW, "deep": {"a": (1,)}}
+    await bench.round(bench.dispatcher(answering(Done(odd), Done({"text": "x" * 300_000})), concurrency=1))
+    rows = [*await bench.core.dispatches("run_1"), *await bench.core.dispatches("run_2")]
+    kept = {"nan": None, "half": "\ufffd", "nul": "\x00", "at": str(NOW), "deep": {"a": [1]}}
+    assert [row.result for row in rows] == [kept, None]
+    await bench.round(bench.made[0])
+    (row,) = await bench.core.dispatches("run_2")
+    assert "too long" in str(row.result)
+    assert row.state is DispatchState.DONE
 
 
 # --- time --------------------------------------------------------------------------------------------------------

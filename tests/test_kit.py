@@ -1,6 +1,7 @@
 """The kit for authors of handlers, and the example package: built, installed, discovered, and its own tests run."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,6 +47,36 @@ def test_the_examples_own_tests_pass(installed: dict[str, str], tmp_path: Path) 
     done = subprocess.run(command, env=installed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
+
+
+def test_what_the_manual_says_about_tests_is_enough(tmp_path: Path) -> None:
+    """Its three blocks in three files, beside the function that the main README shows: they pass, and nothing warns."""
+    function = next(block for block in _blocks("README.md", "python") if "def announce" in block)
+    fixtures, test = (
+        block for block in _blocks("handlers/README.md", "python") if "flora_stand" in block or "pytest" in block
+    )
+    (ini,) = _blocks("handlers/README.md", "ini")
+    files = {"sums.py": function, "conftest.py": fixtures, "test_sums.py": test, "pytest.ini": ini}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "base")]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+    assert "warning" not in (done.stdout + done.stderr).lower()
+
+
+def _blocks(file: str, language: str) -> list[str]:
+    """Return a manual's code blocks in a language."""
+    text = (PLUGIN.parents[1] / file).read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 async def test_contexts_share_their_places(

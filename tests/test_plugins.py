@@ -1,5 +1,8 @@
 """Loading handlers: every problem at once, each with its path, and nothing runs that was not asked for."""
 
+import asyncio
+import contextlib
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -7,12 +10,13 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from receiver import plugins
 from receiver.config import Settings
 from receiver.decide import Backoff
 from receiver.errors import ConfigError, Problem
 from receiver.handler import Answer, Context, Done, Secret, SettledRun, TargetUnreachableError, needs
 from receiver.model import Event, When
-from receiver.plugins import available, check_handlers, load_handlers
+from receiver.plugins import available, check_handlers, close_handlers, load_handlers
 
 HERE = __name__
 
@@ -84,6 +88,16 @@ class NoHandle:
 class Explosive(Plain):
     def __init__(self, config: Options) -> None:  # noqa: ARG002
         raise RuntimeError("boom")
+
+
+class Exiting(Plain):
+    def __init__(self, config: Options) -> None:  # noqa: ARG002
+        sys.exit("bye")
+
+
+class Leaving(Plain):
+    async def check(self) -> None:
+        sys.exit("gone")
 
 
 def settings(*handlers: dict[str, Any], **more: Any) -> Settings:
@@ -167,6 +181,28 @@ def test_a_value_is_never_repeated_in_a_problem() -> None:
     assert "whsec_very_secret" not in str(caught.value)
 
 
+def test_a_module_that_exits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without a guard ends the process that imports it: not ours, and not without a word."""
+    (tmp_path / "a_script_that_exits.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings({"use": "a_script_that_exits:main"}, entry("Exiting")))
+    assert [problem.message for problem in caught.value.problems] == [
+        "a_script_that_exits:main cannot be imported: SystemExit: 3",
+        f"{HERE}:Exiting cannot be built: SystemExit: bye",
+    ]
+
+
+def test_a_module_that_is_not_found_is_told_where_it_would_be() -> None:
+    """`flora-receiver` does not look in the working directory; what a module of one's own lacks is another matter."""
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings({"use": "my_sums:announce"}))
+    assert "found by `python -m receiver`" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings({"use": "tests.no_such_module:announce"}))
+    assert "found by" not in str(caught.value)
+
+
 def test_a_missing_extra_is_told_with_its_cure() -> None:
     """Before the first run: which library is missing, and what to install."""
     with pytest.raises(ConfigError) as caught:
@@ -198,10 +234,60 @@ def test_pauses_between_attempts_are_set_for_each_handler() -> None:
 
 async def test_checks_tell_what_is_wrong_from_what_may_pass() -> None:
     """A target that does not answer is a warning: it may be back when it is needed."""
-    loaded = load_handlers(settings(entry("Plain"), entry("Modest"), entry("Broken")))
+    loaded = load_handlers(settings(entry("Plain"), entry("Modest"), entry("Broken"), entry("Leaving")))
     problems, warnings = await check_handlers(loaded)
-    assert problems == [Problem("broken", "no right to write")]
+    assert problems == [Problem("broken", "no right to write"), Problem("leaving", "gone")]
     assert warnings == [Problem("modest", "nobody answers at 127.0.0.1:9")]
+
+
+class Stubborn(Plain):
+    """A check that swallows its cancellation once, and ends when it is let."""
+
+    free: ClassVar[asyncio.Event]
+
+    async def check(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await self.free.wait()
+
+
+async def test_a_check_that_does_not_end_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the other checks nor the start of the service: it is a warning, even if it ignores that its time is over."""
+    monkeypatch.setattr(plugins, "_CHECK_SECONDS", 0.01)
+    Stubborn.free = asyncio.Event()
+    problems, warnings = await check_handlers(load_handlers(settings(entry("Stubborn"), entry("Broken"))))
+    assert problems == [Problem("broken", "no right to write")]
+    assert warnings == [Problem("stubborn", "its check did not end within 0.01 s")]
+    Stubborn.free.set()
+
+
+class Closing(Plain):
+    """Lets go as it is told to: in order, with an error, with the process, or never."""
+
+    closed: ClassVar[list[str]] = []
+
+    async def close(self) -> None:
+        match self.config.size:
+            case 1:
+                raise RuntimeError("boom")
+            case 2:
+                sys.exit(1)
+            case 3:
+                await asyncio.Event().wait()
+            case _:
+                pass
+        self.closed.append(f"{self.config.size}")
+
+
+async def test_closing_is_over_whatever_a_handler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that stops, and a check that ends, wait for nobody for ever; all others have let go."""
+    monkeypatch.setattr(plugins, "_CLOSE_SECONDS", 0.01)
+    names = ("a", "b", "c", "d", "e")
+    entries = [entry("Closing", options={"size": size}) | {"name": name} for size, name in enumerate(names, 1)]
+    Closing.closed.clear()
+    await close_handlers(load_handlers(settings(*entries, entry("Plain"))))
+    assert sorted(Closing.closed) == ["4", "5"]
+    await close_handlers(())
 
 
 def test_a_secret_may_stand_in_the_environment(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 from receiver.cli.output import WRONG, explained, show
 from receiver.config import load, redacted
 from receiver.errors import Problem, ReceiverError, StoreInUseError
-from receiver.plugins import check_handlers, load_handlers, without_secrets
+from receiver.plugins import Loaded, check_handlers, close_handlers, load_handlers, without_secrets
 from receiver.store import open_database
 from receiver.store.migrate import HEAD, current
 
@@ -18,7 +18,7 @@ def run(config: Path | None, *, json: bool) -> None:
     with explained(as_json=json):
         settings = load(config, os.environ)
         loaded = load_handlers(settings)
-        problems, unreachable = asyncio.run(check_handlers(loaded))
+        problems, unreachable = asyncio.run(_handlers(loaded))
         state, trouble = asyncio.run(_database(settings.database.url))
         problems += trouble
         warnings = settings.warnings() + unreachable
@@ -38,6 +38,14 @@ def run(config: Path | None, *, json: bool) -> None:
         show(data, "\n".join(lines), as_json=json)
         if problems:
             raise typer.Exit(WRONG)
+
+
+async def _handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[Problem]]:
+    """Return what is wrong with the handlers, and what may pass by itself."""
+    try:
+        return await check_handlers(loaded)
+    finally:
+        await close_handlers(loaded)
 
 
 async def _database(url: str) -> tuple[str, list[Problem]]:

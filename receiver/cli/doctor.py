@@ -13,7 +13,7 @@ from receiver.doctor.flora import of_flora
 from receiver.doctor.machine import of_ledger
 from receiver.doctor.public import of_public
 from receiver.doctor.settings import of_settings
-from receiver.plugins import check_handlers, load_handlers
+from receiver.plugins import check_handlers, close_handlers, load_handlers
 
 
 def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
@@ -31,9 +31,12 @@ def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
 async def examine(settings: Settings, *, ca: Path | None = None) -> list[Finding]:
     """Return every finding, the worst first."""
     loaded = load_handlers(settings)
-    flora, ledger, public, (problems, unreachable) = await asyncio.gather(
-        of_flora(settings), of_ledger(settings), of_public(settings, ca=ca), check_handlers(loaded)
-    )
+    try:
+        flora, ledger, public, (problems, unreachable) = await asyncio.gather(
+            of_flora(settings), of_ledger(settings), of_public(settings, ca=ca), check_handlers(loaded)
+        )
+    finally:
+        await close_handlers(loaded)
     found = [*of_settings(settings), *flora, *ledger, *public]
     found += [Finding("handler.broken", f"{each.path}: {each.message}") for each in problems]
     found += [Finding("handler.unreachable", f"{each.path}: {each.message}") for each in unreachable]

@@ -1,5 +1,6 @@
 """Why a run stands where it stands, in words. Pure: from what `GET /api/runs/{run_id}/timeline` answers."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ _VERDICTS = {
     "late": "Its callback came after it had been written off.",
     "diverged": "Its callback and FLORA's API contradict each other; what the API showed counts.",
 }
+_RESULT_LENGTH = 300
 
 
 def explained_run(found: Mapping[str, Any]) -> list[str]:
@@ -66,8 +68,15 @@ def _handlers(run: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{row['handler']} has yet to work on it."
             case "leased":
                 yield f"{row['handler']} is working on it now, attempt {row['attempts']}."
+            case "done" if row["result"]:
+                yield f"{row['handler']} is done: {_short(row['result'])}"
             case "skipped" if row["event"] == "settled":
                 yield f"{row['handler']} does not want it: {row['last_error']}"
+
+
+def _short(result: Mapping[str, Any]) -> str:
+    text = json.dumps(result, ensure_ascii=False)
+    return text if len(text) <= _RESULT_LENGTH else f"{text[:_RESULT_LENGTH]}… (whole in `runs show --json`)"
 
 
 def _next(run: Mapping[str, Any], reads: int) -> Iterator[str]:

@@ -4,9 +4,12 @@ import asyncio
 import gc
 import importlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
+
+import structlog
 
 from receiver.cli.output import explained
 from receiver.config import Settings, load
@@ -14,6 +17,10 @@ from receiver.service import Only, Service
 from receiver.systemd import Supervisor, listeners
 from receiver.telemetry import configure_logging
 
+log = structlog.get_logger("receiver.cli")
+
+_LAST_SECONDS = 3.0
+"""How long a process that has stopped may take to be gone: tasks that swallow their cancellation would keep it for ever."""
 _YOUNG = 10_000
 """Allocations between collections. What belongs to a callback lives until its commit: with Python's 700, each collection
 finds almost all of it alive, and that costs a twentieth of all."""
@@ -50,6 +57,15 @@ async def _serve(settings: Settings, only: Only | None) -> None:
     gc.freeze()  # what is loaded by now stays for good: no collection needs to look at it
     gc.set_threshold(_YOUNG, *gc.get_threshold()[1:])
     await service.run_until_signal(Supervisor.of(os.environ, os.getpid()))
+    leaving = threading.Timer(_LAST_SECONDS, _leave)
+    leaving.daemon = True  # or the process would wait for it
+    leaving.start()
+
+
+def _leave() -> None:
+    """End the process under the feet of code that will not end: the ledger is closed, nothing else matters any more."""
+    log.warning("service.left_behind", reason="a handler's task or thread does not end")
+    os._exit(0)
 
 
 def _with(settings: Settings, listener: str, *, host: str | None, port: int | None) -> Settings:

@@ -29,12 +29,14 @@ from receiver.config.sections import (
 )
 from receiver.config.values import HttpUrl
 from receiver.errors import Problem
+from receiver.model import OutputType
 
 __all__ = ["LISTS", "Setting", "Settings", "describe", "redacted", "section_of"]
 
 LISTS: Mapping[str, type[BaseModel]] = MappingProxyType({"workspaces": Workspace, "handlers": HandlerEntry})
 """The settings that are lists of tables."""
 
+_KNOWN = {"output_type": [each.value for each in OutputType], "run_type": ["generation", "technique", "action"]}
 _LAST_RETRY_SECONDS = 400  # FLORA's last attempt: 10 s + 60 s + 300 s and three time-outs after the first
 _SECRET_KEY = re.compile(
     r"secret|token|passw(or)?d|authorization|api_?key|access_?key|credential|private", re.IGNORECASE
@@ -107,7 +109,26 @@ class Settings(Section):
         if past is not None and past < _LAST_RETRY_SECONDS:
             late = f"FLORA's last retry may come {_LAST_RETRY_SECONDS} s after signing: it would be refused"
             found.append(Problem("flora.tolerance_past_seconds", late))
-        return found
+        return [*found, *self._never()]
+
+    def _never(self) -> Iterator[Problem]:
+        """Find what a handler asks for and will never see: FLORA's words are open, so a slip is no error."""
+        names = {entry.name for entry in self.handlers}
+        for index, entry in enumerate(self.handlers):
+            asked = {
+                "output_type": entry.when and entry.when.output_type,
+                "run_type": entry.when and entry.when.run_type,
+            }
+            for name, words in asked.items():
+                for word in sorted(set(words or ()) - set(_KNOWN[name])):
+                    known = ", ".join(_KNOWN[name])
+                    yield Problem(f"handlers.{index}.when.{name}", f"{word!r} is not one that we know: {known}")
+            awaited = entry.options.get("wait_for")
+            for name in awaited if isinstance(awaited, list | tuple) else ():
+                if name not in names - {entry.name}:
+                    yield Problem(
+                        f"handlers.{index}.wait_for", f"no other handler is called {name!r}: it would wait in vain"
+                    )
 
     def _prefixed(self) -> Iterator[tuple[str, str, SecretStr]]:
         if self.flora.api_key:

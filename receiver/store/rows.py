@@ -161,6 +161,7 @@ def dispatch_of(row: RowMapping) -> Dispatch:
         lease_token=row["lease_token"],
         lease_until=moment_or_none(row["lease_until"]),
         lane=Lane(row["lane"]),
+        result=None if row["result"] is None else json.loads(row["result"]),
     )
 
 

@@ -13,7 +13,7 @@ import httpx
 
 from receiver import certificates
 from receiver.client import ReceiverClient
-from receiver.config import Settings
+from receiver.config import HandlerEntry, Settings
 from receiver.emulator import Emulator, EmulatorSettings
 from receiver.http import probe_client
 from receiver.replies import RunView
@@ -79,7 +79,7 @@ class Stand:
 
 @asynccontextmanager
 async def standing(directory: Path, handlers: Sequence[Mapping[str, Any]], **sections: Any) -> AsyncIterator[Stand]:
-    """Run both, with files below `directory`. `handlers` and `sections` are settings: a handler's own under `options`."""
+    """Run both, with files below `directory`. `handlers` are entries as in receiver.toml, `sections` further settings."""
     authority = certificates.make_authority()
     ca = directory / "ca.pem"
     ca.write_bytes(authority.pem)
@@ -110,7 +110,7 @@ async def standing(directory: Path, handlers: Sequence[Mapping[str, Any]], **sec
         },
         "reconcile": {"first_poll_seconds": 1.0, "max_gap_seconds": 1.0, "callback_window_seconds": 5.0},
         "downloads": {"allow_private_hosts": [urlsplit(emulator.public_origin).netloc]},
-        "handlers": [dict(handler) for handler in handlers],
+        "handlers": [_entry(handler) for handler in handlers],
     }
     try:
         service = Service(Settings.model_validate(document | sections))
@@ -119,3 +119,10 @@ async def standing(directory: Path, handlers: Sequence[Mapping[str, Any]], **sec
     finally:
         await emulator.aclose()
         await flora.stop()
+
+
+def _entry(handler: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry with the handler's own keys in `options`, where they may stand already."""
+    own = {name: value for name, value in handler.items() if name not in HandlerEntry.model_fields}
+    general = {name: value for name, value in handler.items() if name not in own}
+    return {**general, "options": {**handler.get("options", {}), **own}}

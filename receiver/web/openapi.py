@@ -347,6 +347,7 @@ _SCHEMAS: _Json = {
         run_id=_TEXT, handler=_TEXT, event=_TEXT, round=_COUNT, attempts=_COUNT, due_at=_TIME, last_error=_TEXT_OR_NULL,
         orphaned={**_FLAG, "description": "It waits for a handler that is not configured."},
         state={"type": "string", "enum": [state.value for state in DispatchState]},
+        result={"type": ["object", "null"], "description": "What the handler said when it was done; with its run alone."},
     ),
     "Start": _object(
         token=_TEXT, state={"type": "string", "enum": [state.value for state in StartState]}, run_id=_TEXT_OR_NULL,

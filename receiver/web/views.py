@@ -53,7 +53,9 @@ def account_json(account: Account, handlers: Collection[str]) -> dict[str, Any]:
         **run_json(account.run, finished=account.finished(handlers)),
         "outputs": [asdict(output) for output in account.outputs],
         "artifacts": [artifact_json(artifact) for artifact in account.artifacts],
-        "dispatches": [dispatch_json(dispatch, handlers) for dispatch in account.dispatches],
+        "dispatches": [
+            {**dispatch_json(dispatch, handlers), "result": dispatch.result} for dispatch in account.dispatches
+        ],
         "start": None if account.start is None else start_json(account.start),
     }
 

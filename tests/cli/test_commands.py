@@ -204,7 +204,7 @@ def test_the_emulator_runs_until_it_is_stopped(start: Start) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serve_ends_in_order(number: signal.Signals, start: Start) -> None:
     """Either signal ends it with exit code 0, and it says that it stopped."""
-    server = start("serve", "--host", "127.0.0.1", "--port", 0, errors=True, **KEYS)
+    server = start("serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, **KEYS)
     with httpx.Client(base_url=ready(server), trust_env=False) as http:
         assert http.get("/healthz").json() == {"status": "ok"}
         assert http.get("/readyz").json() == {"status": "ready"}
@@ -212,9 +212,51 @@ def test_serve_ends_in_order(number: signal.Signals, start: Start) -> None:
     assert "service.stopped" in server.until(lambda line: "service.stopped" in line)[-1]
 
 
+@pytest.mark.parametrize(
+    "clings",
+    [
+        "KEPT.append(asyncio.create_task(stubborn()))",
+        "threading.Thread(target=threading.Event().wait).start()",
+    ],
+    ids=["task", "thread"],
+)
+def test_serve_ends_whatever_a_handler_has_left_running(clings: str, start: Start, tmp_path: Path) -> None:
+    """A task that swallows its cancellation, a thread that waits for ever: the ledger is closed, and the process ends."""
+    (tmp_path / "clinging.py").write_text(
+        f"""
+import asyncio, threading
+from receiver.handler import Done
+from receiver.functions import NoOptions
+
+async def stubborn():
+    while True:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            pass
+
+KEPT = []
+
+class Clinging:
+    Config = NoOptions
+    def __init__(self, config): pass
+    async def handle(self, run, context): return Done()
+    async def check(self): {clings}
+"""
+    )
+    (tmp_path / "receiver.toml").write_text('[[handlers]]\nuse = "clinging:Clinging"\n')
+    server = start(
+        "serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, PYTHONPATH=str(tmp_path), **KEYS
+    )
+    ready(server)
+    assert server.stop() == 0
+    assert "service.stopped" in server.until(lambda line: "service.stopped" in line)[-1]
+    assert "service.left_behind" in server.until(lambda line: "service.left_behind" in line)[-1]
+
+
 def test_a_second_serve_is_told_what_is_in_its_way(start: Start, tmp_path: Path) -> None:
     """The same file, then the same port."""
-    server = start("serve", "--host", "127.0.0.1", "--port", 0, errors=True, **KEYS)
+    server = start("serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, **KEYS)
     port = ready(server).rpartition(":")[2]
     done = run_command("serve", "--port", 0, cwd=tmp_path, env=KEYS)
     assert (done.returncode, "another running flora-receiver" in done.stderr) == (1, True)

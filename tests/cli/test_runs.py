@@ -138,6 +138,9 @@ def test_a_run_is_shown_listed_and_explained(desk: Desk) -> None:
     told = desk.text("runs", "explain", run_id)
     for words in ("Its callback came in time.", "we asked FLORA to start it", "storage: stored file://"):
         assert words in told
+    results = [row["result"] for row in desk.json("runs", "show", run_id)["dispatches"] if row["handler"] == "storage"]
+    assert results[0]["files"]
+    assert f"storage is done: {json.dumps(results[0])}" in told
     assert desk.json("runs", "show", run_id)["finished"]
 
 

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import sqlite3
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
@@ -117,6 +118,37 @@ async def test_one_that_fails_for_an_hour_delays_no_other(place: Stage, tmp_path
     with contextlib.closing(sqlite3.connect(reports)) as connection:
         [(runs, ended)] = connection.execute("SELECT count(*), count(completed_at) FROM flora_runs").fetchall()
     assert (runs, ended) == (RUNS, RUNS)
+
+
+release = threading.Event()
+
+
+async def hanging(run: SettledRun, context: Context) -> None:
+    """Waits in a thread of the loop for what does not come, as a call to a dead mount does."""
+    await asyncio.to_thread(release.wait)
+
+
+async def test_one_whose_threads_hang_delays_no_other_and_no_stop(place: Stage) -> None:
+    """More calls than the loop has threads, none of which can be stopped: all other work goes on, and so does the end."""
+    release.clear()
+    names = [{"use": f"{__name__}:hanging", "name": f"hanging-{n}", "timeout_seconds": 60} for n in range(6)]
+    storage = {"use": "storage", "options": {"url": str(place.outputs)}}
+    try:
+        async with place.service(handlers=[*names, storage]) as service:
+            first = [await place.track(service, "emu-image") for _ in range(8)]
+            await eventually(lambda: _leased(place, 6 * 8), what="calls that hang")
+            assert await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+            second = [await place.track(service, "emu-image") for _ in range(4)]
+            await eventually(lambda: _all_done(place, ("storage",), 12), what="the files")
+        for run_id in first + second:
+            place.check_files(run_id)
+    finally:
+        release.set()
+
+
+async def _leased(stage: Stage, number: int) -> bool:
+    rows = stage.rows("SELECT count(*) AS n FROM dispatches WHERE state = 'leased' AND handler LIKE 'hanging%'")
+    return bool(rows[0]["n"] >= number)
 
 
 def _states(stage: Stage, handler: str) -> dict[str, int]:

@@ -262,6 +262,7 @@ async def test_events_for_clouds_carry_their_attributes(
     assert fields[b"ce_source"] == b"/flora-receiver"
     assert fields[b"ce_type"] == b"flora_receiver.run.settled"
     assert fields[b"ce_id"] == b"run_1:test:settled:0"
+    assert fields[b"ce_time"].decode() == run.settled_at.isoformat().replace("+00:00", "Z")
     await handler.close()
 
 

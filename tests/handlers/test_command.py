@@ -329,6 +329,12 @@ async def test_secrets_and_media_urls_are_not_kept(
     assert told.endswith("...")
 
 
+async def test_what_is_passed_on_may_be_a_secret_too(build: Build, run: SettledRun, context_of: ContextOf) -> None:
+    """It is the program's to use, and not the record's to keep; what every program has is no secret."""
+    handler = build("sh", "-c", 'echo "$AWS_SECRET_ACCESS_KEY at $HOME"', pass_env=["AWS_SECRET_ACCESS_KEY", "HOME"])
+    assert printed(await handler.handle(run, context_of())) == "[hidden] at /home/of/the/service"
+
+
 async def test_outputs_are_there_beforehand_if_asked(
     build: Build, run: SettledRun, context_of: ContextOf, media: MediaServer, work: Path
 ) -> None:

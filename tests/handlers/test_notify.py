@@ -215,6 +215,22 @@ async def test_a_refusal_names_the_status_and_no_token(chat: Chat, run: SettledR
     assert isinstance(await handler.handle(run, context_of()), Done)
 
 
+@pytest.mark.parametrize("error", [RuntimeError(TOKEN), SystemExit(TOKEN), asyncio.CancelledError(TOKEN)])
+async def test_a_service_that_raises_is_free_again(
+    error: BaseException, chat: Chat, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises: its words are not told, its thread does not count as hanging, and the next attempt tries it."""
+
+    def fail(**_: object) -> bool:
+        raise error
+
+    handler = notify(chat.url())
+    with monkeypatch.context() as patch:
+        patch.setattr(handler._targets[0]._service, "notify", fail)
+        assert reason(await handler.handle(run, context_of())) == f"target 1 (JSON) failed: {type(error).__name__}"
+    assert isinstance(await handler.handle(run, context_of()), Done)
+
+
 async def test_a_target_that_hangs_holds_up_itself(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
     """The other one is told; the hanging one gets no second thread, and works when it is back."""
     other = Chat()

@@ -56,7 +56,7 @@ async def test_a_download_that_may_work_later_is_tried_later(
 async def test_in_a_running_receiver(tmp_path: Path, flora_stand: Any) -> None:
     """Found by its entry point, told of a run by a callback of the emulated FLORA, done once."""
     directory = tmp_path / "sums"
-    async with flora_stand([{"use": "checksums", "options": {"directory": str(directory)}}]) as stand:
+    async with flora_stand([{"use": "checksums", "directory": str(directory)}]) as stand:
         run = await stand.run("emu-two-images")
         assert run.succeeded, run
         assert [dispatch.state for dispatch in run.dispatches] == ["done"]
