@@ -52,9 +52,10 @@ class LocalDisk:
     def key_of(self, location: str) -> str | None:
         parts = urlsplit(location)
         path = Path(unquote(parts.path))
-        if parts.scheme != "file" or ".." in path.parts or not path.is_relative_to(self.root):
+        if parts.scheme != "file" or not path.is_relative_to(self.root):
             return None
-        return path.relative_to(self.root).as_posix()
+        key = path.relative_to(self.root)
+        return None if ".." in key.parts else key.as_posix()
 
     async def size(self, key: str) -> int | None:
         return await self._run(_file_size, self.root / key)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import string
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,11 +26,14 @@ _RUN_FIELDS = frozenset({"run_id", "run_type", "status", "technique_id", "worksp
 _OUTPUT_FIELDS = frozenset({"output_id", "output_type", "position", "ext"})
 _FIELDS = _TIMES | _RUN_FIELDS | _OUTPUT_FIELDS
 _FIELD = re.compile(r"(?P<name>\w+)(?:\[(?P<key>[^\[\]]+)\])?")
+_POSITION = re.compile(r"(0?\d{1,2})?d?")  # of what `format` would take: no fillers, no megabytes
 _DEFAULT_TIME = "%Y%m%dT%H%M%SZ"
 
 # Separators, what Windows forbids, control characters (of text direction too) and lone surrogates.
-_FORBIDDEN = re.compile(r'[/\\<>:"|?*\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
-_RESERVED = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))})
+_FORBIDDEN = re.compile(r'[/\\<>:"|?*\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+_RESERVED = frozenset(
+    {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *(f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789¹²³")}
+)
 
 _BY_CONTENT_TYPE = {
     "application/json": ".json",
@@ -178,6 +182,8 @@ def _parse(text: str) -> Iterable[_Piece]:
             raise ValueError(f"unknown field {{{name}}}; there are {', '.join(sorted(_FIELDS))} and metadata[…]")
         if conversion or (spec and ("{" in spec or match["name"] not in _TIMES | {"position"})):
             raise ValueError(f"{{{name}}} takes no conversion, and a format only if it is a time or a position")
+        if spec and match["name"] == "position" and not _POSITION.fullmatch(spec):
+            raise ValueError(f"{{{name}}} takes no other format than a width, such as 03d")
         yield _Piece(literal, match["name"], match["key"] or "", spec or "")
 
 
@@ -258,7 +264,8 @@ class RunKeys:
 
 
 def _fold(key: str) -> str:
-    return key.casefold()  # some file systems do not tell A from a
+    """Make equal what some file systems do not tell apart: A and a, and the two spellings of ä."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", key).casefold())
 
 
 def _inserted(key: str, suffix: str, ext: str) -> str:

@@ -43,6 +43,8 @@ def _usable_key(text: str) -> str:
 def _usable_url(url: str) -> str:
     if _is_local(url):
         _directory(url)
+    else:
+        _plain_bucket(url)
     return url
 
 
@@ -155,12 +157,28 @@ def _is_local(url: str) -> bool:
 
 
 def _directory(url: str) -> Path:
+    if "\0" in unquote(url):
+        raise ValueError("must not hold a NUL: no directory is called so")
     if "://" not in url and not url.startswith("file:"):
-        return Path(url).expanduser()
+        try:
+            return Path(url).expanduser()
+        except RuntimeError:
+            raise ValueError(f"{url!r} begins with the home of a user who has none") from None
     parts = urlsplit(url)
     if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/") or parts.query or parts.fragment:
         raise ValueError(f"{url!r} must be file:///absolute/path")
     return Path(unquote(parts.path))
+
+
+def _plain_bucket(url: str) -> None:
+    """Refuse what would go into the location of every file, and means nothing to a bucket: secrets, queries, `..`."""
+    parts = urlsplit(url)
+    if parts.password is not None or (parts.username is not None and not parts.scheme.startswith("abfs")):
+        raise ValueError("must not hold credentials: they go into `store`")
+    if parts.query or parts.fragment:
+        raise ValueError("must not hold `?` or `#`: options go into `store`")
+    if {".", ".."} & set(parts.path.split("/")):
+        raise ValueError("must not hold `.` or `..` as a directory")
 
 
 def _worst(outcomes: Sequence[Kept | Retry | Reject]) -> Answer:

@@ -94,12 +94,21 @@ async def test_a_run_becomes_files_records_and_a_manifest(
     assert told["outputs"][0]["location"] == image.location
 
 
+@pytest.mark.parametrize("place", ["{root}", "../outputs"])
 async def test_running_again_writes_nothing(
-    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+    root: Path,
+    media: MediaServer,
+    run: SettledRun,
+    context_of: ContextOf,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
 ) -> None:
-    """What is on record and still there is not even fetched."""
+    """What is on record and still there is not even fetched, wherever the directory is said to be."""
+    here = root.parent / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
     run = replace(run, outputs=(media.output("/a", page(PNG)), text(1)))
-    handler, context = storage(root), context_of()
+    handler, context = storage(Path(place.format(root=root))), context_of()
     first = await handler.handle(run, context)
     before, requests, stores = identities(root), len(media.requests), context.stores
     assert await handler.handle(run, context) == first
@@ -506,6 +515,14 @@ async def test_a_part_lies_where_its_file_will(
         {"url": ""},
         {"url": "file://host/a"},
         {"url": "file:relative"},
+        {"url": "a\0b"},
+        {"url": "file:///a%00b"},
+        {"url": "~nobody-of-this-name/outputs"},
+        {"url": "s3://key:secret@bucket/x"},
+        {"url": "s3://key@bucket/x"},
+        {"url": "s3://bucket/x?region=y"},
+        {"url": "s3://bucket/x#y"},
+        {"url": "s3://bucket/x/../y"},
         {"outputs_at_once": 0},
         {"unknown": 1},
         {"overwrite": "sometimes"},
