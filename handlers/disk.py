@@ -3,6 +3,9 @@
 The temporary file lies in the directory of its target, which may be a file system of its own; what a killed process
 left there is swept up by the next one that writes there. All file work happens in threads of its own; a lock per file
 keeps the clean-up of a cancelled download behind the write that it interrupts.
+
+The tree is the operator's: links are followed, to read what was moved elsewhere and to write below directories that lie
+elsewhere. A file's own link is replaced, never written through.
 """
 
 import asyncio
@@ -264,7 +267,7 @@ def _remove_abandoned(path: Path) -> None:
 
 def _file_size(path: Path) -> int | None:
     try:
-        status = path.lstat()
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None

@@ -283,6 +283,52 @@ async def test_a_file_that_is_not_the_runs_own(
         assert path.stat() == before
 
 
+@pytest.mark.parametrize("overwrite", ["never", "same", "always"])
+async def test_a_link_in_the_place_of_a_file(
+    root: Path, tmp_path: Path, run: SettledRun, context_of: ContextOf, overwrite: str
+) -> None:
+    """Nothing is ever written through it: it is someone else's file, and `always` replaces the link itself."""
+    victim, place = tmp_path / "victim", root / "2026-11-24/run_1/words.txt"
+    victim.write_bytes(b"precious")
+    place.parent.mkdir(parents=True)
+    place.symlink_to(victim)
+    answer = await storage(root, overwrite=overwrite).handle(replace(run, outputs=(text(0),)), context_of())
+    assert isinstance(answer, Done if overwrite == "always" else Reject)
+    assert place.is_symlink() == (overwrite != "always")
+    assert place.read_bytes() == (b"precious" if overwrite != "always" else "Grüße".encode())
+    assert victim.read_bytes() == b"precious"
+
+
+async def test_what_was_moved_elsewhere_and_linked_is_still_there(
+    root: Path, tmp_path: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """Operators make room so, for files and for directories; nothing is fetched again, and new files follow."""
+    run = replace(run, outputs=(media.output("/a", page(PNG)),))
+    handler, context = storage(root), context_of()
+    await handler.handle(run, context)
+    (root / "2026-11-24/run_1").rename(tmp_path / "cold")
+    (root / "2026-11-24/run_1").symlink_to(tmp_path / "cold")
+    (tmp_path / "cold/out.png").rename(tmp_path / "colder.png")
+    (tmp_path / "cold/out.png").symlink_to(tmp_path / "colder.png")
+    assert isinstance(await handler.handle(replace(run, charged_cost=0.25), context), Done)
+    assert len(media.requests) == 1
+    assert json.loads((tmp_path / "cold/run.json").read_bytes())["charged_cost"] == 0.25
+    assert (tmp_path / "cold/out.png").is_symlink()
+
+
+async def test_what_is_no_file_is_in_the_way(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """A directory is neither read nor replaced, a pipe holds nobody up, a link to nowhere is nothing."""
+    directory = root / "2026-11-24/run_1"
+    (directory / "a.txt").mkdir(parents=True)
+    os.mkfifo(directory / "b.txt")
+    (directory / "c.txt").symlink_to(root / "nowhere")
+    outputs = tuple(text(n, output_id=name) for n, name in enumerate("abc"))
+    answer = await storage(root).handle(replace(run, outputs=outputs), context_of())
+    assert isinstance(answer, Retry)
+    assert answer.reason == f"output 0 (a): cannot write to {root}: Is a directory"
+    assert set(files(directory)) == {"b.txt", "c.txt"}
+
+
 async def test_another_ledgers_manifest_is_renewed_and_nobody_elses(
     root: Path, run: SettledRun, context_of: ContextOf
 ) -> None:
@@ -466,6 +512,36 @@ def full_after(room: int) -> Callable[[int, memoryview], int]:
         return written
 
     return write
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT])
+async def test_a_disk_that_fails_at_the_end(
+    root: Path,
+    media: MediaServer,
+    run: SettledRun,
+    context_of: ContextOf,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    code: int,
+) -> None:
+    """What could not be flushed or named is not on record and leaves nothing; the next attempt begins anew."""
+
+    def fails(*args: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    run, context = replace(run, outputs=(media.output("/a", page(PNG)),)), context_of()
+    handler = storage(root)
+    await handler.check()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, step, fails)
+        answer = await handler.handle(run, context)
+    assert isinstance(answer, Retry)
+    assert str(root) in answer.reason
+    assert context.records[0].stored_at is None
+    assert files(root) == {}
+    assert isinstance(await handler.handle(run, context), Done)
+    assert files(root)["2026-11-24/run_1/out.png"] == PNG
 
 
 def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:

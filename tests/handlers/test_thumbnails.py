@@ -117,7 +117,7 @@ print(peak() - before)
 
 @pytest.mark.parametrize(
     ("kind", "mode", "side"),
-    [("PNG", "RGBA", 6_300), ("PNG", "LA", 6_300), ("PNG", "P", 6_300), ("JPEG", "CMYK", 6_300), ("WEBP", "RGB", 4_470)],
+    [("PNG", "RGBA", 6_300), ("PNG", "LA", 6_300), ("JPEG", "CMYK", 6_300), ("WEBP", "RGB", 4_470)],
 )
 def test_the_largest_take_as_much_memory_as_is_said(tmp_path: Path, kind: str, mode: str, side: int) -> None:
     """A file of a few kilobytes must not take the service down: all copies together stay within what is documented."""
