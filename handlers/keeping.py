@@ -68,6 +68,7 @@ class Keeper:
         *,
         overwrite: Overwrite,
         max_size: int | None,
+        tell_prompts: bool = False,
     ) -> None:
         self._place = place
         self._template = template
@@ -75,6 +76,7 @@ class Keeper:
         self._context = context
         self._overwrite = overwrite
         self._max_size = max_size
+        self._tell_prompts = tell_prompts
         self._known = {artifact.position: artifact for artifact in context.artifacts}
         taken = {position: place.key_of(artifact.location) for position, artifact in self._known.items()}
         self._keys = RunKeys(template, run, {position: key for position, key in taken.items() if key is not None})
@@ -188,7 +190,7 @@ class Keeper:
         await self._context.store_artifact(position, size=stored.size, sha256=stored.sha256, content_type=content_type)
 
     async def _describe(self, kept: Sequence[Kept]) -> None:
-        body = manifest(self._run, kept)
+        body = manifest(self._run, kept, await self._context.request() if self._tell_prompts else None)
         key = self._keys.manifest(MANIFEST, kept[0].key if kept else None)
         location = self._place.locate(key)
         known = self._known.get(MANIFEST)

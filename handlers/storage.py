@@ -78,6 +78,8 @@ class StorageConfig(BaseModel):
     """Largest output, in bytes or as in `500MB`; a larger one is given up. Default: only `downloads.max_bytes` holds."""
     manifest: bool = True
     """Whether to write `run.json`."""
+    embed_metadata: bool = False
+    """Whether `run.json` also holds the prompt, and other text inputs, of a run that was started here."""
     thumbnails: bool = False
     """Whether to put a small WebP beside each image, named as it with `.thumb.webp` added (extra `thumbnails`)."""
     cache_control: Annotated[str | None, AfterValidator(_usable_header)] = None
@@ -86,7 +88,9 @@ class StorageConfig(BaseModel):
     """Outputs of one run that are fetched at the same time."""
 
     @model_validator(mode="after")
-    def _can_be_opened(self) -> Self:
+    def _can_be_used(self) -> Self:
+        if self.embed_metadata and not self.manifest:
+            raise ValueError("`embed_metadata` goes into `run.json`: it needs `manifest = true`")
         open_place(self.url, self.store, self.cache_control)
         return self
 
@@ -109,7 +113,15 @@ class Storage:
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:
         config = self._config
-        keeper = Keeper(self._place, self._template, run, context, overwrite=config.overwrite, max_size=config.max_size)
+        keeper = Keeper(
+            self._place,
+            self._template,
+            run,
+            context,
+            overwrite=config.overwrite,
+            max_size=config.max_size,
+            tell_prompts=config.embed_metadata,
+        )
         gate = asyncio.Semaphore(config.outputs_at_once)
 
         async def guarded(output: Output) -> Kept | Retry | Reject:

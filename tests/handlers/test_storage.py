@@ -21,6 +21,7 @@ from handlers.objects import ObjectStore
 from handlers.places import Place, PlaceError
 from handlers.storage import Storage, StorageConfig, open_place
 from receiver.handler import MANIFEST, Answer, Checks, Closes, Done, Event, Handler, Output, Reject, Retry, SettledRun
+from receiver.testing.stand import standing
 from tests.media import MediaServer, Page, page
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40
@@ -161,6 +162,58 @@ async def test_the_cost_brings_the_manifest_up_to_date(
     assert json.loads(body)["charged_cost"] == 0.25
     assert context.records[MANIFEST].sha256 == hashlib.sha256(body).hexdigest()
     assert len(media.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (
+            {
+                "inputs": [
+                    {"id": "prompt", "type": "text", "value": "ein Leuchtturm"},
+                    {"id": "style", "type": "imageUrl", "value": "https://media.test/secret"},
+                ],
+                "mode": "async",
+            },
+            {
+                "inputs": [
+                    {"id": "prompt", "type": "text", "value": "ein Leuchtturm"},
+                    {"id": "style", "type": "imageUrl", "value": None},
+                ]
+            },
+        ),
+        (
+            {"type": "image", "prompt": "a fox", "model": "m1", "params": {"image": "https://media.test/secret"}},
+            {"prompt": "a fox", "model": "m1"},
+        ),
+        ({"type": "text", "prompt": "a fox"}, {"prompt": "a fox", "model": None}),
+        (None, {}),
+    ],
+)
+async def test_the_manifest_tells_the_prompt_where_that_is_wanted(
+    root: Path, run: SettledRun, context_of: ContextOf, asked: dict[str, Any] | None, told: dict[str, Any]
+) -> None:
+    """Texts alone, since whoever has a media URL has the media; of a run that was started elsewhere nothing is known."""
+    run = replace(run, outputs=(text(0),))
+    path, names = root / "2026-11-24/run_1/run.json", ("inputs", "prompt", "model")
+    context = context_of(asked=asked)
+    assert isinstance(await storage(root).handle(run, context), Done)
+    assert not set(names) & json.loads(path.read_bytes()).keys()
+    assert isinstance(await storage(root, embed_metadata=True).handle(run, context), Done)
+    content = json.loads(path.read_bytes())
+    assert {name: content[name] for name in names if name in content} == told
+    assert (content["technique_id"], content["run_id"]) == ("tech_1", "run_1")
+    assert b"secret" not in path.read_bytes()
+
+
+async def test_a_run_that_is_started_here_is_told_with_its_prompt(root: Path, tmp_path: Path) -> None:
+    """From the API through FLORA into the file, without the token that links the callback to its start."""
+    handler = {"use": "storage", "options": {"url": str(root), "embed_metadata": True, "key": "{output_id}{ext}"}}
+    async with standing(tmp_path, [handler]) as stand:
+        told = await stand.run("emu-text")
+    manifest = files(root)[f"{told.run_id}.run.json"]
+    assert json.loads(manifest)["inputs"] == [{"id": "prompt", "type": "text", "value": "a lighthouse"}]
+    assert b"start=" not in manifest
 
 
 async def test_equal_ids_become_different_files(
@@ -603,6 +656,7 @@ async def test_a_part_lies_where_its_file_will(
         {"unknown": 1},
         {"overwrite": "sometimes"},
         {"max_size": 0},
+        {"embed_metadata": True, "manifest": False},
         {"cache_control": "no-cache\n"},
         {"store": {"region": "x"}},
         {"cache_control": "no-cache"},
