@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import os
 import secrets
-import shutil
 import stat
 import threading
 import time
@@ -32,8 +31,6 @@ STALE_SECONDS = 24 * 3600  # no download runs for that long; asked only where th
 REMEMBERED_DIRECTORIES = 10_000
 THREADS = 16  # they mostly wait for fsync
 READ_BYTES = 1024 * 1024
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _write = os.write  # tests put a full disk here
 
@@ -121,12 +118,8 @@ class LocalDisk:
             raise PlaceError(self._explained(exc)) from exc
 
     def _explained(self, exc: OSError) -> str:
-        if exc.errno in _FULL:
-            try:
-                free = f"{shutil.disk_usage(self.root).free / 1e6:.1f} MB free"
-            except OSError:
-                free = "free space unknown"
-            return f"disk full at {self.root}: {free}"
+        if exc.errno == errno.ENOSPC:
+            return f"disk full at {self.root}: {_room(self.root)}"
         return f"cannot write to {self.root}: {exc.strerror or exc}"
 
 
@@ -263,6 +256,16 @@ def _remove_abandoned(path: Path) -> None:
         path.unlink()
     finally:
         os.close(fd)
+
+
+def _room(path: Path) -> str:
+    try:
+        usage = os.statvfs(path)
+    except OSError:
+        return "free space unknown"
+    if usage.f_files and not usage.f_favail:
+        return "it has no room for another file (no inodes left)"
+    return f"{usage.f_bavail * usage.f_frsize / 1e6:.1f} MB free"
 
 
 def _file_size(path: Path) -> int | None:

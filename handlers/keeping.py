@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from handlers.manifest import Kept, manifest
-from handlers.naming import KeyTemplate, RunKeys, extension
+from handlers.naming import KeyTemplate, RunKeys, clean, extension
 from handlers.places import Place, PlaceError, Stored, digest
 from handlers.thumbnails import (
     CONTENT_TYPE,
@@ -83,7 +83,7 @@ class Keeper:
 
     async def keep(self, output: Output) -> Kept | Retry | Reject:
         """Store one output unless it is safe; whatever goes wrong is an answer about this output alone."""
-        which = f"output {output.position} ({output.output_id})"
+        which = f"output {output.position} ({clean(output.output_id)})"
         try:
             return await self._still_there(output) or await self._fetch(output)
         except (DownloadRefusedError, TooLargeError) as exc:

@@ -535,6 +535,25 @@ async def test_a_disk_without_room_is_seen_before_the_download(
     assert files(root) == {}
 
 
+async def test_a_disk_without_inodes(
+    root: Path, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for bytes and none for files: nobody would find that by the megabytes."""
+    statvfs = os.statvfs
+
+    def none_left(path: Any) -> os.statvfs_result:
+        values = list(statvfs(path))
+        values[5:8] = [100, 0, 0]  # f_files, f_ffree, f_favail
+        return os.statvfs_result(values)
+
+    handler = storage(root)
+    await handler.check()
+    monkeypatch.setattr(os, "statvfs", none_left)
+    monkeypatch.setattr(handlers.disk, "_write", full_after(0))
+    answer = await handler.handle(replace(run, outputs=(text(0),)), context_of())
+    assert reason(answer).endswith(f"disk full at {root}: it has no room for another file (no inodes left)")
+
+
 async def test_a_disk_that_fills_up_on_the_way(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
