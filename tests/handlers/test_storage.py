@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -614,6 +615,38 @@ async def test_a_disk_that_fails_at_the_end(
     assert files(root) == {}
     assert isinstance(await handler.handle(run, context), Done)
     assert files(root)["2026-11-24/run_1/out.png"] == PNG
+
+
+async def test_a_file_system_that_can_do_less(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No locks, directories that cannot be flushed, nothing told about free space: files are stored all the same.
+
+    Without locks nobody can tell what is still being written: parts of others go when they are a day old.
+    """
+    fsync, statvfs = os.fsync, os.statvfs
+
+    def of_files(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(fd)
+
+    def unsupported(*args: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*statvfs(path)[:2], *[0] * 8]))
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    directory = root / "2026-11-24/run_1"
+    directory.mkdir(parents=True)
+    for name in ("old", "young"):
+        (directory / f".part-flora-{name}").write_bytes(b"x")
+    os.utime(directory / ".part-flora-old", (0, 0))
+    run = replace(run, outputs=(media.output("/a", page(PNG)),))
+    handler = storage(root)
+    await handler.check()
+    assert isinstance(await handler.handle(run, context_of()), Done)
+    assert set(files(directory)) == {"out.png", "run.json", ".part-flora-young"}
 
 
 def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:
