@@ -17,6 +17,8 @@ SIDE = 512
 MAX_BYTES = 32 * 1024 * 1024
 MAX_MEMORY = 320_000_000  # bytes; 8K video has 33 million pixels
 MAX_SIDE = 32_768
+MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each goes over all pixels, and takes a few bytes
+_SCAN = b"\xff\xda"
 
 _BYTES_PER_PIXEL = {"WEBP": 16}
 """What decoding takes at its worst, several copies at once; 8 where nothing is said."""
@@ -52,6 +54,8 @@ def thumbnail(body: bytes, content_type: str | None) -> bytes:
     kind = _format(content_type)
     if kind is None:
         raise NoThumbnailError(f"{content_type} is not among the formats that are opened")
+    if kind == "JPEG" and body.count(_SCAN) > MAX_SCANS:
+        raise NoThumbnailError(f"more than {MAX_SCANS} scans are too many")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

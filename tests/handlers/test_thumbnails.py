@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from handlers.storage import Storage, StorageConfig
-from handlers.thumbnails import MAX_MEMORY, SIDE, NoThumbnailError, thumbnail
+from handlers.thumbnails import MAX_MEMORY, MAX_SCANS, SIDE, NoThumbnailError, thumbnail
 from receiver.handler import THUMBNAIL, Done, MissingExtraError, SettledRun
 from tests.media import MediaServer, page
 
@@ -44,6 +44,13 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
+def scanned(times: int) -> bytes:
+    """A progressive JPEG with its last scan many times over: work without end in a few bytes."""
+    body = picture("JPEG", progressive=True)
+    scan = body.rindex(b"\xff\xda")
+    return body[:scan] + body[scan:-2] * times + body[-2:]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_format_becomes_a_small_webp(kind: str) -> None:
     """In proportion, at most 512 pixels, the same bytes each time."""
@@ -69,6 +76,11 @@ def test_a_photo_stands_upright() -> None:
     assert not made.getexif()
 
 
+def test_a_progressive_one_may_have_many_scans() -> None:
+    """Ten are usual."""
+    assert opened(thumbnail(scanned(MAX_SCANS - 20), "image/jpeg")).size == (SIDE, SIDE // 2)
+
+
 def test_small_ones_are_not_blown_up() -> None:
     """One pixel is one pixel."""
     assert opened(thumbnail(picture(size=(1, 1)), "image/png")).size == (1, 1)
@@ -87,6 +99,7 @@ def test_small_ones_are_not_blown_up() -> None:
         (b"", "image/png"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/png"),
         (picture("JPEG"), "image/png"),
+        (scanned(MAX_SCANS), "image/jpeg"),
         (picture("TIFF"), "image/tiff"),
         (b"<svg/>", "image/svg+xml"),
         (picture(), None),
