@@ -337,6 +337,27 @@ async def test_a_file_that_is_not_the_runs_own(
         assert path.stat() == before
 
 
+async def test_two_receivers_may_share_a_directory(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """Ledgers that know nothing of each other, the same runs at the same time: each file is whole, and nobody loses."""
+    outputs = (media.output("/a", page(PNG * 200)), *(text(n, "x" * n * 1000, f"words-{n}") for n in range(1, 5)))
+    runs = [replace(run, run_id=f"run_{n}", outputs=outputs) for n in range(8)]
+
+    async def receiver(verdict: str) -> list[Answer]:
+        handler = storage(root, key="{technique_id}/{run_id}-{output_id}{ext}")
+        told = [(replace(each, verdict=verdict), context_of(each.run_id, places={})) for each in runs]
+        return await asyncio.gather(*(handler.handle(*each) for each in told))
+
+    answers = await asyncio.gather(receiver("matched"), receiver("recovered"), receiver("late"))
+    assert all(isinstance(answer, Done) for each in answers for answer in each)
+    stored = files(root)
+    assert len(stored) == len(runs) * (len(outputs) + 1)
+    for each in runs:
+        assert stored[f"tech_1/{each.run_id}-out.png"] == PNG * 200
+        assert json.loads(stored[f"tech_1/{each.run_id}.run.json"])["run_id"] == each.run_id
+
+
 @pytest.mark.parametrize("overwrite", ["never", "same", "always"])
 async def test_a_link_in_the_place_of_a_file(
     root: Path, tmp_path: Path, run: SettledRun, context_of: ContextOf, overwrite: str
