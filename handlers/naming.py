@@ -20,6 +20,7 @@ from receiver.handler import Output, OutputType, SettledRun
 
 VALUE_BYTES = 120
 SEGMENT_BYTES = 200  # leaves room for `-{position}` within the 255 bytes that file systems allow
+KEY_BYTES = 880  # leaves room for a prefix and the extension within the 1024 bytes that buckets allow
 
 _TIMES = frozenset({"created_at", "started_at", "completed_at", "settled_at"})
 _RUN_FIELDS = frozenset({"run_id", "run_type", "status", "technique_id", "workspace_id", "project_id"})
@@ -164,7 +165,8 @@ class KeyTemplate:
         """Build the key of one output: a relative path of clean segments, the same for the same run and output."""
         *directories, name = self._fill(run, output, ext).split("/")
         stem, ext = (name[: -len(ext)], ext) if ext and name.endswith(ext) and name != ext else (name, "")
-        return "/".join([*map(_tidy, directories), _tidy(stem) + ext])
+        limit = max(24, min(SEGMENT_BYTES, KEY_BYTES // (len(directories) + 1) - 1))
+        return "/".join(_tidy(segment, limit) for segment in (*directories, stem)) + ext
 
     def _fill(self, run: SettledRun, output: Output, ext: str) -> str:
         return "".join(piece.literal + _value(piece, run, output, ext) for piece in self._pieces)
@@ -217,12 +219,12 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def _tidy(segment: str) -> str:
+def _tidy(segment: str, limit: int) -> str:
     """Hold a whole segment, which may be made of several values, to what each value is held to."""
     tidy = segment.rstrip(". ") or "_"
     if tidy.startswith(".") or tidy.partition(".")[0].rstrip().upper() in _RESERVED:
         tidy = f"_{tidy}"
-    return tidy if len(tidy.encode()) <= SEGMENT_BYTES else _shortened(tidy, SEGMENT_BYTES, of=segment)
+    return tidy if len(tidy.encode()) <= limit else _shortened(tidy, limit, of=segment)
 
 
 class RunKeys:

@@ -54,6 +54,19 @@ def test_every_key_stays_below_its_root(one: str, other: str, text: str) -> None
     assert all(0 < len(segment.encode()) <= 255 and not segment.startswith(".") for segment in key.split("/"))
 
 
+@pytest.mark.parametrize("depth", [1, 4, 8, 20])
+def test_however_deep_a_key_is_buckets_take_it(depth: int) -> None:
+    """1024 bytes are what they allow, prefix included: deep keys have shorter parts, which still tell values apart."""
+    template = KeyTemplate("/".join(f"{{metadata[{n}]}}" for n in range(depth)) + "{ext}")
+    long = {str(n): "ä" * 55 for n in range(depth)}
+    keys = {
+        template.render(replace(RUN, metadata={**long, str(depth - 1): "ä" * 55 + end}), output(), ".webp")
+        for end in ("", "b", "c")
+    }
+    assert len(keys) == 3
+    assert all(len(key.encode()) <= 900 and len(key.split("/")) == depth for key in keys)
+
+
 @pytest.mark.parametrize(
     ("text", "cleaned"),
     [
