@@ -67,7 +67,8 @@ def manifest(run: SettledRun, kept: Sequence[Kept], asked: Mapping[str, Any] | N
 
 
 def _asked(asked: Mapping[str, Any]) -> dict[str, Any]:
-    if "inputs" not in asked:
+    inputs = asked.get("inputs")
+    if not isinstance(inputs, list):  # a generation
         return {name: asked.get(name) for name in ("model", "prompt")}
     return {
         "inputs": [
@@ -76,7 +77,8 @@ def _asked(asked: Mapping[str, Any]) -> dict[str, Any]:
                 "type": each.get("type"),
                 "value": each.get("value") if each.get("type") == OutputType.TEXT else None,
             }
-            for each in asked["inputs"]
+            for each in inputs
+            if isinstance(each, Mapping)
         ]
     }
 

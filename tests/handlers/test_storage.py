@@ -187,7 +187,8 @@ async def test_the_cost_brings_the_manifest_up_to_date(
             {"type": "image", "prompt": "a fox", "model": "m1", "params": {"image": "https://media.test/secret"}},
             {"prompt": "a fox", "model": "m1"},
         ),
-        ({"type": "text", "prompt": "a fox"}, {"prompt": "a fox", "model": None}),
+        ({"type": "text", "prompt": "a fox", "inputs": "none"}, {"prompt": "a fox", "model": None}),
+        ({"inputs": ["odd"]}, {"inputs": []}),
         (None, {}),
     ],
 )
