@@ -9,7 +9,7 @@ import json
 import re
 import string
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -169,7 +169,17 @@ class KeyTemplate:
         return "/".join(_tidy(segment, limit) for segment in (*directories, stem)) + ext
 
     def _fill(self, run: SettledRun, output: Output, ext: str) -> str:
-        return "".join(piece.literal + _value(piece, run, output, ext) for piece in self._pieces)
+        return "".join(piece.literal + _value(piece, run, output, ext, clean) for piece in self._pieces)
+
+
+class LabelTemplate:
+    """A parsed text with the fields of a key, whose values stay as they are; ValueError when it is wrong."""
+
+    def __init__(self, text: str) -> None:
+        self._pieces = tuple(_parse(text))
+
+    def render(self, run: SettledRun, output: Output, ext: str) -> str:
+        return "".join(piece.literal + _value(piece, run, output, ext, str) for piece in self._pieces)
 
 
 def _parse(text: str) -> Iterable[_Piece]:
@@ -196,7 +206,7 @@ def _check(text: str, sample: str) -> None:
         raise ValueError(f"{text!r} has characters that file names cannot have everywhere")
 
 
-def _value(piece: _Piece, run: SettledRun, output: Output, ext: str) -> str:
+def _value(piece: _Piece, run: SettledRun, output: Output, ext: str, made: Callable[[str], str]) -> str:
     if piece.name is None:
         return ""
     own = {"output_id": output.output_id, "output_type": output.type, "metadata": run.metadata.get(piece.key)}
@@ -206,7 +216,7 @@ def _value(piece: _Piece, run: SettledRun, output: Output, ext: str) -> str:
         return format(output.position, piece.spec)
     if piece.name in _TIMES:
         return _time(getattr(run, piece.name), piece.spec)
-    return clean(_text(own[piece.name] if piece.name in own else getattr(run, piece.name)))
+    return made(_text(own[piece.name] if piece.name in own else getattr(run, piece.name)))
 
 
 def _time(at: datetime | None, spec: str) -> str:

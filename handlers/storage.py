@@ -5,6 +5,7 @@ neither fetched nor written; a place is reserved in the ledger before anything i
 """
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
@@ -13,9 +14,9 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
 from handlers.disk import LocalDisk
-from handlers.keeping import Keeper, Overwrite
+from handlers.keeping import OWN_LABELS, Keeper, Overwrite
 from handlers.manifest import Kept
-from handlers.naming import KeyTemplate
+from handlers.naming import KeyTemplate, LabelTemplate
 from handlers.places import Place, PlaceUnreachableError
 from handlers.thumbnails import require_pillow
 from receiver.handler import (
@@ -32,6 +33,7 @@ from receiver.handler import (
     When,
 )
 
+_LABEL = re.compile("[a-z][a-z0-9_]{0,31}")  # what every cloud takes for a name
 DEFAULT_KEY = "{completed_at:%Y-%m-%d}/{run_id}/{output_id}{ext}"
 
 
@@ -52,6 +54,14 @@ def _usable_header(text: str | None) -> str | None:
     if text is not None and not (text.isascii() and text.isprintable() and text.strip()):
         raise ValueError("must be printable ASCII, as a header is")
     return text
+
+
+def _usable_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
+    for name, text in labels.items():
+        if not _LABEL.fullmatch(name) or name in OWN_LABELS:
+            raise ValueError(f"{name!r} must be a name of a-z, 0-9 and _, and none of {', '.join(sorted(OWN_LABELS))}")
+        LabelTemplate(text)
+    return labels
 
 
 def _as_text(value: object) -> object:
@@ -84,6 +94,10 @@ class StorageConfig(BaseModel):
     """Whether to put a small WebP beside each image, named as it with `.thumb.webp` added (extra `thumbnails`)."""
     cache_control: Annotated[str | None, AfterValidator(_usable_header)] = None
     """`Cache-Control` of the objects in a bucket, such as `public, max-age=31536000, immutable`."""
+    labels: Annotated[Mapping[str, str], Field(max_length=4), AfterValidator(_usable_labels)] = Field(
+        default_factory=dict
+    )
+    """Further metadata of the objects in a bucket: up to four names, and texts that may have the fields of `key`."""
     outputs_at_once: Annotated[int, Field(ge=1, le=32)] = 4
     """Outputs of one run that are fetched at the same time."""
 
@@ -91,6 +105,8 @@ class StorageConfig(BaseModel):
     def _can_be_used(self) -> Self:
         if self.embed_metadata and not self.manifest:
             raise ValueError("`embed_metadata` goes into `run.json`: it needs `manifest = true`")
+        if self.labels and _is_local(self.url):
+            raise ValueError("`labels` are for buckets; files have none")
         open_place(self.url, self.store, self.cache_control)
         return self
 
@@ -106,6 +122,7 @@ class Storage:
         """MissingExtraError where thumbnails are wanted and Pillow is not installed."""
         self._config = config
         self._template = KeyTemplate(config.key)
+        self._labels = {name: LabelTemplate(text) for name, text in config.labels.items()}
         self._place = place or open_place(config.url, config.store, config.cache_control)
         self._easel = asyncio.Semaphore(1)  # one picture is decoded at a time, whatever that takes of memory
         if config.thumbnails:
@@ -121,6 +138,7 @@ class Storage:
             overwrite=config.overwrite,
             max_size=config.max_size,
             tell_prompts=config.embed_metadata,
+            labels=self._labels,
         )
         gate = asyncio.Semaphore(config.outputs_at_once)
 

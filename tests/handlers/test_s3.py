@@ -80,8 +80,11 @@ async def test_a_run_becomes_labelled_objects(
     """Type, cache rule and who it is of travel with each object; told again, nothing is fetched or written."""
     body = picture()
     big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="Größe 1", kind="videoUrl")
-    run = replace(run, technique_id="tech ü", outputs=(media.output("/a", page(body)), big))
-    handler = storage(bucket, cache_control="public, max-age=60", thumbnails=True)
+    run = replace(
+        run, technique_id="tech ü", metadata={"market": "a/b?"}, outputs=(media.output("/a", page(body)), big)
+    )
+    labels = {"team": "studio", "market": "{metadata[market]}: {position:02d}{ext}", "missing": "{metadata[none]}"}
+    handler = storage(bucket, cache_control="public, max-age=60", thumbnails=True, labels=labels)
     await handler.check()
     context = context_of()
     assert await handler.handle(run, context) == Done({"files": 2, "bytes": len(body) + len(BIG)})
@@ -94,6 +97,8 @@ async def test_a_run_becomes_labelled_objects(
         "run": "run_1",
         "output": "out",
         "technique": "tech %C3%BC",
+        "team": "studio",
+        "market": "a/b%3F: 00.png",
         "sha256": hashlib.sha256(body).hexdigest(),
     }
     video, labels, etag = await held(bucket, "2026-11-24/run_1/Größe 1.mp4")
