@@ -3,6 +3,9 @@
 The temporary file lies in the directory of its target, which may be a file system of its own; what a killed process
 left there is swept up by the next one that writes there. All file work happens in threads of its own; a lock per file
 keeps the clean-up of a cancelled download behind the write that it interrupts.
+
+The tree is the operator's: links are followed, to read what was moved elsewhere and to write below directories that lie
+elsewhere. A file's own link is replaced, never written through.
 """
 
 import asyncio
@@ -11,7 +14,6 @@ import fcntl
 import hashlib
 import os
 import secrets
-import shutil
 import stat
 import threading
 import time
@@ -30,7 +32,7 @@ REMEMBERED_DIRECTORIES = 10_000
 THREADS = 16  # they mostly wait for fsync
 READ_BYTES = 1024 * 1024
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_SYNC = frozenset({errno.EINVAL, errno.EBADF})  # of a directory, on SMB and others: it cannot be done there
 
 _write = os.write  # tests put a full disk here
 
@@ -52,9 +54,10 @@ class LocalDisk:
     def key_of(self, location: str) -> str | None:
         parts = urlsplit(location)
         path = Path(unquote(parts.path))
-        if parts.scheme != "file" or ".." in path.parts or not path.is_relative_to(self.root):
+        if parts.scheme != "file" or not path.is_relative_to(self.root):
             return None
-        return path.relative_to(self.root).as_posix()
+        key = path.relative_to(self.root)
+        return None if ".." in key.parts else key.as_posix()
 
     async def size(self, key: str) -> int | None:
         return await self._run(_file_size, self.root / key)
@@ -117,12 +120,8 @@ class LocalDisk:
             raise PlaceError(self._explained(exc)) from exc
 
     def _explained(self, exc: OSError) -> str:
-        if exc.errno in _FULL:
-            try:
-                free = f"{shutil.disk_usage(self.root).free / 1e6:.1f} MB free"
-            except OSError:
-                free = "free space unknown"
-            return f"disk full at {self.root}: {free}"
+        if exc.errno == errno.ENOSPC:
+            return f"disk full at {self.root}: {_room(self.root)}"
         return f"cannot write to {self.root}: {exc.strerror or exc}"
 
 
@@ -219,7 +218,7 @@ class _Part:
             return
         self._tree.enter(self._target.parent)
         usage = os.statvfs(self._target.parent)
-        if usage.f_bavail * usage.f_frsize < self._expected:
+        if usage.f_blocks and usage.f_bavail * usage.f_frsize < self._expected:  # some file systems tell nothing
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         while True:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -261,9 +260,19 @@ def _remove_abandoned(path: Path) -> None:
         os.close(fd)
 
 
+def _room(path: Path) -> str:
+    try:
+        usage = os.statvfs(path)
+    except OSError:
+        return "free space unknown"
+    if usage.f_files and not usage.f_favail:
+        return "it has no room for another file (no inodes left)"
+    return f"{usage.f_bavail * usage.f_frsize / 1e6:.1f} MB free"
+
+
 def _file_size(path: Path) -> int | None:
     try:
-        status = path.lstat()
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
@@ -280,6 +289,9 @@ def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in _NO_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(fd)
 

@@ -9,10 +9,11 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 from handlers.manifest import Kept, manifest
-from handlers.naming import KeyTemplate, RunKeys, extension
+from handlers.naming import KeyTemplate, LabelTemplate, RunKeys, clean, extension
 from handlers.places import Place, PlaceError, Stored, digest
 from handlers.thumbnails import (
     CONTENT_TYPE,
@@ -37,6 +38,7 @@ from receiver.handler import (
     SettledRun,
 )
 
+OWN_LABELS = frozenset({"run", "output", "technique", "sha256"})
 MANIFEST_BYTES = 16 * 1024 * 1024
 
 
@@ -68,6 +70,8 @@ class Keeper:
         *,
         overwrite: Overwrite,
         max_size: int | None,
+        tell_prompts: bool = False,
+        labels: Mapping[str, LabelTemplate] = MappingProxyType({}),
     ) -> None:
         self._place = place
         self._template = template
@@ -75,13 +79,15 @@ class Keeper:
         self._context = context
         self._overwrite = overwrite
         self._max_size = max_size
+        self._tell_prompts = tell_prompts
+        self._own_labels = labels
         self._known = {artifact.position: artifact for artifact in context.artifacts}
         taken = {position: place.key_of(artifact.location) for position, artifact in self._known.items()}
         self._keys = RunKeys(template, run, {position: key for position, key in taken.items() if key is not None})
 
     async def keep(self, output: Output) -> Kept | Retry | Reject:
         """Store one output unless it is safe; whatever goes wrong is an answer about this output alone."""
-        which = f"output {output.position} ({output.output_id})"
+        which = f"output {output.position} ({clean(output.output_id)})"
         try:
             return await self._still_there(output) or await self._fetch(output)
         except (DownloadRefusedError, TooLargeError) as exc:
@@ -135,7 +141,8 @@ class Keeper:
         async with self._context.open(output) as download:
             self._within(download.content_length or 0)
             content_type = download.content_type
-            key = self._keys.output(output, extension(content_type, output))
+            ext = extension(content_type, output)
+            key = self._keys.output(output, ext)
             location = self._place.locate(key)
             stored = await self._met(output, key, location, download)
             if stored is None:
@@ -145,7 +152,7 @@ class Keeper:
                     self._limited(download),
                     content_type=content_type,
                     expected=download.content_length,
-                    metadata=self._labels(output),
+                    metadata=self._labels(output, ext),
                 )
         await self._record(output.position, stored, content_type)
         return _kept(output, key, location, stored, content_type)
@@ -180,15 +187,15 @@ class Keeper:
             self._within(size)
             yield chunk
 
-    def _labels(self, output: Output) -> Mapping[str, str]:
-        technique = self._run.technique_id
-        return {"run": self._run.run_id, "output": output.output_id, **({"technique": technique} if technique else {})}
+    def _labels(self, output: Output, ext: str) -> Mapping[str, str]:
+        own = {name: template.render(self._run, output, ext) for name, template in self._own_labels.items()}
+        return {**own, "run": self._run.run_id, "output": output.output_id, "technique": self._run.technique_id or ""}
 
     async def _record(self, position: int, stored: Stored, content_type: str | None) -> None:
         await self._context.store_artifact(position, size=stored.size, sha256=stored.sha256, content_type=content_type)
 
     async def _describe(self, kept: Sequence[Kept]) -> None:
-        body = manifest(self._run, kept)
+        body = manifest(self._run, kept, await self._context.request() if self._tell_prompts else None)
         key = self._keys.manifest(MANIFEST, kept[0].key if kept else None)
         location = self._place.locate(key)
         known = self._known.get(MANIFEST)

@@ -1,11 +1,15 @@
-"""The manifest of a stored run: what ran, what it cost, where its outputs are. Pure; for `handlers.storage`."""
+"""The manifest of a stored run: what ran, what it cost, where its outputs are. Pure; for `handlers.storage`.
+
+It is what says later where a file comes from: the files themselves stay as FLORA made them, byte for byte.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
-from receiver.handler import SettledRun
+from receiver.handler import OutputType, SettledRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +26,13 @@ class Kept:
     content_type: str | None
 
 
-def manifest(run: SettledRun, kept: Sequence[Kept]) -> bytes:
-    """Describe a run as JSON: the same bytes whenever the same is known about it, and never a media URL."""
+def manifest(run: SettledRun, kept: Sequence[Kept], asked: Mapping[str, Any] | None = None) -> bytes:
+    """Describe a run as JSON: the same bytes whenever the same is known about it, and never a media URL.
+
+    `asked` is what FLORA was asked for (see `Context.request`); of that go along the texts, the prompt among them.
+    """
     content = {
+        **(_asked(asked) if asked is not None else {}),
         "version": 1,
         "run_id": run.run_id,
         "run_type": run.run_type,
@@ -56,6 +64,23 @@ def manifest(run: SettledRun, kept: Sequence[Kept]) -> bytes:
     }
     text = json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, default=str)
     return f"{text}\n".encode(errors="replace")
+
+
+def _asked(asked: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = asked.get("inputs")
+    if not isinstance(inputs, list):  # a generation
+        return {name: asked.get(name) for name in ("model", "prompt")}
+    return {
+        "inputs": [
+            {
+                "id": each.get("id"),
+                "type": each.get("type"),
+                "value": each.get("value") if each.get("type") == OutputType.TEXT else None,
+            }
+            for each in inputs
+            if isinstance(each, Mapping)
+        ]
+    }
 
 
 def _iso(at: datetime | None) -> str | None:

@@ -8,7 +8,8 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -19,17 +20,20 @@ from receiver.handler import Output, OutputType, SettledRun
 
 VALUE_BYTES = 120
 SEGMENT_BYTES = 200  # leaves room for `-{position}` within the 255 bytes that file systems allow
+KEY_BYTES = 880  # leaves room for a prefix and the extension within the 1024 bytes that buckets allow
 
 _TIMES = frozenset({"created_at", "started_at", "completed_at", "settled_at"})
 _RUN_FIELDS = frozenset({"run_id", "run_type", "status", "technique_id", "workspace_id", "project_id"})
 _OUTPUT_FIELDS = frozenset({"output_id", "output_type", "position", "ext"})
 _FIELDS = _TIMES | _RUN_FIELDS | _OUTPUT_FIELDS
 _FIELD = re.compile(r"(?P<name>\w+)(?:\[(?P<key>[^\[\]]+)\])?")
+_POSITION = re.compile(r"(0?\d{1,2})?d?")  # of what `format` would take: no fillers, no megabytes
 _DEFAULT_TIME = "%Y%m%dT%H%M%SZ"
 
 # Separators, what Windows forbids, control characters (of text direction too) and lone surrogates.
-_FORBIDDEN = re.compile(r'[/\\<>:"|?*\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
-_RESERVED = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))})
+_FORBIDDEN = re.compile(r'[/\\<>:"|?*\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+_PORTS = tuple(f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789¹²³")
+_RESERVED = frozenset({"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *_PORTS})
 
 _BY_CONTENT_TYPE = {
     "application/json": ".json",
@@ -161,10 +165,21 @@ class KeyTemplate:
         """Build the key of one output: a relative path of clean segments, the same for the same run and output."""
         *directories, name = self._fill(run, output, ext).split("/")
         stem, ext = (name[: -len(ext)], ext) if ext and name.endswith(ext) and name != ext else (name, "")
-        return "/".join([*map(_tidy, directories), _tidy(stem) + ext])
+        limit = max(24, min(SEGMENT_BYTES, KEY_BYTES // (len(directories) + 1) - 1))
+        return "/".join(_tidy(segment, limit) for segment in (*directories, stem)) + ext
 
     def _fill(self, run: SettledRun, output: Output, ext: str) -> str:
-        return "".join(piece.literal + _value(piece, run, output, ext) for piece in self._pieces)
+        return "".join(piece.literal + _value(piece, run, output, ext, clean) for piece in self._pieces)
+
+
+class LabelTemplate:
+    """A parsed text with the fields of a key, whose values stay as they are; ValueError when it is wrong."""
+
+    def __init__(self, text: str) -> None:
+        self._pieces = tuple(_parse(text))
+
+    def render(self, run: SettledRun, output: Output, ext: str) -> str:
+        return "".join(piece.literal + _value(piece, run, output, ext, str) for piece in self._pieces)
 
 
 def _parse(text: str) -> Iterable[_Piece]:
@@ -178,6 +193,8 @@ def _parse(text: str) -> Iterable[_Piece]:
             raise ValueError(f"unknown field {{{name}}}; there are {', '.join(sorted(_FIELDS))} and metadata[…]")
         if conversion or (spec and ("{" in spec or match["name"] not in _TIMES | {"position"})):
             raise ValueError(f"{{{name}}} takes no conversion, and a format only if it is a time or a position")
+        if spec and match["name"] == "position" and not _POSITION.fullmatch(spec):
+            raise ValueError(f"{{{name}}} takes no other format than a width, such as 03d")
         yield _Piece(literal, match["name"], match["key"] or "", spec or "")
 
 
@@ -189,7 +206,7 @@ def _check(text: str, sample: str) -> None:
         raise ValueError(f"{text!r} has characters that file names cannot have everywhere")
 
 
-def _value(piece: _Piece, run: SettledRun, output: Output, ext: str) -> str:
+def _value(piece: _Piece, run: SettledRun, output: Output, ext: str, made: Callable[[str], str]) -> str:
     if piece.name is None:
         return ""
     own = {"output_id": output.output_id, "output_type": output.type, "metadata": run.metadata.get(piece.key)}
@@ -199,7 +216,7 @@ def _value(piece: _Piece, run: SettledRun, output: Output, ext: str) -> str:
         return format(output.position, piece.spec)
     if piece.name in _TIMES:
         return _time(getattr(run, piece.name), piece.spec)
-    return clean(_text(own[piece.name] if piece.name in own else getattr(run, piece.name)))
+    return made(_text(own[piece.name] if piece.name in own else getattr(run, piece.name)))
 
 
 def _time(at: datetime | None, spec: str) -> str:
@@ -212,12 +229,12 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def _tidy(segment: str) -> str:
+def _tidy(segment: str, limit: int) -> str:
     """Hold a whole segment, which may be made of several values, to what each value is held to."""
     tidy = segment.rstrip(". ") or "_"
     if tidy.startswith(".") or tidy.partition(".")[0].rstrip().upper() in _RESERVED:
         tidy = f"_{tidy}"
-    return tidy if len(tidy.encode()) <= SEGMENT_BYTES else _shortened(tidy, SEGMENT_BYTES, of=segment)
+    return tidy if len(tidy.encode()) <= limit else _shortened(tidy, limit, of=segment)
 
 
 class RunKeys:
@@ -258,7 +275,8 @@ class RunKeys:
 
 
 def _fold(key: str) -> str:
-    return key.casefold()  # some file systems do not tell A from a
+    """Make equal what some file systems do not tell apart: A and a, and the two spellings of ä."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", key).casefold())
 
 
 def _inserted(key: str, suffix: str, ext: str) -> str:

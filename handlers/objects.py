@@ -1,11 +1,13 @@
 """An object store as a place for outputs: S3, Google or Azure, through obstore.
 
 What fits into one part is held in memory and put by one request, its SHA-256 in its metadata. Anything larger streams
-in parts. Either way the object appears as a whole or not at all, and is looked at afterwards.
+in parts. Either way the object appears as a whole or not at all, and is looked at afterwards: its size, and its ETag
+where that is a checksum.
 """
 
 import asyncio
 import hashlib
+import re
 import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,7 +29,8 @@ ABORT_SECONDS = 3.0
 SETTLE_SECONDS = 0.1
 _PROBE = ".receiver-check-"
 _PLAIN = " /:;,.+=@()"
-_VALUE_CHARACTERS = 256
+_VALUE_CHARACTERS = 256  # S3 takes 2 KB in all: our own labels and four of the user's
+_MD5 = re.compile(r"[0-9a-f]{32}(-\d+)?")
 
 
 class ObjectStore:
@@ -103,6 +106,9 @@ class ObjectStore:
             await obstore.get_async(self._store, key)
             doing = "write to, but not delete from,"
             await obstore.delete_async(self._store, key)
+            doing = "write to, but not tell what is missing from,"
+            with suppress(FileNotFoundError):
+                await obstore.head_async(self._store, key)
         except PermissionDeniedError as exc:
             raise self._explained(doing, exc) from None
         except (BaseError, OSError) as exc:
@@ -115,15 +121,13 @@ class ObjectStore:
             answer = await obstore.put_async(self._store, key, body, attributes=attributes, use_multipart=False)
         except (BaseError, OSError) as exc:
             raise self._explained("write to", exc) from None
-        await self._verify(key, body, stored, answer.get("e_tag"))
+        await self._verify(key, hashlib.md5(body, usedforsecurity=False).hexdigest(), stored, answer.get("e_tag"))
         return stored
 
-    async def _verify(self, key: str, body: bytes, stored: Stored, etag: str | None) -> None:
+    async def _verify(self, key: str, md5: str, stored: Stored, etag: str | None) -> None:
         """Compare an ETag that looks like an MD5 with ours. Where a store's is something else, read once and remember."""
         told = (etag or "").strip('"').lower()
-        if not self._etag_may_be_md5 or len(told) != 32:  # noqa: PLR2004 - hex digits of an MD5
-            return
-        if told == hashlib.md5(body, usedforsecurity=False).hexdigest():
+        if not self._etag_may_be_md5 or not _MD5.fullmatch(told) or told == md5:
             return
         if await digest(self.read(key)) != stored:
             raise PlaceError(f"{self._url} holds other bytes than were sent")
@@ -141,7 +145,7 @@ class ObjectStore:
             )
         )
         try:
-            await asyncio.shield(upload)
+            answer = await asyncio.shield(upload)
         except asyncio.CancelledError:
             # Dropped, an upload would leave its parts in the bucket, unseen and billed; an error makes obstore abort it.
             source.stop()
@@ -154,12 +158,13 @@ class ObjectStore:
             if source.failure is not None:
                 raise source.failure from None
             raise self._explained("write to", exc) from None
+        await self._verify(key, source.md5, source.stored, answer.get("e_tag"))
         return source.stored
 
     def _attributes(self, content_type: str | None, metadata: Mapping[str, str]) -> Any:
         """Return what an object is labelled with: names of plain letters, values of plain ASCII, as all clouds take them."""
         labels = {"Content-Type": content_type, "Cache-Control": self._cache_control}
-        own = {name: quote(value, safe=_PLAIN)[:_VALUE_CHARACTERS].strip() for name, value in metadata.items()}
+        own = {name: _label(value) for name, value in metadata.items()}
         return {name: value for name, value in {**labels, **own}.items() if value}
 
     async def _head(self, key: str) -> Mapping[str, Any] | None:
@@ -184,6 +189,14 @@ class _Source:
         self._stopped = asyncio.Event()
         self._size = 0
         self._sha256 = hashlib.sha256()
+        self._part = hashlib.md5(usedforsecurity=False)
+        self._parts: list[bytes] = []
+
+    @property
+    def md5(self) -> str:
+        """The ETag that S3 gives what came in parts: an MD5 of the MD5 of each, and their number."""
+        parts = [*self._parts, self._part.digest()] if self._size % PART_BYTES else self._parts
+        return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
     @property
     def stored(self) -> Stored:
@@ -213,9 +226,19 @@ class _Source:
                 await asyncio.wait({coming})
         if not chunk:
             raise StopAsyncIteration
-        self._size += len(chunk)
         self._sha256.update(chunk)
+        self._count(memoryview(chunk))
         return chunk
+
+    def _count(self, chunk: memoryview) -> None:
+        while chunk:
+            piece = chunk[: PART_BYTES - self._size % PART_BYTES]
+            self._part.update(piece)
+            self._size += len(piece)
+            chunk = chunk[len(piece) :]
+            if not self._size % PART_BYTES:
+                self._parts.append(self._part.digest())
+                self._part = hashlib.md5(usedforsecurity=False)
 
     async def _all(self, head: list[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         while head:
@@ -223,6 +246,14 @@ class _Source:
         async for chunk in rest:
             if chunk:
                 yield chunk
+
+
+def _label(text: str) -> str:
+    """Return a text as plain ASCII, cut behind a whole character."""
+    text = text[:_VALUE_CHARACTERS]
+    while len(label := quote(text, safe=_PLAIN)) > _VALUE_CHARACTERS:
+        text = text[:-1]
+    return label.strip()
 
 
 async def _first_part(source: AsyncIterator[bytes]) -> list[bytes]:

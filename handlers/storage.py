@@ -5,6 +5,7 @@ neither fetched nor written; a place is reserved in the ledger before anything i
 """
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
@@ -13,9 +14,9 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
 from handlers.disk import LocalDisk
-from handlers.keeping import Keeper, Overwrite
+from handlers.keeping import OWN_LABELS, Keeper, Overwrite
 from handlers.manifest import Kept
-from handlers.naming import KeyTemplate
+from handlers.naming import KeyTemplate, LabelTemplate
 from handlers.places import Place, PlaceUnreachableError
 from handlers.thumbnails import require_pillow
 from receiver.handler import (
@@ -32,6 +33,7 @@ from receiver.handler import (
     When,
 )
 
+_LABEL = re.compile("[a-z][a-z0-9_]{0,31}")  # what every cloud takes for a name
 DEFAULT_KEY = "{completed_at:%Y-%m-%d}/{run_id}/{output_id}{ext}"
 
 
@@ -43,6 +45,8 @@ def _usable_key(text: str) -> str:
 def _usable_url(url: str) -> str:
     if _is_local(url):
         _directory(url)
+    else:
+        _plain_bucket(url)
     return url
 
 
@@ -50,6 +54,14 @@ def _usable_header(text: str | None) -> str | None:
     if text is not None and not (text.isascii() and text.isprintable() and text.strip()):
         raise ValueError("must be printable ASCII, as a header is")
     return text
+
+
+def _usable_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
+    for name, text in labels.items():
+        if not _LABEL.fullmatch(name) or name in OWN_LABELS:
+            raise ValueError(f"{name!r} must be a name of a-z, 0-9 and _, and none of {', '.join(sorted(OWN_LABELS))}")
+        LabelTemplate(text)
+    return labels
 
 
 def _as_text(value: object) -> object:
@@ -76,15 +88,25 @@ class StorageConfig(BaseModel):
     """Largest output, in bytes or as in `500MB`; a larger one is given up. Default: only `downloads.max_bytes` holds."""
     manifest: bool = True
     """Whether to write `run.json`."""
+    embed_metadata: bool = False
+    """Whether `run.json` also holds the prompt, and other text inputs, of a run that was started here."""
     thumbnails: bool = False
     """Whether to put a small WebP beside each image, named as it with `.thumb.webp` added (extra `thumbnails`)."""
     cache_control: Annotated[str | None, AfterValidator(_usable_header)] = None
     """`Cache-Control` of the objects in a bucket, such as `public, max-age=31536000, immutable`."""
+    labels: Annotated[Mapping[str, str], Field(max_length=4), AfterValidator(_usable_labels)] = Field(
+        default_factory=dict
+    )
+    """Further metadata of the objects in a bucket: up to four names, and texts that may have the fields of `key`."""
     outputs_at_once: Annotated[int, Field(ge=1, le=32)] = 4
     """Outputs of one run that are fetched at the same time."""
 
     @model_validator(mode="after")
-    def _can_be_opened(self) -> Self:
+    def _can_be_used(self) -> Self:
+        if self.embed_metadata and not self.manifest:
+            raise ValueError("`embed_metadata` goes into `run.json`: it needs `manifest = true`")
+        if self.labels and _is_local(self.url):
+            raise ValueError("`labels` are for buckets; files have none")
         open_place(self.url, self.store, self.cache_control)
         return self
 
@@ -100,6 +122,7 @@ class Storage:
         """MissingExtraError where thumbnails are wanted and Pillow is not installed."""
         self._config = config
         self._template = KeyTemplate(config.key)
+        self._labels = {name: LabelTemplate(text) for name, text in config.labels.items()}
         self._place = place or open_place(config.url, config.store, config.cache_control)
         self._easel = asyncio.Semaphore(1)  # one picture is decoded at a time, whatever that takes of memory
         if config.thumbnails:
@@ -107,7 +130,16 @@ class Storage:
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:
         config = self._config
-        keeper = Keeper(self._place, self._template, run, context, overwrite=config.overwrite, max_size=config.max_size)
+        keeper = Keeper(
+            self._place,
+            self._template,
+            run,
+            context,
+            overwrite=config.overwrite,
+            max_size=config.max_size,
+            tell_prompts=config.embed_metadata,
+            labels=self._labels,
+        )
         gate = asyncio.Semaphore(config.outputs_at_once)
 
         async def guarded(output: Output) -> Kept | Retry | Reject:
@@ -155,12 +187,28 @@ def _is_local(url: str) -> bool:
 
 
 def _directory(url: str) -> Path:
+    if "\0" in unquote(url):
+        raise ValueError("must not hold a NUL: no directory is called so")
     if "://" not in url and not url.startswith("file:"):
-        return Path(url).expanduser()
+        try:
+            return Path(url).expanduser()
+        except RuntimeError:
+            raise ValueError(f"{url!r} begins with the home of a user who has none") from None
     parts = urlsplit(url)
     if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/") or parts.query or parts.fragment:
         raise ValueError(f"{url!r} must be file:///absolute/path")
     return Path(unquote(parts.path))
+
+
+def _plain_bucket(url: str) -> None:
+    """Refuse what would go into the location of every file, and means nothing to a bucket: secrets, queries, `..`."""
+    parts = urlsplit(url)
+    if parts.password is not None or (parts.username is not None and not parts.scheme.startswith("abfs")):
+        raise ValueError("must not hold credentials: they go into `store`")
+    if parts.query or parts.fragment:
+        raise ValueError("must not hold `?` or `#`: options go into `store`")
+    if {".", ".."} & set(parts.path.split("/")):
+        raise ValueError("must not hold `.` or `..` as a directory")
 
 
 def _worst(outcomes: Sequence[Kept | Retry | Reject]) -> Answer:

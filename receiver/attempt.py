@@ -19,7 +19,7 @@ from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledR
 from receiver.media_urls import concealed
 from receiver.model import Artifact, DispatchState, Output, Run
 from receiver.scales import Scales
-from receiver.store import Database, queue
+from receiver.store import Database, queue, starts
 from receiver.store.queue import Leased
 from receiver.telemetry import scrubbed
 from receiver.threads import owned_by
@@ -29,6 +29,8 @@ _GRACE_SECONDS = 5.0
 _MAX_REASON = 1000
 _MAX_RESULT = 256 * 1024
 """Characters of JSON: room for what a program printed, not for a media file."""
+_OURS = frozenset({"callback_url", "idempotency_key"})
+"""Of the body of a start: between us and FLORA, the token of the start among it."""
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
@@ -212,6 +214,13 @@ class AttemptContext:
         run_id = self._leased.run.run_id
         found = await self._database.read(lambda tx: queue.artifacts_of_run(tx, run_id))
         return [artifact for artifact in found if artifact.stored_at is not None]
+
+    async def request(self) -> Mapping[str, Any] | None:
+        run_id = self._leased.run.run_id
+        body = await self._database.read(lambda tx: starts.request_of(tx, run_id))
+        if body is None:
+            return None
+        return {name: value for name, value in json.loads(body).items() if name not in _OURS}
 
     async def reserve(self, position: int, output_id: str, location: str) -> None:
         run_id, handler = self._leased.run.run_id, self._leased.dispatch.handler

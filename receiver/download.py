@@ -291,4 +291,5 @@ def _content_type(response: httpx.Response) -> str | None:
 
 def _content_length(response: httpx.Response) -> int | None:
     value = response.headers.get("content-length", "")
-    return int(value) if value.isdecimal() else None
+    chunked = "transfer-encoding" in response.headers  # then the length, if there is one, does not count
+    return int(value) if value.isdecimal() and not chunked else None

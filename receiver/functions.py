@@ -189,6 +189,10 @@ class BlockingContext:
         """Return what all handlers have stored of this run so far, in order of position."""
         return self._wait_for(self._context.stored)
 
+    def request(self) -> Mapping[str, Any] | None:
+        """Return what FLORA was asked for; None: the run was not started here."""
+        return self._wait_for(self._context.request)
+
     def reserve(self, position: int, output_id: str, location: str) -> None:
         """Claim a place for good before writing to it; committed on return."""
         self._wait_for(lambda: self._context.reserve(position, output_id, location))

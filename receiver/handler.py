@@ -191,6 +191,12 @@ class Context(Protocol):
     async def stored(self) -> Sequence[Artifact]:
         """Return what all handlers have stored of this run so far, in order of position."""
 
+    async def request(self) -> Mapping[str, Any] | None:
+        """Return what FLORA was asked for, without our key and callback URL; None: the run was not started here.
+
+        `inputs` of a technique, each with `id`, `type` and `value`; of a generation `prompt`, `type`, `model`, `params`, …
+        """
+
     async def reserve(self, position: int, output_id: str, location: str) -> None:
         """Claim a place for good before writing to it; committed on return.
 

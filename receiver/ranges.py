@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 
 _PARTIAL = 206
 _STRONG = re.compile(r'"[\x21\x23-\x7e]*"')
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)", re.IGNORECASE)
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.IGNORECASE)
 _SETTLED = timedelta(seconds=60)
 
 
@@ -39,7 +39,7 @@ def whole(headers: Mapping[str, str]) -> Whole | None:
     units = {unit.strip().lower() for unit in headers.get("accept-ranges", "").split(",")}
     length = headers.get("content-length", "")
     validator = _validator(headers)
-    if "bytes" not in units or not length.isdecimal() or validator is None:
+    if "bytes" not in units or not length.isdecimal() or "transfer-encoding" in headers or validator is None:
         return None
     return Whole(int(length), validator)
 

@@ -1,6 +1,7 @@
 """The dispatcher: a handler may do anything, and its dispatch still ends as done, as dead with an alert, or tries again."""
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +20,8 @@ from receiver.download import Downloader
 from receiver.errors import LocationTakenError, StoreUnavailableError
 from receiver.handler import Answer, Context, Done, Handler, Reject, Retry, SettledRun
 from receiver.http import tls_context
-from receiver.model import DispatchState, Event, Output, Subscription
-from receiver.store import Database, queue
+from receiver.model import DispatchState, Event, Operation, Output, Start, StartState, Subscription
+from receiver.store import Database, queue, starts
 from tests.core import NOW, OUTPUT, Clock, Core, a_core, a_read, until, writable
 
 Act = Callable[[SettledRun, Context], Awaitable[Any]]
@@ -184,6 +185,38 @@ async def test_a_handler_has_its_run_read_again(bench: Bench) -> None:
     assert [run.outputs for run, _, _ in handler.calls] == [(OUTPUT,), (again,)]
     assert (await bench.core.run()).next_poll_at is None
     assert (await bench.states())["h:settled:0"] == ("done", 2)
+
+
+async def test_a_handler_can_ask_what_flora_was_asked_for(bench: Bench) -> None:
+    """Of a run that was started here, without the key and the callback URL, whose token is a secret; else nothing."""
+    body = {"inputs": [{"id": "prompt", "type": "text", "value": "a fox"}], "mode": "async"}
+    start = Start(
+        token="t1",
+        workspace_id="",
+        operation=Operation.TECHNIQUE_RUN,
+        technique_id="tech_1",
+        idempotency_key="k1",
+        request=json.dumps(
+            {**body, "idempotency_key": "k1", "callback_url": "https://x.test/callbacks/flora?start=t1"}
+        ),
+        request_hash="h",
+        metadata={},
+        callback_expected=True,
+        state=StartState.STARTED,
+        created_at=NOW,
+        due_at=NOW,
+        run_id="run_1",
+    )
+    await bench.core.database.write(lambda tx: starts.add(tx, start))
+    await bench.settled("run_1", "run_2")
+    asked: dict[str, Any] = {}
+
+    async def act(run: SettledRun, context: Context) -> Any:
+        asked[run.run_id] = await context.request()
+        return Done()
+
+    await bench.round(bench.dispatcher(Scripted(act)))
+    assert asked == {"run_1": body, "run_2": None}
 
 
 async def test_reject_is_never_tried_again(bench: Bench) -> None:

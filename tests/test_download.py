@@ -183,6 +183,20 @@ async def test_too_large_while_streaming(media: MediaServer, size: int) -> None:
         assert isinstance(await failure(downloader, output), DownloadRefusedError)
 
 
+async def test_a_length_beside_chunks_does_not_count(media: MediaServer, downloader: Downloader) -> None:
+    """The chunks tell where the body ends: a wrong length is not passed on as if it held."""
+    raw = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    async with downloader.open(media.output("/secret", Page(raw))) as download:
+        assert download.content_length is None
+        assert b"".join([chunk async for chunk in download]) == b"hello"
+
+
+async def test_what_comes_after_the_body_is_not_of_it(media: MediaServer, downloader: Downloader) -> None:
+    """A server that sends more than it promised: the promise holds, and its connection is not used again."""
+    output = media.output("/secret", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello world"))
+    assert await read(downloader, output) == await read(downloader, output) == b"hello"
+
+
 @pytest.mark.parametrize(
     ("status", "expired"),
     [

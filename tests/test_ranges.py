@@ -128,6 +128,7 @@ async def test_a_date_of_long_ago_is_strong(media: MediaServer, downloader: Down
         rest(1000, told=f"bytes 1000-{len(BODY) - 1}/{len(BODY) + 1}"),
         rest(1000, told=f"bytes 1000-{len(BODY) - 2}/{len(BODY)}"),
         rest(1000, told="bytes */5"),
+        rest(1000, told=f"bytes 1000-{'9' * 5000}/{'9' * 5000}"),
         page(BODY[1000:], "image/png", status="206 Partial Content"),
         page(b"", status="416 Range Not Satisfiable"),
     ],
@@ -200,3 +201,4 @@ def test_only_complete_answers_say_how_they_go_on() -> None:
     assert whole({**told, "content-length": "five"}) is None
     assert whole({**told, "etag": 'W/"x"'}) is None
     assert whole({**told, "accept-ranges": "none"}) is None
+    assert whole({**told, "transfer-encoding": "chunked"}) is None

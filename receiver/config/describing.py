@@ -7,7 +7,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 
 
@@ -31,7 +31,15 @@ def setting_of(path: str, field: FieldInfo) -> Setting:
     return Setting(path, _kind(field.annotation), default, " ".join((field.description or "").split()))
 
 
-_KINDS = {str: "text", int: "integer", float: "number", bool: "boolean", SecretStr: "secret", Path: "path"}
+_KINDS = {
+    str: "text",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    SecretStr: "secret",
+    Path: "path",
+    ByteSize: "integer or text",
+}
 
 
 def _kind(annotation: Any) -> str:

@@ -46,6 +46,11 @@ def by_token(tx: Connection, tokens: Collection[str]) -> dict[str, Start]:
     return {row["token"]: start_of(row) for row in rows}
 
 
+def request_of(tx: Connection, run_id: str) -> str | None:
+    """Return the body that FLORA got when a run was started; None: it was not started here."""
+    return tx.execute(select(starts.c.request).where(starts.c.run_id == run_id).limit(1)).scalar_one_or_none()
+
+
 def add(tx: Connection, start: Start) -> None:
     tx.execute(insert(starts), [start_row(start)])
 

@@ -1,6 +1,6 @@
 """A context as the dispatcher gives it, held in memory: what a handler reserved, stored and logged can be looked at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -49,6 +49,8 @@ class MemoryContext:
     handler: str = "test"
     others: tuple[Artifact, ...] = ()
     """What other handlers have stored of this run."""
+    asked: Mapping[str, Any] | None = None
+    """What FLORA was asked for; None: the run was not started here."""
 
     @property
     def idempotency_key(self) -> str:
@@ -68,6 +70,9 @@ class MemoryContext:
     async def stored(self) -> Sequence[Artifact]:
         found = [*self.others, *self.records.values()]
         return sorted((each for each in found if each.stored_at is not None), key=lambda each: each.position)
+
+    async def request(self) -> Mapping[str, Any] | None:
+        return self.asked
 
     async def reserve(self, position: int, output_id: str, location: str) -> None:
         if self.places.setdefault(location, (self.run_id, position)) != (self.run_id, position):

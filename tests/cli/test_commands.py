@@ -169,6 +169,7 @@ def test_a_handlers_options_are_shown_as_its_model_has_them(tmp_path: Path) -> N
     found = json.loads(run_command("handlers", "show", "storage", "--json", cwd=tmp_path).stdout)
     by_name = {option["path"]: option for option in found["options"]}
     assert (by_name["url"]["type"], by_name["url"]["default"]) == ("text", '"outputs"')
+    assert by_name["max_size"]["type"] == "integer or text"
     assert all(option["help"] for option in found["options"])
     assert "no options" in run_command("handlers", "show", "log", cwd=tmp_path).stdout
     wrong = run_command("handlers", "show", "nobody", cwd=tmp_path)

@@ -40,7 +40,7 @@ async def context_of(media: MediaServer, tls: Any) -> AsyncIterator[Callable[...
     places: dict[str, tuple[str, int]] = {}
 
     def make(run_id: str = "run_1", **fields: Any) -> MemoryContext:
-        return MemoryContext(run_id=run_id, downloader=downloader, places=places, **fields)
+        return MemoryContext(run_id=run_id, downloader=downloader, **{"places": places, **fields})
 
     yield make
     await downloader.aclose()

@@ -162,7 +162,7 @@ async def test_a_plain_function_has_the_whole_context(
 ) -> None:
     """Downloads, places and records, one after the other, with calls that simply return; context variables travel."""
     image = media.output("/a.png", page(b"bytes" * 1000))
-    context = context_of()
+    context = context_of(asked={"inputs": []})
     LOUD.set("heard")
 
     def whole(run: SettledRun, blocking: BlockingContext) -> dict[str, Any]:
@@ -177,6 +177,7 @@ async def test_a_plain_function_has_the_whole_context(
         return {
             "read": hashlib.sha256(blocking.read(image)).hexdigest() == saved.sha256,
             "stored": [each.location for each in blocking.stored()],
+            "asked": blocking.request(),
             "known": (blocking.handler, blocking.event.value, blocking.attempt, blocking.max_attempts),
             "until": blocking.deadline_at,
             "own": len(blocking.artifacts),
@@ -188,6 +189,7 @@ async def test_a_plain_function_has_the_whole_context(
         {
             "read": True,
             "stored": ["file:///a.png"],
+            "asked": {"inputs": []},
             "known": ("test", "settled", 1, 5),
             "until": context.deadline_at,
             "own": 1,

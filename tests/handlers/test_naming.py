@@ -54,6 +54,19 @@ def test_every_key_stays_below_its_root(one: str, other: str, text: str) -> None
     assert all(0 < len(segment.encode()) <= 255 and not segment.startswith(".") for segment in key.split("/"))
 
 
+@pytest.mark.parametrize("depth", [1, 4, 8, 20])
+def test_however_deep_a_key_is_buckets_take_it(depth: int) -> None:
+    """1024 bytes are what they allow, prefix included: deep keys have shorter parts, which still tell values apart."""
+    template = KeyTemplate("/".join(f"{{metadata[{n}]}}" for n in range(depth)) + "{ext}")
+    long = {str(n): "ä" * 55 for n in range(depth)}
+    keys = {
+        template.render(replace(RUN, metadata={**long, str(depth - 1): "ä" * 55 + end}), output(), ".webp")
+        for end in ("", "b", "c")
+    }
+    assert len(keys) == 3
+    assert all(len(key.encode()) <= 900 and len(key.split("/")) == depth for key in keys)
+
+
 @pytest.mark.parametrize(
     ("text", "cleaned"),
     [
@@ -68,6 +81,9 @@ def test_every_key_stays_below_its_root(one: str, other: str, text: str) -> None
         ("a\0b", "a_b-"),
         ("CON", "_CON-"),
         ("nul.txt", "_nul.txt-"),
+        ("COM¹", "_COM¹-"),
+        ("conin$", "_conin$-"),
+        ("a\u200fb\u202ec", "a_b_c-"),
         ("x" * 121, "x" * 111 + "-"),
         ("ä" * 61, "ä" * 55 + "-"),
     ],
@@ -86,6 +102,7 @@ def test_cleaning_by_example(text: str, cleaned: str) -> None:
         ("{metadata[none]}/{project_id}/{status}-{output_type}", "_/_/completed-imageUrl"),
         ("{workspace_id}/{technique_id}/{started_at}", "ws_1/tech_1/20261124T115900Z"),
         ("{created_at:%H.%M}/{settled_at:%S}/{{x}}", "11.58/01/{x}"),
+        ("{position}-{position:d}-{position:2}-{position:02}", "0-0- 0-00"),
     ],
 )
 def test_templates_by_example(text: str, key: str) -> None:
@@ -119,6 +136,10 @@ def test_templates_by_example(text: str, key: str) -> None:
         "{completed_at:{run_id}}",
         "{completed_at:%Y/../%m}",
         "{position:s}",
+        "{position:>9999999999}",
+        "{position:999}",
+        "{position:/>2}",
+        "{position:,}",
         "{run_id",
         "run_id}",
     ],
@@ -160,6 +181,16 @@ def test_equal_keys_get_the_position_whatever_comes_first() -> None:
     expected = {0: "run_1/a.png", 1: "run_1/a-1.png", 2: "run_1/A-2.png", 3: "run_1/a-1-3.png", 4: "run_1/b.png"}
     assert keys_of(outputs, [0, 1, 2, 3, 4]) == expected
     assert keys_of(outputs, [4, 3, 2, 1, 0]) == expected
+
+
+def test_spellings_that_file_systems_do_not_tell_apart() -> None:
+    """The composed and the decomposed ä are one file on some disks, as A and a are."""
+    outputs = [output(0, "\u00e4"), output(1, "a\u0308"), output(2, "A\u0308")]
+    assert keys_of(outputs, [2, 1, 0]) == {
+        0: "run_1/\u00e4.png",
+        1: "run_1/a\u0308-1.png",
+        2: "run_1/A\u0308-2.png",
+    }
 
 
 def test_equal_ids_of_different_types_need_no_position() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 import obstore
 import pytest
@@ -79,8 +80,11 @@ async def test_a_run_becomes_labelled_objects(
     """Type, cache rule and who it is of travel with each object; told again, nothing is fetched or written."""
     body = picture()
     big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="Größe 1", kind="videoUrl")
-    run = replace(run, technique_id="tech ü", outputs=(media.output("/a", page(body)), big))
-    handler = storage(bucket, cache_control="public, max-age=60", thumbnails=True)
+    run = replace(
+        run, technique_id="tech ü", metadata={"market": "a/b?"}, outputs=(media.output("/a", page(body)), big)
+    )
+    labels = {"team": "studio", "market": "{metadata[market]}: {position:02d}{ext}", "missing": "{metadata[none]}"}
+    handler = storage(bucket, cache_control="public, max-age=60", thumbnails=True, labels=labels)
     await handler.check()
     context = context_of()
     assert await handler.handle(run, context) == Done({"files": 2, "bytes": len(body) + len(BIG)})
@@ -93,6 +97,8 @@ async def test_a_run_becomes_labelled_objects(
         "run": "run_1",
         "output": "out",
         "technique": "tech %C3%BC",
+        "team": "studio",
+        "market": "a/b%3F: 00.png",
         "sha256": hashlib.sha256(body).hexdigest(),
     }
     video, labels, etag = await held(bucket, "2026-11-24/run_1/Größe 1.mp4")
@@ -113,9 +119,10 @@ async def test_a_run_becomes_labelled_objects(
 
 @pytest.mark.parametrize("size", [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES + 1])
 async def test_sizes_around_a_part(bucket: Bucket, size: int) -> None:
-    """One request up to a part, parts beyond it: the same bytes come back."""
+    """One request up to a part, parts beyond it: the same bytes come back, and the ETag is as expected."""
     place, body = bucket.place(), (BIG * 2)[:size]
     await put(place, "a b/Größe#1?.bin", body)
+    assert place._etag_may_be_md5
     assert b"".join([chunk async for chunk in place.read("a b/Größe#1?.bin")]) == body
     assert await place.size("a b/Größe#1?.bin") == size
     assert await place.size("nothing") is None
@@ -289,10 +296,14 @@ DENIED: tuple[int, dict[str, str], bytes] = (403, {}, b"<Error><Code>AccessDenie
         ({"PUT": DENIED}, "cannot write to s3://bucket/pre: AccessDenied"),
         ({"PUT": OK, "GET": DENIED}, "can write to, but not read from, s3://bucket/pre: AccessDenied"),
         ({"PUT": OK, "GET": OK, "DELETE": DENIED}, "can write to, but not delete from, s3://bucket/pre: AccessDenied"),
+        (
+            {"PUT": OK, "GET": OK, "DELETE": OK, "HEAD": DENIED},
+            "can write to, but not tell what is missing from, s3://bucket/pre: refused",
+        ),
     ],
 )
 async def test_the_check_names_the_right_that_is_missing(answers: dict[str, Any], what: str) -> None:
-    """Write, read and delete are tried apart."""
+    """Write, read and delete are tried apart; S3 says 403 of what is missing to whoever may not list."""
     async with told(**{"POST": DENIED, **answers}) as store:
         with pytest.raises(PlaceError) as caught:
             await Bucket(store.endpoint).place(disable_bulk_delete=True).check()
@@ -322,6 +333,41 @@ async def test_what_a_store_holds_is_compared(monkeypatch: pytest.MonkeyPatch) -
             await put(place, "a", body)
             reads = sum(request.startswith("GET") for request in store.requests)
             assert reads == (1 if etag == "0" * 32 else 0)
+
+
+async def test_what_came_in_parts_is_compared_too() -> None:
+    """The ETag of an upload in parts tells their checksums: another one is looked into, and other bytes are an error."""
+    body = BIG[: PART_BYTES + 5]
+    parts = [hashlib.md5(part, usedforsecurity=False).digest() for part in (body[:PART_BYTES], body[PART_BYTES:])]
+    etag = f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-2"
+    for shown, held, error in [
+        (etag, b"never read", None),
+        (etag.replace("-2", "-3"), body, None),
+        (etag.replace("-2", "-3"), body[::-1], "holds other bytes than were sent"),
+    ]:
+        xml = f'<R><UploadId>u</UploadId><ETag>"{shown}"</ETag></R>'.encode()
+        async with told(
+            POST=(200, {}, xml),
+            PUT=(200, {"ETag": '"part"'}, b""),
+            GET=(200, {"ETag": '"x"'}, held),
+            HEAD=(200, {"Content-Length": str(len(body)), "ETag": '"x"'}, b""),
+        ) as store:
+            place = Bucket(store.endpoint).place()
+            if error:
+                with pytest.raises(PlaceError, match=error):
+                    await put(place, "a", body)
+            else:
+                await put(place, "a", body)
+            assert any(request.startswith("GET") for request in store.requests) == (shown != etag)
+
+
+@pytest.mark.parametrize("name", ["ä" * 60, "aä" * 60, "aaä" * 60, "x" * 300, "日" * 1000, "😀" * 90])
+async def test_labels_end_with_a_whole_character(bucket: Bucket, name: str) -> None:
+    """What is too long for a label is cut, never within a character."""
+    await bucket.place().put("a", chunks(b"x"), content_type=None, expected=None, metadata={"output": name})
+    _, labels, _ = await held(bucket, "a")
+    assert 240 < len(labels["output"]) <= 256
+    assert name.startswith(unquote(labels["output"], errors="strict"))
 
 
 async def test_the_usual_environment_works_and_options_override_it(

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from handlers.objects import ObjectStore
 from handlers.places import Place, PlaceError
 from handlers.storage import Storage, StorageConfig, open_place
 from receiver.handler import MANIFEST, Answer, Checks, Closes, Done, Event, Handler, Output, Reject, Retry, SettledRun
+from receiver.testing.stand import standing
 from tests.media import MediaServer, Page, page
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40
@@ -94,12 +96,21 @@ async def test_a_run_becomes_files_records_and_a_manifest(
     assert told["outputs"][0]["location"] == image.location
 
 
+@pytest.mark.parametrize("place", ["{root}", "../outputs"])
 async def test_running_again_writes_nothing(
-    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+    root: Path,
+    media: MediaServer,
+    run: SettledRun,
+    context_of: ContextOf,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
 ) -> None:
-    """What is on record and still there is not even fetched."""
+    """What is on record and still there is not even fetched, wherever the directory is said to be."""
+    here = root.parent / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
     run = replace(run, outputs=(media.output("/a", page(PNG)), text(1)))
-    handler, context = storage(root), context_of()
+    handler, context = storage(Path(place.format(root=root))), context_of()
     first = await handler.handle(run, context)
     before, requests, stores = identities(root), len(media.requests), context.stores
     assert await handler.handle(run, context) == first
@@ -152,6 +163,59 @@ async def test_the_cost_brings_the_manifest_up_to_date(
     assert json.loads(body)["charged_cost"] == 0.25
     assert context.records[MANIFEST].sha256 == hashlib.sha256(body).hexdigest()
     assert len(media.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (
+            {
+                "inputs": [
+                    {"id": "prompt", "type": "text", "value": "ein Leuchtturm"},
+                    {"id": "style", "type": "imageUrl", "value": "https://media.test/secret"},
+                ],
+                "mode": "async",
+            },
+            {
+                "inputs": [
+                    {"id": "prompt", "type": "text", "value": "ein Leuchtturm"},
+                    {"id": "style", "type": "imageUrl", "value": None},
+                ]
+            },
+        ),
+        (
+            {"type": "image", "prompt": "a fox", "model": "m1", "params": {"image": "https://media.test/secret"}},
+            {"prompt": "a fox", "model": "m1"},
+        ),
+        ({"type": "text", "prompt": "a fox", "inputs": "none"}, {"prompt": "a fox", "model": None}),
+        ({"inputs": ["odd"]}, {"inputs": []}),
+        (None, {}),
+    ],
+)
+async def test_the_manifest_tells_the_prompt_where_that_is_wanted(
+    root: Path, run: SettledRun, context_of: ContextOf, asked: dict[str, Any] | None, told: dict[str, Any]
+) -> None:
+    """Texts alone, since whoever has a media URL has the media; of a run that was started elsewhere nothing is known."""
+    run = replace(run, outputs=(text(0),))
+    path, names = root / "2026-11-24/run_1/run.json", ("inputs", "prompt", "model")
+    context = context_of(asked=asked)
+    assert isinstance(await storage(root).handle(run, context), Done)
+    assert not set(names) & json.loads(path.read_bytes()).keys()
+    assert isinstance(await storage(root, embed_metadata=True).handle(run, context), Done)
+    content = json.loads(path.read_bytes())
+    assert {name: content[name] for name in names if name in content} == told
+    assert (content["technique_id"], content["run_id"]) == ("tech_1", "run_1")
+    assert b"secret" not in path.read_bytes()
+
+
+async def test_a_run_that_is_started_here_is_told_with_its_prompt(root: Path, tmp_path: Path) -> None:
+    """From the API through FLORA into the file, without the token that links the callback to its start."""
+    handler = {"use": "storage", "options": {"url": str(root), "embed_metadata": True, "key": "{output_id}{ext}"}}
+    async with standing(tmp_path, [handler]) as stand:
+        told = await stand.run("emu-text")
+    manifest = files(root)[f"{told.run_id}.run.json"]
+    assert json.loads(manifest)["inputs"] == [{"id": "prompt", "type": "text", "value": "a lighthouse"}]
+    assert b"start=" not in manifest
 
 
 async def test_equal_ids_become_different_files(
@@ -272,6 +336,73 @@ async def test_a_file_that_is_not_the_runs_own(
         assert context.records[0].sha256 == hashlib.sha256(PNG).hexdigest()
     if overwrite != "always":
         assert path.stat() == before
+
+
+async def test_two_receivers_may_share_a_directory(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """Ledgers that know nothing of each other, the same runs at the same time: each file is whole, and nobody loses."""
+    outputs = (media.output("/a", page(PNG * 200)), *(text(n, "x" * n * 1000, f"words-{n}") for n in range(1, 5)))
+    runs = [replace(run, run_id=f"run_{n}", outputs=outputs) for n in range(8)]
+
+    async def receiver(verdict: str) -> list[Answer]:
+        handler = storage(root, key="{technique_id}/{run_id}-{output_id}{ext}")
+        told = [(replace(each, verdict=verdict), context_of(each.run_id, places={})) for each in runs]
+        return await asyncio.gather(*(handler.handle(*each) for each in told))
+
+    answers = await asyncio.gather(receiver("matched"), receiver("recovered"), receiver("late"))
+    assert all(isinstance(answer, Done) for each in answers for answer in each)
+    stored = files(root)
+    assert len(stored) == len(runs) * (len(outputs) + 1)
+    for each in runs:
+        assert stored[f"tech_1/{each.run_id}-out.png"] == PNG * 200
+        assert json.loads(stored[f"tech_1/{each.run_id}.run.json"])["run_id"] == each.run_id
+
+
+@pytest.mark.parametrize("overwrite", ["never", "same", "always"])
+async def test_a_link_in_the_place_of_a_file(
+    root: Path, tmp_path: Path, run: SettledRun, context_of: ContextOf, overwrite: str
+) -> None:
+    """Nothing is ever written through it: it is someone else's file, and `always` replaces the link itself."""
+    victim, place = tmp_path / "victim", root / "2026-11-24/run_1/words.txt"
+    victim.write_bytes(b"precious")
+    place.parent.mkdir(parents=True)
+    place.symlink_to(victim)
+    answer = await storage(root, overwrite=overwrite).handle(replace(run, outputs=(text(0),)), context_of())
+    assert isinstance(answer, Done if overwrite == "always" else Reject)
+    assert place.is_symlink() == (overwrite != "always")
+    assert place.read_bytes() == (b"precious" if overwrite != "always" else "Grüße".encode())
+    assert victim.read_bytes() == b"precious"
+
+
+async def test_what_was_moved_elsewhere_and_linked_is_still_there(
+    root: Path, tmp_path: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """Operators make room so, for files and for directories; nothing is fetched again, and new files follow."""
+    run = replace(run, outputs=(media.output("/a", page(PNG)),))
+    handler, context = storage(root), context_of()
+    await handler.handle(run, context)
+    (root / "2026-11-24/run_1").rename(tmp_path / "cold")
+    (root / "2026-11-24/run_1").symlink_to(tmp_path / "cold")
+    (tmp_path / "cold/out.png").rename(tmp_path / "colder.png")
+    (tmp_path / "cold/out.png").symlink_to(tmp_path / "colder.png")
+    assert isinstance(await handler.handle(replace(run, charged_cost=0.25), context), Done)
+    assert len(media.requests) == 1
+    assert json.loads((tmp_path / "cold/run.json").read_bytes())["charged_cost"] == 0.25
+    assert (tmp_path / "cold/out.png").is_symlink()
+
+
+async def test_what_is_no_file_is_in_the_way(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """A directory is neither read nor replaced, a pipe holds nobody up, a link to nowhere is nothing."""
+    directory = root / "2026-11-24/run_1"
+    (directory / "a.txt").mkdir(parents=True)
+    os.mkfifo(directory / "b.txt")
+    (directory / "c.txt").symlink_to(root / "nowhere")
+    outputs = tuple(text(n, output_id=name) for n, name in enumerate("abc"))
+    answer = await storage(root).handle(replace(run, outputs=outputs), context_of())
+    assert isinstance(answer, Retry)
+    assert answer.reason == f"output 0 (a): cannot write to {root}: Is a directory"
+    assert set(files(directory)) == {"b.txt", "c.txt"}
 
 
 async def test_another_ledgers_manifest_is_renewed_and_nobody_elses(
@@ -427,6 +558,25 @@ async def test_a_disk_without_room_is_seen_before_the_download(
     assert files(root) == {}
 
 
+async def test_a_disk_without_inodes(
+    root: Path, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for bytes and none for files: nobody would find that by the megabytes."""
+    statvfs = os.statvfs
+
+    def none_left(path: Any) -> os.statvfs_result:
+        values = list(statvfs(path))
+        values[5:8] = [100, 0, 0]  # f_files, f_ffree, f_favail
+        return os.statvfs_result(values)
+
+    handler = storage(root)
+    await handler.check()
+    monkeypatch.setattr(os, "statvfs", none_left)
+    monkeypatch.setattr(handlers.disk, "_write", full_after(0))
+    answer = await handler.handle(replace(run, outputs=(text(0),)), context_of())
+    assert reason(answer).endswith(f"disk full at {root}: it has no room for another file (no inodes left)")
+
+
 async def test_a_disk_that_fills_up_on_the_way(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,6 +607,68 @@ def full_after(room: int) -> Callable[[int, memoryview], int]:
         return written
 
     return write
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT])
+async def test_a_disk_that_fails_at_the_end(
+    root: Path,
+    media: MediaServer,
+    run: SettledRun,
+    context_of: ContextOf,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    code: int,
+) -> None:
+    """What could not be flushed or named is not on record and leaves nothing; the next attempt begins anew."""
+
+    def fails(*args: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    run, context = replace(run, outputs=(media.output("/a", page(PNG)),)), context_of()
+    handler = storage(root)
+    await handler.check()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, step, fails)
+        answer = await handler.handle(run, context)
+    assert isinstance(answer, Retry)
+    assert str(root) in answer.reason
+    assert context.records[0].stored_at is None
+    assert files(root) == {}
+    assert isinstance(await handler.handle(run, context), Done)
+    assert files(root)["2026-11-24/run_1/out.png"] == PNG
+
+
+async def test_a_file_system_that_can_do_less(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No locks, directories that cannot be flushed, nothing told about free space: files are stored all the same.
+
+    Without locks nobody can tell what is still being written: parts of others go when they are a day old.
+    """
+    fsync, statvfs = os.fsync, os.statvfs
+
+    def of_files(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(fd)
+
+    def unsupported(*args: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*statvfs(path)[:2], *[0] * 8]))
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    directory = root / "2026-11-24/run_1"
+    directory.mkdir(parents=True)
+    for name in ("old", "young"):
+        (directory / f".part-flora-{name}").write_bytes(b"x")
+    os.utime(directory / ".part-flora-old", (0, 0))
+    run = replace(run, outputs=(media.output("/a", page(PNG)),))
+    handler = storage(root)
+    await handler.check()
+    assert isinstance(await handler.handle(run, context_of()), Done)
+    assert set(files(directory)) == {"out.png", "run.json", ".part-flora-young"}
 
 
 def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:
@@ -506,12 +718,25 @@ async def test_a_part_lies_where_its_file_will(
         {"url": ""},
         {"url": "file://host/a"},
         {"url": "file:relative"},
+        {"url": "a\0b"},
+        {"url": "file:///a%00b"},
+        {"url": "~nobody-of-this-name/outputs"},
+        {"url": "s3://key:secret@bucket/x"},
+        {"url": "s3://key@bucket/x"},
+        {"url": "s3://bucket/x?region=y"},
+        {"url": "s3://bucket/x#y"},
+        {"url": "s3://bucket/x/../y"},
         {"outputs_at_once": 0},
         {"unknown": 1},
         {"overwrite": "sometimes"},
         {"max_size": 0},
+        {"embed_metadata": True, "manifest": False},
         {"cache_control": "no-cache\n"},
         {"store": {"region": "x"}},
+        {"labels": {"team": "x"}},
+        *({"url": "s3://bucket", "labels": {name: "x"}} for name in ("run", "sha256", "Team", "content-type", "1", "")),
+        {"url": "s3://bucket", "labels": {"team": "{nonsense}"}},
+        {"url": "s3://bucket", "labels": {f"n{n}": "x" for n in range(5)}},
         {"cache_control": "no-cache"},
         {"url": "memory:///x"},
         {"url": "https://example.com/x"},

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from handlers.storage import Storage, StorageConfig
-from handlers.thumbnails import MAX_PIXELS, SIDE, NoThumbnailError, thumbnail
+from handlers.thumbnails import MAX_MEMORY, MAX_SCANS, SIDE, NoThumbnailError, thumbnail
 from receiver.handler import THUMBNAIL, Done, MissingExtraError, SettledRun
 from tests.media import MediaServer, page
 
@@ -43,6 +44,13 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
+def scanned(times: int) -> bytes:
+    """A progressive JPEG with its last scan many times over: work without end in a few bytes."""
+    body = picture("JPEG", progressive=True)
+    scan = body.rindex(b"\xff\xda")
+    return body[:scan] + body[scan:-2] * times + body[-2:]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_format_becomes_a_small_webp(kind: str) -> None:
     """In proportion, at most 512 pixels, the same bytes each time."""
@@ -68,6 +76,11 @@ def test_a_photo_stands_upright() -> None:
     assert not made.getexif()
 
 
+def test_a_progressive_one_may_have_many_scans() -> None:
+    """Ten are usual."""
+    assert opened(thumbnail(scanned(MAX_SCANS - 20), "image/jpeg")).size == (SIDE, SIDE // 2)
+
+
 def test_small_ones_are_not_blown_up() -> None:
     """One pixel is one pixel."""
     assert opened(thumbnail(picture(size=(1, 1)), "image/png")).size == (1, 1)
@@ -77,13 +90,16 @@ def test_small_ones_are_not_blown_up() -> None:
     ("body", "content_type"),
     [
         (bomb(40_000, 40_000), "image/png"),
-        (bomb(MAX_PIXELS, 1), "image/png"),
+        (bomb(40_000, 1), "image/png"),
+        (bomb(6_400, 6_400), "image/png"),
+        (picture("WEBP", (5_000, 5_000), method=0), "image/webp"),
         (bomb(0, 5), "image/png"),
         (bomb(100, 100), "image/png"),
         (picture()[:500], "image/png"),
         (b"", "image/png"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/png"),
         (picture("JPEG"), "image/png"),
+        (scanned(MAX_SCANS), "image/jpeg"),
         (picture("TIFF"), "image/tiff"),
         (b"<svg/>", "image/svg+xml"),
         (picture(), None),
@@ -93,6 +109,37 @@ def test_what_has_no_thumbnail(body: bytes, content_type: str | None) -> None:
     """Bombs, broken files, formats that lie about themselves or that are not opened at all."""
     with pytest.raises(NoThumbnailError):
         thumbnail(body, content_type)
+
+
+LARGEST = """
+import sys
+from pathlib import Path
+from handlers.thumbnails import thumbnail
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+content_type = sys.argv[1]
+thumbnail(Path("small").read_bytes(), content_type)
+body = Path("large").read_bytes()
+before = peak()
+thumbnail(body, content_type)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "side"),
+    [("PNG", "RGBA", 6_300), ("PNG", "LA", 6_300), ("JPEG", "CMYK", 6_300), ("WEBP", "RGB", 4_470)],
+)
+def test_the_largest_take_as_much_memory_as_is_said(tmp_path: Path, kind: str, mode: str, side: int) -> None:
+    """A file of a few kilobytes must not take the service down: all copies together stay within what is documented."""
+    options = {"WEBP": {"method": 0}, "PNG": {"compress_level": 1}}.get(kind, {})
+    for name, size in (("small", 16), ("large", side)):
+        (tmp_path / name).write_bytes(picture(kind, (size, size), mode, **options))
+    command = [sys.executable, "-c", LARGEST, KINDS[kind]]
+    told = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert int(told) <= MAX_MEMORY * 1.1
 
 
 async def test_a_thumbnail_lies_beside_its_image_and_is_on_record(
