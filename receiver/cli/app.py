@@ -205,7 +205,10 @@ def trigger(
     delivery_id: Annotated[str | None, typer.Option(help="The delivery's id; the same again is a duplicate.")] = None,
     secret: Annotated[Optional[str], typer.Option(help="Signing secret; default: FLORA_WEBHOOK_SECRET.")] = None,  # noqa: UP045
     count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many times.")] = 1,
-    rate: Annotated[Optional[float], typer.Option(min=0.01, help="How many a second; default: as many as fit.")] = None,  # noqa: UP045
+    rate: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.01, max=100_000, help="How many a second; default: as many as fit."),
+    ] = None,
     record: Annotated[Optional[Path], typer.Option(dir_okay=False, help="Keep what is sent, byte for byte.")] = None,  # noqa: UP045
     source: Annotated[
         Optional[Path],  # noqa: UP045

@@ -113,8 +113,11 @@ def again(line: str) -> Shot:
     """Return the shot of a line. ValueError where it is none."""
     try:
         row = json.loads(line)
-        return Shot(
-            base64.b64decode(row["body"], validate=True), row["headers"], row["expected"], row["method"], row["further"]
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError("is no line that --record writes") from error
+        words = [row["method"], row["expected"], row["further"], *row["headers"].keys(), *row["headers"].values()]
+        fine = all(isinstance(word, str) and word.isascii() and word.isprintable() for word in words)
+        body = base64.b64decode(row["body"], validate=True)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise ValueError("is no line that --record writes")
+    return Shot(body, row["headers"], row["expected"], row["method"], row["further"])

@@ -1,6 +1,11 @@
 """`trigger` against a real `serve` over HTTPS: every case is answered as documented, and `trigger` can tell."""
 
+import contextlib
+import itertools
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -47,9 +52,73 @@ def test_a_record_is_sent_again_byte_for_byte(served: Served, tmp_path: Path) ->
     replayed = run_command("trigger", served.url, "--ca", served.ca, "--from", "shots.jsonl", cwd=tmp_path)
     assert replayed.returncode == 0, replayed.stdout
     assert replayed.stdout.count('{"status":"duplicate"}') == 2
-    (tmp_path / "odd.jsonl").write_text("{}\n")
-    odd = run_command("trigger", served.url, "--from", "odd.jsonl", cwd=tmp_path)
-    assert (odd.returncode, "line 1 of odd.jsonl" in odd.stderr) == (2, True)
+    again_twice = ("trigger", served.url, "--ca", served.ca, "--from", "shots.jsonl", "--count", "2", "--json")
+    assert json.loads(run_command(*again_twice, cwd=tmp_path).stdout)["answers"] == {"200 duplicate": 4}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"headers": ["a"]},
+        {"headers": {"a": "b\nc"}},
+        {"headers": {"ü": "b"}},
+        {"method": 1},
+        {"further": None},
+        {"body": "?"},
+        {"body": 7},
+    ],
+)
+def test_what_is_no_record_is_refused(change: dict[str, object]) -> None:
+    """Whatever is odd about a line: it is said of the line, before anything is sent."""
+    line = {"method": "POST", "headers": {"a": "b"}, "body": "", "expected": "accepted", "further": ""}
+    assert again(json.dumps(line)).method == "POST"
+    for odd in (json.dumps(line | change), "[]", "7", "{}", ""):
+        with pytest.raises(ValueError, match="is no line that --record writes"):
+            again(odd)
+
+
+def test_what_belongs_together_stays_in_order(served: Served, tmp_path: Path) -> None:
+    """Many pairs at a time: each second request waits for the answer to its own first one."""
+    command = ("trigger", served.url, "--ca", served.ca, "--case", "duplicate", "--count", "40", "--json")
+    done = run_command(*command, cwd=tmp_path, env=KEYS)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["answers"]) == (0, {"200 accepted": 40, "200 duplicate": 40})
+
+
+def test_requests_without_an_answer_are_counted(tmp_path: Path) -> None:
+    """One of many that is cut off is no reason to forget what became of the others."""
+    with half_deaf() as url:
+        done = run_command("trigger", url, "--count", "6", "--json", cwd=tmp_path, env=KEYS)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["sent"], found["as_expected"]) == (1, 6, False)
+    assert found["answers"]["200 accepted"] == 3
+    assert sum(number for told, number in found["answers"].items() if told.startswith("no answer: ")) == 3
+
+
+@contextlib.contextmanager
+def half_deaf() -> Iterator[str]:
+    """A receiver that cuts every second request off."""
+    turn = itertools.count()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if next(turn) % 2 == 0:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b'{"status": "accepted"}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_the_same_delivery_again_is_a_duplicate(served: Served, tmp_path: Path) -> None:
@@ -78,6 +147,10 @@ def test_an_untrusted_certificate_says_what_to_do(served: Served, tmp_path: Path
         (("https://127.0.0.1:1/", "--case", "compleet"), KEYS, "there are: completed, failed"),
         (("127.0.0.1:8080",), KEYS, "is not an http or https URL"),
         (("https://:8080/",), KEYS, "is not an http or https URL"),
+        (("http://127.0.0.1:99999/",), KEYS, "is not an http or https URL"),
+        (("https://127.0.0.1:1/", "--record", "gone/shots.jsonl"), KEYS, "gone/shots.jsonl cannot be written"),
+        (("https://127.0.0.1:1/", "--from", "odd.jsonl"), {}, "line 1 of odd.jsonl"),
+        (("https://127.0.0.1:1/", "--rate", "inf"), KEYS, "--rate"),
         (("https://127.0.0.1:1/",), {}, "FLORA_WEBHOOK_SECRET: is not set"),
         (("https://127.0.0.1:1/", "--ca", "gone.pem"), KEYS, "does not exist"),
         (("https://127.0.0.1:1/", "--ca", "empty.pem"), KEYS, "holds no certificate"),
@@ -87,6 +160,7 @@ def test_a_mistake_says_what_to_do(
     arguments: tuple[str, ...], env: dict[str, str], advice: str, tmp_path: Path
 ) -> None:
     (tmp_path / "empty.pem").write_text("")
+    (tmp_path / "odd.jsonl").write_text("{}\n")
     done = run_command("trigger", *arguments, cwd=tmp_path, env=env)
     assert done.returncode == 2
     assert advice in done.stderr
