@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import ssl
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import typer
 
 from receiver.cli.output import WRONG, explained, fail, show
 from receiver.cli.trigger_cases import CASES, Shot, Subject, again, kept
+from receiver.cli.trust import check_ca
 from receiver.config import load
 from receiver.errors import ConfigError, Problem
 from receiver.http import probe_client
@@ -66,8 +66,7 @@ def run(
             raise ConfigError([Problem("--case", f"there is no case {case!r}; there are: {', '.join(CASES)}")])
         if not _is_web_url(url):
             raise ConfigError([Problem("URL", f"{url!r} is not an http or https URL")])
-        if ca is not None:
-            _check_ca(ca)
+        check_ca(ca)
         if source is not None:
             shots = _recorded(source)
             chains = ([tuple(shots)] if rate is None else [(shot,) for shot in shots]) * count
@@ -187,13 +186,6 @@ def _is_web_url(text: str) -> bool:
     except httpx.InvalidURL:
         return False
     return url.scheme in {"http", "https"} and bool(url.host) and (url.port is None or 0 < url.port < 65536)  # noqa: PLR2004
-
-
-def _check_ca(ca: Path) -> None:
-    try:
-        ssl.create_default_context(cafile=ca)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError([Problem("--ca", f"{ca} holds no certificate in PEM form")]) from error
 
 
 def _why(error: httpx.HTTPError) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from receiver.flora.signature import HEADER, sign
 
+_NO_RECORD = "is no line that --record writes"
 _SIX_MINUTES = 400
 """Seconds from signing to FLORA's last retry, its own time-outs included."""
 
@@ -114,10 +115,11 @@ def again(line: str) -> Shot:
     try:
         row = json.loads(line)
         words = [row["method"], row["expected"], row["further"], *row["headers"].keys(), *row["headers"].values()]
-        fine = all(isinstance(word, str) and word.isascii() and word.isprintable() for word in words)
-        body = base64.b64decode(row["body"], validate=True)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        fine = False
-    if not fine:
-        raise ValueError("is no line that --record writes")
-    return Shot(body, row["headers"], row["expected"], row["method"], row["further"])
+        shot = Shot(
+            base64.b64decode(row["body"], validate=True), row["headers"], row["expected"], row["method"], row["further"]
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(_NO_RECORD) from error
+    if not all(isinstance(word, str) and word.isascii() and word.isprintable() for word in words):
+        raise ValueError(_NO_RECORD)
+    return shot
