@@ -12,12 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    PrivateFormat,
-    load_ssh_private_key,
-)
 
 from receiver.errors import ConfigError, TunnelError
 from receiver.http import probe_client
@@ -195,6 +189,21 @@ def other_key(tmp_path: Path) -> Path:
     return key
 
 
+@pytest.fixture
+def locked_key(other_key: Path) -> Path:
+    """A private key with a passphrase."""
+    subprocess.run(["ssh-keygen", "-q", "-p", "-N", "a passphrase", "-f", other_key], check=True, capture_output=True)
+    return other_key
+
+
+@pytest.fixture
+def junk(tmp_path: Path) -> Path:
+    """A file that is nothing of ssh's."""
+    path = tmp_path / "junk"
+    path.write_text("junk\n")
+    return path
+
+
 async def test_ssh_against_openssh(stage: Stage, ssh_server: Sshd) -> None:
     """TLS end to end through sshd's port; once closed, nobody listens there; it can be opened again."""
     port = free_port()
@@ -245,16 +254,10 @@ async def test_what_ssh_refuses_is_explained(ssh_server: Sshd, other_key: Path) 
 
 @pytest.mark.parametrize(("kind", "told"), [("locked", "`ssh-add` it"), ("junk", "cannot be used"), ("hosts", "junk")])
 async def test_files_of_ssh_that_cannot_be_used(
-    kind: str, told: str, ssh_server: Sshd, other_key: Path, tmp_path: Path
+    kind: str, told: str, ssh_server: Sshd, locked_key: Path, junk: Path
 ) -> None:
     """A key with a passphrase, a file that is no key, one that is no list of hosts: the host is not blamed."""
-    locked = load_ssh_private_key(other_key.read_bytes(), None).private_bytes(
-        Encoding.PEM, PrivateFormat.OpenSSH, BestAvailableEncryption(b"a passphrase")
-    )
-    other_key.write_bytes(locked)
-    junk = tmp_path / "junk"
-    junk.write_text("junk\n")
-    given = {"locked": {"identity": other_key}, "junk": {"identity": junk}, "hosts": {"known_hosts": junk}}[kind]
+    given = {"locked": {"identity": locked_key}, "junk": {"identity": junk}, "hosts": {"known_hosts": junk}}[kind]
     with pytest.raises(TunnelError, match="on this machine cannot be used") as caught:
         await to(ssh_server, free_port(), **given).open(LOCAL)
     assert told in str(caught.value)
