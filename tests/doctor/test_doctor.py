@@ -115,7 +115,10 @@ async def test_a_healthy_set_up_is_no_alarm(stage: Stage, tmp_path: Path) -> Non
     ca.write_bytes(authority.pem)
     issued = certificates.issue(authority, "127.0.0.1", life=timedelta(days=90))
     cert, key = certificates.write(issued, tmp_path, "quarter")
-    healthy: dict[str, Any] = {"public_url": f"https://127.0.0.1:{stage.port}", "tls": {"cert": str(cert), "key": str(key)}}
+    healthy: dict[str, Any] = {
+        "public_url": f"https://127.0.0.1:{stage.port}",
+        "tls": {"cert": str(cert), "key": str(key)},
+    }
     async with stage.service(**healthy):
         assert ids(await examine(settings(stage, **healthy), ca=ca)) == set()
     assert ids(await of_ledger(settings(stage), free=lambda _: 10**12)) == set()
