@@ -5,7 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import httpx
 import typer
 
 from receiver.cli.output import WRONG, explained, fail, show
-from receiver.cli.trigger_cases import CASES, Shot, Subject, again, kept
+from receiver.cli.trigger_cases import CASES, MADE_UP_WORKSPACE, Shot, Subject, again, kept
+from receiver.cli.trigger_sending import GOOD, PATIENCE_SECONDS, Hit, send
 from receiver.cli.trust import check_ca
 from receiver.config import load
 from receiver.errors import ConfigError, Problem
@@ -21,30 +22,6 @@ from receiver.http import probe_client
 
 _SHOWN = 2000
 _AT_ONCE = 64
-_PATIENCE_SECONDS = 20.0
-_GOOD = frozenset({"accepted", "duplicate", "ignored"})
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """What one request was answered with; `word` is the code of a refusal, else the receiver's word.
-
-    Where `status` is None there was no answer, and `text` says why.
-    """
-
-    shot: Shot
-    status: int | None
-    text: str
-    word: str | None
-    seconds: float
-
-    @property
-    def as_expected(self) -> bool:
-        wanted = self.shot.expected
-        if wanted not in _GOOD:
-            return self.word == wanted
-        # A receiver that is not ours has other words for it; a delivery may have been sent before.
-        return self.status == 200 and self.word in {None, wanted, *(("duplicate",) if wanted == "accepted" else ())}  # noqa: PLR2004
 
 
 def run(
@@ -54,6 +31,7 @@ def run(
     run_id: str | None,
     delivery_id: str | None,
     secret: str | None,
+    workspace_id: str | None,
     ca: Path | None,
     json: bool,
     count: int = 1,
@@ -71,7 +49,7 @@ def run(
             shots = _recorded(source)
             chains = ([tuple(shots)] if rate is None else [(shot,) for shot in shots]) * count
         else:
-            subject = Subject(secret or _configured_secret(), run_id, delivery_id)
+            subject = replace(_subject(secret, workspace_id), run_id=run_id, delivery_id=delivery_id)
             chains = [tuple(CASES[case](subject)) for _ in range(count)]
         if record is not None:
             _keep(record, chains)
@@ -93,9 +71,9 @@ async def _fire(
 
     What belongs together is one chain: each of its requests waits for the answer to the one before it, or is not sent.
     """
-    gate = asyncio.Semaphore(at_once if rate is None else max(at_once, round(rate * _PATIENCE_SECONDS)))
+    gate = asyncio.Semaphore(at_once if rate is None else max(at_once, round(rate * PATIENCE_SECONDS)))
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=at_once)
-    async with probe_client(ca=ca, limits=limits, timeout_seconds=_PATIENCE_SECONDS) as client:
+    async with probe_client(ca=ca, limits=limits, timeout_seconds=PATIENCE_SECONDS) as client:
         began = time.perf_counter()
 
         async def chain(shots: Sequence[Shot], number: int) -> list[Hit]:
@@ -104,25 +82,13 @@ async def _fire(
             hits: list[Hit] = []
             async with gate:
                 for shot in shots:
-                    hits.append(await _send(client, url, shot))
+                    hits.append(await send(client, url, shot, ca=ca))
                     if hits[-1].status is None:
                         break
             return hits
 
         done = await asyncio.gather(*(chain(shots, number) for number, shots in enumerate(chains)))
         return [hit for hits in done for hit in hits]
-
-
-async def _send(client: httpx.AsyncClient, url: str, shot: Shot) -> Hit:
-    target = httpx.URL(url)
-    target = target.copy_with(path=target.path + shot.further) if shot.further else target
-    headers = {"Content-Type": "application/json", **shot.headers}
-    began = time.perf_counter()
-    try:
-        answer = await client.request(shot.method, target, content=shot.body, headers=headers)
-    except httpx.HTTPError as error:
-        return Hit(shot, None, _why(error), None, time.perf_counter() - began)
-    return Hit(shot, answer.status_code, answer.text, _word(answer), time.perf_counter() - began)
 
 
 def _show(name: str, hits: Sequence[Hit], *, json: bool) -> None:
@@ -154,7 +120,7 @@ def _counted(hit: Hit) -> str:
 
 
 def _wish(shot: Shot) -> str:
-    return f"200 {shot.expected}" if shot.expected in _GOOD else shot.expected
+    return f"200 {shot.expected}" if shot.expected in GOOD else shot.expected
 
 
 def _recorded(source: Path) -> list[Shot]:
@@ -188,28 +154,15 @@ def _is_web_url(text: str) -> bool:
     return url.scheme in {"http", "https"} and bool(url.host) and (url.port is None or 0 < url.port < 65536)  # noqa: PLR2004
 
 
-def _why(error: httpx.HTTPError) -> str:
-    """Say what went wrong on the way, and what to do about it."""
-    if isinstance(error, httpx.TimeoutException):
-        return "it took too long"
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return "its certificate is not trusted here; give its CA with --ca"
-    if isinstance(error, httpx.ConnectError):
-        return f"{error}. Is it running, and is this its address (https or http)?"
-    return str(error) or type(error).__name__
-
-
-def _configured_secret() -> str:
+def _subject(secret: str | None, workspace_id: str | None) -> Subject:
+    """Return who signs: with the given secret, or with a configured one, of that workspace where it is named."""
+    if secret:
+        return Subject(secret, workspace_id or MADE_UP_WORKSPACE)
     configured = load(None, os.environ, need_secrets=False).secrets_by_workspace()
     if not configured:
         raise ConfigError([Problem("FLORA_WEBHOOK_SECRET", "is not set: give the secret there, or by --secret")])
-    return configured[0][0]
-
-
-def _word(response: httpx.Response) -> str | None:
-    try:
-        document = response.json()
-        word = document["error"]["code"] if "error" in document else document["status"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return word if isinstance(word, str) else None
+    fitting = [(value, owner) for value, owner in configured if workspace_id is None or owner in {None, workspace_id}]
+    if not fitting:
+        raise ConfigError([Problem("--workspace-id", f"the settings have no secret of {workspace_id}")])
+    value, owner = min(fitting, key=lambda each: each[1] is None) if workspace_id else fitting[0]
+    return Subject(value, workspace_id or owner or MADE_UP_WORKSPACE)

@@ -12,13 +12,15 @@ import pytest
 
 from receiver.cli.trigger_cases import CASES, Subject, again
 from receiver.web.public import STATUS
-from tests.cli.conftest import KEYS, Served, run_command
+from tests.cli.conftest import KEYS, OWN_SECRET, OWN_WORKSPACE, SECRET, Served, run_command
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_gets_its_answer(case: str, served: Served, tmp_path: Path) -> None:
     """As its requests say that they expect, one after the other; a refusal with its documented status."""
-    done = run_command("trigger", served.url, "--case", case, "--ca", served.ca, "--json", cwd=tmp_path, env=KEYS)
+    secret = OWN_SECRET if case == "workspace_mismatch" else SECRET
+    command = ("trigger", served.url, "--case", case, "--ca", served.ca, "--secret", secret, "--json")
+    done = run_command(*command, cwd=tmp_path)
     found = json.loads(done.stdout)
     (*_, last) = CASES[case](Subject("whsec_x"))
     assert (done.returncode, found["as_expected"]) == (0, True), found
@@ -27,10 +29,24 @@ def test_every_case_gets_its_answer(case: str, served: Served, tmp_path: Path) -
     assert answer["error"]["code"] == last.expected if last.expected in STATUS else answer == {"status": last.expected}
 
 
-def test_every_refusal_that_one_request_can_meet_has_a_case(served: Served) -> None:
-    """The others need a receiver with several workspaces, a sender that stalls, or one that cannot commit."""
+def test_every_refusal_that_a_sender_can_provoke_has_a_case() -> None:
+    """The last one needs a receiver that cannot commit."""
     met = {shot.expected for case in CASES.values() for shot in case(Subject("whsec_x"))}
-    assert STATUS.keys() - met == {"workspace_mismatch", "body_timeout", "unavailable"}
+    assert STATUS.keys() - met == {"unavailable"}
+
+
+def test_several_workspaces(served: Served, tmp_path: Path) -> None:
+    """The run is of the workspace that signs: the configured secret's own, or the one that is named."""
+    two = [{"id": OWN_WORKSPACE, "secrets": [OWN_SECRET]}, {"id": "ws_far", "secrets": ["whsec_far"]}]
+    env = {"RECEIVER_WORKSPACES": json.dumps(two)}
+    command = ("trigger", served.url, "--ca", served.ca)
+    for more in ((), ("--workspace-id", OWN_WORKSPACE), ("--secret", OWN_SECRET, "--workspace-id", OWN_WORKSPACE)):
+        done = run_command(*command, *more, cwd=tmp_path, env=env)
+        assert (done.returncode, done.stdout.splitlines()[0]) == (0, '200 {"status":"accepted"}')
+    far = run_command(*command, "--workspace-id", "ws_far", cwd=tmp_path, env=env)
+    assert "401 " in far.stdout
+    unknown = run_command(*command, "--workspace-id", "ws_x", cwd=tmp_path, env=env)
+    assert (unknown.returncode, "no secret of ws_x" in unknown.stderr) == (2, True)
 
 
 def test_many_are_counted_and_timed(served: Served, tmp_path: Path) -> None:
