@@ -89,11 +89,17 @@ def keep_authority(authority: Authority, directory: Path) -> Path:
 
 def kept_authority(directory: Path) -> Authority | None:
     """Return the CA that was kept there; None: there is none. ValueError where it is of no use, or its time is over."""
-    try:
-        certificate = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
-        key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
-    except FileNotFoundError:
+    files = (directory / "ca.pem", directory / "ca.key")
+    missing = [path.name for path in files if not path.exists()]
+    if len(missing) == len(files):
         return None
+    if missing:  # somebody may trust the other half already
+        raise ValueError(f"{missing[0]} is missing")
+    try:
+        certificate = x509.load_pem_x509_certificate(files[0].read_bytes())
+        key = serialization.load_pem_private_key(files[1].read_bytes(), None)
+    except TypeError:
+        raise ValueError("ca.key has a password") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
         raise ValueError("ca.pem and ca.key do not belong together")
     if certificate.not_valid_after_utc < datetime.now(UTC) + _SKEW:

@@ -291,14 +291,17 @@ def probe_client(
     )
 
 
-def own_client(*, timeout_seconds: float = 5.0) -> httpx.AsyncClient:
-    """Build a client for a listener of this very machine: whatever name its certificate bears, it is our own."""
+def own_client(*, bound: str | None = None, timeout_seconds: float = 5.0) -> httpx.AsyncClient:
+    """Build a client for a listener of this very machine: whatever name its certificate bears, it is our own.
+
+    It stays on loopback, or goes to the address that our listener is `bound` to.
+    """
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     tls.check_hostname = False
     tls.verify_mode = ssl.CERT_NONE
 
     async def stay(request: httpx.Request) -> None:
-        if not is_loopback(request.url.host):
+        if not is_loopback(request.url.host) and request.url.host != bound:
             raise httpx.UnsupportedProtocol(f"not on this machine: {request.url.host}", request=request)
 
     return httpx.AsyncClient(

@@ -204,8 +204,15 @@ def trigger(
     run_id: Annotated[Optional[str], typer.Option(help="The run it is about; default: a made-up one.")] = None,  # noqa: UP045
     delivery_id: Annotated[str | None, typer.Option(help="The delivery's id; the same again is a duplicate.")] = None,
     secret: Annotated[Optional[str], typer.Option(help="Signing secret; default: FLORA_WEBHOOK_SECRET.")] = None,  # noqa: UP045
+    workspace_id: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The run's workspace; default: the one that the configured secret belongs to."),
+    ] = None,
     count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many times.")] = 1,
-    rate: Annotated[Optional[float], typer.Option(min=0.01, help="How many a second; default: as many as fit.")] = None,  # noqa: UP045
+    rate: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.01, max=100_000, help="How many a second; default: as many as fit."),
+    ] = None,
     record: Annotated[Optional[Path], typer.Option(dir_okay=False, help="Keep what is sent, byte for byte.")] = None,  # noqa: UP045
     source: Annotated[
         Optional[Path],  # noqa: UP045
@@ -218,8 +225,8 @@ def trigger(
     from receiver.cli.trigger import run  # noqa: PLC0415
 
     run(
-        url, case, run_id=run_id, delivery_id=delivery_id, secret=secret, ca=ca, json=json, count=count, rate=rate,
-        record=record, source=source,
+        url, case, run_id=run_id, delivery_id=delivery_id, secret=secret, workspace_id=workspace_id, ca=ca, json=json,
+        count=count, rate=rate, record=record, source=source,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from receiver.errors import Problem, ReceiverError, StoreInUseError
 from receiver.plugins import Loaded, check_handlers, close_handlers, load_handlers, without_secrets
 from receiver.store import open_database
 from receiver.store.migrate import HEAD, current
+from receiver.store.touching import touch
 
 
 def run(config: Path | None, *, json: bool) -> None:
@@ -57,7 +58,7 @@ async def _database(url: str) -> tuple[str, list[Problem]]:
     except ReceiverError as error:
         return "unusable", [Problem("database.url", str(error))]
     try:
-        await database.write(lambda _: None)
+        await database.write(touch)
         revision = await database.run(current)
     except ReceiverError as error:
         return "unusable", [Problem("database.url", str(error))]

@@ -22,6 +22,7 @@ from receiver.cli.dev_desk import EVERY_ADDRESS, Desk
 from receiver.cli.dev_view import View
 from receiver.cli.dev_watching import WatchedDoor
 from receiver.cli.output import explained
+from receiver.cli.trust import check_ca
 from receiver.config import Settings, load, made_token
 from receiver.config.callback_url import split_http_url
 from receiver.decide import Policy
@@ -50,6 +51,7 @@ def run(config: Path | None, asked: Asked, *, host: str, port: int | None, ops_p
         settings = load(config, os.environ, need_secrets=not asked.emulator)
         if not (is_loopback(host) or host in EVERY_ADDRESS):
             raise ConfigError([Problem("--host", "must be loopback, 0.0.0.0 or ::, so that we reach ourselves")])
+        check_ca(asked.ca)
         asked = replace(asked, wanted=_checked(asked.wanted))
         settings = _with(settings, {"public": {"host": host, "port": port}, "operations": {"port": ops_port}})
         configure_logging("error" if settings.log.level == "info" else settings.log.level, settings.log.format)

@@ -1,19 +1,25 @@
 """`flora-receiver dev-cert`: a CA of one's own and a certificate under it, for a laptop. It installs nothing anywhere."""
 
+import re
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from receiver.addresses import literal
 from receiver.certificates import LOCAL_HOSTS, issue, keep_authority, kept_authority, make_authority, write
 from receiver.cli.output import explained, show
 from receiver.errors import ConfigError, Problem
 
 _CA_LIFE = timedelta(days=3650)
+_NAME = re.compile(r"(\*\.)?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*", re.IGNORECASE)
+_NO_HOST = "is no host name or address: leave out https://, port and path, and write other letters as xn--…"
 
 
 def run(hosts: Sequence[str], directory: Path, *, days: int, force: bool, json: bool) -> None:
     with explained(as_json=json):
         names = tuple(hosts) or LOCAL_HOSTS
+        if odd := [Problem("--host", f"{name!r} {_NO_HOST}") for name in names if not _is_host(name)]:
+            raise ConfigError(odd)
         try:
             authority = None if force else kept_authority(directory)
             made = authority is None
@@ -32,6 +38,10 @@ def run(hosts: Sequence[str], directory: Path, *, days: int, force: bool, json: 
             _told(ca, certificate, key, names),
             as_json=json,
         )
+
+
+def _is_host(text: str) -> bool:
+    return literal(text) is not None or (_NAME.fullmatch(text) is not None and len(text) < 254)  # noqa: PLR2004
 
 
 def _told(ca: Path, certificate: Path, key: Path, names: Sequence[str]) -> str:

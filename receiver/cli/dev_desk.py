@@ -193,7 +193,7 @@ class Desk:
         if not ids:
             return
         why = "they call the old address, and are polled from now on" if moved else "their callbacks may be lost"
-        self._view.tell("catch-up", f"{len(ids)} open runs are read now: {why}", run_ids=sorted(ids), moved=moved)
+        self._view.tell("catch-up", f"open runs that are read now: {len(ids)}; {why}", run_ids=sorted(ids), moved=moved)
         if moved:
             self._stranded |= ids
 
@@ -211,7 +211,8 @@ class Desk:
             where = "no tunnel" if self._provider is None else self._url or "opening"
             took = "" if judged is None or judged.seconds is None else f"  canary {judged.seconds * 1000:.0f} ms"
             state = "" if judged is None or judged.fault is None else f"  {judged.fault.value.upper()}: {judged.reason}"
-            text = f"{where}{took}{state}  ·  {sum(counts.values())} open runs  ·  Ctrl-C ends it"
+            number = sum(counts.values())
+            text = f"{where}{took}{state}  ·  {number} open run{'' if number == 1 else 's'}  ·  Ctrl-C ends it"
             self._view.status(text, fine=judged is not None and judged.fault is None)
             await asyncio.sleep(_STATUS_SECONDS)
 

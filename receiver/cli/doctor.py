@@ -6,26 +6,45 @@ from pathlib import Path
 
 import typer
 
-from receiver.cli.output import WRONG, explained, show
+from receiver.cli.output import MISUSED, WRONG, explained, show
+from receiver.cli.trust import check_ca
 from receiver.config import Settings, load
 from receiver.doctor.findings import Finding, Severity
 from receiver.doctor.flora import of_flora
 from receiver.doctor.machine import of_ledger
 from receiver.doctor.public import of_public
-from receiver.doctor.settings import of_settings
+from receiver.doctor.settings import of_problems, of_settings
+from receiver.errors import ConfigError
 from receiver.plugins import check_handlers, close_handlers, load_handlers
 
 
 def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
     with explained(as_json=json):
-        settings = load(config, os.environ)
-        found = asyncio.run(examine(settings, ca=ca))
-        bad = any(each.illness.severity is Severity.ERROR for each in found)
-        lines = [line for each in found for line in _told(each)]
-        lines.append("Something is wrong." if bad else "Nothing is wrong.")
-        show({"ok": not bad, "findings": [_json(each) for each in found]}, "\n".join(lines), as_json=json)
-        if bad:
+        check_ca(ca)
+        try:
+            settings = load(config, os.environ)
+            found = asyncio.run(examine(settings, ca=ca))
+        except ConfigError as error:
+            _show(list(of_problems(error.problems)), as_json=json)
+            raise typer.Exit(MISUSED) from error
+        _show(found, as_json=json)
+        if _bad(found):
             raise typer.Exit(WRONG)
+
+
+def _show(found: list[Finding], *, as_json: bool) -> None:
+    warnings = sum(each.illness.severity is Severity.WARNING for each in found)
+    verdict = "Nothing is wrong."
+    if _bad(found):
+        verdict = "Something is wrong."
+    elif warnings:
+        verdict = f"Nothing is wrong for certain; warnings: {warnings}."
+    lines = [*(line for each in found for line in _told(each)), verdict]
+    show({"ok": not _bad(found), "findings": [_json(each) for each in found]}, "\n".join(lines), as_json=as_json)
+
+
+def _bad(found: list[Finding]) -> bool:
+    return any(each.illness.severity is Severity.ERROR for each in found)
 
 
 async def examine(settings: Settings, *, ca: Path | None = None) -> list[Finding]:

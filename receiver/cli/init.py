@@ -1,17 +1,20 @@
 """`flora-receiver init`: writes a commented `receiver.toml` and a `.env` that nobody else can read."""
 
 import os
+import tempfile
 from collections.abc import Iterator
+from json import dumps
 from pathlib import Path
 
 from receiver.cli.output import explained, show
-from receiver.config import Setting, describe
+from receiver.config import Setting, describe, load
 from receiver.errors import ConfigError, Problem
 
 _ENV = """# Secrets, for `set -a; . ./.env; set +a`, a container's env_file, or systemd. Never commit this file.
 FLORA_API_KEY=
 FLORA_WEBHOOK_SECRET=
 """
+_OPTIONS = {"public_url": "--public-url", "database.url": "--database"}
 _LISTS = {
     "workspaces": '# [[workspaces]]\n# id = "ws_abc"\n# secrets = ["env:FLORA_WEBHOOK_SECRET_ABC"]',
     "handlers": "",
@@ -23,8 +26,10 @@ def run(
 ) -> None:
     with explained(as_json=json):
         given = {"public_url": public_url, "database.url": database}
+        text = "\n".join(_toml(given, storage)) + "\n"
+        _check(text)
         files = {
-            directory / "receiver.toml": ("\n".join(_toml(given, storage)) + "\n", 0o644),
+            directory / "receiver.toml": (text, 0o644),
             directory / ".env": (_ENV, 0o600),
         }
         there = (
@@ -41,6 +46,19 @@ def run(
             "  set -a; . ./.env; set +a\n  flora-receiver check\n  flora-receiver serve"
         )
         show({"files": [str(path) for path in files]}, told, as_json=json)
+
+
+def _check(text: str) -> None:
+    """Read it as `serve` would. Raises ConfigError that names the option which cannot be used."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, "receiver.toml")
+        file.write_text(text, "utf-8")
+        try:
+            load(file, os.environ, need_secrets=False)
+        except ConfigError as error:
+            wrong = [Problem(_OPTIONS[each.path], each.message) for each in error.problems if each.path in _OPTIONS]
+            if wrong:  # what else is wrong stands in the environment
+                raise ConfigError(wrong) from error
 
 
 def _write(path: Path, text: str, mode: int) -> None:
@@ -68,12 +86,17 @@ def _toml(given: dict[str, str | None], storage: str) -> Iterator[str]:
     yield "\n# Several workspaces, each with its secrets:"
     yield _LISTS["workspaces"]
     yield "\n# What becomes of settled runs; `flora-receiver handlers show NAME` lists a handler's options."
-    yield f'[[handlers]]\nuse = "storage"\nurl = "{storage}"\n\n[[handlers]]\nuse = "log"'
+    yield f'[[handlers]]\nuse = "storage"\nurl = {_quoted(storage)}\n\n[[handlers]]\nuse = "log"'
 
 
 def _line(setting: Setting, key: str, given: str | None) -> Iterator[str]:
     yield f"# {setting.help}"
     if given is not None:
-        yield f'{key} = "{given}"'
+        yield f"{key} = {_quoted(given)}"
     else:
         yield f"# {key} = {setting.default or '…'}"
+
+
+def _quoted(text: str) -> str:
+    """Return a TOML string: it has JSON's escapes, and DEL must not stand in it as it is."""
+    return dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

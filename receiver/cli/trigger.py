@@ -2,44 +2,26 @@
 
 import asyncio
 import os
-import ssl
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import typer
 
 from receiver.cli.output import WRONG, explained, fail, show
-from receiver.cli.trigger_cases import CASES, Shot, Subject, again, kept
+from receiver.cli.trigger_cases import CASES, MADE_UP_WORKSPACE, Shot, Subject, again, kept
+from receiver.cli.trigger_sending import GOOD, PATIENCE_SECONDS, Hit, send
+from receiver.cli.trust import check_ca
 from receiver.config import load
 from receiver.errors import ConfigError, Problem
 from receiver.http import probe_client
 
 _SHOWN = 2000
 _AT_ONCE = 64
-_GOOD = frozenset({"accepted", "duplicate", "ignored"})
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """What one request was answered with; `word` is the code of a refusal, else the receiver's word."""
-
-    shot: Shot
-    status: int
-    text: str
-    word: str | None
-    seconds: float
-
-    @property
-    def as_expected(self) -> bool:
-        wanted = self.shot.expected
-        if wanted not in _GOOD:
-            return self.word == wanted
-        # A receiver that is not ours has other words for it; a delivery may have been sent before.
-        return self.status == 200 and self.word in {None, wanted, *(("duplicate",) if wanted == "accepted" else ())}  # noqa: PLR2004
 
 
 def run(
@@ -49,6 +31,7 @@ def run(
     run_id: str | None,
     delivery_id: str | None,
     secret: str | None,
+    workspace_id: str | None,
     ca: Path | None,
     json: bool,
     count: int = 1,
@@ -61,63 +44,68 @@ def run(
             raise ConfigError([Problem("--case", f"there is no case {case!r}; there are: {', '.join(CASES)}")])
         if not _is_web_url(url):
             raise ConfigError([Problem("URL", f"{url!r} is not an http or https URL")])
-        if ca is not None:
-            _check_ca(ca)
+        check_ca(ca)
         if source is not None:
             shots = _recorded(source)
+            chains = ([tuple(shots)] if rate is None else [(shot,) for shot in shots]) * count
         else:
-            subject = Subject(secret or _configured_secret(), run_id, delivery_id)
-            shots = [shot for _ in range(count) for shot in CASES[case](subject)]
+            subject = replace(_subject(secret, workspace_id), run_id=run_id, delivery_id=delivery_id)
+            chains = [tuple(CASES[case](subject)) for _ in range(count)]
         if record is not None:
-            record.write_text("".join(f"{kept(shot)}\n" for shot in shots), "utf-8")
-        try:
-            hits = asyncio.run(_fire(url, shots, ca, rate, at_once=1 if count == 1 else _AT_ONCE))
-        except httpx.HTTPError as error:
-            fail({"error": type(error).__name__, "url": url}, f"No answer from {url}: {_why(error)}", as_json=json)
-            raise typer.Exit(WRONG) from error
+            _keep(record, chains)
+        hits = asyncio.run(_fire(url, chains, ca, rate, at_once=1 if count == 1 else _AT_ONCE))
+        if all(hit.status is None for hit in hits):
+            why = hits[0].text
+            fail({"error": "no_answer", "url": url, "message": why}, f"No answer from {url}: {why}", as_json=json)
+            raise typer.Exit(WRONG)
         name = case if source is None else str(source)
         _show(name, hits, json=json)
         if not all(hit.as_expected for hit in hits):
             raise typer.Exit(WRONG)
 
 
-async def _fire(url: str, shots: Sequence[Shot], ca: Path | None, rate: float | None, *, at_once: int) -> list[Hit]:
-    """Send all, in order; with a rate by the clock, whether or not there are answers, else as many at a time as fit."""
-    gate = asyncio.Semaphore(at_once if rate is None else max(at_once, round(rate * 20)))
+async def _fire(
+    url: str, chains: Sequence[Sequence[Shot]], ca: Path | None, rate: float | None, *, at_once: int
+) -> list[Hit]:
+    """Send all, in order; with a rate by the clock, whether or not there are answers, else as many at a time as fit.
+
+    What belongs together is one chain: each of its requests waits for the answer to the one before it, or is not sent.
+    """
+    gate = asyncio.Semaphore(at_once if rate is None else max(at_once, round(rate * PATIENCE_SECONDS)))
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=at_once)
-    async with probe_client(ca=ca, limits=limits) as client:
+    async with probe_client(ca=ca, limits=limits, timeout_seconds=PATIENCE_SECONDS) as client:
         began = time.perf_counter()
 
-        async def one(shot: Shot, number: int) -> Hit:
+        async def chain(shots: Sequence[Shot], number: int) -> list[Hit]:
             if rate is not None:
-                await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
+                await asyncio.sleep(max(0.0, began + number * len(shots) / rate - time.perf_counter()))
+            hits: list[Hit] = []
             async with gate:
-                return await _send(client, url, shot)
+                for shot in shots:
+                    hits.append(await send(client, url, shot, ca=ca))
+                    if hits[-1].status is None:
+                        break
+            return hits
 
-        if at_once == 1 and rate is None:
-            return [await one(shot, number) for number, shot in enumerate(shots)]
-        return await asyncio.gather(*(one(shot, number) for number, shot in enumerate(shots)))
-
-
-async def _send(client: httpx.AsyncClient, url: str, shot: Shot) -> Hit:
-    target = httpx.URL(url)
-    target = target.copy_with(path=target.path + shot.further) if shot.further else target
-    headers = {"Content-Type": "application/json", **shot.headers}
-    began = time.perf_counter()
-    answer = await client.request(shot.method, target, content=shot.body, headers=headers)
-    return Hit(shot, answer.status_code, answer.text, _word(answer), time.perf_counter() - began)
+        done = await asyncio.gather(*(chain(shots, number) for number, shots in enumerate(chains)))
+        return [hit for hits in done for hit in hits]
 
 
 def _show(name: str, hits: Sequence[Hit], *, json: bool) -> None:
     wrong = [hit for hit in hits if not hit.as_expected]
     if len(hits) <= 2:  # noqa: PLR2004 -- a case by itself
         (*_, last) = hits
-        lines = [f"{hit.status} {hit.text[:_SHOWN]}" for hit in hits]
+        lines = [f"{hit.status or 'no answer:'} {hit.text[:_SHOWN]}" for hit in hits]
         verdict = "as it should be" if not wrong else f"expected {_wish(wrong[0].shot)}"
-        data = {"case": name, "status": last.status, "body": last.text[:_SHOWN], "as_expected": not wrong}
+        data: dict[str, Any] = {
+            "case": name,
+            "status": last.status,
+            "body": last.text[:_SHOWN],
+            "as_expected": not wrong,
+        }
         show(data, "\n".join([*lines, f"{name}: {verdict}"]), as_json=json)
         return
-    counts = Counter(f"{hit.status} {hit.word or 'no word of a receiver'}" for hit in hits)
+    counts = Counter(_counted(hit) for hit in hits)
     times = sorted(hit.seconds for hit in hits)
     at = {f"p{part}": times[min(len(times) - 1, len(times) * part // 100)] for part in (50, 95, 99)}
     lines = [f"{number:>6}  {told}" for told, number in counts.most_common()]
@@ -127,8 +115,12 @@ def _show(name: str, hits: Sequence[Hit], *, json: bool) -> None:
     show(data, "\n".join(lines), as_json=json)
 
 
+def _counted(hit: Hit) -> str:
+    return f"no answer: {hit.text}" if hit.status is None else f"{hit.status} {hit.word or 'no word of a receiver'}"
+
+
 def _wish(shot: Shot) -> str:
-    return f"200 {shot.expected}" if shot.expected in _GOOD else shot.expected
+    return f"200 {shot.expected}" if shot.expected in GOOD else shot.expected
 
 
 def _recorded(source: Path) -> list[Shot]:
@@ -147,43 +139,30 @@ def _recorded(source: Path) -> list[Shot]:
     return shots
 
 
+def _keep(record: Path, chains: Sequence[Sequence[Shot]]) -> None:
+    try:
+        record.write_text("".join(f"{kept(shot)}\n" for shots in chains for shot in shots), "utf-8")
+    except OSError as error:
+        raise ConfigError([Problem("--record", f"{record} cannot be written: {error.strerror}")]) from error
+
+
 def _is_web_url(text: str) -> bool:
     try:
         url = httpx.URL(text)
     except httpx.InvalidURL:
         return False
-    return url.scheme in {"http", "https"} and bool(url.host)
+    return url.scheme in {"http", "https"} and bool(url.host) and (url.port is None or 0 < url.port < 65536)  # noqa: PLR2004
 
 
-def _check_ca(ca: Path) -> None:
-    try:
-        ssl.create_default_context(cafile=ca)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError([Problem("--ca", f"{ca} holds no certificate in PEM form")]) from error
-
-
-def _why(error: httpx.HTTPError) -> str:
-    """Say what went wrong on the way, and what to do about it."""
-    if isinstance(error, httpx.TimeoutException):
-        return "it took too long"
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return "its certificate is not trusted here; give its CA with --ca"
-    if isinstance(error, httpx.ConnectError):
-        return f"{error}. Is it running, and is this its address (https or http)?"
-    return str(error) or type(error).__name__
-
-
-def _configured_secret() -> str:
+def _subject(secret: str | None, workspace_id: str | None) -> Subject:
+    """Return who signs: with the given secret, or with a configured one, of that workspace where it is named."""
+    if secret:
+        return Subject(secret, workspace_id or MADE_UP_WORKSPACE)
     configured = load(None, os.environ, need_secrets=False).secrets_by_workspace()
     if not configured:
         raise ConfigError([Problem("FLORA_WEBHOOK_SECRET", "is not set: give the secret there, or by --secret")])
-    return configured[0][0]
-
-
-def _word(response: httpx.Response) -> str | None:
-    try:
-        document = response.json()
-        word = document["error"]["code"] if "error" in document else document["status"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return word if isinstance(word, str) else None
+    fitting = [(value, owner) for value, owner in configured if workspace_id is None or owner in {None, workspace_id}]
+    if not fitting:
+        raise ConfigError([Problem("--workspace-id", f"the settings have no secret of {workspace_id}")])
+    value, owner = min(fitting, key=lambda each: each[1] is None) if workspace_id else fitting[0]
+    return Subject(value, workspace_id or owner or MADE_UP_WORKSPACE)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from receiver.flora.signature import HEADER, sign
 
+_NO_RECORD = "is no line that --record writes"
+MADE_UP_WORKSPACE = "ws_trigger"
 _SIX_MINUTES = 400
 """Seconds from signing to FLORA's last retry, its own time-outs included."""
 
@@ -23,6 +25,8 @@ class Shot:
     method: str = "POST"
     further: str = ""
     """What is added to the URL's path."""
+    held: bool = False
+    """Whether its last byte is held back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class Subject:
     """What the callbacks are about; made up where it is not given."""
 
     secret: str = field(repr=False)
+    workspace_id: str = MADE_UP_WORKSPACE
     run_id: str | None = None
     delivery_id: str | None = None
 
@@ -38,7 +43,7 @@ class Subject:
         data = {
             "run_id": self.run_id or f"run_{secrets.token_hex(8)}",
             "run_type": "generation",
-            "workspace_id": "ws_trigger",
+            "workspace_id": self.workspace_id,
             "status": status,
         }
         if status == "failed":
@@ -86,6 +91,8 @@ CASES: Mapping[str, Callable[[Subject], Sequence[Shot]]] = {
     "malformed_signature": lambda it: (Shot(it.body(), {HEADER: "hello"}, "malformed_signature"),),
     "signature_mismatch": lambda it: (it.shot(expected="signature_mismatch", secret="whsec_another"),),  # noqa: S106
     "timestamp_out_of_tolerance": lambda it: (it.shot(expected="timestamp_out_of_tolerance", age=3600),),
+    "workspace_mismatch": lambda it: (replace(it, workspace_id="ws_another").shot(expected="workspace_mismatch"),),
+    "body_timeout": lambda it: (replace(it.shot(expected="body_timeout"), held=True),),
     "invalid_payload": lambda it: (it.shot(b"{", "invalid_payload"),),
     "malformed": lambda it: (it.shot(b'{"id": 1}', "invalid_payload"),),
     "body_too_large": _too_large,
@@ -105,6 +112,7 @@ def kept(shot: Shot) -> str:
             "body": base64.b64encode(shot.body).decode(),
             "expected": shot.expected,
             "further": shot.further,
+            "held": shot.held,
         }
     )
 
@@ -113,8 +121,11 @@ def again(line: str) -> Shot:
     """Return the shot of a line. ValueError where it is none."""
     try:
         row = json.loads(line)
-        return Shot(
-            base64.b64decode(row["body"], validate=True), row["headers"], row["expected"], row["method"], row["further"]
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError("is no line that --record writes") from error
+        words = [row["method"], row["expected"], row["further"], *row["headers"].keys(), *row["headers"].values()]
+        body = base64.b64decode(row["body"], validate=True)
+        shot = Shot(body, row["headers"], row["expected"], row["method"], row["further"], row.get("held") is True)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(_NO_RECORD) from error
+    if not all(isinstance(word, str) and word.isascii() and word.isprintable() for word in words):
+        raise ValueError(_NO_RECORD)
+    return shot

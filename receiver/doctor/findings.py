@@ -29,8 +29,23 @@ class Illness:
 _OK, _WARNING, _ERROR = Severity
 _TIME = "callbacks need an answer within 10 s: look at each step on the way"
 ILLNESSES: Mapping[str, Illness] = {
+    "settings.unusable": Illness(
+        _ERROR, "a setting cannot be used", "it is missing, misspelt or not allowed", "do what is said beside it"
+    ),
     "settings.odd": Illness(
         _WARNING, "a setting is allowed and probably not meant", "a value in the wrong place", "look at it again"
+    ),
+    "secrets.white_space": Illness(
+        _ERROR,
+        "a key or a secret has white space around it",
+        "a newline or a blank was copied with it",
+        "set it again without",
+    ),
+    "secrets.prefix": Illness(
+        _WARNING,
+        "a key or a secret does not begin as FLORA's do",
+        "only a part was copied, or it is another one's",
+        "API keys begin with sk_, signing secrets with whsec_: copy it again",
     ),
     "secrets.swapped": Illness(
         _ERROR,
@@ -43,6 +58,12 @@ ILLNESSES: Mapping[str, Illness] = {
         "two workspaces have the same signing secret",
         "each workspace of FLORA has its own: callbacks of one are refused as the other's",
         "give each of [[workspaces]] its own",
+    ),
+    "secrets.mixed_up": Illness(
+        _WARNING,
+        "a workspace's API key shows another workspace's runs",
+        "the keys of two of [[workspaces]] are in each other's place",
+        "look in FLORA whose key is whose",
     ),
     "flora.unreachable": Illness(
         _ERROR,
@@ -61,6 +82,12 @@ ILLNESSES: Mapping[str, Illness] = {
         "FLORA knows the API key and does not let it read runs (403)",
         "its workspace, rights or plan",
         "look at the key's rights and the workspace's plan in FLORA",
+    ),
+    "flora.someone_else": Illness(
+        _ERROR,
+        "what answers at [flora] base_url is not FLORA's API",
+        "another path than …/api/v1, a proxy, or a network's login page",
+        "look at [flora] base_url (FLORA_BASE_URL)",
     ),
     "flora.failing": Illness(
         _WARNING,
@@ -95,8 +122,8 @@ ILLNESSES: Mapping[str, Illness] = {
     "database.unanswered": Illness(
         _ERROR,
         "a service holds the ledger and does not say that it can commit",
-        "it starts, stops, or cannot write",
-        "look at its log",
+        "it starts, stops, cannot write, or listens elsewhere than [public] says",
+        "look at its log; give here too what `serve` or `dev` was given, as RECEIVER_PUBLIC__PORT",
     ),
     "handler.broken": Illness(
         _ERROR, "a handler's own check fails", "its options, rights or target", "see its options"
@@ -106,6 +133,12 @@ ILLNESSES: Mapping[str, Illness] = {
         "a handler's target gives no answer now",
         "it is away",
         "nothing, if it comes back: work on it is tried again",
+    ),
+    "receiver.silent": Illness(
+        _ERROR,
+        "no receiver answers on this machine, so nobody can at the public URL",
+        "`serve` does not run here, or listens elsewhere than [public] says",
+        "start it, then look again",
     ),
     "public.missing": Illness(
         _WARNING,
@@ -128,8 +161,14 @@ ILLNESSES: Mapping[str, Illness] = {
     "public.unreachable": Illness(
         _ERROR,
         "nobody answers at the public address",
-        "nothing listens there, a firewall, or a router that does not lead back inside",
-        "try it from another network: if it works there, it cannot be checked from here",
+        "nothing listens there, or a firewall",
+        "have something lead from there to the receiver",
+    ),
+    "public.unchecked": Illness(
+        _WARNING,
+        "it cannot be checked from here: this machine does not reach its own public address",
+        "a router that does not lead back inside; or else a firewall, and then FLORA does not reach it either",
+        "from another network: `flora-receiver trigger URL --case signature_mismatch`; 401 is right",
     ),
     "public.certificate": Illness(
         _ERROR,

@@ -1,6 +1,8 @@
 """Takes the way that FLORA takes: to the public URL, by a canary whose bytes are signed, and judges what it met."""
 
 import asyncio
+import contextlib
+import socket
 import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +20,8 @@ from receiver.web.public import CALLBACK_PATH
 _SLOW_SECONDS = 5.0
 _PATIENCE_SECONDS = 12.0
 _SOON = timedelta(days=14)
+_NOBODY_BEHIND = frozenset({502, 503, 504})
+"""What proxies answer where they find nobody to hand a request to."""
 _OBSTACLES = {
     Obstacle.NAME: "public.unresolved",
     Obstacle.REFUSED: "public.unreachable",
@@ -35,21 +39,35 @@ async def of_public(
     if settings.public_url is None or not secrets:
         return []
     secret = secrets[0][0]
-    async with probe_client(ca=ca, timeout_seconds=_PATIENCE_SECONDS) as client, own_client() as own:
+    async with (
+        probe_client(ca=ca, timeout_seconds=_PATIENCE_SECONDS) as client,
+        own_client(bound=settings.public.host) as own,
+    ):
         outside = await probe(settings.public_url + CALLBACK_PATH, secret, client=client)
         inside = await probe(own_origin(settings) + CALLBACK_PATH, secret, client=own)
-    finding = judged(outside, inside, slow_seconds=slow_seconds)
+    ours = await asyncio.to_thread(_is_ours, urlsplit(settings.public_url).hostname or "")
+    finding = judged(outside, inside, ours=ours, slow_seconds=slow_seconds)
     if finding is not None and finding.id == "public.certificate":
         return [finding]
     found = [] if finding is None else [finding]
     return found + await _of_certificate(settings.public_url, ca)
 
 
-def judged(outside: Probe, inside: Probe, *, slow_seconds: float = _SLOW_SECONDS) -> Finding | None:
-    """Return what two canaries say about the way between outside and here; None: it is clear. Pure."""
+def judged(outside: Probe, inside: Probe, *, ours: bool = True, slow_seconds: float = _SLOW_SECONDS) -> Finding | None:
+    """Return what two canaries say about the way between outside and here; None: it is clear. Pure.
+
+    `ours`: the public address is this machine's. Of another one (a router's) it cannot be told from here whether nobody
+    answers there, or whether it only does not lead back inside.
+    """
     if outside.arrived:
         took = f"a canary took {outside.seconds:.1f} s"
         return None if outside.seconds < slow_seconds else Finding("public.slow", took)
+    if inside.obstacle is Obstacle.REFUSED and (
+        outside.obstacle is Obstacle.REFUSED or outside.status in _NOBODY_BEHIND
+    ):
+        return Finding("receiver.silent", f"{inside.url}: {inside.message}")
+    if outside.obstacle is Obstacle.REFUSED and inside.arrived and not ours:
+        return Finding("public.unchecked", f"{outside.url}: {outside.message}")
     if outside.obstacle is not None:
         return Finding(_OBSTACLES[outside.obstacle], outside.message)
     if outside.location is not None:
@@ -65,6 +83,19 @@ def judged(outside: Probe, inside: Probe, *, slow_seconds: float = _SLOW_SECONDS
         case _:
             who = f", from {outside.server}" if outside.server else ""
             return Finding("public.someone_else", f"{outside.status}{who}: {outside.message[:80]}")
+
+
+def _is_ours(host: str) -> bool:
+    """Tell whether one of the host's addresses is this machine's own: only then can it be bound here."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, place in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as tried:
+            tried.bind(place)
+            return True
+    return False
 
 
 async def _of_certificate(public_url: str, ca: Path | None) -> list[Finding]:

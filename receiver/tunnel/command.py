@@ -11,7 +11,8 @@ from receiver.tunnel.provider import Local
 
 __all__ = ["ANY_URL", "Command"]
 
-ANY_URL = r"https://[^\s\"'<>|]+"
+ANY_URL = r"https://(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::\d+)?"
+_HOST = re.compile(r"[\w.:-]+")
 _WITHIN_SECONDS = 30.0
 
 
@@ -73,10 +74,12 @@ def _filled(argument: str, given: dict[str, str]) -> str:
 
 
 def _url(found: re.Match[str]) -> str:
-    text = (found[1] if found.re.groups and found[1] else found[0]).rstrip(".,")
+    text = (found[1] if found.re.groups and found[1] else found[0]).rstrip(".,;:!?)}>\"'`")
+    text = text if "[" in text else text.rstrip("].,")
     url = text if "://" in text else f"https://{text}"
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
-        if parts.scheme in {"https", "http"} and parts.hostname and parts.port != 0 and not url.split()[1:]:
+        host = parts.hostname or ""
+        if parts.scheme in {"https", "http"} and _HOST.fullmatch(host) and parts.port != 0 and not url.split()[1:]:
             return f"{parts.scheme}://{parts.netloc}"
-    raise TunnelError(f"the pattern found {text[:80]!r}, which is no URL")
+    raise TunnelError(f"the pattern found {text[:80]!r}, which is no URL: see --pattern")

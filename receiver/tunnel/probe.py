@@ -29,8 +29,9 @@ class Obstacle(StrEnum):
     NAME = "name"
     """The host's name cannot be resolved."""
     REFUSED = "refused"
-    """Nobody listens there, or there is no way to the address."""
+    """Nobody listens there, there is no way to the address, or nobody takes the connection up."""
     TIMEOUT = "timeout"
+    """There is a connection, and no answer in time."""
     TLS = "tls"
     """Its certificate is not trusted, or it does not speak TLS."""
     CUT = "cut"
@@ -101,6 +102,8 @@ def _answer(response: httpx.Response) -> str | None:
 
 def _obstacle(error: Exception) -> Obstacle:
     causes = list(_causes(error))
+    if isinstance(error, httpx.ConnectTimeout):
+        return Obstacle.REFUSED
     if isinstance(error, httpx.TimeoutException):
         return Obstacle.TIMEOUT
     if any(isinstance(each, ssl.SSLError) for each in causes):

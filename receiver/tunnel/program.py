@@ -19,6 +19,7 @@ from receiver.errors import TunnelError
 __all__ = ["Program"]
 
 _GRACE_SECONDS = 2.0
+_QUIET_SECONDS = 1.0
 _KEPT = 200
 _SHOWN = 15
 _LONGEST = 4000
@@ -51,7 +52,7 @@ class Program:
     async def start(cls, arguments: Sequence[str]) -> "Program":
         """Start it. Raises TunnelError where there is no such program."""
         if shutil.which(arguments[0]) is None:
-            raise TunnelError(f"there is no program {arguments[0]!r} on the PATH")
+            raise TunnelError(f"there is no program {arguments[0]!r} on the PATH: install it, or choose another way")
         theirs, ours = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -61,8 +62,10 @@ class Program:
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-        except BaseException:
+        except BaseException as error:
             os.close(ours)
+            if isinstance(error, OSError):  # no memory, no more files
+                raise TunnelError(f"{arguments[0]} could not be started: {error.strerror}") from error
             raise
         finally:
             os.close(theirs)
@@ -129,7 +132,16 @@ class Program:
     async def _read(self) -> None:
         stream, rest = self._process.stdout, b""
         assert stream is not None, "it was started with a pipe"  # noqa: S101
-        while piece := await stream.read(4096):
+        while True:
+            try:
+                async with asyncio.timeout(_QUIET_SECONDS if rest else None):
+                    piece = await stream.read(4096)
+            except TimeoutError:  # it waits at the end of a line that it does not end
+                self._take(rest)
+                rest = b""
+                continue
+            if not piece:
+                break
             *lines, rest = _LINE_END.split(rest + piece)
             if len(rest) > _LONGEST:
                 lines, rest = [*lines, rest], b""

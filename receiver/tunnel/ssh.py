@@ -129,6 +129,9 @@ class Ssh:
             )
         if isinstance(error, TimeoutError):
             return f"{host} did not answer within {_CONNECT_SECONDS:g} s"
+        if isinstance(error, ValueError):  # of the key, of known_hosts, of ssh's own settings
+            help_ = ": `ssh-add` it and leave --identity out, or name another key" if "assphrase" in str(error) else ""
+            return f"a file of ssh's on this machine cannot be used: {error}{help_}"
         return f"{host} cannot be reached: {error}"
 
 

@@ -19,6 +19,7 @@ from receiver import certificates
 COMMAND = Path(sys.executable).with_name("flora-receiver")
 PATIENCE_SECONDS = 60
 API_KEY, SECRET = "sk_test_cli", "whsec_cli"
+OWN_WORKSPACE, OWN_SECRET = "ws_own", "whsec_own"
 KEYS = {"FLORA_API_KEY": API_KEY, "FLORA_WEBHOOK_SECRET": SECRET}
 
 
@@ -127,7 +128,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     try:
         base_url = exported(emulator)["FLORA_BASE_URL"]
         tls = {"RECEIVER_TLS__CERT": str(cert), "RECEIVER_TLS__KEY": str(key)}
-        env = {**KEYS, **tls, "FLORA_BASE_URL": base_url, "RECEIVER_OPERATIONS__PORT": "0"}
+        own = json.dumps([{"id": OWN_WORKSPACE, "secrets": [OWN_SECRET]}])
+        env = {**KEYS, **tls, "FLORA_BASE_URL": base_url, "RECEIVER_OPERATIONS__PORT": "0", "RECEIVER_WORKSPACES": own}
+        env["RECEIVER_PUBLIC__BODY_TIMEOUT_SECONDS"] = "3"
         server = Running("serve", "--host", "127.0.0.1", "--port", 0, cwd=directory, env=env, errors=True)
         try:
             yield Served(f"{ready(server)}/callbacks/flora", ca, directory)

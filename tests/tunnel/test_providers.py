@@ -85,6 +85,16 @@ async def test_command_leads_bytes_here(stage: Stage, tmp_path: Path) -> None:
         ("listening at bore.example:4321", r"listening at (\S+)", "https://bore.example:4321"),
         ("forwarding on port 4321", r"port \d+", None),
         ("x https:// y", r"https://", None),
+        ("open (https://a.example).", None, "https://a.example"),
+        ("open [https://a.example:81]!", None, "https://a.example:81"),
+        ("**https://a.example**; twice: https://b.example", None, "https://a.example"),
+        ("\x1b]8;;https://a.example/x\x07here\x1b]8;;\x07", None, "https://a.example"),
+        ('{"url":"https://a.example"}', None, "https://a.example"),
+        ("at https://[2001:db8::1]:8443/", None, "https://[2001:db8::1]:8443"),
+        ("listening at (https://a.example).", r"listening at \((\S+)", "https://a.example"),
+        ("listening at [a.example:81],", r"listening at \[(\S+)", "https://a.example:81"),
+        ("listening at https://[::1]:81;", r"listening at (\S+)", "https://[::1]:81"),
+        ("listening at <a$b>", r"listening at <(\S+)", None),
     ],
 )
 async def test_what_a_pattern_finds(line: str, pattern: str | None, url: str | None) -> None:
@@ -97,6 +107,14 @@ async def test_what_a_pattern_finds(line: str, pattern: str | None, url: str | N
     else:
         assert await tunnel.open(LOCAL) == url
         await tunnel.close()
+
+
+async def test_a_line_that_is_not_ended_is_read_too(tmp_path: Path) -> None:
+    """A program that waits at a prompt, say."""
+    waiting = 'print("your url: https://a.example", end="", flush=True); time.sleep(3600)'
+    tunnel = Command(str(written(tmp_path, "waiting", waiting)))
+    assert await tunnel.open(LOCAL) == "https://a.example"
+    await tunnel.close()
 
 
 async def test_what_is_filled_in() -> None:
@@ -171,6 +189,21 @@ def other_key(tmp_path: Path) -> Path:
     return key
 
 
+@pytest.fixture
+def locked_key(other_key: Path) -> Path:
+    """A private key with a passphrase."""
+    subprocess.run(["ssh-keygen", "-q", "-p", "-N", "a passphrase", "-f", other_key], check=True, capture_output=True)
+    return other_key
+
+
+@pytest.fixture
+def junk(tmp_path: Path) -> Path:
+    """A file that is nothing of ssh's."""
+    path = tmp_path / "junk"
+    path.write_text("junk\n")
+    return path
+
+
 async def test_ssh_against_openssh(stage: Stage, ssh_server: Sshd) -> None:
     """TLS end to end through sshd's port; once closed, nobody listens there; it can be opened again."""
     port = free_port()
@@ -217,6 +250,17 @@ async def test_what_ssh_refuses_is_explained(ssh_server: Sshd, other_key: Path) 
     nobody = Ssh(Account("127.0.0.1", "x", free_port()), remote_port=1, known_hosts=ssh_server.known_hosts)
     with pytest.raises(TunnelError, match="cannot be reached"):
         await nobody.open(LOCAL)
+
+
+@pytest.mark.parametrize(("kind", "told"), [("locked", "`ssh-add` it"), ("junk", "cannot be used"), ("hosts", "junk")])
+async def test_files_of_ssh_that_cannot_be_used(
+    kind: str, told: str, ssh_server: Sshd, locked_key: Path, junk: Path
+) -> None:
+    """A key with a passphrase, a file that is no key, one that is no list of hosts: the host is not blamed."""
+    given = {"locked": {"identity": locked_key}, "junk": {"identity": junk}, "hosts": {"known_hosts": junk}}[kind]
+    with pytest.raises(TunnelError, match="on this machine cannot be used") as caught:
+        await to(ssh_server, free_port(), **given).open(LOCAL)
+    assert told in str(caught.value)
 
 
 async def test_that_ssh_ended_is_told(ssh_server: Sshd) -> None:
