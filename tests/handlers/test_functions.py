@@ -190,8 +190,8 @@ async def test_a_plain_function_has_the_whole_context(
             "read": True,
             "stored": ["file:///a.png"],
             "asked": {"inputs": []},
-            "known": ("test", "settled", 1, 5),
-            "until": context.deadline_at,
+            "known": ["test", "settled", 1, 5],  # as the ledger keeps it
+            "until": str(context.deadline_at),
             "own": 1,
             "loud": "heard",
         }
