@@ -107,7 +107,7 @@ class Service:
             clock=self._clock,
         )
         self._api = api_client(flora.base_url, timeout_seconds=flora.timeout_seconds, tls=tls_context(flora.ca_file))
-        self.clients = _clients(settings, self._api)
+        self.clients = _clients(settings, self._api, self.metrics)
         self.budgets = _budgets(settings, self.clients, self._clock)
         """One for each API key, shared by all that ask FLORA with it."""
         self.poller = Poller(
@@ -462,11 +462,11 @@ def _budgets(
     return {key: by_key.setdefault(settings.api_key_for(key), Budget(limit, clock=clock)) for key in clients}
 
 
-def _clients(settings: Settings, http: httpx.AsyncClient) -> Mapping[str | None, FloraClient]:
+def _clients(settings: Settings, http: httpx.AsyncClient, metrics: Metrics) -> Mapping[str | None, FloraClient]:
     clients: dict[str | None, FloraClient] = {}
     timeout = settings.flora.timeout_seconds
     for workspace_id in (None, *(workspace.id for workspace in settings.workspaces)):
         key = settings.api_key_for(workspace_id)
         if key is not None:
-            clients[workspace_id] = FloraClient(http, key, timeout_seconds=timeout)
+            clients[workspace_id] = FloraClient(http, key, timeout_seconds=timeout, answered=metrics.asked)
     return clients
