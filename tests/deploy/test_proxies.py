@@ -194,7 +194,15 @@ async def test_callbacks_come_over_http2_too(kind: str, stage: Stage) -> None:
     ):
         await life.ready(client)
         body = stage.body("run_x")
-        command = ["node", "-e", HTTP2, f"https://127.0.0.1:{stage.port}", str(stage.ca), stage.signature(body), body.decode()]
+        command = [
+            "node",
+            "-e",
+            HTTP2,
+            f"https://127.0.0.1:{stage.port}",
+            str(stage.ca),
+            stage.signature(body),
+            body.decode(),
+        ]
         done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False, timeout=60)
         assert done.stdout.strip() == 'h2 200 {"status":"accepted"}', done.stderr
 
