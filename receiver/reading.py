@@ -96,11 +96,9 @@ class Reader:
             try:
                 answer = await call(self._client)
             except FloraError as error:
-                self._metrics.api_requests.labels("none" if error.status is None else str(error.status)).inc()
                 if error.status == 429:  # noqa: PLR2004
                     self.budget.limited(_RATE_LIMIT_SECONDS if error.retry_after is None else error.retry_after)
                 raise
-        self._metrics.api_requests.labels("200").inc()
         self.budget.went_well()
         self._accepted()
         return answer

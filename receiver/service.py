@@ -110,7 +110,7 @@ class Service:
             clock=self._clock,
         )
         self._api = api_client(flora.base_url, timeout_seconds=flora.timeout_seconds, tls=tls_context(flora.ca_file))
-        self.clients = wiring.clients(settings, self._api)
+        self.clients = wiring.clients(settings, self._api, self.metrics)
         self.budgets = wiring.budgets(settings, self.clients, self._clock)
         """One for each API key, shared by all that ask FLORA with it."""
         self.poller = Poller(

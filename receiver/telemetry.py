@@ -162,7 +162,9 @@ class Metrics:
             "commit_batch", "Callbacks and reports that shared one transaction.", _BATCH
         )
         self.polls = self._counter("polls", "Reads of runs, by what came of them.", "outcome")
-        self.api_requests = self._counter("api_requests", "Requests to FLORA's API, by status.", "status")
+        self.api_requests = self._counter(
+            "api_requests", "Requests to FLORA's API, starts among them, by status; `none`: no answer.", "status"
+        )
         self.runs_settled = self._counter("runs_settled", "Runs that settled, by state.", "state")
         self.verdicts = self._counter(
             "verdicts",
@@ -206,6 +208,10 @@ class Metrics:
     def polled(self, outcome: str) -> None:
         """A run was read, or could not be."""
         self.polls.labels(outcome).inc()
+
+    def asked(self, status: int | None) -> None:
+        """FLORA's API answered a request, or did not (None)."""
+        self.api_requests.labels("none" if status is None else str(status)).inc()
 
     def happened(self, event: Event, run: Run) -> None:
         """Something that handlers are told about happened to a run."""

@@ -90,12 +90,12 @@ def budgets(
     return {key: by_key.setdefault(settings.api_key_for(key), Budget(limit, clock=clock)) for key in clients}
 
 
-def clients(settings: Settings, http: httpx.AsyncClient) -> Mapping[str | None, FloraClient]:
+def clients(settings: Settings, http: httpx.AsyncClient, metrics: Metrics) -> Mapping[str | None, FloraClient]:
     """Return each workspace's client, as far as it has an API key; None is for every other workspace."""
     made: dict[str | None, FloraClient] = {}
     timeout = settings.flora.timeout_seconds
     for workspace_id in (None, *(workspace.id for workspace in settings.workspaces)):
         key = settings.api_key_for(workspace_id)
         if key is not None:
-            made[workspace_id] = FloraClient(http, key, timeout_seconds=timeout)
+            made[workspace_id] = FloraClient(http, key, timeout_seconds=timeout, answered=metrics.asked)
     return made

@@ -37,8 +37,17 @@ _MAX_ANSWER = 64 * 1024 * 1024
 class FloraClient:
     """FLORA's API as one workspace's key sees it. `http` carries base URL and time-outs; `timeout` bounds a whole call."""
 
-    def __init__(self, http: httpx.AsyncClient, api_key: str, *, timeout_seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        http: httpx.AsyncClient,
+        api_key: str,
+        *,
+        timeout_seconds: float = 30.0,
+        answered: Callable[[int | None], None] = lambda _: None,
+    ) -> None:
+        """`answered` hears the status of each answer, None where none came: for the metrics."""
         self._http = http
+        self._answered = answered
         self._headers = {"Authorization": f"Bearer {api_key}", "Accept": "application/json"}
         self._timeout_seconds = timeout_seconds
 
@@ -102,9 +111,12 @@ class FloraClient:
             async with asyncio.timeout(self._timeout_seconds):
                 status, body, answer_headers = await self._send(request)
         except TimeoutError as error:
+            self._answered(None)
             raise FloraError(f"FLORA did not answer within {self._timeout_seconds:g} s") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
+            self._answered(None)
             raise FloraError(f"FLORA cannot be reached: {type(error).__name__}") from error
+        self._answered(status)
         if not 200 <= status < 300:  # noqa: PLR2004
             raise parse_error(status, body, answer_headers)
         try:

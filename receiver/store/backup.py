@@ -52,7 +52,9 @@ def restore(source: Path, ledger: Path, *, now: datetime | None = None) -> Path 
             known = copied.execute("SELECT count(*) FROM sqlite_master WHERE name = 'alembic_version'").fetchone()[0]
         if not known:
             raise StoreUnavailableError(f"{source} is no ledger of flora-receiver")
-        ledger.parent.mkdir(parents=True, exist_ok=True)
+        if not ledger.parent.exists():
+            ledger.parent.mkdir(parents=True)
+            belong(ledger.parent, ledger.parent.parent)
         lock = SqliteDatabase.hold(ledger)
         try:
             aside = _set_aside(ledger, now or datetime.now(UTC))

@@ -223,7 +223,8 @@ def belong(file: int | Path, directory: Path) -> None:
     """Give a file to whom its directory belongs to: what root writes here, the service must be able to open."""
     if os.geteuid() == 0:
         owner = directory.stat()
-        os.chown(file, owner.st_uid, owner.st_gid)
+        with contextlib.suppress(OSError):  # a root without that right, or an owner from outside a user namespace
+            os.chown(file, owner.st_uid, owner.st_gid)
 
 
 def _lock_file(path: Path) -> int:

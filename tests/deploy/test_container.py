@@ -4,6 +4,7 @@ As an unprivileged user on a read-only root, where this machine lets root make o
 """
 
 import asyncio
+import json
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ import yaml
 
 from receiver.config import load, variables
 from receiver.service import role_problem
+from tests.e2e.lives import served
 from tests.e2e.stage import Stage, eventually, free_port, staged, toml
 from tests.postgres import hand_over, unprivileged
 
@@ -147,6 +149,42 @@ def test_the_image_has_what_the_recipes_ask_for(image: Path) -> None:
         [image / "bin/python", "-c", f"import {', '.join(modules)}"], capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def probes() -> dict[str, tuple[list[str], str]]:
+    """Return each probe that is a command, and the port that it asks at."""
+    (image,) = re.findall(r"HEALTHCHECK .*?CMD (\[.*?\])\n", DOCKERFILE, re.DOTALL)
+    scale = yaml.safe_load((ROOT / "deploy/compose.scale.yaml").read_text())["services"]["workers"]
+    (workers, _) = yaml.safe_load_all((ROOT / "deploy/kubernetes/workers.yaml").read_text())
+    (container,) = workers["spec"]["template"]["spec"]["containers"]
+    return {
+        "image": (json.loads(image), "8080"),
+        "compose": (scale["healthcheck"]["test"][1:], "8081"),
+        "startup": (container["startupProbe"]["exec"]["command"], "8081"),
+        "liveness": (container["livenessProbe"]["exec"]["command"], "8081"),
+    }
+
+
+@pytest.mark.parametrize("name", probes())
+async def test_probes_tell_a_service_that_is_ready_from_one_that_is_gone(name: str, stage: Stage) -> None:
+    """HEALTHCHECK and its like, run as they are written: only the port is another."""
+    command, port = probes()[name]
+    stage.plain = True
+    operations = free_port()
+
+    def ask() -> int:
+        words = [each.replace(port, str(stage.port if port == "8080" else operations)) for each in command]
+        return subprocess.run([sys.executable, *words[1:]], capture_output=True, check=False).returncode
+
+    async with served(stage, operations={"port": operations}) as life:
+
+        async def ready() -> bool:
+            assert life.process.returncode is None, await life.ended()
+            return await asyncio.to_thread(ask) == 0
+
+        await eventually(ready)
+        assert await life.stop() == 0
+    assert await asyncio.to_thread(ask) != 0
 
 
 def test_the_image_is_told_what_to_leave_out() -> None:

@@ -7,7 +7,8 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from receiver.config import variables
+from receiver.config import load, variables
+from receiver.service import role_problem
 
 HERE = Path(__file__).parents[2] / "deploy/kubernetes"
 FILES = sorted(path.name for path in HERE.glob("*.yaml") if path.name != "kustomization.yaml")
@@ -49,6 +50,26 @@ def test_pods_are_restricted_and_know_no_names_but_ours(deployment: dict[str, An
     assert pod["terminationGracePeriodSeconds"] > 30
     assert "livenessProbe" in container
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize("deployment", PODS, ids=lambda each: str(each["metadata"]["name"]))
+def test_what_pods_are_given_are_good_settings(deployment: dict[str, Any], tmp_path: Path) -> None:
+    """Read by the service's own code: the ConfigMap's file, and secrets in files where the pod has them."""
+    (config,) = (each for each in EVERY if each["kind"] == "ConfigMap")
+    (tmp_path / "receiver.toml").write_text(config["data"]["receiver.toml"])
+    for name, value in {"database_url": "postgresql://db/receiver", "ops_token": "0123456789abcdef"}.items():
+        (tmp_path / name).write_text(value)
+    for name in ("flora_api_key", "flora_webhook_secret"):
+        (tmp_path / name).write_text(f"{name}_value\n")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    places = [mount["mountPath"] for mount in container["volumeMounts"]]
+    environ = {}
+    for each in container["env"]:
+        assert str(Path(each["value"]).parent) in places
+        environ[each["name"]] = str(tmp_path / Path(each["value"]).name)
+    settings = load(None, environ)
+    assert role_problem(settings, container["args"][2]) is None
+    assert settings.operations.host == "127.0.0.1"
 
 
 def test_selectors_select_what_there_is() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from receiver.client import ReceiverClient
+from receiver.errors import ReceiverApiError
 from receiver.telemetry import Metrics
 from tests.e2e.stage import Stage, staged
 
@@ -36,14 +38,26 @@ async def test_a_scrape_of_a_real_service_is_clean(stage: Stage) -> None:
         run_id = await stage.track(service)
         await stage.over(run_id)
         host, port = service.operations_address
+        with ReceiverClient(f"http://{host}:{port}", TOKEN) as receiver:
+            inputs = [{"id": "prompt", "type": "text", "value": "a lighthouse"}]
+            started = await asyncio.to_thread(receiver.start, "emu-image", inputs, callback_url=stage.url)
+            await stage.over(str(started.run_id))
+            with pytest.raises(ReceiverApiError):
+                await asyncio.to_thread(receiver.start, "tech_nowhere", inputs, callback_url=stage.url)
         async with httpx.AsyncClient(trust_env=False) as client:
             headers = {"Authorization": f"Bearer {TOKEN}"}
             scraped = (await client.get(f"http://{host}:{port}/metrics", headers=headers)).text
     checked = await asyncio.to_thread(promtool, "check", "metrics", given=scraped)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
     for line in (
-        'flora_receiver_callbacks_total{result="accepted"} 1.0',
-        'flora_receiver_verdicts_total{verdict="matched"} 1.0',
+        'flora_receiver_callbacks_total{result="accepted"} 2.0',
+        "flora_receiver_callback_seconds_count 2.0",
+        'flora_receiver_runs_settled_total{state="completed"} 2.0',
+        'flora_receiver_verdicts_total{verdict="matched"} 2.0',
+        'flora_receiver_dispatches_total{handler="storage",outcome="done"} 2.0',
+        'flora_receiver_api_requests_total{status="201"} 1.0',
+        'flora_receiver_api_requests_total{status="404"} 1.0',
+        'flora_receiver_dispatch_backlog{state="ready"} 0.0',
         'flora_receiver_overdue_seconds{queue="dispatch"} 0.0',
         'flora_receiver_dispatch_backlog{state="orphaned"} 0.0',
     ):

@@ -170,6 +170,43 @@ async def _said(stage: Stage, request: bytes) -> bytes:
     return heard
 
 
+HTTP2 = """
+const [, origin, ca, signature, body] = process.argv;
+const session = require("http2").connect(origin, { ca: require("fs").readFileSync(ca) });
+const headers = { ":method": "POST", ":path": "/callbacks/flora", "flora-signature": signature };
+const request = session.request(headers);
+let heard = "";
+request.on("response", (answer) => { heard = `${session.alpnProtocol} ${answer[":status"]} `; });
+request.on("data", (some) => { heard += some; });
+request.on("end", () => { console.log(heard); session.close(); });
+request.end(body);
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_callbacks_come_over_http2_too(kind: str, stage: Stage) -> None:
+    """Outside it is the proxy's affair; inside it is the same request."""
+    receiver = free_port()
+    async with (
+        proxy(kind, stage, [receiver]) as stage.port,
+        behind(kind, stage, receiver) as life,
+        stage.client() as client,
+    ):
+        await life.ready(client)
+        body = stage.body("run_x")
+        command = [
+            "node",
+            "-e",
+            HTTP2,
+            f"https://127.0.0.1:{stage.port}",
+            str(stage.ca),
+            stage.signature(body),
+            body.decode(),
+        ]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.stdout.strip() == 'h2 200 {"status":"accepted"}', done.stderr
+
+
 @pytest.mark.parametrize("kind", KINDS)
 async def test_who_called_is_told_by_the_proxy_alone(kind: str, stage: Stage) -> None:
     """What a caller says of itself is thrown away."""

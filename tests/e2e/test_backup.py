@@ -94,10 +94,10 @@ async def test_what_root_puts_back_belongs_to_the_service(sqlite_path: Path, tmp
     directory = tmp_path / "state"
     directory.mkdir()
     hand_over(directory)
-    ledger = directory / "receiver.db"
+    ledger = directory / "var/receiver.db"
     assert backup.restore(sqlite_path, ledger) is None
-    paths = [ledger, directory / "receiver.db.lock"]
-    assert {(path.stat().st_uid, path.stat().st_gid) for path in (*paths, directory)} == {
+    paths = [ledger, directory / "var/receiver.db.lock"]
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in (*paths, ledger.parent)} == {
         (directory.stat().st_uid, directory.stat().st_gid)
     }
     assert [stat.S_IMODE(path.stat().st_mode) for path in paths] == [0o600, 0o600]

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from receiver.client import ReceiverClient
 from receiver.emulator.faults import parse_faults
 from receiver.store.move import TABLES
-from tests.cli.conftest import run_command
+from tests.cli.conftest import environment, run_command
 from tests.e2e.lives import served
 from tests.e2e.stage import Stage, eventually, free_port
 
@@ -99,6 +101,16 @@ def test_what_cannot_be_moved_is_told(tmp_path: Path) -> None:
         done = run_command("move", "--to", target, cwd=tmp_path, env={"RECEIVER_DATABASE__URL": url})
         assert (done.returncode, told in done.stderr) == (status, True), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_driver_is_told_with_its_cure(sqlite_path: Path) -> None:
+    blocked = "import sys; sys.modules['psycopg'] = None; from receiver.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked, "move", "--to", "postgresql://127.0.0.1/x"],
+        env=environment(RECEIVER_DATABASE__URL=f"sqlite:///{sqlite_path}"), cwd=sqlite_path.parent,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "flora-receiver[postgres]" in done.stderr) == (1, True), done.stderr
 
 
 @pytest.mark.parametrize("as_json", [True, False])
