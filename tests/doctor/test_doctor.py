@@ -248,6 +248,22 @@ async def test_a_receiver_with_another_secret(stage: Stage) -> None:
     assert ids(told) - {"public.certificate_ends"} == {"public.wrong_secret"}
 
 
+async def test_a_receiver_that_does_not_know_every_secret(stage: Stage) -> None:
+    """It was started before a secret was rotated, or a workspace was added: each secret is tried."""
+    stage.port = free_port()
+    public_url = f"https://127.0.0.1:{stage.port}"
+    flora = {"webhook_secrets": [stage.secret, "whsec_new"]}
+    workspaces = [{"id": "ws_new", "secrets": ["whsec_of_ws_new"]}]
+    with_all = settings(stage, public_url=public_url, flora=flora, workspaces=workspaces)
+    async with stage.service():
+        told = [each for each in await of_public(with_all, ca=stage.ca) if each.id != "public.certificate_ends"]
+    assert [each.id for each in told] == ["public.wrong_secret"] * 2
+    assert "number 2" in told[0].what
+    assert "ws_new" in told[1].what
+    async with stage.service(flora=flora, workspaces=workspaces):
+        assert ids(await of_public(with_all, ca=stage.ca)) == {"public.certificate_ends"}
+
+
 async def test_keys_that_flora_refuses_are_told_apart(stage: Stage) -> None:
     """Revoked is not forbidden, and no answer is neither."""
     assert ids(await of_flora(settings(stage))) == set()
