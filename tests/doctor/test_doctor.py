@@ -383,12 +383,18 @@ async def test_a_read_only_file_system(stage: Stage) -> None:
 
 
 async def test_handlers_that_cannot_work(stage: Stage, tmp_path: Path) -> None:
+    """Their own check fails, or they cannot be built at all: then the rest is looked at all the same."""
     file = tmp_path / "a file"
     file.write_text("in the way")
     handlers = [{"use": "storage", "options": {"url": str(file)}}]
     found = await examine(settings(stage, handlers=handlers), ca=stage.ca)
     assert {"handler.broken", "public.missing"} <= ids(found)
     assert found[0].illness.severity is Severity.ERROR
+    handlers = [{"use": "storage", "options": {"ulr": "x"}}, {"use": "no.such:Handler", "name": "other"}]
+    revoked = {"api_key": "sk_test_revoked"}
+    found = await examine(settings(stage, handlers=handlers, flora=revoked), ca=stage.ca)
+    assert [each.id for each in found].count("handler.broken") >= 2
+    assert "flora.key_refused" in ids(found)
 
 
 TWO = """
