@@ -153,6 +153,7 @@ async def test_a_receiver_on_another_address_than_loopback(stage: Stage) -> None
     ],
 )
 async def test_who_answers_in_place_of_the_receiver(stage: Stage, answer: bytes, found: str) -> None:
+    """A redirect, a login page, a lost path, a receiver that cannot commit, no HTTP at all: each by its own id."""
     async with stage.service(), before(stage, always(answer)) as origin:
         told = await of_public(settings(stage, public_url=origin), ca=stage.ca)
     assert ids(told) - {"public.certificate_ends"} == {found}
@@ -227,6 +228,7 @@ def test_a_router_that_does_not_lead_back_inside() -> None:
 
 @pytest.mark.parametrize("wrong", ["expired", "another host", "another authority"])
 async def test_a_certificate_that_flora_would_not_take(stage: Stage, tmp_path: Path, wrong: str) -> None:
+    """Whatever else answers behind it."""
     authority = certificates.make_authority()
     ca = tmp_path / "own-ca.pem"
     ca.write_bytes(authority.pem)
@@ -242,6 +244,7 @@ async def test_a_certificate_that_flora_would_not_take(stage: Stage, tmp_path: P
 
 
 async def test_a_receiver_with_another_secret(stage: Stage) -> None:
+    """Refused from outside and on this machine alike: nobody alters anything."""
     async with stage.service():
         flora = {"webhook_secrets": ["whsec_another"]}
         told = await of_public(settings(stage, public_url=f"https://127.0.0.1:{stage.port}", flora=flora), ca=stage.ca)
@@ -481,5 +484,6 @@ async def test_a_ca_file_that_holds_nothing(stage: Stage, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ILLNESSES)
 def test_every_finding_is_documented(kind: str) -> None:
+    """The README's table is the code's."""
     row = f"| {ILLNESSES[kind].means} | `{kind}` | {ILLNESSES[kind].cure} |"
     assert row in README, f"add to README.md: {row}"
