@@ -52,6 +52,8 @@ def run(config: Path | None, asked: Asked, *, host: str, port: int | None, ops_p
         if not (is_loopback(host) or host in EVERY_ADDRESS):
             raise ConfigError([Problem("--host", "must be loopback, 0.0.0.0 or ::, so that we reach ourselves")])
         check_ca(asked.ca)
+        if asked.no_tunnel and (asked.wanted.kind or asked.wanted.public_url):
+            raise ConfigError([Problem("--no-tunnel", "contradicts the options of a tunnel: leave one of them out")])
         asked = replace(asked, wanted=_checked(asked.wanted))
         settings = _with(settings, {"public": {"host": host, "port": port}, "operations": {"port": ops_port}})
         configure_logging("error" if settings.log.level == "info" else settings.log.level, settings.log.format)

@@ -14,8 +14,8 @@ from receiver.doctor.flora import of_flora
 from receiver.doctor.machine import of_ledger
 from receiver.doctor.public import of_public
 from receiver.doctor.settings import of_problems, of_settings
-from receiver.errors import ConfigError
-from receiver.plugins import check_handlers, close_handlers, load_handlers
+from receiver.errors import ConfigError, Problem
+from receiver.plugins import Loaded, check_handlers, close_handlers, load_handlers
 
 
 def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
@@ -49,7 +49,12 @@ def _bad(found: list[Finding]) -> bool:
 
 async def examine(settings: Settings, *, ca: Path | None = None) -> list[Finding]:
     """Return every finding, the worst first."""
-    loaded = load_handlers(settings)
+    unusable: tuple[Problem, ...] = ()
+    loaded: tuple[Loaded, ...] = ()
+    try:
+        loaded = load_handlers(settings)
+    except ConfigError as error:  # no reason not to look at the rest
+        unusable = error.problems
     try:
         flora, ledger, public, (problems, unreachable) = await asyncio.gather(
             of_flora(settings), of_ledger(settings), of_public(settings, ca=ca), check_handlers(loaded)
@@ -57,7 +62,7 @@ async def examine(settings: Settings, *, ca: Path | None = None) -> list[Finding
     finally:
         await close_handlers(loaded)
     found = [*of_settings(settings), *flora, *ledger, *public]
-    found += [Finding("handler.broken", f"{each.path}: {each.message}") for each in problems]
+    found += [Finding("handler.broken", f"{each.path}: {each.message}") for each in (*unusable, *problems)]
     found += [Finding("handler.unreachable", f"{each.path}: {each.message}") for each in unreachable]
     order = list(Severity)
     return sorted(found, key=lambda each: -order.index(each.illness.severity))

@@ -203,7 +203,7 @@ ILLNESSES: Mapping[str, Illness] = {
     "public.altered": Illness(
         _ERROR,
         "the body is altered on the way: 401 from outside, 200 on this machine",
-        "a proxy re-encodes or rewrites bodies",
+        "a proxy re-encodes or rewrites bodies; or another receiver answers there",
         "have it hand bodies on as they are",
     ),
     "public.wrong_secret": Illness(

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import socket
 import ssl
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 from cryptography import x509
 
 from receiver.config import Settings
@@ -38,19 +40,33 @@ async def of_public(
     secrets = settings.secrets_by_workspace()
     if settings.public_url is None or not secrets:
         return []
-    secret = secrets[0][0]
+    (secret, _), *further = secrets
     async with (
         probe_client(ca=ca, timeout_seconds=_PATIENCE_SECONDS) as client,
         own_client(bound=settings.public.host) as own,
     ):
         outside = await probe(settings.public_url + CALLBACK_PATH, secret, client=client)
         inside = await probe(own_origin(settings) + CALLBACK_PATH, secret, client=own)
+        unknown = await _unknown(settings.public_url, further, client) if outside.arrived else []
     ours = await asyncio.to_thread(_is_ours, urlsplit(settings.public_url).hostname or "")
     finding = judged(outside, inside, ours=ours, slow_seconds=slow_seconds)
     if finding is not None and finding.id == "public.certificate":
         return [finding]
-    found = [] if finding is None else [finding]
+    found = unknown if finding is None else [finding, *unknown]
     return found + await _of_certificate(settings.public_url, ca)
+
+
+async def _unknown(
+    public_url: str, further: Sequence[tuple[str, str | None]], client: httpx.AsyncClient
+) -> list[Finding]:
+    """Say which of the further secrets the receiver there does not know: each signs callbacks, or will."""
+    found = []
+    for number, (secret, workspace) in enumerate(further, 2):
+        met = await probe(public_url + CALLBACK_PATH, secret, client=client)
+        if met.answer == "signature_mismatch":
+            whose = f"the one of {workspace}" if workspace else f"number {number} of FLORA_WEBHOOK_SECRET"
+            found.append(Finding("public.wrong_secret", f"{met.status} for {whose}; it knows the first one"))
+    return found
 
 
 def judged(outside: Probe, inside: Probe, *, ours: bool = True, slow_seconds: float = _SLOW_SECONDS) -> Finding | None:

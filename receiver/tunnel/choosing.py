@@ -40,19 +40,22 @@ class Wanted:
     domain: str | None = None
 
     @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The providers that the options name, be it by options of their own; more than one is a contradiction."""
+        own: dict[Kind, str | None] = {"ssh": self.ssh, "command": self.command, "ngrok": self.domain}
+        named = tuple(kind for kind, value in own.items() if value is not None)
+        return named if self.tunnel is None or self.tunnel in named else (self.tunnel, *named)
+
+    @property
     def kind(self) -> Kind | None:
-        """The provider that the options name, be it by an option of its own."""
-        if self.tunnel is not None:
-            return self.tunnel
-        if self.ssh is not None:
-            return "ssh"
-        if self.command is not None:
-            return "command"
-        return "ngrok" if self.domain is not None else None
+        """The provider that is meant, if one is."""
+        return next(iter(self.kinds), None)
 
 
 def chosen(wanted: Wanted, *, tls: bool, environ: Mapping[str, str] | None = None) -> Provider:
     """Return the provider; `tls`: the receiver itself speaks TLS. Raises ConfigError that says what is missing."""
+    if len(wanted.kinds) > 1:
+        raise ConfigError([Problem("--tunnel", f"{' and '.join(wanted.kinds)} are several ways: choose one of them")])
     match wanted.kind:
         case "ssh":
             return _ssh(wanted, tls=tls)

@@ -122,6 +122,8 @@ def test_a_tunnel_that_does_not_open_is_shown_with_its_output(tmp_path: Path) ->
         (("--ssh", "me@host"), "FLORA calls HTTPS only"),
         (("--public-url", "hooks.example.com"), "--public-url: must be an absolute URL"),
         (("--host", "192.0.2.1"), "--host: must be loopback"),
+        (("--no-tunnel", "--ssh", "me@host"), "--no-tunnel: contradicts"),
+        (("--no-tunnel", "--ca", "/dev/null"), "--ca: /dev/null holds no certificate"),
     ],
 )
 def test_what_cannot_be_used_is_told(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ async def test_a_receiver_on_another_address_than_loopback(stage: Stage) -> None
     ],
 )
 async def test_who_answers_in_place_of_the_receiver(stage: Stage, answer: bytes, found: str) -> None:
+    """A redirect, a login page, a lost path, a receiver that cannot commit, no HTTP at all: each by its own id."""
     async with stage.service(), before(stage, always(answer)) as origin:
         told = await of_public(settings(stage, public_url=origin), ca=stage.ca)
     assert ids(told) - {"public.certificate_ends"} == {found}
@@ -227,6 +228,7 @@ def test_a_router_that_does_not_lead_back_inside() -> None:
 
 @pytest.mark.parametrize("wrong", ["expired", "another host", "another authority"])
 async def test_a_certificate_that_flora_would_not_take(stage: Stage, tmp_path: Path, wrong: str) -> None:
+    """Whatever else answers behind it."""
     authority = certificates.make_authority()
     ca = tmp_path / "own-ca.pem"
     ca.write_bytes(authority.pem)
@@ -242,10 +244,27 @@ async def test_a_certificate_that_flora_would_not_take(stage: Stage, tmp_path: P
 
 
 async def test_a_receiver_with_another_secret(stage: Stage) -> None:
+    """Refused from outside and on this machine alike: nobody alters anything."""
     async with stage.service():
         flora = {"webhook_secrets": ["whsec_another"]}
         told = await of_public(settings(stage, public_url=f"https://127.0.0.1:{stage.port}", flora=flora), ca=stage.ca)
     assert ids(told) - {"public.certificate_ends"} == {"public.wrong_secret"}
+
+
+async def test_a_receiver_that_does_not_know_every_secret(stage: Stage) -> None:
+    """It was started before a secret was rotated, or a workspace was added: each secret is tried."""
+    stage.port = free_port()
+    public_url = f"https://127.0.0.1:{stage.port}"
+    flora = {"webhook_secrets": [stage.secret, "whsec_new"]}
+    workspaces = [{"id": "ws_new", "secrets": ["whsec_of_ws_new"]}]
+    with_all = settings(stage, public_url=public_url, flora=flora, workspaces=workspaces)
+    async with stage.service():
+        told = [each for each in await of_public(with_all, ca=stage.ca) if each.id != "public.certificate_ends"]
+    assert [each.id for each in told] == ["public.wrong_secret"] * 2
+    assert "number 2" in told[0].what
+    assert "ws_new" in told[1].what
+    async with stage.service(flora=flora, workspaces=workspaces):
+        assert ids(await of_public(with_all, ca=stage.ca)) == {"public.certificate_ends"}
 
 
 async def test_keys_that_flora_refuses_are_told_apart(stage: Stage) -> None:
@@ -367,12 +386,18 @@ async def test_a_read_only_file_system(stage: Stage) -> None:
 
 
 async def test_handlers_that_cannot_work(stage: Stage, tmp_path: Path) -> None:
+    """Their own check fails, or they cannot be built at all: then the rest is looked at all the same."""
     file = tmp_path / "a file"
     file.write_text("in the way")
     handlers = [{"use": "storage", "options": {"url": str(file)}}]
     found = await examine(settings(stage, handlers=handlers), ca=stage.ca)
     assert {"handler.broken", "public.missing"} <= ids(found)
     assert found[0].illness.severity is Severity.ERROR
+    handlers = [{"use": "storage", "options": {"ulr": "x"}}, {"use": "no.such:Handler", "name": "other"}]
+    revoked = {"api_key": "sk_test_revoked"}
+    found = await examine(settings(stage, handlers=handlers, flora=revoked), ca=stage.ca)
+    assert [each.id for each in found].count("handler.broken") >= 2
+    assert "flora.key_refused" in ids(found)
 
 
 TWO = """
@@ -459,5 +484,6 @@ async def test_a_ca_file_that_holds_nothing(stage: Stage, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ILLNESSES)
 def test_every_finding_is_documented(kind: str) -> None:
+    """The README's table is the code's."""
     row = f"| {ILLNESSES[kind].means} | `{kind}` | {ILLNESSES[kind].cure} |"
     assert row in README, f"add to README.md: {row}"

@@ -354,6 +354,7 @@ def test_the_provider_that_is_meant(tmp_path: Path) -> None:
     assert isinstance(chosen(Wanted(), tls=False, environ={"PATH": "", "NGROK_AUTHTOKEN": "x"}), Ngrok)
     assert isinstance(chosen(Wanted(domain="x.ngrok.app"), tls=False), Ngrok)
     assert isinstance(chosen(Wanted(ssh="me@host"), tls=True), Ssh)
+    assert isinstance(chosen(Wanted(tunnel="ssh", ssh="me@host"), tls=True), Ssh)
     assert isinstance(chosen(Wanted(ssh="me@host", public_url="https://hooks.example.com"), tls=False), Ssh)
     assert isinstance(chosen(Wanted(command="bore local {port}"), tls=False), Command)
     assert isinstance(chosen(Wanted(public_url="https://hooks.example.com"), tls=False), Given)
@@ -371,6 +372,8 @@ def test_the_provider_that_is_meant(tmp_path: Path) -> None:
         (Wanted(command="'"), "--command"),
         (Wanted(command=" "), "empty"),
         (Wanted(tunnel="cloudflared", public_url="https://x.example"), "a URL of its own"),
+        (Wanted(tunnel="cloudflared", ssh="me@host"), "cloudflared and ssh are several ways"),
+        (Wanted(command="bore", ssh="me@host"), "ssh and command are several ways"),
     ],
 )
 def test_what_is_missing_is_told(wanted: Wanted, told: str) -> None:
