@@ -5,6 +5,7 @@ at the same time, unless a process is frozen for longer than its lease: then the
 """
 
 import asyncio
+import math
 import os
 import secrets
 import socket
@@ -20,6 +21,8 @@ from receiver.store import Database, leases
 log = structlog.get_logger("receiver.election")
 
 LEASE = timedelta(seconds=15)
+_AFTER_SECONDS = 0.05
+"""How long after another's lease has ended we try to take it."""
 _GRACE_SECONDS = 2.0
 """How long the loop may take to end once the lease is lost."""
 
@@ -43,6 +46,8 @@ class Election:
         self._clock = clock
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
         self._token = secrets.token_hex(16)
+        self._free_in = math.inf
+        """Seconds until another's lease ends, as far as we know: the next try is then."""
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Stand for election until told to stop; while elected, work."""
@@ -53,15 +58,20 @@ class Election:
                 await self._serve(stopping, since=asked)
                 await self._resign()
             else:
-                await _pause(stopping, self._lease.total_seconds() / 3)
+                await _pause(stopping, min(self._lease.total_seconds() / 3, self._free_in))
 
     async def take(self, *, within: float | None = None) -> bool:
         """Take the lease, or extend it; False if another process has it, or nobody can tell within that many seconds."""
 
         def job(tx: Connection) -> bool:
             now = self._database.now(tx, self._clock())
-            return leases.take(tx, self._name, owner=self._owner, token=self._token, now=now, until=now + self._lease)
+            until = now + self._lease
+            taken = leases.take(tx, self._name, owner=self._owner, token=self._token, now=now, until=until)
+            ends = None if taken else leases.until(tx, self._name)
+            self._free_in = math.inf if ends is None else max((ends - now).total_seconds(), 0.0) + _AFTER_SECONDS
+            return taken
 
+        self._free_in = math.inf
         try:
             async with asyncio.timeout(self._lease.total_seconds() / 2 if within is None else within):
                 return await self._database.write(job)

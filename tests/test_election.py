@@ -42,6 +42,36 @@ async def test_many_stand_at_once_and_one_wins(database: Database, clock: Clock)
     assert sum(await asyncio.gather(*(candidate(database, clock).take() for _ in range(10)))) == 1
 
 
+async def test_who_waits_tries_again_when_the_lease_ends(database: Database, clock: Clock) -> None:
+    """Not a third of a lease later: what a dead process did is taken over within its lease."""
+    lease = timedelta(hours=1)
+    assert await candidate(database, clock, lease=lease).take()
+    clock.forward(3599.99)
+    begun, stopping = asyncio.Event(), asyncio.Event()
+
+    async def work(stopping: asyncio.Event) -> None:
+        begun.set()
+        await stopping.wait()
+
+    tries = 0
+    write = database.write
+
+    async def counted(job: Any) -> Any:
+        nonlocal tries
+        answer = await write(job)
+        tries += 1
+        clock.forward(0.02)  # the first try is too early; after it, the lease has ended
+        return answer
+
+    database.write = counted  # type: ignore[method-assign]
+    running = asyncio.create_task(candidate(database, clock, work=work, lease=lease).run(stopping))
+    async with asyncio.timeout(20):
+        await begun.wait()
+    assert tries == 2
+    stopping.set()
+    await running
+
+
 async def test_who_stops_resigns(database: Database, clock: Clock) -> None:
     """The next one need not wait for the lease; the work has ended by then."""
     begun, ended = asyncio.Event(), asyncio.Event()

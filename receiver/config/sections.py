@@ -83,7 +83,8 @@ class Public(Section):
     head_timeout_seconds: Span = Field(10, description="How long a request's head may take to arrive (`httptools`).")
     max_connections: Count = Field(
         2000,
-        description="Open connections; beyond it the oldest unfinished request gives way, or the longest idle (`httptools`).",
+        description="Open connections; beyond it the oldest unfinished request gives way, or the longest idle; fewer where "
+        "the limit of open files is too low (`httptools`).",
     )
     trusted_proxies: Annotated[Words, AfterValidator(_networks)] = Field(
         ("127.0.0.1", "::1"), description="Addresses or networks of proxies whose `X-Forwarded-For` is believed."

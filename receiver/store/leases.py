@@ -2,10 +2,10 @@
 
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, or_
+from sqlalchemy import Connection, delete, or_, select
 from sqlalchemy.dialects import postgresql
 
-from receiver.store.rows import ms
+from receiver.store.rows import moment, ms
 from receiver.store.schema import leases
 
 
@@ -18,6 +18,12 @@ def take(tx: Connection, name: str, *, owner: str, token: str, now: datetime, un
         where=or_(leases.c.until <= ms(now), leases.c.token == token),
     ).returning(leases.c.name)
     return tx.execute(taken).first() is not None
+
+
+def until(tx: Connection, name: str) -> datetime | None:
+    """Return when a lease ends, whoever holds it; None: nobody does."""
+    ends = tx.execute(select(leases.c.until).where(leases.c.name == name)).scalar_one_or_none()
+    return None if ends is None else moment(ends)
 
 
 def release(tx: Connection, name: str, *, token: str) -> None:
