@@ -22,6 +22,7 @@ from receiver.flora.signature import Verified, canary_key, verify
 from receiver.model import Asked, Delivery, Heard, Rejection, Report, Subscription
 from receiver.recording import Recorder
 from receiver.store import Database, ledger
+from receiver.store.touching import prove
 from receiver.telemetry import Metrics
 
 log = structlog.get_logger("receiver.intake")
@@ -118,7 +119,7 @@ class Intake:
             if error.problem is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE:
                 await self._look_anyway(body, now)
             elif error.problem is SignatureProblem.SIGNATURE_MISMATCH and self._is_canary(body, signature, now):
-                await self._database.write(lambda _: None)
+                await self._database.write(prove)
                 return Canary()
             return self.refuse(error.problem.value, str(error), remote=remote, size=len(body))
         try:

@@ -31,6 +31,7 @@ from receiver.starter import Starter
 from receiver.store import Database, open_database, queries, queue
 from receiver.store.database import shown
 from receiver.store.migrate import upgrade
+from receiver.store.touching import prove
 from receiver.sweeper import Sweeper
 from receiver.systemd import Supervisor
 from receiver.telemetry import Metrics
@@ -220,7 +221,7 @@ class Service:
             await self.ready()
             return
         with contextlib.suppress(StoreUnavailableError):
-            await self.database.write(lambda _: None)
+            await self.database.write(prove)
 
     async def ready(self) -> str | None:
         """Return None, or why this process should get no callbacks now. A good answer is believed for a second."""
@@ -229,7 +230,7 @@ class Service:
         now = self._clock()
         if self._probed_at is None or not timedelta(0) <= now - self._probed_at < _READY_FOR:
             if self._probe is None or self._probe.done():  # many may ask while the database does not answer
-                self._probe = asyncio.ensure_future(self.database.write(lambda _: None))
+                self._probe = asyncio.ensure_future(self.database.write(prove))
             try:
                 async with asyncio.timeout(5):
                     await asyncio.shield(self._probe)

@@ -216,6 +216,11 @@ async def test_a_disk_that_is_full(stage: Stage) -> None:
         resource.prlimit(receiver.pid, resource.RLIMIT_FSIZE, (1, soft[1]))
         other = stage.start(callback=False)
         is_unavailable(await stage.send(client, stage.body(other)))
+
+        async def not_ready() -> bool:
+            return (await client.get(stage.url.replace("/callbacks/flora", "/readyz"))).status_code == 503
+
+        await eventually(not_ready)  # an empty transaction would still go well
         resource.prlimit(receiver.pid, resource.RLIMIT_FSIZE, soft)
         assert (await stage.send(client, stage.body(other))).status_code == 200
         await stage.over(run_id, waiting, other)
