@@ -18,6 +18,8 @@ from receiver.store import channel, ledger, starts
 _START_SECONDS = 1.0
 _START_PATIENCE = timedelta(minutes=2)
 """How long settling a run of unknown origin waits for a start that may name it."""
+_START_SKEW = timedelta(seconds=30)
+"""How far the clocks of two replicas may be apart."""
 
 
 @dataclass(slots=True)
@@ -47,8 +49,8 @@ class Fold:
     fresh: dict[str, Sequence[Output]] = field(default_factory=dict)
     dispatches: list[Dispatch] = field(default_factory=list)
     happened: dict[str, list[Event]] = field(default_factory=dict)
-    asking: dict[str | None, bool] = field(default_factory=dict)
-    """For each workspace that it was asked for: whether a start of it may be about to name one of these runs."""
+    asking: dict[str | None, datetime | None] = field(default_factory=dict)
+    """For each workspace that it was asked for: since when a start of it may be about to name one of these runs."""
 
     def new(self) -> list[Run]:
         return sorted((run for key, run in self.now_are.items() if key not in self.before), key=lambda run: run.run_id)
@@ -149,7 +151,8 @@ class Recorder:
         """Return whether settling has to wait: the run may be one that we are starting right now.
 
         Its callback overtook the answer to its start and carried no token; settled now, its dispatches would be judged
-        without the metadata and the technique that the start knows.
+        without the metadata and the technique that the start knows. A start that was made after we heard of the run is not
+        meant: where one start follows the other, the runs of others would never be settled.
         """
         if run.origin is not Origin.CALLBACK or run.settled_at is not None:
             return False
@@ -157,5 +160,6 @@ class Recorder:
             return False
         if run.workspace_id not in fold.asking:
             since = now - _START_PATIENCE
-            fold.asking[run.workspace_id] = starts.any_asking(tx, workspace_id=run.workspace_id, since=since)
-        return fold.asking[run.workspace_id]
+            fold.asking[run.workspace_id] = starts.oldest_asking(tx, workspace_id=run.workspace_id, since=since)
+        oldest = fold.asking[run.workspace_id]
+        return oldest is not None and oldest <= run.first_seen_at + _START_SKEW

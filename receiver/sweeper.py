@@ -157,7 +157,8 @@ def _news(tx: Connection, scope: Scope, rows: Sequence[Snapshot], asked_at: date
     known = ledger.runs_by_id(tx, shown.keys()) if shown else {}
     news = [Read(shown[run_id], asked_at) for run_id, run in known.items() if worth_telling(run, shown[run_id])]
     unknown = [row for row in shown.values() if row.run_id not in known]
-    if unknown and starts.any_asking(tx, workspace_id=scope.workspace_id, since=asked_at - _STARTING):
+    asking_since = asked_at - _STARTING
+    if unknown and starts.oldest_asking(tx, workspace_id=scope.workspace_id, since=asking_since) is not None:
         # A young one may be the run of a start that is just being answered; the overlap shows it again.
         unknown = [row for row in unknown if _older(row, asked_at - _STARTING - _SKEW)]
     return [*news, *(Read(row, asked_at, origin=Origin.DISCOVERED) for row in unknown)], len(unknown)

@@ -20,7 +20,7 @@ from receiver.model import Origin, RunState, Start, StartState
 from receiver.start_request import StartRequest, same_address, with_token
 from receiver.starter import Conflict, Intended, Starter
 from receiver.web.server import Server, bind
-from tests.core import Core, a_registration, callback_body, signed
+from tests.core import Core, a_read, a_registration, callback_body, signed
 
 OURS = "https://hooks.example.com/callbacks/flora"
 PROMPT = {"id": "prompt", "type": "text", "value": "a lighthouse"}
@@ -291,6 +291,24 @@ async def test_a_callback_that_overtakes_the_answer_names_the_run(scene: Scene) 
     posts = scene.posts
     await scene.is_known(await scene.again(scene.process(), start))
     assert scene.posts == posts
+
+
+async def test_a_run_of_others_waits_for_earlier_starts_alone(scene: Scene) -> None:
+    """A start that is being asked may name a run whose callback brought no token; one made after the callback cannot.
+
+    Else, where one start follows the other, as in a batch, the runs of others in that workspace would never be settled.
+    """
+    core, starter = scene.core, scene.process(asks=False)
+    await scene.start(starter)
+    core.clock.forward(1)
+    await core.call("whd_x", "run_x")
+    await core.intake.learn(a_read("completed", core.clock.forward(1), "run_x"))
+    assert (await core.run("run_x")).state is RunState.REPORTED
+    for number in range(4):
+        core.clock.forward(31)
+        await scene.start(starter, replace(REQUEST, idempotency_key=f"later {number}"))
+    await core.intake.learn(a_read("completed", core.clock.now, "run_x"))
+    assert (await core.run("run_x")).state is RunState.COMPLETED
 
 
 async def test_two_runs_that_could_be_meant_are_not_guessed(scene: Scene) -> None:

@@ -72,7 +72,7 @@ class PostgresDatabase:
         self._reading = self._writing.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._sessions: weakref.WeakSet[psycopg.Connection[Any]] = weakref.WeakSet()
         event.listen(self._writing, "connect", lambda session, _: self._sessions.add(session))
-        self._closing = False
+        self._hung_up = False
         self._listen_url = _plain(listen_url or url)
         self._database_clock = database_clock
         self._writers = ThreadPoolExecutor(connections, thread_name_prefix="ledger")
@@ -128,7 +128,6 @@ class PostgresDatabase:
 
     async def close(self) -> None:
         """Finish what is running and disconnect; a server that does not answer any more is not waited for."""
-        self._closing = True
         letting_go = asyncio.ensure_future(asyncio.to_thread(self._let_go))
         await asyncio.wait({letting_go}, timeout=_CLOSE_SECONDS)
         if not letting_go.done():
@@ -137,6 +136,7 @@ class PostgresDatabase:
 
     def _hang_up(self) -> None:
         """End what waits for an answer: a thread that does would keep the whole process from ending."""
+        self._hung_up = True
         for threads in (self._writers, self._readers):
             threads.shutdown(wait=False, cancel_futures=True)
         for session in list(self._sessions):
@@ -151,6 +151,8 @@ class PostgresDatabase:
     def _transact(self, job: Job[T]) -> T:
         for attempt in range(1, _TRIES + 1):
             committing = False
+            if self._hung_up:
+                raise StoreUnavailableError("the database is being closed")
             try:
                 with self._writing.connect() as connection, connection.begin() as transaction:
                     begun(connection)
@@ -161,12 +163,10 @@ class PostgresDatabase:
             except _TROUBLE as error:
                 lost = error.connection_invalidated and not committing
                 again = _state(error) in _AGAIN
-                if attempt == _TRIES or self._closing or not (lost or again):
+                if attempt == _TRIES or not (lost or again):
                     raise _unavailable(error) from error
                 if again:
                     time.sleep(_PAUSE_SECONDS * random.uniform(0.2, 1))  # noqa: S311 -- no secret
-            except exc.TimeoutError as error:
-                raise StoreUnavailableError("the database is busy: no connection is free") from error
         raise AssertionError("unreachable")
 
     def _look(self, job: Job[T]) -> T:
@@ -175,10 +175,8 @@ class PostgresDatabase:
                 with self._reading.connect() as connection, connection.begin():
                     return job(connection)
             except _TROUBLE as error:
-                if attempt == _TRIES or self._closing or not error.connection_invalidated:
+                if attempt == _TRIES or self._hung_up or not error.connection_invalidated:
                     raise _unavailable(error) from error
-            except exc.TimeoutError as error:
-                raise StoreUnavailableError("the database is busy: no connection is free") from error
         raise AssertionError("unreachable")
 
     def _bare(self, job: Job[T]) -> T:
@@ -221,7 +219,7 @@ def _engine(url: str, connections: int) -> Engine:
         make_url(url).set(drivername="postgresql+psycopg"),
         pool_size=connections,
         max_overflow=0,
-        pool_timeout=5,
+        pool_timeout=None,  # whoever waits for a connection has its own patience
         # PgBouncer in transaction mode gives every transaction another server: nothing may be prepared on one.
         connect_args={"prepare_threshold": None, **_TIMEOUTS},
     )

@@ -95,18 +95,16 @@ def next_due_ms(tx: Connection) -> int | None:
     return tx.execute(statement).scalar_one_or_none()
 
 
-def any_asking(tx: Connection, *, workspace_id: str | None, since: datetime) -> bool:
-    """Return whether a start made after `since` may be about to name a run of this workspace."""
-    statement = (
-        select(starts.c.token)
-        .where(
+def oldest_asking(tx: Connection, *, workspace_id: str | None, since: datetime) -> datetime | None:
+    """Return when the first start was made, of those after `since` that may be about to name a run of this workspace."""
+    first = tx.execute(
+        select(func.min(starts.c.created_at)).where(
             starts.c.state == StartState.ASKING.value,
             starts.c.created_at >= ms(since),
             starts.c.workspace_id.in_({"", workspace_id or ""}),
         )
-        .limit(1)
-    )
-    return tx.execute(statement).first() is not None
+    ).scalar_one_or_none()
+    return None if first is None else moment(first)
 
 
 def unresolved_alike(tx: Connection, start: Start, *, since: datetime, until: datetime) -> int:

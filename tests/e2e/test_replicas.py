@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,14 @@ class Replicas:
         found = await eventually(look)
         assert found is not None
         return found
+
+    def elected(self) -> Counter[str]:
+        """Return how often each role was taken up, in all their logs."""
+        lines = (
+            line for log in sorted(self.stage.directory.glob("log*")) for line in log.read_bytes().splitlines(True)
+        )
+        told = (json.loads(line) for line in lines if b'"election.won"' in line and line.endswith(b"\n"))
+        return Counter(each["name"] for each in told)
 
     async def kill(self, number: int) -> None:
         self.lives[number].process.kill()
@@ -181,6 +190,7 @@ async def test_two_of_three_are_killed_and_nothing_is_lost(shared: Stage) -> Non
             return len(shared.rows("SELECT run_id FROM runs WHERE settled_at IS NOT NULL")) >= count
 
         await eventually(lambda: settled(5))
+        assert them.elected() == dict.fromkeys(("poller", "janitor", "starter"), 1)
         await them.kill(0)
         run_ids += [shared.start() for _ in range(30)]
         await eventually(lambda: settled(30))
