@@ -145,6 +145,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._bytes = 0
         """Received of the message at hand, head and framing included."""
         self._piece = 0
+        self._deaf = False
+        """Whether all that comes is thrown away, until the connection is closed."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -156,6 +158,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
         guard, limits = self._guard, self._guard.limits
         # Judged before this piece is counted: uvicorn stops reading until the app has seen what came, and may refuse it.
         if self._bytes > limits.message_bytes and (not self.answered or self._bytes > limits.discard_bytes):
@@ -196,9 +200,31 @@ class GuardedProtocol(HttpToolsProtocol):
             if not self.transport.is_closing():  # the rest of this very piece is still parsed
                 self._guard.close(self, "too_many")
             return
+        if self.parser.should_upgrade():
+            self._refuse_upgrade()
+            return
         super().on_headers_complete()
 
+    def _refuse_upgrade(self) -> None:
+        """Answer, and hear no more: httptools takes the body for the other protocol, and uvicorn for the next request.
+
+        Behind a proxy that would be a request that nobody sent, whose answer another caller gets.
+        """
+        self._deaf = True
+        self._in_body = False
+        self._guard.forget(self)
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None or cycle.response_complete:
+            self.send_400_response("There is no other protocol here: leave Upgrade out.")
+        else:
+            self.transport.abort()  # an earlier request's answer would come after this one
+
+    def _unsupported_upgrade_warning(self) -> None:
+        pass  # it is refused, and uvicorn's advice is of no use
+
     def on_message_complete(self) -> None:
+        if self._deaf:
+            return
         self._in_body = False
         self._complete = True
         super().on_message_complete()

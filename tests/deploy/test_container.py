@@ -56,10 +56,14 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert done.returncode == 0, f"{words}: {done.stderr}"
         else:
             assert instruction == "WORKDIR"
+    return prefix
+
+
+def open_to_all(place: Path) -> None:
+    """Let everybody reach a directory; pytest closes its own whenever another session begins."""
     for parent in (place, *place.parents):
         if parent != Path("/tmp") and str(parent).startswith("/tmp"):
             parent.chmod(parent.stat().st_mode | 0o755)
-    return prefix
 
 
 @pytest.fixture
@@ -88,8 +92,8 @@ async def test_the_service_runs_from_the_image_on_a_read_only_root(
     data = stage.directory / "data"
     data.mkdir(mode=0o700)
     hand_over(data)
-    for parent in (stage.directory, *stage.directory.parents[:2]):
-        parent.chmod(0o755)
+    open_to_all(stage.directory)
+    open_to_all(image)
     for secret in (stage.cert, stage.key, stage.ca):
         secret.chmod(0o644)
     stage.port = free_port()

@@ -127,3 +127,38 @@ async def test_who_never_begins_to_speak_tls_keeps_nobody_out(stage: Stage) -> N
             for _ in range(5):
                 await is_honest(stage, client, stage.start(callback=False))
         assert set(await asyncio.gather(*map(ended, silent))) == {b""}
+
+
+@pytest.mark.parametrize("listener", ["public", "operations"])
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+@pytest.mark.parametrize("before", [b"", b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"])
+async def test_a_body_is_no_request(stage: Stage, listener: str, pieces: int, before: bytes) -> None:
+    """Whoever offers another protocol is refused and hung up on: what comes behind it is neither body nor request.
+
+    httptools ends such a message at its head; what a stranger wrote as a body was a request of its own then, and behind a
+    proxy its answer somebody else's.
+    """
+    async with stage.service() as service:
+        port = stage.port if listener == "public" else service.operations_address[1]
+        streams = await connected(port, stage.tls() if listener == "public" else None, before)
+        if before:
+            await streams[0].readuntil(b"}")
+        inner = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        head = b"POST /callbacks/flora HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+        head += b"Content-Length: %d\r\n\r\n" % len(inner)
+        for piece in {1: [head + inner], 2: [head, inner], 3: [head[:40], head[40:] + inner[:9], inner[9:]]}[pieces]:
+            streams[1].write(piece)
+            with contextlib.suppress(ConnectionError):
+                await streams[1].drain()
+        said = await ended(streams)
+    assert b"HTTP/1.1 400 " in said
+    assert said.count(b"HTTP/1.1 ") == 1
+
+
+async def test_nor_is_it_one_behind_a_request_in_hand(stage: Stage) -> None:
+    """An answer to the second must not come before the first one's: it is hung up on at once."""
+    async with stage.service():
+        inner = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+        streams = await connected(stage.port, stage.tls(), inner + upgrade + inner)
+        assert (await ended(streams)).count(b"HTTP/1.1 ") <= 1
