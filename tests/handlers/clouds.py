@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from handlers.objects import ObjectStore
 from handlers.storage import StorageConfig, open_place
+from handlers.storage.objects import ObjectStore
 
 SECRET = "wJalrXUtnFEMI-very-secret"
 MOTO = """

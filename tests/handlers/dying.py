@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-import handlers.disk
+import handlers.storage.disk
 from handlers.storage import Storage, StorageConfig
 from receiver.download import Downloader
 from receiver.handler import Artifact, Done, Output
@@ -85,7 +85,7 @@ class LastingContext(MemoryContext):
 def attempt(root: Path, die_at: int) -> None:
     """Store a run in a process of its own, and leave there which steps that took."""
     death = Death(die_at)
-    for module, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (handlers.disk, "_write")):
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (handlers.storage.disk, "_write")):
         setattr(module, name, death.around(name.strip("_"), getattr(module, name)))
     outputs = tuple(
         Output(position=n, output_id=name, type="text", value=value)

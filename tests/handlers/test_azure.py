@@ -18,9 +18,9 @@ import httpx
 import obstore
 import pytest
 
-from handlers.objects import ObjectStore
-from handlers.places import PlaceError
 from handlers.storage import Storage, StorageConfig
+from handlers.storage.objects import ObjectStore
+from handlers.storage.places import PlaceError
 from receiver.handler import Done, SettledRun
 from tests.media import MediaServer, page
 

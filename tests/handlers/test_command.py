@@ -18,7 +18,7 @@ import pytest
 from pydantic import ValidationError
 
 from handlers.command import Command, CommandConfig
-from handlers.workdir import Workdir
+from handlers.command.workdir import Workdir
 from receiver.attempt import Registration, call
 from receiver.handler import Answer, Checks, Closes, Done, Handler, Output, Reject, Retry, SettledRun
 from tests.media import MediaServer, page

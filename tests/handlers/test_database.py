@@ -20,8 +20,8 @@ import pytest
 from pydantic import ValidationError
 
 from handlers.database import Database, DatabaseConfig
-from handlers.refusals import Refusal
-from handlers.tables import DialectName
+from handlers.database.refusals import Refusal
+from handlers.database.tables import DialectName
 from receiver.attempt import settled_run
 from receiver.errors import MissingExtraError
 from receiver.handler import (
@@ -495,7 +495,7 @@ async def test_a_locked_table_holds_an_attempt_only_for_a_while(
     place: Place, opened: Opened, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody's long transaction: the attempt gives up by itself, says so, and works afterwards."""
-    monkeypatch.setattr("handlers.connections.SECONDS", 0.2 if place.dialect == "sqlite" else 1)
+    monkeypatch.setattr("handlers.database.connections.SECONDS", 0.2 if place.dialect == "sqlite" else 1)
     handler = opened(place.url, create=True)
     await handler.check()
     if place.dialect == "sqlite":

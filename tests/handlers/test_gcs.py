@@ -13,9 +13,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import obstore
 import pytest
 
-from handlers.objects import ObjectStore
-from handlers.places import PlaceError
 from handlers.storage import Storage, StorageConfig
+from handlers.storage.objects import ObjectStore
+from handlers.storage.places import PlaceError
 from receiver.handler import Done, Retry, SettledRun
 from tests.media import MediaServer, page
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from handlers.broker import BrokerUnreachableError, Link
 from handlers.publish import Publish, PublishConfig
+from handlers.publish.broker import BrokerUnreachableError, Link
 from receiver.handler import (
     Checks,
     Closes,

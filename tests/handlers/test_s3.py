@@ -14,11 +14,11 @@ from urllib.parse import unquote
 import obstore
 import pytest
 
-import handlers.clouds
-import handlers.objects
-from handlers.objects import PART_BYTES, ObjectStore
-from handlers.places import PlaceError, PlaceUnreachableError
+import handlers.storage.clouds
+import handlers.storage.objects
 from handlers.storage import Storage, StorageConfig
+from handlers.storage.objects import PART_BYTES, ObjectStore
+from handlers.storage.places import PlaceError, PlaceUnreachableError
 from receiver.handler import THUMBNAIL, Done, Output, Reject, Retry, SettledRun, TargetUnreachableError
 from tests.handlers.clouds import SECRET, Bucket, link, moto, told
 from tests.handlers.test_thumbnails import picture
@@ -225,7 +225,7 @@ async def test_a_link_that_never_lasts(
     bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Given up after a few tries, with a plain reason; the next attempt over a good link needs nothing else."""
-    monkeypatch.setitem(handlers.clouds._RETRIES, "max_retries", 1)
+    monkeypatch.setitem(handlers.storage.clouds._RETRIES, "max_retries", 1)
     run, context = replace(run, outputs=(media.output("/a", page(BIG)),)), context_of()
     async with link(bucket.endpoint, cuts=lambda _: 3_000_000) as bad:
         answer = await storage(Bucket(bad.endpoint)).handle(run, context)
@@ -244,12 +244,12 @@ async def test_a_slow_link(bucket: Bucket) -> None:
 
 async def test_targets_that_do_not_answer(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Silence, a closed port and a server in trouble may pass: the check only warns."""
-    monkeypatch.setattr(handlers.objects, "CHECK_SECONDS", 0.3)
+    monkeypatch.setattr(handlers.storage.objects, "CHECK_SECONDS", 0.3)
     async with link(bucket.endpoint, silent=True) as silent:
         with pytest.raises(TargetUnreachableError, match="did not answer within"):
             await storage(Bucket(silent.endpoint)).check()
-    monkeypatch.setattr(handlers.objects, "CHECK_SECONDS", 8.0)
-    monkeypatch.setitem(handlers.clouds._RETRIES, "max_retries", 0)
+    monkeypatch.setattr(handlers.storage.objects, "CHECK_SECONDS", 8.0)
+    monkeypatch.setitem(handlers.storage.clouds._RETRIES, "max_retries", 0)
     with pytest.raises(TargetUnreachableError, match="no answer from its endpoint"):
         await storage(Bucket("http://127.0.0.1:1")).check()
     async with told(PUT=(503, {}, b"<Error><Code>SlowDown</Code><Message>Please wait</Message></Error>")) as busy:

@@ -16,11 +16,11 @@ import pytest
 from obstore.store import MemoryStore
 from pydantic import ValidationError
 
-import handlers.disk
-from handlers.disk import LocalDisk
-from handlers.objects import ObjectStore
-from handlers.places import Place, PlaceError
+import handlers.storage.disk
 from handlers.storage import Storage, StorageConfig, open_place
+from handlers.storage.disk import LocalDisk
+from handlers.storage.objects import ObjectStore
+from handlers.storage.places import Place, PlaceError
 from receiver.handler import MANIFEST, Answer, Checks, Closes, Done, Event, Handler, Output, Reject, Retry, SettledRun
 from receiver.testing.stand import standing
 from tests.media import MediaServer, Page, page
@@ -572,7 +572,7 @@ async def test_a_disk_without_inodes(
     handler = storage(root)
     await handler.check()
     monkeypatch.setattr(os, "statvfs", none_left)
-    monkeypatch.setattr(handlers.disk, "_write", full_after(0))
+    monkeypatch.setattr(handlers.storage.disk, "_write", full_after(0))
     answer = await handler.handle(replace(run, outputs=(text(0),)), context_of())
     assert reason(answer).endswith(f"disk full at {root}: it has no room for another file (no inodes left)")
 
@@ -582,7 +582,7 @@ async def test_a_disk_that_fills_up_on_the_way(
 ) -> None:
     """ENOSPC in the middle of a file: nothing stays, the reason is plain, and the next attempt works."""
     write = os.write
-    monkeypatch.setattr(handlers.disk, "_write", full_after(1_000_000))
+    monkeypatch.setattr(handlers.storage.disk, "_write", full_after(1_000_000))
     body = b"x" * 3_000_000
     run = replace(run, outputs=(media.output("/a", page(body)),))
     context = context_of()
@@ -590,7 +590,7 @@ async def test_a_disk_that_fills_up_on_the_way(
     assert isinstance(answer, Retry)
     assert f"disk full at {root}: " in answer.reason
     assert files(root) == {}
-    monkeypatch.setattr(handlers.disk, "_write", write)
+    monkeypatch.setattr(handlers.storage.disk, "_write", write)
     assert isinstance(await storage(root).handle(run, context), Done)
     assert files(root)["2026-11-24/run_1/out.png"] == body
 

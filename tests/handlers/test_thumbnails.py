@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from handlers.storage import Storage, StorageConfig
-from handlers.thumbnails import MAX_MEMORY, MAX_SCANS, SIDE, NoThumbnailError, thumbnail
+from handlers.storage.thumbnails import MAX_MEMORY, MAX_SCANS, SIDE, NoThumbnailError, thumbnail
 from receiver.handler import THUMBNAIL, Done, MissingExtraError, SettledRun
 from tests.media import MediaServer, page
 
@@ -114,7 +114,7 @@ def test_what_has_no_thumbnail(body: bytes, content_type: str | None) -> None:
 LARGEST = """
 import sys
 from pathlib import Path
-from handlers.thumbnails import thumbnail
+from handlers.storage.thumbnails import thumbnail
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024

@@ -19,8 +19,8 @@ from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, exc, make_url
 
-from handlers.refusals import explained
-from handlers.tables import DialectName
+from handlers.database.refusals import explained
+from handlers.database.tables import DialectName
 from receiver.handler import Secret, needs
 
 T = TypeVar("T")

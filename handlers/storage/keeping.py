@@ -12,10 +12,10 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
-from handlers.manifest import Kept, manifest
 from handlers.naming import KeyTemplate, LabelTemplate, RunKeys, clean, extension
-from handlers.places import Place, PlaceError, Stored, digest
-from handlers.thumbnails import (
+from handlers.storage.manifest import Kept, manifest
+from handlers.storage.places import Place, PlaceError, Stored, digest
+from handlers.storage.thumbnails import (
     CONTENT_TYPE,
     MAX_BYTES,
     SUFFIX,

@@ -1,4 +1,4 @@
-"""Small pictures of stored images, for the dashboard. Pure but for Pillow; for `handlers.keeping`, called in a thread.
+"""Small pictures of stored images, for the dashboard. Pure but for Pillow; `keeping` calls it in a thread.
 
 Images come from outside: the formats are few, the pixels are counted before any is decoded, and what is broken or too
 large has no thumbnail.

@@ -18,8 +18,8 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError
 from obstore.store import ObjectStore as Store
 
-from handlers.clouds import explained
-from handlers.places import NO_METADATA, PlaceError, PlaceUnreachableError, Stored, digest
+from handlers.storage.clouds import explained
+from handlers.storage.places import NO_METADATA, PlaceError, PlaceUnreachableError, Stored, digest
 
 PART_BYTES = 8 * 1024 * 1024
 PARTS_AT_ONCE = 2  # with the part size, what one upload holds in memory

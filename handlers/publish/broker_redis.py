@@ -13,7 +13,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, ConnectionError, NoPermissionError, RedisError, TimeoutError  # noqa: A004
 
-from handlers.broker import Access, BrokerError, BrokerUnreachableError, Message, excerpt
+from handlers.publish.broker import Access, BrokerError, BrokerUnreachableError, Message, excerpt
 
 _PUBLISH = """
 local known = redis.call('GET', KEYS[2])

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from handlers.places import NO_METADATA, PlaceError, Stored
+from handlers.storage.places import NO_METADATA, PlaceError, Stored
 
 PART_PREFIX = ".part-flora-"  # ours alone: what is called so and locked by nobody is removed
 STALE_SECONDS = 24 * 3600  # no download runs for that long; asked only where the file system has no locks

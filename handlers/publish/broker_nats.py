@@ -16,7 +16,15 @@ from nats.errors import Error, NoServersError
 from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
-from handlers.broker import Access, BrokerError, BrokerUnreachableError, Link, Message, MessageRefusedError, excerpt
+from handlers.publish.broker import (
+    Access,
+    BrokerError,
+    BrokerUnreachableError,
+    Link,
+    Message,
+    MessageRefusedError,
+    excerpt,
+)
 
 _TOO_LARGE = {10054, 10097}  # JetStream's codes: the message, or its headers, exceed what the stream takes
 _HEADER_ROOM = 32  # the version line and the blank line around headers

@@ -1,4 +1,4 @@
-"""Which cloud a URL means, how it is opened, and what its errors say in plain words. For `handlers.objects`.
+"""Which cloud a URL means, how it is opened, and what its errors say in plain words. For `handlers.storage.objects`.
 
 obstore reads each cloud's usual environment variables (`AWS_…`, `GOOGLE_…`, `AZURE_…`); what the option `store` names
 comes before them. Its errors quote addresses, signed ones too: none of them is passed on as it is.
@@ -15,7 +15,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import AzureStore, GCSStore, S3Store
 from pydantic import SecretStr
 
-from handlers.places import PlaceError, PlaceUnreachableError
+from handlers.storage.places import PlaceError, PlaceUnreachableError
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config

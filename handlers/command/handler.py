@@ -19,12 +19,12 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from handlers.arguments import ArgumentTemplate, variables
-from handlers.fetching import fetch_all
+from handlers.command.arguments import ArgumentTemplate, variables
+from handlers.command.fetching import fetch_all
+from handlers.command.printed import Printed
+from handlers.command.process import Ended, Process
+from handlers.command.workdir import Workdir, default_parent, prepare, sweep
 from handlers.payload import run_document, run_json
-from handlers.printed import Printed
-from handlers.process import Ended, Process
-from handlers.workdir import Workdir, default_parent, prepare, sweep
 from receiver.handler import (
     Answer,
     Context,

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from handlers.messages import DEFAULTS, Message, Occasion, Template, occasion, values_of, written
+from handlers.notify.messages import DEFAULTS, Message, Occasion, Template, occasion, values_of, written
 from handlers.waiting import unfinished
 from receiver.handler import Answer, Context, Done, Event, Retry, Secret, SettledRun, When, needs
 

@@ -13,12 +13,12 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
-from handlers.disk import LocalDisk
-from handlers.keeping import OWN_LABELS, Keeper, Overwrite
-from handlers.manifest import Kept
 from handlers.naming import KeyTemplate, LabelTemplate
-from handlers.places import Place, PlaceUnreachableError
-from handlers.thumbnails import require_pillow
+from handlers.storage.disk import LocalDisk
+from handlers.storage.keeping import OWN_LABELS, Keeper, Overwrite
+from handlers.storage.manifest import Kept
+from handlers.storage.places import Place, PlaceUnreachableError
+from handlers.storage.thumbnails import require_pillow
 from receiver.handler import (
     Answer,
     Context,
@@ -176,8 +176,8 @@ def open_place(url: str, store: Mapping[str, SecretStr], cache_control: str | No
         if store or cache_control:
             raise ValueError("`store` and `cache_control` are for buckets; a directory has neither")
         return LocalDisk(_directory(url))
-    from handlers.clouds import open_store  # noqa: PLC0415 - only who uses a cloud waits for its library
-    from handlers.objects import ObjectStore  # noqa: PLC0415
+    from handlers.storage.clouds import open_store  # noqa: PLC0415 - only who uses a cloud waits for its library
+    from handlers.storage.objects import ObjectStore  # noqa: PLC0415
 
     return ObjectStore(url, open_store(url, store), cache_control=cache_control)
 

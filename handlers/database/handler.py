@@ -13,9 +13,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from sqlalchemy import Connection, inspect
 from sqlalchemy.schema import CreateSchema
 
-from handlers.connections import Connections, address_of, dialect_of
-from handlers.refusals import Refusal, Why
-from handlers.tables import Rows, Tables
+from handlers.database.connections import Connections, address_of, dialect_of
+from handlers.database.refusals import Refusal, Why
+from handlers.database.tables import Rows, Tables
 from handlers.waiting import unfinished
 from receiver.handler import (
     Answer,

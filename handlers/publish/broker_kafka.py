@@ -26,7 +26,15 @@ from aiokafka.errors import (  # type: ignore[import-untyped]
     UnsupportedSaslMechanismError,
 )
 
-from handlers.broker import Access, BrokerError, BrokerUnreachableError, Link, Message, MessageRefusedError, excerpt
+from handlers.publish.broker import (
+    Access,
+    BrokerError,
+    BrokerUnreachableError,
+    Link,
+    Message,
+    MessageRefusedError,
+    excerpt,
+)
 
 _CREDENTIALS = (
     AuthenticationFailedError,

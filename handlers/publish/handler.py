@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FilePath, model_validator
 
-from handlers.broker import Access, Broker, BrokerError, BrokerUnreachableError, Message, MessageRefusedError
 from handlers.payload import run_document, run_json
+from handlers.publish.broker import Access, Broker, BrokerError, BrokerUnreachableError, Message, MessageRefusedError
 from receiver.handler import (
     Answer,
     Context,
@@ -268,14 +268,14 @@ def _broker(kind: Kind, access: Access) -> Broker:
     match kind:
         case "nats":
             with needs("flora-receiver[nats]"):
-                from handlers.broker_nats import NatsBroker  # noqa: PLC0415
+                from handlers.publish.broker_nats import NatsBroker  # noqa: PLC0415
             return NatsBroker(access)
         case "redis":
             with needs("flora-receiver[redis]"):
-                from handlers.broker_redis import RedisBroker  # noqa: PLC0415
+                from handlers.publish.broker_redis import RedisBroker  # noqa: PLC0415
             return RedisBroker(access)
         case "kafka":
             with needs("flora-receiver[kafka]"):
-                from handlers.broker_kafka import KafkaBroker  # noqa: PLC0415
+                from handlers.publish.broker_kafka import KafkaBroker  # noqa: PLC0415
             return KafkaBroker(access)
     assert_never(kind)

@@ -1,0 +1,5 @@
+"""Publishes runs to a message broker. The handler is in `handler`, each broker in a module of its own."""
+
+from handlers.publish.handler import Publish, PublishConfig
+
+__all__ = ["Publish", "PublishConfig"]
