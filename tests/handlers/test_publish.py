@@ -153,7 +153,7 @@ def test_a_missing_extra_says_what_to_install(kind: str, module: str, monkeypatc
     """The handler's own module is imported without any of them."""
     for name in [name for name in sys.modules if name.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, f"handlers.broker_{kind}", raising=False)
+    monkeypatch.delitem(sys.modules, f"handlers.publish.broker_{kind}", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"pip install 'flora-receiver\[{kind}\]'"):
         Publish(PublishConfig(url=f"{kind}://host"))
