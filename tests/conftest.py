@@ -1,6 +1,7 @@
 """Fixtures for every test that needs a ledger: what asks for `database` runs on SQLite and on PostgreSQL."""
 
 import shutil
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from tests.postgres import Postgres, pooler, postgres
 
 collect_ignore = ["example_plugin"]
 """A package of its own; `test_kit.py` installs it and runs its tests."""
+
+
+def pytest_configure() -> None:
+    """A shell has what it starts in the background ignore Ctrl-C, and so would every program that the tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
