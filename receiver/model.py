@@ -1,4 +1,4 @@
-"""The nouns of the service. Everyone may import this module; it imports nothing of ours.
+"""The nouns of the service. Everyone may import this module; it imports nothing of ours but how nouns are made.
 
 Times are aware UTC datetimes named `*_at`; ids are FLORA's own strings; money is US dollars.
 """
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
+
+from receiver.nouns import noun
 
 
 class RunState(StrEnum):
@@ -159,7 +161,7 @@ class Artifact:
     """None: the place is reserved, the bytes are not safe yet."""
 
 
-@dataclass(frozen=True, slots=True)
+@noun(frozen=True, slots=True)
 class Run:
     """One row of the run ledger. FLORA's own fields first, then what we know about them."""
 
@@ -211,7 +213,7 @@ class Run:
     """Guards every write: a row that changed meanwhile is decided about again."""
 
 
-@dataclass(frozen=True, slots=True)
+@noun(frozen=True, slots=True)
 class Snapshot:
     """What the API shows of a run in one answer."""
 
@@ -233,7 +235,7 @@ class Snapshot:
     outputs: tuple[Output, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@noun(frozen=True, slots=True)
 class Heard:
     """Report: a verified callback says that a run is terminal."""
 
@@ -316,7 +318,7 @@ class Silent:
 Report = Registered | Heard | Read | Missing | Unanswered | Asked | Silent
 
 
-@dataclass(frozen=True, slots=True)
+@noun(frozen=True, slots=True)
 class Delivery:
     """One verified callback, as it came. `delivery_id` is FLORA's, the same on every retry."""
 

@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from receiver.decide import Changed, Decision, Kind, Policy, Unchanged, kind_of, reconcile, settle
 from receiver.decide.starting import registered
 from receiver.model import Delivery, Dispatch, Event, Origin, Output, Registered, Report, Run, Subscription, Unanswered
+from receiver.nouns import noun
 from receiver.store import channel, ledger, starts
 
 _START_SECONDS = 1.0
@@ -31,7 +32,7 @@ class Entry:
     start: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@noun(frozen=True, slots=True)
 class Recorded:
     """What became of one entry."""
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from receiver.model import Event, Output, Run
+from receiver.nouns import noun
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,7 +11,7 @@ class Unchanged:
     """The report changes nothing."""
 
 
-@dataclass(frozen=True, slots=True)
+@noun(frozen=True, slots=True)
 class Changed:
     """The run's new row; its outputs, if this report brought them; what happened, for handlers that listen.
 

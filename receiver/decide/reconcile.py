@@ -12,7 +12,7 @@ long as the reads agree among themselves.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import assert_never
@@ -39,6 +39,7 @@ from receiver.model import (
     Unanswered,
     Verdict,
 )
+from receiver.nouns import noun
 
 
 class Kind(StrEnum):
@@ -88,7 +89,7 @@ def reconcile(run: Run | None, report: Report, policy: Policy, *, now: datetime,
 # --- the rules ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@noun(frozen=True, slots=True)
 class _Case:
     """What a rule looks at. `known` and `snapshot` are for cells where the table guarantees them."""
 

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from receiver.errors import FloraError, PayloadError
 from receiver.model import Output, OutputType, Snapshot, Told
+from receiver.nouns import noun
 
 _MAX_ID = 200
 _ID = re.compile(rf"[^\s\x00-\x1f\x7f]{{1,{_MAX_ID}}}")
@@ -27,7 +28,7 @@ _MAX_TEXT = 4_000
 _TOLD = {"run.completed": Told.COMPLETED, "run.failed": Told.FAILED}
 
 
-@dataclass(frozen=True, slots=True)
+@noun(frozen=True, slots=True)
 class Callback:
     """A parsed callback body. `told` is None for an event type that we do not know."""
 
