@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from pydantic import BaseModel
 
 from receiver.config.values import Secret
-from receiver.download import Download, Saved
 from receiver.errors import (
     AttemptOverError,
     DownloadError,
@@ -32,7 +31,8 @@ from receiver.errors import (
     TargetUnreachableError,
 )
 from receiver.model import Artifact, Event, Output, OutputType, RunState, When
-from receiver.posting import Posted, Poster, header_value, target_url, usable_headers
+from receiver.net.download import Download, Saved
+from receiver.net.post import Posted, Poster, header_value, target_url, usable_headers
 
 __all__ = [
     "MANIFEST",

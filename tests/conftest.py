@@ -11,8 +11,8 @@ from sqlalchemy import create_engine
 from receiver.store import Database, SqliteDatabase
 from receiver.store.migrate import upgrade
 from receiver.store.postgres import PostgresDatabase
-from tests.core import Clock, Core, a_core
-from tests.postgres import Postgres, pooler, postgres
+from tests.support.core import Clock, Core, a_core
+from tests.support.postgres import Postgres, pooler, postgres
 
 collect_ignore = ["example_plugin"]
 """A package of its own; `test_kit.py` installs it and runs its tests."""

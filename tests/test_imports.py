@@ -71,12 +71,18 @@ def test_no_cycle_of_any_kind() -> None:
         ("receiver.flora.signature", ("receiver.nouns", "receiver.errors")),
         ("receiver.emulator", ("receiver.flora.signature", "receiver.errors")),
         ("receiver.telemetry", ("receiver.model",)),
-        ("receiver.certificates", ()),
+        ("receiver.net.certificates", ()),
         (
-            "receiver.tunnel",
-            ("receiver.errors", "receiver.addresses", "receiver.http", "receiver.flora", "receiver.flora.signature"),
+            "receiver.cli.dev.tunnel",
+            (
+                "receiver.errors",
+                "receiver.net.addresses",
+                "receiver.net.clients",
+                "receiver.flora.signature",
+                "receiver.cli.doctor.probe",
+            ),
         ),
-        ("handlers", ("receiver.handler", "receiver.download")),
+        ("handlers", ("receiver.handler", "receiver.net.download")),
     ],
 )
 def test_a_narrow_room_sees_only_what_it_may(room: str, may_import: tuple[str, ...]) -> None:

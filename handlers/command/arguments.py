@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from handlers.naming import clean
+from handlers.keys import clean
 from receiver.handler import SettledRun
 
 VALUE_BYTES = 8 * 1024

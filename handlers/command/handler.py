@@ -20,8 +20,8 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from handlers.command.arguments import ArgumentTemplate, variables
-from handlers.command.fetching import fetch_all
-from handlers.command.printed import Printed
+from handlers.command.downloads import fetch_all
+from handlers.command.output import Printed
 from handlers.command.process import Ended, Process
 from handlers.command.workdir import Workdir, default_parent, prepare, sweep
 from handlers.payload import run_document, run_json

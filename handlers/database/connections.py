@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, exc, make_url
 
-from handlers.database.refusals import explained
+from handlers.database.errors import explained
 from handlers.database.tables import DialectName
 from receiver.handler import Secret, needs
 

@@ -14,9 +14,9 @@ from sqlalchemy import Connection, inspect
 from sqlalchemy.schema import CreateSchema
 
 from handlers.database.connections import Connections, address_of, dialect_of
-from handlers.database.refusals import Refusal, Why
+from handlers.database.errors import Refusal, Why
 from handlers.database.tables import Rows, Tables
-from handlers.waiting import unfinished
+from handlers.dependencies import unfinished
 from receiver.handler import (
     Answer,
     Artifact,

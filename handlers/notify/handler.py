@@ -16,8 +16,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from handlers.dependencies import unfinished
 from handlers.notify.messages import DEFAULTS, Message, Occasion, Template, occasion, values_of, written
-from handlers.waiting import unfinished
 from receiver.handler import Answer, Context, Done, Event, Retry, Secret, SettledRun, When, needs
 
 REMEMBERED = 1000

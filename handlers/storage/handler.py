@@ -13,12 +13,12 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
-from handlers.naming import KeyTemplate, LabelTemplate
+from handlers.keys import KeyTemplate, LabelTemplate
 from handlers.storage.disk import LocalDisk
-from handlers.storage.keeping import OWN_LABELS, Keeper, Overwrite
 from handlers.storage.manifest import Kept
 from handlers.storage.places import Place, PlaceUnreachableError
 from handlers.storage.thumbnails import require_pillow
+from handlers.storage.writer import OWN_LABELS, Keeper, Overwrite
 from receiver.handler import (
     Answer,
     Context,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Optional
 import typer
 
 from receiver import __version__
-from receiver.cli.operating import channel, deliveries, dispatches, runs, techniques_runs
+from receiver.cli.service_commands import channel, deliveries, dispatches, runs, techniques_runs
 
 app = typer.Typer(
     name="flora-receiver",
@@ -148,8 +148,8 @@ def dev(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
     """Work on an integration: a public URL, and a live view."""
-    from receiver.cli.dev import Asked, run  # noqa: PLC0415
-    from receiver.tunnel.choosing import Wanted  # noqa: PLC0415
+    from receiver.cli.dev.command import Asked, run  # noqa: PLC0415
+    from receiver.cli.dev.tunnel.choice import Wanted  # noqa: PLC0415
 
     wanted = Wanted(
         tunnel=tunnel, public_url=public_url, ssh=ssh, remote_port=remote_port, known_hosts=known_hosts,
@@ -222,7 +222,7 @@ def trigger(
     json: Json = False,
 ) -> None:
     """Send callbacks, good and spoiled ones, and judge answers."""
-    from receiver.cli.trigger import run  # noqa: PLC0415
+    from receiver.cli.trigger.command import run  # noqa: PLC0415
 
     run(
         url, case, run_id=run_id, delivery_id=delivery_id, secret=secret, workspace_id=workspace_id, ca=ca, json=json,
@@ -237,7 +237,7 @@ def backup(
     json: Json = False,
 ) -> None:
     """Copy a SQLite ledger, also while the service runs."""
-    from receiver.cli.keeping import backup as command  # noqa: PLC0415
+    from receiver.cli.backup import backup as command  # noqa: PLC0415
 
     command(config, file, json=json)
 
@@ -249,7 +249,7 @@ def restore(
     json: Json = False,
 ) -> None:
     """Put a copy in its place, with the service stopped."""
-    from receiver.cli.keeping import restore as command  # noqa: PLC0415
+    from receiver.cli.backup import restore as command  # noqa: PLC0415
 
     command(config, file, json=json)
 
@@ -261,7 +261,7 @@ def move(
     json: Json = False,
 ) -> None:
     """Copy a SQLite ledger to PostgreSQL, and compare."""
-    from receiver.cli.keeping import move as command  # noqa: PLC0415
+    from receiver.cli.backup import move as command  # noqa: PLC0415
 
     command(config, to, json=json)
 
@@ -298,7 +298,7 @@ def init(
 @app.command()
 def doctor(config: Config = None, ca: Pem = None, json: Json = False) -> None:
     """Find what is wrong, from settings to the way in."""
-    from receiver.cli.doctor import run  # noqa: PLC0415
+    from receiver.cli.doctor.command import run  # noqa: PLC0415
 
     run(config, ca=ca, json=json)
 
@@ -356,7 +356,7 @@ def runs_batch(
     json: Json = False,
 ) -> None:
     """Start one run for each row of a table and see all through."""
-    from receiver.cli.batch import run  # noqa: PLC0415
+    from receiver.cli.batch.command import run  # noqa: PLC0415
 
     run(
         file=file, technique_id=technique_id, maps=map, key=key, name=name, batch=batch, parallel=parallel,

@@ -9,7 +9,7 @@ import typer
 from receiver.cli.output import WRONG, explained, show
 from receiver.config import load, redacted
 from receiver.errors import Problem, ReceiverError, StoreInUseError
-from receiver.plugins import Loaded, check_handlers, close_handlers, load_handlers, without_secrets
+from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers, without_secrets
 from receiver.store import open_database
 from receiver.store.migrate import HEAD, current
 from receiver.store.touching import touch

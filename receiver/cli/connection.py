@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from receiver.addresses import is_loopback
-from receiver.client import ReceiverClient
+from receiver.client.client import ReceiverClient
 from receiver.config import Settings, load, token_path
 from receiver.errors import ConfigError, Problem
+from receiver.net.addresses import is_loopback
 
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compared with, not bound
 

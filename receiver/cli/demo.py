@@ -23,15 +23,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from receiver import certificates
 from receiver.cli.output import WRONG, explained, show
-from receiver.cli.trigger_cases import CASES, Subject
+from receiver.cli.trigger.cases import CASES, Subject
 from receiver.config import Settings
 from receiver.emulator import Emulator, EmulatorSettings, parse_faults
 from receiver.flora.client import FloraClient
-from receiver.http import api_client, probe_client
 from receiver.model import Artifact, Dispatch, DispatchState, Origin, Registered, Run, RunState
-from receiver.service import Service
+from receiver.net import certificates
+from receiver.net.clients import api_client, probe_client
+from receiver.service.service import Service
 from receiver.store import ledger, queue
 from receiver.telemetry import configure_logging
 from receiver.web.public import CALLBACK_PATH

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from receiver.addresses import literal
-from receiver.certificates import LOCAL_HOSTS, issue, keep_authority, kept_authority, make_authority, write
 from receiver.cli.output import explained, show
 from receiver.errors import ConfigError, Problem
+from receiver.net.addresses import literal
+from receiver.net.certificates import LOCAL_HOSTS, issue, keep_authority, kept_authority, make_authority, write
 
 _CA_LIFE = timedelta(days=3650)
 _NAME = re.compile(r"(\*\.)?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*", re.IGNORECASE)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from receiver.cli.output import columns, explained, show
 from receiver.config import load
-from receiver.plugins import available, describe_schema, options_of
+from receiver.plugins.loader import available, describe_schema, options_of
 
 
 def run(config: Path | None, *, json: bool) -> None:

@@ -12,10 +12,10 @@ import typer
 import yaml
 
 from receiver.cli.connection import connect
-from receiver.cli.explaining import explained_run
+from receiver.cli.explanation import explained_run
 from receiver.cli.output import WRONG, columns, explained, show
-from receiver.client import ReceiverClient
-from receiver.replies import RunView, StartView
+from receiver.client.client import ReceiverClient
+from receiver.client.messages import RunView, StartView
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import structlog
 
 from receiver.cli.output import explained
 from receiver.config import Settings, load
-from receiver.service import Only, Service
-from receiver.systemd import Supervisor, listeners
+from receiver.service.service import Only, Service
+from receiver.service.systemd import Supervisor, listeners
 from receiver.telemetry import configure_logging
 
 log = structlog.get_logger("receiver.cli")

@@ -6,7 +6,7 @@ link-local IP literals (its documentation of `callback_url`).
 
 from urllib.parse import SplitResult, urlsplit
 
-from receiver.addresses import literal
+from receiver.net.addresses import literal
 
 __all__ = ["callback_url_problem", "split_http_url"]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
 
-from receiver.config.describing import Setting, described, setting_of
+from receiver.config.reference import Setting, described, setting_of
 from receiver.config.sections import (
     Database,
     Discover,

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo
 
-from receiver.addresses import is_loopback
 from receiver.config.callback_url import split_http_url
+from receiver.net.addresses import is_loopback
 
 __all__ = [
     "Count",

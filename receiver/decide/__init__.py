@@ -19,9 +19,9 @@ from receiver.decide.plans import (
     worth_telling,
 )
 from receiver.decide.policy import Policy
-from receiver.decide.polling import Route, failure_pause, next_poll, right_route, route
+from receiver.decide.poll_schedule import Route, failure_pause, next_poll, right_route, route
 from receiver.decide.reconcile import TABLE, Kind, kind_of, reconcile
-from receiver.decide.settling import SETTLED_STATES, callback_gone_at, filter_reason, settle
+from receiver.decide.settlement import SETTLED_STATES, callback_gone_at, filter_reason, settle
 
 __all__ = [
     "HEAVY_BYTES",

@@ -16,8 +16,8 @@ from itertools import accumulate
 from math import ceil
 
 from receiver.decide.policy import Policy
-from receiver.decide.polling import Route, next_poll, route
-from receiver.decide.settling import SETTLED_STATES
+from receiver.decide.poll_schedule import Route, next_poll, route
+from receiver.decide.settlement import SETTLED_STATES
 from receiver.model import Origin, Run, RunState, Snapshot
 
 LOOKAHEAD = timedelta(minutes=4)

@@ -18,10 +18,10 @@ from enum import StrEnum
 from typing import assert_never
 
 from receiver.decide.decision import Changed, Decision, Unchanged
-from receiver.decide.merging import answered, both, enriched, named, shown
+from receiver.decide.merge import answered, both, enriched, named, shown
 from receiver.decide.policy import Policy
-from receiver.decide.polling import failure_pause, next_poll
-from receiver.decide.settling import callback_gone_at
+from receiver.decide.poll_schedule import failure_pause, next_poll
+from receiver.decide.settlement import callback_gone_at
 from receiver.model import (
     Asked,
     Event,

@@ -19,7 +19,7 @@ from receiver.emulator.gate import Gate
 from receiver.emulator.idempotency import KeyBook
 from receiver.emulator.problems import ApiProblem, not_found
 from receiver.emulator.runs import RunBook, document
-from receiver.emulator.serving import MediaServer
+from receiver.emulator.server import MediaServer
 from receiver.emulator.settings import API_PATH, EmulatorSettings
 from receiver.emulator.starts import Starter
 from receiver.emulator.techniques import find_technique

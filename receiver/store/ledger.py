@@ -9,7 +9,7 @@ from sqlalchemy.dialects import postgresql
 
 from receiver.errors import StoreUnavailableError
 from receiver.model import Delivery, Dispatch, Output, Run, RunState
-from receiver.store.hot import Find, Many
+from receiver.store.bulk import Find, Many
 from receiver.store.rows import (
     AS_NEW,
     HEARD_COLUMNS,

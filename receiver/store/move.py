@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Table, exc, exists, func, insert, select
 
 from receiver.errors import StoreError
-from receiver.store.hot import Many
+from receiver.store.bulk import Many
 from receiver.store.migrate import HEAD, current, upgrade
 from receiver.store.postgres import begun, connected
 from receiver.store.schema import delivery_bodies, leases, metadata, outputs, starts

@@ -7,8 +7,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from receiver.download import Download, Downloader, Saved, save
 from receiver.handler import Artifact, Event, LocationTakenError, Output
+from receiver.net.download import Download, Downloader, Saved, save
 from receiver.testing.runs import SETTLED_AT
 
 

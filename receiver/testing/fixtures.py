@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from receiver.download import Downloader
 from receiver.emulator.media import file_type, make_media
 from receiver.handler import Output, SettledRun
-from receiver.http import tls_context
+from receiver.net.clients import tls_context
+from receiver.net.download import Downloader
 from receiver.testing.context import MemoryContext
 from receiver.testing.downloads import MediaServer, page, serving
 from receiver.testing.runs import a_settled_run

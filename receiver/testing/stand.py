@@ -11,13 +11,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from receiver import certificates
-from receiver.client import ReceiverClient
+from receiver.client.client import ReceiverClient
+from receiver.client.messages import RunView
 from receiver.config import HandlerEntry, Settings
 from receiver.emulator import Emulator, EmulatorSettings
-from receiver.http import probe_client
-from receiver.replies import RunView
-from receiver.service import Service
+from receiver.net import certificates
+from receiver.net.clients import probe_client
+from receiver.service.service import Service
 from receiver.testing.runs import signed_callback
 from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind

@@ -20,9 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import HEADER
-from receiver.intake import Accepted, Answer, Canary, Duplicate, Ignored, Intake, Refused
+from receiver.intake.callbacks import Accepted, Answer, Canary, Duplicate, Ignored, Intake, Refused
 from receiver.telemetry import Metrics
-from receiver.web.remote import FORWARDED, tells_remote
+from receiver.web.forwarded import FORWARDED, tells_remote
 
 CALLBACK_PATH = "/callbacks/flora"
 

@@ -11,8 +11,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from receiver.errors import ConfigError, Problem
-from receiver.web.accepting import Acceptor, greeted_at_once
-from receiver.web.protocol import Guard, Limits
+from receiver.web.accept_limits import Acceptor, greeted_at_once
+from receiver.web.connection_guard import Guard, Limits
 
 _HANDSHAKE_SECONDS = 5.0
 

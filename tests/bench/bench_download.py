@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from tests.bench.table import Table
-from tests.e2e.lives import served
-from tests.e2e.stage import Stage, staged
+from tests.support.lives import served
+from tests.support.stage import Stage, staged
 
 ROUNDS = 2
 SIZE = 1 << 30

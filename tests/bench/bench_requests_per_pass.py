@@ -16,8 +16,8 @@ from receiver.model import Run
 from receiver.store import SqliteDatabase
 from receiver.store.migrate import upgrade
 from tests.bench.table import Table
-from tests.core import Clock
-from tests.stand import MODEL, OTHER, Ledger, Stand, a_ledger, a_stand
+from tests.support.core import Clock
+from tests.support.stand import MODEL, OTHER, Ledger, Stand, a_ledger, a_stand
 
 
 def one_technique(stand: Stand, count: int) -> Iterable[Run]:

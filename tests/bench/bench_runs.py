@@ -20,8 +20,8 @@ from tests.bench.bench_door import fresh
 from tests.bench.load import SECRET, callback, request, send
 from tests.bench.servers import Process, receiver
 from tests.bench.table import Table, ratios
-from tests.e2e.stage import eventually, toml
-from tests.postgres import Postgres, postgres
+from tests.support.postgres import Postgres, postgres
+from tests.support.stage import eventually, toml
 
 ROUNDS = 3
 WARM, RUNS = 40, 400

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import pytest
 
-from receiver import certificates
+from receiver.net import certificates
 
 COMMAND = Path(sys.executable).with_name("flora-receiver")
 PATIENCE_SECONDS = 60

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from receiver import certificates
+from receiver.net import certificates
 from tests.cli.conftest import KEYS, Running, exported, run_command
-from tests.e2e.stage import free_port
+from tests.support.stage import free_port
 
 PROMPT = "{id: prompt, type: text, value: a lighthouse}"
 

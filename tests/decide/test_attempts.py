@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from receiver.decide import Backoff, Outcome, conclude
 from receiver.model import DispatchState
-from tests.core import NOW
+from tests.support.core import NOW
 
 
 def pause(attempts: int, **options: Any) -> float:

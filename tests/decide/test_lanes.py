@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from receiver.decide import HEAVY_BYTES, lane_of, room, settle, turns
 from receiver.model import Event, Lane, Output, RunState, Subscription
-from tests.core import NOW, a_run
+from tests.support.core import NOW, a_run
 
 LIGHT, HEAVY = Lane.LIGHT, Lane.HEAVY
 

@@ -21,7 +21,7 @@ from receiver.decide import (
 )
 from receiver.decide.plans import passed
 from receiver.model import Origin, Run, RunState
-from tests.core import NOW, POLICY, a_run, a_snapshot
+from tests.support.core import NOW, POLICY, a_run, a_snapshot
 
 STATES = (RunState.OPEN, RunState.REPORTED, RunState.COMPLETED, RunState.FAILED)
 TECHNIQUE_RUNS = Scope(Listing.TECHNIQUE_RUNS, "ws_1")

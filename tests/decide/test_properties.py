@@ -24,7 +24,7 @@ from receiver.model import (
     Unanswered,
     When,
 )
-from tests.core import NOW, OUTPUT, POLICY, a_heard, a_read, a_registration, a_run
+from tests.support.core import NOW, OUTPUT, POLICY, a_heard, a_read, a_registration, a_run
 
 SUBSCRIPTIONS = (
     Subscription("all", on=tuple(Event)),

@@ -23,7 +23,7 @@ from receiver.model import (
     Unanswered,
     Verdict,
 )
-from tests.core import NOW, OUTPUT, POLICY, a_heard, a_read, a_registration, a_run
+from tests.support.core import NOW, OUTPUT, POLICY, a_heard, a_read, a_registration, a_run
 
 LATER = NOW + timedelta(seconds=30)
 STATES: tuple[RunState | None, ...] = (None, *RunState)

@@ -20,10 +20,10 @@ import pytest
 import yaml
 
 from receiver.config import load, variables
-from receiver.service import role_problem
-from tests.e2e.lives import served
-from tests.e2e.stage import Stage, eventually, free_port, staged, toml
-from tests.postgres import hand_over, unprivileged
+from receiver.service.service import role_problem
+from tests.support.lives import served
+from tests.support.postgres import hand_over, unprivileged
+from tests.support.stage import Stage, eventually, free_port, staged, toml
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "deploy/container/Dockerfile").read_text()

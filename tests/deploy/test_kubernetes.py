@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from receiver.config import load, variables
-from receiver.service import role_problem
+from receiver.service.service import role_problem
 
 HERE = Path(__file__).parents[2] / "deploy/kubernetes"
 FILES = sorted(path.name for path in HERE.glob("*.yaml") if path.name != "kustomization.yaml")

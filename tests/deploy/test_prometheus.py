@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from receiver.client import ReceiverClient
+from receiver.client.client import ReceiverClient
 from receiver.errors import ReceiverApiError
 from receiver.telemetry import Metrics
-from tests.e2e.stage import Stage, staged
+from tests.support.stage import Stage, staged
 
 HERE = Path(__file__).parents[2] / "deploy/prometheus"
 TOKEN = "0123456789abcdef"

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.proxies import KINDS, caddy, nginx, proxy
-from tests.e2e.lives import Served, served
-from tests.e2e.stage import Stage, eventually, free_port, staged
+from tests.support.lives import Served, served
+from tests.support.proxies import KINDS, caddy, nginx, proxy
+from tests.support.stage import Stage, eventually, free_port, staged
 
 SLOW: dict[str, Any] = {"reconcile": {"first_poll_seconds": 60, "callback_window_seconds": 120}}
 """Polling comes too late to help: what is settled was told by its callback."""

@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from receiver.systemd import Supervisor, listeners
-from tests.e2e.lives import COMMAND
-from tests.e2e.stage import Stage, eventually, staged, toml
+from receiver.service.systemd import Supervisor, listeners
+from tests.support.lives import COMMAND
+from tests.support.stage import Stage, eventually, staged, toml
 
 DEPLOY = Path(__file__).parents[2] / "deploy/systemd"
 

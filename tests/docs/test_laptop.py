@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from tests.cli.conftest import COMMAND, Running, environment
-from tests.e2e.stage import free_port
-from tests.sshd import sshd
+from tests.support.sshd import sshd
+from tests.support.stage import free_port
 
 ROOT = Path(__file__).parents[2]
 SECTION = (ROOT / "README.md").read_text("utf-8").split("\n## On a laptop\n")[1].split("\n## ")[0]

@@ -15,19 +15,19 @@ import pytest
 import typer
 
 from receiver.cli.app import app
-from receiver.cli.trigger_cases import CASES
+from receiver.cli.trigger.cases import CASES
 from receiver.config import Settings, describe, load, variables
-from receiver.download import Downloader
 from receiver.emulator import Emulator, EmulatorSettings
-from receiver.functions import FunctionHandler
 from receiver.handler import Done
 from receiver.model import LostReason, Output, RunState, Verdict
-from receiver.plugins import GROUP, load_handlers, options_of
-from receiver.service import Service
+from receiver.net.download import Downloader
+from receiver.plugins.functions import FunctionHandler
+from receiver.plugins.loader import GROUP, load_handlers, options_of
+from receiver.service.service import Service
 from receiver.telemetry import Metrics
 from receiver.web.public import CALLBACK_PATH, STATUS
 from receiver.web.server import Server, bind
-from tests.handlers.conftest import RUN, MemoryContext
+from tests.support.handler_kit import RUN, MemoryContext
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from starlette.routing import Route
 
-from receiver.service import Service
-from tests.e2e.stage import Stage, free_port, staged
+from receiver.service.service import Service
+from tests.support.stage import Stage, free_port, staged
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 BIN = Path(sys.executable).parent

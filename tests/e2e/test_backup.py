@@ -11,9 +11,9 @@ import pytest
 from receiver.errors import StoreInUseError, StoreUnavailableError
 from receiver.store import SqliteDatabase, backup
 from tests.cli.conftest import run_command
-from tests.e2e.lives import served
-from tests.e2e.stage import Stage, eventually, free_port
-from tests.postgres import hand_over
+from tests.support.lives import served
+from tests.support.postgres import hand_over
+from tests.support.stage import Stage, eventually, free_port
 
 TOKEN = {"token": "0123456789abcdef"}
 

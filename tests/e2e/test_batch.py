@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from receiver.emulator import parse_faults
-from tests.e2e.batches import KEY, WEATHER, Ended, Office
-from tests.e2e.lives import COMMAND, ROOT, served
-from tests.e2e.stage import Stage, eventually, staged
+from tests.support.batches import KEY, WEATHER, Ended, Office
+from tests.support.lives import COMMAND, ROOT, served
+from tests.support.stage import Stage, eventually, staged
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from tests.e2e.stage import FINISHED, Clock, Stage, eventually
+from tests.support.stage import FINISHED, Clock, Stage, eventually
 
 HOUR, YEAR = timedelta(hours=1), timedelta(days=365)
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from receiver.service import Service
-from tests.e2e.stage import PATIENCE_SECONDS, Stage
+from receiver.service.service import Service
+from tests.support.stage import PATIENCE_SECONDS, Stage
 
 HOSTILE = 500
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]

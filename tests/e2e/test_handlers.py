@@ -16,10 +16,10 @@ import pytest
 import structlog
 
 from receiver.handler import Context, SettledRun
-from receiver.service import Service
+from receiver.service.service import Service
 from tests.cli.conftest import run_command
-from tests.e2e.stage import Clock, Stage, eventually
-from tests.targets import target
+from tests.support.stage import Clock, Stage, eventually
+from tests.support.targets import target
 
 RUNS = 200
 TOKEN = "0123456789abcdef0123456789abcdef"

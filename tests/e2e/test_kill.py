@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from receiver.flora.signature import HEADER
-from tests.e2e.lives import Nursery, nursery
-from tests.e2e.stage import Stage, eventually
+from tests.support.lives import Nursery, nursery
+from tests.support.stage import Stage, eventually
 
 MOST_COMMITS = 40
 """More than one run's life needs: the test itself finds out how many there are."""

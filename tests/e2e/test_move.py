@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from receiver.client import ReceiverClient
+from receiver.client.client import ReceiverClient
 from receiver.emulator.faults import parse_faults
 from receiver.store.move import TABLES
 from tests.cli.conftest import environment, run_command
-from tests.e2e.lives import served
-from tests.e2e.stage import Stage, eventually, free_port
+from tests.support.lives import served
+from tests.support.stage import Stage, eventually, free_port
 
 TOKEN = "0123456789abcdef"
 METADATA = {"titel": "Überraschung \U0001f9ea\u2028", "n": 2**53}

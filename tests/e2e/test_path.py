@@ -5,7 +5,7 @@ from sqlalchemy import text
 
 from receiver.emulator.techniques import TECHNIQUES
 from receiver.store import queue
-from tests.e2e.stage import Stage, eventually
+from tests.support.stage import Stage, eventually
 
 
 @pytest.fixture

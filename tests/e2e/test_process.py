@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.lives import COMMAND, is_ready, served
-from tests.e2e.stage import PATIENCE_SECONDS, Stage, eventually
+from tests.support.lives import COMMAND, is_ready, served
+from tests.support.stage import PATIENCE_SECONDS, Stage, eventually
 
 
 async def test_sigterm_with_nothing_to_do(stage: Stage) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 import httpx
 import pytest
 
-from receiver import commits
-from receiver import service as service_module
+from receiver.intake import group_commit as commits
+from receiver.service import service as service_module
 from receiver.store import postgres
-from tests.e2e.lives import Served, is_ready, served
-from tests.e2e.stage import Stage, eventually, free_port
-from tests.postgres import Postgres
-from tests.severing import severing
+from tests.support.lives import Served, is_ready, served
+from tests.support.postgres import Postgres
+from tests.support.severing_proxy import severing
+from tests.support.stage import Stage, eventually, free_port
 
 LEASE: dict[str, Any] = {"dispatch": {"lease_seconds": 3}}
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from receiver.store.migrate import HEAD
-from tests.e2e.lives import ROOT, Served, served
-from tests.e2e.stage import Stage, eventually, staged
-from tests.postgres import Postgres
+from tests.support.lives import ROOT, Served, served
+from tests.support.postgres import Postgres
+from tests.support.stage import Stage, eventually, staged
 
 NEXT = f"""
 import sqlalchemy as sa

@@ -10,8 +10,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from receiver.emulator import parse_faults
-from receiver.service import Service
-from tests.e2e.stage import Clock, Stage, eventually
+from receiver.service.service import Service
+from tests.support.stage import Clock, Stage, eventually
 
 Fault = Mapping[str, Any]
 Lines = list[MutableMapping[str, Any]]

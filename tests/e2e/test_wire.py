@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from receiver.service import Service
-from tests.e2e.stage import PATIENCE_SECONDS, Stage, eventually
+from receiver.service.service import Service
+from tests.support.stage import PATIENCE_SECONDS, Stage, eventually
 
 LIMIT = 65_536
 

@@ -1,46 +1,5 @@
-"""What the tests of handlers share: the kit that is there for everybody's handlers."""
+"""The fixtures of the kit for handlers."""
 
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from tests.support.handler_kit import context_of, media, run, tls
 
-import pytest
-
-from receiver.download import Downloader
-from receiver.handler import SettledRun
-from receiver.http import tls_context
-from receiver.testing import SETTLED_AT as NOW
-from receiver.testing import Lines, MediaServer, MemoryContext, a_settled_run, serving
-
-__all__ = ["NOW", "RUN", "Lines", "MemoryContext"]
-
-RUN = a_settled_run()
-
-
-@pytest.fixture
-def run() -> SettledRun:
-    """A completed run; tests replace what they need."""
-    return RUN
-
-
-@pytest.fixture
-async def media() -> AsyncIterator[MediaServer]:
-    async with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def tls() -> Any:
-    return tls_context()
-
-
-@pytest.fixture
-async def context_of(media: MediaServer, tls: Any) -> AsyncIterator[Callable[..., MemoryContext]]:
-    """Make contexts: `context_of(run_id, **fields)`."""
-    downloader = Downloader(allow_private_hosts=[media.authority], tls=tls)
-    places: dict[str, tuple[str, int]] = {}
-
-    def make(run_id: str = "run_1", **fields: Any) -> MemoryContext:
-        return MemoryContext(run_id=run_id, downloader=downloader, **{"places": places, **fields})
-
-    yield make
-    await downloader.aclose()
+__all__ = ["context_of", "media", "run", "tls"]

@@ -22,7 +22,7 @@ from handlers.storage import Storage, StorageConfig
 from handlers.storage.objects import ObjectStore
 from handlers.storage.places import PlaceError
 from receiver.handler import Done, SettledRun
-from tests.media import MediaServer, page
+from tests.support.media import MediaServer, page
 
 ContextOf = Callable[..., Any]
 AZURITE = Path(__file__).parent / "azurite"

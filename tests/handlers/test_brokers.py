@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from handlers.publish import Publish, PublishConfig
 from receiver.handler import Done, Reject, Retry, SettledRun
-from tests import brokers
+from tests.support import brokers
 
 BROKERS = ["nats", "redis", "kafka"]
 ContextOf = Callable[..., Any]

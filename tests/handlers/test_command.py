@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from handlers.command import Command, CommandConfig
 from handlers.command.workdir import Workdir
-from receiver.attempt import Registration, call
 from receiver.handler import Answer, Checks, Closes, Done, Handler, Output, Reject, Retry, SettledRun
-from tests.media import MediaServer, page
+from receiver.plugins.attempt import Registration, call
+from tests.support.media import MediaServer, page
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 30
@@ -660,7 +660,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from handlers.command import Command, CommandConfig
 from receiver.handler import Event
-from tests.handlers.conftest import RUN
+from tests.support.handler_kit import RUN
 
 async def stored():
     return []

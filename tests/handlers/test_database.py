@@ -20,9 +20,8 @@ import pytest
 from pydantic import ValidationError
 
 from handlers.database import Database, DatabaseConfig
-from handlers.database.refusals import Refusal
+from handlers.database.errors import Refusal
 from handlers.database.tables import DialectName
-from receiver.attempt import settled_run
 from receiver.errors import MissingExtraError
 from receiver.handler import (
     Answer,
@@ -40,8 +39,9 @@ from receiver.handler import (
     TargetUnreachableError,
 )
 from receiver.model import Origin, Run, RunState
-from tests.handlers.conftest import NOW
-from tests.postgres import Postgres, tool
+from receiver.plugins.attempt import settled_run
+from tests.support.handler_kit import NOW
+from tests.support.postgres import Postgres, tool
 
 ContextOf = Callable[..., Any]
 NUMBERS = iter(range(10_000))

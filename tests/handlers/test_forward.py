@@ -31,10 +31,10 @@ from receiver.handler import (
     SettledRun,
     TargetUnreachableError,
 )
-from receiver.plugins import load_handlers
-from tests.handlers.conftest import NOW, MemoryContext
-from tests.media import Page, certificate
-from tests.targets import Target, answer, target
+from receiver.plugins.loader import load_handlers
+from tests.support.handler_kit import NOW, MemoryContext
+from tests.support.media import Page, certificate
+from tests.support.targets import Target, answer, target
 
 SECRET = "whsec_" + base64.b64encode(b"a" * 32).decode()
 OTHER = "whsec_" + base64.b64encode(b"b" * 24).decode()

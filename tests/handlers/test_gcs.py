@@ -17,7 +17,7 @@ from handlers.storage import Storage, StorageConfig
 from handlers.storage.objects import ObjectStore
 from handlers.storage.places import PlaceError
 from receiver.handler import Done, Retry, SettledRun
-from tests.media import MediaServer, page
+from tests.support.media import MediaServer, page
 
 ContextOf = Callable[..., Any]
 BIG = bytes(range(256)) * 100_000

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from handlers.notify import Notify, NotifyConfig
 from receiver.errors import MissingExtraError
 from receiver.handler import Answer, Artifact, Done, Event, Handler, Output, Retry, SettledRun
-from tests.handlers.conftest import NOW
+from tests.support.handler_kit import NOW
 
 ContextOf = Callable[..., Any]
 TOKEN = "xoxb-very-secret"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from handlers.payload import MAX_DEPTH, RunDocument, run_document, run_json, run_schema
 from receiver.handler import Artifact, Event, Output, SettledRun
-from tests.handlers.conftest import NOW, RUN
+from tests.support.handler_kit import NOW, RUN
 
 IMAGE = Output(position=0, output_id="hero", type="imageUrl", value="https://media.test/a.png")
 TEXT = Output(position=1, output_id="hero", type="text", value="Grüße")

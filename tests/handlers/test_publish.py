@@ -24,7 +24,7 @@ from receiver.handler import (
     TargetUnreachableError,
     When,
 )
-from tests.brokers import free_port
+from tests.support.brokers import free_port
 
 BROKERS = ["nats", "redis", "kafka"]
 

@@ -20,9 +20,9 @@ from handlers.storage import Storage, StorageConfig
 from handlers.storage.objects import PART_BYTES, ObjectStore
 from handlers.storage.places import PlaceError, PlaceUnreachableError
 from receiver.handler import THUMBNAIL, Done, Output, Reject, Retry, SettledRun, TargetUnreachableError
-from tests.handlers.clouds import SECRET, Bucket, link, moto, told
 from tests.handlers.test_thumbnails import picture
-from tests.media import MediaServer, Page, page
+from tests.support.clouds import SECRET, Bucket, link, moto, told
+from tests.support.media import MediaServer, Page, page
 
 ContextOf = Callable[..., Any]
 BIG = bytes(range(256)) * 100_000

@@ -23,7 +23,7 @@ from handlers.storage.objects import ObjectStore
 from handlers.storage.places import Place, PlaceError
 from receiver.handler import MANIFEST, Answer, Checks, Closes, Done, Event, Handler, Output, Reject, Retry, SettledRun
 from receiver.testing.stand import standing
-from tests.media import MediaServer, Page, page
+from tests.support.media import MediaServer, Page, page
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40
 CUT = Page(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.handlers.dying import TEXTS
+from tests.support.storage_deaths import TEXTS
 
 WHOLE = {name: hashlib.sha256(body).hexdigest() for name, body in TEXTS.items()}
 
@@ -15,7 +15,7 @@ WHOLE = {name: hashlib.sha256(body).hexdigest() for name, body in TEXTS.items()}
 @pytest.fixture(scope="module")
 def deaths(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     """One for each step, and at the end the attempt that was let live."""
-    command = [sys.executable, "-m", "tests.handlers.dying", str(tmp_path_factory.mktemp("deaths"))]
+    command = [sys.executable, "-m", "tests.support.storage_deaths", str(tmp_path_factory.mktemp("deaths"))]
     told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     return [json.loads(line) for line in told.splitlines()]
 

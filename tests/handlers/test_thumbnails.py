@@ -16,7 +16,7 @@ from PIL import Image
 from handlers.storage import Storage, StorageConfig
 from handlers.storage.thumbnails import MAX_MEMORY, MAX_SCANS, SIDE, NoThumbnailError, thumbnail
 from receiver.handler import THUMBNAIL, Done, MissingExtraError, SettledRun
-from tests.media import MediaServer, page
+from tests.support.media import MediaServer, page
 
 ContextOf = Callable[..., Any]
 KINDS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp"}

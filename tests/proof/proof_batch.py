@@ -5,9 +5,9 @@ import contextlib
 import time
 from pathlib import Path
 
-from tests.e2e.batches import WEATHER, Office
-from tests.e2e.lives import Served, served
-from tests.e2e.stage import Stage, staged
+from tests.support.batches import WEATHER, Office
+from tests.support.lives import Served, served
+from tests.support.stage import Stage, staged
 
 ROWS = 500
 KILLS = (60, 140, 230, 320, 410)

@@ -19,8 +19,8 @@ import httpx
 from structlog.testing import capture_logs
 
 from receiver.flora.signature import HEADER
-from tests.e2e.lives import Nursery, nursery
-from tests.e2e.stage import Stage, eventually, staged
+from tests.support.lives import Nursery, nursery
+from tests.support.stage import Stage, eventually, staged
 
 KILLS = int(os.environ.get("PROOF_KILLS", "1000"))
 SECONDS = float(os.environ.get("PROOF_SECONDS", "1500"))

@@ -6,9 +6,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.e2e.stage import eventually, staged
 from tests.e2e.test_replicas import check, replicas
-from tests.postgres import postgres
+from tests.support.postgres import postgres
+from tests.support.stage import eventually, staged
 
 AWAY_SECONDS = 30
 EVERY_SECONDS = 0.25

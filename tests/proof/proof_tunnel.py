@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Running, environment, run_command
-from tests.e2e.stage import free_port
-from tests.tunnel.programs import FORWARDER, written
+from tests.support.stage import free_port
+from tests.support.tunnel_programs import FORWARDER, written
 
 LIMIT_SECONDS = 60.0
 Line = dict[str, Any]

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, event, exc
 
 from receiver.errors import StoreError, StoreInUseError, StoreUnavailableError
 from receiver.store import SqliteDatabase, ledger, open_database
-from tests.core import a_run, until
+from tests.support.core import a_run, until
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from receiver.errors import StoreUnavailableError
 from receiver.model import Delivery, LostReason, Origin, Output, Run, RunState, Told, Verdict
 from receiver.store import Database, ledger
 from receiver.store.rows import moment, ms
-from tests.core import NOW, OUTPUT, Core, a_run
+from tests.support.core import NOW, OUTPUT, Core, a_run
 
 FULL = Run(
     run_id="run_full",

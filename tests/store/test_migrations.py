@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from receiver.errors import StoreUnavailableError
 from receiver.store import migrate
 from receiver.store.schema import metadata
-from tests.postgres import Postgres
+from tests.support.postgres import Postgres
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

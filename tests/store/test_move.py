@@ -31,7 +31,7 @@ from receiver.store.schema import (
     starts,
     watermarks,
 )
-from tests.postgres import Postgres
+from tests.support.postgres import Postgres
 
 ODD = "é \U0001f9ea \u2028 \\N \\ '\" {a,NULL} \t\r\n \ufeff"
 """Characters that an encoding, an array or a COPY would trip over."""

@@ -16,12 +16,12 @@ import pytest
 from sqlalchemy import Connection, exc
 
 from receiver.errors import StoreUnavailableError
-from receiver.intake import Accepted, Duplicate
+from receiver.intake.callbacks import Accepted, Duplicate
 from receiver.store import ledger, open_database, postgres
 from receiver.store.postgres import PostgresDatabase
-from tests.core import NOW, Clock, Core, a_core, a_read, a_run
-from tests.postgres import Postgres, sweep
-from tests.severing import Moment, severing
+from tests.support.core import NOW, Clock, Core, a_core, a_read, a_run
+from tests.support.postgres import Postgres, sweep
+from tests.support.severing_proxy import Moment, severing
 
 ROOT = Path(__file__).parents[2]
 IDLE = "idle_in_transaction_session_timeout"
@@ -350,7 +350,7 @@ def test_a_server_whose_tests_were_killed_is_swept_up() -> None:
     """Else every test run that ends hard would leave one behind."""
     begin = """if True:
         import time
-        from tests.postgres import postgres
+        from tests.support.postgres import postgres
         with postgres() as server:
             print(server.directory, flush=True)
             time.sleep(99)

@@ -11,7 +11,7 @@ from receiver.model import Dispatch, DispatchState, Event, Lane, RunState
 from receiver.store import Database, ledger, queue
 from receiver.store.queue import Leased
 from receiver.store.rows import ms
-from tests.core import NOW, OUTPUT, Core, a_run
+from tests.support.core import NOW, OUTPUT, Core, a_run
 
 TOKEN = "t1"
 UNTIL = NOW + timedelta(seconds=60)

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from receiver.cli.serve import loop_factory
-from receiver.web.protocol import Guard, Limits
+from receiver.web.connection_guard import Guard, Limits
 from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
 

@@ -1,0 +1,1 @@
+"""`flora-receiver dev`: the service on a laptop, behind a tunnel. Called by `cli.app`; may import `service`."""

@@ -1,0 +1,30 @@
+"""The Python client of the operations API. Public: programs beside the service import `ReceiverClient` from here.
+
+The `flora-receiver` command uses it too, and `web.ops` fills the messages that it reads. May import `net` and `errors`.
+"""
+
+from receiver.client.client import (
+    DEFAULT_URL,
+    TOKEN_FILE,
+    ArtifactView,
+    DispatchView,
+    ErrorView,
+    OutputView,
+    ReceiverApiError,
+    ReceiverClient,
+    RunView,
+    StartView,
+)
+
+__all__ = [
+    "DEFAULT_URL",
+    "TOKEN_FILE",
+    "ArtifactView",
+    "DispatchView",
+    "ErrorView",
+    "OutputView",
+    "ReceiverApiError",
+    "ReceiverClient",
+    "RunView",
+    "StartView",
+]

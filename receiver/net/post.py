@@ -1,0 +1,297 @@
+"""Guarded posting to one address that the operator configured: the way out for handlers, by `receiver.handler`.
+
+Public HTTPS only unless allowed, no redirects, no cookies, no proxy from the environment, every wait bounded. An address
+may itself be a secret, as chat services make them: no message made here shows more than its host.
+"""
+
+import asyncio
+import html
+import json
+import re
+import ssl
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from urllib.parse import quote
+
+import httpcore
+import httpx
+
+from receiver.errors import PostError, PostFailedError, PostRefusedError
+from receiver.net.addresses import is_loopback, literal
+from receiver.net.clients import (
+    GuardedBackend,
+    PrivateAddressError,
+    Resolve,
+    is_public,
+    media_client,
+    resolve,
+    tls_context,
+)
+
+__all__ = ["Posted", "Poster", "header_value", "target_url", "usable_headers"]
+
+MAX_ANSWER_BYTES = 64 * 1024
+EXCERPT = 200  # characters of an answer that may be shown
+ANSWER_SECONDS = 2.0  # for its body, once the status is known
+CONNECT_SECONDS = 10.0
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
+_URL = re.compile(r"https?(?::|%3A)(?:\\?/|%2F){2}[^\s\"'<>]+", re.IGNORECASE)
+_HOP_BY_HOP = frozenset(
+    {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
+)
+_OURS = frozenset({"host", "content-length", "content-type", "content-encoding", "accept-encoding"})
+_MIN_SECRET = 6  # shorter words of a header (`Bearer`) are not hidden in what is shown
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """The answer to a post, whatever its status is."""
+
+    status: int
+    retry_after_seconds: float | None
+    """What `Retry-After` asks for, by seconds or by date; None where it asks for nothing."""
+    location: str | None
+    """Scheme and host of where a redirect leads. It is not followed."""
+    excerpt: str
+    """The beginning of the body as one line, without addresses and without what `headers` holds."""
+
+
+def target_url(text: str, *, allow_private: bool) -> str:
+    """Return an address as it will be posted to; ValueError says, without the address, what is wrong with it."""
+    try:
+        url = httpx.URL(text)
+    except (httpx.InvalidURL, UnicodeError):
+        raise ValueError("is not a URL") from None
+    if not text.isprintable() or " " in text:  # httpx would encode them
+        raise ValueError("is not a URL: it has blanks in it")
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise ValueError("must be https://host/path")
+    if url.userinfo:
+        raise ValueError("must not hold a user name or password: put `Authorization` into `headers`")
+    if url.fragment:
+        raise ValueError("must not have a fragment (#…): no server would see it")
+    if url.port is not None and not 0 < url.port < 65536:  # noqa: PLR2004
+        raise ValueError("has a port that does not exist")
+    if allow_private:
+        return str(url)
+    if url.scheme == "http":
+        raise ValueError("must be https; plain http needs `allow_private = true`")
+    address = literal(url.host)
+    if is_loopback(url.host) or (address is not None and not is_public(str(address))):
+        raise ValueError("is not a public address: a private one needs `allow_private = true`")
+    return str(url)
+
+
+def usable_headers(headers: Mapping[str, str], *, reserved: Iterable[str] = ()) -> dict[str, str]:
+    """Return headers in lower case; ValueError names the one that no request may carry, never its value.
+
+    `reserved` are further names, or beginnings of names that end in `-`.
+    """
+    found: dict[str, str] = {}
+    refused = tuple(reserved)
+    for name, value in headers.items():
+        lower = name.lower()
+        if not _TOKEN.fullmatch(name):
+            raise ValueError("holds a name that is no header's name")
+        if lower in _HOP_BY_HOP:
+            raise ValueError(f"{name} belongs to the connection and cannot be set")
+        if lower in _OURS or any(lower == each or (each.endswith("-") and lower.startswith(each)) for each in refused):
+            raise ValueError(f"{name} is set by the receiver itself")
+        if lower in found:
+            raise ValueError(f"{name} is there twice")
+        if not _VALUE.fullmatch(value):
+            raise ValueError(
+                f"{name} has a value that no header can hold: printable ASCII only, without blanks around it"
+            )
+        found[lower] = value
+    return found
+
+
+def header_value(text: str) -> str:
+    """Return a text as a header can hold it: what is not visible ASCII is percent-encoded, as CloudEvents has it."""
+    return quote(text.encode(errors="replace"), safe="!#$&'()*+,/:;=?@[]^`{|}~<>\\")
+
+
+class Poster:
+    """Posts to one URL, over connections that it keeps for a while.
+
+    With `allow_private` the URL's own host and port may be private and plain http. `headers` go along with every
+    post and count as secret. ValueError where URL, headers or `ca_file` (a PEM file of further CAs) cannot be used.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        allow_private: bool = False,
+        ca_file: Path | None = None,
+        timeout_seconds: float = 15.0,
+        resolve: Resolve = resolve,
+    ) -> None:
+        self._url = httpx.URL(target_url(url, allow_private=allow_private))
+        self._headers = usable_headers(headers or {})
+        self._timeout_seconds = timeout_seconds
+        self._tls = _tls(ca_file)
+        self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
+        self._ascii_host = self._url.raw_host.decode("ascii")
+        self._secret = _hidden(self._url, self._headers)
+        names = {self._url.host, self._ascii_host} if allow_private else set()
+        self._backend = GuardedBackend(allowed=[(name.lower(), self._port) for name in names], resolve=resolve)
+        self._client = media_client(
+            allow_private_hosts=[f"{f'[{name}]' if ':' in name else name}:{self._port}" for name in names],
+            resolve=resolve,
+            tls=self._tls,
+            connect_seconds=min(CONNECT_SECONDS, timeout_seconds),
+            stall_seconds=timeout_seconds,
+        )
+
+    @property
+    def host(self) -> str:
+        """The host alone, which may be shown."""
+        return self._url.host
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    async def post(self, body: bytes, *, content_type: str, headers: Mapping[str, str] | None = None) -> Posted:
+        """Post once and return the answer; `headers` are of this post alone. PostError where there is no answer.
+
+        The status counts as soon as it is there: an answer whose body is slow, cut or endless is an answer.
+        """
+        request = self._client.build_request(
+            "POST",
+            self._url,
+            content=body,
+            headers={**self._headers, **usable_headers(headers or {}), "content-type": content_type},
+        )
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                response = await self._client.send(request, stream=True)
+        except TimeoutError:
+            raise PostFailedError(f"{self.host}: no answer within {self._timeout_seconds:g} s") from None
+        except httpx.HTTPError as exc:  # `from None`: the HTTP layer quotes headers
+            raise self._translated(exc) from None
+        try:
+            received = await _beginning(response)
+        finally:
+            await response.aclose()
+        return Posted(
+            status=response.status_code,
+            retry_after_seconds=_retry_after(response.headers.get("retry-after", ""), datetime.now(UTC)),
+            location=_origin(response),
+            excerpt=_excerpt(received, self._secret),
+        )
+
+    async def connect(self) -> None:
+        """Connect, TLS included, and hang up without a request. PostError where that does not work."""
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                stream = await self._backend.connect_tcp(self._ascii_host, self._port, CONNECT_SECONDS)
+                try:
+                    if self._url.scheme == "https":
+                        stream = await stream.start_tls(self._tls, self._ascii_host, CONNECT_SECONDS)
+                finally:
+                    await stream.aclose()
+        except TimeoutError:
+            raise PostFailedError(f"{self.host}: no connection within {self._timeout_seconds:g} s") from None
+        except (httpcore.NetworkError, httpcore.TimeoutException) as exc:
+            raise self._unconnected(exc) from None
+
+    def _translated(self, exc: httpx.HTTPError) -> PostError:
+        match exc:
+            case httpx.ConnectError() | httpx.ConnectTimeout():
+                return self._unconnected(exc.__cause__ or exc)
+            case httpx.UnsupportedProtocol():
+                return PostRefusedError(f"{self.host}: only https is spoken")
+            case httpx.TimeoutException():
+                return PostFailedError(f"{self.host}: no answer within {self._timeout_seconds:g} s")
+            case _:
+                return PostFailedError(f"{self.host}: cut, or not proper HTTP ({type(exc).__name__})")
+
+    def _unconnected(self, exc: BaseException) -> PostError:
+        match exc.__cause__ or exc.__context__:  # httpcore's pool raises anew, `from None`
+            case ssl.SSLCertVerificationError(verify_message=words):
+                return PostRefusedError(
+                    f"{self.host}: its certificate does not hold: {words} (own CAs go into `ca_file`)"
+                )
+            case _ if isinstance(exc, PrivateAddressError):
+                return PostRefusedError(f"{exc} (`allow_private = true` allows it)")
+            case _ if isinstance(exc, httpcore.ConnectTimeout | httpx.ConnectTimeout):
+                return PostFailedError(f"{self.host}: no connection in time")
+            case _:
+                return PostFailedError(f"{self.host}: no connection: {exc}")
+
+
+def _tls(ca_file: Path | None) -> ssl.SSLContext:
+    try:
+        return tls_context(ca_file)
+    except (OSError, ValueError):  # an SSLError is an OSError
+        raise ValueError("`ca_file` cannot be read, or holds no certificates in PEM") from None
+
+
+async def _beginning(response: httpx.Response) -> bytes:
+    """Read some of the body; to its end if that is near, so that the connection can be used again."""
+    received = bytearray()
+    with suppress(TimeoutError, httpx.HTTPError):
+        async with asyncio.timeout(ANSWER_SECONDS):
+            async for part in response.aiter_raw():
+                received += part[: MAX_ANSWER_BYTES - len(received)]
+                if len(received) >= MAX_ANSWER_BYTES:
+                    break
+    return bytes(received)
+
+
+def _hidden(url: httpx.URL, headers: Mapping[str, str]) -> list[str]:
+    """What a server may quote back and nobody may see, in the spellings that servers use; longest first."""
+    words = {word for value in headers.values() for word in (value, *value.split()) if len(word) >= _MIN_SECRET}
+    target = url.raw_path.decode("ascii")
+    words |= {part for part in (target, url.path) if part != "/"}
+    spelled = {
+        spelling
+        for word in words
+        for spelling in (
+            word,
+            html.escape(word),
+            quote(word, safe=""),
+            json.dumps(word)[1:-1],
+            json.dumps(word)[1:-1].replace("/", "\\/"),
+        )
+    }
+    return sorted(spelled, key=len, reverse=True)
+
+
+def _excerpt(received: bytes, secret: Iterable[str]) -> str:
+    text = received.decode("utf-8", errors="replace")
+    for word in secret:
+        text = text.replace(word, "…")
+    text = _URL.sub("…", text)
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(shown.split())[:EXCERPT]
+
+
+def _origin(response: httpx.Response) -> str | None:
+    try:
+        target = response.url.join(response.headers["location"])
+    except (KeyError, httpx.InvalidURL, UnicodeError):
+        return None
+    return f"{target.scheme}://{target.raw_host.decode('ascii', 'replace')}"[:EXCERPT]
+
+
+def _retry_after(value: str, now: datetime) -> float | None:
+    """Read seconds or an HTTP date; None for what is past or unreadable."""
+    text = value.strip()
+    if text.isascii() and text.isdecimal():
+        return float(text[-9:]) or None if len(text) <= 9 else 1e9  # noqa: PLR2004 - thirty years are for ever
+    try:
+        at = parsedate_to_datetime(text)
+        seconds = ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now).total_seconds()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    return seconds if seconds > 0 else None

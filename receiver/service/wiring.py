@@ -1,0 +1,101 @@
+"""What the rooms are built with, as the settings have it: numbers, limits, API clients. Called by service and dev."""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from functools import partial
+
+import httpx
+
+from receiver.config import Settings
+from receiver.decide import Policy
+from receiver.flora.client import FloraClient
+from receiver.flora.rate_limit import Budget
+from receiver.net.download import DownloadLimits
+from receiver.telemetry import Metrics
+from receiver.web.accept_limits import room_for
+from receiver.web.connection_guard import Guard, Limits
+from receiver.web.public import CALLBACK_PATH
+from receiver.workers.janitor import Retention
+from receiver.workers.sweeper import Discovery
+
+
+def policy(settings: Settings) -> Policy:
+    """Return the rules' numbers as the settings have them."""
+    reconcile = settings.reconcile
+    return Policy(
+        first_poll=timedelta(seconds=reconcile.first_poll_seconds),
+        max_gap=timedelta(seconds=reconcile.max_gap_seconds),
+        callback_window=timedelta(seconds=reconcile.callback_window_seconds),
+        deadline=timedelta(hours=reconcile.deadline_hours),
+        ladder=tuple(timedelta(seconds=pause) for pause in reconcile.ladder_seconds),
+        cost_window=timedelta(seconds=reconcile.cost_seconds),
+    )
+
+
+def callback_url(public_url: str | None) -> str | None:
+    """Return what FLORA is told to call."""
+    return None if public_url is None else public_url.rstrip("/") + CALLBACK_PATH
+
+
+def public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
+    """Return the public listener's guard, with no more places than there are files; None: h11 has none."""
+    public = settings.public
+    if public.http == "h11":
+        return None
+    limits = Limits(
+        message_bytes=public.max_body_bytes + 32 * 1024,
+        head_seconds=public.head_timeout_seconds,
+        body_seconds=public.body_timeout_seconds + 1,  # the app's own limit comes first: it answers 408
+        connections=room_for(public.max_connections),
+    )
+    return Guard(limits, closed=partial(metrics.hung_up, "public"))
+
+
+def retention(settings: Settings) -> Retention:
+    """Return how long the janitor keeps things."""
+    keep = settings.retention
+    return Retention(timedelta(days=keep.bodies_days), timedelta(days=keep.ledger_days), keep.rejections)
+
+
+def download_limits(settings: Settings) -> DownloadLimits:
+    """Return what one download may take."""
+    downloads = settings.downloads
+    return DownloadLimits(
+        max_bytes=downloads.max_bytes,
+        stall_seconds=downloads.stall_seconds,
+        deadline_seconds=downloads.deadline_seconds,
+    )
+
+
+def discovery(settings: Settings) -> Discovery:
+    """Return what the sweeper looks through."""
+    discover = settings.discover
+    return Discovery(
+        every=timedelta(seconds=discover.every_seconds),
+        overlap=timedelta(seconds=discover.overlap_seconds),
+        first=timedelta(hours=discover.first_hours),
+        workspace_ids=discover.workspace_ids,
+        project_ids=discover.project_ids,
+        technique_ids=discover.technique_ids,
+        run_types=discover.run_types,
+    )
+
+
+def budgets(
+    settings: Settings, clients: Mapping[str | None, FloraClient], clock: Callable[[], datetime]
+) -> Mapping[str | None, Budget]:
+    """Return each client's budget; FLORA counts by key, so clients with one key share one."""
+    by_key: dict[str | None, Budget] = {}
+    limit = settings.reconcile.concurrency
+    return {key: by_key.setdefault(settings.api_key_for(key), Budget(limit, clock=clock)) for key in clients}
+
+
+def clients(settings: Settings, http: httpx.AsyncClient, metrics: Metrics) -> Mapping[str | None, FloraClient]:
+    """Return each workspace's client, as far as it has an API key; None is for every other workspace."""
+    made: dict[str | None, FloraClient] = {}
+    timeout = settings.flora.timeout_seconds
+    for workspace_id in (None, *(workspace.id for workspace in settings.workspaces)):
+        key = settings.api_key_for(workspace_id)
+        if key is not None:
+            made[workspace_id] = FloraClient(http, key, timeout_seconds=timeout, answered=metrics.asked)
+    return made

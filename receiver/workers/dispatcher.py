@@ -1,0 +1,320 @@
+"""Brings settled runs to their handlers: leases due dispatches, calls, writes the answer down. `tick` works, `run` waits."""
+
+import asyncio
+import random
+import secrets
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+
+import structlog
+
+from receiver.decide import Outcome, conclude, room, settle, turns
+from receiver.errors import StoreUnavailableError
+from receiver.handler import Done, Retry
+from receiver.model import Asked, Dispatch, DispatchState, Event, Lane, Report, Subscription
+from receiver.net.download import Downloader
+from receiver.plugins.attempt import AttemptContext, Registration, answer_state, call, settled_run
+from receiver.plugins.progress import Scales
+from receiver.store import Database, ledger, queue
+from receiver.store.changes import Change, Signals
+from receiver.store.queue import Leased
+from receiver.store.rows import moment
+from receiver.telemetry import Metrics
+from receiver.workers.loop import either
+
+log = structlog.get_logger("receiver.dispatcher")
+
+_IDLE_SECONDS = 5.0
+_SHARED_IDLE_SECONDS = 1.0
+"""Another process may commit something that nobody wakes us for."""
+_WRITE_AGAIN_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One running attempt."""
+
+    leased: Leased
+    registration: Registration
+    token: str
+    scales: Scales
+    task: asyncio.Task[None] | None = None
+    answered: bool = False
+    """Its effect is applied: from here on it is written down, not stopped."""
+
+
+class Dispatcher:
+    """Works on every registered handler's dispatches, each within its own limits: one that hangs delays no other.
+
+    `takeover` lets it lease what another replica's lease has run out on; without it (SQLite) leases hold until the
+    process ends, whatever the clock does.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        registrations: Sequence[Registration],
+        subscriptions: Sequence[Subscription],
+        *,
+        downloader: Downloader,
+        signals: Signals,
+        metrics: Metrics,
+        learn: Callable[[Report], Awaitable[object]],
+        lease: timedelta = timedelta(seconds=60),
+        takeover: bool = False,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._database = database
+        self._registrations = {registration.name: registration for registration in registrations}
+        self._subscriptions = tuple(subscriptions)
+        self._downloader = downloader
+        self._signals = signals
+        self._metrics = metrics
+        self._learn = learn
+        self._lease = lease
+        self._takeover = takeover
+        self._idle_seconds = _SHARED_IDLE_SECONDS if database.shared else _IDLE_SECONDS
+        self._clock = clock
+        self._jitter = jitter
+        self._running: dict[int, _Attempt] = {}
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Tick until told to stop; then give back what is being worked on."""
+        renewing = asyncio.create_task(self._renew_forever(), name="dispatch.renew")
+        try:
+            while not stopping.is_set():
+                self._signals.dispatch.clear()
+                try:
+                    pause = await self.tick(self._clock())
+                except StoreUnavailableError as error:
+                    log.error("dispatcher.unavailable", reason=str(error))
+                    pause = self._idle_seconds
+                await either(self._signals.dispatch, stopping, pause)
+        finally:
+            renewing.cancel()
+        await self.give_back()
+
+    async def tick(self, now: datetime) -> float:
+        """Start the due dispatches that fit, and return in how many seconds to look again."""
+        names = tuple(self._registrations)
+        busy = {name: Counter[Lane]() for name in names}
+        for attempt in self._running.values():
+            busy[attempt.registration.name][attempt.scales.lane] += 1
+        free = [each for each in self._registrations.values() if busy[each.name].total() < each.concurrency]
+
+        def look(tx: Any) -> tuple[dict[str, frozenset[Lane]], int | None]:
+            lapsed = self._lapsed(tx, now)
+            due = {each.name: queue.due_lanes(tx, each.name, now=now, lapsed=lapsed) for each in free}
+            return due, queue.next_due_ms(tx, names, after=now)
+
+        # One look for all of them: it is taken again after each answer of any handler.
+        due, next_ms = await self._database.read(look)
+        for registration in free:
+            await self._claim(registration, busy[registration.name], due[registration.name], now)
+        until = self._idle_seconds if next_ms is None else (moment(next_ms) - self._clock()).total_seconds()
+        return min(self._idle_seconds, max(until, 0.0))
+
+    async def drain(self) -> None:
+        """Wait until no attempt is running."""
+        while self._running:
+            await asyncio.wait({attempt.task for attempt in self._running.values() if attempt.task})
+            await asyncio.sleep(0)
+
+    async def give_back(self) -> None:
+        """Stop every attempt and return its lease, uncounted: we stop, the handler is not to blame.
+
+        What is being written down is waited for: given back while another thread commits it, it would be done again.
+        """
+        attempts = list(self._running.values())
+        for attempt in attempts:
+            if attempt.task and not attempt.answered:
+                attempt.task.cancel()
+        try:
+            await self.drain()
+        finally:  # whoever stops us may not have the patience
+            for attempt in self._running.values():
+                if attempt.task:
+                    attempt.task.cancel()
+        for token in {attempt.token for attempt in attempts}:
+            seqs = [attempt.leased.seq for attempt in attempts if attempt.token == token]
+            try:
+                await self._database.write(lambda tx, seqs=seqs, token=token: queue.give_back(tx, seqs, token=token))  # type: ignore[misc]
+            except StoreUnavailableError as error:
+                log.warning("dispatch.not_given_back", reason=str(error))
+
+    async def renew(self) -> None:
+        """Extend the leases of all running attempts; cancel those that were taken over."""
+
+        def job(tx: Any, seqs: Sequence[int], token: str) -> frozenset[int]:
+            until = self._database.now(tx, self._clock()) + self._lease
+            return queue.renew(tx, seqs, token=token, until=until)
+
+        for token in {attempt.token for attempt in self._running.values()}:
+            seqs = [seq for seq, attempt in self._running.items() if attempt.token == token]
+            held = await self._database.write(partial(job, seqs=seqs, token=token))
+            for seq in set(seqs) - held:
+                attempt = self._running.get(seq)
+                # Over by now, perhaps, and even begun anew: then it is not this lease that was lost.
+                if attempt and attempt.task and attempt.token == token and not attempt.answered:
+                    log.warning("dispatch.taken_over", dispatch=attempt.leased.dispatch.idempotency_key)
+                    attempt.task.cancel()
+
+    async def _renew_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease.total_seconds() / 3)
+            try:
+                await self.renew()
+            except StoreUnavailableError as error:
+                log.error("dispatch.not_renewed", reason=str(error))
+
+    def _lapsed(self, tx: Any, now: datetime) -> datetime | None:
+        """Return when a lease must have run out by now to be taken over; None: none is."""
+        return self._database.now(tx, now) if self._takeover else None
+
+    async def _claim(
+        self, registration: Registration, running: Counter[Lane], due: frozenset[Lane], now: datetime
+    ) -> None:
+        token = secrets.token_hex(16)
+        limit, filling = registration.concurrency, turns(registration.concurrency)
+        with_room = {lane for turn in filling if room(turn, running, limit) for lane in turn.lanes}
+        if due.isdisjoint(with_room):
+            return  # the common case costs no write
+
+        def job(tx: Any) -> tuple[tuple[Leased, ...], tuple[Dispatch, ...]]:
+            lapsed = self._lapsed(tx, now)
+            buried = queue.bury(tx, registration.name, max_attempts=registration.max_attempts, now=now, lapsed=lapsed)
+            for dispatch in buried:
+                self._alert(tx, dispatch.run_id, dispatch.event, now)
+            claimed: list[Leased] = []
+            for turn in filling:
+                busy = running + Counter(leased.dispatch.lane for leased in claimed)
+                if due.isdisjoint(turn.lanes) or not room(turn, busy, limit):
+                    continue
+                claimed += queue.claim(
+                    tx,
+                    registration.name,
+                    lanes=turn.lanes,
+                    limit=room(turn, busy, limit),
+                    max_attempts=registration.max_attempts,
+                    token=token,
+                    now=now,
+                    until=(lapsed or now) + self._lease,
+                    lapsed=lapsed,
+                )
+            return tuple(claimed), buried
+
+        name = registration.name
+        claimed, buried = await self._database.write(job)
+        if buried:
+            log.error("dispatch.dead", handler=name, reason="every worker that tried it stopped before it answered")
+            for dispatch in buried:
+                self._signals.changes.publish(Change("dispatch", dispatch.run_id, dispatch.state.value, name))
+            self._signals.dispatch.set()
+        for leased in claimed:
+            scales = Scales(leased.dispatch.event, leased.outputs, leased.artifacts)
+            attempt = _Attempt(leased, registration, token, scales)
+            self._running[leased.seq] = attempt
+            attempt.task = asyncio.create_task(
+                self._attempt(attempt), name=f"dispatch {leased.dispatch.idempotency_key}"
+            )
+            attempt.task.add_done_callback(lambda _, seq=leased.seq: self._finished(seq))  # type: ignore[misc]
+
+    def _finished(self, seq: int) -> None:
+        self._running.pop(seq, None)
+        self._signals.dispatch.set()
+
+    async def _attempt(self, attempt: _Attempt) -> None:
+        """Call the handler once and write its answer down."""
+        leased, registration = attempt.leased, attempt.registration
+        started_at = self._clock()
+        deadline_at = started_at + timedelta(seconds=registration.timeout_seconds)
+        context = AttemptContext(
+            self._database, self._downloader, leased, registration, deadline_at, self._clock, attempt.scales
+        )
+        run = settled_run(leased.run, leased.outputs)
+        answer = await call(registration.handler, run, context, registration.timeout_seconds)
+        attempt.answered = True
+        now = self._clock()
+        outcome = conclude(
+            answer_state(answer),
+            leased.dispatch.attempts,
+            registration.max_attempts,
+            backoff=registration.backoff,
+            after_seconds=answer.after_seconds if isinstance(answer, Retry) else None,
+            now=now,
+            jitter=self._jitter(),
+        )
+        reason = None if isinstance(answer, Done) else answer.reason
+
+        def job(tx: Any) -> bool:
+            written = queue.finish(
+                tx,
+                leased,
+                token=attempt.token,
+                state=outcome.state,
+                due_at=outcome.due_at,
+                error=reason,
+                result=answer.result if isinstance(answer, Done) else None,
+                lane=None if isinstance(answer, Done) else attempt.scales.lane,
+                now=now,
+            )
+            if written and outcome.state is DispatchState.DEAD:
+                self._alert(tx, leased.run.run_id, leased.dispatch.event, now)
+            # Not written now: an earlier try may have been committed, and only its answer lost.
+            return written or queue.concluded(tx, leased)
+
+        written = await self._write_down(leased, job)
+        self._tell(leased, outcome, reason, written=written, seconds=(now - started_at).total_seconds())
+        if isinstance(answer, Retry) and answer.reread:
+            await self._reread(leased.run.run_id, now)
+
+    async def _reread(self, run_id: str, now: datetime) -> None:
+        """Have a run read again, for the URLs that its outputs have now."""
+        try:
+            await self._learn(Asked(run_id, now))
+        except StoreUnavailableError as error:
+            log.warning("dispatch.not_reread", run_id=run_id, reason=str(error))  # the next attempt asks again
+
+    async def _write_down(self, leased: Leased, job: Callable[[Any], bool]) -> bool:
+        """Write an answer down as soon as the database lets us: the effect is applied, and nobody else takes the lease."""
+        while True:
+            try:
+                return await self._database.write(job)
+            except StoreUnavailableError as error:
+                log.error("dispatch.not_written", dispatch=leased.dispatch.idempotency_key, reason=str(error))
+                await asyncio.sleep(_WRITE_AGAIN_SECONDS)
+
+    def _alert(self, tx: Any, run_id: str, event: Event, now: datetime) -> None:
+        """Tell handlers that listen to `dead`. The death of an alert is not announced by another alert."""
+        if event is Event.DEAD or not any(Event.DEAD in row.on for row in self._subscriptions):
+            return
+        # Locked, or two deaths at the same time would count the same round, and one of them would go untold.
+        run = ledger.runs_by_id(tx, [run_id], for_update=True)[run_id]
+        outputs = ledger.outputs_of_runs(tx, [run_id])[run_id]
+        round_ = queue.next_round(tx, run_id, Event.DEAD)
+        rows = settle(run, outputs, [Event.DEAD], self._subscriptions, now=now, round_=round_)
+        ledger.add_dispatches(tx, rows)
+
+    def _tell(self, leased: Leased, outcome: Outcome, reason: str | None, *, written: bool, seconds: float) -> None:
+        name = leased.dispatch.handler
+        state = outcome.state if written else None
+        if state is not None:
+            self._signals.changes.publish(Change("dispatch", leased.run.run_id, state.value, name))
+        self._metrics.dispatched(name, state.value if state else "stale", seconds)
+        line = log.bind(
+            run_id=leased.run.run_id, handler=name, event_name=leased.dispatch.event.value,
+            attempt=leased.dispatch.attempts, seconds=round(seconds, 3),
+        )  # fmt: skip
+        if state is None:
+            line.warning("dispatch.stale")
+        elif state is DispatchState.DONE:
+            line.info("dispatch.done")
+        elif state is DispatchState.DEAD:
+            line.error("dispatch.dead", reason=reason)
+        else:
+            line.warning("dispatch.retry", reason=reason, due_at=outcome.due_at and outcome.due_at.isoformat())

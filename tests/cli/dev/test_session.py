@@ -1,0 +1,202 @@
+"""A session of `dev` inside the test: who is at fault is said, and what was missed while a tunnel was down is caught up."""
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import shlex
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from receiver.cli.dev.events import WatchedDoor
+from receiver.cli.dev.session import Desk
+from receiver.cli.dev.tunnel.command import Command
+from receiver.cli.dev.tunnel.provider import Given, Provider
+from receiver.cli.dev.tunnel.supervisor import Pace
+from receiver.cli.dev.view import View
+from receiver.config import Settings
+from receiver.emulator import parse_faults
+from receiver.flora.start_request import StartRequest
+from receiver.service.service import Service
+from receiver.workers.starter import Intended
+from tests.support.stage import Stage, eventually
+from tests.support.tunnel_programs import FORWARDER, gone, written
+
+QUICK = Pace(every=0.1, confirm=0.01, settle=0.0, longest=0.1)
+Line = dict[str, Any]
+
+
+@dataclass
+class Session:
+    """What the desk told, and the service that it works with."""
+
+    service: Service
+    screen: io.StringIO
+    _read: int = 0
+
+    def lines(self) -> list[Line]:
+        return [json.loads(line) for line in self.screen.getvalue().splitlines()]
+
+    async def until(self, wanted: Callable[[Line], bool]) -> Line:
+        """Return the first line that is wanted, beyond those that were returned before."""
+
+        async def look() -> Line | None:
+            for place, line in enumerate(self.lines()[self._read :], self._read):
+                if wanted(line):
+                    self._read = place + 1
+                    return line
+            return None
+
+        found = await eventually(look, what=self.screen.getvalue()[-2000:])
+        assert found is not None
+        return found
+
+    async def start(self) -> str:
+        """Start a run and return its id."""
+        inputs = ({"id": "prompt", "type": "text", "value": "a lighthouse"},)
+        intended = await self.service.starter.start(StartRequest(technique_id="emu-image", inputs=inputs))
+        assert isinstance(intended, Intended)
+        start = await self.service.starter.settled(intended.start.token, timeout_seconds=20)
+        assert start is not None
+        assert start.run_id is not None
+        return start.run_id
+
+
+@contextlib.asynccontextmanager
+async def at_desk(stage: Stage, provider: Provider, **sections: Any) -> AsyncIterator[Session]:
+    settings = Settings.model_validate(stage.document(**sections))
+    screen = io.StringIO()
+    view = View(as_json=True, stream=screen)
+    service = Service(settings, around=lambda app: WatchedDoor(app, view))
+    stopping = asyncio.Event()
+    async with service.running():
+        desk = Desk(service, settings, view, provider, ca=stage.ca, pace=QUICK, patience_seconds=1.0, again_seconds=0.3)
+        working = asyncio.create_task(desk.work(stopping))
+        try:
+            yield Session(service, screen)
+        finally:
+            stopping.set()
+            assert await working == 0
+
+
+@pytest.fixture
+def forwarder(tmp_path: Path) -> Command:
+    program = written(tmp_path, "forwarder", FORWARDER)
+    return Command(f"{shlex.quote(str(program))} {{port}}", r"listening at (https://\S+)")
+
+
+def is_canary(code: str) -> Callable[[Line], bool]:
+    return lambda line: line["kind"] == "canary" and line["code"] == code
+
+
+def opened(line: Line) -> bool:
+    return line["kind"] == "tunnel" and bool(line.get("url"))
+
+
+async def test_a_stopped_tunnel_is_replaced_and_its_runs_are_caught_up(stage: Stage, forwarder: Command) -> None:
+    """Polling settles a run whose callback goes to an address that is gone; the next one is called back by the new one.
+
+    The first one is still running when the tunnel is open again, and by the policy it would not be read for ten minutes.
+    """
+    reconcile = {"first_poll_seconds": 600, "max_gap_seconds": 600}
+    async with at_desk(stage, forwarder, reconcile=reconcile) as session:
+        first = (await session.until(opened))["url"]
+        await session.until(is_canary("open"))
+        assert forwarder._program is not None
+        pid = next(int(line.split()[1]) for line in forwarder._program.printed if line.startswith("pid "))
+        os.kill(pid, signal.SIGSTOP)
+        stage.emulator.faults.add(parse_faults([{"kind": "run_seconds", "seconds": 4.0, "next": 1}]))
+        stranded = await session.start()
+        fault = await session.until(lambda line: line.get("fault") == "tunnel")
+        assert fault["kind"] == "canary"
+        second = await session.until(opened)
+        assert second["url"] != first
+        assert second["moved"]
+        caught = await session.until(lambda line: line["kind"] == "catch-up")
+        assert caught["run_ids"] == [stranded]
+        await stage.at(stranded, state="completed")
+        assert stage.deliveries(stranded) == []
+        await session.until(is_canary("open"))
+        after = await session.start()
+        await stage.at(after, state="completed", verdict="matched")
+        shown = await session.until(lambda line: line["kind"] == "callback")
+        assert (shown["run_id"], shown["answer"]) == (after, "accepted")
+
+
+async def test_the_receivers_fault(stage: Stage, forwarder: Command) -> None:
+    """Its listener is gone: the tunnel is not blamed, nor replaced."""
+    async with at_desk(stage, forwarder) as session:
+        await session.until(is_canary("open"))
+        assert session.service._public is not None
+        await session.service._public.stop()
+        told = await session.until(is_canary("receiver_silent"))
+        assert told["fault"] == "receiver"
+        assert sum(opened(line) for line in session.lines()) == 1
+
+
+async def test_floras_fault(stage: Stage, forwarder: Command) -> None:
+    """Its API answers with errors of its own, while callbacks would come through; and then well again."""
+    async with at_desk(stage, forwarder) as session:
+        await session.until(is_canary("open"))
+        run_id = await session.start()
+        stage.emulator.faults.add(parse_faults([{"kind": "service_unavailable", "next": 3}]))
+        told = await session.until(is_canary("flora_fails"))
+        assert told["fault"] == "flora"
+        await session.until(is_canary("open"))
+        await stage.at(run_id, state="completed")
+
+
+async def test_a_url_that_is_not_ours(stage: Stage) -> None:
+    """Nobody answers there, seen from here: that cannot be told from a router that does not lead back in."""
+    async with at_desk(stage, Given("https://127.0.0.1:1")) as session:
+        told = await session.until(is_canary("unchecked"))
+        assert told["fault"] is None
+        assert "cannot be checked from here" in told["reason"]
+
+
+async def test_floras_rules_hold_for_a_tunnels_url(stage: Stage) -> None:
+    """With the real FLORA, a private address is refused before any run is told of it."""
+    settings = Settings.model_validate(stage.document(flora={"base_url": "https://app.flora.ai/api/v1"}))
+    screen = io.StringIO()
+    view = View(as_json=True, stream=screen)
+    async with Service(settings).running() as service:
+        desk = Desk(service, settings, view, Given("https://192.168.1.7"))
+        assert await desk.work(asyncio.Event()) == 1
+    assert "FLORA refuses private addresses" in screen.getvalue()
+
+
+async def test_stopping_while_a_tunnel_opens(stage: Stage, tmp_path: Path) -> None:
+    """It may take half a minute: nobody waits for that, and its program is ended."""
+    program = written(
+        tmp_path, "slow", f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(3600)"
+    )
+    settings = Settings.model_validate(stage.document())
+    stopping = asyncio.Event()
+    async with Service(settings).running() as service:
+        view = View(as_json=True, stream=io.StringIO())
+        working = asyncio.create_task(Desk(service, settings, view, Command(str(program))).work(stopping))
+
+        async def begun() -> int:
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                return int((tmp_path / "pid").read_text())
+            return 0
+
+        pid = await eventually(begun)
+        stopping.set()
+        assert await working == 0
+        await gone(pid)
+
+
+def test_people_get_plain_lines_without_a_terminal() -> None:
+    screen = io.StringIO()
+    with View(as_json=False, stream=screen) as view:
+        view.status("nothing of this", fine=True)
+        view.tell("run", "run_1  completed", run_id="run_1")
+    assert screen.getvalue().endswith("  run       run_1  completed\n")
+    assert len(screen.getvalue().splitlines()) == 1

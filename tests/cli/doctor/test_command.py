@@ -1,0 +1,489 @@
+"""The doctor finds each illness under its own id, by real servers on loopback, and is silent about a healthy set-up."""
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import pwd
+import ssl
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import create_engine
+
+from receiver.cli.doctor.command import examine
+from receiver.cli.doctor.findings import ILLNESSES, Finding, Severity
+from receiver.cli.doctor.flora import of_answer, of_flora
+from receiver.cli.doctor.machine import of_ledger
+from receiver.cli.doctor.probe import Obstacle, Probe
+from receiver.cli.doctor.public import judged, of_public
+from receiver.cli.doctor.settings import of_settings
+from receiver.config import Settings
+from receiver.net import certificates
+from receiver.net.clients import own_client
+from receiver.store import open_database
+from receiver.store.migrate import upgrade
+from receiver.store.touching import touch
+from tests.cli.conftest import KEYS, run_command
+from tests.support.stage import Stage, free_port, staged
+
+README = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
+OLD = "database.old_sqlite"
+Answer = Callable[[bytes], Awaitable[bytes]]
+
+
+@pytest.fixture
+async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
+    async with staged(tmp_path) as made:
+        yield made
+
+
+def settings(stage: Stage, **sections: Any) -> Settings:
+    return Settings.model_validate(stage.document(**sections))
+
+
+def ids(found: list[Finding]) -> set[str]:
+    """What a person would have to do something about."""
+    return {each.id for each in found if each.illness.severity is not Severity.OK}
+
+
+def names(directory: Path) -> set[str]:
+    return {each.name for each in directory.iterdir()}
+
+
+def reply(status: str, body: bytes = b"", *headers: str) -> bytes:
+    head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+@contextlib.asynccontextmanager
+async def before(stage: Stage, answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """Something that stands before the receiver; `answer` makes a whole answer of a whole request. Yields its origin."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(
+                (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
+            )
+            writer.write(await answer(head + await reader.readexactly(length)))
+            await writer.drain()
+        writer.close()
+
+    context = tls or ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if tls is None:
+        context.load_cert_chain(stage.cert, stage.key)
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context)
+    try:
+        yield f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+def handing_on(stage: Stage, change: Callable[[bytes], bytes]) -> Answer:
+    """A proxy that changes requests before the receiver sees them."""
+
+    async def answer(request: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", stage.port, ssl=stage.tls())
+        writer.write(change(request))
+        await writer.drain()
+        answer = await reader.read(65_536)
+        writer.transport.abort()
+        return answer
+
+    return answer
+
+
+def always(whole: bytes) -> Answer:
+    async def answer(_: bytes) -> bytes:
+        return whole
+
+    return answer
+
+
+async def test_a_healthy_set_up_is_no_alarm(stage: Stage, tmp_path: Path) -> None:
+    """Beside the running service, whose ledger is its own; and without it, from the settings alone."""
+    stage.port = free_port()
+    authority = certificates.make_authority()
+    ca = tmp_path / "quarter-ca.pem"
+    ca.write_bytes(authority.pem)
+    issued = certificates.issue(authority, "127.0.0.1", life=timedelta(days=90))
+    cert, key = certificates.write(issued, tmp_path, "quarter")
+    healthy: dict[str, Any] = {
+        "public_url": f"https://127.0.0.1:{stage.port}",
+        "tls": {"cert": str(cert), "key": str(key)},
+    }
+    async with stage.service(**healthy):
+        assert ids(await examine(settings(stage, **healthy), ca=ca)) == set()
+    assert ids(await of_ledger(settings(stage), free=lambda _: 10**12)) == set()
+
+
+async def test_what_is_not_there_yet_is_not_made(stage: Stage, tmp_path: Path) -> None:
+    """A look by root before the first start must not leave files that the service cannot write."""
+    url = f"sqlite:///{tmp_path}/not/yet/receiver.db"
+    assert ids(await of_ledger(settings(stage, database={"url": url}))) == set()
+    assert not (tmp_path / "not").exists()
+    assert not any("doctor" in name for name in names(tmp_path))
+
+
+async def test_a_receiver_on_another_address_than_loopback(stage: Stage) -> None:
+    """What it is bound to is this machine too: it is asked there, whatever name its certificate bears."""
+    async with own_client(bound="192.0.2.1") as client:
+        with pytest.raises(httpx.UnsupportedProtocol):
+            await client.get("https://192.0.2.2/")
+        with pytest.raises((httpx.ConnectError, httpx.TimeoutException)):
+            await client.get("http://192.0.2.1:1/", timeout=0.01)
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (reply("301 Moved", b"", "Location: https://elsewhere.example/"), "public.redirect"),
+        (reply("200 OK", b"<html>Sign in</html>", "Content-Type: text/html"), "public.someone_else"),
+        (reply("401 Unauthorized", b"", "WWW-Authenticate: Basic"), "public.someone_else"),
+        (reply("404 Not Found", b'{"error":{"code":"not_found","message":""}}'), "public.rewritten"),
+        (reply("503 Unavailable", b'{"error":{"code":"unavailable","message":""}}'), "public.unavailable"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "public.someone_else"),
+    ],
+)
+async def test_who_answers_in_place_of_the_receiver(stage: Stage, answer: bytes, found: str) -> None:
+    """A redirect, a login page, a lost path, a receiver that cannot commit, no HTTP at all: each by its own id."""
+    async with stage.service(), before(stage, always(answer)) as origin:
+        told = await of_public(settings(stage, public_url=origin), ca=stage.ca)
+    assert ids(told) - {"public.certificate_ends"} == {found}
+
+
+async def test_what_a_proxy_changes_is_told_apart(stage: Stage) -> None:
+    """The path, the bytes, or nothing: the receiver behind it is the same."""
+    changes: dict[str | None, Callable[[bytes], bytes]] = {
+        None: lambda request: request,
+        "public.rewritten": lambda request: request.replace(b"/callbacks/flora", b"/hooks/callbacks/flora"),
+        "public.altered": lambda request: request.replace(b'{"canary": ', b'{"canary":  ').replace(
+            b"Content-Length: 30", b"Content-Length: 31"
+        ),
+    }
+    async with stage.service():
+        for wanted, change in changes.items():
+            async with before(stage, handing_on(stage, change)) as origin:
+                told = await of_public(settings(stage, public_url=origin), ca=stage.ca)
+            assert ids(told) - {"public.certificate_ends"} == ({wanted} if wanted else set())
+
+
+async def test_a_slow_way_is_told(stage: Stage) -> None:
+    """By what a canary took: no test waits for it."""
+    slow, quick = Probe("u", 7.5, 200, "canary"), Probe("u", 0.1, 200, "canary")
+    finding = judged(slow, quick)
+    assert finding is not None
+    assert (finding.id, finding.what) == ("public.slow", "a canary took 7.5 s")
+    assert judged(quick, quick) is None
+    for obstacle, wanted in (
+        (Obstacle.TIMEOUT, "public.slow"),
+        (Obstacle.NAME, "public.unresolved"),
+        (Obstacle.REFUSED, "public.unreachable"),
+    ):
+        stuck = judged(Probe("u", 12.0, obstacle=obstacle), quick)
+        assert stuck is not None
+        assert stuck.id == wanted
+
+
+async def test_a_way_that_takes_its_time(stage: Stage) -> None:
+    """A real proxy that holds the canary for longer than the limit, which is a short one here."""
+
+    async def hold(request: bytes) -> bytes:
+        await asyncio.sleep(0.2)
+        return await handing_on(stage, lambda same: same)(request)
+
+    async with stage.service(), before(stage, hold) as origin:
+        told = await of_public(settings(stage, public_url=origin), ca=stage.ca, slow_seconds=0.1)
+    assert ids(told) - {"public.certificate_ends"} == {"public.slow"}
+
+
+async def test_nobody_there(stage: Stage) -> None:
+    """Without a receiver that is what is said; with one, at an address of this machine, the way to it is missing."""
+    async with stage.service():
+        told = await of_public(settings(stage, public_url=f"https://127.0.0.1:{free_port()}"), ca=stage.ca)
+        assert ids(told) == {"public.unreachable"}
+    stage.port = free_port()
+    for answer in (None, reply("502 Bad Gateway", b"nobody behind")):
+        async with before(stage, always(answer or b"")) as origin:
+            url = origin if answer else f"https://127.0.0.1:{free_port()}"
+            told = await of_public(settings(stage, public_url=url), ca=stage.ca)
+        assert ids(told) - {"public.certificate_ends"} == {"receiver.silent"}
+
+
+def test_a_router_that_does_not_lead_back_inside() -> None:
+    """Nobody answers at an address that is not this machine's, while the receiver is well: no alarm, a warning."""
+    here, refused = Probe("u", 0.1, 200, "canary"), Probe("u", 0.1, obstacle=Obstacle.REFUSED, message="why")
+    found = judged(refused, here, ours=False)
+    assert found is not None
+    assert (found.id, found.illness.severity) == ("public.unchecked", Severity.WARNING)
+    assert judged(refused, here, ours=True) == Finding("public.unreachable", "why")
+
+
+@pytest.mark.parametrize("wrong", ["expired", "another host", "another authority"])
+async def test_a_certificate_that_flora_would_not_take(stage: Stage, tmp_path: Path, wrong: str) -> None:
+    """Whatever else answers behind it."""
+    authority = certificates.make_authority()
+    ca = tmp_path / "own-ca.pem"
+    ca.write_bytes(authority.pem)
+    life = timedelta(hours=-1) if wrong == "expired" else timedelta(days=90)
+    host = "elsewhere.example" if wrong == "another host" else "127.0.0.1"
+    cert, key = certificates.write(certificates.issue(authority, host, life=life), tmp_path, "other")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    async with stage.service(), before(stage, always(reply("200 OK")), context) as origin:
+        trusted = stage.ca if wrong == "another authority" else ca
+        told = await of_public(settings(stage, public_url=origin), ca=trusted)
+    assert ids(told) == {"public.certificate"}
+
+
+async def test_a_receiver_with_another_secret(stage: Stage) -> None:
+    """Refused from outside and on this machine alike: nobody alters anything."""
+    async with stage.service():
+        flora = {"webhook_secrets": ["whsec_another"]}
+        told = await of_public(settings(stage, public_url=f"https://127.0.0.1:{stage.port}", flora=flora), ca=stage.ca)
+    assert ids(told) - {"public.certificate_ends"} == {"public.wrong_secret"}
+
+
+async def test_a_receiver_that_does_not_know_every_secret(stage: Stage) -> None:
+    """It was started before a secret was rotated, or a workspace was added: each secret is tried."""
+    stage.port = free_port()
+    public_url = f"https://127.0.0.1:{stage.port}"
+    flora = {"webhook_secrets": [stage.secret, "whsec_new"]}
+    workspaces = [{"id": "ws_new", "secrets": ["whsec_of_ws_new"]}]
+    with_all = settings(stage, public_url=public_url, flora=flora, workspaces=workspaces)
+    async with stage.service():
+        told = [each for each in await of_public(with_all, ca=stage.ca) if each.id != "public.certificate_ends"]
+    assert [each.id for each in told] == ["public.wrong_secret"] * 2
+    assert "number 2" in told[0].what
+    assert "ws_new" in told[1].what
+    async with stage.service(flora=flora, workspaces=workspaces):
+        assert ids(await of_public(with_all, ca=stage.ca)) == {"public.certificate_ends"}
+
+
+async def test_keys_that_flora_refuses_are_told_apart(stage: Stage) -> None:
+    """Revoked is not forbidden, and no answer is neither."""
+    assert ids(await of_flora(settings(stage))) == set()
+    revoked = settings(stage, flora={"api_key": "sk_test_revoked"})
+    assert ids(await of_flora(revoked)) == {"flora.key_refused"}
+    away = settings(stage, flora={"base_url": f"http://127.0.0.1:{free_port()}/api/v1"})
+    assert ids(await of_flora(away)) == {"flora.unreachable"}
+    for status, wanted in (("403 Forbidden", "flora.key_forbidden"), ("500 Oops", "flora.failing")):
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: str = status) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(reply(status, b'{"error":{"code":"x","message":"y"}}', "request-id: req_1"))
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        base = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/api/v1"
+        [finding] = await of_flora(settings(stage, flora={"base_url": base}))
+        server.close()
+        assert finding.id == wanted
+        assert "req_1" in finding.what
+        assert stage.emulator.settings.api_key not in finding.what
+
+
+async def test_a_clock_that_is_wrong(stage: Stage) -> None:
+    """Held against FLORA's own `Date`."""
+    for minutes, word in ((10, "ahead"), (-10, "behind")):
+        [finding] = await of_flora(settings(stage), datetime.now(UTC) + timedelta(minutes=minutes))
+        assert finding.id == "clock.skewed"
+        assert word in finding.what
+    assert await of_flora(settings(stage), datetime.now(UTC) + timedelta(seconds=30)) == []
+
+
+async def test_a_ledger_that_cannot_be_written(stage: Stage, tmp_path: Path) -> None:
+    """Read-only, no directory, no server: unusable; little room: full; a service that does not answer: that."""
+    file = tmp_path / "a file"
+    file.write_text("in the way")
+    nowhere = settings(stage, database={"url": f"sqlite:///{file}/receiver.db"})
+    assert ids(await of_ledger(nowhere)) == {"database.unusable"}
+    away = settings(stage, database={"url": f"postgresql://nobody@127.0.0.1:{free_port()}/x"})
+    assert ids(await of_ledger(away)) == {"database.unusable"}
+    assert ids(await of_ledger(settings(stage), free=lambda _: 5 * 1024**2)) == {"database.full"}
+    assert ids(await of_ledger(settings(stage), free=no_room)) == {"database.full"}
+    async with stage.service():
+        here, stage.port = stage.port, free_port()
+        assert ids(await of_ledger(settings(stage))) == {"database.unanswered"}
+        stage.port = here
+        assert ids(await of_ledger(settings(stage))) == set()
+
+
+def no_room(_: Path) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def somebody() -> Iterator[None]:
+    """Be a user for whom there are files that cannot be written: as root, become nobody for a while."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+async def test_a_ledger_that_is_read_only(stage: Stage) -> None:
+    """The file alone, in a directory that can be written: SQLite begins an empty transaction there without a word."""
+    with tempfile.TemporaryDirectory() as made:
+        file = Path(made) / "receiver.db"
+        file.parent.chmod(0o777)
+        here = settings(stage, database={"url": f"sqlite:///{file}"})
+        with somebody():
+            database = open_database(here.database.url)
+            await database.close()
+            assert ids(await of_ledger(here)) == set()
+            file.chmod(0o444)
+            [finding] = [each for each in await of_ledger(here) if each.id != OLD]
+    assert finding.id == "database.unusable"
+    assert "readonly" in finding.what
+
+
+def test_that_touching_syncs_and_changes_nothing(tmp_path: Path) -> None:
+    """The commit writes to the log, unlike that of an empty transaction; the file says the same as before."""
+    log = tmp_path / "a.db-wal"
+    engine = create_engine(f"sqlite:///{tmp_path}/a.db")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        connection.exec_driver_sql("PRAGMA user_version = 7")
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert log.stat().st_size == 0
+        touch(connection)
+        connection.commit()
+        assert log.stat().st_size > 0
+        assert connection.exec_driver_sql("PRAGMA user_version").scalar_one() == 7
+    engine.dispose()
+
+
+async def test_a_postgresql_that_is_read_only(postgres_url: str, stage: Stage) -> None:
+    """A standby, or one that an administrator has closed for writing."""
+    database = open_database(postgres_url)
+    await database.run(upgrade)
+    await database.close()
+    assert ids(await of_ledger(settings(stage, database={"url": postgres_url}))) == set()
+    closed = f"{postgres_url}{'&' if '?' in postgres_url else '?'}options=-cdefault_transaction_read_only%3Don"
+    [finding] = await of_ledger(settings(stage, database={"url": closed}))
+    assert finding.id == "database.unusable"
+    assert "read-only" in finding.what
+
+
+async def test_a_read_only_file_system(stage: Stage) -> None:
+    """One that is so even for root: the kernel's own."""
+    assert ids(await of_ledger(settings(stage, database={"url": "sqlite:////sys/receiver.db"}))) == {
+        "database.unusable"
+    }
+
+
+async def test_handlers_that_cannot_work(stage: Stage, tmp_path: Path) -> None:
+    """Their own check fails, or they cannot be built at all: then the rest is looked at all the same."""
+    file = tmp_path / "a file"
+    file.write_text("in the way")
+    handlers = [{"use": "storage", "options": {"url": str(file)}}]
+    found = await examine(settings(stage, handlers=handlers), ca=stage.ca)
+    assert {"handler.broken", "public.missing"} <= ids(found)
+    assert found[0].illness.severity is Severity.ERROR
+    handlers = [{"use": "storage", "options": {"ulr": "x"}}, {"use": "no.such:Handler", "name": "other"}]
+    revoked = {"api_key": "sk_test_revoked"}
+    found = await examine(settings(stage, handlers=handlers, flora=revoked), ca=stage.ca)
+    assert [each.id for each in found].count("handler.broken") >= 2
+    assert "flora.key_refused" in ids(found)
+
+
+TWO = """
+[[workspaces]]
+id = "ws_1"
+secrets = ["whsec_1"]
+[[workspaces]]
+id = "ws_2"
+secrets = ["{secret}"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "toml", "wanted"),
+    [
+        ({}, "", {"settings.unusable"}),
+        ({"FLORA_WEBHOOK_SECRET": "whsec_1\n"}, "", {"secrets.white_space"}),
+        ({"FLORA_API_KEY": " sk_live_1"}, "", {"secrets.white_space"}),
+        ({"RECEIVER_PUBLIC__PROT": "1"}, "", {"settings.unusable"}),
+        ({"RECEIVER_PUBLIC_URL": "https://localhost"}, "", {"public.refused_by_flora"}),
+        ({"RECEIVER_PUBLIC_URL": "http://hooks.example.com"}, "", {"public.refused_by_flora"}),
+        ({}, TWO.format(secret="whsec_1"), {"secrets.shared"}),
+    ],
+)
+def test_settings_that_cannot_be_used(env: dict[str, str], toml: str, wanted: set[str], tmp_path: Path) -> None:
+    """Each problem of theirs is a finding with its id as well, with the exit code of unusable settings."""
+    (tmp_path / "receiver.toml").write_text(toml)
+    done = run_command("doctor", "--json", cwd=tmp_path, env=(KEYS | env) if env or toml else {})
+    found = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, found["ok"]) == (2, "", False)
+    assert {each["id"] for each in found["findings"]} == wanted
+    assert not any(value in done.stdout for value in env.values() if value.strip().startswith(("sk_", "whsec_")))
+
+
+def test_secrets_in_the_wrong_place(stage: Stage) -> None:
+    """Exchanged, or something else altogether."""
+    swapped = settings(stage, flora={"api_key": "whsec_x", "webhook_secrets": ["sk_live_x"]})
+    assert ids(list(of_settings(swapped))) == {"secrets.swapped", "secrets.prefix", "public.missing"}
+    other = settings(stage, flora={"webhook_secrets": ["a part of it"]})
+    assert ids(list(of_settings(other))) == {"secrets.prefix", "public.missing"}
+    odd = settings(stage, flora={"tolerance_past_seconds": 300})
+    assert ids(list(of_settings(odd))) == {"settings.odd", "public.missing"}
+
+
+ROW = {"run_id": "run_1", "status": "completed", "progress": 100, "created_at": 1733952000000, "workspace_id": "ws_2"}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "workspace", "wanted"),
+    [
+        (200, {"technique_runs": [], "meta": {}}, None, set()),
+        (200, {"technique_runs": [ROW], "meta": {}}, None, set()),
+        (200, {"technique_runs": [ROW], "meta": {}}, "ws_2", set()),
+        (200, {"technique_runs": [ROW], "meta": {}}, "ws_1", {"secrets.mixed_up"}),
+        (200, {"hello": "there"}, None, {"flora.someone_else"}),
+        (200, None, None, {"flora.someone_else"}),
+        (302, None, None, {"flora.someone_else"}),
+        (404, None, None, {"flora.someone_else"}),
+        (404, {"error": {"code": "not_found"}}, None, {"flora.someone_else"}),
+        (403, None, None, {"flora.someone_else"}),
+        (403, {"error": {"code": "forbidden"}}, None, {"flora.key_forbidden"}),
+        (401, {"error": {"code": "invalid_api_key"}}, None, {"flora.key_refused"}),
+        (401, None, None, {"flora.key_refused"}),
+        (402, {"error": {"code": "insufficient_credits"}}, None, {"flora.failing"}),
+        (429, None, None, {"flora.failing"}),
+        (503, None, None, {"flora.failing"}),
+    ],
+)
+def test_what_answers_in_the_place_of_flora(status: int, body: Any, workspace: str | None, wanted: set[str]) -> None:
+    """FLORA's own words are told from a proxy's, and a workspace's key from another one's."""
+    content = b"<html>Welcome to the hotel</html>" if body is None else json.dumps(body).encode()
+    request = httpx.Request("GET", "https://app.flora.ai/api/v1/technique-runs")
+    answer = httpx.Response(status, content=content, request=request)
+    assert ids(of_answer(answer, workspace, {"ws_1", "ws_2"} - {workspace or ""})) == wanted
+
+
+async def test_a_ca_file_that_holds_nothing(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "empty.pem").touch()
+    [finding] = await of_flora(settings(stage, flora={"ca_file": str(tmp_path / "empty.pem")}))
+    assert (finding.id, "holds no certificate" in finding.what) == ("flora.unreachable", True)
+    done = run_command("doctor", "--ca", "empty.pem", cwd=tmp_path, env=KEYS)
+    assert (done.returncode, "holds no certificate" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ILLNESSES)
+def test_every_finding_is_documented(kind: str) -> None:
+    """The README's table is the code's."""
+    row = f"| {ILLNESSES[kind].means} | `{kind}` | {ILLNESSES[kind].cure} |"
+    assert row in README, f"add to README.md: {row}"

@@ -1,0 +1,107 @@
+"""A canary against a real receiver, and against all that may stand in its way."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from receiver.cli.doctor.probe import Obstacle, probe
+from receiver.net.clients import own_client, probe_client
+from receiver.web.server import Server, bind
+from tests.support.stage import Stage, free_port
+
+SECRET = "whsec_probe"
+
+
+async def test_a_canary_arrives_and_leaves_no_trace(stage: Stage) -> None:
+    """By TLS with the CA's trust, and on loopback without: our own certificate needs no trust of ours."""
+    async with stage.service(), probe_client(ca=stage.ca) as outside, own_client() as inside:
+        for client in (outside, inside):
+            found = await probe(stage.url, stage.secret, client=client)
+            assert found.arrived
+            assert (found.status, found.answer, found.obstacle) == (200, "canary", None)
+            assert found.seconds > 0
+    assert stage.rows("SELECT * FROM deliveries") == []
+    assert stage.rows("SELECT * FROM runs") == []
+
+
+async def test_what_a_receiver_refuses_is_named(stage: Stage) -> None:
+    """Another secret: the door's own code; a wrong clock: the same, since a canary lives for a minute."""
+    async with stage.service(), own_client() as client:
+        wrong = await probe(stage.url, "whsec_another", client=client)
+        old = await probe(stage.url, stage.secret, client=client, clock=lambda: 1.0)
+    for found in (wrong, old):
+        assert not found.arrived
+        assert (found.status, found.answer) == (401, "signature_mismatch")
+
+
+async def test_a_certificate_that_is_not_trusted(stage: Stage) -> None:
+    async with stage.service(), probe_client() as client:
+        found = await probe(stage.url, stage.secret, client=client)
+    assert found.obstacle is Obstacle.TLS
+    assert "CERTIFICATE_VERIFY_FAILED" in found.message
+
+
+async def elsewhere(request: Request) -> Response:
+    match request.path_params["what"]:
+        case "redirect":
+            return RedirectResponse("https://127.0.0.1/other", 301)
+        case "page":
+            return PlainTextResponse("Tunnel   not found\n", 404)
+        case _:
+            return JSONResponse([])
+
+
+@pytest.fixture
+async def other() -> AsyncIterator[str]:
+    """A server that is no receiver."""
+    server = Server(Starlette(routes=[Route("/{what}", elsewhere, methods=["POST"])]), bind("127.0.0.1", 0))
+    await server.start()
+    yield f"http://127.0.0.1:{server.port}"
+    await server.stop()
+
+
+async def test_what_is_no_receiver(other: str) -> None:
+    """A redirect is not followed; a page is shown; no answer in time, nobody there, no such name: each is told apart."""
+    async with probe_client(timeout_seconds=1) as client:
+        moved = await probe(f"{other}/redirect", SECRET, client=client)
+        assert (moved.status, moved.location, moved.arrived) == (301, "https://127.0.0.1/other", False)
+        page = await probe(f"{other}/page", SECRET, client=client)
+        assert (page.status, page.answer, page.message) == (404, None, "Tunnel not found")
+        assert (await probe(f"{other}/list", SECRET, client=client)).answer is None
+        nobody = await probe(f"http://127.0.0.1:{free_port()}/", SECRET, client=client)
+        assert nobody.obstacle is Obstacle.REFUSED
+        unknown = await probe("http://nobody.invalid/", SECRET, client=client)
+        assert unknown.obstacle in {Obstacle.NAME, Obstacle.REFUSED}  # a resolver may be slow to say no
+        assert (await probe("https://" + other[7:], SECRET, client=client)).obstacle is Obstacle.TLS
+
+
+async def test_no_answer_in_time() -> None:
+    """The connection is made, and then there is silence: a program that was stopped looks like this."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener:
+        async with probe_client(timeout_seconds=0.2) as client:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+            assert (await probe(url, SECRET, client=client)).obstacle is Obstacle.TIMEOUT
+
+
+async def test_a_connection_that_is_cut() -> None:
+    async def cut(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(cut, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, probe_client() as client:
+        assert (await probe(f"http://127.0.0.1:{port}/", SECRET, client=client)).obstacle is Obstacle.CUT
+
+
+async def test_the_unchecked_client_stays_on_this_machine() -> None:
+    """It trusts any certificate: so it must not leave loopback."""
+    async with own_client() as client:
+        found = await probe("https://hooks.example.com/", SECRET, client=client)
+    assert "not on this machine" in found.message

@@ -1,0 +1,269 @@
+"""The command line as operators meet it: help, what it prints, and that every mistake says what to do."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from receiver import __version__
+from tests.cli.conftest import KEYS, Start, environment, exported, ready, run_command
+
+COMMANDS = (
+    "",
+    "serve",
+    "check",
+    "migrate",
+    "demo",
+    "dev",
+    "emulator",
+    "trigger",
+    "backup",
+    "restore",
+    "init",
+    "dev-cert",
+    "doctor",
+    "handlers",
+    "handlers list",
+    "handlers schema",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, tmp_path: Path) -> None:
+    done = run_command(*command.split(), "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: flora-receiver {command}".rstrip())
+
+
+@pytest.mark.parametrize("group", ["", "runs", "handlers", "deliveries", "dispatches"])
+def test_in_80_columns_no_help_of_a_command_is_cut(group: str, tmp_path: Path) -> None:
+    done = run_command(*group.split(), "--help", cwd=tmp_path, env={"COLUMNS": "80"})
+    assert "..." not in done.stdout.split("Commands:")[1]
+
+
+def test_the_version_is_the_packages(tmp_path: Path) -> None:
+    assert run_command("--version", cwd=tmp_path).stdout == f"{__version__}\n"
+
+
+def test_the_package_is_the_command_too(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "receiver", "--version"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == f"{__version__}\n"
+
+
+def test_check_says_that_it_would_work(tmp_path: Path) -> None:
+    """Two variables are enough; the second look finds the database as the first one left it."""
+    done = run_command("check", cwd=tmp_path, env=KEYS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Settings: fine" in done.stdout
+    assert "Handlers: storage, log" in done.stdout
+    assert "empty: serve will set it up" in done.stdout
+    run_command("migrate", cwd=tmp_path)
+    assert "Database: up to date" in run_command("check", cwd=tmp_path, env=KEYS).stdout
+
+
+def test_check_as_json_shows_no_secret(tmp_path: Path) -> None:
+    done = run_command("check", "--json", cwd=tmp_path, env=KEYS)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["ok"], found["problems"]) == (0, True, [])
+    assert found["settings"]["flora"]["api_key"] == "***"
+    assert not any(value in done.stdout for value in KEYS.values())
+
+
+def test_check_as_json_shows_no_secret_of_a_handler(tmp_path: Path) -> None:
+    """Its own type says what is one: a chat's URL is, under whatever name, written out or taken from the environment."""
+    toml = '[[handlers]]\nuse = "notify"\nurls = ["json://127.0.0.1/hunter2", "env:CHAT"]\nseconds = 5'
+    (tmp_path / "receiver.toml").write_text(toml, "utf-8")
+    done = run_command("check", "--json", cwd=tmp_path, env={**KEYS, "CHAT": "json://127.0.0.1/hunter3"})
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["settings"]["handlers"][0]["options"]["seconds"]) == (0, 5)
+    assert "hunter" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("toml", "env", "path", "advice"),
+    [
+        ("", {"FLORA_API_KEY": ""}, "flora.api_key", "set FLORA_API_KEY"),
+        ("", {"FLORA_WEBHOOK_SECRET": ""}, "flora.webhook_secrets", "set FLORA_WEBHOOK_SECRET"),
+        ("[public]\nprot = 1", {}, "public.prot", "did you mean port?"),
+        ("[public]\nport = 70000", {}, "public.port", "must be less than or equal to 65535"),
+        ("port = 1\n= 2", {}, "receiver.toml", "at line 2"),
+        ("", {"RECEIVER_PUBLIC__PRT": "1"}, "RECEIVER_PUBLIC__PRT", "did you mean RECEIVER_PUBLIC__PORT?"),
+        ("", {"RECEIVER_CONFIG": "gone.toml"}, "gone.toml", "cannot be read"),
+        ("[tls]\ncert = 'gone.pem'", {}, "tls.cert", "does not exist"),
+        ("public_url = 'http://hooks.example.com'", {}, "public_url", "must start with https://"),
+        ("[[handlers]]\nuse = 'storge'", {}, "handlers.0.use", "; installed: "),
+        ("[[handlers]]\nuse = 'a.b:C'", {}, "handlers.0.use", "cannot be imported"),
+        ("[[handlers]]\nuse = 'storage'\nkey = '{x}'", {}, "handlers.0.key", "unknown field {x}; there are"),
+        ("[[handlers]]\nuse = 'log'\nlevel = 'x'", {}, "handlers.0.level", "is no option of this handler"),
+    ],
+)
+def test_settings_that_cannot_be_used_say_what_to_do(
+    toml: str, env: dict[str, str], path: str, advice: str, tmp_path: Path
+) -> None:
+    """One line for each problem, on standard error, and exit code 2."""
+    (tmp_path / "receiver.toml").write_text(toml, "utf-8")
+    done = run_command("check", cwd=tmp_path, env=KEYS | env)
+    assert (done.returncode, done.stdout) == (2, "")
+    first, *problems = done.stderr.splitlines()
+    assert first == "The settings cannot be used:"
+    assert [problem.split(": ")[0].strip() for problem in problems] == [path]
+    assert advice in done.stderr
+
+
+def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
+    """Without any setting, `serve` and `check` name both that are missing; with `--json` as JSON."""
+    checked, served = (run_command(command, cwd=tmp_path) for command in ("check", "serve"))
+    assert (served.returncode, served.stderr) == (checked.returncode, checked.stderr)
+    assert "set FLORA_API_KEY" in served.stderr
+    assert "set FLORA_WEBHOOK_SECRET" in served.stderr
+    as_json = run_command("check", "--json", cwd=tmp_path)
+    assert (as_json.returncode, as_json.stderr) == (2, "")
+    problems = json.loads(as_json.stdout)["problems"]
+    assert [problem["path"] for problem in problems] == ["flora.webhook_secrets", "flora.api_key"]
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("sqlite:///broken.db", "not a database"),
+        ("sqlite:///broken.db/receiver.db", "cannot create"),
+        ("postgresql://flora:hunter2@/x?host=/nowhere", "/nowhere"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_told(url: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.db").write_text("hello " * 1000)
+    env = KEYS | {"RECEIVER_DATABASE__URL": url}
+    for command in ("check", "migrate", "serve"):
+        done = run_command(command, cwd=tmp_path, env=env)
+        assert done.returncode == 1
+        assert words in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        assert "hunter2" not in done.stdout + done.stderr
+    found = json.loads(run_command("check", "--json", cwd=tmp_path, env=env).stdout)
+    assert (found["ok"], [problem["path"] for problem in found["problems"]]) == (False, ["database.url"])
+
+
+def test_migrate_sets_up_once_and_then_changes_nothing(tmp_path: Path) -> None:
+    first = run_command("migrate", cwd=tmp_path)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "migrated from an empty file" in first.stdout
+    assert "up to date" in run_command("migrate", cwd=tmp_path).stdout
+    found = json.loads(run_command("migrate", "--json", cwd=tmp_path).stdout)
+    assert found["before"] == found["after"]
+
+
+def test_handlers_are_listed(tmp_path: Path) -> None:
+    found = json.loads(run_command("handlers", "list", "--json", cwd=tmp_path).stdout)
+    assert found["installed"] == sorted({*found["installed"], "log", "storage"})
+    assert [entry["name"] for entry in found["configured"]] == ["storage", "log"]
+    assert f"Installed: {', '.join(found['installed'])}" in run_command("handlers", "list", cwd=tmp_path).stdout
+
+
+def test_a_handlers_options_are_shown_as_its_model_has_them(tmp_path: Path) -> None:
+    """For shipped handlers and for anybody's own; what is none is said."""
+    found = json.loads(run_command("handlers", "show", "storage", "--json", cwd=tmp_path).stdout)
+    by_name = {option["path"]: option for option in found["options"]}
+    assert (by_name["url"]["type"], by_name["url"]["default"]) == ("text", '"outputs"')
+    assert by_name["max_size"]["type"] == "integer or text"
+    assert all(option["help"] for option in found["options"])
+    assert "no options" in run_command("handlers", "show", "log", cwd=tmp_path).stdout
+    wrong = run_command("handlers", "show", "nobody", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert "installed:" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("serve", "--port", "70000"), ("emulator", "--port", "x"), ("emulator", "--callback-ca", "gone.pem"), ("sevre",)],
+)
+def test_wrong_options_are_refused_before_anything_happens(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = run_command(*arguments, cwd=tmp_path, env=KEYS)
+    assert done.returncode == 2
+    assert "Error: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_emulator_runs_until_it_is_stopped(start: Start) -> None:
+    """What it tells to export is what a caller needs; the default key and secret come from the environment."""
+    emulator = start("emulator", "--port", 0, **KEYS)
+    told = exported(emulator)
+    assert {name: told[name] for name in KEYS} == KEYS
+    headers = {"Authorization": f"Bearer {told['FLORA_API_KEY']}"}
+    with httpx.Client(trust_env=False) as http:
+        answer = http.get(f"{told['FLORA_BASE_URL']}/techniques", headers=headers)
+        assert (answer.status_code, "emu-image" in answer.text) == (200, True)
+        assert http.get(f"{told['FLORA_BASE_URL']}/techniques").status_code == 401
+    assert emulator.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_ends_in_order(number: signal.Signals, start: Start) -> None:
+    """Either signal ends it with exit code 0, and it says that it stopped."""
+    server = start("serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, **KEYS)
+    with httpx.Client(base_url=ready(server), trust_env=False) as http:
+        assert http.get("/healthz").json() == {"status": "ok"}
+        assert http.get("/readyz").json() == {"status": "ready"}
+    assert server.stop(number) == 0
+    assert "service.stopped" in server.until(lambda line: "service.stopped" in line)[-1]
+
+
+@pytest.mark.parametrize(
+    "clings",
+    [
+        "KEPT.append(asyncio.create_task(stubborn()))",
+        "threading.Thread(target=threading.Event().wait).start()",
+    ],
+    ids=["task", "thread"],
+)
+def test_serve_ends_whatever_a_handler_has_left_running(clings: str, start: Start, tmp_path: Path) -> None:
+    """A task that swallows its cancellation, a thread that waits for ever: the ledger is closed, and the process ends."""
+    (tmp_path / "clinging.py").write_text(
+        f"""
+import asyncio, threading
+from receiver.handler import Done
+from receiver.plugins.functions import NoOptions
+
+async def stubborn():
+    while True:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            pass
+
+KEPT = []
+
+class Clinging:
+    Config = NoOptions
+    def __init__(self, config): pass
+    async def handle(self, run, context): return Done()
+    async def check(self): {clings}
+"""
+    )
+    (tmp_path / "receiver.toml").write_text('[[handlers]]\nuse = "clinging:Clinging"\n')
+    server = start(
+        "serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, PYTHONPATH=str(tmp_path), **KEYS
+    )
+    ready(server)
+    assert server.stop() == 0
+    assert "service.stopped" in server.until(lambda line: "service.stopped" in line)[-1]
+    assert "service.left_behind" in server.until(lambda line: "service.left_behind" in line)[-1]
+
+
+def test_a_second_serve_is_told_what_is_in_its_way(start: Start, tmp_path: Path) -> None:
+    """The same file, then the same port."""
+    server = start("serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, **KEYS)
+    port = ready(server).rpartition(":")[2]
+    done = run_command("serve", "--port", 0, cwd=tmp_path, env=KEYS)
+    assert (done.returncode, "another running flora-receiver" in done.stderr) == (1, True)
+    assert "in use by a running service" in run_command("check", cwd=tmp_path, env=KEYS).stdout
+    for command in ("serve", "emulator"):
+        env = KEYS | {"RECEIVER_DATABASE__URL": "sqlite:///other.db"}
+        done = run_command(command, "--host", "127.0.0.1", "--port", port, cwd=tmp_path, env=env)
+        assert (done.returncode, f"cannot listen on 127.0.0.1:{port}" in done.stderr) == (2, True)
+        assert "Traceback" not in done.stderr

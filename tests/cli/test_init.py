@@ -1,0 +1,134 @@
+"""`init` and `dev-cert`: files to begin with, never over what is there, secrets for their owner alone."""
+
+import ssl
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+
+from receiver.config import describe, load
+from receiver.net import certificates
+from tests.cli.conftest import KEYS, run_command
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_what_init_writes_is_what_serve_would_read(tmp_path: Path) -> None:
+    """It loads, checks, holds what was given and the defaults elsewhere; every setting stands in it with its help."""
+    done = run_command("init", "--public-url", "https://hooks.example.com", "--storage", "files", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "flora-receiver check" in done.stdout
+    settings, bare = load(tmp_path / "receiver.toml", KEYS), load(None, KEYS)
+    assert settings.public_url == "https://hooks.example.com"
+    assert settings.handlers[0].options == {"url": "files"}
+    for section in ("public", "operations", "database", "reconcile", "dispatch", "downloads", "retention", "log"):
+        assert getattr(settings, section) == getattr(bare, section), section
+    text = (tmp_path / "receiver.toml").read_text()
+    assert {each.path for each in describe() if "[]" not in each.path and f"# {each.help}" not in text} == set()
+    assert mode(tmp_path / ".env") == 0o600
+    checked = run_command("check", cwd=tmp_path, env=KEYS)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_every_default_that_is_shown_holds(tmp_path: Path) -> None:
+    """Taking away the comment signs changes nothing."""
+    run_command("init", cwd=tmp_path)
+    lines = (tmp_path / "receiver.toml").read_text().splitlines()
+    shown = [line.removeprefix("# ") if " = " in line and "…" not in line else line for line in lines]
+    shown = [line for line in shown if not line.startswith(("id =", "secrets ="))]
+    (tmp_path / "shown.toml").write_text("\n".join(shown))
+    loaded: Any = load(tmp_path / "shown.toml", KEYS)
+    assert loaded.model_copy(update={"handlers": ()}) == load(None, KEYS).model_copy(update={"handlers": ()})
+
+
+def test_what_is_given_to_init_is_written_as_it_is(tmp_path: Path) -> None:
+    """Quotes, backslashes and signs that TOML knows: the settings have the very same text."""
+    odd = 'C:\\out "of" {run_id}\x7f\t#é'
+    database = "postgresql://me:a%22b@db.example/x"
+    done = run_command("init", "--storage", odd, "--database", database, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    settings = load(tmp_path / "receiver.toml", KEYS)
+    assert (settings.handlers[0].options["url"], settings.database.url) == (odd, database)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--public-url", "http://hooks.example.com"), "--public-url: FLORA only calls HTTPS URLs"),
+        (("--public-url", "hooks.example.com"), "--public-url: must be an absolute URL"),
+        (("--database", "receiver.db"), "--database: must be sqlite:///path"),
+    ],
+)
+def test_init_writes_nothing_that_serve_would_refuse(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    done = run_command("init", *arguments, cwd=tmp_path)
+    assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert run_command("init", cwd=tmp_path, env={"RECEIVER_PUBLIC__PROT": "1"}).returncode == 0
+
+
+def test_init_overwrites_nothing_unasked(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("FLORA_API_KEY=mine\n")
+    refused = run_command("init", cwd=tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--force" in refused.stderr
+    assert (tmp_path / ".env").read_text() == "FLORA_API_KEY=mine\n"
+    assert not (tmp_path / "receiver.toml").exists()
+    assert run_command("init", "--force", cwd=tmp_path).returncode == 0
+    assert mode(tmp_path / ".env") == 0o600
+
+
+def test_a_certificate_for_a_laptop(tmp_path: Path) -> None:
+    """Under a CA that is made once and kept; keys are their owner's; what to do with them is said."""
+    first = run_command("dev-cert", "--host", "receiver.test", "--host", "127.0.0.1", cwd=tmp_path)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "nothing was installed" in first.stdout
+    directory = tmp_path / "var/tls"
+    ca = (directory / "ca.pem").read_bytes()
+    assert {mode(directory / name) for name in ("ca.key", "server.key")} == {0o600}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "server.pem", directory / "server.key")
+    ssl.create_default_context(cafile=directory / "ca.pem")
+    before = (directory / "server.pem").read_bytes()
+    assert run_command("dev-cert", cwd=tmp_path).returncode == 0
+    assert (directory / "ca.pem").read_bytes() == ca
+    assert (directory / "server.pem").read_bytes() != before
+    assert run_command("dev-cert", "--force", cwd=tmp_path).returncode == 0
+    assert (directory / "ca.pem").read_bytes() != ca
+
+
+def test_a_kept_authority_that_is_of_no_use_is_said(tmp_path: Path) -> None:
+    """Not used, not overwritten: --force is the way."""
+    certificates.keep_authority(certificates.make_authority(), tmp_path / "a")
+    certificates.keep_authority(certificates.make_authority(), tmp_path / "b")
+    (tmp_path / "a/ca.key").write_bytes((tmp_path / "b/ca.key").read_bytes())
+    with pytest.raises(ValueError, match="do not belong together"):
+        certificates.kept_authority(tmp_path / "a")
+    refused = run_command("dev-cert", "--dir", "a", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--force" in refused.stderr
+    assert certificates.kept_authority(tmp_path / "nowhere") is None
+    kept = (tmp_path / "a/ca.pem").read_bytes()
+    (tmp_path / "a/ca.key").unlink()
+    halved = run_command("dev-cert", "--dir", "a", cwd=tmp_path)
+    assert (halved.returncode, "ca.key is missing; --force" in halved.stderr) == (2, True)
+    assert (tmp_path / "a/ca.pem").read_bytes() == kept
+    locked = serialization.BestAvailableEncryption(b"password")
+    key = certificates.make_authority().key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked
+    )
+    (tmp_path / "b/ca.key").write_bytes(key)
+    with pytest.raises(ValueError, match="has a password"):
+        certificates.kept_authority(tmp_path / "b")
+
+
+@pytest.mark.parametrize("host", ["https://hooks.test", "a b", "", "bücher.test", "hooks.test:8443", "a..b", "x" * 64])
+def test_what_is_no_host_gets_no_certificate(host: str, tmp_path: Path) -> None:
+    """It would be good for nobody: that is said, and nothing is written."""
+    refused = run_command("dev-cert", "--host", host, cwd=tmp_path)
+    assert (refused.returncode, "is no host name or address" in refused.stderr) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+    assert run_command("dev-cert", "--host", "*.a-b.test", "--host", "::1", cwd=tmp_path).returncode == 0

@@ -1,0 +1,232 @@
+"""Names of stored outputs: harmless, distinct, and the same every time."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handlers.keys import KeyTemplate, RunKeys, clean, extension
+from receiver.handler import Output
+from tests.support.handler_kit import RUN
+
+ANY_TEXT = st.text(st.characters(codec=None), max_size=300)  # lone surrogates included
+
+
+def output(
+    position: int = 0, output_id: str = "out", kind: str = "imageUrl", value: str = "https://x.test/a"
+) -> Output:
+    return Output(position=position, output_id=output_id, type=kind, value=value)
+
+
+@given(ANY_TEXT)
+def test_any_text_becomes_one_harmless_segment(text: str) -> None:
+    """Whatever metadata says, it names one entry of one directory on any file system."""
+    segment = clean(text)
+    assert 0 < len(segment.encode()) <= 120
+    assert segment not in {".", ".."}
+    assert not segment.startswith(".")
+    assert not segment.endswith((".", " "))
+    assert not set(segment) & set('/\\<>:"|?*\0\n')
+
+
+@given(ANY_TEXT, ANY_TEXT)
+def test_different_texts_stay_different(one: str, other: str) -> None:
+    """Cleaning must not make two names one; only nothing and `_` look the same."""
+    assert one == other or {one, other} == {"", "_"} or clean(one) != clean(other)
+
+
+@given(
+    ANY_TEXT,
+    ANY_TEXT,
+    st.sampled_from(["{metadata[a]}/{metadata[b]}{ext}", "{metadata[a]}{metadata[b]}", "x {metadata[a]}"]),
+)
+def test_every_key_stays_below_its_root(one: str, other: str, text: str) -> None:
+    """No metadata leads out of the directory, deeper into it, or to a name that cannot be written."""
+    run = replace(RUN, metadata={"a": one, "b": other})
+    root = Path("/srv/outputs")
+    key = KeyTemplate(text).render(run, output(), ".png")
+    path = (root / key).resolve()
+    assert path.is_relative_to(root)
+    assert len(path.relative_to(root).parts) == 1 + text.count("/")
+    assert all(0 < len(segment.encode()) <= 255 and not segment.startswith(".") for segment in key.split("/"))
+
+
+@pytest.mark.parametrize("depth", [1, 4, 8, 20])
+def test_however_deep_a_key_is_buckets_take_it(depth: int) -> None:
+    """1024 bytes are what they allow, prefix included: deep keys have shorter parts, which still tell values apart."""
+    template = KeyTemplate("/".join(f"{{metadata[{n}]}}" for n in range(depth)) + "{ext}")
+    long = {str(n): "ä" * 55 for n in range(depth)}
+    keys = {
+        template.render(replace(RUN, metadata={**long, str(depth - 1): "ä" * 55 + end}), output(), ".webp")
+        for end in ("", "b", "c")
+    }
+    assert len(keys) == 3
+    assert all(len(key.encode()) <= 900 and len(key.split("/")) == depth for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("spring sale", "spring sale"),
+        ("Größe-1.2", "Größe-1.2"),
+        ("", "_"),
+        ("..", "_-"),
+        ("../../etc/passwd", "_.._etc_passwd-"),
+        (".hidden", "hidden-"),
+        ("name. ", "name-"),
+        ("a\\b", "a_b-"),
+        ("a\0b", "a_b-"),
+        ("CON", "_CON-"),
+        ("nul.txt", "_nul.txt-"),
+        ("COM¹", "_COM¹-"),
+        ("conin$", "_conin$-"),
+        ("a\u200fb\u202ec", "a_b_c-"),
+        ("x" * 121, "x" * 111 + "-"),
+        ("ä" * 61, "ä" * 55 + "-"),
+    ],
+)
+def test_cleaning_by_example(text: str, cleaned: str) -> None:
+    """What is harmless stays; what was changed ends in a hash of eight digits."""
+    assert clean(text)[:-8] + "#" * 8 == cleaned + "#" * 8 if cleaned.endswith("-") else clean(text) == cleaned
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("{completed_at:%Y-%m-%d}/{run_id}/{output_id}{ext}", "2026-11-24/run_1/out.png"),
+        ("{run_type}/{completed_at:%Y/%m/%d}/{run_id}/{output_id}{ext}", "technique/2026/11/24/run_1/out.png"),
+        ("{metadata[market]}-{metadata[n]}/{position:03d}{ext}", "DE-7/000.png"),
+        ("{metadata[none]}/{project_id}/{status}-{output_type}", "_/_/completed-imageUrl"),
+        ("{workspace_id}/{technique_id}/{started_at}", "ws_1/tech_1/20261124T115900Z"),
+        ("{created_at:%H.%M}/{settled_at:%S}/{{x}}", "11.58/01/{x}"),
+        ("{position}-{position:d}-{position:2}-{position:02}", "0-0- 0-00"),
+    ],
+)
+def test_templates_by_example(text: str, key: str) -> None:
+    """Every field, and formats for times and positions."""
+    run = replace(RUN, metadata={"market": "DE", "n": 7})
+    assert KeyTemplate(text).render(run, output(), ".png") == key
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "/{run_id}",
+        "{run_id}/",
+        "a//b",
+        "../{run_id}",
+        "{run_id}/./x",
+        ".{run_id}",
+        "{run_id}.",
+        "a\\b",
+        "a\0b",
+        "{nonsense}",
+        "{run_id.__class__}",
+        "{run_id[0]}",
+        "{metadata}",
+        "{metadata[]}",
+        "{}",
+        "{0}",
+        "{run_id!r}",
+        "{run_id:>99999999}",
+        "{completed_at:{run_id}}",
+        "{completed_at:%Y/../%m}",
+        "{position:s}",
+        "{position:>9999999999}",
+        "{position:999}",
+        "{position:/>2}",
+        "{position:,}",
+        "{run_id",
+        "run_id}",
+    ],
+)
+def test_templates_that_cannot_be_used(text: str) -> None:
+    """A wrong template is found when the service starts, not when the first run ends."""
+    with pytest.raises(ValueError, match=r".+"):
+        KeyTemplate(text)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "kind", "value", "ext"),
+    [
+        ("image/jpeg", "imageUrl", "https://x.test/a.png", ".jpg"),
+        ("IMAGE/WEBP; q=1", "imageUrl", "https://x.test/a", ".webp"),
+        ("application/octet-stream", "imageUrl", "https://x.test/a.TIFF?b=c.d", ".tiff"),
+        ("application/octet-stream", "documentUrl", "https://x.test/a.123", ".pdf"),
+        (None, "videoUrl", "https://x.test/a.b-c", ".mp4"),
+        (None, "audioUrl", "https://x.test/", ".mp3"),
+        (None, "modelUrl", "https://[x", ".bin"),
+        ("text/plain; charset=utf-8", "text", "see https://x.test/a.png", ".txt"),
+    ],
+)
+def test_extensions(content_type: str | None, kind: str, value: str, ext: str) -> None:
+    """The content type is believed first, then the URL, then FLORA's own word."""
+    assert extension(content_type, output(kind=kind, value=value)) == ext
+
+
+def keys_of(
+    outputs: list[Output], order: list[int], taken: dict[int, str] | None = None, ext: str = ".png"
+) -> dict[int, str]:
+    keys = RunKeys(KeyTemplate("{run_id}/{output_id}{ext}"), replace(RUN, outputs=tuple(outputs)), taken or {})
+    return {position: keys.output(outputs[position], ext) for position in order}
+
+
+def test_equal_keys_get_the_position_whatever_comes_first() -> None:
+    """Which download answers first must not change which file is which."""
+    outputs = [output(0, "a"), output(1, "a"), output(2, "A"), output(3, "a-1"), output(4, "b")]
+    expected = {0: "run_1/a.png", 1: "run_1/a-1.png", 2: "run_1/A-2.png", 3: "run_1/a-1-3.png", 4: "run_1/b.png"}
+    assert keys_of(outputs, [0, 1, 2, 3, 4]) == expected
+    assert keys_of(outputs, [4, 3, 2, 1, 0]) == expected
+
+
+def test_spellings_that_file_systems_do_not_tell_apart() -> None:
+    """The composed and the decomposed ä are one file on some disks, as A and a are."""
+    outputs = [output(0, "\u00e4"), output(1, "a\u0308"), output(2, "A\u0308")]
+    assert keys_of(outputs, [2, 1, 0]) == {
+        0: "run_1/\u00e4.png",
+        1: "run_1/a\u0308-1.png",
+        2: "run_1/A\u0308-2.png",
+    }
+
+
+def test_equal_ids_of_different_types_need_no_position() -> None:
+    """`a.png` and `a.txt` are two keys already."""
+    outputs = [output(0, "a"), output(1, "a", "text")]
+    keys = RunKeys(KeyTemplate("{output_id}{ext}"), replace(RUN, outputs=tuple(outputs)), {})
+    assert [keys.output(outputs[0], ".jpg"), keys.output(outputs[1], ".txt")] == ["a.jpg", "a.txt"]
+
+
+def test_keys_that_turn_out_equal_are_told_apart_too() -> None:
+    """An image and a video that both come as `.bin`, now or in an earlier attempt."""
+    outputs = [output(0, "a"), output(1, "a", "videoUrl")]
+    assert keys_of(outputs, [0, 1], ext=".bin") == {0: "run_1/a.bin", 1: "run_1/a-1.bin"}
+    assert keys_of(outputs, [0], {1: "run_1/a.bin"}, ext=".bin") == {0: "run_1/a-0.bin"}
+    assert keys_of(outputs, [1], {1: "run_1/a.bin"}, ext=".bin") == {1: "run_1/a.bin"}
+
+
+@pytest.mark.parametrize(
+    ("text", "beside", "key"),
+    [
+        ("{run_id}/{output_id}{ext}", "run_1/out.png", "run_1/run.json"),
+        ("{run_id}/{output_id}{ext}", None, "run_1/run.json"),
+        ("{run_id}/{output_id}{ext}", "run_1/run.json", "run_1/run.json"),
+        ("{run_id}-{output_id}{ext}", "run_1-out.png", "run_1.run.json"),
+        ("{technique_id}/{output_id}{ext}", "tech_1/out.png", "tech_1/run_1.run.json"),
+    ],
+)
+def test_the_manifest_lies_beside_the_outputs(text: str, beside: str | None, key: str) -> None:
+    """It is named after the run wherever its directory is not."""
+    keys = RunKeys(KeyTemplate(text), RUN, {})
+    assert keys.manifest(-1, beside) == key
+
+
+def test_an_output_may_be_called_like_the_manifest() -> None:
+    """The output was there first: the manifest makes way."""
+    only: Any = output(0, "run", "documentUrl")
+    keys = RunKeys(KeyTemplate("{run_id}/{output_id}{ext}"), replace(RUN, outputs=(only,)), {})
+    assert keys.output(only, ".json") == "run_1/run.json"
+    assert keys.manifest(-1, "run_1/run.json") == "run_1/run-1.json"

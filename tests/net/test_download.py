@@ -1,0 +1,343 @@
+"""Downloads against a real server on loopback: what is fetched, what is refused, and what errors may say."""
+
+import asyncio
+import gzip
+import hashlib
+import socket
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedError
+from receiver.model import Output
+from receiver.net.clients import tls_context
+from receiver.net.download import CHUNK_BYTES, Downloader, DownloadLimits, save
+from tests.support.media import MediaServer, Page, certificate, page, redirect, serving
+
+TLS = tls_context()
+QUICK = DownloadLimits(stall_seconds=5, deadline_seconds=10, max_bytes=10_000_000)
+
+
+@pytest.fixture
+async def media() -> AsyncIterator[MediaServer]:
+    async with serving() as server:
+        yield server
+
+
+@pytest.fixture
+async def downloader(media: MediaServer) -> AsyncIterator[Downloader]:
+    made = Downloader(limits=QUICK, allow_private_hosts=[media.authority], tls=TLS)
+    yield made
+    await made.aclose()
+
+
+async def read(downloader: Downloader, output: Output) -> bytes:
+    async with downloader.open(output) as download:
+        return b"".join([chunk async for chunk in download])
+
+
+async def failure(downloader: Downloader, output: Output) -> DownloadError:
+    """Fail to read an output; whatever the error says must not lead to the media."""
+    with pytest.raises(DownloadError) as caught:
+        await read(downloader, output)
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "secret" not in str(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return caught.value
+
+
+def limited(media: MediaServer, limits: DownloadLimits) -> Downloader:
+    return Downloader(limits=limits, allow_private_hosts=[media.authority], tls=TLS)
+
+
+async def test_a_file_arrives_whole_in_bounded_chunks(media: MediaServer, downloader: Downloader) -> None:
+    """Bytes are those of the server, in chunks that fit into memory however large the file is."""
+    body = bytes(range(256)) * 12_000
+    async with downloader.open(media.output("/secret.png", page(body, "image/png; x=1"))) as download:
+        assert (download.content_type, download.content_length) == ("image/png; x=1", len(body))
+        assert "secret" not in repr(download)
+        chunks = [chunk async for chunk in download]
+    assert b"".join(chunks) == body
+    assert len(chunks) > 1
+    assert all(CHUNK_BYTES <= len(chunk) < 2 * CHUNK_BYTES for chunk in chunks[:-1])
+
+
+async def test_a_download_is_saved_whole_or_not_at_all(
+    media: MediaServer, downloader: Downloader, tmp_path: Path
+) -> None:
+    """What is saved is what the server sent, with its hash; of a cut one nothing is left; nothing is overwritten."""
+    body = bytes(range(256)) * 12_000
+    async with downloader.open(media.output("/secret.png", page(body))) as download:
+        saved = await save(download, tmp_path / "whole")
+    assert (saved.size, saved.sha256) == (len(body), hashlib.sha256(body).hexdigest())
+    assert saved.path.read_bytes() == body
+    cut = media.output("/secret-cut", Page(page(body).raw[:-1]))
+    with pytest.raises(DownloadFailedError):
+        async with downloader.open(cut) as download:
+            await save(download, tmp_path / "cut")
+    with pytest.raises(FileExistsError):
+        async with downloader.open(media.output("/secret.png", page(b"other"))) as download:
+            await save(download, saved.path)
+    assert not (tmp_path / "cut").exists()
+    assert saved.path.read_bytes() == body
+
+
+async def test_nothing_of_ours_is_sent_along(media: MediaServer, downloader: Downloader) -> None:
+    """Media hosts get no credentials, no cookies, no referer, and no offer of compression."""
+    output = media.output("/secret?x=1", page(b"x"))
+    await read(downloader, replace(output, value=f"{output.value}#part"))
+    head = media.requests[0].lower()
+    assert head.startswith("get /secret?x=1 http/1.1")
+    assert "accept-encoding: identity" in head
+    for name in ("authorization", "cookie", "referer"):
+        assert f"{name}:" not in head
+
+
+async def test_text_is_its_own_download(downloader: Downloader) -> None:
+    """FLORA sends text inline: it comes out as UTF-8, without any request."""
+    text = "Grüße " * 200_000
+    async with downloader.open(Output(position=0, output_id="t", type="text", value=text)) as download:
+        assert download.content_type == "text/plain; charset=utf-8"
+        assert download.content_length == len(text.encode())
+        assert b"".join([chunk async for chunk in download]).decode() == text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.com/secret",
+        "https://127.0.0.1/secret",
+        "https://[::1]/secret",
+        "https://[::ffff:10.0.0.1]/secret",
+        "https://169.254.169.254/secret",
+        "https://2130706433/secret",
+        "https://user:secret@example.com/a",
+        "ftp://example.com/secret",
+        "file:///etc/secret",
+        "data:text/plain,secret",
+        "/secret",
+        "https:///secret",
+        "https://exa mple.com:x/secret",
+        "https://example.com:99999999/secret",
+        "https://exam\nple.com/secret",
+        "",
+    ],
+)
+async def test_urls_that_are_never_fetched(downloader: Downloader, url: str) -> None:
+    """Anything but https to a public address is refused for good."""
+    error = await failure(downloader, Output(position=0, output_id="o", type="imageUrl", value=url))
+    assert isinstance(error, DownloadRefusedError)
+
+
+async def test_a_public_name_for_a_private_address_is_refused() -> None:
+    """Names are judged by what they resolve to."""
+
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        return ["1.1.1.1", "192.168.0.1"]
+
+    downloader = Downloader(tls=TLS, resolve=resolve)
+    output = Output(position=0, output_id="o", type="imageUrl", value="https://media.test/secret")
+    error = await failure(downloader, output)
+    assert isinstance(error, DownloadRefusedError)
+    assert str(error) == "media.test is at 192.168.0.1, which is not a public address"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_redirects_never_reach_private_hosts(media: MediaServer, downloader: Downloader, scheme: str) -> None:
+    """An exception is for the first hop: a redirect leads neither to another private port nor back to the allowed one."""
+    async with serving() as other:
+        for target in (other.authority, media.authority, "10.0.0.1"):
+            output = media.output("/secret", redirect(f"{scheme}://{target}/secret2"))
+            assert isinstance(await failure(downloader, output), DownloadRefusedError)
+        assert not other.requests
+    assert all(head.startswith("GET /secret ") for head in media.requests)
+
+
+@pytest.mark.parametrize("location", ["", "ftp://example.com/secret", "https://x:y@example.com/secret"])
+async def test_redirects_to_nowhere_are_refused(media: MediaServer, downloader: Downloader, location: str) -> None:
+    """A redirect must name a URL, without credentials."""
+    output = media.output("/secret", redirect(location))
+    assert isinstance(await failure(downloader, output), DownloadRefusedError)
+
+
+async def test_too_large_by_its_own_word(media: MediaServer) -> None:
+    """A Content-Length above the limit is refused before the body is read."""
+    output = media.output("/secret", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 1001\r\n\r\n", hold=True))
+    error = await failure(limited(media, DownloadLimits(max_bytes=1000)), output)
+    assert isinstance(error, DownloadRefusedError)
+
+
+@pytest.mark.parametrize("size", [1000, 1001])
+async def test_too_large_while_streaming(media: MediaServer, size: int) -> None:
+    """Where no length is told, bytes are counted; the limit itself still passes."""
+    body = b"x" * size
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (size, body)
+    output = media.output("/secret", Page(chunked))
+    downloader = limited(media, DownloadLimits(max_bytes=1000))
+    if size == 1000:
+        assert await read(downloader, output) == body
+    else:
+        assert isinstance(await failure(downloader, output), DownloadRefusedError)
+
+
+async def test_a_length_beside_chunks_does_not_count(media: MediaServer, downloader: Downloader) -> None:
+    """The chunks tell where the body ends: a wrong length is not passed on as if it held."""
+    raw = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    async with downloader.open(media.output("/secret", Page(raw))) as download:
+        assert download.content_length is None
+        assert b"".join([chunk async for chunk in download]) == b"hello"
+
+
+async def test_what_comes_after_the_body_is_not_of_it(media: MediaServer, downloader: Downloader) -> None:
+    """A server that sends more than it promised: the promise holds, and its connection is not used again."""
+    output = media.output("/secret", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello world"))
+    assert await read(downloader, output) == await read(downloader, output) == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("status", "expired"),
+    [
+        ("404 Not Found", True),
+        ("403 Forbidden", True),
+        ("410 Gone", True),
+        ("500 Oops", False),
+        ("429 Slow", False),
+        ("206 Partial Content", False),
+        ("204 No Content", False),
+        ("401 Who", False),
+    ],
+)
+async def test_answers_other_than_200(media: MediaServer, downloader: Downloader, status: str, expired: bool) -> None:
+    """Only 200 is an output. 403, 404 and 410 say that a fresh URL is needed."""
+    error = await failure(downloader, media.output("/secret", page(b"", status=status)))
+    assert isinstance(error, DownloadFailedError)
+    assert error.expired is expired
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\nContent-Length: secret\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200",
+        b"secret nonsense\r\n\r\n",
+        b"",
+    ],
+)
+async def test_cut_and_broken_answers_fail(media: MediaServer, downloader: Downloader, raw: bytes) -> None:
+    """Less than what was promised is never taken for the whole, and nothing is not an output."""
+    assert isinstance(await failure(downloader, media.output("/secret", Page(raw))), DownloadFailedError)
+
+
+async def test_an_encoded_body_is_refused(media: MediaServer, downloader: Downloader) -> None:
+    """We asked for the bytes as they are: compressed ones would be stored as garbage, or explode."""
+    answer = page(gzip.compress(b"x"), "image/png", "Content-Encoding: gzip")
+    assert isinstance(await failure(downloader, media.output("/secret", answer)), DownloadRefusedError)
+
+
+@pytest.mark.parametrize("raw", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort"])
+async def test_silence_is_a_stall(media: MediaServer, raw: bytes) -> None:
+    """A server that stops sending is given up after the stall time."""
+    error = await failure(
+        limited(media, DownloadLimits(stall_seconds=0.05)), media.output("/secret", Page(raw, hold=True))
+    )
+    assert isinstance(error, DownloadFailedError)
+    assert "stalled" in str(error)
+
+
+@pytest.mark.parametrize("raw", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort"])
+async def test_the_deadline_ends_any_download(media: MediaServer, raw: bytes) -> None:
+    """However it is slow, a download is over when its time is."""
+    limits = DownloadLimits(stall_seconds=60, deadline_seconds=0.05)
+    error = await failure(limited(media, limits), media.output("/secret", Page(raw, hold=True)))
+    assert isinstance(error, DownloadFailedError)
+    assert "time" in str(error)
+
+
+async def test_names_that_do_not_resolve_may_resolve_later() -> None:
+    """DNS is infrastructure: its failure is no verdict on the output."""
+
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+    output = Output(position=0, output_id="o", type="imageUrl", value="https://media.test/secret")
+    error = await failure(Downloader(tls=TLS, resolve=resolve), output)
+    assert isinstance(error, DownloadFailedError)
+    assert "could not be resolved" in str(error)
+
+
+async def test_nobody_listening_fails(media: MediaServer) -> None:
+    """A refused connection may be accepted later."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        authority = f"127.0.0.1:{closed.getsockname()[1]}"
+    downloader = Downloader(allow_private_hosts=[authority], tls=TLS)
+    output = Output(position=0, output_id="o", type="imageUrl", value=f"http://{authority}/secret")
+    assert isinstance(await failure(downloader, output), DownloadFailedError)
+
+
+async def test_an_error_of_the_reader_stays_its_own(media: MediaServer, downloader: Downloader) -> None:
+    """What the handler raises inside the download is not mistaken for a failed download."""
+    output = media.output("/secret", page(b"x" * 3_000_000))
+
+    async def impatient() -> None:
+        async with downloader.open(output) as download:
+            async for _ in download:
+                raise TimeoutError("mine")
+
+    with pytest.raises(TimeoutError, match="mine"):
+        await impatient()
+
+
+async def local(host: str, port: int) -> Sequence[str]:
+    return ["127.0.0.1"]
+
+
+async def test_tls_is_verified_against_the_name_and_not_the_address(tmp_path: Path) -> None:
+    """Pinning the address leaves certificate checks as they are: right name passes, wrong name or unknown CA fails."""
+    server_tls, ca = certificate(tmp_path, "media.test")
+    async with serving("media.test", server_tls) as media, serving("other.test", server_tls) as wrong:
+        output = media.output("/secret", page(b"safe"))
+        downloader = Downloader(
+            allow_private_hosts=[media.authority, wrong.authority], tls=tls_context(ca), resolve=local
+        )
+        assert await read(downloader, output) == b"safe"
+        assert isinstance(await failure(downloader, wrong.output("/secret", page(b"x"))), DownloadFailedError)
+        untrusting = Downloader(allow_private_hosts=[media.authority], tls=TLS, resolve=local)
+        assert isinstance(await failure(untrusting, output), DownloadFailedError)
+        await downloader.aclose()
+        assert len(media.requests) == 1
+        assert not wrong.requests
+
+
+async def test_redirects_in_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three redirects are followed by hand, without cookies or referer; a fourth, or one down to http, is refused."""
+    monkeypatch.setattr("receiver.net.clients.is_public", lambda _: True)  # loopback plays the internet
+    server_tls, ca = certificate(tmp_path, "media.test")
+    async with serving("media.test", server_tls) as media:
+        downloader = Downloader(tls=tls_context(ca), resolve=local)
+        output = media.output("/0", redirect(media.url("/1")))
+        media.pages |= {"/1": redirect("/2"), "/2": redirect("3"), "/3": page(b"there")}
+        assert await read(downloader, output) == b"there"
+        assert [head.split(" ")[1] for head in media.requests] == ["/0", "/1", "/2", "/3"]
+        assert not any("cookie:" in head.lower() or "referer:" in head.lower() for head in media.requests)
+        media.pages["/3"] = redirect("/4")
+        assert "redirects" in str(await failure(downloader, output))
+        media.pages["/0"] = redirect(f"http://{media.authority}/3")
+        assert isinstance(await failure(downloader, output), DownloadRefusedError)
+        await downloader.aclose()
+
+
+async def test_a_cancelled_download_lets_go_of_its_connection(media: MediaServer, downloader: Downloader) -> None:
+    """Cancellation goes straight through, and the server sees the connection end."""
+    output = media.output("/secret", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort", hold=True))
+    task = asyncio.create_task(read(downloader, output))
+    await media.held.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

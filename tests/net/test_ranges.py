@@ -1,0 +1,204 @@
+"""Cut downloads: which are continued, by what answer, and that nothing but the same bytes ever comes out."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedError
+from receiver.model import Output
+from receiver.net.clients import tls_context
+from receiver.net.download import MAX_RESUMES, Downloader, DownloadLimits
+from receiver.net.ranges import Whole, whole
+from tests.support.media import MediaServer, Page, page, redirect, serving
+
+BODY = bytes(range(256)) * 8_000
+TLS = tls_context()
+STRONG = ("Accept-Ranges: bytes", 'ETag: "one"')
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("receiver.net.download._RESUME_SECONDS", 0)
+
+
+@pytest.fixture
+async def media() -> AsyncIterator[MediaServer]:
+    async with serving() as server:
+        yield server
+
+
+@pytest.fixture
+async def downloader(media: MediaServer) -> AsyncIterator[Downloader]:
+    made = Downloader(
+        limits=DownloadLimits(stall_seconds=5, deadline_seconds=10), allow_private_hosts=[media.authority], tls=TLS
+    )
+    yield made
+    await made.aclose()
+
+
+def cut(at: int, *headers: str, body: bytes = BODY) -> Page:
+    """Promise the whole body, and end the connection after `at` bytes of it."""
+    whole = page(body, "image/png", *headers).raw
+    return Page(whole[: len(whole) - len(body) + at])
+
+
+def rest(start: int, *headers: str, until: int = len(BODY), told: str | None = None) -> Page:
+    told = told or f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"
+    full = page(BODY[start:], "image/png", f"Content-Range: {told}", *headers, status="206 Partial Content").raw
+    return Page(full[: len(full) - (len(BODY) - until)])
+
+
+async def read(downloader: Downloader, output: Output) -> bytes:
+    async with downloader.open(output) as download:
+        return b"".join([chunk async for chunk in download])
+
+
+def asked(media: MediaServer) -> list[str]:
+    """What each request wanted of the body."""
+    lines = [line for head in media.requests for line in [*head.lower().split("\r\n"), "range: all"]]
+    return [line for line in lines if line.startswith(("range: ", "if-range: "))]
+
+
+@pytest.mark.parametrize("first", [1, 700_000, len(BODY) - 1])
+async def test_a_cut_body_is_continued_where_it_ended(media: MediaServer, downloader: Downloader, first: int) -> None:
+    """One request for the rest, tied to the same body; what comes out is the whole."""
+    output = media.output("/secret", rest(first, *STRONG))
+    media.first["/secret"] = [cut(first, *STRONG)]
+    assert await read(downloader, output) == BODY
+    assert asked(media) == ["range: all", f"range: bytes={first}-", 'if-range: "one"', "range: all"]
+
+
+async def test_the_rest_may_be_cut_too(media: MediaServer, downloader: Downloader) -> None:
+    """A few times over, whatever comes between; then the download fails."""
+    output = media.output("/secret", rest(900_000, *STRONG))
+    media.first["/secret"] = [
+        cut(300_000, *STRONG),
+        page(b"", status="503 Busy"),
+        rest(300_000, *STRONG, until=900_000),
+    ]
+    assert await read(downloader, output) == BODY
+    media.first["/secret"] = [cut(n * 1000, *STRONG) if n == 1 else rest(1000, until=1000) for n in range(1, 9)]
+    with pytest.raises(DownloadFailedError, match="cut"):
+        await read(downloader, output)
+    assert len(media.requests) == 4 + 1 + MAX_RESUMES
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        (),
+        ("Accept-Ranges: bytes",),
+        ("Accept-Ranges: none", 'ETag: "one"'),
+        ("Accept-Ranges: bytes", 'ETag: W/"one"'),
+        ("Accept-Ranges: bytes", "ETag: one"),
+        (
+            "Accept-Ranges: bytes",
+            "Date: Tue, 24 Nov 2026 12:00:30 GMT",
+            "Last-Modified: Tue, 24 Nov 2026 12:00:00 GMT",
+        ),
+        ("Accept-Ranges: bytes", "Date: yesterday", "Last-Modified: Tue, 24 Nov 2026 12:00:00 GMT"),
+    ],
+)
+async def test_what_cannot_be_told_to_be_the_same_is_not_continued(
+    media: MediaServer, downloader: Downloader, headers: tuple[str, ...]
+) -> None:
+    """Without a strong validator, or without ranges, a cut download fails as it always did."""
+    output = media.output("/secret", cut(1000, *headers))
+    with pytest.raises(DownloadFailedError, match="cut"):
+        await read(downloader, output)
+    assert len(media.requests) == 1
+
+
+async def test_a_date_of_long_ago_is_strong(media: MediaServer, downloader: Downloader) -> None:
+    """As RFC 9110 has it: changed at least a minute before it was sent."""
+    old = ("Date: Tue, 24 Nov 2026 12:01:00 GMT", "Last-Modified: Tue, 24 Nov 2026 12:00:00 GMT")
+    output = media.output("/secret", rest(1000))
+    media.first["/secret"] = [cut(1000, "Accept-Ranges: bytes", *old)]
+    assert await read(downloader, output) == BODY
+    assert "if-range: tue, 24 nov 2026 12:00:00 gmt" in asked(media)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        page(BODY, "image/png", 'ETag: "two"'),
+        rest(1000, 'ETag: "two"'),
+        rest(1000, told=f"bytes 999-{len(BODY) - 1}/{len(BODY)}"),
+        rest(1000, told=f"bytes 1000-{len(BODY) - 1}/{len(BODY) + 1}"),
+        rest(1000, told=f"bytes 1000-{len(BODY) - 2}/{len(BODY)}"),
+        rest(1000, told="bytes */5"),
+        rest(1000, told=f"bytes 1000-{'9' * 5000}/{'9' * 5000}"),
+        page(BODY[1000:], "image/png", status="206 Partial Content"),
+        page(b"", status="416 Range Not Satisfiable"),
+    ],
+)
+async def test_another_body_is_never_appended(media: MediaServer, downloader: Downloader, answer: Page) -> None:
+    """What is not exactly the rest ends the download."""
+    output = media.output("/secret", answer)
+    media.first["/secret"] = [cut(1000, *STRONG)]
+    with pytest.raises(DownloadFailedError, match="cut"):
+        await read(downloader, output)
+    assert len(media.requests) == 2
+
+
+async def test_more_than_the_whole_is_an_error(media: MediaServer, downloader: Downloader) -> None:
+    """A rest that is longer than it says it is does not pass."""
+    extra = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 1000-%d/%d\r\nTransfer-Encoding: chunked\r\n\r\n"
+    extra %= (len(BODY) - 1, len(BODY))
+    output = media.output("/secret", Page(extra + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)))
+    media.first["/secret"] = [cut(1000, *STRONG)]
+    with pytest.raises(DownloadFailedError, match="more than it said"):
+        await read(downloader, output)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "expired"),
+    [
+        (page(b"", status="403 Forbidden"), DownloadFailedError, True),
+        (redirect("http://10.0.0.1/secret"), DownloadRefusedError, None),
+        (redirect("https://10.0.0.1/secret"), DownloadRefusedError, None),
+        (page(b"x", "image/png", "Content-Encoding: gzip", status="206 Partial Content"), DownloadRefusedError, None),
+    ],
+)
+async def test_the_guards_hold_for_the_rest(
+    media: MediaServer, downloader: Downloader, answer: Page, kind: type[DownloadError], expired: bool | None
+) -> None:
+    """A request for the rest is a request like the first; an expired URL says so."""
+    output = media.output("/secret", answer)
+    media.first["/secret"] = [cut(1000, *STRONG)]
+    with pytest.raises(kind) as caught:
+        await read(downloader, output)
+    assert getattr(caught.value, "expired", None) == expired
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_stall_is_continued_too(media: MediaServer) -> None:
+    """Silence is a cut as well."""
+    limits = DownloadLimits(stall_seconds=0.05, deadline_seconds=10)
+    downloader = Downloader(limits=limits, allow_private_hosts=[media.authority], tls=TLS)
+    output = media.output("/secret", rest(1000, *STRONG))
+    media.first["/secret"] = [Page(cut(1000, *STRONG).raw, hold=True)]
+    assert await read(downloader, output) == BODY
+    await downloader.aclose()
+
+
+async def test_cancellation_ends_the_rest(media: MediaServer, downloader: Downloader) -> None:
+    """Whoever stops reading lets go of the connection that the rest comes over."""
+    output = media.output("/secret", Page(rest(1000, until=2000).raw, hold=True))
+    media.first["/secret"] = [cut(1000, *STRONG)]
+    task = asyncio.create_task(read(downloader, output))
+    await media.held.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_only_complete_answers_say_how_they_go_on() -> None:
+    """Length, ranges and a strong validator, or nothing."""
+    told = {"accept-ranges": "bytes", "content-length": "5", "etag": '"x"'}
+    assert whole(told) == Whole(5, '"x"')
+    assert whole({**told, "content-length": "five"}) is None
+    assert whole({**told, "etag": 'W/"x"'}) is None
+    assert whole({**told, "accept-ranges": "none"}) is None
+    assert whole({**told, "transfer-encoding": "chunked"}) is None

@@ -1,0 +1,308 @@
+"""Loading handlers: every problem at once, each with its path, and nothing runs that was not asked for."""
+
+import asyncio
+import contextlib
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from receiver.config import Settings
+from receiver.decide import Backoff
+from receiver.errors import ConfigError, Problem
+from receiver.handler import Answer, Context, Done, Secret, SettledRun, TargetUnreachableError, needs
+from receiver.model import Event, When
+from receiver.plugins import loader as plugins
+from receiver.plugins.loader import available, check_handlers, close_handlers, load_handlers
+
+HERE = __name__
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    size: int = 1
+
+
+class Plain:
+    """A handler with no opinions of its own."""
+
+    Config: ClassVar[type[BaseModel]] = Options
+
+    def __init__(self, config: Options) -> None:
+        self.config = config
+
+    async def handle(self, run: SettledRun, context: Context) -> Answer:  # noqa: ARG002
+        return Done()
+
+
+class Opinionated(Plain):
+    on: ClassVar[tuple[Event, ...]] = (Event.LOST, Event.DEAD)
+    when: ClassVar[When] = When(status=("failed",))
+
+
+class Extravagant(Plain):
+    """Needs what nobody has installed."""
+
+    def __init__(self, config: Options) -> None:
+        super().__init__(config)
+        with needs("some-plugin[extra]"):
+            __import__("a_library_that_does_not_exist")
+
+
+class Modest(Plain):
+    """Sets its own limits, and looks for somebody who is not there."""
+
+    max_attempts = 3
+    timeout_seconds = 5.0
+    concurrency = 1
+
+    async def check(self) -> None:
+        raise TargetUnreachableError("nobody answers at 127.0.0.1:9")
+
+
+class Broken(Plain):
+    async def check(self) -> None:
+        raise PermissionError("no right to write")
+
+
+class Secretive(Plain):
+    class Config(BaseModel):
+        token: Secret
+
+
+class NoConfig:
+    async def handle(self, run: SettledRun, context: Context) -> Answer:  # noqa: ARG002
+        return Done()
+
+
+class NoHandle:
+    Config: ClassVar[type[BaseModel]] = Options
+
+    def __init__(self, config: Options) -> None:
+        pass
+
+
+class Explosive(Plain):
+    def __init__(self, config: Options) -> None:  # noqa: ARG002
+        raise RuntimeError("boom")
+
+
+class Exiting(Plain):
+    def __init__(self, config: Options) -> None:  # noqa: ARG002
+        sys.exit("bye")
+
+
+class Leaving(Plain):
+    async def check(self) -> None:
+        sys.exit("gone")
+
+
+def settings(*handlers: dict[str, Any], **more: Any) -> Settings:
+    return Settings.model_validate({"handlers": list(handlers), **more})
+
+
+def entry(name: str, **more: Any) -> dict[str, Any]:
+    return {"use": f"{HERE}:{name}", "name": name.lower(), **more}
+
+
+def test_loads_by_entry_point_and_by_path() -> None:
+    """The shipped ones by name, your own as package.module:Class; each gets its own options."""
+    log, plain = load_handlers(settings({"use": "log"}, entry("Plain", options={"size": 3})))
+    assert (log.registration.name, log.subscription.handler) == ("log", "log")
+    assert isinstance(plain.registration.handler, Plain)
+    assert plain.registration.handler.config.size == 3
+    assert plain.subscription.on == (Event.SETTLED,)
+    assert plain.subscription.when == When()
+
+
+def test_names_of_the_installed_handlers() -> None:
+    assert {"log", "storage"} <= set(available())
+
+
+def test_a_class_sets_defaults_and_the_settings_override_them() -> None:
+    own, changed = load_handlers(
+        settings(
+            entry("Opinionated"), {**entry("Opinionated", on=["settled"], when={"status": ["completed"]}), "name": "b"}
+        )
+    )
+    assert (own.subscription.on, own.subscription.when.status) == ((Event.LOST, Event.DEAD), ("failed",))
+    assert (changed.subscription.on, changed.subscription.when.status) == ((Event.SETTLED,), ("completed",))
+
+
+def test_limits_come_from_the_entry_then_from_the_section() -> None:
+    own, general = load_handlers(
+        settings(
+            entry("Plain", max_attempts=2, timeout_seconds=5, concurrency=3),
+            {**entry("Plain"), "name": "b"},
+            dispatch={"max_attempts": 7, "timeout_seconds": 70},
+        )
+    )
+    first, second = own.registration, general.registration
+    assert (first.max_attempts, first.timeout_seconds, first.concurrency) == (2, 5, 3)
+    assert (second.max_attempts, second.timeout_seconds) == (7, 70)
+
+
+@pytest.mark.parametrize(
+    ("handler", "path", "words"),
+    [
+        ({"use": "nonsense"}, "handlers.0.use", "no handler 'nonsense'"),
+        ({"use": "no.such.module:Class", "name": "x"}, "handlers.0.use", "cannot be imported"),
+        ({"use": f"{HERE}:Absent", "name": "x"}, "handlers.0.use", "cannot be imported"),
+        (entry("NoConfig"), "handlers.0.use", "is not a handler"),
+        (entry("NoHandle"), "handlers.0.use", "no `handle` method"),
+        (entry("Explosive"), "handlers.0", "boom"),
+        (entry("Plain", options={"size": "big"}), "handlers.0.size", "integer"),
+        (entry("Plain", options={"sise": 1}), "handlers.0.sise", "no option"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_path(handler: dict[str, Any], path: str, words: str) -> None:
+    """Whatever a plug-in does, the operator hears which entry of the file it is."""
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings(handler))
+    (problem,) = caught.value.problems
+    assert problem.path == path
+    assert words in problem.message
+
+
+def test_every_problem_is_told_at_once() -> None:
+    """Nobody fixes a file one error at a time."""
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings({"use": "nonsense"}, entry("Plain"), entry("Explosive"), entry("NoConfig")))
+    assert [problem.path for problem in caught.value.problems] == ["handlers.0.use", "handlers.2", "handlers.3.use"]
+
+
+def test_a_value_is_never_repeated_in_a_problem() -> None:
+    """An option may be a secret."""
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings(entry("Plain", options={"size": "whsec_very_secret"})))
+    assert "whsec_very_secret" not in str(caught.value)
+
+
+def test_a_module_that_exits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without a guard ends the process that imports it: not ours, and not without a word."""
+    (tmp_path / "a_script_that_exits.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings({"use": "a_script_that_exits:main"}, entry("Exiting")))
+    assert [problem.message for problem in caught.value.problems] == [
+        "a_script_that_exits:main cannot be imported: SystemExit: 3",
+        f"{HERE}:Exiting cannot be built: SystemExit: bye",
+    ]
+
+
+def test_a_module_that_is_not_found_is_told_where_it_would_be() -> None:
+    """`flora-receiver` does not look in the working directory; what a module of one's own lacks is another matter."""
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings({"use": "my_sums:announce"}))
+    assert "found by `python -m receiver`" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings({"use": "tests.no_such_module:announce"}))
+    assert "found by" not in str(caught.value)
+
+
+def test_a_missing_extra_is_told_with_its_cure() -> None:
+    """Before the first run: which library is missing, and what to install."""
+    with pytest.raises(ConfigError) as caught:
+        load_handlers(settings(entry("Extravagant")))
+    [problem] = caught.value.problems
+    assert problem.path == "handlers.0.use"
+    assert "a_library_that_does_not_exist" in problem.message
+    assert "pip install 'some-plugin[extra]'" in problem.message
+
+
+def test_a_class_may_set_its_own_limits() -> None:
+    """The settings of its entry come first, then its own, then those of [dispatch]."""
+    own, changed = load_handlers(settings(entry("Modest"), {**entry("Modest", max_attempts=7), "name": "b"}))
+    first, second = own.registration, changed.registration
+    assert (first.max_attempts, first.timeout_seconds, first.concurrency) == (3, 5.0, 1)
+    assert (second.max_attempts, second.timeout_seconds) == (7, 5.0)
+
+
+def test_pauses_between_attempts_are_set_for_each_handler() -> None:
+    """What is not named stays as usual."""
+    usual, own = load_handlers(
+        settings(entry("Plain"), {**entry("Plain", backoff={"first_seconds": 60, "factor": 1}), "name": "b"})
+    )
+    assert usual.registration.backoff == Backoff()
+    assert own.registration.backoff == Backoff(timedelta(seconds=60), 1.0, timedelta(minutes=30))
+    with pytest.raises(ValidationError, match="must not be greater"):
+        settings(entry("Plain", backoff={"first_seconds": 7200}))
+
+
+async def test_checks_tell_what_is_wrong_from_what_may_pass() -> None:
+    """A target that does not answer is a warning: it may be back when it is needed."""
+    loaded = load_handlers(settings(entry("Plain"), entry("Modest"), entry("Broken"), entry("Leaving")))
+    problems, warnings = await check_handlers(loaded)
+    assert problems == [Problem("broken", "no right to write"), Problem("leaving", "gone")]
+    assert warnings == [Problem("modest", "nobody answers at 127.0.0.1:9")]
+
+
+class Stubborn(Plain):
+    """A check that swallows its cancellation once, and ends when it is let."""
+
+    free: ClassVar[asyncio.Event]
+
+    async def check(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await self.free.wait()
+
+
+async def test_a_check_that_does_not_end_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the other checks nor the start of the service: it is a warning, even if it ignores that its time is over."""
+    monkeypatch.setattr(plugins, "_CHECK_SECONDS", 0.01)
+    Stubborn.free = asyncio.Event()
+    problems, warnings = await check_handlers(load_handlers(settings(entry("Stubborn"), entry("Broken"))))
+    assert problems == [Problem("broken", "no right to write")]
+    assert warnings == [Problem("stubborn", "its check did not end within 0.01 s")]
+    Stubborn.free.set()
+
+
+class Closing(Plain):
+    """Lets go as it is told to: in order, with an error, with the process, or never."""
+
+    closed: ClassVar[list[str]] = []
+
+    async def close(self) -> None:
+        match self.config.size:
+            case 1:
+                raise RuntimeError("boom")
+            case 2:
+                sys.exit(1)
+            case 3:
+                await asyncio.Event().wait()
+            case _:
+                pass
+        self.closed.append(f"{self.config.size}")
+
+
+async def test_closing_is_over_whatever_a_handler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that stops, and a check that ends, wait for nobody for ever; all others have let go."""
+    monkeypatch.setattr(plugins, "_CLOSE_SECONDS", 0.01)
+    names = ("a", "b", "c", "d", "e")
+    entries = [entry("Closing", options={"size": size}) | {"name": name} for size, name in enumerate(names, 1)]
+    Closing.closed.clear()
+    await close_handlers(load_handlers(settings(*entries, entry("Plain"))))
+    assert sorted(Closing.closed) == ["4", "5"]
+    await close_handlers(())
+
+
+def test_a_secret_may_stand_in_the_environment(tmp_path: Path) -> None:
+    """As everywhere in the settings: `env:NAME` or `file:/path`; and it is never shown."""
+    kept = tmp_path / "token"
+    kept.write_text("from a file\n")
+    first, second = load_handlers(
+        settings(
+            entry("Secretive", options={"token": "env:TOKEN"}),
+            {**entry("Secretive", options={"token": f"file:{kept}"}), "name": "b"},
+        ),
+        {"TOKEN": "from the environment"},
+    )
+    tokens = [each.registration.handler.config.token for each in (first, second)]  # type: ignore[attr-defined]
+    assert [token.get_secret_value() for token in tokens] == ["from the environment", "from a file"]
+    assert "from" not in repr(tokens)
+    with pytest.raises(ConfigError, match="TOKEN is not set"):
+        load_handlers(settings(entry("Secretive", options={"token": "env:TOKEN"})), {})

@@ -1,0 +1,95 @@
+"""Threads of the loop: a handler has its own, so that its calls that hang hold up nobody else, not even the end."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from receiver.plugins.threads import MOST, Threads, owned_by
+
+ROOT = Path(__file__).parents[2]
+T = TypeVar("T")
+
+
+@pytest.fixture(autouse=True)
+async def threads() -> AsyncIterator[Threads]:
+    """What the service sets, on the loop of the test."""
+    made = Threads()
+    asyncio.get_running_loop().set_default_executor(made)
+    yield made
+    made.let_go()
+
+
+async def own(handler: str, call: Callable[[], T]) -> T:
+    """Call in a thread, as a handler's code does."""
+    owned_by(handler)
+    return await asyncio.to_thread(call)
+
+
+async def test_one_that_hangs_in_every_thread_holds_up_nobody(threads: Threads) -> None:
+    """Not another handler, not the service, not a look-up of a name; its own further calls wait, and may be given up."""
+    release, hanging = threading.Event(), threading.Semaphore(0)
+
+    def hang() -> bool:
+        hanging.release()
+        return release.wait(60)
+
+    stuck = [asyncio.create_task(own("a", hang)) for _ in range(MOST)]
+    for _ in range(MOST):
+        await asyncio.to_thread(hanging.acquire)
+    late = [asyncio.create_task(own("a", threading.get_ident)) for _ in range(3)]
+    assert await asyncio.create_task(own("b", lambda: "b")) == "b"
+    assert await asyncio.to_thread(lambda: "service") == "service"
+    assert await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+    assert not any(task.done() for task in late)
+    late[0].cancel()
+    threads.let_go()  # as the service does when it stops: nobody waits
+    release.set()
+    assert await asyncio.gather(*stuck) == [True] * MOST
+    assert len(await asyncio.gather(*late[1:])) == 2
+    assert late[0].cancelled()
+
+
+async def test_threads_are_used_again_and_started_as_they_are_needed() -> None:
+    """One call after the other needs few threads; what is under way at the same time has one each."""
+    names = {await asyncio.create_task(own("a", threading.get_ident)) for _ in range(200)}
+    assert len(names) < MOST  # not one: it may still be on its way back when the next call comes
+    meeting = threading.Barrier(8)
+    await asyncio.gather(*(asyncio.create_task(own("a", lambda: meeting.wait(30))) for _ in range(8)))
+
+
+async def test_an_error_is_the_callers() -> None:
+    def fail() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit, match="3"):
+        await own("a", fail)
+    assert await own("a", lambda: threading.current_thread().name) == "handler a"
+
+
+def test_a_hanging_call_does_not_keep_the_process() -> None:
+    """The loop is closed and the process ends, although a handler's thread still waits for something."""
+    program = """
+import asyncio, threading
+from receiver.plugins.threads import Threads, owned_by
+
+async def attempt():
+    owned_by("hangs")
+    await asyncio.to_thread(threading.Event().wait)
+
+async def main():
+    asyncio.get_running_loop().set_default_executor(Threads())
+    await asyncio.wait({asyncio.create_task(attempt())}, timeout=0.05)
+    print([thread.name for thread in threading.enumerate()])
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "['MainThread', 'handler hangs']\n", "")

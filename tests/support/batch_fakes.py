@@ -1,0 +1,107 @@
+"""A receiver in memory: what `ReceiverClient` shows of the real one, and whatever a test wants to go wrong."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from receiver.cli.batch.validation import Job
+from receiver.client.messages import ArtifactView, DispatchView, ErrorView, RunView, StartView
+from receiver.errors import ReceiverApiError
+
+Trouble = ReceiverApiError | ErrorView
+
+
+def a_run(run_id: str, **given: Any) -> RunView:
+    """A run that completed, with one stored file and its manifest."""
+    stored = [
+        ArtifactView("storage", position, name, f"file:///out/{run_id}/{name}", 3, "abc", None, stored=True)
+        for position, name in ((-1, "run.json"), (0, "image.png"))
+    ]
+    return RunView(
+        **{
+            "run_id": run_id,
+            "state": "completed",
+            "settled": True,
+            "finished": True,
+            "verdict": "matched",
+            "run_type": "technique",
+            "technique_id": "tech_poster",
+            "workspace_id": None,
+            "charged_cost": 0.04,
+            "quoted_cost": 0.04,
+            "cost_final": True,
+            "error_code": None,
+            "error_message": None,
+            "lost_reason": None,
+            "metadata": {},
+            "first_seen_at": None,
+            "settled_at": None,
+            "artifacts": tuple(stored),
+            "dispatches": (DispatchView("storage", "settled", 0, "done", 1, None),),
+            **given,
+        }
+    )
+
+
+def jobs(count: int) -> list[Job]:
+    """Return rows `row-0`, `row-1` and so on, whose runs are `run_row-0` and so on."""
+    return [
+        Job(number, number + 2, f"row-{number}", f"batch:b:row-{number}", ({"id": "prompt", "value": "x"},), {})
+        for number in range(count)
+    ]
+
+
+@dataclass
+class FakeReceiver:
+    """`troubles` by row key come first, one for each call; then its run is as `runs` says, or completed."""
+
+    troubles: dict[str, list[Trouble]] = field(default_factory=dict)
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    on_wait: Callable[[str], None] = lambda _: None
+    calls: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
+    in_hand: int = 0
+    most_in_hand: int = 0
+    reads: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def connect(self) -> AbstractContextManager["FakeReceiver"]:
+        return nullcontext(self)
+
+    def start(
+        self,
+        technique_id: str,  # noqa: ARG002
+        inputs: Sequence[Mapping[str, Any]],  # noqa: ARG002
+        *,
+        idempotency_key: str | None = None,
+        metadata: Mapping[str, Any] | None = None,  # noqa: ARG002
+        workspace_id: str | None = None,  # noqa: ARG002
+        wait_seconds: float = 30.0,  # noqa: ARG002
+    ) -> StartView:
+        key = str(idempotency_key)
+        row = key.rpartition(":")[2]
+        with self.lock:
+            self.calls.append(row)
+            trouble = self.troubles[row].pop(0) if self.troubles.get(row) else None
+            if isinstance(trouble, ReceiverApiError):
+                raise trouble
+            if trouble is not None:
+                return StartView("asking", None, key, "token", error=trouble)
+            repeated = row in self.started
+            if not repeated:
+                self.started.append(row)
+            self.in_hand += 1
+            self.most_in_hand = max(self.most_in_hand, self.in_hand)
+        return StartView("started", f"run_{row}", key, "token", repeated=repeated)
+
+    def wait(self, run_id: str, *, timeout_seconds: float | None = None) -> RunView:  # noqa: ARG002
+        self.on_wait(run_id)
+        with self.lock:
+            self.in_hand -= 1
+        return a_run(run_id, **self.runs.get(run_id.removeprefix("run_"), {}))
+
+    def run(self, run_id: str) -> RunView:
+        self.reads += 1
+        return a_run(run_id)

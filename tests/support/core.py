@@ -1,0 +1,212 @@
+"""What the tests of the core share: a clock to turn, nouns to fill in, callbacks to sign, a door before a database."""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.engine.base import OptionEngine
+
+from receiver.decide import Policy
+from receiver.flora.signature import sign
+from receiver.intake.callbacks import Answer, Intake, Secret
+from receiver.model import (
+    Dispatch,
+    Event,
+    Heard,
+    LostReason,
+    Origin,
+    Output,
+    Read,
+    Registered,
+    Run,
+    RunState,
+    Snapshot,
+    Subscription,
+    Told,
+)
+from receiver.store import Database, ledger, queue
+from receiver.store.changes import Signals
+from receiver.store.postgres import PostgresDatabase
+from receiver.telemetry import Metrics
+
+NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
+SECRET = "whsec_test_1"
+OUTPUT = Output(0, "output_1", "imageUrl", "https://media.flora.example/1.png")
+POLICY = Policy()
+
+
+@dataclass
+class Clock:
+    """A clock that moves when told to."""
+
+    now: datetime = NOW
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def forward(self, seconds: float = 0, **more: float) -> datetime:
+        self.now += timedelta(seconds=seconds, **more)
+        return self.now
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Let the loop turn until something holds."""
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110  what holds may be another thread's
+            await asyncio.sleep(0)
+
+
+async def writable(database: Database, yes: bool) -> None:
+    """Let the database refuse writes, as after a remount or on a standby, or take them again."""
+    if isinstance(database, PostgresDatabase):
+        engine = database._writing
+        read_only = engine.execution_options(postgresql_readonly=True)
+        database._writing = engine._proxied if isinstance(engine, OptionEngine) and yes else read_only
+    else:
+        await database.run(lambda c: c.exec_driver_sql(f"PRAGMA query_only = {'OFF' if yes else 'ON'}").close())
+
+
+def a_run(state: RunState = RunState.OPEN, **fields: Any) -> Run:
+    """Return a run in `state` with what that state calls for; `fields` override."""
+    given: dict[str, Any] = {
+        "run_id": "run_1",
+        "state": state,
+        "origin": Origin.TRACKED,
+        "first_seen_at": NOW,
+        "deadline_at": NOW + POLICY.deadline,
+        "run_type": "generation",
+    }
+    match state:
+        case RunState.OPEN:
+            given |= {"next_poll_at": NOW}
+        case RunState.REPORTED:
+            given |= {"next_poll_at": NOW, "told": Told.COMPLETED, "reported_at": NOW}
+        case RunState.COMPLETED | RunState.FAILED:
+            given |= {"settled_at": NOW}
+        case RunState.LOST:
+            given |= {"lost_reason": LostReason.DEADLINE, "losses": 1}
+    return Run(**(given | fields))
+
+
+def a_snapshot(status: str = "running", run_id: str = "run_1", **fields: Any) -> Snapshot:
+    given: dict[str, Any] = {"outputs": (OUTPUT,)} if status == "completed" else {}
+    return Snapshot(**({"run_id": run_id, "status": status} | given | fields))
+
+
+def a_read(status: str = "running", asked_at: datetime = NOW, run_id: str = "run_1", **fields: Any) -> Read:
+    return Read(a_snapshot(status, run_id, **fields), asked_at)
+
+
+def a_heard(told: Told = Told.COMPLETED, received_at: datetime = NOW, run_id: str = "run_1", **fields: Any) -> Heard:
+    return Heard(run_id, told, received_at, **fields)
+
+
+def a_registration(run_id: str = "run_1", **fields: Any) -> Registered:
+    given: dict[str, Any] = {"origin": Origin.TRACKED, "registered_at": NOW, "run_type": "generation"}
+    return Registered(run_id, **(given | fields))
+
+
+def callback_body(
+    delivery_id: str = "whd_1", run_id: str = "run_1", event: str = "run.completed", **data: Any
+) -> bytes:
+    """Return a callback's bytes as FLORA writes them."""
+    return json.dumps(
+        {
+            "id": delivery_id,
+            "type": event,
+            "api_version": "2026-06-11",
+            "created_at": 1_733_952_000_000,
+            "data": {
+                "run_id": run_id,
+                "run_type": "generation",
+                "workspace_id": "ws_1",
+                "status": event.rpartition(".")[2],
+                **data,
+            },
+        }
+    ).encode()
+
+
+def signed(body: bytes, at: datetime = NOW, secret: str = SECRET) -> str:
+    """Return the header that goes with a body."""
+    return sign(body, secret, timestamp=int(at.timestamp()))
+
+
+@dataclass
+class Core:
+    """One database and the door before it."""
+
+    database: Database
+    clock: Clock
+    intake: Intake
+    signals: Signals
+    metrics: Metrics
+    subscriptions: Sequence[Subscription] = field(default_factory=tuple)
+
+    async def call(
+        self, delivery_id: str = "whd_1", run_id: str = "run_1", event: str = "run.completed", **data: Any
+    ) -> Answer:
+        """Send one callback, signed now."""
+        body = callback_body(delivery_id, run_id, event, **data)
+        return await self.intake.accept(body, signed(body, self.clock.now))
+
+    async def register(self, run_id: str = "run_1", **fields: Any) -> Run:
+        await self.intake.learn(a_registration(run_id, registered_at=self.clock.now, **fields))
+        return await self.run(run_id)
+
+    async def settle(self, run_id: str = "run_1", status: str = "completed", **fields: Any) -> Run:
+        """Let the API show the end of a run."""
+        await self.intake.learn(a_read(status, self.clock.now, run_id, **fields))
+        return await self.run(run_id)
+
+    async def find(self, run_id: str = "run_1") -> Run | None:
+        found = await self.database.read(lambda tx: ledger.runs_by_id(tx, [run_id]))
+        return found.get(run_id)
+
+    async def run(self, run_id: str = "run_1") -> Run:
+        found = await self.find(run_id)
+        assert found is not None, f"{run_id} is not in the ledger"
+        return found
+
+    async def outputs(self, run_id: str = "run_1") -> tuple[Output, ...]:
+        return (await self.database.read(lambda tx: ledger.outputs_of_runs(tx, [run_id])))[run_id]
+
+    async def dispatches(self, run_id: str = "run_1", event: Event | None = None) -> list[Dispatch]:
+        rows = await self.database.read(lambda tx: queue.dispatches_of_run(tx, run_id))
+        return [row for row in rows if event in (None, row.event)]
+
+    async def rows(self, sql: str) -> list[Any]:
+        """Return what a query finds, for facts that no statement of ours reads."""
+        return await self.database.read(lambda tx: list(tx.execute(text(sql)).all()))
+
+    async def count(self, table: str) -> int:
+        return int((await self.rows(f"SELECT count(*) FROM {table}"))[0][0])  # noqa: S608  -- a table's name of ours
+
+
+def a_core(
+    database: Database,
+    clock: Clock,
+    *,
+    subscriptions: Sequence[Subscription] = (Subscription("h"),),
+    secrets: Sequence[Secret] = (Secret(SECRET),),
+    policy: Policy = POLICY,
+    **options: Any,
+) -> Core:
+    """Put a door before a database."""
+    signals, metrics = Signals(), Metrics()
+    intake = Intake(
+        database,
+        secrets=secrets,
+        subscriptions=subscriptions,
+        policy=policy,
+        signals=signals,
+        metrics=metrics,
+        clock=clock,
+        jitter=lambda: 0.0,
+        **options,
+    )
+    return Core(database, clock, intake, signals, metrics, subscriptions)

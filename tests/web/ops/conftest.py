@@ -1,0 +1,101 @@
+"""The operations API of a running service beside a running emulator, both real servers on loopback."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+
+from receiver.client.client import ReceiverClient
+from receiver.emulator import parse_faults
+from receiver.service.service import Service
+from tests.support.stage import Stage, free_port, staged
+
+T = TypeVar("T")
+PROMPT = {"id": "prompt", "type": "text", "value": "a lighthouse"}
+
+
+@dataclass
+class Ops:
+    """A service, the token it made, and a client that uses it."""
+
+    stage: Stage
+    service: Service
+    http: httpx.AsyncClient
+    token: str
+
+    @property
+    def url(self) -> str:
+        host, port = self.service.operations_address
+        return f"http://{host}:{port}"
+
+    def break_it(self, **fault: Any) -> None:
+        """Let one of FLORA's next answers go wrong."""
+        self.stage.emulator.faults.add(parse_faults({"next": 1, **fault}))
+
+    async def get(self, path: str, status: int = 200, **params: Any) -> dict[str, Any]:
+        return _answer(await self.http.get(path, params=params or None), status)
+
+    async def post(self, path: str, body: Any, status: int = 200) -> dict[str, Any]:
+        return _answer(await self.http.post(path, json=body), status)
+
+    async def start(self, technique: str = "emu-image", status: int = 201, **more: Any) -> dict[str, Any]:
+        return await self.post("/api/runs", {"technique_id": technique, "inputs": [PROMPT], **more}, status)
+
+    async def finished(self, technique: str = "emu-image", **more: Any) -> str:
+        """Start a run, wait until its files are stored, and return its id."""
+        run_id = str((await self.start(technique, **more))["run"]["run_id"])
+        waited = await self.get(f"/api/runs/{run_id}/wait", timeout=30)
+        assert waited["run"]["finished"], waited
+        return run_id
+
+    async def ask(self, question: Callable[[ReceiverClient], T]) -> T:
+        """Ask by the Python client, in a thread of its own."""
+
+        def asked() -> T:
+            with ReceiverClient(self.url, self.token) as receiver:
+                return question(receiver)
+
+        return await asyncio.to_thread(asked)
+
+
+def _answer(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+@contextlib.asynccontextmanager
+async def operating(stage: Stage, **sections: Any) -> AsyncIterator[Ops]:
+    """Run a service whose callbacks come to itself."""
+    stage.port = stage.port or free_port()
+    async with stage.service(public_url=f"https://127.0.0.1:{stage.port}", **sections) as service:
+        token = (stage.directory / "ops-token").read_text().strip()
+        host, port = service.operations_address
+        headers = {"Authorization": f"Bearer {token}"}
+        async with httpx.AsyncClient(
+            base_url=f"http://{host}:{port}", headers=headers, trust_env=False, timeout=60
+        ) as http:
+            yield Ops(stage, service, http, token)
+
+
+@pytest.fixture
+async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
+    async with staged(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def ops(stage: Stage) -> AsyncIterator[Ops]:
+    async with operating(stage) as made:
+        yield made
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """Return the data of the events in a piece of a stream."""
+    return [json.loads(line.removeprefix("data:")) for line in text.splitlines() if line.startswith("data:")]

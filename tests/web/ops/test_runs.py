@@ -1,0 +1,379 @@
+"""Start, track, look, wait, refresh, re-dispatch, resolve: each endpoint of runs, over real HTTP, against the emulator."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from receiver.model import StartState
+from receiver.store import starts
+from tests.support.stage import Stage, eventually
+from tests.web.ops.conftest import PROMPT, Ops, operating
+
+
+async def test_a_start_is_answered_with_its_run(ops: Ops) -> None:
+    """201 with start and run; waited for, the run is finished and its files are listed."""
+    answer = await ops.start(metadata={"market": "de"}, idempotency_key="k")
+    assert (answer["start"]["state"], answer["start"]["idempotency_key"]) == ("started", "k")
+    assert not answer["repeated"]
+    run = answer["run"]
+    assert (run["origin"], run["metadata"], run["settled"]) == ("started", {"market": "de"}, False)
+    waited = (await ops.get(f"/api/runs/{run['run_id']}/wait", timeout=30))["run"]
+    assert (waited["state"], waited["verdict"], waited["finished"]) == ("completed", "matched", True)
+    assert waited["start"]["token"] == answer["start"]["token"]
+    assert [output["type"] for output in waited["outputs"]] == ["imageUrl"]
+    assert {row["position"] for row in waited["artifacts"]} == {-1, 0}
+    assert all(row["sha256"] and row["location"].startswith("file://") for row in waited["artifacts"])
+    assert {row["state"] for row in waited["dispatches"]} <= {"done", "skipped"}
+    ops.stage.check_files(run["run_id"])
+
+
+async def test_the_same_key_again_is_the_same_run(ops: Ops) -> None:
+    """200 the second time; another request under it is 422."""
+    first = await ops.start(idempotency_key="k")
+    again = await ops.start(idempotency_key="k", status=200)
+    assert again["repeated"]
+    assert again["run"]["run_id"] == first["run"]["run_id"]
+    conflict = await ops.start("emu-image", idempotency_key="k", mode="stream", status=422)
+    assert conflict["error"]["code"] == "idempotency_conflict"
+    assert conflict["start"]["run_id"] == first["run"]["run_id"]
+    elsewhere = await ops.start("emu-text", idempotency_key="k")
+    assert elsewhere["run"]["run_id"] != first["run"]["run_id"]
+    assert len(ops.stage.rows("SELECT * FROM starts")) == 2
+
+
+async def test_a_generation_is_started_and_stored(ops: Ops) -> None:
+    body = {"type": "image", "prompt": "a fox", "workspace_id": "ws_emulator", "project_id": "prj_emulator"}
+    answer = await ops.post("/api/runs", {"generate": body, "idempotency_key": "g"}, 201)
+    run_id = answer["run"]["run_id"]
+    waited = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+    assert (waited["state"], waited["run_type"], waited["quoted_cost"]) == ("completed", "generation", 0.04)
+    assert waited["verdict"] == "matched"
+    again = await ops.post("/api/runs", {"generate": body, "idempotency_key": "g"}, 200)
+    assert again["run"]["run_id"] == run_id
+
+
+async def test_a_callback_url_inside_generate_is_the_callers(ops: Ops) -> None:
+    """It is not written over by ours."""
+    url = "https://hooks.example.com/mine"
+    body = {"type": "text", "prompt": "a", "workspace_id": "ws_emulator", "project_id": "prj_emulator"}
+    answer = await ops.post("/api/runs", {"generate": {**body, "callback_url": url}}, 201)
+    assert ops.stage.emulator.runs.get(answer["run"]["run_id"]).callback_url == url
+    assert not answer["run"]["callback_expected"]
+
+
+async def test_mode_stream_is_passed_on(ops: Ops) -> None:
+    answer = await ops.start(mode="stream")
+    request = ops.stage.rows("SELECT request FROM starts")[0]["request"]
+    assert json.loads(request)["mode"] == "stream"
+    assert answer["start"]["state"] == "started"
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [
+        ({"kind": "insufficient_credits"}, 402, "insufficient_credits"),
+        ({"kind": "not_found"}, 404, "not_found"),
+        ({"kind": "unauthorized"}, 502, "flora_unauthorized"),
+        ({"kind": "html", "status": 403}, 403, "flora_refused"),
+        ({"kind": "html", "status": 418}, 502, "flora_refused"),
+        ({"kind": "html", "status": 422}, 422, "flora_refused"),
+    ],
+)
+async def test_a_refusal_of_flora_is_passed_on(ops: Ops, fault: dict[str, Any], status: int, code: str) -> None:
+    """With its status where it concerns the caller; 502 where it is our key that FLORA does not take."""
+    ops.break_it(**fault, method="POST")
+    answer = await ops.start(idempotency_key="k", status=status)
+    assert answer["error"]["code"] == code
+    assert answer["error"]["request_id"].startswith("req_")
+    assert answer["start"]["state"] == "refused"
+    if status == 402:
+        assert (await ops.start(idempotency_key="k"))["start"]["state"] == "started"
+
+
+async def test_the_fields_that_flora_names_are_passed_on(ops: Ops) -> None:
+    body = {"technique_id": "emu-image", "inputs": [{"id": "q", "type": "text", "value": "x"}, {"id": "prompt"}]}
+    error = (await ops.post("/api/runs", body, 400))["error"]
+    assert error["code"] == "input_validation_error"
+    assert [row["field"] for row in error["fields"]] == ["inputs.0.id", "inputs.1.type"]
+    assert error["request_id"].startswith("req_")
+
+
+async def test_while_flora_is_silent_the_answer_is_202(ops: Ops) -> None:
+    """Asked again later by the service itself; the same key hears how it ended."""
+    ops.break_it(kind="service_unavailable", method="POST")
+    answer = await ops.start(idempotency_key="k", wait_seconds=0, status=202)
+    assert (answer["start"]["state"], answer["run"]) == ("asking", None)
+
+    async def started() -> bool:
+        response = await ops.http.post(
+            "/api/runs", json={"technique_id": "emu-image", "inputs": [PROMPT], "idempotency_key": "k"}
+        )
+        return bool(response.json()["start"]["state"] == "started")
+
+    await eventually(started)
+    assert len(ops.stage.rows("SELECT * FROM runs")) == 1
+
+
+async def test_an_unknown_outcome_is_said_and_resolved(ops: Ops) -> None:
+    """409 with what to do; an operator's word makes it a start like any other."""
+    answer = await ops.start(idempotency_key="k")
+    token, run_id = answer["start"]["token"], answer["run"]["run_id"]
+
+    def forget(tx: Any) -> None:
+        tx.exec_driver_sql("UPDATE starts SET state = 'unknown', run_id = NULL, error_message = 'use runs resolve'")
+
+    await ops.service.database.write(forget)
+    error = await ops.start(idempotency_key="k", status=409)
+    assert (error["error"]["code"], error["start"]["token"]) == ("unknown_outcome", token)
+    assert "runs resolve" in error["error"]["message"]
+    [listed] = (await ops.get("/api/starts", state="unknown"))["starts"]
+    assert listed["token"] == token
+    for body in ({}, {"run_id": "nope"}, {"run_id": run_id, "more": 1}):
+        await ops.post(f"/api/starts/{token}/resolve", body, 400)
+    resolved = await ops.post(f"/api/starts/{token}/resolve", {"run_id": run_id})
+    assert (resolved["start"]["state"], resolved["run"]["run_id"]) == ("started", run_id)
+    again = await ops.post(f"/api/starts/{token}/resolve", {"run_id": run_id})
+    assert again["start"]["state"] == "started"
+    assert (await ops.post(f"/api/starts/{token}/resolve", {"run_id": None}, 409))["error"]["code"] == "already_started"
+    await ops.post("/api/starts/nobody/resolve", {"run_id": run_id}, 404)
+    other = (await ops.start(idempotency_key="k2"))["start"]["token"]
+    await ops.service.database.write(forget_only(other))
+    taken = await ops.post(f"/api/starts/{other}/resolve", {"run_id": run_id}, 409)
+    assert taken["error"]["code"] == "run_taken"
+    none = await ops.post(f"/api/starts/{other}/resolve", {"run_id": None})
+    assert (none["start"]["state"], none["start"]["error"]["code"]) == ("refused", "resolved")
+
+
+def forget_only(token: str) -> Any:
+    def job(tx: Any) -> None:
+        start = starts.by_token(tx, [token])[token]
+        assert start.state is StartState.STARTED
+        tx.exec_driver_sql("UPDATE starts SET state = 'unknown', run_id = NULL WHERE token = ?", (token,))
+
+    return job
+
+
+WRONG_STARTS = [
+    ({"inputs": [PROMPT]}, ""),
+    ({"technique_id": "a", "generate": {}}, ""),
+    ({"generate": {}, "inputs": [PROMPT]}, ""),
+    ({"technique_id": ""}, "technique_id"),
+    ({"technique_id": "a b"}, "technique_id"),
+    ({"technique_id": ".."}, "technique_id"),
+    ({"technique_id": 7}, "technique_id"),
+    ({"technique_id": "a", "inputs": {}}, "inputs"),
+    ({"technique_id": "a", "inputs": ["b"]}, "inputs.0"),
+    ({"technique_id": "a", "mode": "sync"}, "mode"),
+    ({"technique_id": "a", "wait_seconds": 61}, "wait_seconds"),
+    ({"technique_id": "a", "wait_seconds": -1}, "wait_seconds"),
+    ({"technique_id": "a", "wait_seconds": "1"}, "wait_seconds"),
+    ({"technique_id": "a", "idempotency_key": ""}, "idempotency_key"),
+    ({"technique_id": "a", "idempotency_key": "a\u0000"}, "idempotency_key"),
+    ({"technique_id": "a", "idempotency_key": "a" * 256}, "idempotency_key"),
+    ({"technique_id": "a", "metadata": []}, "metadata"),
+    ({"technique_id": "a", "colour": "red"}, "colour"),
+]
+
+
+async def test_a_start_that_is_wrong_reaches_nobody(ops: Ops) -> None:
+    for body, field in WRONG_STARTS:
+        error = (await ops.post("/api/runs", body, 400))["error"]
+        assert error["code"] == "invalid_request"
+        assert field in [row["field"] for row in error["fields"]]
+        assert ops.stage.emulator.gate.requests.total() == 0
+        assert ops.stage.rows("SELECT * FROM starts") == []
+
+
+async def test_a_run_is_tracked_by_its_id_or_its_poll_url(ops: Ops) -> None:
+    base = ops.stage.emulator.base_url(ops.stage.origin)
+    by_id, by_url = ops.stage.start(callback=False), ops.stage.start("emu-text", callback=False)
+    one = await ops.post(
+        "/api/runs/track", {"run_id": by_id, "technique_id": "tech_emu_image", "metadata": {"a": [1, None]}}
+    )
+    assert (one["run"]["origin"], one["run"]["metadata"]) == ("tracked", {"a": [1, None]})
+    two = await ops.post(
+        "/api/runs/track", {"poll_url": f"{base}/techniques/tech_emu_text/runs/{by_url}", "metadata": {}}
+    )
+    assert (two["run"]["run_id"], two["run"]["technique_id"]) == (by_url, "tech_emu_text")
+    for run_id in (by_id, by_url):
+        waited = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+        assert (waited["state"], waited["verdict"], waited["finished"]) == ("completed", None, True)
+        ops.stage.check_files(run_id)
+
+
+WRONG_TRACKS: list[tuple[dict[str, Any], str]] = [
+    ({}, "invalid_request"),
+    ({"run_id": "abc"}, "invalid_request"),
+    ({"run_id": "run_"}, "invalid_request"),
+    ({"run_id": "run_a b"}, "invalid_request"),
+    ({"run_id": "run_a/b"}, "invalid_request"),
+    ({"run_id": "run_" + "a" * 300}, "invalid_request"),
+    ({"run_id": 5}, "invalid_request"),
+    ({"run_id": "run_a", "run_type": "other"}, "invalid_request"),
+    ({"poll_url": "https://evil.example/api/v1/runs/run_a"}, "foreign_poll_url"),
+    ({"poll_url": "http://127.0.0.1:9100@evil.example/runs/run_a"}, "foreign_poll_url"),
+    ({"poll_url": "http://evil@127.0.0.1/runs/run_a"}, "foreign_poll_url"),
+    ({"poll_url": "http://127.0.0.1:1/api/v1/runs/run_a"}, "foreign_poll_url"),
+    ({"poll_url": "//[::1/runs/run_a"}, "foreign_poll_url"),
+    ({"poll_url": "run_a"}, "foreign_poll_url"),
+    ({"poll_url": "{base}/runs/"}, "invalid_request"),
+    ({"poll_url": "{base}/runs/abc"}, "invalid_request"),
+    ({"poll_url": "{base}/runs/run_a", "run_id": "run_b"}, "invalid_request"),
+    ({"poll_url": "{base}/techniques/t/runs/run_a", "technique_id": "u"}, "invalid_request"),
+]
+
+
+async def test_what_cannot_be_tracked_is_refused(ops: Ops) -> None:
+    """The API key goes to FLORA's base URL only, so a poll_url elsewhere is refused, and none is fetched."""
+    for body, code in WRONG_TRACKS:
+        base = ops.stage.emulator.base_url(ops.stage.origin)
+        given = {key: value.replace("{base}", base) if isinstance(value, str) else value for key, value in body.items()}
+        assert (await ops.post("/api/runs/track", given, 400))["error"]["code"] == code
+        assert ops.stage.rows("SELECT * FROM runs") == []
+
+
+async def test_runs_are_listed_page_by_page(ops: Ops) -> None:
+    """Newest first, none twice, none left out, though others come in between two pages."""
+    for number in range(7):
+        await ops.post("/api/runs/track", {"run_id": f"run_{number}"})
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page = await ops.get("/api/runs", limit=3, **({"cursor": cursor} if cursor else {}))
+        seen += [run["run_id"] for run in page["runs"]]
+        await ops.post("/api/runs/track", {"run_id": f"run_new_{len(seen)}"})
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    assert sorted(seen) == [f"run_{number}" for number in range(7)]
+    assert (await ops.get("/api/runs", state="completed"))["runs"] == []
+    assert len((await ops.get("/api/runs", state="open", limit=500))["runs"]) == 10
+    assert "outputs" not in page["runs"][0]
+
+
+WRONG_PARAMETERS = [
+    ("/api/runs?limit=0", "limit"),
+    ("/api/runs?limit=501", "limit"),
+    ("/api/runs?limit=ten", "limit"),
+    ("/api/runs?limit=%C2%B2", "limit"),
+    ("/api/runs?state=done", "state"),
+    ("/api/runs?cursor=x", "cursor"),
+    ("/api/runs?cursor=WzEsMl0=", "cursor"),
+    ("/api/runs?cursor=%C3%A4", "cursor"),
+    ("/api/starts?state=open", "state"),
+    ("/api/dispatches?state=open", "state"),
+    ("/api/deliveries?cursor=WzEsICJhIl0=", "cursor"),
+    ("/api/runs/run_1/wait?timeout=-1", "timeout"),
+    ("/api/runs/run_1/wait?timeout=121", "timeout"),
+    ("/api/runs/run_1/wait?timeout=nan", "timeout"),
+    ("/api/runs/run_1/wait?timeout=soon", "timeout"),
+]
+
+
+async def test_parameters_out_of_range_are_named(ops: Ops) -> None:
+    for path, field in WRONG_PARAMETERS:
+        error = (await ops.get(path, 400))["error"]
+        assert [row["field"] for row in error["fields"]] == [field]
+
+
+async def test_a_run_nobody_knows_is_404_at_once(ops: Ops) -> None:
+    for path in ("", "/wait?timeout=120", "/timeline"):
+        assert (await ops.get(f"/api/runs/run_nobody{path}", 404))["error"]["code"] == "not_found"
+    for action in ("refresh", "redispatch"):
+        await ops.post(f"/api/runs/run_nobody/{action}", {}, 404)
+
+
+async def test_waiting_ends_with_time(ops: Ops) -> None:
+    """An unfinished run is answered as it stands: 0 looks once."""
+    await ops.post("/api/runs/track", {"run_id": "run_1"})
+    answer = await ops.get("/api/runs/run_1/wait", timeout=0)
+    assert not answer["run"]["finished"]
+    assert not (await ops.get("/api/runs/run_1/wait", timeout=0.2))["run"]["finished"]
+
+
+async def test_many_may_wait_for_one_run(ops: Ops) -> None:
+    run_id = (await ops.start())["run"]["run_id"]
+    answers = await asyncio.gather(*(ops.get(f"/api/runs/{run_id}/wait", timeout=30) for _ in range(5)))
+    assert all(answer["run"]["finished"] for answer in answers)
+
+
+async def test_waiting_ends_when_a_handler_gives_up(stage: Stage) -> None:
+    """Dead is over too: the wait says so instead of going on."""
+    handlers = [{"use": "storage", "max_attempts": 1, "options": {"url": str(stage.outputs)}}]
+    async with operating(stage, handlers=handlers) as ops:
+        ops.break_it(kind="expired", status=404)
+        run_id = (await ops.start())["run"]["run_id"]
+        run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+        assert run["finished"]
+        [dead] = (await ops.get("/api/dispatches"))["dispatches"]
+        assert (dead["run_id"], dead["handler"], dead["state"]) == (run_id, "storage", "dead")
+        assert dead["last_error"]
+        assert (await ops.post("/api/dispatches/retry", {"handler": "other"}))["dispatches"] == 0
+        armed = await ops.post("/api/dispatches/retry", {"run_id": run_id})
+        assert armed["dispatches"] == 1
+        await ops.get(f"/api/runs/{run_id}/wait", timeout=30)
+        stage.check_files(run_id)
+        assert (await ops.get("/api/dispatches"))["dispatches"] == []
+
+
+async def test_a_run_is_dispatched_again(ops: Ops) -> None:
+    """Attempts count anew, and the handler's effect is applied once."""
+    run_id = await ops.finished("emu-two-images")
+    before = ops.stage.files(run_id)
+    armed = await ops.post(f"/api/runs/{run_id}/redispatch", {"handler": "storage"})
+    assert {row["handler"] for row in armed["armed"]} == {"storage"}
+    run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+    settled = next(row for row in run["dispatches"] if (row["handler"], row["event"]) == ("storage", "settled"))
+    assert (settled["state"], settled["attempts"]) == ("done", 1)
+    assert ops.stage.files(run_id) == before
+    assert (await ops.post(f"/api/runs/{run_id}/redispatch", {"handler": "nobody"}))["dispatches"] == 0
+    assert (await ops.post(f"/api/runs/{run_id}/redispatch", {}))["dispatches"] > 1
+
+
+async def test_a_refresh_reads_the_run_now(stage: Stage) -> None:
+    async with operating(stage, reconcile={"first_poll_seconds": 600, "max_gap_seconds": 600}) as ops:
+        run_id = stage.start(callback=False)
+        known = {"run_id": run_id, "technique_id": "tech_emu_image", "callback_expected": True}
+        await ops.post("/api/runs/track", known)
+        await eventually(lambda: _ended(stage, run_id))
+        await ops.post(f"/api/runs/{run_id}/refresh", {})
+        assert (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]["finished"]
+        await ops.post(f"/api/runs/{run_id}/refresh", {"force": True}, 400)
+
+
+async def _ended(stage: Stage, run_id: str) -> bool:
+    emulator = stage.emulator
+    return emulator.runs.get(run_id).status_at(emulator.runs.clock()) == "completed"
+
+
+async def test_the_timeline_tells_what_happened_in_order(ops: Ops) -> None:
+    run_id = await ops.finished(idempotency_key="k")
+    found = await ops.get(f"/api/runs/{run_id}/timeline")
+    kinds = [entry["kind"] for entry in found["entries"]]
+    assert {"asked", "first_seen", "callback", "settled", "attempt", "attempt_ended", "stored"} <= set(kinds)
+    assert kinds.index("callback") < kinds.index("settled") < kinds.index("stored")
+    assert [entry["at"] for entry in found["entries"]] == sorted(entry["at"] for entry in found["entries"])
+    assert found["reads"] >= 1
+    assert found["run"]["run_id"] == run_id
+
+
+async def test_a_wait_survives_a_restart(stage: Stage) -> None:
+    """The Python client goes on waiting while the service is away, and returns when the run is over."""
+    slow = [{"kind": "run_seconds", "seconds": 1.5}]
+    async with operating(stage) as ops:
+        run_id = stage.emulator.start_run("emu-image", callback_url=stage.url, faults=slow)
+        await ops.post("/api/runs/track", {"run_id": run_id, "technique_id": "tech_emu_image"})
+        port = ops.service.operations_address[1]
+        waiter = asyncio.create_task(ops.ask(lambda receiver: receiver.wait(run_id, timeout_seconds=40)))
+        await eventually(lambda: _listening(ops, run_id))
+    assert not waiter.done()
+    async with operating(stage, operations={"port": port}):
+        run = await waiter
+    assert (run.run_id, run.state, run.finished) == (run_id, "completed", True)
+    stage.check_files(run_id)
+
+
+async def _listening(ops: Ops, run_id: str) -> bool:
+    return run_id in ops.service.signals.changes._by_run

@@ -1,0 +1,110 @@
+"""Who is let in: connections in their TLS handshake are counted too, and no more are let in than there is room for."""
+
+import asyncio
+import contextlib
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from receiver.net import certificates
+from receiver.web.accept_limits import Acceptor, greeted_at_once
+from receiver.web.server import bind
+from tests.web.test_connection_guard import hang_up
+
+
+class Greeter(asyncio.Protocol):
+    """Says hello to whoever has come through the handshake."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(b"hello")
+        transport.close()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """The two sides of a connection: the server's, and the one of who trusts it."""
+    directory = tmp_path_factory.mktemp("tls")
+    authority = certificates.make_authority()
+    cert, key = certificates.write(certificates.issue(authority, "127.0.0.1"), directory)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(cert, key)
+    return server, ssl.create_default_context(cafile=str(certificates.keep_authority(authority, directory)))
+
+
+@contextlib.asynccontextmanager
+async def accepting(tls: ssl.SSLContext, at_once: int) -> AsyncIterator[int]:
+    """Accept, and yield the port."""
+    (listener,) = bind("127.0.0.1", 0)
+    acceptor = Acceptor(listener, Greeter, tls, at_once=at_once, handshake_seconds=60)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        acceptor.close()
+        await acceptor.wait_closed()
+        listener.close()
+
+
+async def heard(port: int, tls: ssl.SSLContext) -> bytes:
+    async with asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
+        said = await reader.read()
+        await hang_up(writer)
+        return said
+
+
+async def test_the_oldest_handshake_gives_way(certificate: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    """Whoever connects and says nothing holds a place only until somebody else needs it."""
+    server, client = certificate
+    async with accepting(server, at_once=5) as port:
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        assert await heard(port, client) == b"hello"
+        for reader, _ in silent[:15]:
+            with contextlib.suppress(ConnectionError):
+                async with asyncio.timeout(20):
+                    assert await reader.read() == b""
+        assert await heard(port, client) == b"hello"
+        for _, writer in silent:
+            await hang_up(writer)
+
+
+async def test_what_is_no_handshake_disturbs_nobody(certificate: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    """Plain HTTP, rubbish, hanging up, a client that does not trust us: each is on its own."""
+    server, client = certificate
+    async with accepting(server, at_once=5) as port:
+        for rubbish in (b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 100, b""):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(rubbish)
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+        with pytest.raises(ssl.SSLError):
+            await heard(port, ssl.create_default_context())
+        assert await heard(port, client) == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "room"),
+    [
+        pytest.param(256, 8000, 2000, id="raised"),
+        pytest.param(256, 1024, 341, id="raised as far as it may be"),
+        pytest.param(64, 64, 21, id="hardly any"),
+    ],
+)
+def test_no_more_are_let_in_than_there_are_files(soft: int, hard: int, room: int) -> None:
+    """Else the guard's own limit is never reached, and the database and the files go without."""
+    ask = f"""if True:
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+        from receiver.web.accept_limits import room_for
+        print(room_for(2000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", ask], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    found, files = map(int, done.stdout.splitlines()[-1].split())
+    assert (found, files) == (room, min(hard, 2000 + greeted_at_once(2000) + 512))

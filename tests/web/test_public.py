@@ -1,0 +1,264 @@
+"""The public listener: each answer has its status and its JSON, and there is nothing else to find."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from receiver.errors import StoreUnavailableError
+from receiver.flora.signature import HEADER, canary_key, sign
+from receiver.intake.callbacks import Secret
+from receiver.model import RunState
+from receiver.store import Database
+from receiver.web.public import STATUS, public_app
+from tests.support.core import NOW, SECRET, Clock, Core, a_core, callback_body, signed, writable
+
+PATH = "/callbacks/flora"
+
+
+class Door:
+    """The app behind a client, and what it says about being ready."""
+
+    def __init__(self, core: Core, **options: Any) -> None:
+        self.core = core
+        self.not_ready: str | None = None
+        app = public_app(core.intake, core.metrics, ready=self.ready, **options)
+        transport = httpx.ASGITransport(app=app, client=("192.0.2.1", 1234))
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://door")
+
+    async def ready(self) -> str | None:
+        return self.not_ready
+
+    async def post(self, body: Any = b"", *headers: tuple[str, str], path: str = PATH) -> httpx.Response:
+        return await self.client.post(path, content=body, headers=list(headers))
+
+    async def call(self, body: bytes, path: str = PATH) -> httpx.Response:
+        return await self.post(body, (HEADER, signed(body)), path=path)
+
+    def answered(self, result: str) -> float:
+        return float(self.core.metrics.callbacks.labels(result)._value.get())
+
+
+@pytest.fixture
+async def door(core: Core) -> AsyncIterator[Door]:
+    door = Door(core, max_body_bytes=1000, body_timeout_seconds=0.05)
+    async with door.client:
+        yield door
+
+
+def code(response: httpx.Response) -> str:
+    """Return a refusal's code, having checked its form."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"code", "message"}
+    assert body["error"]["message"]
+    assert response.status_code == STATUS[body["error"]["code"]]
+    assert response.headers["content-type"] == "application/json"
+    return str(body["error"]["code"])
+
+
+async def test_a_callback_is_accepted_once(door: Door) -> None:
+    """200 in both cases: FLORA must not retry what is committed."""
+    for status in ("accepted", "duplicate"):
+        response = await door.call(callback_body())
+        assert (response.status_code, response.json()) == (200, {"status": status})
+        assert door.answered(status) == 1
+    assert (await door.core.run()).state is RunState.REPORTED
+
+
+async def test_an_unknown_event_is_ignored(door: Door) -> None:
+    response = await door.call(callback_body(event="run.paused"))
+    assert (response.status_code, response.json()) == (200, {"status": "ignored"})
+
+
+async def test_a_canary_is_told_that_it_arrived(door: Door) -> None:
+    """It is counted as what it is, never as a callback."""
+    response = await door.post(b"any bytes", (HEADER, signed(b"any bytes", secret=canary_key(SECRET))))
+    assert (response.status_code, response.json()) == (200, {"status": "canary"})
+    assert (door.answered("canary"), door.answered("accepted")) == (1, 0)
+
+
+@pytest.mark.parametrize("path", [PATH, PATH + "/", PATH + "?start=abc", PATH + "/?start=%00&start=b"])
+async def test_both_spellings_of_the_path_are_the_callbacks(door: Door, path: str) -> None:
+    """FLORA follows no redirect; a token that nobody knows is no reason to refuse."""
+    response = await door.call(callback_body(), path=path)
+    assert (response.status_code, response.json()) == (200, {"status": "accepted"})
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "expected"),
+    [
+        (callback_body(), [], 401, "missing_signature"),
+        (callback_body(), [(HEADER, "")], 401, "missing_signature"),
+        (callback_body(), [(HEADER, "hello")], 400, "malformed_signature"),
+        (callback_body(), [(HEADER, signed(callback_body(), secret="whsec_other"))], 401, "signature_mismatch"),
+        (callback_body(), [(HEADER, signed(callback_body() + b" "))], 401, "signature_mismatch"),
+        (callback_body(), [(HEADER, sign(callback_body(), SECRET, timestamp=1))], 401, "timestamp_out_of_tolerance"),
+        (b"{}", [(HEADER, signed(b"{}"))], 400, "invalid_payload"),
+        (b"x" * 1001, [(HEADER, signed(b"x" * 1001))], 413, "body_too_large"),
+    ],
+)
+async def test_refusals(door: Door, body: bytes, headers: Any, status: int, expected: str) -> None:
+    """Each has its status and its code; none of them leaves a run behind, each leaves a note."""
+    response = await door.post(body, *headers)
+    assert (response.status_code, code(response)) == (status, expected)
+    assert door.answered(expected) == 1
+    assert [(note.code, note.remote) for note in door.core.intake.rejections] == [(expected, "192.0.2.1")]
+    assert await door.core.count("runs") == 0
+
+
+async def test_a_doubled_header_is_malformed(door: Door) -> None:
+    """FLORA writes one; with two, one of them is somebody else's, even if they are equal."""
+    body = callback_body()
+    good, bad = signed(body), signed(body, secret="whsec_other")
+    for pair in ((good, good), (bad, good), (good, bad)):
+        response = await door.post(body, *((HEADER, value) for value in pair))
+        assert code(response) == "malformed_signature"
+
+
+async def test_the_headers_name_has_no_case(door: Door) -> None:
+    body = callback_body()
+    assert (await door.post(body, ("FLORA-SIGNATURE", signed(body)))).status_code == 200
+
+
+async def test_a_header_that_is_not_ascii_is_refused_in_order(door: Door) -> None:
+    """Bytes that no decent client sends break nothing."""
+    response = await door.client.post(PATH, content=callback_body(), headers={HEADER.encode(): b"t=1,v1=\xff\xfe"})
+    assert code(response) == "malformed_signature"
+
+
+async def test_a_secret_speaks_for_its_workspace_only(database: Database, clock: Clock) -> None:
+    door = Door(a_core(database, clock, secrets=[Secret(SECRET, "ws_other")]))
+    async with door.client:
+        response = await door.call(callback_body())
+    assert (response.status_code, code(response)) == (401, "workspace_mismatch")
+
+
+@pytest.mark.parametrize("size", [999, 1000])
+async def test_a_body_may_be_as_large_as_the_limit(door: Door, size: int) -> None:
+    """The limit itself is allowed, counted as bytes arrive."""
+    body = callback_body(pad="")
+    body = callback_body(pad="x" * (size - len(body)))
+    assert len(body) == size
+    assert (await door.call(body)).status_code == 200
+
+
+async def test_a_body_without_a_length_is_counted_as_it_comes(door: Door) -> None:
+    """Chunked, no announced length: reading stops at the limit, not at the end."""
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 100
+            yield b"x" * 100
+
+    response = await door.post(endless(), (HEADER, "t=1,v1=00"))
+    assert code(response) == "body_too_large"
+    assert sent <= 1200
+
+
+@pytest.mark.parametrize("length", ["99999999999999999999999999", "1001"])
+async def test_an_announced_length_beyond_the_limit_is_refused_unread(door: Door, length: str) -> None:
+    response = await door.post(b"x", ("Content-Length", length))
+    assert code(response) == "body_too_large"
+
+
+async def test_a_body_that_never_comes_is_given_up(door: Door) -> None:
+    """A connection that drips holds nobody up for ever."""
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"{"
+        await anext(_never())
+
+    response = await door.post(stalled())
+    assert (response.status_code, code(response)) == (408, "body_timeout")
+
+
+async def test_each_body_has_its_own_time(door: Door) -> None:
+    """One timer looks after all of them: each is told of its own lateness, and who leaves is not told that he is late."""
+    reading: asyncio.Queue[None] = asyncio.Queue()
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"{"
+        reading.put_nowait(None)
+        await anext(_never())
+
+    posts = []
+    for _ in range(3):
+        posts.append(asyncio.create_task(door.post(stalled())))
+        await reading.get()
+    posts[0].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await posts[0]
+    assert [code(await post) for post in posts[1:]] == ["body_timeout", "body_timeout"]
+    assert (await door.call(callback_body())).status_code == 200
+    assert code(await door.post(stalled())) == "body_timeout"
+    assert door.answered("body_timeout") == 3
+
+
+async def _never() -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
+
+
+async def test_our_own_faults_are_503(door: Door) -> None:
+    """Never 4xx, which FLORA might take for final; with a time to come again, and a retry is then accepted."""
+    await writable(door.core.database, False)
+    response = await door.call(callback_body())
+    assert (response.status_code, code(response)) == (503, "unavailable")
+    assert response.headers["retry-after"].isdecimal()
+    assert door.answered("unavailable") == 1
+    await writable(door.core.database, True)
+    assert (await door.call(callback_body())).json() == {"status": "accepted"}
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS"])
+async def test_other_methods_are_405_in_json(door: Door, method: str) -> None:
+    response = await door.client.request(method, PATH)
+    assert (response.status_code, code(response)) == (405, "method_not_allowed")
+    assert "POST" in response.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/callbacks", "/callbacks/flora/x", "/callbacks//flora", "/metrics", "/docs", "/openapi.json", "/%00"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_there_is_nothing_else(door: Door, method: str, path: str) -> None:
+    """404 in our JSON; no redirect, nothing of the operations side."""
+    response = await door.client.request(method, path)
+    assert (response.status_code, code(response)) == (404, "not_found")
+
+
+async def test_health_and_readiness(door: Door) -> None:
+    """Alive is not ready: a process that cannot commit should get no callbacks, yet need not be killed."""
+    assert (await door.client.get("/healthz")).json() == {"status": "ok"}
+    assert (await door.client.get("/readyz")).json() == {"status": "ready"}
+    door.not_ready = "stopping"
+    response = await door.client.get("/readyz")
+    assert (response.status_code, code(response)) == (503, "unavailable")
+    assert response.json()["error"]["message"] == "stopping"
+    assert (await door.client.get("/healthz")).status_code == 200
+
+
+async def test_the_token_of_a_start_reaches_the_door(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The callback's own URL names the start that it belongs to."""
+    seen: list[Any] = []
+    accept = door.core.intake.accept
+
+    async def note(*args: Any, **options: Any) -> Any:
+        seen.append(options.get("start"))
+        return await accept(*args, **options)
+
+    monkeypatch.setattr(door.core.intake, "accept", note)
+    await door.call(callback_body(), path=f"{PATH}?start=abc")
+    assert seen == ["abc"]
+
+
+def test_every_code_has_a_status() -> None:
+    """4xx for the sender's faults, 5xx for ours."""
+    assert {code for code, status in STATUS.items() if status >= 500} == {"unavailable"}
+    assert isinstance(StoreUnavailableError("x"), Exception)
+    assert NOW.tzinfo is not None

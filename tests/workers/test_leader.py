@@ -1,0 +1,199 @@
+"""One process at a time does what only one may do; and each hears of what the others commit."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from receiver.store import Database
+from receiver.store.changes import Change, Signals
+from receiver.store.postgres import PostgresDatabase
+from receiver.workers.leader import LEASE, Election
+from receiver.workers.notifier import Herald, _written
+from tests.support.core import Clock, until, writable
+
+
+async def idle(stopping: asyncio.Event) -> None:
+    await stopping.wait()
+
+
+def candidate(database: Database, clock: Clock, name: str = "poller", work: Any = idle, **options: Any) -> Election:
+    return Election(database, name, work, clock=clock, **options)
+
+
+async def test_one_holds_a_lease_until_it_runs_out(database: Database, clock: Clock) -> None:
+    """Its holder extends it; another gets it at its end, not before, and then the first has lost it."""
+    one, other = candidate(database, clock), candidate(database, clock)
+    assert await one.take()
+    assert not await other.take()
+    clock.forward(10)
+    assert await one.take()
+    clock.forward(LEASE.total_seconds() - 0.001)
+    assert not await other.take()
+    clock.forward(0.001)
+    assert await other.take()
+    assert not await one.take()
+    assert await candidate(database, clock, "janitor").take()
+
+
+async def test_many_stand_at_once_and_one_wins(database: Database, clock: Clock) -> None:
+    assert sum(await asyncio.gather(*(candidate(database, clock).take() for _ in range(10)))) == 1
+
+
+async def test_who_waits_tries_again_when_the_lease_ends(database: Database, clock: Clock) -> None:
+    """Not a third of a lease later: what a dead process did is taken over within its lease."""
+    lease = timedelta(hours=1)
+    assert await candidate(database, clock, lease=lease).take()
+    clock.forward(3599.99)
+    begun, stopping = asyncio.Event(), asyncio.Event()
+
+    async def work(stopping: asyncio.Event) -> None:
+        begun.set()
+        await stopping.wait()
+
+    tries = 0
+    write = database.write
+
+    async def counted(job: Any) -> Any:
+        nonlocal tries
+        answer = await write(job)
+        tries += 1
+        clock.forward(0.02)  # the first try is too early; after it, the lease has ended
+        return answer
+
+    database.write = counted  # type: ignore[method-assign]
+    running = asyncio.create_task(candidate(database, clock, work=work, lease=lease).run(stopping))
+    async with asyncio.timeout(20):
+        await begun.wait()
+    assert tries == 2
+    stopping.set()
+    await running
+
+
+async def test_who_stops_resigns(database: Database, clock: Clock) -> None:
+    """The next one need not wait for the lease; the work has ended by then."""
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def work(stopping: asyncio.Event) -> None:
+        begun.set()
+        await stopping.wait()
+        ended.set()
+
+    stopping = asyncio.Event()
+    running = asyncio.create_task(candidate(database, clock, work=work).run(stopping))
+    await begun.wait()
+    assert not await candidate(database, clock).take()
+    stopping.set()
+    await running
+    assert ended.is_set()
+    assert await candidate(database, clock).take()
+
+
+async def test_who_cannot_renew_stops_before_its_lease_ends(database: Database, clock: Clock) -> None:
+    """It may be another's by then; once the database is back, somebody is elected again."""
+    working = False
+    times = 0
+
+    async def work(stopping: asyncio.Event) -> None:
+        nonlocal working, times
+        working, times = True, times + 1
+        await stopping.wait()
+        working = False
+
+    stopping = asyncio.Event()
+    lease = timedelta(seconds=0.6)
+    running = asyncio.create_task(candidate(database, clock, work=work, lease=lease).run(stopping))
+    await until(lambda: working)
+    await writable(database, False)
+    await until(lambda: not working)
+    await writable(database, True)
+    await until(lambda: working)
+    stopping.set()
+    await running
+    assert times == 2
+
+
+async def test_a_lease_counts_from_when_it_was_asked_for(
+    database: Database, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer came late, and then none comes: the work has ended by the time that the lease has."""
+    lease, loop = timedelta(seconds=3), asyncio.get_running_loop()
+    ended: list[float] = []
+    write, never = database.write, asyncio.Event()
+    asked = 0.0
+
+    async def slow(job: Any) -> Any:
+        nonlocal asked
+        if asked:
+            await never.wait()
+        asked = loop.time()
+        answer = await write(job)
+        await asyncio.sleep(1.2)
+        return answer
+
+    async def work(stopping: asyncio.Event) -> None:
+        await stopping.wait()
+        ended.append(loop.time())
+        monkeypatch.setattr(database, "write", write)
+
+    monkeypatch.setattr(database, "write", slow)
+    stopping = asyncio.Event()
+    running = asyncio.create_task(candidate(database, clock, work=work, lease=lease).run(stopping))
+    await until(lambda: bool(ended))
+    stopping.set()
+    await running
+    assert ended[0] - asked < lease.total_seconds()
+
+
+async def test_a_bug_in_the_work_is_told_and_frees_the_lease_in_time(database: Database, clock: Clock) -> None:
+    """Whoever runs the election hears of it, as of any loop."""
+
+    async def work(_: asyncio.Event) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        await candidate(database, clock, work=work).run(asyncio.Event())
+
+
+@pytest.fixture
+async def pair(postgres_url: str) -> AsyncIterator[tuple[PostgresDatabase, PostgresDatabase]]:
+    one, other = (PostgresDatabase(postgres_url, connections=2) for _ in range(2))
+    yield one, other
+    await one.close()
+    await other.close()
+
+
+async def test_a_change_is_heard_by_the_others_and_not_echoed(pair: tuple[PostgresDatabase, PostgresDatabase]) -> None:
+    """Loops are woken there, and whoever waits for the run is told; each change comes once."""
+    stopping = asyncio.Event()
+    sides = [(Signals(), database) for database in pair]
+    heralds = [Herald(database, signals) for signals, database in sides]
+    tasks = [asyncio.create_task(job(stopping)) for herald in heralds for job in (herald.listen, herald.run)]
+    here, there = sides[0][0], sides[1][0]
+    await until(lambda: here.poll.is_set() and there.poll.is_set())  # both listen now
+    there.dispatch.clear()
+    with there.changes.listening("run_1") as waiting, here.changes.listening() as own:
+        here.changes.publish(change := Change("run", "run_1", "completed", "settled"))
+        async with asyncio.timeout(10):
+            assert await waiting.next() == change
+        there.changes.publish(answer := Change("dispatch", "run_2", "done", "h"))
+        async with asyncio.timeout(10):
+            assert [await own.next(), await own.next()] == [change, answer]
+    assert there.dispatch.is_set()
+    stopping.set()
+    await asyncio.gather(*tasks)
+
+
+@pytest.mark.parametrize("notice", ["{", "[]", "7", '{"by": "x"}', '{"by": "x", "changes": [[1]]}', "null"])
+async def test_notices_of_others_are_read_with_care(
+    pair: tuple[PostgresDatabase, PostgresDatabase], notice: str
+) -> None:
+    signals = Signals()
+    Herald(pair[0], signals)._heard(notice)
+    assert not signals.poll.is_set()
+
+
+def test_a_notice_fits_what_postgres_takes() -> None:
+    assert len(_written("me", [Change("run", "\u00e9" * 400, "open")] * 500)) < 8000
