@@ -178,9 +178,9 @@ class Forward:
         told = f"{self._poster.host} answered {posted.status}"
         said = f": {posted.excerpt}" if posted.excerpt else ""
         match posted.status:
-            case status if 200 <= status < 300:  # noqa: PLR2004
+            case status if 200 <= status < 300:
                 return Done({"status": status})
-            case status if 300 <= status < 400:  # noqa: PLR2004
+            case status if 300 <= status < 400:
                 where = f" (to {posted.location})" if posted.location else ""
                 return Reject(f"{told}{where}; redirects are not followed: put the final address into `url`")
             case 410:

@@ -49,12 +49,12 @@ class Verdict(StrEnum):
     """Callback and API contradict each other, or two callbacks do."""
 
 
-class Told(StrEnum):
+class CallbackStatus(StrEnum):
     """What the callbacks of a run have said so far."""
 
     COMPLETED = "completed"
     FAILED = "failed"
-    BOTH = "both"
+    CONFLICTING = "both"
     """Two callbacks contradicted each other, or one contradicted itself."""
 
 
@@ -186,7 +186,7 @@ class Run:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     callback_expected: bool = True
-    told: Told | None = None
+    callback_status: CallbackStatus | None = None
     reported_at: datetime | None = None
     """When the first verified callback arrived."""
     settled_at: datetime | None = None
@@ -236,11 +236,11 @@ class Snapshot:
 
 
 @noun(frozen=True, slots=True)
-class Heard:
+class CallbackReceived:
     """Report: a verified callback says that a run is terminal."""
 
     run_id: str
-    told: Told
+    callback_status: CallbackStatus
     received_at: datetime
     run_type: str | None = None
     workspace_id: str | None = None
@@ -249,7 +249,7 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class RunRead:
     """Report: the API showed the run. `asked_at` is when the request was sent."""
 
     snapshot: Snapshot
@@ -263,7 +263,7 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Missing:
+class RunNotFound:
     """Report: the API answered 404. It counts against the run only if asked on the run's `right_route`."""
 
     run_id: str
@@ -272,7 +272,7 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True)
-class Unanswered:
+class ReadFailed:
     """Report: the API did not tell (401, 403, 429, 5xx, time-out, garbage, absent from a list)."""
 
     run_id: str
@@ -282,7 +282,7 @@ class Unanswered:
 
 
 @dataclass(frozen=True, slots=True)
-class Registered:
+class RunRegistered:
     """Report: a run exists, says whoever started or tracks it. Fills in what callbacks do not carry."""
 
     run_id: str
@@ -300,7 +300,7 @@ class Registered:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ReadRequested:
     """Report: an operator, or an authentic callback at a wrong time, wants the run read now."""
 
     run_id: str
@@ -308,14 +308,14 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Silent:
+class CallbackExpired:
     """Report: FLORA has given up on delivering the callback of a run."""
 
     run_id: str
     noticed_at: datetime
 
 
-Report = Registered | Heard | Read | Missing | Unanswered | Asked | Silent
+Report = RunRegistered | CallbackReceived | RunRead | RunNotFound | ReadFailed | ReadRequested | CallbackExpired
 
 
 @noun(frozen=True, slots=True)

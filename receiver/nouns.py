@@ -15,5 +15,5 @@ else:
 
     def noun(*, frozen: bool, slots: bool) -> Any:
         """Make a class that is compared and hashed by its fields."""
-        assert frozen, "mypy must see that nobody changes it"  # noqa: S101
+        assert frozen, "mypy must see that nobody changes it"
         return dataclass(slots=slots, unsafe_hash=True)

@@ -57,7 +57,7 @@ class TableNames(BaseModel):
 
     @model_validator(mode="after")
     def _three(self) -> "TableNames":
-        if len({name.lower() for name in (self.runs, self.outputs, self.artifacts)}) < 3:  # noqa: PLR2004
+        if len({name.lower() for name in (self.runs, self.outputs, self.artifacts)}) < 3:
             raise ValueError("needs three different names")
         return self
 

@@ -168,7 +168,7 @@ class Target:
                 notify_type=self._types[message.occasion],
                 body_format=self._format,
             )
-        except BaseException as error:  # noqa: BLE001 - a service may raise anything; its words may hold its URL
+        except BaseException as error:
             return f"{self._name} failed: {type(error).__name__}"
         if not taken:
             status = f" with HTTP {_heard.status}" if _heard.status else ""

@@ -67,7 +67,7 @@ def _parts(url: str) -> tuple[Kind, bool, tuple[tuple[str, int], ...], str]:
     kind, tls, port = _SCHEMES[parts.scheme]
     found = [_HOST.fullmatch(host) for host in parts.netloc.split(",")]
     hosts = tuple((each["host"].strip("[]"), int(each["port"] or port)) for each in found if each)
-    if len(hosts) < len(found) or not all(0 < number < 65536 for _, number in hosts):  # noqa: PLR2004 - ports end there
+    if len(hosts) < len(found) or not all(0 < number < 65536 for _, number in hosts):
         raise ValueError("must name hosts as host:port, separated by commas")
     if kind == "redis":
         if len(hosts) > 1 or not re.fullmatch(r"/?[0-9]{0,4}", parts.path):

@@ -78,9 +78,9 @@ class LocalDisk:
         key: str,
         chunks: AsyncIterable[bytes],
         *,
-        content_type: str | None,  # noqa: ARG002 - files have none
+        content_type: str | None,
         expected: int | None,
-        metadata: Mapping[str, str] = NO_METADATA,  # noqa: ARG002 - nor this
+        metadata: Mapping[str, str] = NO_METADATA,
     ) -> Stored:
         part = _Part(self._tree, self.root / key, expected)
         writing: asyncio.Task[None] | None = None

@@ -69,7 +69,7 @@ class ObjectStore:
         chunks: AsyncIterable[bytes],
         *,
         content_type: str | None,
-        expected: int | None,  # noqa: ARG002 - nothing to reserve
+        expected: int | None,
         metadata: Mapping[str, str] = NO_METADATA,
     ) -> Stored:
         source = aiter(chunks)

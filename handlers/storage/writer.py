@@ -98,7 +98,7 @@ class Keeper:
             return Retry(f"{which}: {exc}", reread=exc.expired)
         except PlaceError as exc:
             return Retry(f"{which}: {exc}")
-        except Exception as exc:  # noqa: BLE001 - the other outputs must still be fetched
+        except Exception as exc:
             return Retry(f"{which}: {type(exc).__name__}: {exc}")
 
     async def describe(self, kept: Sequence[Kept]) -> Retry | Reject | None:
@@ -119,7 +119,7 @@ class Keeper:
             await self._show(kept)
         except (NoThumbnailError, PlaceError, LocationTakenError, NotOursError) as exc:
             self._context.log.warning("storage.no_thumbnail", position=kept.position, reason=str(exc))
-        except Exception as exc:  # noqa: BLE001 - whatever a picture does to a library
+        except Exception as exc:
             self._context.log.warning("storage.no_thumbnail", position=kept.position, reason=type(exc).__name__)
 
     async def _still_there(self, output: Output) -> Kept | None:

@@ -66,7 +66,7 @@ def serve(
     ] = None,
 ) -> None:
     """Run the receiver until it is stopped."""
-    from receiver.cli.serve import run  # noqa: PLC0415
+    from receiver.cli.serve import run
 
     run(config, host=host, port=port, ops_host=ops_host, ops_port=ops_port, only=only)
 
@@ -74,7 +74,7 @@ def serve(
 @app.command()
 def check(config: Config = None, json: Json = False) -> None:
     """Check settings, database and handlers."""
-    from receiver.cli.check import run  # noqa: PLC0415
+    from receiver.cli.check import run
 
     run(config, json=json)
 
@@ -82,7 +82,7 @@ def check(config: Config = None, json: Json = False) -> None:
 @app.command()
 def migrate(config: Config = None, json: Json = False) -> None:
     """Bring the database up to date (serve does it too)."""
-    from receiver.cli.migrate import run  # noqa: PLC0415
+    from receiver.cli.migrate import run
 
     run(config, json=json)
 
@@ -94,7 +94,7 @@ def demo(
     json: Json = False,
 ) -> None:
     """See it work: eight runs and their files."""
-    from receiver.cli.demo import run  # noqa: PLC0415
+    from receiver.cli.demo import run
 
     run(keep=keep, outputs=outputs, json=json)
 
@@ -148,14 +148,14 @@ def dev(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
     """Work on an integration: a public URL, and a live view."""
-    from receiver.cli.dev.command import Asked, run  # noqa: PLC0415
-    from receiver.cli.dev.tunnel.choice import Wanted  # noqa: PLC0415
+    from receiver.cli.dev.command import ParsedOptions, run
+    from receiver.cli.dev.tunnel.choice import Wanted
 
     wanted = Wanted(
         tunnel=tunnel, public_url=public_url, ssh=ssh, remote_port=remote_port, known_hosts=known_hosts,
         identity=identity, command=command, pattern=pattern, domain=domain,
     )  # fmt: skip
-    asked = Asked(wanted, no_tunnel=no_tunnel, emulator=emulator, ca=ca, json=json)
+    asked = ParsedOptions(wanted, no_tunnel=no_tunnel, emulator=emulator, ca=ca, json=json)
     run(config, asked, host=host, port=port, ops_port=ops_port)
 
 
@@ -179,7 +179,7 @@ def emulator(
     seed: Annotated[int, typer.Option(help="Makes ids, media and faults repeatable.")] = 0,
 ) -> None:
     """Run an emulated FLORA to test against."""
-    from receiver.cli.emulator import run  # noqa: PLC0415
+    from receiver.cli.emulator import run
 
     given = {"api_key": api_key, "webhook_secrets": tuple(webhook_secret.split(",")) if webhook_secret else None}
     run(
@@ -222,7 +222,7 @@ def trigger(
     json: Json = False,
 ) -> None:
     """Send callbacks, good and spoiled ones, and judge answers."""
-    from receiver.cli.trigger.command import run  # noqa: PLC0415
+    from receiver.cli.trigger.command import run
 
     run(
         url, case, run_id=run_id, delivery_id=delivery_id, secret=secret, workspace_id=workspace_id, ca=ca, json=json,
@@ -237,7 +237,7 @@ def backup(
     json: Json = False,
 ) -> None:
     """Copy a SQLite ledger, also while the service runs."""
-    from receiver.cli.backup import backup as command  # noqa: PLC0415
+    from receiver.cli.backup import backup as command
 
     command(config, file, json=json)
 
@@ -249,7 +249,7 @@ def restore(
     json: Json = False,
 ) -> None:
     """Put a copy in its place, with the service stopped."""
-    from receiver.cli.backup import restore as command  # noqa: PLC0415
+    from receiver.cli.backup import restore as command
 
     command(config, file, json=json)
 
@@ -261,7 +261,7 @@ def move(
     json: Json = False,
 ) -> None:
     """Copy a SQLite ledger to PostgreSQL, and compare."""
-    from receiver.cli.backup import move as command  # noqa: PLC0415
+    from receiver.cli.backup import move as command
 
     command(config, to, json=json)
 
@@ -275,7 +275,7 @@ def dev_cert(
     json: Json = False,
 ) -> None:
     """Make a local CA and a certificate; it installs nothing."""
-    from receiver.cli.dev_cert import run  # noqa: PLC0415
+    from receiver.cli.dev_cert import run
 
     run(host or (), directory, days=days, force=force, json=json)
 
@@ -290,7 +290,7 @@ def init(
     json: Json = False,
 ) -> None:
     """Write a receiver.toml, and a .env for the secrets."""
-    from receiver.cli.init import run  # noqa: PLC0415
+    from receiver.cli.init import run
 
     run(directory, public_url=public_url, database=database, storage=storage, force=force, json=json)
 
@@ -298,7 +298,7 @@ def init(
 @app.command()
 def doctor(config: Config = None, ca: Pem = None, json: Json = False) -> None:
     """Find what is wrong, from settings to the way in."""
-    from receiver.cli.doctor.command import run  # noqa: PLC0415
+    from receiver.cli.doctor.command import run
 
     run(config, ca=ca, json=json)
 
@@ -306,7 +306,7 @@ def doctor(config: Config = None, ca: Pem = None, json: Json = False) -> None:
 @handlers.command("list")
 def handlers_list(config: Config = None, json: Json = False) -> None:
     """Show the installed handlers, and the ones that the settings use."""
-    from receiver.cli.handlers import run  # noqa: PLC0415
+    from receiver.cli.handlers import run
 
     run(config, json=json)
 
@@ -316,7 +316,7 @@ def handlers_show(
     use: Annotated[str, typer.Argument(help="Its `use`: storage, forward, package.module:Class.")], json: Json = False
 ) -> None:
     """Show a handler's options."""
-    from receiver.cli.handlers import options  # noqa: PLC0415
+    from receiver.cli.handlers import options
 
     options(use, json=json)
 
@@ -328,7 +328,7 @@ def handlers_schema(
     json: Json = False,
 ) -> None:
     """Print the SQL of a handler's tables."""
-    from receiver.cli.handlers import schema  # noqa: PLC0415
+    from receiver.cli.handlers import schema
 
     schema(config, name, json=json)
 
@@ -356,7 +356,7 @@ def runs_batch(
     json: Json = False,
 ) -> None:
     """Start one run for each row of a table and see all through."""
-    from receiver.cli.batch.command import run  # noqa: PLC0415
+    from receiver.cli.batch.command import run
 
     run(
         file=file, technique_id=technique_id, maps=map, key=key, name=name, batch=batch, parallel=parallel,

@@ -10,7 +10,7 @@ from receiver.config import Settings, load
 from receiver.errors import ConfigError, Problem, ReceiverApiError, StoreInUseError, StoreUnavailableError
 from receiver.store import backup as copies
 from receiver.store import open_database
-from receiver.store.database import NO_PSYCOPG, shown
+from receiver.store.database import NO_PSYCOPG, redact_url
 
 _PG_DUMP = "use pg_dump and pg_restore, which copy it while it is in use"
 
@@ -47,14 +47,14 @@ def move(config: Path | None, to: str, *, json: bool) -> None:
         if not to.startswith("postgresql://"):
             raise ConfigError([Problem("--to", "must be postgresql://…")])
         try:
-            from receiver.store.move import move as moved_to  # noqa: PLC0415 -- psycopg comes with an extra
+            from receiver.store.move import move as moved_to
         except ImportError as error:
             raise StoreUnavailableError(NO_PSYCOPG) from error
         moved = moved_to(ledger, to)
         rows = [(name, str(held.rows), held.checksum) for name, held in moved.tables.items()]
         was = f"{ledger} is" if moved.copied else f"Nothing was copied: {ledger} was"
         text = (
-            f"{columns(('table', 'rows', 'checksum'), rows)}\n{was} in {shown(to)}, every row of it, as counts and "
+            f"{columns(('table', 'rows', 'checksum'), rows)}\n{was} in {redact_url(to)}, every row of it, as counts and "
             "checksums of both sides say.\nName that in [database] url (RECEIVER_DATABASE__URL), then start the service. "
             "Never start it on the file again."
         )

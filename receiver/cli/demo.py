@@ -28,7 +28,7 @@ from receiver.cli.trigger.cases import CASES, Subject
 from receiver.config import Settings
 from receiver.emulator import Emulator, EmulatorSettings, parse_faults
 from receiver.flora.client import FloraClient
-from receiver.model import Artifact, Dispatch, DispatchState, Origin, Registered, Run, RunState
+from receiver.model import Artifact, Dispatch, DispatchState, Origin, Run, RunRegistered, RunState
 from receiver.net import certificates
 from receiver.net.clients import api_client, probe_client
 from receiver.service.service import Service
@@ -203,8 +203,8 @@ async def _start(emulator: Emulator, service: Service, origin: str, url: str) ->
             client = FloraClient(http, emulator.settings.api_key)
             started = await client.start_technique_run(scene.technique, request)
             emulator.faults.add(parse_faults(list(scene.faults)), run_id=started.snapshot.run_id)
-            await service.intake.learn(
-                Registered(
+            await service.intake.apply(
+                RunRegistered(
                     run_id=started.snapshot.run_id,
                     origin=Origin.TRACKED,
                     registered_at=datetime.now(UTC),

@@ -41,7 +41,7 @@ def run(hosts: Sequence[str], directory: Path, *, days: int, force: bool, json: 
 
 
 def _is_host(text: str) -> bool:
-    return literal(text) is not None or (_NAME.fullmatch(text) is not None and len(text) < 254)  # noqa: PLR2004
+    return literal(text) is not None or (_NAME.fullmatch(text) is not None and len(text) < 254)
 
 
 def _told(ca: Path, certificate: Path, key: Path, names: Sequence[str]) -> str:

@@ -50,7 +50,7 @@ def start(
     json: Json = False,
 ) -> None:
     """Start a run; prints its id, with --wait its files too."""
-    from receiver.cli.runs import start as command  # noqa: PLC0415
+    from receiver.cli.runs import start as command
 
     command(
         technique_id=technique_id, inputs=inputs or [], mode=mode, callback_url=callback_url, key=idempotency_key,
@@ -71,7 +71,7 @@ def track(
     json: Json = False,
 ) -> None:
     """Take up a run that someone else started."""
-    from receiver.cli.runs import track as command  # noqa: PLC0415
+    from receiver.cli.runs import track as command
 
     command(
         run, technique_id=technique_id, run_type=run_type, callback_expected=callback_expected, metadata=metadata,
@@ -82,7 +82,7 @@ def track(
 @runs.command("wait")
 def wait(run_id: RunId, timeout: Seconds = 3600, json: Json = False) -> None:
     """Wait until a run's files are stored, and list them."""
-    from receiver.cli.runs import wait as command  # noqa: PLC0415
+    from receiver.cli.runs import wait as command
 
     command(run_id, timeout=timeout, json=json)
 
@@ -94,7 +94,7 @@ def list_runs(
     json: Json = False,
 ) -> None:
     """List runs, newest first."""
-    from receiver.cli.runs import list_runs as command  # noqa: PLC0415
+    from receiver.cli.runs import list_runs as command
 
     command(state=state, limit=limit, json=json)
 
@@ -102,7 +102,7 @@ def list_runs(
 @runs.command("show")
 def show_run(run_id: RunId, json: Json = False) -> None:
     """Show a run with its files and its handlers' work."""
-    from receiver.cli.runs import show_run as command  # noqa: PLC0415
+    from receiver.cli.runs import show_run as command
 
     command(run_id, json=json)
 
@@ -110,7 +110,7 @@ def show_run(run_id: RunId, json: Json = False) -> None:
 @runs.command("explain")
 def explain(run_id: RunId, json: Json = False) -> None:
     """Say why a run stands where it stands, and what happened."""
-    from receiver.cli.runs import explain as command  # noqa: PLC0415
+    from receiver.cli.runs import explain as command
 
     command(run_id, json=json)
 
@@ -118,7 +118,7 @@ def explain(run_id: RunId, json: Json = False) -> None:
 @runs.command("refresh")
 def refresh(run_id: RunId, json: Json = False) -> None:
     """Read a run from FLORA now; take up a lost one again."""
-    from receiver.cli.runs import refresh as command  # noqa: PLC0415
+    from receiver.cli.runs import refresh as command
 
     command(run_id, json=json)
 
@@ -140,7 +140,7 @@ def redispatch(
     json: Json = False,
 ) -> None:
     """Have handlers work on a run again, or new ones on old runs."""
-    from receiver.cli.runs import redispatch as command  # noqa: PLC0415
+    from receiver.cli.runs import redispatch as command
 
     command(run_id, handler=handler, again=again, missing=missing, since=since, json=json)
 
@@ -153,7 +153,7 @@ def resolve(
     json: Json = False,
 ) -> None:
     """Say what became of a start whose outcome is unknown."""
-    from receiver.cli.runs import resolve as command  # noqa: PLC0415
+    from receiver.cli.runs import resolve as command
 
     command(start, run_id=run_id, no_run=no_run, json=json)
 
@@ -165,7 +165,7 @@ def list_deliveries(
     json: Json = False,
 ) -> None:
     """List the callbacks that arrived, newest first."""
-    from receiver.cli.records import list_deliveries as command  # noqa: PLC0415
+    from receiver.cli.records import list_deliveries as command
 
     command(run_id=run_id, limit=limit, json=json)
 
@@ -173,7 +173,7 @@ def list_deliveries(
 @deliveries.command("show")
 def show_delivery(delivery_id: Annotated[str, typer.Argument(help="The delivery, whd_….")], json: Json = False) -> None:
     """Show a callback with its raw body."""
-    from receiver.cli.records import show_delivery as command  # noqa: PLC0415
+    from receiver.cli.records import show_delivery as command
 
     command(delivery_id, json=json)
 
@@ -185,7 +185,7 @@ def list_dispatches(
     json: Json = False,
 ) -> None:
     """List the handlers' work in a state, by default what is dead."""
-    from receiver.cli.records import list_dispatches as command  # noqa: PLC0415
+    from receiver.cli.records import list_dispatches as command
 
     command(state=state, limit=limit, json=json)
 
@@ -197,13 +197,13 @@ def retry(
     json: Json = False,
 ) -> None:
     """Try what is dead again."""
-    from receiver.cli.records import retry as command  # noqa: PLC0415
+    from receiver.cli.records import retry as command
 
     command(run_id=run_id, handler=handler, json=json)
 
 
 def channel(json: Json = False) -> None:
     """Judge the callback channel over the last 24 hours."""
-    from receiver.cli.records import channel as command  # noqa: PLC0415
+    from receiver.cli.records import channel as command
 
     command(json=json)

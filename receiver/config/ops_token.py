@@ -8,7 +8,7 @@ from pathlib import Path
 from receiver.config.settings import Settings
 from receiver.errors import ConfigError, Problem
 
-__all__ = ["made_token", "token_path"]
+__all__ = ["ensure_token", "token_path"]
 
 
 def token_path(settings: Settings) -> Path:
@@ -18,7 +18,7 @@ def token_path(settings: Settings) -> Path:
     return directory / "ops-token"
 
 
-def made_token(settings: Settings) -> str:
+def ensure_token(settings: Settings) -> str:
     """Return the configured token, else the one in the file, which is made where there is none. Raises ConfigError."""
     if settings.operations.token is not None:
         return settings.operations.token.get_secret_value()

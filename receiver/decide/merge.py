@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from receiver.decide.poll_schedule import route
-from receiver.model import Heard, Origin, Registered, Run, RunState, Snapshot, Told
+from receiver.model import CallbackReceived, CallbackStatus, Origin, Run, RunRegistered, RunState, Snapshot
 
 # Who tells of a run, from the one who knows least about it to the one who knows most.
 _RANKS = (Origin.DISCOVERED, Origin.CALLBACK, Origin.TRACKED, Origin.STARTED)
@@ -16,7 +16,7 @@ def _from(run: Run, origin: Origin, *, callback_expected: bool) -> Run:
     return replace(run, origin=origin, callback_expected=callback_expected)
 
 
-def enriched(run: Run, report: Registered) -> Run:
+def enriched(run: Run, report: RunRegistered) -> Run:
     merged = replace(
         _from(run, report.origin, callback_expected=report.callback_expected),
         run_type=run.run_type or report.run_type,
@@ -32,7 +32,7 @@ def enriched(run: Run, report: Registered) -> Run:
     return merged
 
 
-def named(run: Run, report: Heard) -> Run:
+def named(run: Run, report: CallbackReceived) -> Run:
     return replace(
         _from(run, Origin.CALLBACK, callback_expected=True),
         run_type=run.run_type or report.run_type,
@@ -63,5 +63,5 @@ def answered(run: Run) -> Run:
     return replace(run, polls=run.polls + 1, failures=0, missing=0, missing_since=None)
 
 
-def both(before: Told | None, says: Told) -> Told:
-    return says if before is None or before is says else Told.BOTH
+def both(before: CallbackStatus | None, says: CallbackStatus) -> CallbackStatus:
+    return says if before is None or before is says else CallbackStatus.CONFLICTING

@@ -1,12 +1,12 @@
-"""What a report does to a run. Pure; this is the one door of the ledger, and the only file with a theory.
+"""What a report does to a run. Pure. The only file with a theory.
 
-A run is a row; a report is anything that speaks about it: a callback (`Heard`), an answer of the API (`Read`, `Missing`,
-`Unanswered`), whoever started it (`Registered`), an operator (`Asked`), the clock (`Silent`). `reconcile` looks up the
-pair (state, kind of report) in `TABLE` and applies that one rule. The table is closed: every pair has a cell, and an
-illegal pair changes nothing.
+A run is a row. A report is one fact about it: a callback arrived (`CallbackReceived`), FLORA's API was read (`RunRead`,
+`RunNotFound`, `ReadFailed`), the run was started or tracked (`RunRegistered`), a read was requested (`ReadRequested`), or
+the time for its callback has passed (`CallbackExpired`). `reconcile` looks up the pair (state, kind of report) in `TABLE`
+and applies that one rule. The table is closed: every pair has a cell, and an illegal pair changes nothing.
 
-Why it holds in any order: a state only moves towards an end (open → reported → completed | failed), what callbacks say is
-kept as a set (`Told`), outputs come from reads alone, and the verdict is computed from facts on the row, not from the
+Why it holds in any order: a state only moves towards an end (open → reported → completed | failed), the callbacks are kept
+as a set (`CallbackStatus`), outputs come from reads alone, and the verdict is computed from facts in the row, not from the
 path that led there. So the same reports, in any order and any number, end in the same row and the same dispatches, as
 long as the reads agree among themselves.
 """
@@ -23,20 +23,20 @@ from receiver.decide.policy import Policy
 from receiver.decide.poll_schedule import failure_pause, next_poll
 from receiver.decide.settlement import callback_gone_at
 from receiver.model import (
-    Asked,
+    CallbackExpired,
+    CallbackReceived,
     Event,
-    Heard,
     LostReason,
-    Missing,
     Origin,
-    Read,
-    Registered,
+    ReadFailed,
+    ReadRequested,
     Report,
     Run,
+    RunNotFound,
+    RunRead,
+    RunRegistered,
     RunState,
-    Silent,
     Snapshot,
-    Unanswered,
     Verdict,
 )
 from receiver.nouns import noun
@@ -46,33 +46,33 @@ class Kind(StrEnum):
     """A report, as far as the table cares."""
 
     REGISTERED = "registered"
-    HEARD = "heard"
+    CALLBACK_RECEIVED = "callback_received"
     RUNNING = "running"
     COMPLETED = "completed"
     EMPTY = "empty"
     """Completed, says the API, but shows no outputs."""
     FAILED = "failed"
-    MISSING = "missing"
-    UNANSWERED = "unanswered"
-    ASKED = "asked"
-    SILENT = "silent"
+    NOT_FOUND = "not_found"
+    READ_FAILED = "read_failed"
+    READ_REQUESTED = "read_requested"
+    CALLBACK_EXPIRED = "callback_expired"
 
 
 def kind_of(report: Report) -> Kind:
     match report:
-        case Registered():
+        case RunRegistered():
             return Kind.REGISTERED
-        case Heard():
-            return Kind.HEARD
-        case Missing():
-            return Kind.MISSING
-        case Unanswered():
-            return Kind.UNANSWERED
-        case Asked():
-            return Kind.ASKED
-        case Silent():
-            return Kind.SILENT
-        case Read(snapshot=snapshot):
+        case CallbackReceived():
+            return Kind.CALLBACK_RECEIVED
+        case RunNotFound():
+            return Kind.NOT_FOUND
+        case ReadFailed():
+            return Kind.READ_FAILED
+        case ReadRequested():
+            return Kind.READ_REQUESTED
+        case CallbackExpired():
+            return Kind.CALLBACK_EXPIRED
+        case RunRead(snapshot=snapshot):
             # Key on `status` alone: a failed run also shows progress 100 and a completed_at (FLORA contract, section 3).
             if snapshot.status == "completed":
                 return Kind.COMPLETED if snapshot.outputs else Kind.EMPTY
@@ -101,12 +101,12 @@ class _Case:
 
     @property
     def known(self) -> Run:
-        assert self.run is not None, "the table calls this rule for known runs only"  # noqa: S101
+        assert self.run is not None, "the table calls this rule for known runs only"
         return self.run
 
     @property
     def snapshot(self) -> Snapshot:
-        assert isinstance(self.report, Read), "the table calls this rule for reads only"  # noqa: S101
+        assert isinstance(self.report, RunRead), "the table calls this rule for reads only"
         return self.report.snapshot
 
     def after(self, pause: timedelta) -> datetime:
@@ -124,7 +124,7 @@ def _ignore(_: _Case) -> Decision:
 def _enter(case: _Case) -> Decision:
     """A run enters the ledger as open: registered, or shown by a list that we adopt from."""
     match case.report:
-        case Registered() as report:
+        case RunRegistered() as report:
             run = enriched(
                 _blank(case, report.run_id, report.origin, callback_expected=report.callback_expected), report
             )
@@ -134,7 +134,7 @@ def _enter(case: _Case) -> Decision:
             if not report.callback_expected:
                 wait = case.policy.eager_poll
             return Changed(replace(run, next_poll_at=case.after(min(wait, case.policy.max_gap))))
-        case Read(origin=Origin() as origin):
+        case RunRead(origin=Origin() as origin):
             run = shown(_blank(case, case.report.run_id, origin, callback_expected=False), case.snapshot)
             return Changed(
                 replace(run, polls=1, next_poll_at=next_poll(run, case.policy, now=case.now, jitter=case.jitter))
@@ -145,7 +145,7 @@ def _enter(case: _Case) -> Decision:
 
 def _enrich(case: _Case) -> Decision:
     """A start or a track fills in what a callback, a list or an earlier track could not know."""
-    if not isinstance(case.report, Registered):
+    if not isinstance(case.report, RunRegistered):
         return Unchanged()
     run = enriched(case.known, case.report)
     if run == case.known:
@@ -157,17 +157,17 @@ def _enrich(case: _Case) -> Decision:
 def _heard(case: _Case) -> Decision:
     """A verified callback: go and read the run now. Also brings a lost run back."""
     report = case.report
-    if not isinstance(report, Heard):
+    if not isinstance(report, CallbackReceived):
         return Unchanged()
     if case.run is None:
         return Changed(_heard_first(case, report))
     run = case.run
-    told = both(run.told, report.told)
-    if run.state is RunState.REPORTED and told is run.told:
+    callback_status = both(run.callback_status, report.callback_status)
+    if run.state is RunState.REPORTED and callback_status is run.callback_status:
         return Unchanged()
     run = replace(
         named(run, report),
-        told=told,
+        callback_status=callback_status,
         reported_at=run.reported_at or report.received_at,
         error_code=run.error_code or report.error_code,
         error_message=run.error_message or report.error_message,
@@ -189,7 +189,7 @@ def _heard(case: _Case) -> Decision:
     )
 
 
-def _heard_first(case: _Case, report: Heard) -> Run:
+def _heard_first(case: _Case, report: CallbackReceived) -> Run:
     """Return the row of a run that nobody told us of before its callback. Made in one piece: this is the busiest rule."""
     return Run(
         run_id=report.run_id,
@@ -201,7 +201,7 @@ def _heard_first(case: _Case, report: Heard) -> Run:
         workspace_id=report.workspace_id,
         error_code=report.error_code,
         error_message=report.error_message,
-        told=report.told,
+        callback_status=report.callback_status,
         reported_at=report.received_at,
         next_poll_at=case.now,
     )
@@ -210,10 +210,14 @@ def _heard_first(case: _Case, report: Heard) -> Run:
 def _heard_of(case: _Case) -> Decision:
     """A callback for a settled run: nothing to do, but it tells about the channel."""
     report = case.report
-    if not isinstance(report, Heard):
+    if not isinstance(report, CallbackReceived):
         return Unchanged()
     run = named(case.known, report)
-    run = replace(run, told=both(run.told, report.told), reported_at=run.reported_at or report.received_at)
+    run = replace(
+        run,
+        callback_status=both(run.callback_status, report.callback_status),
+        reported_at=run.reported_at or report.received_at,
+    )
     if run.state is RunState.FAILED:
         run = replace(
             run,
@@ -235,7 +239,7 @@ def _climb(case: _Case) -> Decision:
     """The API does not show yet what a callback, or its own `completed`, promised: climb the ladder."""
     run, read = case.known, case.report
     empty = case.snapshot.status == "completed"
-    if isinstance(read, Read) and _stale(run, read.asked_at, case):
+    if isinstance(read, RunRead) and _stale(run, read.asked_at, case):
         return Changed(replace(run, polls=run.polls + 1))
     run = answered(shown(run, case.snapshot))
     run = replace(run, ladder=run.ladder + 1)
@@ -253,7 +257,7 @@ def _climb(case: _Case) -> Decision:
 def _miss(case: _Case) -> Decision:
     """404. It counts only on the run's own route: a technique run may answer 404 on `/runs/{id}`."""
     run, report = case.known, case.report
-    if not isinstance(report, Missing) or not report.right_route:
+    if not isinstance(report, RunNotFound) or not report.right_route:
         return _back_off(case)
     if _stale(run, report.asked_at, case):
         return Changed(replace(run, polls=run.polls + 1))
@@ -269,11 +273,11 @@ def _miss(case: _Case) -> Decision:
 def _back_off(case: _Case) -> Decision:
     """The API did not tell. Never counts against the run: our outage, or FLORA's, must not lose it."""
     run, report = case.known, case.report
-    if isinstance(report, Missing | Unanswered) and _stale(run, report.asked_at, case):
+    if isinstance(report, RunNotFound | ReadFailed) and _stale(run, report.asked_at, case):
         return Changed(replace(run, polls=run.polls + 1))
     run = replace(run, polls=run.polls + 1, failures=run.failures + 1)
     pause = failure_pause(run.failures)
-    if isinstance(report, Unanswered) and report.retry_after is not None:
+    if isinstance(report, ReadFailed) and report.retry_after is not None:
         pause = max(pause, _seconds(report.retry_after, at_most=timedelta(hours=1)))
     return Changed(replace(run, next_poll_at=case.after(pause)))
 
@@ -281,7 +285,7 @@ def _back_off(case: _Case) -> Decision:
 def _settle(case: _Case) -> Decision:
     """The API shows the end: the run is settled, with its outputs, once."""
     report = case.report
-    if not isinstance(report, Read):
+    if not isinstance(report, RunRead):
         return Unchanged()
     run = case.run
     if run is None:
@@ -341,7 +345,7 @@ def _looked_again(case: _Case) -> Decision:
     run = case.known
     if run.next_poll_at is None:
         return Unchanged()  # nobody asked: a list showed it in passing
-    if isinstance(case.report, Unanswered):
+    if isinstance(case.report, ReadFailed):
         return _back_off(case)
     return Changed(replace(run, polls=run.polls + 1, failures=0, next_poll_at=None))
 
@@ -452,8 +456,8 @@ def _next_cost_read(run: Run, case: _Case) -> datetime:
 def _judged(run: Run, case: _Case) -> Changed:
     """Give a settled run the verdict that its facts call for, or the time when its callback is written off."""
     verdict = run.verdict
-    if run.told is not None and verdict is not Verdict.DIVERGED:
-        if run.told.value != run.state.value:
+    if run.callback_status is not None and verdict is not Verdict.DIVERGED:
+        if run.callback_status.value != run.state.value:
             verdict = Verdict.DIVERGED
         elif run.reported_at is not None and run.reported_at <= callback_gone_at(run, case.policy):
             verdict = Verdict.MATCHED

@@ -81,4 +81,4 @@ def ended_at(run: Run) -> datetime:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"  # noqa: PLR2004
+    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from receiver.errors import FloraError
-from receiver.model import Origin, Registered, Snapshot, Start, StartState
+from receiver.model import Origin, RunRegistered, Snapshot, Start, StartState
 
 SAFE_TO_REPEAT = timedelta(minutes=100)
 """FLORA's key lives two hours (its site says 24): we trust it for less."""
@@ -39,9 +39,9 @@ class Reply(StrEnum):
 
 def reply_of(error: FloraError) -> Reply:
     """Return what a failed start means, by FLORA's table of errors."""
-    if error.status == 409:  # noqa: PLR2004 -- idempotency_duplicate; `conflict` names no other reason
+    if error.status == 409:
         return Reply.EXISTS
-    if error.status is None or error.status == 429 or error.status >= 500 or error.status < 400:  # noqa: PLR2004
+    if error.status is None or error.status == 429 or error.status >= 500 or error.status < 400:
         return Reply.AGAIN
     return Reply.DENIED
 
@@ -60,7 +60,7 @@ def deferred(start: Start, error: FloraError, *, now: datetime, jitter: float = 
     """Return the start to be asked about again: after what FLORA named, else 1, 2, 4 … 30 s."""
     pause = error.retry_after
     if pause is None:
-        pause = 5.0 if error.status == 429 else min(2.0 ** min(start.attempts, 5), _LONGEST_PAUSE_SECONDS)  # noqa: PLR2004
+        pause = 5.0 if error.status == 429 else min(2.0 ** min(start.attempts, 5), _LONGEST_PAUSE_SECONDS)
         pause *= 1 + 0.25 * jitter
     explained = _explained(start, error)
     return replace(explained, attempts=start.attempts + 1, due_at=now + timedelta(seconds=min(pause, 3600)))
@@ -137,9 +137,9 @@ def _explained(start: Start, error: FloraError) -> Start:
     )
 
 
-def registered(start: Start, run_id: str, now: datetime) -> Registered:
+def registered(start: Start, run_id: str, now: datetime) -> RunRegistered:
     """Return what a start knows about the run that it made."""
-    return Registered(
+    return RunRegistered(
         run_id=run_id,
         origin=Origin.STARTED,
         registered_at=now,

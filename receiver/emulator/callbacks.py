@@ -37,7 +37,7 @@ class Attempt:
 
     @property
     def accepted(self) -> bool:
-        return self.status is not None and 200 <= self.status < 300  # noqa: PLR2004
+        return self.status is not None and 200 <= self.status < 300
 
 
 @dataclass(slots=True)
@@ -222,7 +222,7 @@ class Callbacks:
         }
         try:
             status = await self._post(delivery.url, body, headers)
-        except Exception as error:  # noqa: BLE001 - whatever the receiver does to us is an outcome, not our failure
+        except Exception as error:
             return Attempt(attempt, copy, at, signature, error=f"{type(error).__name__}: {error}")
         return Attempt(attempt, copy, at, signature, status=status)
 

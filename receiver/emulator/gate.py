@@ -107,7 +107,7 @@ def _spoilt(response: Response, faults: Sequence[Fault]) -> Response:
 class _CutResponse(Response):
     """Announces its whole body, sends half of it and returns: the server then closes the connection."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         half = bytes(self.body)[: len(self.body) // 2]
         await send({"type": "http.response.body", "body": half, "more_body": True})

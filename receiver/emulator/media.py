@@ -116,7 +116,7 @@ def _mp4(colour: bytes, size: int) -> Media:
     head = movie(colour)
     missing = size - len(head)
     unit = _noise(colour, _UNIT)
-    if missing < 16:  # noqa: PLR2004 - the head of a 64-bit box
+    if missing < 16:
         return Media(head, unit, 0, b"")
     return Media(head + struct.pack(">I4sQ", 1, b"free", missing), unit, missing - 16, b"")
 

@@ -49,7 +49,7 @@ def _escaped(payload: bytes) -> bytes:
     """Put a 3 between two zeros and anything up to 3: a decoder would take it for a start code."""
     out, zeros = bytearray(), 0
     for byte in payload:
-        if zeros == 2 and byte <= 3:  # noqa: PLR2004 - as the standard says
+        if zeros == 2 and byte <= 3:
             out.append(3)
             zeros = 0
         out.append(byte)

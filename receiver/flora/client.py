@@ -117,7 +117,7 @@ class FloraClient:
             self._answered(None)
             raise FloraError(f"FLORA cannot be reached: {type(error).__name__}") from error
         self._answered(status)
-        if not 200 <= status < 300:  # noqa: PLR2004
+        if not 200 <= status < 300:
             raise parse_error(status, body, answer_headers)
         try:
             return parse(parse_json(body))

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from receiver.errors import FloraError, PayloadError
-from receiver.model import Output, OutputType, Snapshot, Told
+from receiver.model import CallbackStatus, Output, OutputType, Snapshot
 from receiver.nouns import noun
 
 _MAX_ID = 200
@@ -25,7 +25,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST_MS = 253_402_300_799_999  # the end of the year 9999
 _MAX_TEXT = 4_000
 """Longest error message, name or status that is kept, in characters. Output values are never shortened."""
-_TOLD = {"run.completed": Told.COMPLETED, "run.failed": Told.FAILED}
+_TOLD = {"run.completed": CallbackStatus.COMPLETED, "run.failed": CallbackStatus.FAILED}
 
 
 @noun(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Callback:
     run_id: str
     event: str | None
     api_version: str | None
-    told: Told | None
+    callback_status: CallbackStatus | None
     run_type: str | None
     workspace_id: str | None
     error_code: str | None
@@ -121,7 +121,7 @@ def parse_callback(body: bytes) -> Callback:
         run_id=run_id,
         event=event,
         api_version=_text(message, "api_version", "apiVersion"),
-        told=_told(event, _text(data, "status")),
+        callback_status=_told(event, _text(data, "status")),
         run_type=_text(data, "run_type", "runType"),
         workspace_id=_identifier(data, "workspace_id", "workspaceId"),
         error_code=_text(data, "error_code", "errorCode"),
@@ -129,11 +129,11 @@ def parse_callback(body: bytes) -> Callback:
     )
 
 
-def _told(event: str | None, status: str | None) -> Told | None:
+def _told(event: str | None, status: str | None) -> CallbackStatus | None:
     by_event = _TOLD.get(event or "")
     if by_event is None or status not in {"completed", "failed"}:
         return by_event
-    return by_event if by_event == status else Told.BOTH
+    return by_event if by_event == status else CallbackStatus.CONFLICTING
 
 
 def parse_run(payload: Any, *, technique_id: str | None = None) -> Snapshot:

@@ -10,7 +10,7 @@ _GROW_AFTER = 20
 _LONGEST_HOLD = timedelta(hours=1)
 
 
-class Budget:
+class RateLimit:
     """At most `limit` calls at once, fewer after a 429; none at all until a hold is over."""
 
     def __init__(self, limit: int = 8, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:

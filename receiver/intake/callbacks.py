@@ -1,4 +1,4 @@
-"""The one door of the ledger: callbacks come in by `accept`, everything else that tells of a run by `learn`.
+"""The one door of the ledger: callbacks come in by `accept`, everything else that tells of a run by `apply`.
 
 What may come in is judged here; how it is committed is `commits.py`, what it does to the ledger `recording.py`. Called by
 web, poller, janitor, starter.
@@ -19,10 +19,10 @@ from receiver.flora.messages import Callback, parse_callback
 from receiver.flora.signature import Verified, canary_key, verify
 from receiver.intake.group_commit import GroupCommit
 from receiver.intake.recorder import Recorder
-from receiver.model import Asked, Delivery, Heard, Rejection, Report, Subscription
+from receiver.model import CallbackReceived, Delivery, ReadRequested, Rejection, Report, Subscription
 from receiver.store import Database, ledger
 from receiver.store.changes import Signals
-from receiver.store.touching import prove
+from receiver.store.touching import check_writable
 from receiver.telemetry import Metrics
 
 log = structlog.get_logger("receiver.intake")
@@ -119,7 +119,7 @@ class Intake:
             if error.problem is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE:
                 await self._look_anyway(body, now)
             elif error.problem is SignatureProblem.SIGNATURE_MISMATCH and self._is_canary(body, signature, now):
-                await self._database.write(prove)
+                await self._database.write(check_writable)
                 return Canary()
             return self.refuse(error.problem.value, str(error), remote=remote, size=len(body))
         try:
@@ -147,9 +147,9 @@ class Intake:
         recorded = await self._commits.enter(_heard(callback, now), delivery, start)
         if not recorded.new_delivery:
             return Duplicate()
-        return Accepted() if callback.told is not None else Ignored()
+        return Accepted() if callback.callback_status is not None else Ignored()
 
-    async def learn(self, report: Report, *, start: str | None = None) -> Decision:
+    async def apply(self, report: Report, *, start: str | None = None) -> Decision:
         """Commit what a report does to its run, and return it. Raises StoreUnavailableError.
 
         With `start`, the report's run is that start's: both are committed together.
@@ -179,17 +179,17 @@ class Intake:
             callback = parse_callback(body)
             known = await self._database.read(lambda tx: ledger.runs_by_id(tx, [callback.run_id]))
             if known and known[callback.run_id].settled_at is None:
-                await self.learn(Asked(callback.run_id, now))
+                await self.apply(ReadRequested(callback.run_id, now))
         except (PayloadError, StoreUnavailableError):
             pass  # it stays refused; polling will find the run
 
 
-def _heard(callback: Callback, now: datetime) -> Heard | None:
-    if callback.told is None:
+def _heard(callback: Callback, now: datetime) -> CallbackReceived | None:
+    if callback.callback_status is None:
         return None
-    return Heard(
+    return CallbackReceived(
         run_id=callback.run_id,
-        told=callback.told,
+        callback_status=callback.callback_status,
         received_at=now,
         run_type=callback.run_type,
         workspace_id=callback.workspace_id,

@@ -12,7 +12,18 @@ from sqlalchemy import Connection
 
 from receiver.decide import Changed, Decision, Kind, Policy, Unchanged, kind_of, reconcile, settle
 from receiver.decide.starts import registered
-from receiver.model import Delivery, Dispatch, Event, Origin, Output, Registered, Report, Run, Subscription, Unanswered
+from receiver.model import (
+    Delivery,
+    Dispatch,
+    Event,
+    Origin,
+    Output,
+    ReadFailed,
+    Report,
+    Run,
+    RunRegistered,
+    Subscription,
+)
 from receiver.nouns import noun
 from receiver.store import channel, ledger, starts
 
@@ -111,7 +122,7 @@ class Recorder:
             decision: Decision = Unchanged()
             if entry.report is not None:
                 start = asked.get(entry.start or "")
-                if start is not None and not isinstance(entry.report, Registered):
+                if start is not None and not isinstance(entry.report, RunRegistered):
                     self._decide(tx, fold, registered(start, entry.report.run_id, now), now)
                 decision = self._decide(tx, fold, entry.report, now)
             recorded.append(Recorded(is_new, decision))
@@ -134,7 +145,7 @@ class Recorder:
         run_id = report.run_id
         run = fold.now_are.get(run_id)
         if run is not None and self._must_wait(tx, fold, run, report, now):
-            report = Unanswered(run_id, now, retry_after=_START_SECONDS)
+            report = ReadFailed(run_id, now, retry_after=_START_SECONDS)
         decision = reconcile(run, report, self._policy, now=now, jitter=self._jitter())
         if isinstance(decision, Changed):
             fold.now_are[run_id] = decision.run

@@ -72,7 +72,7 @@ async def resolve(host: str, port: int) -> Sequence[str]:
 def host_and_port(text: str) -> tuple[str, int]:
     """Read `host:port` (IPv6 in brackets) of a setting; ValueError says what is wrong with it."""
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:  # noqa: PLR2004
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r} is not host:port")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -93,7 +93,7 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         self,
         host: str,
         port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
+        timeout: float | None = None,
         local_address: str | None = None,
         socket_options: Iterable[SocketOption] | None = None,
     ) -> httpcore.AsyncNetworkStream:
@@ -121,7 +121,7 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         self,
         addresses: Sequence[str],
         port: int,
-        timeout: float | None,  # noqa: ASYNC109
+        timeout: float | None,
         local_address: str | None,
         socket_options: Iterable[SocketOption] | None,
     ) -> httpcore.AsyncNetworkStream:
@@ -137,8 +137,8 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
     async def connect_unix_socket(
         self,
         path: str,
-        timeout: float | None = None,  # noqa: ARG002, ASYNC109
-        socket_options: Iterable[SocketOption] | None = None,  # noqa: ARG002
+        timeout: float | None = None,
+        socket_options: Iterable[SocketOption] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         raise PrivateAddressError(f"unix sockets are not public: {path}")
 
@@ -152,10 +152,10 @@ class _Stream(httpcore.AsyncNetworkStream):
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         return await self._stream.read(max_bytes, timeout)
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         await self._stream.write(buffer, timeout)
 
     async def aclose(self) -> None:
@@ -165,7 +165,7 @@ class _Stream(httpcore.AsyncNetworkStream):
         self,
         ssl_context: ssl.SSLContext,
         server_hostname: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> httpcore.AsyncNetworkStream:
         try:
             return await self._stream.start_tls(ssl_context, server_hostname, timeout)

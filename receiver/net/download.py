@@ -286,7 +286,7 @@ def _translated(exc: httpx.HTTPError, host: str) -> DownloadError:
 
 def _content_type(response: httpx.Response) -> str | None:
     value = response.headers.get("content-type", "").strip()
-    return value if value and len(value) <= 200 and value.isascii() and value.isprintable() else None  # noqa: PLR2004
+    return value if value and len(value) <= 200 and value.isascii() and value.isprintable() else None
 
 
 def _content_length(response: httpx.Response) -> int | None:

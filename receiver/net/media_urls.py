@@ -35,7 +35,7 @@ def redirected(response: httpx.Response) -> httpx.URL:
 def _clean(url: httpx.URL) -> httpx.URL:
     if url.scheme not in {"http", "https"} or not url.host:
         raise DownloadRefusedError(f"{url.host or 'the output'}: outputs are fetched over https only")
-    if not 0 <= (url.port or 0) < 65536:  # noqa: PLR2004
+    if not 0 <= (url.port or 0) < 65536:
         raise DownloadRefusedError(f"{url.host}: there is no such port")
     if url.userinfo:
         raise DownloadRefusedError(f"{url.host}: the output's URL carries credentials")

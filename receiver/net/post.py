@@ -76,7 +76,7 @@ def target_url(text: str, *, allow_private: bool) -> str:
         raise ValueError("must not hold a user name or password: put `Authorization` into `headers`")
     if url.fragment:
         raise ValueError("must not have a fragment (#…): no server would see it")
-    if url.port is not None and not 0 < url.port < 65536:  # noqa: PLR2004
+    if url.port is not None and not 0 < url.port < 65536:
         raise ValueError("has a port that does not exist")
     if allow_private:
         return str(url)
@@ -288,7 +288,7 @@ def _retry_after(value: str, now: datetime) -> float | None:
     """Read seconds or an HTTP date; None for what is past or unreadable."""
     text = value.strip()
     if text.isascii() and text.isdecimal():
-        return float(text[-9:]) or None if len(text) <= 9 else 1e9  # noqa: PLR2004 - thirty years are for ever
+        return float(text[-9:]) or None if len(text) <= 9 else 1e9
     try:
         at = parsedate_to_datetime(text)
         seconds = ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now).total_seconds()

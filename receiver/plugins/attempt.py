@@ -78,7 +78,7 @@ async def _guarded(handler: Handler, run: SettledRun, context: "AttemptContext")
         return await handler.handle(run, context)
     except asyncio.CancelledError:
         raise
-    except BaseException as error:  # noqa: BLE001 -- whatever a plug-in raises, SystemExit too
+    except BaseException as error:
         # Libraries quote the URL that failed, or its path, which only we can tell for a media URL.
         context.log.warning("handler.raised", exception=concealed(_traced(error), _media(run)))
         return Retry(_described(error))
@@ -97,7 +97,7 @@ def storable(answer: Answer, media: Sequence[str] = ()) -> Answer:
                 return Retry(_text(reason, media), None if after is None else float(after), reread is True)
             case Reject(reason=reason):
                 return Reject(_text(reason, media))
-    except Exception as error:  # noqa: BLE001 -- whatever a plug-in's object does when it is looked at
+    except Exception as error:
         what = f"what it answered cannot be kept: {type(error).__name__}"
         # The effect of Done is applied: only what it says about itself is lost.
         if isinstance(answer, Done):
@@ -131,7 +131,7 @@ def _traced(error: BaseException) -> str:
 def _described(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001 -- an error that cannot even say what it is
+    except Exception:
         return type(error).__name__
 
 

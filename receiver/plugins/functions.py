@@ -41,7 +41,7 @@ class FunctionMaker:
         self._function = function
         self.__doc__ = inspect.getdoc(function)
 
-    def __call__(self, config: BaseModel) -> "FunctionHandler":  # noqa: ARG002 -- it is empty
+    def __call__(self, config: BaseModel) -> "FunctionHandler":
         return FunctionHandler(self._function)
 
 
@@ -112,7 +112,7 @@ class FunctionHandler:
             answer, error = None, None
             try:
                 answer = self._function(run, blocking)
-            except BaseException as exc:  # noqa: BLE001 -- SystemExit too: it is the attempt's to judge
+            except BaseException as exc:
                 error = exc
             try:
                 loop.call_soon_threadsafe(settle, answer, error)

@@ -93,7 +93,7 @@ def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
         return
     try:
         result = call()
-    except BaseException as error:  # noqa: BLE001 - it is the caller's to judge
+    except BaseException as error:
         future.set_exception(error)
     else:
         future.set_result(result)

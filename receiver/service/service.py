@@ -12,7 +12,7 @@ from typing import Any, Literal
 import structlog
 from starlette.types import ASGIApp
 
-from receiver.config import Settings, made_token, operations_problem
+from receiver.config import Settings, ensure_token, operations_problem
 from receiver.decide import Policy
 from receiver.errors import ConfigError, Problem, StoreUnavailableError
 from receiver.intake.callbacks import Intake, Secret
@@ -25,9 +25,9 @@ from receiver.service import wiring
 from receiver.service.systemd import Supervisor
 from receiver.store import Database, open_database, queries, queue
 from receiver.store.changes import Signals
-from receiver.store.database import shown
+from receiver.store.database import redact_url
 from receiver.store.migrate import upgrade
-from receiver.store.touching import prove
+from receiver.store.touching import check_writable
 from receiver.telemetry import Metrics
 from receiver.web.connection_guard import Guard, Limits
 from receiver.web.ops.app import ops_app
@@ -41,8 +41,8 @@ from receiver.web.public import public_app
 from receiver.web.server import Server, bind
 from receiver.workers.dispatcher import Dispatcher
 from receiver.workers.janitor import Janitor
-from receiver.workers.leader import Election
-from receiver.workers.notifier import Herald
+from receiver.workers.leader import LeaderLease
+from receiver.workers.notifier import ChangeNotifier
 from receiver.workers.poller import Poller
 from receiver.workers.starter import Starter
 from receiver.workers.sweeper import Sweeper
@@ -154,7 +154,7 @@ class Service:
             downloader=self._downloader,
             signals=self.signals,
             metrics=self.metrics,
-            learn=self.intake.learn,
+            apply=self.intake.apply,
             lease=timedelta(seconds=settings.dispatch.lease_seconds),
             takeover=self.database.shared,
             clock=self._clock,
@@ -166,7 +166,7 @@ class Service:
             pause_seconds=min(5.0, settings.reconcile.callback_window_seconds / 4),
             clock=self._clock,
         )
-        self.herald = Herald(self.database, self.signals)
+        self.herald = ChangeNotifier(self.database, self.signals)
         self._stopping = asyncio.Event()
         self._probed_at: datetime | None = None
         self._probe: asyncio.Future[None] | None = None
@@ -221,7 +221,7 @@ class Service:
             await self.ready()
             return
         with contextlib.suppress(StoreUnavailableError):
-            await self.database.write(prove)
+            await self.database.write(check_writable)
 
     async def ready(self) -> str | None:
         """Return None, or why this process should get no callbacks now. A good answer is believed for a second."""
@@ -230,7 +230,7 @@ class Service:
         now = self._clock()
         if self._probed_at is None or not timedelta(0) <= now - self._probed_at < _READY_FOR:
             if self._probe is None or self._probe.done():  # many may ask while the database does not answer
-                self._probe = asyncio.ensure_future(self.database.write(prove))
+                self._probe = asyncio.ensure_future(self.database.write(check_writable))
             try:
                 async with asyncio.timeout(5):
                     await asyncio.shield(self._probe)
@@ -246,7 +246,7 @@ class Service:
         if before != after:
             log.info("database.migrated", before=before, after=after)
         # Where the database is shared, leases may be held by the living: they run out by themselves.
-        if not self.database.shared and (freed := await self.database.write(queue.void_leases)):
+        if not self.database.shared and (freed := await self.database.write(queue.release_all)):
             log.warning(
                 "dispatch.leases_voided", count=freed, reason="the process that held them did not stop in order"
             )
@@ -261,7 +261,7 @@ class Service:
         ops_host, ops_port = self.operations_address
         log.info(
             "service.ready", role=self._only or "all", listening=self._listening(), operations=f"{ops_host}:{ops_port}",
-            database=shown(settings.database.url),
+            database=redact_url(settings.database.url),
             handlers=[each.registration.name for each in self._loaded],
         )  # fmt: skip
 
@@ -288,7 +288,7 @@ class Service:
         if self._settings.discover.enabled:
             elected["sweeper"] = self.sweeper.run
         for name, work in elected.items():
-            loops[name] = Election(self.database, name, work).run
+            loops[name] = LeaderLease(self.database, name, work).run
         return loops | {"dispatcher": self.dispatcher.run, "own starts": self.starter.ask_own}
 
     def _public_server(self) -> Server:
@@ -321,7 +321,7 @@ class Service:
         settings, operations = self._settings, self._settings.operations
         if (problem := operations_problem(settings)) is not None:
             raise ConfigError([problem])
-        access = Access(made_token(settings), operations.host, operations.allowed_hosts)
+        access = Access(ensure_token(settings), operations.host, operations.allowed_hosts)
         names = [each.handler for each in self._subscriptions]
         runs = Runs(
             self.database,

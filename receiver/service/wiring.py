@@ -9,7 +9,7 @@ import httpx
 from receiver.config import Settings
 from receiver.decide import Policy
 from receiver.flora.client import FloraClient
-from receiver.flora.rate_limit import Budget
+from receiver.flora.rate_limit import RateLimit
 from receiver.net.download import DownloadLimits
 from receiver.telemetry import Metrics
 from receiver.web.accept_limits import room_for
@@ -83,11 +83,11 @@ def discovery(settings: Settings) -> Discovery:
 
 def budgets(
     settings: Settings, clients: Mapping[str | None, FloraClient], clock: Callable[[], datetime]
-) -> Mapping[str | None, Budget]:
+) -> Mapping[str | None, RateLimit]:
     """Return each client's budget; FLORA counts by key, so clients with one key share one."""
-    by_key: dict[str | None, Budget] = {}
+    by_key: dict[str | None, RateLimit] = {}
     limit = settings.reconcile.concurrency
-    return {key: by_key.setdefault(settings.api_key_for(key), Budget(limit, clock=clock)) for key in clients}
+    return {key: by_key.setdefault(settings.api_key_for(key), RateLimit(limit, clock=clock)) for key in clients}
 
 
 def clients(settings: Settings, http: httpx.AsyncClient, metrics: Metrics) -> Mapping[str | None, FloraClient]:

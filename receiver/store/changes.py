@@ -44,10 +44,10 @@ class Changes:
         """Whether anyone listens."""
         return bool(self._all or self._by_run)
 
-    def publish(self, change: Change, *, told_by_others: bool = False) -> None:
-        """Tell everyone who listens to this run, or to all; `told_by_others`: another process committed it."""
+    def publish(self, change: Change, *, remote: bool = False) -> None:
+        """Tell everyone who listens to this run, or to all; `remote`: another process committed it."""
         for listener in (*self._all, *self._by_run.get(change.run_id, ())):
-            if told_by_others and listener.own_only:
+            if remote and listener.own_only:
                 continue
             try:
                 listener.changes.put_nowait(change)

@@ -77,7 +77,7 @@ def open_database(url: str, *, listen_url: str | None = None, pool_size: int = 8
     return SqliteDatabase(path)
 
 
-def shown(url: str) -> str:
+def redact_url(url: str) -> str:
     """Return a URL as it may be logged: without user, password and options."""
     scheme, _, rest = url.partition("://")
     return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"

@@ -5,17 +5,17 @@ from datetime import datetime
 from sqlalchemy import Connection, delete, or_, select
 from sqlalchemy.dialects import postgresql
 
-from receiver.store.rows import moment, ms
+from receiver.store.rows import from_ms, to_ms
 from receiver.store.schema import leases
 
 
 def take(tx: Connection, name: str, *, owner: str, token: str, now: datetime, until: datetime) -> bool:
     """Take a lease that is free, has run out or is ours already; False if another process holds it."""
-    statement = postgresql.insert(leases).values(name=name, owner=owner, token=token, until=ms(until))
+    statement = postgresql.insert(leases).values(name=name, owner=owner, token=token, until=to_ms(until))
     taken = statement.on_conflict_do_update(
         index_elements=["name"],
-        set_={"owner": owner, "token": token, "until": ms(until)},
-        where=or_(leases.c.until <= ms(now), leases.c.token == token),
+        set_={"owner": owner, "token": token, "until": to_ms(until)},
+        where=or_(leases.c.until <= to_ms(now), leases.c.token == token),
     ).returning(leases.c.name)
     return tx.execute(taken).first() is not None
 
@@ -23,7 +23,7 @@ def take(tx: Connection, name: str, *, owner: str, token: str, now: datetime, un
 def until(tx: Connection, name: str) -> datetime | None:
     """Return when a lease ends, whoever holds it; None: nobody does."""
     ends = tx.execute(select(leases.c.until).where(leases.c.name == name)).scalar_one_or_none()
-    return None if ends is None else moment(ends)
+    return None if ends is None else from_ms(ends)
 
 
 def release(tx: Connection, name: str, *, token: str) -> None:

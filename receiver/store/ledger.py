@@ -16,11 +16,11 @@ from receiver.store.rows import (
     RUN_COLUMNS,
     dispatch_row,
     heard_values,
-    ms,
     output_of,
     run_of,
     run_row,
     run_values,
+    to_ms,
 )
 from receiver.store.schema import deliveries, delivery_bodies, dispatches, outputs, runs
 
@@ -166,7 +166,7 @@ def add_deliveries(tx: Connection, new: Sequence[Delivery]) -> None:
     _INSERT_DELIVERY(
         tx,
         [
-            (each.delivery_id, each.run_id, each.event, each.api_version, ms(each.received_at), each.age, each.secret,
+            (each.delivery_id, each.run_id, each.event, each.api_version, to_ms(each.received_at), each.age, each.secret,
              each.readable, 0)
             for each in new
         ],
@@ -179,7 +179,7 @@ def count_duplicates(tx: Connection, times: Mapping[str, int], *, at: datetime) 
     if times:
         tx.execute(
             _COUNT_DUPLICATES,
-            [{"_delivery_id": key, "_times": count, "_at": ms(at)} for key, count in sorted(times.items())],
+            [{"_delivery_id": key, "_times": count, "_at": to_ms(at)} for key, count in sorted(times.items())],
         )
 
 
@@ -200,9 +200,9 @@ def due_runs(
     without: Collection[str] = (),
 ) -> tuple[Run, ...]:
     """Return the runs to read by `now` (and not by `after`), longest due first; of one workspace, or without some."""
-    statement = select(runs).where(runs.c.next_poll_at <= ms(now))
+    statement = select(runs).where(runs.c.next_poll_at <= to_ms(now))
     if after is not None:
-        statement = statement.where(runs.c.next_poll_at > ms(after))
+        statement = statement.where(runs.c.next_poll_at > to_ms(after))
     if only is not None:
         statement = statement.where(runs.c.workspace_id == only)
     elif without:
@@ -222,13 +222,13 @@ def next_due_ms(tx: Connection, *, after: datetime | None = None) -> int | None:
     """Return when the next run is to be read (of those due after `after`), in unix milliseconds; None: none is."""
     statement = select(func.min(runs.c.next_poll_at))
     if after is not None:
-        statement = statement.where(runs.c.next_poll_at > ms(after))
+        statement = statement.where(runs.c.next_poll_at > to_ms(after))
     return tx.execute(statement).scalar_one_or_none()
 
 
 def written_off(tx: Connection, *, now: datetime, limit: int) -> tuple[Run, ...]:
     """Return settled runs whose callback has not come in time."""
-    statement = select(runs).where(runs.c.verdict_due_at <= ms(now)).order_by(runs.c.verdict_due_at).limit(limit)
+    statement = select(runs).where(runs.c.verdict_due_at <= to_ms(now)).order_by(runs.c.verdict_due_at).limit(limit)
     return tuple(run_of(row) for row in tx.execute(statement).mappings())
 
 

@@ -20,7 +20,7 @@ import psycopg
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url
 
 from receiver.errors import StoreUnavailableError
-from receiver.store.rows import moment
+from receiver.store.rows import from_ms
 
 T = TypeVar("T")
 Job = Callable[[Connection], T]
@@ -107,7 +107,7 @@ class PostgresDatabase:
 
     def now(self, tx: Connection, default: datetime) -> datetime:
         """Return the database's time: leases must not depend on how well the clocks of replicas agree."""
-        return moment(tx.exec_driver_sql(_NOW).scalar_one()) if self._database_clock else default
+        return from_ms(tx.exec_driver_sql(_NOW).scalar_one()) if self._database_clock else default
 
     async def notify(self, what: str) -> None:
         """Wake the other processes; outside any transaction of consequence, and never needed for correctness."""

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, func, select, tuple
 from receiver.model import Artifact, Dispatch, DispatchState, Output, Rejection, Run, RunState, Start, StartState
 from receiver.store.ledger import outputs_of_runs
 from receiver.store.queue import artifacts_of_run, dispatches_of_run
-from receiver.store.rows import dispatch_of, moment, moment_or_none, ms, run_of
+from receiver.store.rows import dispatch_of, from_ms, from_ms_or_none, run_of, to_ms
 from receiver.store.schema import deliveries, delivery_bodies, dispatch_attempts, dispatches, rejections, runs, starts
 from receiver.store.starts import start_of
 
@@ -164,7 +164,7 @@ def rejection_page(tx: Connection, *, limit: int, before: int | None = None) -> 
     if before is not None:
         statement = statement.where(rejections.c.seq < before)
     return tuple(
-        (row.seq, Rejection(moment(row.rejected_at), row.code, row.remote, row.size)) for row in tx.execute(statement)
+        (row.seq, Rejection(from_ms(row.rejected_at), row.code, row.remote, row.size)) for row in tx.execute(statement)
     )
 
 
@@ -206,7 +206,7 @@ def attempts_of_run(tx: Connection, run_id: str) -> tuple[Attempt, ...]:
     )
     return tuple(
         Attempt(
-            row.handler, row.event, row.attempt, moment(row.started_at), moment_or_none(row.ended_at), row.outcome,
+            row.handler, row.event, row.attempt, from_ms(row.started_at), from_ms_or_none(row.ended_at), row.outcome,
             row.error,
         )
         for row in tx.execute(statement)
@@ -245,17 +245,17 @@ def overdue(tx: Connection, handlers: Collection[str], *, now: datetime) -> dict
         ).scalar_one_or_none(),
         "dispatch": tx.execute(select(func.min(dispatches.c.due_at)).where(ready)).scalar_one_or_none(),
     }
-    return {queue: 0.0 if due is None else max(0.0, (ms(now) - due) / 1000) for queue, due in oldest.items()}
+    return {queue: 0.0 if due is None else max(0.0, (to_ms(now) - due) / 1000) for queue, due in oldest.items()}
 
 
 def run_key(run: Run) -> tuple[int, str]:
     """Return what a page of runs is ordered by."""
-    return ms(run.first_seen_at), run.run_id
+    return to_ms(run.first_seen_at), run.run_id
 
 
 def start_key(start: Start) -> tuple[int, str]:
     """Return what a page of starts is ordered by."""
-    return ms(start.created_at), start.token
+    return to_ms(start.created_at), start.token
 
 
 def _orphaned(handlers: Collection[str]) -> ColumnElement[bool]:
@@ -269,11 +269,11 @@ def _arrival(row: Row[Any], *, body: bytes | None = None, signature: str | None 
         run_id=row.run_id,
         event=row.event,
         api_version=row.api_version,
-        received_at=moment(row.received_at),
+        received_at=from_ms(row.received_at),
         age=row.age,
         readable=row.readable,
         duplicates=row.duplicates,
-        last_duplicate_at=moment_or_none(row.last_duplicate_at),
+        last_duplicate_at=from_ms_or_none(row.last_duplicate_at),
         body=body,
         signature=signature,
     )

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from receiver.errors import LocationTakenError
 from receiver.model import Artifact, Dispatch, DispatchState, Event, Lane, Output, Run
 from receiver.store.ledger import outputs_of_runs, runs_by_id
-from receiver.store.rows import artifact_of, dispatch_of, ms
+from receiver.store.rows import artifact_of, dispatch_of, to_ms
 from receiver.store.schema import artifacts, dispatch_attempts, dispatches
 
 # As literals: a partial index is of use only where the query itself says what the index holds.
@@ -48,7 +48,7 @@ def claim(
     """Lease up to `limit` due dispatches of a handler to `token`, those due longest, counting the attempt.
 
     Dispatches of one run and handler are worked on one at a time, in the order they were made. One whose worker died on
-    its last attempt is not handed out again: see `bury`.
+    its last attempt is not handed out again: see `mark_exhausted`.
     """
     earlier = dispatches.alias("earlier")
     due = (
@@ -78,7 +78,7 @@ def claim(
             state=DispatchState.LEASED.value,
             attempts=dispatches.c.attempts + 1,
             lease_token=token,
-            lease_until=ms(until),
+            lease_until=to_ms(until),
         )
         .returning(dispatches)
     )
@@ -87,7 +87,7 @@ def claim(
         return ()
     tx.execute(
         postgresql.insert(dispatch_attempts).on_conflict_do_nothing(),
-        [{"dispatch_seq": row["seq"], "attempt": row["attempts"], "started_at": ms(now)} for row in rows],
+        [{"dispatch_seq": row["seq"], "attempt": row["attempts"], "started_at": to_ms(now)} for row in rows],
     )
     run_ids = {row["run_id"] for row in rows}
     runs, outputs = runs_by_id(tx, run_ids), outputs_of_runs(tx, run_ids)
@@ -98,7 +98,7 @@ def claim(
     )
 
 
-def bury(
+def mark_exhausted(
     tx: Connection, handler: str, *, max_attempts: int, now: datetime, lapsed: datetime | None = None
 ) -> tuple[Dispatch, ...]:
     """Mark dead what used up its attempts without ever answering: its workers died, or its limit was lowered."""
@@ -113,7 +113,7 @@ def bury(
             state=DispatchState.DEAD.value,
             lease_token=None,
             lease_until=None,
-            finished_at=ms(now),
+            finished_at=to_ms(now),
             last_error=func.coalesce(dispatches.c.last_error, "every worker that tried it stopped before it answered"),
         )
         .returning(dispatches)
@@ -123,7 +123,9 @@ def bury(
 
 def renew(tx: Connection, seqs: Collection[int], *, token: str, until: datetime) -> frozenset[int]:
     """Extend leases; return those that still hold. A missing one was taken over: stop working on it."""
-    statement = update(dispatches).where(_held(seqs, token)).values(lease_until=ms(until)).returning(dispatches.c.seq)
+    statement = (
+        update(dispatches).where(_held(seqs, token)).values(lease_until=to_ms(until)).returning(dispatches.c.seq)
+    )
     return frozenset(tx.execute(statement).scalars())
 
 
@@ -151,12 +153,12 @@ def finish(
             state=state.value,
             lease_token=None,
             lease_until=None,
-            due_at=ms(due_at or leased.dispatch.due_at),
+            due_at=to_ms(due_at or leased.dispatch.due_at),
             last_error=error,
             result=None
             if result is None
             else json.dumps(dict(result), default=str),  # ASCII: half characters are escaped
-            finished_at=ms(now) if over else None,
+            finished_at=to_ms(now) if over else None,
             lane=(lane or leased.dispatch.lane).value,
         )
     ).rowcount
@@ -165,7 +167,7 @@ def finish(
     tx.execute(
         update(dispatch_attempts)
         .where(dispatch_attempts.c.dispatch_seq == leased.seq, dispatch_attempts.c.attempt == leased.dispatch.attempts)
-        .values(ended_at=ms(now), outcome=state.value, error=error)
+        .values(ended_at=to_ms(now), outcome=state.value, error=error)
     )
     return True
 
@@ -180,7 +182,7 @@ def concluded(tx: Connection, leased: Leased) -> bool:
     return bool(tx.execute(select(ended)).scalar_one())
 
 
-def give_back(tx: Connection, seqs: Collection[int], *, token: str) -> int:
+def release(tx: Connection, seqs: Collection[int], *, token: str) -> int:
     """Return leases unused, their attempt uncounted: the process stops, the work is not to blame."""
     if not seqs:
         return 0
@@ -203,7 +205,7 @@ def give_back(tx: Connection, seqs: Collection[int], *, token: str) -> int:
     ).rowcount
 
 
-def void_leases(tx: Connection) -> int:
+def release_all(tx: Connection) -> int:
     """Free every lease: on SQLite this process is the only one, so whoever held them is dead."""
     return tx.execute(
         update(dispatches)
@@ -232,7 +234,7 @@ def next_due_ms(tx: Connection, handlers: Collection[str], *, after: datetime) -
             dispatches.c.lane.in_(tuple(Lane)),  # the index has it before the time
             dispatches.c.state.in_(_UNFINISHED),
             dispatches.c.state == _READY,
-            dispatches.c.due_at > ms(after),
+            dispatches.c.due_at > to_ms(after),
         )
     ).scalar_one_or_none()
 
@@ -289,7 +291,7 @@ def store_artifact(
     tx.execute(
         update(artifacts)
         .where(artifacts.c.run_id == run_id, artifacts.c.handler == handler, artifacts.c.position == position)
-        .values(size=size, sha256=sha256, content_type=content_type, stored_at=ms(now))
+        .values(size=size, sha256=sha256, content_type=content_type, stored_at=to_ms(now))
     )
 
 
@@ -307,9 +309,9 @@ def artifacts_of_run(tx: Connection, run_id: str) -> Sequence[Artifact]:
 
 def _due(now: datetime, *, lapsed: datetime | None) -> Any:
     """Ready and due; with `lapsed`, also leased by a worker whose lease had run out by then."""
-    due = and_(dispatches.c.state == _READY, dispatches.c.due_at <= ms(now))
+    due = and_(dispatches.c.state == _READY, dispatches.c.due_at <= to_ms(now))
     if lapsed is not None:
-        due = or_(due, and_(dispatches.c.state == _LEASED, dispatches.c.lease_until <= ms(lapsed)))
+        due = or_(due, and_(dispatches.c.state == _LEASED, dispatches.c.lease_until <= to_ms(lapsed)))
     return and_(dispatches.c.state.in_(_UNFINISHED), due)
 
 

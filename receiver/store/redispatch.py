@@ -8,7 +8,7 @@ from sqlalchemy.dialects import postgresql
 
 from receiver.model import Dispatch, DispatchState, Event
 from receiver.store.queue import dispatches_of_run
-from receiver.store.rows import dispatch_of, dispatch_row, ms
+from receiver.store.rows import dispatch_of, dispatch_row, to_ms
 from receiver.store.schema import dispatch_attempts, dispatches, runs
 
 OVER = (DispatchState.DONE, DispatchState.DEAD)
@@ -34,7 +34,7 @@ def rearm(
     if handler is not None:
         statement = statement.where(dispatches.c.handler == handler)
     armed = statement.values(
-        state=DispatchState.READY.value, attempts=0, due_at=ms(now), finished_at=None, result=None
+        state=DispatchState.READY.value, attempts=0, due_at=to_ms(now), finished_at=None, result=None
     ).returning(dispatches)
     rows = tx.execute(armed).mappings().all()
     for row in rows:
@@ -71,5 +71,5 @@ def settled_without(tx: Connection, handler: str, *, since: datetime, limit: int
         dispatches.c.handler == handler,
         dispatches.c.event == Event.SETTLED.value,
     )
-    statement = select(runs.c.run_id).where(runs.c.settled_at >= ms(since), ~told).order_by(runs.c.settled_at)
+    statement = select(runs.c.run_id).where(runs.c.settled_at >= to_ms(since), ~told).order_by(runs.c.settled_at)
     return tuple(tx.execute(statement.limit(limit)).scalars())

@@ -6,7 +6,7 @@ from datetime import datetime
 from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
 from receiver.model import DispatchState, Rejection
-from receiver.store.rows import moment, ms
+from receiver.store.rows import from_ms, to_ms
 from receiver.store.schema import deliveries, delivery_bodies, dispatches, rejections, runs
 
 
@@ -17,7 +17,7 @@ def add_rejections(tx: Connection, new: Sequence[Rejection], *, keep: int) -> No
     tx.execute(
         insert(rejections),
         [
-            {"rejected_at": ms(row.rejected_at), "code": row.code, "remote": row.remote, "size": row.size}
+            {"rejected_at": to_ms(row.rejected_at), "code": row.code, "remote": row.remote, "size": row.size}
             for row in new[-keep:]
         ],
     )
@@ -30,7 +30,7 @@ def delete_bodies(tx: Connection, *, before: datetime, limit: int) -> int:
     old = (
         select(delivery_bodies.c.seq)
         .join(deliveries, deliveries.c.seq == delivery_bodies.c.seq)
-        .where(deliveries.c.received_at < ms(before))
+        .where(deliveries.c.received_at < to_ms(before))
         .order_by(deliveries.c.received_at)
         .limit(limit)
     )
@@ -45,7 +45,7 @@ def delete_ledger(tx: Connection, *, before: datetime, limit: int) -> int:
     old_runs = (
         select(runs.c.run_id)
         .where(
-            runs.c.first_seen_at < ms(before),
+            runs.c.first_seen_at < to_ms(before),
             runs.c.state.in_(("completed", "failed", "lost")),
             runs.c.run_id.not_in(unfinished),
         )
@@ -56,7 +56,7 @@ def delete_ledger(tx: Connection, *, before: datetime, limit: int) -> int:
     old_deliveries = (
         select(deliveries.c.seq)
         .where(
-            deliveries.c.received_at < ms(before),
+            deliveries.c.received_at < to_ms(before),
             or_(deliveries.c.run_id.is_(None), deliveries.c.run_id.not_in(select(runs.c.run_id))),
         )
         .order_by(deliveries.c.received_at)
@@ -72,17 +72,19 @@ def newest(tx: Connection) -> datetime | None:
         for column in (runs.c.first_seen_at, deliveries.c.received_at)
     )
     times = [value for value in (run, delivery) if value is not None]
-    return moment(max(times)) if times else None
+    return from_ms(max(times)) if times else None
 
 
 def pull_back(tx: Connection, *, now: datetime, latest: datetime) -> int:
     """Make due now what a clock that jumped ahead had put further away than anything is ever put."""
-    pulled = tx.execute(update(runs).where(runs.c.next_poll_at > ms(latest)).values(next_poll_at=ms(now))).rowcount
+    pulled = tx.execute(
+        update(runs).where(runs.c.next_poll_at > to_ms(latest)).values(next_poll_at=to_ms(now))
+    ).rowcount
     return (
         pulled
         + tx.execute(
             update(dispatches)
-            .where(dispatches.c.state == DispatchState.READY.value, dispatches.c.due_at > ms(latest))
-            .values(due_at=ms(now))
+            .where(dispatches.c.state == DispatchState.READY.value, dispatches.c.due_at > to_ms(latest))
+            .values(due_at=to_ms(now))
         ).rowcount
     )

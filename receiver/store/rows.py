@@ -11,6 +11,7 @@ from sqlalchemy import RowMapping
 
 from receiver.model import (
     Artifact,
+    CallbackStatus,
     Dispatch,
     DispatchState,
     Event,
@@ -20,7 +21,6 @@ from receiver.model import (
     Output,
     Run,
     RunState,
-    Told,
     Verdict,
 )
 
@@ -28,29 +28,28 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MS = timedelta(milliseconds=1)
 
 
-def ms(moment: datetime) -> int:
+def to_ms(moment: datetime) -> int:
     """Return a time as the database holds it: unix milliseconds."""
     return (moment - _EPOCH) // _MS
 
 
-def ms_or_none(moment: datetime | None) -> int | None:
-    return None if moment is None else ms(moment)
-
-
-def moment(value: int) -> datetime:
+def from_ms(value: int) -> datetime:
     """Return the time behind unix milliseconds."""
     return _EPOCH + timedelta(milliseconds=value)
 
 
-def moment_or_none(value: int | None) -> datetime | None:
-    return None if value is None else moment(value)
+def from_ms_or_none(value: int | None) -> datetime | None:
+    return None if value is None else from_ms(value)
 
 
+_RENAMED = {"callback_status": "told"}
+"""Fields that have another name than their column."""
 _RUN_FIELDS = tuple(field.name for field in fields(Run))
+RUN_COLUMNS = tuple(_RENAMED.get(name, name) for name in _RUN_FIELDS)
 _ENUMS: Mapping[str, Callable[[str], Any]] = {
     "state": RunState,
     "origin": Origin,
-    "told": Told,
+    "told": CallbackStatus,
     "verdict": Verdict,
     "lost_reason": LostReason,
 }
@@ -58,10 +57,9 @@ _TIMES = frozenset(name for name in _RUN_FIELDS if name.endswith(("_at", "_since
 _RUN_VALUES = attrgetter(*_RUN_FIELDS)
 _COLUMN_OF: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(_ENUMS, attrgetter("_value_")),  # what `value` looks up, without its detour: the door pays for it
-    **dict.fromkeys(_TIMES, ms),
+    **dict.fromkeys(_TIMES, to_ms),
     "metadata": lambda metadata: json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True) if metadata else "{}",
 }
-RUN_COLUMNS = _RUN_FIELDS
 HEARD_COLUMNS = (
     "run_id", "state", "origin", "first_seen_at", "deadline_at", "run_type", "workspace_id", "error_code",
     "error_message", "told", "reported_at", "next_poll_at",
@@ -73,10 +71,10 @@ AS_NEW = {
     **dict.fromkeys(("losses", "polls", "ladder", "failures", "missing", "version"), "0"),
 }
 """Those of the others that are not NULL, in SQL."""
-_OTHERS = tuple(field for field in fields(Run) if field.name not in HEARD_COLUMNS)
+_OTHERS = tuple(field for field in fields(Run) if _RENAMED.get(field.name, field.name) not in HEARD_COLUMNS)
 _OTHER_VALUES = attrgetter(*(field.name for field in _OTHERS))
 _NEW_VALUES: tuple[Any, ...] = tuple({} if field.name == "metadata" else field.default for field in _OTHERS)
-_HEARD_VALUES = attrgetter(*HEARD_COLUMNS)
+_HEARD_VALUES = attrgetter(*(_RUN_FIELDS[RUN_COLUMNS.index(name)] for name in HEARD_COLUMNS))
 
 
 def _conversions(names: Sequence[str]) -> tuple[tuple[int, Callable[[Any], Any]], ...]:
@@ -114,18 +112,18 @@ def run_row(run: Run) -> dict[str, Any]:
 def run_of(row: Mapping[str, Any] | RowMapping) -> Run:
     """Return the run in a row of `runs`."""
     values: dict[str, Any] = {}
-    for name in _RUN_FIELDS:
+    for field, name in zip(_RUN_FIELDS, RUN_COLUMNS, strict=True):
         value = row[name]
         if value is not None:
             if name in _TIMES:
-                value = moment(value)
+                value = from_ms(value)
             elif name in _ENUMS:
                 value = _ENUMS[name](value)
             elif name == "metadata":
                 value = json.loads(value)
             elif name == "callback_expected":
                 value = bool(value)
-        values[name] = value
+        values[field] = value
     return Run(**values)
 
 
@@ -142,7 +140,7 @@ def dispatch_row(dispatch: Dispatch) -> dict[str, Any]:
         "round": dispatch.round,
         "state": dispatch.state.value,
         "attempts": dispatch.attempts,
-        "due_at": ms(dispatch.due_at),
+        "due_at": to_ms(dispatch.due_at),
         "last_error": dispatch.last_error,
         "lane": dispatch.lane.value,
     }
@@ -155,11 +153,11 @@ def dispatch_of(row: RowMapping) -> Dispatch:
         event=Event(row["event"]),
         round=row["round"],
         state=DispatchState(row["state"]),
-        due_at=moment(row["due_at"]),
+        due_at=from_ms(row["due_at"]),
         attempts=row["attempts"],
         last_error=row["last_error"],
         lease_token=row["lease_token"],
-        lease_until=moment_or_none(row["lease_until"]),
+        lease_until=from_ms_or_none(row["lease_until"]),
         lane=Lane(row["lane"]),
         result=None if row["result"] is None else json.loads(row["result"]),
     )
@@ -175,5 +173,5 @@ def artifact_of(row: RowMapping) -> Artifact:
         size=row["size"],
         sha256=row["sha256"],
         content_type=row["content_type"],
-        stored_at=moment_or_none(row["stored_at"]),
+        stored_at=from_ms_or_none(row["stored_at"]),
     )

@@ -155,7 +155,7 @@ class SqliteDatabase:
                             answers.append((future, job(self._connection), None))
                     except exc.OperationalError:
                         raise  # full, locked, read-only: SQLite may have ended the whole transaction by itself
-                    except Exception as error:  # noqa: BLE001 -- the job's own fault: handed to its caller, below
+                    except Exception as error:
                         answers.append((future, None, error))
                         if len(batch) == 1:
                             whole.rollback()
@@ -164,7 +164,7 @@ class SqliteDatabase:
             for _, future in batch:
                 future.set_exception(_unavailable(error))
             return
-        except BaseException as error:  # noqa: BLE001 -- a waiter must never wait for ever
+        except BaseException as error:
             self._end_transaction()
             for _, future in batch:
                 future.set_exception(error)
@@ -273,7 +273,7 @@ def _pool(read_only: bool) -> dict[str, Any]:
 def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
     try:
         future.set_result(call())
-    except BaseException as error:  # noqa: BLE001 -- a waiter must never wait for ever
+    except BaseException as error:
         future.set_exception(error)
 
 

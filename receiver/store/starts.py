@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, bindparam, func, insert, select, update
 
 from receiver.model import Operation, Start, StartState
-from receiver.store.rows import moment, ms
+from receiver.store.rows import from_ms, to_ms
 from receiver.store.schema import runs, starts
 
 _MARK_STARTED = (
@@ -85,7 +85,7 @@ def mark_started(tx: Connection, runs_by_token: Mapping[str, str]) -> None:
 
 def due(tx: Connection, *, now: datetime, limit: int) -> tuple[Start, ...]:
     """Return the starts that FLORA is to be asked about by now, oldest first."""
-    statement = select(starts).where(starts.c.state == StartState.ASKING.value, starts.c.due_at <= ms(now))
+    statement = select(starts).where(starts.c.state == StartState.ASKING.value, starts.c.due_at <= to_ms(now))
     return tuple(start_of(row) for row in tx.execute(statement.order_by(starts.c.due_at).limit(limit)).mappings())
 
 
@@ -100,11 +100,11 @@ def oldest_asking(tx: Connection, *, workspace_id: str | None, since: datetime) 
     first = tx.execute(
         select(func.min(starts.c.created_at)).where(
             starts.c.state == StartState.ASKING.value,
-            starts.c.created_at >= ms(since),
+            starts.c.created_at >= to_ms(since),
             starts.c.workspace_id.in_({"", workspace_id or ""}),
         )
     ).scalar_one_or_none()
-    return None if first is None else moment(first)
+    return None if first is None else from_ms(first)
 
 
 def unresolved_alike(tx: Connection, start: Start, *, since: datetime, until: datetime) -> int:
@@ -115,7 +115,7 @@ def unresolved_alike(tx: Connection, start: Start, *, since: datetime, until: da
         starts.c.technique_id == start.technique_id,
         starts.c.run_id.is_(None),
         starts.c.state.in_([StartState.ASKING.value, StartState.UNKNOWN.value]),
-        starts.c.created_at.between(ms(since), ms(until)),
+        starts.c.created_at.between(to_ms(since), to_ms(until)),
     )
     return int(tx.execute(statement).scalar_one())
 
@@ -139,8 +139,8 @@ def start_row(start: Start) -> dict[str, Any]:
         "metadata": json.dumps(dict(start.metadata), ensure_ascii=False, sort_keys=True),
         "callback_expected": start.callback_expected,
         "state": start.state.value,
-        "created_at": ms(start.created_at),
-        "due_at": ms(start.due_at),
+        "created_at": to_ms(start.created_at),
+        "due_at": to_ms(start.due_at),
         "attempts": start.attempts,
         "run_id": start.run_id,
         "error_status": start.error_status,
@@ -163,8 +163,8 @@ def start_of(row: RowMapping) -> Start:
         metadata=json.loads(row["metadata"]),
         callback_expected=row["callback_expected"],
         state=StartState(row["state"]),
-        created_at=moment(row["created_at"]),
-        due_at=moment(row["due_at"]),
+        created_at=from_ms(row["created_at"]),
+        due_at=from_ms(row["due_at"]),
         attempts=row["attempts"],
         run_id=row["run_id"],
         error_status=row["error_status"],

@@ -20,7 +20,7 @@ def touch(tx: Connection) -> None:
         raise StoreUnavailableError(f"the database cannot be written: {error.orig}") from error
 
 
-def prove(tx: Connection) -> None:
+def check_writable(tx: Connection) -> None:
     """Do what readiness asks for many times a minute. Of PostgreSQL, BEGIN has asked already whether it takes writes."""
     if tx.dialect.name == "sqlite":
         touch(tx)

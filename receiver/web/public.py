@@ -156,7 +156,7 @@ class _Bodies:
     async def read(self, receive: Receive, limit: int) -> bytes | None:
         """Return the body, or None if it is longer than `limit` bytes. Raises TimeoutError, ClientDisconnect."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task is not None, "a coroutine runs in a task"  # noqa: S101
+        assert task is not None, "a coroutine runs in a task"
         self._due[task] = due = loop.time() + self._seconds
         if self._timer is None:
             self._timer = loop.call_at(due, self._look, loop)
@@ -243,14 +243,14 @@ def public_app(
 def refusal(code: str, message: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return `{"error": {"code", "message"}}` with the code's status."""
     status = STATUS[code]
-    if status == 503:  # noqa: PLR2004
+    if status == 503:
         headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
     return JSONResponse({"error": {"code": code, "message": message}}, status_code=status, headers=headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     """Answer unknown paths and methods in our JSON too."""
-    if isinstance(error, HTTPException) and error.status_code == 405:  # noqa: PLR2004
+    if isinstance(error, HTTPException) and error.status_code == 405:
         response = refusal("method_not_allowed", f"{request.method} is not allowed here")
         response.headers.update(error.headers or {})
         return response

@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
         if self._sweeping is not None:
             self._sweeping.cancel()
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 -- uvicorn's signature
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen as uvicorn does, but on our sockets alone, and count handshakes."""
         await self.lifespan.startup()
         self.servers = [await self._listen(listener) for listener in self.sockets]

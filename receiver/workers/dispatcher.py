@@ -15,14 +15,14 @@ import structlog
 from receiver.decide import Outcome, conclude, room, settle, turns
 from receiver.errors import StoreUnavailableError
 from receiver.handler import Done, Retry
-from receiver.model import Asked, Dispatch, DispatchState, Event, Lane, Report, Subscription
+from receiver.model import Dispatch, DispatchState, Event, Lane, ReadRequested, Report, Subscription
 from receiver.net.download import Downloader
 from receiver.plugins.attempt import AttemptContext, Registration, answer_state, call, settled_run
 from receiver.plugins.progress import Scales
 from receiver.store import Database, ledger, queue
 from receiver.store.changes import Change, Signals
 from receiver.store.queue import Leased
-from receiver.store.rows import moment
+from receiver.store.rows import from_ms
 from receiver.telemetry import Metrics
 from receiver.workers.loop import either
 
@@ -63,7 +63,7 @@ class Dispatcher:
         downloader: Downloader,
         signals: Signals,
         metrics: Metrics,
-        learn: Callable[[Report], Awaitable[object]],
+        apply: Callable[[Report], Awaitable[object]],
         lease: timedelta = timedelta(seconds=60),
         takeover: bool = False,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -75,7 +75,7 @@ class Dispatcher:
         self._downloader = downloader
         self._signals = signals
         self._metrics = metrics
-        self._learn = learn
+        self._learn = apply
         self._lease = lease
         self._takeover = takeover
         self._idle_seconds = _SHARED_IDLE_SECONDS if database.shared else _IDLE_SECONDS
@@ -97,7 +97,7 @@ class Dispatcher:
                 await either(self._signals.dispatch, stopping, pause)
         finally:
             renewing.cancel()
-        await self.give_back()
+        await self.release()
 
     async def tick(self, now: datetime) -> float:
         """Start the due dispatches that fit, and return in how many seconds to look again."""
@@ -116,7 +116,7 @@ class Dispatcher:
         due, next_ms = await self._database.read(look)
         for registration in free:
             await self._claim(registration, busy[registration.name], due[registration.name], now)
-        until = self._idle_seconds if next_ms is None else (moment(next_ms) - self._clock()).total_seconds()
+        until = self._idle_seconds if next_ms is None else (from_ms(next_ms) - self._clock()).total_seconds()
         return min(self._idle_seconds, max(until, 0.0))
 
     async def drain(self) -> None:
@@ -125,7 +125,7 @@ class Dispatcher:
             await asyncio.wait({attempt.task for attempt in self._running.values() if attempt.task})
             await asyncio.sleep(0)
 
-    async def give_back(self) -> None:
+    async def release(self) -> None:
         """Stop every attempt and return its lease, uncounted: we stop, the handler is not to blame.
 
         What is being written down is waited for: given back while another thread commits it, it would be done again.
@@ -143,7 +143,7 @@ class Dispatcher:
         for token in {attempt.token for attempt in attempts}:
             seqs = [attempt.leased.seq for attempt in attempts if attempt.token == token]
             try:
-                await self._database.write(lambda tx, seqs=seqs, token=token: queue.give_back(tx, seqs, token=token))  # type: ignore[misc]
+                await self._database.write(lambda tx, seqs=seqs, token=token: queue.release(tx, seqs, token=token))  # type: ignore[misc]
             except StoreUnavailableError as error:
                 log.warning("dispatch.not_given_back", reason=str(error))
 
@@ -187,7 +187,9 @@ class Dispatcher:
 
         def job(tx: Any) -> tuple[tuple[Leased, ...], tuple[Dispatch, ...]]:
             lapsed = self._lapsed(tx, now)
-            buried = queue.bury(tx, registration.name, max_attempts=registration.max_attempts, now=now, lapsed=lapsed)
+            buried = queue.mark_exhausted(
+                tx, registration.name, max_attempts=registration.max_attempts, now=now, lapsed=lapsed
+            )
             for dispatch in buried:
                 self._alert(tx, dispatch.run_id, dispatch.event, now)
             claimed: list[Leased] = []
@@ -276,7 +278,7 @@ class Dispatcher:
     async def _reread(self, run_id: str, now: datetime) -> None:
         """Have a run read again, for the URLs that its outputs have now."""
         try:
-            await self._learn(Asked(run_id, now))
+            await self._learn(ReadRequested(run_id, now))
         except StoreUnavailableError as error:
             log.warning("dispatch.not_reread", run_id=run_id, reason=str(error))  # the next attempt asks again
 

@@ -12,7 +12,7 @@ import structlog
 
 from receiver.errors import StoreUnavailableError
 from receiver.intake.callbacks import Intake
-from receiver.model import Silent
+from receiver.model import CallbackExpired
 from receiver.store import Database, ledger
 from receiver.store import retention as upkeep
 from receiver.workers.loop import either
@@ -105,7 +105,7 @@ class Janitor:
         """Tell the door which callbacks have not come in time."""
         runs = await self._database.read(lambda tx: ledger.written_off(tx, now=now, limit=_PIECE))
         if runs:
-            await asyncio.gather(*(self._intake.learn(Silent(run.run_id, now)) for run in runs))
+            await asyncio.gather(*(self._intake.apply(CallbackExpired(run.run_id, now)) for run in runs))
             log.warning(
                 "callbacks.missed", runs=[run.run_id for run in runs[:20]], count=len(runs),
                 cure="their callbacks were expected and never came: see rejections, the tunnel, TLS",

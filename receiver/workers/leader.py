@@ -27,7 +27,7 @@ _GRACE_SECONDS = 2.0
 """How long the loop may take to end once the lease is lost."""
 
 
-class Election:
+class LeaderLease:
     """Runs `work` in whichever process holds the lease `name`."""
 
     def __init__(

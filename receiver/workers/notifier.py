@@ -23,7 +23,7 @@ _MOST_BYTES = 7_500
 _AGAIN_SECONDS = 1.0
 
 
-class Herald:
+class ChangeNotifier:
     """`run` sends, `listen` hears; both until told to stop."""
 
     def __init__(self, database: Database, signals: Signals) -> None:
@@ -68,7 +68,7 @@ class Herald:
         self._signals.poll.set()
         self._signals.dispatch.set()
         for change in changes:
-            self._signals.changes.publish(change, told_by_others=True)
+            self._signals.changes.publish(change, remote=True)
 
     async def _gathered(self, listener: Listener, stopping: asyncio.Event) -> list[Change]:
         waiting = asyncio.ensure_future(listener.next())

@@ -28,12 +28,12 @@ from receiver.decide import (
 )
 from receiver.errors import FloraError, StoreUnavailableError
 from receiver.flora.client import FloraClient
-from receiver.flora.rate_limit import Budget
+from receiver.flora.rate_limit import RateLimit
 from receiver.intake.callbacks import Intake
-from receiver.model import Asked, Read, Report, Run, RunState, Snapshot, Unanswered
+from receiver.model import ReadFailed, ReadRequested, Report, Run, RunRead, RunState, Snapshot
 from receiver.store import Database, ledger
 from receiver.store.changes import Signals
-from receiver.store.rows import moment
+from receiver.store.rows import from_ms
 from receiver.telemetry import Metrics
 from receiver.workers.loop import either
 from receiver.workers.run_reader import Reader, readers
@@ -112,7 +112,7 @@ class Poller:
         *,
         signals: Signals,
         metrics: Metrics,
-        budgets: Mapping[str | None, Budget] | None = None,
+        budgets: Mapping[str | None, RateLimit] | None = None,
         policy: Policy | None = None,
         concurrency: int = 8,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -125,7 +125,7 @@ class Poller:
         self._policy = policy or Policy()
         self._clock = clock
         if budgets is None:
-            budgets = {key: Budget(concurrency, clock=clock) for key in clients}
+            budgets = {key: RateLimit(concurrency, clock=clock) for key in clients}
         self.readers = readers(clients, budgets, metrics=metrics, clock=clock)
         self._desks = {key: _Desk(reader) for key, reader in self.readers.items()}
         self._own = frozenset(key for key in clients if key is not None)
@@ -162,14 +162,14 @@ class Poller:
             *(held for desk in self._desks.values() if (held := desk.reader.held_seconds()) > 0),
         ]
         if next_ms is not None:
-            waits.append((moment(next_ms) - now).total_seconds())
+            waits.append((from_ms(next_ms) - now).total_seconds())
         return min(waits)  # whatever is due by now is in hand or held: the ones in hand wake us when they are done
 
-    async def hurry(self, only: Collection[str] | None = None) -> frozenset[str]:
+    async def read_now(self, only: Collection[str] | None = None) -> frozenset[str]:
         """Have every unsettled run, or those of `only`, read now, and return them: their callbacks may not have found us."""
         found = await self._database.read(ledger.unsettled_ids)
         ids = found if only is None else found & frozenset(only)
-        await asyncio.gather(*(self._intake.learn(Asked(run_id, self._clock())) for run_id in sorted(ids)))
+        await asyncio.gather(*(self._intake.apply(ReadRequested(run_id, self._clock())) for run_id in sorted(ids)))
         return ids
 
     async def drain(self) -> None:
@@ -261,7 +261,7 @@ class Poller:
         news = [shown[key] for key, run in known.items() if key in due or worth_telling(run, shown[key])]
         for snapshot in news:
             desk.reader.polled(snapshot)
-        await self._learn(desk, [Read(snapshot, asked_at) for snapshot in news])
+        await self._learn(desk, [RunRead(snapshot, asked_at) for snapshot in news])
         return len(news)
 
     async def _give_up(
@@ -271,11 +271,11 @@ class Poller:
         if desk.reader.held_seconds() > 0:
             return
         runs = [run for run in scan.due if run.run_id in left]
-        await self._learn(desk, [Unanswered(run.run_id, asked_at, retry_after=error.retry_after) for run in runs])
+        await self._learn(desk, [ReadFailed(run.run_id, asked_at, retry_after=error.retry_after) for run in runs])
 
     async def _learn(self, desk: _Desk, reports: Sequence[Report]) -> None:
         """Commit reports together: what arrives at the door at once shares a commit."""
-        answers = await asyncio.gather(*map(self._intake.learn, reports), return_exceptions=True)
+        answers = await asyncio.gather(*map(self._intake.apply, reports), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, StoreUnavailableError):
                 log.error("poll.not_committed", runs=len(reports), reason=str(answer))
@@ -290,5 +290,5 @@ class Poller:
         if runs:
             workspaces = sorted({run.workspace_id or "" for run in runs})
             log.error("poll.no_key", runs=len(runs), workspaces=workspaces[:20], cure="set FLORA_API_KEY")
-            reports = [Unanswered(run.run_id, now, retry_after=_NO_KEY_SECONDS) for run in runs]
-            await asyncio.gather(*map(self._intake.learn, reports))
+            reports = [ReadFailed(run.run_id, now, retry_after=_NO_KEY_SECONDS) for run in runs]
+            await asyncio.gather(*map(self._intake.apply, reports))

@@ -13,8 +13,8 @@ from receiver.decide import Listing, Route, Scope, right_route, route
 from receiver.errors import FloraError
 from receiver.flora.client import FloraClient
 from receiver.flora.messages import Page
-from receiver.flora.rate_limit import Budget
-from receiver.model import Missing, Read, Report, Run, Snapshot, Unanswered
+from receiver.flora.rate_limit import RateLimit
+from receiver.model import ReadFailed, Report, Run, RunNotFound, RunRead, Snapshot
 from receiver.telemetry import Metrics
 
 log = structlog.get_logger("receiver.reading")
@@ -33,7 +33,7 @@ class Reader:
         self,
         key: str | None,
         client: FloraClient,
-        budget: Budget,
+        budget: RateLimit,
         *,
         metrics: Metrics,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -71,7 +71,7 @@ class Reader:
             return self._report_of(error, run, asked_at)
         self.polled(snapshot)
         log.info("poll.read", run_id=run.run_id, status=snapshot.status, progress=snapshot.progress)
-        return Read(snapshot, asked_at)
+        return RunRead(snapshot, asked_at)
 
     async def page(self, scope: Scope, cursor: str | None) -> Page:
         """Return a page of a list. Raises FloraError, after whatever follows from it for this key."""
@@ -89,14 +89,14 @@ class Reader:
         """Return what it means that a list does not show a run which nothing else can show: nothing."""
         self._metrics.polled("unlisted")
         log.info("poll.unlisted", run_id=run.run_id)
-        return Unanswered(run.run_id, asked_at)
+        return ReadFailed(run.run_id, asked_at)
 
     async def _ask(self, call: Callable[[FloraClient], Awaitable[T]]) -> T:
         async with self.budget.call():
             try:
                 answer = await call(self._client)
             except FloraError as error:
-                if error.status == 429:  # noqa: PLR2004
+                if error.status == 429:
                     self.budget.limited(_RATE_LIMIT_SECONDS if error.retry_after is None else error.retry_after)
                 raise
         self.budget.went_well()
@@ -104,14 +104,14 @@ class Reader:
         return answer
 
     def _report_of(self, error: FloraError, run: Run, asked_at: datetime) -> Report:
-        if error.status == 404 and error.code == "not_found":  # noqa: PLR2004
+        if error.status == 404 and error.code == "not_found":
             # FLORA's own 404; a proxy's, or a wrong base URL's, must lose no run
             self._accepted()
             self._metrics.polled("missing")
             log.info("poll.missing", run_id=run.run_id, request_id=error.request_id, right_route=right_route(run))
-            return Missing(run.run_id, asked_at, right_route=right_route(run))
+            return RunNotFound(run.run_id, asked_at, right_route=right_route(run))
         self._metrics.polled("unanswered")
-        return Unanswered(run.run_id, asked_at, retry_after=self._heed(error, run_id=run.run_id))
+        return ReadFailed(run.run_id, asked_at, retry_after=self._heed(error, run_id=run.run_id))
 
     def _heed(self, error: FloraError, **about: str | None) -> float | None:
         """Hold still if the answer calls for it; return the seconds after which to ask about the same again."""
@@ -139,7 +139,7 @@ class Reader:
 
 def readers(
     clients: Mapping[str | None, FloraClient],
-    budgets: Mapping[str | None, Budget],
+    budgets: Mapping[str | None, RateLimit],
     *,
     metrics: Metrics,
     clock: Callable[[], datetime],

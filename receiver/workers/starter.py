@@ -33,13 +33,13 @@ from receiver.decide.starts import (
 from receiver.errors import FloraError, StoreUnavailableError
 from receiver.flora.client import FloraClient
 from receiver.flora.messages import StartedRun, Technique
-from receiver.flora.rate_limit import Budget
+from receiver.flora.rate_limit import RateLimit
 from receiver.flora.start_request import StartRequest
 from receiver.intake.callbacks import Intake
-from receiver.model import Operation, Registered, Run, Snapshot, Start, StartState
+from receiver.model import Operation, Run, RunRegistered, Snapshot, Start, StartState
 from receiver.store import Database, ledger, starts
 from receiver.store.changes import Change, Signals
-from receiver.store.rows import moment
+from receiver.store.rows import from_ms
 from receiver.workers.loop import either
 
 log = structlog.get_logger("receiver.starter")
@@ -84,7 +84,7 @@ class Starter:
         database: Database,
         intake: Intake,
         clients: Mapping[str | None, FloraClient],
-        budgets: Mapping[str | None, Budget],
+        budgets: Mapping[str | None, RateLimit],
         *,
         signals: Signals,
         callback_url: str | None,
@@ -185,9 +185,9 @@ class Starter:
         async with _counted(budget):
             return await client.technique(technique_id)
 
-    async def track(self, registration: Registered) -> Run:
+    async def track(self, registration: RunRegistered) -> Run:
         """Take up a run that someone else started, before or after its callback came."""
-        await self._intake.learn(registration)
+        await self._intake.apply(registration)
         run_id = registration.run_id
         return (await self._database.read(lambda tx: ledger.runs_by_id(tx, [run_id])))[run_id]
 
@@ -243,7 +243,7 @@ class Starter:
             if start.token not in busy:
                 self._ask_soon(start)
         next_ms = await self._database.read(starts.next_due_ms)
-        until = self._idle_seconds if next_ms is None else (moment(next_ms) - now).total_seconds()
+        until = self._idle_seconds if next_ms is None else (from_ms(next_ms) - now).total_seconds()
         return min(self._idle_seconds, until) if until > 0 else self._idle_seconds
 
     async def drain(self) -> None:
@@ -336,7 +336,7 @@ class Starter:
                 quoted_cost=answer.quoted_cost,
                 estimated_seconds=answer.estimated_seconds,
             )
-        await self._intake.learn(report, start=start.token)
+        await self._intake.apply(report, start=start.token)
         log.info("start.started", key=start.idempotency_key, run_id=run_id, technique_id=start.technique_id or None)
         self._signals.changes.publish(Change("start", start.token, StartState.STARTED.value, run_id))
 
@@ -393,7 +393,7 @@ class Starter:
         unknown = set(await self._database.read(lambda tx: starts.unknown_to_ledger(tx, ids)))
         return tuple({snapshot.run_id: snapshot for snapshot in found if snapshot.run_id in unknown}.values())
 
-    def _client(self, workspace_id: str) -> tuple[FloraClient, Budget]:
+    def _client(self, workspace_id: str) -> tuple[FloraClient, RateLimit]:
         key = workspace_id if workspace_id in self._clients else None
         client = self._clients.get(key)
         if client is None:
@@ -402,13 +402,13 @@ class Starter:
 
 
 @asynccontextmanager
-async def _counted(budget: Budget) -> AsyncIterator[None]:
+async def _counted(budget: RateLimit) -> AsyncIterator[None]:
     """Make one call to FLORA inside the block, within the budget, and tell it how that went."""
     async with budget.call():
         try:
             yield
         except FloraError as error:
-            if error.status == 429:  # noqa: PLR2004
+            if error.status == 429:
                 budget.limited(5.0 if error.retry_after is None else error.retry_after)
             raise
         budget.went_well()

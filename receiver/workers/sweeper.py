@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from receiver.decide import Listing, Scope, worth_telling
 from receiver.errors import FloraError, StoreUnavailableError
 from receiver.intake.callbacks import Intake
-from receiver.model import Origin, Read, Snapshot
+from receiver.model import Origin, RunRead, Snapshot
 from receiver.store import Database, ledger, starts, sweeps
 from receiver.workers.loop import either
 from receiver.workers.run_reader import Reader
@@ -130,7 +130,7 @@ class Sweeper:
     async def _tell(self, scope: Scope, rows: Sequence[Snapshot], asked_at: datetime) -> int:
         """Report what the ledger does not know yet; return how many runs it had never heard of."""
         reports, unknown = await self._database.read(lambda tx: _news(tx, scope, rows, asked_at))
-        await asyncio.gather(*map(self._intake.learn, reports))
+        await asyncio.gather(*map(self._intake.apply, reports))
         return unknown
 
     def _reader(self, scope: Scope) -> Reader | None:
@@ -151,17 +151,17 @@ def scopes(discovery: Discovery, keys: Collection[str | None]) -> tuple[Scope, .
     )
 
 
-def _news(tx: Connection, scope: Scope, rows: Sequence[Snapshot], asked_at: datetime) -> tuple[list[Read], int]:
+def _news(tx: Connection, scope: Scope, rows: Sequence[Snapshot], asked_at: datetime) -> tuple[list[RunRead], int]:
     """Return what to report of listed rows, and how many of them are unknown. Reads only."""
     shown = {row.run_id: row for row in rows}
     known = ledger.runs_by_id(tx, shown.keys()) if shown else {}
-    news = [Read(shown[run_id], asked_at) for run_id, run in known.items() if worth_telling(run, shown[run_id])]
+    news = [RunRead(shown[run_id], asked_at) for run_id, run in known.items() if worth_telling(run, shown[run_id])]
     unknown = [row for row in shown.values() if row.run_id not in known]
     asking_since = asked_at - _STARTING
     if unknown and starts.oldest_asking(tx, workspace_id=scope.workspace_id, since=asking_since) is not None:
         # A young one may be the run of a start that is just being answered; the overlap shows it again.
         unknown = [row for row in unknown if _older(row, asked_at - _STARTING - _SKEW)]
-    return [*news, *(Read(row, asked_at, origin=Origin.DISCOVERED) for row in unknown)], len(unknown)
+    return [*news, *(RunRead(row, asked_at, origin=Origin.DISCOVERED) for row in unknown)], len(unknown)
 
 
 def _older(row: Snapshot, than: datetime) -> bool:

@@ -9,22 +9,22 @@ from hypothesis import strategies as st
 
 from receiver.decide import SETTLED_STATES, Changed, Policy, next_poll, reconcile, settle
 from receiver.model import (
-    Asked,
+    CallbackExpired,
+    CallbackStatus,
     Event,
-    Missing,
     Origin,
     Output,
-    Registered,
+    ReadFailed,
+    ReadRequested,
     Report,
     Run,
+    RunNotFound,
+    RunRegistered,
     RunState,
-    Silent,
     Subscription,
-    Told,
-    Unanswered,
     When,
 )
-from tests.support.core import NOW, OUTPUT, POLICY, a_heard, a_read, a_registration, a_run
+from tests.support.core import NOW, OUTPUT, POLICY, a_callback_received, a_read, a_registration, a_run
 
 SUBSCRIPTIONS = (
     Subscription("all", on=tuple(Event)),
@@ -42,7 +42,7 @@ class Ledger:
     dispatches: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
 
-    def learn(self, report: Report, now: datetime, jitter: float = 0.0) -> None:
+    def apply(self, report: Report, now: datetime, jitter: float = 0.0) -> None:
         decision = reconcile(self.run, report, POLICY, now=now, jitter=jitter)
         if not isinstance(decision, Changed):
             return
@@ -62,15 +62,17 @@ def histories(draw: st.DrawFn) -> tuple[list[Report], Report]:
     """Return the reports of one run whose reads agree, at least one of which makes it known, and its last read."""
     status = draw(st.sampled_from(["completed", "failed"]))
     end = a_read(status, NOW, completed_at=NOW, charged_cost=0.5, run_type="generation")
-    told = draw(st.sampled_from([Told.COMPLETED, Told.FAILED, Told.BOTH]))
-    heard = st.builds(lambda at: a_heard(told, at), seconds(-60, 300))
+    callback_status = draw(
+        st.sampled_from([CallbackStatus.COMPLETED, CallbackStatus.FAILED, CallbackStatus.CONFLICTING])
+    )
+    heard = st.builds(lambda at: a_callback_received(callback_status, at), seconds(-60, 300))
     registered = st.just(a_registration(origin=Origin.STARTED, run_type="generation", metadata={"a": 1}))
     noise = st.one_of(
-        st.builds(lambda at: Missing("run_1", at, right_route=True), seconds(-60, 60)),
-        st.builds(lambda at: Missing("run_1", at, right_route=False), seconds(-60, 60)),
-        st.builds(lambda at, after: Unanswered("run_1", at, after), seconds(-60, 60), st.none() | st.floats(0, 1e9)),
-        st.builds(lambda at: Asked("run_1", at), seconds(-60, 60)),
-        st.builds(lambda at: Silent("run_1", at), seconds(-60, 60)),
+        st.builds(lambda at: RunNotFound("run_1", at, right_route=True), seconds(-60, 60)),
+        st.builds(lambda at: RunNotFound("run_1", at, right_route=False), seconds(-60, 60)),
+        st.builds(lambda at, after: ReadFailed("run_1", at, after), seconds(-60, 60), st.none() | st.floats(0, 1e9)),
+        st.builds(lambda at: ReadRequested("run_1", at), seconds(-60, 60)),
+        st.builds(lambda at: CallbackExpired("run_1", at), seconds(-60, 60)),
         st.just(end),
     )
     reports: list[Report] = [draw(heard | registered)]
@@ -87,13 +89,13 @@ def play(reports: Sequence[Report], end: Report) -> Ledger:
     now = NOW
     for report in reports:
         now += timedelta(seconds=1)
-        ledger.learn(report, now)
+        ledger.apply(report, now)
     for _ in range(20):
         if ledger.run is None or ledger.run.next_poll_at is None:
             break
         now = max(now, ledger.run.next_poll_at)
-        ledger.learn(end, now)
-    ledger.learn(Silent("run_1", now), now + timedelta(days=1))
+        ledger.apply(end, now)
+    ledger.apply(CallbackExpired("run_1", now), now + timedelta(days=1))
     return ledger
 
 
@@ -108,7 +110,7 @@ def test_any_order_and_any_duplication_end_the_same(history: tuple[list[Report],
     assert other.run is not None
     for name in (
         "state",
-        "told",
+        "callback_status",
         "verdict",
         "verdict_due_at",
         "lost_reason",
@@ -142,7 +144,7 @@ def anything(draw: st.DrawFn) -> Report:
                 completed_at=st.none() | seconds(-400_000, 400_000),
                 run_type=st.sampled_from([None, "technique", "generation"]),
             ),
-            st.builds(a_heard, st.sampled_from(Told), st.just(at)),
+            st.builds(a_callback_received, st.sampled_from(CallbackStatus), st.just(at)),
             st.builds(
                 a_registration,
                 origin=st.sampled_from(Origin),
@@ -150,17 +152,17 @@ def anything(draw: st.DrawFn) -> Report:
                 callback_expected=st.booleans(),
                 estimated_seconds=st.none() | st.floats(0),
             ),
-            st.builds(Missing, st.just("run_1"), st.just(at), st.booleans()),
-            st.builds(Unanswered, st.just("run_1"), st.just(at), st.none() | st.floats(0)),
-            st.builds(Asked, st.just("run_1"), st.just(at)),
-            st.builds(Silent, st.just("run_1"), st.just(at)),
+            st.builds(RunNotFound, st.just("run_1"), st.just(at), st.booleans()),
+            st.builds(ReadFailed, st.just("run_1"), st.just(at), st.none() | st.floats(0)),
+            st.builds(ReadRequested, st.just("run_1"), st.just(at)),
+            st.builds(CallbackExpired, st.just("run_1"), st.just(at)),
         )
     )
     return report
 
 
 @given(st.lists(st.tuples(anything(), st.integers(-100_000, 100_000), st.floats(0, 1, exclude_max=True)), max_size=30))
-@example([(a_heard(), 0, 0.0), (a_read("completed", outputs=(), charged_cost=None), 0, 0.0)] * 9)
+@example([(a_callback_received(), 0, 0.0), (a_read("completed", outputs=(), charged_cost=None), 0, 0.0)] * 9)
 def test_whatever_comes_the_row_is_sound(steps: list[tuple[Report, int, float]]) -> None:
     """What the database CHECKs holds after every step; a run settles once; each loss is told; no read spins."""
     ledger = Ledger()
@@ -168,7 +170,7 @@ def test_whatever_comes_the_row_is_sound(steps: list[tuple[Report, int, float]])
     for report, step, jitter in steps:
         now += timedelta(seconds=step)
         before = ledger.run
-        ledger.learn(report, now, jitter)
+        ledger.apply(report, now, jitter)
         run = ledger.run
         if run is None:
             continue
@@ -185,7 +187,7 @@ def test_whatever_comes_the_row_is_sound(steps: list[tuple[Report, int, float]])
         assert before is None or before.state not in SETTLED_STATES or before.state is run.state
         if run.next_poll_at is not None and (before is None or run.next_poll_at != before.next_poll_at):
             # An hour is the longest that FLORA can ask for; a start's own pause carries jitter, too.
-            registered_at = report.registered_at if isinstance(report, Registered) else now
+            registered_at = report.registered_at if isinstance(report, RunRegistered) else now
             assert min(now, registered_at) <= run.next_poll_at <= max(now, registered_at) + timedelta(hours=1) * 1.25
 
 
@@ -209,7 +211,9 @@ def test_the_next_poll_is_never_in_the_past_and_never_too_far(
     assert NOW <= next_poll(run, policy, now=NOW, jitter=jitter) <= NOW + policy.max_gap * 1.25
 
 
-@given(st.permutations([a_heard(), a_registration(), a_read("completed", charged_cost=0.5)]), st.integers(1, 3))
+@given(
+    st.permutations([a_callback_received(), a_registration(), a_read("completed", charged_cost=0.5)]), st.integers(1, 3)
+)
 def test_effects_are_dispatched_once(reports: Sequence[Report], times: int) -> None:
     """One row per handler and event, however often and in whatever order a run is told of."""
     ledger = play([report for report in reports for _ in range(times)], a_read("completed", charged_cost=0.5))

@@ -9,36 +9,36 @@ import pytest
 
 from receiver.decide import TABLE, Changed, Decision, Kind, Policy, Unchanged, kind_of, reconcile
 from receiver.model import (
-    Asked,
+    CallbackExpired,
+    CallbackStatus,
     Event,
     LostReason,
-    Missing,
     Origin,
-    Read,
+    ReadFailed,
+    ReadRequested,
     Report,
     Run,
+    RunNotFound,
+    RunRead,
     RunState,
-    Silent,
-    Told,
-    Unanswered,
     Verdict,
 )
-from tests.support.core import NOW, OUTPUT, POLICY, a_heard, a_read, a_registration, a_run
+from tests.support.core import NOW, OUTPUT, POLICY, a_callback_received, a_read, a_registration, a_run
 
 LATER = NOW + timedelta(seconds=30)
 STATES: tuple[RunState | None, ...] = (None, *RunState)
 
 REPORTS: dict[Kind, Report] = {
     Kind.REGISTERED: a_registration(technique_id="tech_1", metadata={"market": "DE"}),
-    Kind.HEARD: a_heard(received_at=LATER),
+    Kind.CALLBACK_RECEIVED: a_callback_received(received_at=LATER),
     Kind.RUNNING: a_read("running", LATER, progress=40),
     Kind.COMPLETED: a_read("completed", LATER, charged_cost=0.5),
     Kind.EMPTY: a_read("completed", LATER, outputs=()),
     Kind.FAILED: a_read("failed", LATER, charged_cost=0.5, error_code="model_timeout"),
-    Kind.MISSING: Missing("run_1", LATER, right_route=True),
-    Kind.UNANSWERED: Unanswered("run_1", LATER),
-    Kind.ASKED: Asked("run_1", LATER),
-    Kind.SILENT: Silent("run_1", LATER),
+    Kind.NOT_FOUND: RunNotFound("run_1", LATER, right_route=True),
+    Kind.READ_FAILED: ReadFailed("run_1", LATER),
+    Kind.READ_REQUESTED: ReadRequested("run_1", LATER),
+    Kind.CALLBACK_EXPIRED: CallbackExpired("run_1", LATER),
 }
 
 
@@ -79,7 +79,7 @@ def enters(state: RunState | None, kind: Kind) -> None:
     report = REPORTS[kind]
     if kind is not Kind.REGISTERED:
         nothing(state, kind)  # a read of a run that left the ledger
-        report = replace(cast("Read", report), origin=Origin.DISCOVERED)
+        report = replace(cast("RunRead", report), origin=Origin.DISCOVERED)
     run = after(None, report)
     assert (run.state, run.first_seen_at, run.deadline_at) == (RunState.OPEN, LATER, LATER + POLICY.deadline)
     assert run.next_poll_at is not None
@@ -96,7 +96,7 @@ def enriches(state: RunState | None, kind: Kind) -> None:
 
 def is_heard(state: RunState | None, kind: Kind) -> None:
     run = after(in_state(state), REPORTS[kind])
-    assert (run.state, run.told) == (RunState.REPORTED, Told.COMPLETED)
+    assert (run.state, run.callback_status) == (RunState.REPORTED, CallbackStatus.COMPLETED)
     assert run.next_poll_at == LATER
     assert run.lost_reason is None
     assert changed(in_state(state), REPORTS[kind]).outputs == ()
@@ -104,25 +104,25 @@ def is_heard(state: RunState | None, kind: Kind) -> None:
 
 def is_heard_again(state: RunState | None, kind: Kind) -> None:
     assert decide(in_state(state), REPORTS[kind]) == Unchanged()
-    run = after(in_state(state), a_heard(Told.FAILED))
-    assert (run.state, run.told) == (RunState.REPORTED, Told.BOTH)
+    run = after(in_state(state), a_callback_received(CallbackStatus.FAILED))
+    assert (run.state, run.callback_status) == (RunState.REPORTED, CallbackStatus.CONFLICTING)
 
 
 def is_heard_of(state: RunState | None, kind: Kind) -> None:
     before = in_state(state)
     assert before is not None
-    told = Told(before.state.value)
-    run = after(before, a_heard(told, LATER))
+    callback_status = CallbackStatus(before.state.value)
+    run = after(before, a_callback_received(callback_status, LATER))
     assert run == replace(
         before,
-        told=told,
+        callback_status=callback_status,
         reported_at=LATER,
         verdict=Verdict.MATCHED,
         run_type=None,
         origin=Origin.CALLBACK,
         callback_expected=True,
     )
-    assert decide(run, a_heard(told, LATER)) == Unchanged()
+    assert decide(run, a_callback_received(callback_status, LATER)) == Unchanged()
 
 
 def waits(state: RunState | None, kind: Kind) -> None:
@@ -136,7 +136,7 @@ def settles(state: RunState | None, kind: Kind) -> None:
     report = REPORTS[kind]
     if state is None:
         nothing(state, kind)
-        report = replace(cast("Read", report), origin=Origin.DISCOVERED)
+        report = replace(cast("RunRead", report), origin=Origin.DISCOVERED)
     decision = changed(in_state(state), report)
     run = decision.run
     assert run.state is RunState(kind.value)
@@ -156,7 +156,7 @@ def climbs(state: RunState | None, kind: Kind) -> None:
 def misses(state: RunState | None, kind: Kind) -> None:
     run = after(in_state(state), REPORTS[kind])
     assert (run.state, run.missing, run.missing_since, run.failures) == (state, 1, LATER, 0)
-    wrong_route = after(in_state(state), Missing("run_1", LATER, right_route=False))
+    wrong_route = after(in_state(state), RunNotFound("run_1", LATER, right_route=False))
     assert (wrong_route.missing, wrong_route.failures) == (0, 1)
 
 
@@ -275,7 +275,7 @@ def test_a_settled_run_is_never_left(state: RunState, kind: Kind) -> None:
 @pytest.mark.parametrize("kind", list(Kind))
 def test_no_read_leaves_a_run_due_at_once(state: RunState | None, kind: Kind) -> None:
     """After an answered or unanswered read, the next one is later, or we would ask FLORA without pause."""
-    if kind in {Kind.REGISTERED, Kind.HEARD, Kind.ASKED, Kind.SILENT} or state is None:
+    if kind in {Kind.REGISTERED, Kind.CALLBACK_RECEIVED, Kind.READ_REQUESTED, Kind.CALLBACK_EXPIRED} or state is None:
         return
     for run in (in_state(state), settled(state) if state in {RunState.COMPLETED, RunState.FAILED} else None):
         if run is None or run.next_poll_at is None:
@@ -287,14 +287,14 @@ def test_no_read_leaves_a_run_due_at_once(state: RunState | None, kind: Kind) ->
 
 def test_a_settled_run_that_somebody_asks_for_is_read_once_more() -> None:
     """For the newest URLs of its outputs. Only an answer ends the asking; what was settled stays."""
-    asked = after(a_run(RunState.COMPLETED), Asked("run_1", LATER))
+    asked = after(a_run(RunState.COMPLETED), ReadRequested("run_1", LATER))
     assert asked.next_poll_at == LATER
     fresh = (replace(OUTPUT, value="https://media.flora.example/again.png"),)
     decision = changed(asked, a_read("completed", LATER, outputs=fresh))
     assert decision == Changed(replace(asked, polls=1, next_poll_at=None), fresh=fresh)
-    for unhelpful in (Kind.RUNNING, Kind.EMPTY, Kind.MISSING):
+    for unhelpful in (Kind.RUNNING, Kind.EMPTY, Kind.NOT_FOUND):
         assert after(asked, REPORTS[unhelpful]).next_poll_at is None
-    unanswered = changed(asked, REPORTS[Kind.UNANSWERED])
+    unanswered = changed(asked, REPORTS[Kind.READ_FAILED])
     assert unanswered.run.next_poll_at is not None
     assert unanswered.run.next_poll_at > LATER
 
@@ -309,7 +309,7 @@ def test_reads_for_the_bill_bring_new_urls_too() -> None:
 
 
 def missing(run: Run, at: timedelta) -> Run:
-    return after(run, Missing("run_1", NOW + at, right_route=True), now=NOW + at)
+    return after(run, RunNotFound("run_1", NOW + at, right_route=True), now=NOW + at)
 
 
 def test_five_404s_over_ten_minutes_lose_a_run() -> None:
@@ -321,7 +321,7 @@ def test_five_404s_over_ten_minutes_lose_a_run() -> None:
     four = replace(run, missing=3)
     assert missing(four, timedelta(minutes=60)).state is RunState.OPEN
     decision = changed(
-        run, Missing("run_1", NOW + timedelta(minutes=10), right_route=True), now=NOW + timedelta(minutes=10)
+        run, RunNotFound("run_1", NOW + timedelta(minutes=10), right_route=True), now=NOW + timedelta(minutes=10)
     )
     assert (decision.run.state, decision.run.lost_reason) == (RunState.LOST, LostReason.NOT_FOUND)
     assert (decision.run.next_poll_at, decision.run.losses, decision.events) == (None, 1, (Event.LOST,))
@@ -342,8 +342,8 @@ def test_outages_never_lose_a_run() -> None:
     run, now = a_run(deadline_at=NOW), NOW
     for day in range(200):
         now = NOW + timedelta(days=day)
-        run = after(run, Unanswered("run_1", now), now=now)
-        run = after(run, Missing("run_1", now, right_route=False), now=now)
+        run = after(run, ReadFailed("run_1", now), now=now)
+        run = after(run, RunNotFound("run_1", now, right_route=False), now=now)
     assert run.state is RunState.OPEN
     assert run.next_poll_at is not None
     assert run.next_poll_at - now <= timedelta(seconds=300)
@@ -372,7 +372,7 @@ def test_a_terminal_read_past_the_deadline_settles() -> None:
 @pytest.mark.parametrize("read", [a_read("running", LATER), a_read("completed", LATER, outputs=())])
 def test_a_callback_after_the_deadline_gets_its_ladder(read: Report) -> None:
     """The API may lag behind a callback: a run must not be lost on the first read that does not show its end yet."""
-    run = after(a_run(deadline_at=NOW), a_heard(received_at=LATER - timedelta(seconds=1)), now=LATER)
+    run = after(a_run(deadline_at=NOW), a_callback_received(received_at=LATER - timedelta(seconds=1)), now=LATER)
     run = after(run, read)
     assert (run.state, run.ladder) == (RunState.REPORTED, 1)
 
@@ -431,19 +431,19 @@ def test_a_diverged_run_is_lost_at_its_deadline() -> None:
 
 
 @pytest.mark.parametrize("state", [RunState.OPEN, RunState.REPORTED])
-@pytest.mark.parametrize("kind", [Kind.RUNNING, Kind.EMPTY, Kind.MISSING, Kind.UNANSWERED])
+@pytest.mark.parametrize("kind", [Kind.RUNNING, Kind.EMPTY, Kind.NOT_FOUND, Kind.READ_FAILED])
 def test_a_read_asked_before_the_callback_changes_nothing_but_polls(state: RunState, kind: Kind) -> None:
     """It could not know; the read that the callback asked for stays due."""
     if state is RunState.OPEN and kind is Kind.RUNNING:
         return  # reopened by hand: there is no callback to be behind of
-    run = a_run(state, told=Told.COMPLETED, reported_at=LATER, next_poll_at=LATER, failures=8)
-    stale = replace(cast("Read", REPORTS[kind]), asked_at=LATER - timedelta(milliseconds=1))
+    run = a_run(state, callback_status=CallbackStatus.COMPLETED, reported_at=LATER, next_poll_at=LATER, failures=8)
+    stale = replace(cast("RunRead", REPORTS[kind]), asked_at=LATER - timedelta(milliseconds=1))
     assert decide(run, stale) == Changed(replace(run, polls=1))
-    fresh = replace(cast("Read", REPORTS[kind]), asked_at=LATER)
+    fresh = replace(cast("RunRead", REPORTS[kind]), asked_at=LATER)
     assert after(run, fresh).next_poll_at != LATER
 
 
-@pytest.mark.parametrize("kind", [Kind.RUNNING, Kind.EMPTY, Kind.MISSING, Kind.UNANSWERED])
+@pytest.mark.parametrize("kind", [Kind.RUNNING, Kind.EMPTY, Kind.NOT_FOUND, Kind.READ_FAILED])
 def test_a_callback_from_a_future_that_did_not_come_does_not_make_us_spin(kind: Kind) -> None:
     """The clock was set back: if every read counted as too old, the run would be due at once for ever."""
     run = a_run(RunState.REPORTED, reported_at=NOW + timedelta(days=365))
@@ -462,15 +462,15 @@ def test_a_terminal_read_is_never_too_old() -> None:
 def test_a_lost_run_comes_back(reason: LostReason) -> None:
     """By a callback, by a terminal read on its way, or by hand; lost again, it is a new loss."""
     lost = a_run(RunState.LOST, lost_reason=reason, ladder=9, missing=5, missing_since=NOW, deadline_at=NOW)
-    heard = after(lost, a_heard(received_at=LATER))
-    asked = after(lost, Asked("run_1", LATER))
+    heard = after(lost, a_callback_received(received_at=LATER))
+    asked = after(lost, ReadRequested("run_1", LATER))
     assert (heard.state, asked.state) == (RunState.REPORTED, RunState.OPEN)
     for run in (heard, asked):
         assert (run.ladder, run.missing, run.missing_since) == (0, 0, None)
         assert (run.deadline_at, run.next_poll_at, run.losses) == (LATER + POLICY.deadline, LATER, 1)
         # Reads go on as for a new run: nothing of the old count loses it at once.
         assert after(run, a_read("running", LATER)).state is run.state
-        assert after(run, Missing("run_1", LATER, right_route=True)).state is run.state
+        assert after(run, RunNotFound("run_1", LATER, right_route=True)).state is run.state
     assert after(lost, a_read("completed", LATER)).state is RunState.COMPLETED
     again = changed(asked, a_read("running", asked.deadline_at), now=asked.deadline_at)
     assert (again.run.losses, again.events) == (2, (Event.LOST,))
@@ -485,7 +485,7 @@ def by_poll(status: str = "completed") -> Run:
 
 
 def test_a_callback_before_the_read_matches() -> None:
-    run = after(a_run(), a_heard(received_at=NOW))
+    run = after(a_run(), a_callback_received(received_at=NOW))
     settled_run = after(run, a_read("completed", LATER, completed_at=NOW))
     assert (settled_run.verdict, settled_run.verdict_due_at) == (Verdict.MATCHED, None)
 
@@ -494,22 +494,22 @@ def test_a_poll_settles_without_a_verdict_at_first() -> None:
     """A page that shows a run seconds before its callback comes is no broken channel."""
     run = by_poll()
     assert (run.verdict, run.verdict_due_at) == (None, NOW + POLICY.callback_window)
-    assert after(run, a_heard(received_at=NOW + POLICY.callback_window)).verdict is Verdict.MATCHED
+    assert after(run, a_callback_received(received_at=NOW + POLICY.callback_window)).verdict is Verdict.MATCHED
 
 
 def test_a_callback_that_never_comes_is_written_off() -> None:
     gone = NOW + POLICY.callback_window
-    run = after(by_poll(), Silent("run_1", gone), now=gone)
+    run = after(by_poll(), CallbackExpired("run_1", gone), now=gone)
     assert (run.verdict, run.verdict_due_at) == (Verdict.RECOVERED, None)
-    late = after(run, a_heard(received_at=gone + timedelta(seconds=1)), now=gone + timedelta(seconds=1))
+    late = after(run, a_callback_received(received_at=gone + timedelta(seconds=1)), now=gone + timedelta(seconds=1))
     assert late.verdict is Verdict.LATE
 
 
 def test_a_callback_in_time_matches_although_it_was_written_off_meanwhile() -> None:
     """The verdict follows from when it arrived, not from when we got round to it."""
     gone = NOW + POLICY.callback_window
-    run = after(by_poll(), Silent("run_1", gone), now=gone)
-    assert after(run, a_heard(received_at=gone), now=gone + timedelta(minutes=1)).verdict is Verdict.MATCHED
+    run = after(by_poll(), CallbackExpired("run_1", gone), now=gone)
+    assert after(run, a_callback_received(received_at=gone), now=gone + timedelta(minutes=1)).verdict is Verdict.MATCHED
 
 
 def test_nobody_is_blamed_for_a_callback_that_was_not_expected() -> None:
@@ -525,24 +525,29 @@ def test_a_start_that_comes_last_still_expects_its_callback() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "status"), [(Told.FAILED, "completed"), (Told.COMPLETED, "failed"), (Told.BOTH, "completed")]
+    ("callback_status", "status"),
+    [
+        (CallbackStatus.FAILED, "completed"),
+        (CallbackStatus.COMPLETED, "failed"),
+        (CallbackStatus.CONFLICTING, "completed"),
+    ],
 )
-def test_a_contradiction_diverges_in_either_order(told: Told, status: str) -> None:
+def test_a_contradiction_diverges_in_either_order(callback_status: CallbackStatus, status: str) -> None:
     """The API decides about the state; that the callback said otherwise is an alert, raised once."""
-    early = changed(after(a_run(), a_heard(told)), a_read(status, LATER))
-    late = changed(by_poll(status), a_heard(told))
+    early = changed(after(a_run(), a_callback_received(callback_status)), a_read(status, LATER))
+    late = changed(by_poll(status), a_callback_received(callback_status))
     for decision in (early, late):
         assert (decision.run.state.value, decision.run.verdict) == (status, Verdict.DIVERGED)
         assert decision.events.count(Event.DIVERGED) == 1
         assert decision.run.verdict_due_at is None
-        assert decide(decision.run, Silent("run_1", LATER), now=LATER + timedelta(days=1)) == Unchanged()
+        assert decide(decision.run, CallbackExpired("run_1", LATER), now=LATER + timedelta(days=1)) == Unchanged()
 
 
 def test_an_alert_of_divergence_is_never_written_off() -> None:
     """A run that the API contradicted itself about stays diverged when its callback does not come."""
     run = after(by_poll(), a_read("failed", LATER))
     assert run.verdict is Verdict.DIVERGED
-    assert decide(run, Silent("run_1", LATER), now=NOW + timedelta(days=1)) == Unchanged()
+    assert decide(run, CallbackExpired("run_1", LATER), now=NOW + timedelta(days=1)) == Unchanged()
 
 
 # --- costs -------------------------------------------------------------------------------------------------------
@@ -580,7 +585,7 @@ def test_a_free_run_has_a_cost() -> None:
 @pytest.mark.parametrize("seconds", [1e300, float("inf"), 1e9])
 def test_no_pause_that_flora_names_is_too_long_for_us(seconds: float) -> None:
     """A number from outside must neither break the transaction nor put a run off for days."""
-    run = after(a_run(), Unanswered("run_1", LATER, retry_after=seconds))
+    run = after(a_run(), ReadFailed("run_1", LATER, retry_after=seconds))
     assert run.next_poll_at == LATER + timedelta(hours=1)
     entered = after(None, a_registration(estimated_seconds=seconds))
     assert entered.next_poll_at == LATER + POLICY.max_gap
@@ -588,9 +593,9 @@ def test_no_pause_that_flora_names_is_too_long_for_us(seconds: float) -> None:
 
 def test_flora_s_own_words_about_pauses_are_heeded() -> None:
     """Never sooner than `retry-after`, and never sooner than our own back-off."""
-    assert after(a_run(), Unanswered("run_1", LATER, retry_after=20)).next_poll_at == LATER + timedelta(seconds=20)
+    assert after(a_run(), ReadFailed("run_1", LATER, retry_after=20)).next_poll_at == LATER + timedelta(seconds=20)
     tired = a_run(failures=8)
-    assert after(tired, Unanswered("run_1", LATER, retry_after=1)).next_poll_at == LATER + timedelta(seconds=256)
+    assert after(tired, ReadFailed("run_1", LATER, retry_after=1)).next_poll_at == LATER + timedelta(seconds=256)
     assert after(None, a_registration(estimated_seconds=25)).next_poll_at == LATER + timedelta(seconds=25)
 
 
@@ -608,5 +613,5 @@ def test_what_a_start_knows_is_kept_and_what_a_track_guesses_is_not() -> None:
 def test_learning_the_technique_makes_a_reported_run_due() -> None:
     """Its callback came, and only now do we know the route on which it can be read."""
     run = a_run(RunState.REPORTED, run_type="technique", next_poll_at=NOW + timedelta(minutes=5))
-    told = a_registration(technique_id="tech_1", run_type="technique", registered_at=LATER)
-    assert after(run, told).next_poll_at == LATER
+    registration = a_registration(technique_id="tech_1", run_type="technique", registered_at=LATER)
+    assert after(run, registration).next_poll_at == LATER

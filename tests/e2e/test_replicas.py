@@ -403,7 +403,7 @@ async def test_behind_pgbouncer(shared: Stage, pgbouncer: str) -> None:
 
 
 def test_logs_hold_no_password(tmp_path: Path) -> None:
-    from receiver.store.database import shown  # noqa: PLC0415
+    from receiver.store.database import redact_url  # noqa: PLC0415
 
-    assert shown("postgresql://u:secret@host/x?password=secret") == "postgresql://host/x"
-    assert shown("sqlite:///var/receiver.db") == "sqlite:///var/receiver.db"
+    assert redact_url("postgresql://u:secret@host/x?password=secret") == "postgresql://host/x"
+    assert redact_url("sqlite:///var/receiver.db") == "sqlite:///var/receiver.db"

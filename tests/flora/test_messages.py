@@ -21,7 +21,7 @@ from receiver.flora.messages import (
     parse_run,
     parse_start,
 )
-from receiver.model import Output, Told
+from receiver.model import CallbackStatus, Output
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 SENT = 1_733_952_000_000
@@ -53,10 +53,18 @@ def a_row(**fields: Any) -> dict[str, Any]:
 def test_reads_the_documented_callbacks() -> None:
     """The bodies in FLORA's documents are read field by field."""
     assert parse_callback(sample("callback-completed")) == Callback(
-        "whd_abc123", "run_abc", "run.completed", "2026-06-11", Told.COMPLETED, "generation", "ws_abc", None, None
+        "whd_abc123",
+        "run_abc",
+        "run.completed",
+        "2026-06-11",
+        CallbackStatus.COMPLETED,
+        "generation",
+        "ws_abc",
+        None,
+        None,
     )
     failed = parse_callback(sample("callback-failed"))
-    assert (failed.told, failed.run_type) == (Told.FAILED, "technique")
+    assert (failed.callback_status, failed.run_type) == (CallbackStatus.FAILED, "technique")
     assert (failed.error_code, failed.error_message) == ("GENERATION_PROMPT_MODERATED", "The prompt was refused.")
 
 
@@ -162,7 +170,7 @@ def test_refuses_ids_that_are_none(bad: Any) -> None:
 def test_only_the_two_ids_are_required() -> None:
     """Whatever else FLORA leaves out or changes, the callback can be kept and its run be read."""
     parsed = parse_callback(b'{"id":"whd_1","data":{"run_id":"run_1"}}')
-    assert (parsed.delivery_id, parsed.run_id, parsed.told) == ("whd_1", "run_1", None)
+    assert (parsed.delivery_id, parsed.run_id, parsed.callback_status) == ("whd_1", "run_1", None)
 
 
 @pytest.mark.parametrize("odd", [1, 1.5, True, [], {}, "", None])
@@ -174,21 +182,21 @@ def test_odd_values_of_optional_fields_are_left_out(name: str, odd: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("event", "status", "told"),
+    ("event", "status", "callback_status"),
     [
-        ("run.completed", "completed", Told.COMPLETED),
-        ("run.failed", "failed", Told.FAILED),
-        ("run.completed", "failed", Told.BOTH),
-        ("run.failed", "completed", Told.BOTH),
-        ("run.completed", None, Told.COMPLETED),
-        ("run.failed", "running", Told.FAILED),
+        ("run.completed", "completed", CallbackStatus.COMPLETED),
+        ("run.failed", "failed", CallbackStatus.FAILED),
+        ("run.completed", "failed", CallbackStatus.CONFLICTING),
+        ("run.failed", "completed", CallbackStatus.CONFLICTING),
+        ("run.completed", None, CallbackStatus.COMPLETED),
+        ("run.failed", "running", CallbackStatus.FAILED),
         ("run.progress", "completed", None),
         ("RUN.COMPLETED", "completed", None),
     ],
 )
-def test_what_a_callback_tells(event: str, status: str | None, told: Told | None) -> None:
+def test_what_a_callback_tells(event: str, status: str | None, callback_status: CallbackStatus | None) -> None:
     """The event's type decides; a status that contradicts it is told as both; an unknown event tells nothing."""
-    assert parse_callback(callback(type=event, data__status=status)).told is told
+    assert parse_callback(callback(type=event, data__status=status)).callback_status is callback_status
 
 
 def test_texts_come_out_clean() -> None:

@@ -14,7 +14,7 @@ from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import canary_key, sign
 from receiver.intake import group_commit as commits_module
 from receiver.intake.callbacks import Accepted, Answer, Canary, Duplicate, Ignored, Refused, Secret
-from receiver.model import DispatchState, Event, RunState, Subscription, Told, Verdict, When
+from receiver.model import CallbackStatus, DispatchState, Event, RunState, Subscription, Verdict, When
 from receiver.store import Database, SqliteDatabase, ledger
 from receiver.store.postgres import PostgresDatabase
 from tests.support.core import (
@@ -22,8 +22,8 @@ from tests.support.core import (
     SECRET,
     Clock,
     Core,
+    a_callback_received,
     a_core,
-    a_heard,
     a_read,
     a_registration,
     callback_body,
@@ -88,7 +88,12 @@ async def test_an_accepted_callback_is_committed_and_due(core: Core) -> None:
     """Delivery, body and run are there when the answer is; the poller is woken."""
     assert await core.call(error_code="x") == Accepted()
     run = await core.run()
-    assert (run.state, run.told, run.reported_at, run.next_poll_at) == (RunState.REPORTED, Told.COMPLETED, NOW, NOW)
+    assert (run.state, run.callback_status, run.reported_at, run.next_poll_at) == (
+        RunState.REPORTED,
+        CallbackStatus.COMPLETED,
+        NOW,
+        NOW,
+    )
     assert (run.workspace_id, run.run_type) == ("ws_1", "generation")
     assert core.signals.poll.is_set()
     assert not core.signals.dispatch.is_set()
@@ -201,7 +206,7 @@ async def test_an_old_callback_makes_a_known_run_due_and_stays_refused(core: Cor
     assert isinstance(answer, Refused)
     assert answer.code == "timestamp_out_of_tolerance"
     run = await core.run()
-    assert (run.state, run.told, run.next_poll_at) == (RunState.OPEN, None, core.clock.now)
+    assert (run.state, run.callback_status, run.next_poll_at) == (RunState.OPEN, None, core.clock.now)
     assert core.signals.poll.is_set()
     assert await core.count("deliveries") == 0
 
@@ -262,17 +267,17 @@ async def test_several_deliveries_of_one_run_in_a_batch(core: Core) -> None:
     )
     assert list(answers) == [Accepted()] * 4
     run = await core.run()
-    assert (run.state, run.told, run.version) == (RunState.REPORTED, Told.BOTH, 0)
+    assert (run.state, run.callback_status, run.version) == (RunState.REPORTED, CallbackStatus.CONFLICTING, 0)
     assert await core.count("deliveries") == 4
 
 
 async def test_everything_about_a_run_in_one_batch(core: Core) -> None:
     """Registered, heard and read at once, in whatever order: one row, its outputs, one dispatch."""
     await asyncio.gather(
-        core.intake.learn(a_registration(metadata={"a": 1})),
+        core.intake.apply(a_registration(metadata={"a": 1})),
         core.call(),
-        core.intake.learn(a_read("completed", charged_cost=0.5)),
-        core.intake.learn(a_read("completed", charged_cost=0.5)),
+        core.intake.apply(a_read("completed", charged_cost=0.5)),
+        core.intake.apply(a_read("completed", charged_cost=0.5)),
         core.call(),
     )
     run = await core.run()
@@ -315,9 +320,9 @@ async def test_the_same_delivery_id_with_another_body_makes_its_run_due_as_well(
 
 
 async def test_learning_returns_what_was_decided(core: Core) -> None:
-    assert isinstance(await core.intake.learn(a_registration()), Changed)
-    assert await core.intake.learn(a_registration()) == Unchanged()
-    assert await core.intake.learn(a_read("completed", run_id="run_nowhere")) == Unchanged()
+    assert isinstance(await core.intake.apply(a_registration()), Changed)
+    assert await core.intake.apply(a_registration()) == Unchanged()
+    assert await core.intake.apply(a_read("completed", run_id="run_nowhere")) == Unchanged()
 
 
 async def test_dispatches_come_with_the_settling(database: Database, clock: Clock) -> None:
@@ -355,7 +360,7 @@ async def test_each_loss_has_its_own_dispatch(database: Database, clock: Clock) 
         clock.forward(days=2)
         while (run := await core.run()).next_poll_at is not None:
             clock.now = max(clock.now, run.next_poll_at)
-            await core.intake.learn(a_read("running", clock.now))
+            await core.intake.apply(a_read("running", clock.now))
         assert (run.state, run.losses) == (RunState.LOST, losses)
         await core.call(f"whd_{losses}")
         clock.forward(days=2)
@@ -443,12 +448,12 @@ async def test_a_report_from_a_year_ahead_does_not_stay_there(core: Core) -> Non
     core.clock.forward(days=365)
     await core.call()
     core.clock.now = NOW
-    await core.intake.learn(a_read("running", NOW))
+    await core.intake.apply(a_read("running", NOW))
     run = await core.run()
     assert run.next_poll_at is not None
     assert NOW < run.next_poll_at <= NOW + timedelta(minutes=20)
-    await core.intake.learn(a_heard(received_at=NOW))
-    assert isinstance(await core.intake.learn(a_read("completed", NOW)), Changed)
+    await core.intake.apply(a_callback_received(received_at=NOW))
+    assert isinstance(await core.intake.apply(a_read("completed", NOW)), Changed)
 
 
 def test_secrets_do_not_show() -> None:

@@ -34,7 +34,7 @@ class Plain:
     def __init__(self, config: Options) -> None:
         self.config = config
 
-    async def handle(self, run: SettledRun, context: Context) -> Answer:  # noqa: ARG002
+    async def handle(self, run: SettledRun, context: Context) -> Answer:
         return Done()
 
 
@@ -74,7 +74,7 @@ class Secretive(Plain):
 
 
 class NoConfig:
-    async def handle(self, run: SettledRun, context: Context) -> Answer:  # noqa: ARG002
+    async def handle(self, run: SettledRun, context: Context) -> Answer:
         return Done()
 
 
@@ -86,12 +86,12 @@ class NoHandle:
 
 
 class Explosive(Plain):
-    def __init__(self, config: Options) -> None:  # noqa: ARG002
+    def __init__(self, config: Options) -> None:
         raise RuntimeError("boom")
 
 
 class Exiting(Plain):
-    def __init__(self, config: Options) -> None:  # noqa: ARG002
+    def __init__(self, config: Options) -> None:
         sys.exit("bye")
 
 

@@ -8,9 +8,9 @@ import pytest
 from sqlalchemy import Connection, exc
 
 from receiver.errors import StoreUnavailableError
-from receiver.model import Delivery, LostReason, Origin, Output, Run, RunState, Told, Verdict
+from receiver.model import CallbackStatus, Delivery, LostReason, Origin, Output, Run, RunState, Verdict
 from receiver.store import Database, ledger
-from receiver.store.rows import moment, ms
+from receiver.store.rows import from_ms, to_ms
 from tests.support.core import NOW, OUTPUT, Core, a_run
 
 FULL = Run(
@@ -34,7 +34,7 @@ FULL = Run(
     quoted_cost=0.25,
     metadata={"market": "DE", "nested": {"list": [1, 2.5, None, True]}, "ключ": "🙂"},
     callback_expected=False,
-    told=Told.BOTH,
+    callback_status=CallbackStatus.CONFLICTING,
     reported_at=NOW,
     verdict=Verdict.DIVERGED,
     verdict_due_at=NOW,
@@ -114,7 +114,7 @@ async def test_any_number_of_rows(core: Core, count: int) -> None:
 )
 def test_times_survive_as_milliseconds(when: datetime) -> None:
     """Integers, never floats: no time moves by being stored."""
-    assert moment(ms(when)) == when
+    assert from_ms(to_ms(when)) == when
 
 
 async def test_unknown_runs_are_just_not_there(database: Database) -> None:
@@ -191,7 +191,7 @@ async def test_duplicates_are_counted(core: Core) -> None:
     for times in (1, 2):
         await core.database.write(lambda tx, n=times: ledger.count_duplicates(tx, {"whd_1": n}, at=NOW))  # type: ignore[misc]
     found = await core.rows("SELECT delivery_id, duplicates, last_duplicate_at FROM deliveries ORDER BY seq")
-    assert [tuple(row) for row in found] == [("whd_1", 3, ms(NOW)), ("whd_2", 0, None)]
+    assert [tuple(row) for row in found] == [("whd_1", 3, to_ms(NOW)), ("whd_2", 0, None)]
 
 
 async def test_due_runs_longest_due_first(database: Database) -> None:
@@ -202,7 +202,7 @@ async def test_due_runs_longest_due_first(database: Database) -> None:
     due = await database.read(lambda tx: ledger.due_runs(tx, now=NOW, limit=10))
     assert [run.run_id for run in due] == ["run_2", "run_1", "run_3"]
     assert len(await database.read(lambda tx: ledger.due_runs(tx, now=NOW, limit=2))) == 2
-    assert await database.read(ledger.next_due_ms) == ms(NOW - timedelta(seconds=60))
+    assert await database.read(ledger.next_due_ms) == to_ms(NOW - timedelta(seconds=60))
 
 
 async def test_nothing_due_is_said_so(database: Database) -> None:

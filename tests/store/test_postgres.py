@@ -81,7 +81,7 @@ async def test_two_processes_that_settle_a_run_settle_it_once(doors: tuple[Core,
     for number in range(20):
         run_id = f"run_{number}"
         await doors[0].register(run_id)
-        await asyncio.gather(*(door.intake.learn(a_read("completed", NOW, run_id)) for door in doors))
+        await asyncio.gather(*(door.intake.apply(a_read("completed", NOW, run_id)) for door in doors))
         assert len(await doors[0].dispatches(run_id)) == 1
 
 
@@ -163,8 +163,8 @@ async def test_a_run_is_settled_once_though_the_commit_was_cut(
             await door.register("run_1")
             way.cut_next = "after COMMIT"
             with pytest.raises(StoreUnavailableError):
-                await door.intake.learn(a_read("completed", NOW, "run_1"))
-            await door.intake.learn(a_read("completed", NOW, "run_1"))
+                await door.intake.apply(a_read("completed", NOW, "run_1"))
+            await door.intake.apply(a_read("completed", NOW, "run_1"))
             assert len(await door.dispatches("run_1")) == len(await door.outputs("run_1")) == 1
 
 

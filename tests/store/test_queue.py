@@ -10,7 +10,7 @@ from receiver.errors import LocationTakenError
 from receiver.model import Dispatch, DispatchState, Event, Lane, RunState
 from receiver.store import Database, ledger, queue
 from receiver.store.queue import Leased
-from receiver.store.rows import ms
+from receiver.store.rows import to_ms
 from tests.support.core import NOW, OUTPUT, Core, a_run
 
 TOKEN = "t1"
@@ -107,7 +107,7 @@ async def test_lanes_are_claimed_apart_each_by_age(database: Database) -> None:
     (light,) = await claim(database, limit=1, lanes=(Lane.LIGHT,))
     assert (light.run.run_id, light.dispatch.lane) == ("run_2", Lane.LIGHT)
     assert await database.read(lambda tx: queue.due_lanes(tx, "h", now=NOW)) == {Lane.HEAVY}
-    await database.write(lambda tx: queue.give_back(tx, [light.seq], token=TOKEN))
+    await database.write(lambda tx: queue.release(tx, [light.seq], token=TOKEN))
     (oldest,) = await claim(database, limit=1)
     assert (oldest.run.run_id, oldest.dispatch.lane) == ("run_1", Lane.HEAVY)
 
@@ -188,10 +188,10 @@ async def test_an_end_is_written_down(core: Core, state: DispatchState) -> None:
         None,
         "why",
         rf'{{"a": "\ud800\u0000\u00fc", "at": "{NOW}"}}',
-        ms(NOW),
+        to_ms(NOW),
     )
     (attempt,) = await core.rows("SELECT attempt, outcome, error, ended_at FROM dispatch_attempts")
-    assert tuple(attempt) == (1, state.value, "why", ms(NOW))
+    assert tuple(attempt) == (1, state.value, "why", to_ms(NOW))
     assert await claim(core.database, "t2", now=LATER) == ()
 
 
@@ -204,7 +204,7 @@ async def test_a_stale_worker_changes_nothing(core: Core) -> None:
     assert new.dispatch.attempts == 2
     assert not await finish(core.database, old)
     assert await core.database.write(lambda tx: queue.renew(tx, [old.seq], token="t1", until=LATER)) == frozenset()
-    assert await core.database.write(lambda tx: queue.give_back(tx, [old.seq], token="t1")) == 0
+    assert await core.database.write(lambda tx: queue.release(tx, [old.seq], token="t1")) == 0
     assert await states(core) == {Event.SETTLED: ("leased", 2)}
     assert await finish(core.database, new, token="t2")
     assert not await finish(core.database, new, DispatchState.READY, token="t2")
@@ -236,8 +236,8 @@ async def test_what_is_given_back_was_never_tried(core: Core) -> None:
     """The attempt is uncounted and leaves no line: the process stopped, the handler is not to blame."""
     await add(core.database, ("run_1", Event.SETTLED), ("run_2", Event.SETTLED))
     one, two = await claim(core.database)
-    assert await core.database.write(lambda tx: queue.give_back(tx, [one.seq], token="t1")) == 1
-    assert await core.database.write(lambda tx: queue.give_back(tx, [], token="t1")) == 0
+    assert await core.database.write(lambda tx: queue.release(tx, [one.seq], token="t1")) == 1
+    assert await core.database.write(lambda tx: queue.release(tx, [], token="t1")) == 0
     assert await states(core) == {Event.SETTLED: ("ready", 0)}
     assert await states(core, "run_2") == {Event.SETTLED: ("leased", 1)}
     assert await core.rows("SELECT dispatch_seq FROM dispatch_attempts") == [(two.seq,)]
@@ -249,7 +249,7 @@ async def test_void_leases_count(core: Core) -> None:
     """A process that died did try: its attempts stay counted, or a handler that kills it would do so for ever."""
     await add(core.database, ("run_1", Event.SETTLED), ("run_2", Event.SETTLED, DispatchState.DONE, 0))
     await claim(core.database)
-    assert await core.database.write(queue.void_leases) == 1
+    assert await core.database.write(queue.release_all) == 1
     assert await states(core) == {Event.SETTLED: ("ready", 1)}
     assert await states(core, "run_2") == {Event.SETTLED: ("done", 0)}
 
@@ -259,23 +259,23 @@ async def test_used_up_attempts_are_buried(core: Core) -> None:
     await add(core.database, ("run_1", Event.SETTLED))
     for _ in range(3):
         assert len(await claim(core.database)) == 1
-        await core.database.write(queue.void_leases)
+        await core.database.write(queue.release_all)
     assert await claim(core.database) == ()
-    assert await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=4, now=NOW)) == ()
-    (dead,) = await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=3, now=NOW))
+    assert await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=4, now=NOW)) == ()
+    (dead,) = await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=3, now=NOW))
     assert (dead.state, dead.attempts) == (DispatchState.DEAD, 3)
     assert dead.last_error == "every worker that tried it stopped before it answered"
-    assert await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=3, now=NOW)) == ()
+    assert await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=3, now=NOW)) == ()
 
 
 async def test_burying_leaves_the_living_alone(core: Core) -> None:
     """Not what somebody works on, not what is due later; the last real error is kept."""
     await add(core.database, ("run_1", Event.SETTLED))
     (leased,) = await claim(core.database, max_attempts=1)
-    assert await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=1, now=LATER)) == ()
+    assert await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=1, now=LATER)) == ()
     await finish(core.database, leased, DispatchState.READY, due_at=LATER, error="disk full")
-    assert await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=1, now=NOW)) == ()
-    (dead,) = await core.database.write(lambda tx: queue.bury(tx, "h", max_attempts=1, now=LATER))
+    assert await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=1, now=NOW)) == ()
+    (dead,) = await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=1, now=LATER))
     assert dead.last_error == "disk full"
 
 
@@ -302,7 +302,7 @@ async def test_rounds_count_on(database: Database) -> None:
         "event = 'odd'",
         "state = 'leased'",
         "lease_token = 't'",
-        f"lease_until = {ms(NOW)}",
+        f"lease_until = {to_ms(NOW)}",
         "state = 'leased', lease_token = 't'",
         "run_id = 'run_nowhere'",
     ],

@@ -5,7 +5,7 @@ from datetime import timedelta
 from receiver.model import Delivery, Dispatch, DispatchState, Event, Rejection, RunState
 from receiver.store import Database, ledger, queue
 from receiver.store import retention as upkeep
-from receiver.store.rows import ms
+from receiver.store.rows import to_ms
 from tests.support.core import NOW, OUTPUT, Core, a_run
 
 OLD, EDGE = NOW - timedelta(days=31), NOW - timedelta(days=30)
@@ -110,8 +110,8 @@ async def test_what_a_wrong_clock_put_off_is_due_now(core: Core) -> None:
     assert await core.database.write(lambda tx: upkeep.pull_back(tx, now=NOW, latest=latest)) == 2
     assert await core.database.write(lambda tx: upkeep.pull_back(tx, now=NOW, latest=latest)) == 0
     assert [tuple(row) for row in await core.rows("SELECT run_id, next_poll_at FROM runs ORDER BY run_id")] == [
-        ("run_1", ms(NOW)),
-        ("run_2", ms(near)),
+        ("run_1", to_ms(NOW)),
+        ("run_2", to_ms(near)),
     ]
     found = await core.rows("SELECT due_at FROM dispatches WHERE state = 'ready' ORDER BY run_id")
-    assert [row[0] for row in found] == [ms(NOW), ms(near)]
+    assert [row[0] for row in found] == [to_ms(NOW), to_ms(near)]

@@ -72,13 +72,13 @@ class FakeReceiver:
 
     def start(
         self,
-        technique_id: str,  # noqa: ARG002
-        inputs: Sequence[Mapping[str, Any]],  # noqa: ARG002
+        technique_id: str,
+        inputs: Sequence[Mapping[str, Any]],
         *,
         idempotency_key: str | None = None,
-        metadata: Mapping[str, Any] | None = None,  # noqa: ARG002
-        workspace_id: str | None = None,  # noqa: ARG002
-        wait_seconds: float = 30.0,  # noqa: ARG002
+        metadata: Mapping[str, Any] | None = None,
+        workspace_id: str | None = None,
+        wait_seconds: float = 30.0,
     ) -> StartView:
         key = str(idempotency_key)
         row = key.rpartition(":")[2]
@@ -96,7 +96,7 @@ class FakeReceiver:
             self.most_in_hand = max(self.most_in_hand, self.in_hand)
         return StartView("started", f"run_{row}", key, "token", repeated=repeated)
 
-    def wait(self, run_id: str, *, timeout_seconds: float | None = None) -> RunView:  # noqa: ARG002
+    def wait(self, run_id: str, *, timeout_seconds: float | None = None) -> RunView:
         self.on_wait(run_id)
         with self.lock:
             self.in_hand -= 1

@@ -158,7 +158,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @dataclass
-class Told:
+class RequestLog:
     """A store that answers each method as it is told: (status, headers, body)."""
 
     answers: dict[str, tuple[int, dict[str, str], bytes]]
@@ -171,8 +171,8 @@ class Told:
 
 
 @asynccontextmanager
-async def told(**answers: tuple[int, dict[str, str], bytes]) -> AsyncIterator[Told]:
-    made = Told(answers)
+async def told(**answers: tuple[int, dict[str, str], bytes]) -> AsyncIterator[RequestLog]:
+    made = RequestLog(answers)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -14,19 +14,19 @@ from receiver.decide import Policy
 from receiver.flora.signature import sign
 from receiver.intake.callbacks import Answer, Intake, Secret
 from receiver.model import (
+    CallbackReceived,
+    CallbackStatus,
     Dispatch,
     Event,
-    Heard,
     LostReason,
     Origin,
     Output,
-    Read,
-    Registered,
     Run,
+    RunRead,
+    RunRegistered,
     RunState,
     Snapshot,
     Subscription,
-    Told,
 )
 from receiver.store import Database, ledger, queue
 from receiver.store.changes import Signals
@@ -84,7 +84,7 @@ def a_run(state: RunState = RunState.OPEN, **fields: Any) -> Run:
         case RunState.OPEN:
             given |= {"next_poll_at": NOW}
         case RunState.REPORTED:
-            given |= {"next_poll_at": NOW, "told": Told.COMPLETED, "reported_at": NOW}
+            given |= {"next_poll_at": NOW, "callback_status": CallbackStatus.COMPLETED, "reported_at": NOW}
         case RunState.COMPLETED | RunState.FAILED:
             given |= {"settled_at": NOW}
         case RunState.LOST:
@@ -97,17 +97,19 @@ def a_snapshot(status: str = "running", run_id: str = "run_1", **fields: Any) ->
     return Snapshot(**({"run_id": run_id, "status": status} | given | fields))
 
 
-def a_read(status: str = "running", asked_at: datetime = NOW, run_id: str = "run_1", **fields: Any) -> Read:
-    return Read(a_snapshot(status, run_id, **fields), asked_at)
+def a_read(status: str = "running", asked_at: datetime = NOW, run_id: str = "run_1", **fields: Any) -> RunRead:
+    return RunRead(a_snapshot(status, run_id, **fields), asked_at)
 
 
-def a_heard(told: Told = Told.COMPLETED, received_at: datetime = NOW, run_id: str = "run_1", **fields: Any) -> Heard:
-    return Heard(run_id, told, received_at, **fields)
+def a_callback_received(
+    told: CallbackStatus = CallbackStatus.COMPLETED, received_at: datetime = NOW, run_id: str = "run_1", **fields: Any
+) -> CallbackReceived:
+    return CallbackReceived(run_id, told, received_at, **fields)
 
 
-def a_registration(run_id: str = "run_1", **fields: Any) -> Registered:
+def a_registration(run_id: str = "run_1", **fields: Any) -> RunRegistered:
     given: dict[str, Any] = {"origin": Origin.TRACKED, "registered_at": NOW, "run_type": "generation"}
-    return Registered(run_id, **(given | fields))
+    return RunRegistered(run_id, **(given | fields))
 
 
 def callback_body(
@@ -155,12 +157,12 @@ class Core:
         return await self.intake.accept(body, signed(body, self.clock.now))
 
     async def register(self, run_id: str = "run_1", **fields: Any) -> Run:
-        await self.intake.learn(a_registration(run_id, registered_at=self.clock.now, **fields))
+        await self.intake.apply(a_registration(run_id, registered_at=self.clock.now, **fields))
         return await self.run(run_id)
 
     async def settle(self, run_id: str = "run_1", status: str = "completed", **fields: Any) -> Run:
         """Let the API show the end of a run."""
-        await self.intake.learn(a_read(status, self.clock.now, run_id, **fields))
+        await self.intake.apply(a_read(status, self.clock.now, run_id, **fields))
         return await self.run(run_id)
 
     async def find(self, run_id: str = "run_1") -> Run | None:

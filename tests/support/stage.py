@@ -29,7 +29,7 @@ from receiver.config import Settings
 from receiver.emulator import Emulator, EmulatorSettings
 from receiver.emulator.faults import parse_faults
 from receiver.flora.signature import HEADER, sign
-from receiver.model import Origin, Registered
+from receiver.model import Origin, RunRegistered
 from receiver.net import certificates
 from receiver.service.service import Service
 from receiver.web.public import CALLBACK_PATH
@@ -150,8 +150,8 @@ class Stage:
 
     async def register(self, service: Service, run_id: str, **known: Any) -> None:
         run = self.emulator.runs.get(run_id)
-        await service.intake.learn(
-            Registered(
+        await service.intake.apply(
+            RunRegistered(
                 run_id=run_id,
                 origin=Origin.TRACKED,
                 registered_at=datetime.now(UTC),

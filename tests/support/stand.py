@@ -13,7 +13,7 @@ from receiver.emulator import Emulator, EmulatorSettings
 from receiver.emulator.runs import PlannedOutput, Subject
 from receiver.emulator.runs import Run as Emulated
 from receiver.flora.client import FloraClient
-from receiver.flora.rate_limit import Budget
+from receiver.flora.rate_limit import RateLimit
 from receiver.model import Origin, Run, RunState
 from receiver.net.clients import api_client
 from receiver.store import Database, ledger
@@ -36,7 +36,7 @@ class Stand:
     http: httpx.AsyncClient
     clock: Clock
     workspace_id: str
-    budget: Budget
+    budget: RateLimit
     between: list[Callable[[], object]] = field(default_factory=list)
     """Called after each answer, the first one first."""
 
@@ -129,7 +129,7 @@ async def a_stand(clock: Clock, *, workspace_id: str = "ws_1", concurrency: int 
 
     http = api_client(emulator.base_url(f"http://127.0.0.1:{server.port}"))
     http.event_hooks = {**http.event_hooks, "response": [answered]}
-    budget = Budget(concurrency, clock=clock)
+    budget = RateLimit(concurrency, clock=clock)
     try:
         yield Stand(emulator, FloraClient(http, settings.api_key), http, clock, workspace_id, budget, between)
     finally:
@@ -174,7 +174,10 @@ def a_ledger(database: Database, clock: Clock, *stands: Stand) -> Ledger:
         None: first.client,
         **{stand.workspace_id: stand.client for stand in others},
     }
-    budgets: dict[str | None, Budget] = {None: first.budget, **{stand.workspace_id: stand.budget for stand in others}}
+    budgets: dict[str | None, RateLimit] = {
+        None: first.budget,
+        **{stand.workspace_id: stand.budget for stand in others},
+    }
     poller = Poller(
         database, core.intake, clients, signals=core.signals, metrics=core.metrics, budgets=budgets, clock=clock
     )

@@ -93,7 +93,7 @@ class Bench:
             downloader=self.downloader,
             signals=self.core.signals,
             metrics=self.core.metrics,
-            learn=self.core.intake.learn,
+            apply=self.core.intake.apply,
             clock=self.core.clock,
             jitter=lambda: 0.0,
             **options,
@@ -180,7 +180,7 @@ async def test_a_handler_has_its_run_read_again(bench: Bench) -> None:
     assert (await bench.core.run()).next_poll_at == bench.core.clock.now
     again = replace(OUTPUT, value="https://media.flora.example/again.png")
     strange = Output(7, "another", "imageUrl", "https://media.flora.example/another.png")
-    await bench.core.intake.learn(a_read("completed", bench.core.clock.now, outputs=(again, strange)))
+    await bench.core.intake.apply(a_read("completed", bench.core.clock.now, outputs=(again, strange)))
     await bench.round(dispatcher, seconds=60)
     assert [run.outputs for run, _, _ in handler.calls] == [(OUTPUT,), (again,)]
     assert (await bench.core.run()).next_poll_at is None
@@ -464,7 +464,7 @@ async def test_what_killed_its_process_on_the_last_attempt_is_dead_and_told(alar
     for _ in range(2):
         handler, free = hanging()
         await alarmed.dispatcher(handler, max_attempts=2).tick(NOW)
-        await alarmed.core.database.write(queue.void_leases)  # what the next start does
+        await alarmed.core.database.write(queue.release_all)  # what the next start does
         free.set()
     for made in alarmed.made:
         await made.drain()
@@ -520,7 +520,7 @@ async def test_stopping_gives_back_uncounted(bench: Bench, stubborn: int) -> Non
     dispatcher = bench.dispatcher(slow)
     await dispatcher.tick(NOW)
     await asyncio.sleep(0)
-    await dispatcher.give_back()
+    await dispatcher.release()
     assert await bench.states() == {"h:settled:0": ("ready", 0)}
     free.set()
     handler = answering(Done())
@@ -587,7 +587,7 @@ async def test_what_is_being_written_down_is_not_given_back(bench: Bench, monkey
     monkeypatch.setattr(bench.core.database, "write", slow)
     free.set()
     await writing.wait()
-    stopping = asyncio.create_task(dispatcher.give_back())
+    stopping = asyncio.create_task(dispatcher.release())
     await asyncio.sleep(0)
     written.set()
     await stopping
@@ -605,7 +605,7 @@ async def test_stopping_does_not_wait_for_a_database_that_is_gone(bench: Bench) 
     await writable(bench.core.database, False)
     free.set()
     await until(lambda: all(attempt.answered for attempt in dispatcher._running.values()))
-    stopping = asyncio.create_task(dispatcher.give_back())
+    stopping = asyncio.create_task(dispatcher.release())
     await asyncio.sleep(0)
     stopping.cancel()
     await asyncio.wait({stopping})
@@ -652,7 +652,7 @@ async def test_renewing_leaves_alone_what_has_begun_anew(bench: Bench, monkeypat
         if before.task and not before.task.done():
             before.task.cancel()
             await dispatcher.drain()
-            await write(lambda tx: queue.give_back(tx, [before.leased.seq], token=before.token))
+            await write(lambda tx: queue.release(tx, [before.leased.seq], token=before.token))
             monkeypatch.setattr(bench.core.database, "write", write)
             await dispatcher.tick(bench.core.clock.now)
         return await write(job)

@@ -76,7 +76,7 @@ class Bench:
             downloader=self.downloader,
             signals=self.core.signals,
             metrics=self.core.metrics,
-            learn=self.core.intake.learn,
+            apply=self.core.intake.apply,
             clock=self.core.clock,
             jitter=lambda: 0.0,
         )

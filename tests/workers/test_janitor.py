@@ -101,7 +101,7 @@ async def test_a_clock_that_jumped_a_year_ahead_and_came_back(core: Core, janito
     assert {run.run_id for run in due} == {"run_1", "run_2"}
     assert {row.due_at for row in await core.dispatches("run_3")} == {NOW}
     for run_id in ("run_1", "run_2"):
-        await core.intake.learn(a_read("running", NOW, run_id))
+        await core.intake.apply(a_read("running", NOW, run_id))
         run = await core.run(run_id)
         assert run.next_poll_at is not None
         assert NOW < run.next_poll_at < NOW + timedelta(hours=1)

@@ -10,8 +10,8 @@ import pytest
 from receiver.store import Database
 from receiver.store.changes import Change, Signals
 from receiver.store.postgres import PostgresDatabase
-from receiver.workers.leader import LEASE, Election
-from receiver.workers.notifier import Herald, _written
+from receiver.workers.leader import LEASE, LeaderLease
+from receiver.workers.notifier import ChangeNotifier, _written
 from tests.support.core import Clock, until, writable
 
 
@@ -19,8 +19,8 @@ async def idle(stopping: asyncio.Event) -> None:
     await stopping.wait()
 
 
-def candidate(database: Database, clock: Clock, name: str = "poller", work: Any = idle, **options: Any) -> Election:
-    return Election(database, name, work, clock=clock, **options)
+def candidate(database: Database, clock: Clock, name: str = "poller", work: Any = idle, **options: Any) -> LeaderLease:
+    return LeaderLease(database, name, work, clock=clock, **options)
 
 
 async def test_one_holds_a_lease_until_it_runs_out(database: Database, clock: Clock) -> None:
@@ -169,7 +169,7 @@ async def test_a_change_is_heard_by_the_others_and_not_echoed(pair: tuple[Postgr
     """Loops are woken there, and whoever waits for the run is told; each change comes once."""
     stopping = asyncio.Event()
     sides = [(Signals(), database) for database in pair]
-    heralds = [Herald(database, signals) for signals, database in sides]
+    heralds = [ChangeNotifier(database, signals) for signals, database in sides]
     tasks = [asyncio.create_task(job(stopping)) for herald in heralds for job in (herald.listen, herald.run)]
     here, there = sides[0][0], sides[1][0]
     await until(lambda: here.poll.is_set() and there.poll.is_set())  # both listen now
@@ -191,7 +191,7 @@ async def test_notices_of_others_are_read_with_care(
     pair: tuple[PostgresDatabase, PostgresDatabase], notice: str
 ) -> None:
     signals = Signals()
-    Herald(pair[0], signals)._heard(notice)
+    ChangeNotifier(pair[0], signals)._heard(notice)
     assert not signals.poll.is_set()
 
 

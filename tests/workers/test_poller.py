@@ -192,9 +192,9 @@ async def test_hurrying_reads_what_is_not_settled_at_once(sky: Sky) -> None:
         await sky.track(run_id)
     one = min(open_runs)
     assert await sky.poll() == 0
-    assert await sky.poller.hurry([one, done, "run_unknown"]) == {one}
+    assert await sky.poller.read_now([one, done, "run_unknown"]) == {one}
     assert await sky.poll() == 1
-    assert await sky.poller.hurry() == open_runs
+    assert await sky.poller.read_now() == open_runs
     assert await sky.poll() > 0
     assert await sky.poll() == 0
     assert {(await sky.core.run(run_id)).state for run_id in open_runs} == {RunState.OPEN}

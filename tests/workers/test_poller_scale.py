@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from receiver.emulator.faults import parse_faults
-from receiver.model import Origin, RunState, Told
+from receiver.model import CallbackStatus, Origin, RunState
 from receiver.store import Database
 from tests.support.core import Clock
 from tests.support.stand import MODEL, OTHER, Ledger, Stand, a_ledger, a_stand
@@ -72,7 +72,9 @@ async def test_a_run_with_a_callback_is_read_alone_beside_a_scan(ours: Ledger, f
     """Its reader waits for nothing: the first plan is the single read."""
     runs = flora.fill(200)
     flora.end(runs[:1])
-    reported = flora.known(runs[:1], state=RunState.REPORTED, told=Told.COMPLETED, reported_at=clock.now)
+    reported = flora.known(
+        runs[:1], state=RunState.REPORTED, callback_status=CallbackStatus.COMPLETED, reported_at=clock.now
+    )
     await ours.add([*reported, *flora.known(runs[1:])])
     await ours.poller.tick(clock.now)
     await ours.poller.drain()
@@ -98,7 +100,9 @@ async def test_a_callback_during_a_scan_is_not_made_to_wait_for_it(ours: Ledger,
 async def test_a_burst_of_callbacks_becomes_a_scan(ours: Ledger, flora: Stand, clock: Clock) -> None:
     runs = flora.fill(200)
     flora.end(runs)
-    await ours.add(flora.known(runs, state=RunState.REPORTED, told=Told.COMPLETED, reported_at=clock.now))
+    await ours.add(
+        flora.known(runs, state=RunState.REPORTED, callback_status=CallbackStatus.COMPLETED, reported_at=clock.now)
+    )
     await ours.look_once()
     assert flora.requests == 2
     assert await ours.states() == {"completed": 200}

@@ -13,7 +13,7 @@ import pytest
 from receiver.emulator import Emulator, EmulatorSettings, parse_faults
 from receiver.emulator.runs import Run as Emulated
 from receiver.flora.client import FloraClient
-from receiver.flora.rate_limit import Budget
+from receiver.flora.rate_limit import RateLimit
 from receiver.flora.start_request import StartRequest, same_address, with_token
 from receiver.intake.callbacks import Accepted
 from receiver.model import Origin, RunState, Start, StartState
@@ -44,7 +44,7 @@ class Scene:
             self.core.database,
             self.core.intake,
             {None: self.client},
-            {None: Budget(8, clock=self.core.clock)},
+            {None: RateLimit(8, clock=self.core.clock)},
             signals=self.core.signals,
             callback_url=callback_url,
             clock=self.core.clock,
@@ -302,12 +302,12 @@ async def test_a_run_of_others_waits_for_earlier_starts_alone(scene: Scene) -> N
     await scene.start(starter)
     core.clock.forward(1)
     await core.call("whd_x", "run_x")
-    await core.intake.learn(a_read("completed", core.clock.forward(1), "run_x"))
+    await core.intake.apply(a_read("completed", core.clock.forward(1), "run_x"))
     assert (await core.run("run_x")).state is RunState.REPORTED
     for number in range(4):
         core.clock.forward(31)
         await scene.start(starter, replace(REQUEST, idempotency_key=f"later {number}"))
-    await core.intake.learn(a_read("completed", core.clock.now, "run_x"))
+    await core.intake.apply(a_read("completed", core.clock.now, "run_x"))
     assert (await core.run("run_x")).state is RunState.COMPLETED
 
 
@@ -364,7 +364,7 @@ async def test_a_run_that_the_ledger_knows_is_nobody_elses(scene: Scene) -> None
     """A run that was tracked meanwhile is not taken for the one of an unanswered start."""
     start = await scene.start(scene.process(asks=False))
     other = scene.emulator.start_run("emu-image")
-    await scene.core.intake.learn(a_registration(other))
+    await scene.core.intake.apply(a_registration(other))
     await scene.client.start_technique_run(start.technique_id, json.loads(start.request))
     found = await scene.again(scene.process(), start, 1)
     assert found.run_id not in {None, other}

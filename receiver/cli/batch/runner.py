@@ -75,7 +75,7 @@ def passes(error: ReceiverApiError) -> bool:
     """Return whether the same call may work later: the service restarts, its database is busy, FLORA is not there."""
     if error.status == _BAD_GATEWAY:  # what FLORA refuses in a way that no caller of ours can help, or a proxy's own
         return error.code == "not_a_receiver"
-    return error.status is None or error.status == _LIMITED or error.status >= 500  # noqa: PLR2004
+    return error.status is None or error.status == _LIMITED or error.status >= 500
 
 
 def patiently(ask: Callable[[], T], *, seconds: float) -> T:
@@ -183,7 +183,7 @@ class Runner:
                         self._record(job.position, self._carry(receiver, job))
                     finally:
                         self._room.leave()
-        except BaseException as error:  # noqa: BLE001 -- raised again by `run`, in the thread that can tell of it
+        except BaseException as error:
             self._broken = self._broken or error
             self._stop(Halt("broken", f"{type(error).__name__}: {error}"))
 

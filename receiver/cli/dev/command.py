@@ -22,7 +22,7 @@ from receiver.cli.dev.session import EVERY_ADDRESS, Desk
 from receiver.cli.dev.tunnel.choice import Wanted, chosen
 from receiver.cli.dev.view import View
 from receiver.cli.output import explained
-from receiver.config import Settings, load, made_token
+from receiver.config import Settings, ensure_token, load
 from receiver.config.callback_url import split_http_url
 from receiver.decide import Policy
 from receiver.emulator import Emulator, EmulatorSettings
@@ -37,7 +37,7 @@ from receiver.web.server import Server, bind
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedOptions:
     """What the command line asks for besides the settings."""
 
     wanted: Wanted
@@ -47,7 +47,7 @@ class Asked:
     json: bool = False
 
 
-def run(config: Path | None, asked: Asked, *, host: str, port: int | None, ops_port: int | None) -> None:
+def run(config: Path | None, asked: ParsedOptions, *, host: str, port: int | None, ops_port: int | None) -> None:
     with explained(as_json=asked.json):
         settings = load(config, os.environ, need_secrets=not asked.emulator)
         if not (is_loopback(host) or host in EVERY_ADDRESS):
@@ -87,7 +87,7 @@ def _with(settings: Settings, given: dict[str, dict[str, Any]]) -> Settings:
     return settings.model_copy(update={"public_url": None, **sections})
 
 
-async def _dev(settings: Settings, asked: Asked) -> int:
+async def _dev(settings: Settings, asked: ParsedOptions) -> int:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -108,7 +108,7 @@ async def _dev(settings: Settings, asked: Asked) -> int:
 
 @contextlib.asynccontextmanager
 async def _emulated(
-    settings: Settings, asked: Asked, directory: Path, view: View
+    settings: Settings, asked: ParsedOptions, directory: Path, view: View
 ) -> AsyncIterator[tuple[Settings, Path | None]]:
     """Run an emulated FLORA, and return the settings that go with it: its keys, a ledger of its own, a certificate.
 
@@ -136,7 +136,7 @@ async def _emulated(
     await stand.start()
     origin = f"http://127.0.0.1:{stand.port}"
     emulator.public_origin = origin
-    token = made_token(settings)  # where it always is, although the ledger is elsewhere: other commands look there
+    token = ensure_token(settings)  # where it always is, although the ledger is elsewhere: other commands look there
     given: dict[str, dict[str, Any]] = {
         "flora": {
             "base_url": emulator.base_url(origin),

@@ -185,7 +185,7 @@ class Player:
 
     async def play(self, run_id: str) -> None:
         run = await _run_of(self._service, run_id)
-        if run is None or run.state not in _SETTLED or run.told is not None:
+        if run is None or run.state not in _SETTLED or run.callback_status is not None:
             return  # FLORA itself has told
         body = json.dumps(_callback(run), separators=(",", ":")).encode()
         secret = next((value for value, owner in self._secrets if owner in {None, run.workspace_id}), None)
@@ -198,7 +198,7 @@ class Player:
             except httpx.HTTPError:
                 await asyncio.sleep(1)
                 continue
-            if response.status_code < 500:  # noqa: PLR2004
+            if response.status_code < 500:
                 return
 
 

@@ -189,7 +189,7 @@ class Desk:
 
     async def _catch_up(self, *, moved: bool) -> None:
         """Read every run that is not settled: FLORA may have called while nobody could answer."""
-        ids = await self._service.poller.hurry()
+        ids = await self._service.poller.read_now()
         if not ids:
             return
         why = "they call the old address, and are polled from now on" if moved else "their callbacks may be lost"
@@ -202,7 +202,7 @@ class Desk:
         while True:
             await asyncio.sleep(self._again_seconds)
             if self._stranded:
-                self._stranded = await self._service.poller.hurry(self._stranded)
+                self._stranded = await self._service.poller.read_now(self._stranded)
 
     async def _show_status(self) -> None:
         while True:

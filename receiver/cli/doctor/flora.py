@@ -62,7 +62,7 @@ def of_answer(answer: httpx.Response, workspace: str | None, others: AbstractSet
             return [Finding("flora.key_forbidden", told)]
         case 429 | 500 | 502 | 503 | 504:
             return [Finding("flora.failing", told)]
-        case status if status == 404 or not isinstance(refusal, dict):  # noqa: PLR2004
+        case status if status == 404 or not isinstance(refusal, dict):
             return [Finding("flora.someone_else", told)]
         case _:
             return [Finding("flora.failing", told)]

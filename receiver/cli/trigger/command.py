@@ -93,7 +93,7 @@ async def _fire(
 
 def _show(name: str, hits: Sequence[Hit], *, json: bool) -> None:
     wrong = [hit for hit in hits if not hit.as_expected]
-    if len(hits) <= 2:  # noqa: PLR2004 -- a case by itself
+    if len(hits) <= 2:
         (*_, last) = hits
         lines = [f"{hit.status or 'no answer:'} {hit.text[:_SHOWN]}" for hit in hits]
         verdict = "as it should be" if not wrong else f"expected {_wish(wrong[0].shot)}"
@@ -151,7 +151,7 @@ def _is_web_url(text: str) -> bool:
         url = httpx.URL(text)
     except httpx.InvalidURL:
         return False
-    return url.scheme in {"http", "https"} and bool(url.host) and (url.port is None or 0 < url.port < 65536)  # noqa: PLR2004
+    return url.scheme in {"http", "https"} and bool(url.host) and (url.port is None or 0 < url.port < 65536)
 
 
 def _subject(secret: str | None, workspace_id: str | None) -> Subject:

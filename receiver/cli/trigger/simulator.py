@@ -36,7 +36,7 @@ class Hit:
         if wanted not in GOOD:
             return self.word == wanted
         # A receiver that is not ours has other words for it; a delivery may have been sent before.
-        return self.status == 200 and self.word in {None, wanted, *(("duplicate",) if wanted == "accepted" else ())}  # noqa: PLR2004
+        return self.status == 200 and self.word in {None, wanted, *(("duplicate",) if wanted == "accepted" else ())}
 
 
 async def send(client: httpx.AsyncClient, url: str, shot: Shot, *, ca: Path | None) -> Hit:
@@ -78,7 +78,7 @@ async def _held_back(url: httpx.URL, shot: Shot, headers: dict[str, str], ca: Pa
         raise httpx.ConnectError(str(error), request=request) from error
     head, _, body = bytes(raw).partition(b"\r\n\r\n")
     words = head.split()
-    if len(words) < 2 or not words[1].isdigit():  # noqa: PLR2004
+    if len(words) < 2 or not words[1].isdigit():
         raise httpx.RemoteProtocolError("it hung up without an answer", request=request)
     return httpx.Response(int(words[1]), content=body, request=request)
 

@@ -90,11 +90,11 @@ def _flora_refusal(
     headers: dict[str, str] = {}
     if status in PASSED_ON:
         ours, code = status, code or "flora_refused"
-    elif status == 401:  # noqa: PLR2004 -- the caller's own token is fine: it is our key that FLORA does not take
+    elif status == 401:
         ours, code = 502, "flora_unauthorized"
         message = f"FLORA does not take this service's API key ({message}): check FLORA_API_KEY"
-    elif status is None or status == 429 or status >= 500:  # noqa: PLR2004
-        ours, code = 503, "flora_rate_limited" if status == 429 else "flora_unavailable"  # noqa: PLR2004
+    elif status is None or status == 429 or status >= 500:
+        ours, code = 503, "flora_rate_limited" if status == 429 else "flora_unavailable"
         headers["Retry-After"] = str(round(retry_after or _RETRY_AFTER_SECONDS))
     else:
         ours, code = 502, code or "flora_refused"

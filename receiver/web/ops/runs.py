@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 from receiver.flora.messages import ids_of_poll_url
 from receiver.flora.start_request import StartRequest
 from receiver.intake.callbacks import Intake
-from receiver.model import Asked, Origin, Registered, RunState, Start, StartState
+from receiver.model import Origin, ReadRequested, RunRegistered, RunState, Start, StartState
 from receiver.store import Database, queries
 from receiver.store.changes import Signals
 from receiver.web.ops import requests as bodies
@@ -80,7 +80,7 @@ class Runs:
         body = await bodies.read(request, bodies.TrackBody)
         run_id, technique_id = self._names(body)
         run = await self._starter.track(
-            Registered(
+            RunRegistered(
                 run_id=run_id,
                 origin=Origin.TRACKED,
                 registered_at=self._clock(),
@@ -145,7 +145,7 @@ class Runs:
         await bodies.read(request, bodies.RefreshBody)
         run_id = request.path_params["run_id"]
         await self._known(run_id)
-        await self._intake.learn(Asked(run_id, self._clock()))
+        await self._intake.apply(ReadRequested(run_id, self._clock()))
         return await self._run_answer(run_id)
 
     async def starts(self, request: Request) -> Response:

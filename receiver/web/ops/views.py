@@ -36,7 +36,7 @@ def run_json(run: Run, *, finished: bool) -> dict[str, Any]:
         "next_poll_at": time_json(run.next_poll_at),
         "polls": run.polls,
         "callback_expected": run.callback_expected,
-        "told": run.told and run.told.value,
+        "told": run.callback_status and run.callback_status.value,
         "error_code": run.error_code,
         "error_message": run.error_message,
         "lost_reason": run.lost_reason and run.lost_reason.value,

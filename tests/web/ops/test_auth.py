@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from receiver.config import Settings, made_token, token_path
+from receiver.config import Settings, ensure_token, token_path
 from receiver.errors import ConfigError, StoreUnavailableError
 from receiver.web.ops.app import ops_app
 from receiver.web.ops.auth import Access, host_name
@@ -192,24 +192,24 @@ def settings_in(directory: Path, **operations: object) -> Settings:
 
 def test_a_token_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
-    token = made_token(settings)
+    token = ensure_token(settings)
     path = token_path(settings)
     assert path == tmp_path / "deep" / "ops-token"
     assert len(token) > 40
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.chmod(0o644)
-    assert made_token(settings) == token
+    assert ensure_token(settings) == token
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.write_text("\n")
-    assert made_token(settings) not in {"", token}
-    assert made_token(settings_in(tmp_path, token="given")) == "given"
+    assert ensure_token(settings) not in {"", token}
+    assert ensure_token(settings_in(tmp_path, token="given")) == "given"
     assert [each.name for each in path.parent.iterdir()] == ["ops-token"]
 
 
 def test_a_token_that_cannot_be_kept_is_a_problem_of_the_settings(tmp_path: Path) -> None:
     (tmp_path / "deep").write_text("a file where the directory should be")
     with pytest.raises(ConfigError, match="RECEIVER_OPS_TOKEN"):
-        made_token(settings_in(tmp_path))
+        ensure_token(settings_in(tmp_path))
 
 
 def test_without_sqlite_it_is_in_var() -> None:

@@ -41,7 +41,7 @@ class Cloudflared:
         return found[0]
 
     async def ended(self) -> str:
-        assert self._program is not None, "it is open"  # noqa: S101
+        assert self._program is not None, "it is open"
         return await self._program.ended()
 
     async def close(self) -> None:

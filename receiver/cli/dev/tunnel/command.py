@@ -58,7 +58,7 @@ class Command:
             raise
 
     async def ended(self) -> str:
-        assert self._program is not None, "it is open"  # noqa: S101
+        assert self._program is not None, "it is open"
         return await self._program.ended()
 
     async def close(self) -> None:

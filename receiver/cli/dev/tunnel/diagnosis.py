@@ -80,7 +80,7 @@ def upstream(before: Mapping[str, float], after: Mapping[str, float]) -> Upstrea
         return Upstream.UNKNOWN
     if seen & {"401", "403"}:
         return Upstream.REFUSING
-    if any(status.isdecimal() and int(status) < 500 for status in seen):  # noqa: PLR2004
+    if any(status.isdecimal() and int(status) < 500 for status in seen):
         return Upstream.WELL
     return Upstream.SILENT if "none" in seen else Upstream.FAILING
 

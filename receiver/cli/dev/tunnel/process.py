@@ -131,7 +131,7 @@ class Program:
 
     async def _read(self) -> None:
         stream, rest = self._process.stdout, b""
-        assert stream is not None, "it was started with a pipe"  # noqa: S101
+        assert stream is not None, "it was started with a pipe"
         while True:
             try:
                 async with asyncio.timeout(_QUIET_SECONDS if rest else None):

@@ -46,7 +46,7 @@ class Given:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    async def open(self, local: Local) -> str:  # noqa: ARG002 -- the protocol's
+    async def open(self, local: Local) -> str:
         return self._url
 
     async def ended(self) -> str:

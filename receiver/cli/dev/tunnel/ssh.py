@@ -39,7 +39,7 @@ def account(text: str) -> Account:
         colon, port = rest[:1], rest[1:]
     else:
         host, colon, port = place.partition(":")
-    if not host or (colon and not (port.isdecimal() and 0 < int(port) < 65536)):  # noqa: PLR2004
+    if not host or (colon and not (port.isdecimal() and 0 < int(port) < 65536)):
         raise ValueError(f"{text!r} is not user@host:port")
     return Account(host, user or None, int(port) if colon else None)
 
@@ -97,7 +97,7 @@ class Ssh:
         return self._public_url or self._url(listener.get_port(), tls=local.tls)
 
     async def ended(self) -> str:
-        assert self._connection is not None, "it is open"  # noqa: S101
+        assert self._connection is not None, "it is open"
         await self._connection.wait_closed()
         return f"the connection to {self._where.host} ended"
 

@@ -154,7 +154,7 @@ class Keeper:
         return not self._proven and age < self._pace.settle
 
     async def _looked(self) -> Judgement:
-        assert self._url is not None, "it was opened"  # noqa: S101
+        assert self._url is not None, "it was opened"
         judgement = await self._look(self._url)
         self._proven = self._proven or judgement.open
         if judgement.reopen and self._settling:

@@ -42,7 +42,7 @@ class Tunnels:
         self.closed = 0
         self.end = asyncio.Event()
 
-    async def open(self, local: Local) -> str:  # noqa: ARG002 -- the protocol's
+    async def open(self, local: Local) -> str:
         url = self._urls[0] if len(self._urls) == 1 else self._urls.pop(0)
         if isinstance(url, TunnelError):
             raise url
