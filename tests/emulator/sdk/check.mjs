@@ -1,4 +1,4 @@
-// FLORA's official SDK against the emulator, through baseURL alone. Started by test_sdk.py; any failed assertion is exit 1.
+// FLORA's official SDK against the emulator, through baseURL alone. Started by test_api_sdk.py; any failed assertion is exit 1.
 // Arguments: base URL, API key, webhook secret.
 import assert from 'node:assert/strict';
 import { once } from 'node:events';

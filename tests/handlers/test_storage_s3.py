@@ -20,7 +20,7 @@ from handlers.storage import Storage, StorageConfig
 from handlers.storage.objects import PART_BYTES, ObjectStore
 from handlers.storage.places import PlaceError, PlaceUnreachableError
 from receiver.handler import THUMBNAIL, Done, Output, Reject, Retry, SettledRun, TargetUnreachableError
-from tests.handlers.test_thumbnails import picture
+from tests.handlers.test_storage_thumbnails import picture
 from tests.support.clouds import SECRET, Bucket, link, moto, told
 from tests.support.media import MediaServer, Page, page
 
