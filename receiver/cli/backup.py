@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from receiver.cli.connection import connect
-from receiver.cli.output import columns, explained, show
+from receiver.cli.output import format_table, print_result, report_errors
 from receiver.config import Settings, load
 from receiver.errors import ConfigError, Problem, ReceiverApiError, StoreInUseError, StoreUnavailableError
 from receiver.store import backup as copies
@@ -16,7 +16,7 @@ _PG_DUMP = "use pg_dump and pg_restore, which copy it while it is in use"
 
 
 def backup(config: Path | None, file: Path, *, json: bool) -> None:
-    with explained(as_json=json):
+    with report_errors(as_json=json):
         settings = load(config, os.environ, need_secrets=False)
         _sqlite(settings)
         target = file.absolute()
@@ -29,20 +29,20 @@ def backup(config: Path | None, file: Path, *, json: bool) -> None:
                     size = receiver.backup(target)
             except ReceiverApiError as refused:
                 raise refused from error
-        show({"path": str(target), "size": size}, f"{target}: {size} bytes, checked.", as_json=json)
+        print_result({"path": str(target), "size": size}, f"{target}: {size} bytes, checked.", as_json=json)
 
 
 def restore(config: Path | None, file: Path, *, json: bool) -> None:
-    with explained(as_json=json):
+    with report_errors(as_json=json):
         ledger = _sqlite(load(config, os.environ, need_secrets=False))
         aside = copies.restore(file.absolute(), ledger)
         told = f" What was there is {aside} now." if aside else ""
         data = {"ledger": str(ledger), "aside": None if aside is None else str(aside)}
-        show(data, f"{ledger} is as it was when {file} was made.{told}", as_json=json)
+        print_result(data, f"{ledger} is as it was when {file} was made.{told}", as_json=json)
 
 
 def move(config: Path | None, to: str, *, json: bool) -> None:
-    with explained(as_json=json):
+    with report_errors(as_json=json):
         ledger = _sqlite(load(config, os.environ, need_secrets=False), otherwise="there is nothing to move")
         if not to.startswith("postgresql://"):
             raise ConfigError([Problem("--to", "must be postgresql://…")])
@@ -54,7 +54,7 @@ def move(config: Path | None, to: str, *, json: bool) -> None:
         rows = [(name, str(held.rows), held.checksum) for name, held in moved.tables.items()]
         was = f"{ledger} is" if moved.copied else f"Nothing was copied: {ledger} was"
         text = (
-            f"{columns(('table', 'rows', 'checksum'), rows)}\n{was} in {redact_url(to)}, every row of it, as counts and "
+            f"{format_table(('table', 'rows', 'checksum'), rows)}\n{was} in {redact_url(to)}, every row of it, as counts and "
             "checksums of both sides say.\nName that in [database] url (RECEIVER_DATABASE__URL), then start the service. "
             "Never start it on the file again."
         )
@@ -63,7 +63,7 @@ def move(config: Path | None, to: str, *, json: bool) -> None:
             "copied": moved.copied,
             "tables": {name: {"rows": held.rows, "checksum": held.checksum} for name, held in moved.tables.items()},
         }
-        show(data, text, as_json=json)
+        print_result(data, text, as_json=json)
 
 
 async def _copied(settings: Settings, target: Path) -> int:

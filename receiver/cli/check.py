@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from receiver.cli.output import WRONG, explained, show
+from receiver.cli.output import FAILED, print_result, report_errors
 from receiver.config import load, redacted
 from receiver.errors import Problem, ReceiverError, StoreInUseError
 from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers, without_secrets
@@ -16,7 +16,7 @@ from receiver.store.touching import touch
 
 
 def run(config: Path | None, *, json: bool) -> None:
-    with explained(as_json=json):
+    with report_errors(as_json=json):
         settings = load(config, os.environ)
         loaded = load_handlers(settings)
         problems, unreachable = asyncio.run(_handlers(loaded))
@@ -36,9 +36,9 @@ def run(config: Path | None, *, json: bool) -> None:
             "warnings": [{"path": each.path, "message": each.message} for each in warnings],
             "problems": [{"path": each.path, "message": each.message} for each in problems],
         }
-        show(data, "\n".join(lines), as_json=json)
+        print_result(data, "\n".join(lines), as_json=json)
         if problems:
-            raise typer.Exit(WRONG)
+            raise typer.Exit(FAILED)
 
 
 async def _handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[Problem]]:

@@ -1,6 +1,7 @@
-"""How commands find the running service: the environment's word, else the settings of this directory."""
+"""Connecting from a command: to the running service, and with the CA that `--ca` names."""
 
 import os
+import ssl
 from pathlib import Path
 
 from receiver.client.client import ReceiverClient
@@ -47,3 +48,13 @@ def _token(settings: Settings) -> str:
             )
         ]
     )
+
+
+def check_ca(ca: Path | None) -> None:
+    """Raise ConfigError if the file holds no certificate."""
+    if ca is None:
+        return
+    try:
+        ssl.create_default_context(cafile=ca)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError([Problem("--ca", f"{ca} holds no certificate in PEM form")]) from error

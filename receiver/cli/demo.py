@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from receiver.cli.output import WRONG, explained, show
+from receiver.cli.output import FAILED, print_result, report_errors
 from receiver.cli.trigger.cases import CASES, Subject
 from receiver.config import Settings
 from receiver.emulator import Emulator, EmulatorSettings, parse_faults
@@ -109,7 +109,7 @@ class Act:
 
 
 def run(*, keep: bool, outputs: Path, json: bool) -> None:
-    with explained(as_json=json):
+    with report_errors(as_json=json):
         configure_logging("error")
         raise typer.Exit(asyncio.run(_play(keep=keep, outputs=outputs, json=json)))
 
@@ -130,14 +130,16 @@ async def _play(*, keep: bool, outputs: Path, json: bool) -> int:
             await _watch(service, acts, console, stopping)
             seconds = asyncio.get_running_loop().time() - began
             if json:
-                show({"ok": all(act.safe for act in acts), "runs": [_row(act) for act in acts]}, "", as_json=True)
+                print_result(
+                    {"ok": all(act.safe for act in acts), "runs": [_row(act) for act in acts]}, "", as_json=True
+                )
                 sys.stdout.flush()  # with --keep, whoever reads it is still waiting
             else:
                 _finish(acts, console, outputs, seconds)
             if keep and not stopping.is_set():
                 _invite(console, emulator, origin, url, Path(directory) / "ca.pem", outputs)
                 await stopping.wait()
-            return 0 if all(act.safe for act in acts) else WRONG
+            return 0 if all(act.safe for act in acts) else FAILED
 
 
 @contextlib.asynccontextmanager

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from receiver.cli.output import explained, show
+from receiver.cli.output import print_result, report_errors
 from receiver.errors import ConfigError, Problem
 from receiver.net.addresses import literal
 from receiver.net.certificates import LOCAL_HOSTS, issue, keep_authority, kept_authority, make_authority, write
@@ -16,7 +16,7 @@ _NO_HOST = "is no host name or address: leave out https://, port and path, and w
 
 
 def run(hosts: Sequence[str], directory: Path, *, days: int, force: bool, json: bool) -> None:
-    with explained(as_json=json):
+    with report_errors(as_json=json):
         names = tuple(hosts) or LOCAL_HOSTS
         if odd := [Problem("--host", f"{name!r} {_NO_HOST}") for name in names if not _is_host(name)]:
             raise ConfigError(odd)
@@ -33,7 +33,7 @@ def run(hosts: Sequence[str], directory: Path, *, days: int, force: bool, json: 
             raise ConfigError([Problem(str(directory), f"cannot be written: {error.strerror}")]) from error
         ca = directory / "ca.pem"
         paths = {"ca": str(ca), "certificate": str(certificate), "key": str(key)}
-        show(
+        print_result(
             {**paths, "hosts": list(names), "days": days, "new_ca": made},
             _told(ca, certificate, key, names),
             as_json=json,

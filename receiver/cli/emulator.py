@@ -4,7 +4,7 @@ import asyncio
 import signal
 from typing import Any
 
-from receiver.cli.output import explained
+from receiver.cli.output import report_errors
 from receiver.emulator import Emulator, EmulatorSettings
 from receiver.errors import ConfigError, Problem
 from receiver.telemetry import configure_logging
@@ -12,7 +12,7 @@ from receiver.web.server import Server, bind
 
 
 def run(given: dict[str, Any], *, host: str, port: int, **options: Any) -> None:
-    with explained():
+    with report_errors():
         configure_logging("warning")
         asyncio.run(_serve(EmulatorSettings(host=host, port=port, **given, **options)))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
 
-from receiver.cli.output import explained, show
+from receiver.cli.output import print_result, report_errors
 from receiver.config import Setting, describe, load
 from receiver.errors import ConfigError, Problem
 
@@ -24,7 +24,7 @@ _LISTS = {
 def run(
     directory: Path, *, public_url: str | None, database: str | None, storage: str, force: bool, json: bool
 ) -> None:
-    with explained(as_json=json):
+    with report_errors(as_json=json):
         given = {"public_url": public_url, "database.url": database}
         text = "\n".join(_toml(given, storage)) + "\n"
         _check(text)
@@ -45,7 +45,7 @@ def run(
             f"Wrote {' and '.join(map(str, files))}.\nNext: put FLORA_API_KEY and FLORA_WEBHOOK_SECRET into .env, then\n\n"
             "  set -a; . ./.env; set +a\n  flora-receiver check\n  flora-receiver serve"
         )
-        show({"files": [str(path) for path in files]}, told, as_json=json)
+        print_result({"files": [str(path) for path in files]}, told, as_json=json)
 
 
 def _check(text: str) -> None:

@@ -4,18 +4,18 @@ import asyncio
 import os
 from pathlib import Path
 
-from receiver.cli.output import explained, show
+from receiver.cli.output import print_result, report_errors
 from receiver.config import load
 from receiver.store import open_database
 from receiver.store.migrate import upgrade
 
 
 def run(config: Path | None, *, json: bool) -> None:
-    with explained(as_json=json):
+    with report_errors(as_json=json):
         settings = load(config, os.environ, need_secrets=False)
         before, after = asyncio.run(_migrate(settings.database.url))
         done = f"migrated from {before or 'an empty file'} to {after}" if before != after else f"up to date ({after})"
-        show({"before": before, "after": after}, f"The database is {done}.", as_json=json)
+        print_result({"before": before, "after": after}, f"The database is {done}.", as_json=json)
 
 
 async def _migrate(url: str) -> tuple[str | None, str]:

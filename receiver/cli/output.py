@@ -10,9 +10,9 @@ import typer
 
 from receiver.errors import ConfigError, ReceiverApiError, ReceiverError, StoreUnavailableError
 
-WRONG = 1
+FAILED = 1
 """Exit code: it was tried and did not work."""
-MISUSED = 2
+USAGE_ERROR = 2
 """Exit code: the settings or options cannot be used."""
 
 
@@ -21,25 +21,25 @@ _ADVICE: Mapping[type[ReceiverError], str] = {
 }
 
 
-def show(data: Any, text: str, *, as_json: bool) -> None:
+def print_result(data: Any, text: str, *, as_json: bool) -> None:
     """Print a result, in the form that was asked for."""
     print(json.dumps(data, indent=2, default=str, ensure_ascii=False) if as_json else text)
 
 
 @contextmanager
-def explained(*, as_json: bool = False) -> Iterator[None]:
+def report_errors(*, as_json: bool = False) -> Iterator[None]:
     """Turn our own errors into a message that says what to do, and an exit code; never a traceback."""
     try:
         yield
     except ConfigError as error:
         problems = [{"path": problem.path, "message": problem.message} for problem in error.problems]
         lines = [f"  {problem['path']}: {problem['message']}" for problem in problems]
-        fail(
+        print_error(
             {"error": "config", "problems": problems},
             "The settings cannot be used:\n" + "\n".join(lines),
             as_json=as_json,
         )
-        raise typer.Exit(MISUSED) from error
+        raise typer.Exit(USAGE_ERROR) from error
     except ReceiverError as error:
         kind = type(error).__name__.removesuffix("Error").lower()
         advice = _ADVICE.get(type(error), "")
@@ -49,11 +49,11 @@ def explained(*, as_json: bool = False) -> Iterator[None]:
             data = {**data, "error": error.code, "fields": fields, "request_id": error.request_id}
             advice = "".join(f"\n  {row['field']}: {row['message']}" for row in fields)
             advice += f"\n  FLORA's request-id: {error.request_id}" if error.request_id else ""
-        fail(data, f"Error: {error}{advice}", as_json=as_json)
-        raise typer.Exit(WRONG) from error
+        print_error(data, f"Error: {error}{advice}", as_json=as_json)
+        raise typer.Exit(FAILED) from error
 
 
-def fail(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+def print_error(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """Print a trouble: as JSON where JSON was asked for, else on standard error."""
     if as_json:
         print(json.dumps(data, indent=2, ensure_ascii=False))
@@ -61,7 +61,7 @@ def fail(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
         print(text, file=sys.stderr)
 
 
-def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table of plain text."""
     widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
     return "\n".join(

@@ -4,7 +4,7 @@ from itertools import islice
 
 import typer
 
-from receiver.cli.output import WRONG, columns, show
+from receiver.cli.output import FAILED, format_table, print_result
 from receiver.cli.runs import talking
 
 
@@ -22,7 +22,7 @@ def list_deliveries(*, run_id: str | None, limit: int, json: bool) -> None:
             for row in found
         ]
         head = ("delivery", "event", "run", "again", "received")
-        show(found, columns(head, rows) if rows else "No callbacks.", as_json=json)
+        print_result(found, format_table(head, rows) if rows else "No callbacks.", as_json=json)
 
 
 def show_delivery(delivery_id: str, *, json: bool) -> None:
@@ -31,7 +31,7 @@ def show_delivery(delivery_id: str, *, json: bool) -> None:
         lines = [f"{name:<18} {value}" for name, value in found.items() if name != "body" and value is not None]
         body = found["body"]
         lines += ["", body if body is not None else "Its body is past its retention ([retention] bodies_days)."]
-        show(found, "\n".join(lines), as_json=json)
+        print_result(found, "\n".join(lines), as_json=json)
 
 
 def list_dispatches(*, state: str, limit: int, json: bool) -> None:
@@ -42,13 +42,13 @@ def list_dispatches(*, state: str, limit: int, json: bool) -> None:
             for row in found
         ]
         head = ("run", "handler", "event", "state", "attempts", "last error")
-        show(found, columns(head, rows) if rows else f"No dispatches are {state}.", as_json=json)
+        print_result(found, format_table(head, rows) if rows else f"No dispatches are {state}.", as_json=json)
 
 
 def retry(*, run_id: str | None, handler: str | None, json: bool) -> None:
     with talking(json=json) as receiver:
         number = receiver.retry_dispatches(handler, run_id)
-        show({"dispatches": number}, f"{number} dispatches are due again.", as_json=json)
+        print_result({"dispatches": number}, f"{number} dispatches are due again.", as_json=json)
 
 
 def channel(*, json: bool) -> None:
@@ -61,9 +61,9 @@ def channel(*, json: bool) -> None:
         ]
         if health["cause"]:
             lines += [f"Likely cause: {health['cause']}.", f"What to do: {health['cure']}"]
-        show(found, "\n".join(lines), as_json=json)
+        print_result(found, "\n".join(lines), as_json=json)
         if not health["ok"]:
-            raise typer.Exit(WRONG)
+            raise typer.Exit(FAILED)
 
 
 def _time(value: str) -> str:

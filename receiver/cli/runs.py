@@ -13,7 +13,7 @@ import yaml
 
 from receiver.cli.connection import connect
 from receiver.cli.explanation import explained_run
-from receiver.cli.output import WRONG, columns, explained, show
+from receiver.cli.output import FAILED, format_table, print_result, report_errors
 from receiver.client.client import ReceiverClient
 from receiver.client.messages import RunView, StartView
 
@@ -21,7 +21,7 @@ from receiver.client.messages import RunView, StartView
 @contextmanager
 def talking(*, json: bool) -> Iterator[ReceiverClient]:
     """Give a client inside the block; whatever goes wrong is told, with what to do."""
-    with explained(as_json=json), connect() as receiver:
+    with report_errors(as_json=json), connect() as receiver:
         yield receiver
 
 
@@ -57,7 +57,7 @@ def start(
         if begun.run_id is None:
             _still_asking(begun, json=json)
         elif not wait:
-            show(plain(begun), begun.run_id, as_json=json)
+            print_result(plain(begun), begun.run_id, as_json=json)
         else:
             if not json:
                 print(begun.run_id, flush=True)
@@ -81,7 +81,7 @@ def track(
             None if is_url else run, run if is_url else None, technique_id=technique_id, run_type=run_type,
             workspace_id=workspace_id, callback_expected=callback_expected, metadata=known,
         )  # fmt: skip
-        show(plain(found), f"{found.run_id} is tracked ({found.state}).", as_json=json)
+        print_result(plain(found), f"{found.run_id} is tracked ({found.state}).", as_json=json)
 
 
 def wait(run_id: str, *, timeout: float, json: bool) -> None:
@@ -96,28 +96,30 @@ def list_runs(*, state: str | None, limit: int, json: bool) -> None:
             (run.run_id, run.state, run.verdict or "", run.technique_id or run.run_type or "", _cost(run), _age(run))
             for run in found
         ]
-        text = columns(("run", "state", "callback", "technique", "cost", "first seen"), rows) if rows else "No runs."
-        show([plain(run) for run in found], text, as_json=json)
+        text = (
+            format_table(("run", "state", "callback", "technique", "cost", "first seen"), rows) if rows else "No runs."
+        )
+        print_result([plain(run) for run in found], text, as_json=json)
 
 
 def show_run(run_id: str, *, json: bool) -> None:
     with talking(json=json) as receiver:
         run = receiver.run(run_id)
-        show(plain(run), "\n".join(_lines(run)), as_json=json)
+        print_result(plain(run), "\n".join(_lines(run)), as_json=json)
 
 
 def explain(run_id: str, *, json: bool) -> None:
     with talking(json=json) as receiver:
         found = receiver.timeline(run_id)
         lines = explained_run(found)
-        show({**found, "explanation": lines}, "\n".join(lines), as_json=json)
+        print_result({**found, "explanation": lines}, "\n".join(lines), as_json=json)
 
 
 def refresh(run_id: str, *, json: bool) -> None:
     with talking(json=json) as receiver:
         run = receiver.refresh(run_id)
         told = "is read once more, for the newest URLs" if run.settled else "is being read now"
-        show(plain(run), f"{run_id} {told}.", as_json=json)
+        print_result(plain(run), f"{run_id} {told}.", as_json=json)
 
 
 def redispatch(
@@ -128,15 +130,17 @@ def redispatch(
             raise typer.BadParameter("--missing goes with --handler and --since, and with no run and no --again")
         with talking(json=json) as receiver:
             number = receiver.redispatch_missing(handler, since.replace(tzinfo=UTC))
-            show({"handler": handler, "dispatches": number}, f"{handler} is due for {number} runs.", as_json=json)
+            print_result(
+                {"handler": handler, "dispatches": number}, f"{handler} is due for {number} runs.", as_json=json
+            )
         return
     if run_id is None or since is not None:
         raise typer.BadParameter("name a run, or give --missing, --handler and --since")
     with talking(json=json) as receiver:
         number = receiver.redispatch(run_id, handler, again=again)
-        show({"run_id": run_id, "dispatches": number}, f"{number} dispatches are due again.", as_json=json)
+        print_result({"run_id": run_id, "dispatches": number}, f"{number} dispatches are due again.", as_json=json)
         if not number:
-            raise typer.Exit(WRONG)
+            raise typer.Exit(FAILED)
 
 
 def resolve(start: str, *, run_id: str | None, no_run: bool, json: bool) -> None:
@@ -145,7 +149,7 @@ def resolve(start: str, *, run_id: str | None, no_run: bool, json: bool) -> None
     with talking(json=json) as receiver:
         begun = receiver.resolve(start, run_id)
         told = f"made {begun.run_id}" if begun.run_id else "made no run: it may be started again"
-        show(plain(begun), f"Noted: the start {begun.idempotency_key} {told}.", as_json=json)
+        print_result(plain(begun), f"Noted: the start {begun.idempotency_key} {told}.", as_json=json)
 
 
 def _still_asking(begun: StartView, *, json: bool) -> None:
@@ -154,8 +158,8 @@ def _still_asking(begun: StartView, *, json: bool) -> None:
         f"FLORA has not answered yet{why}. The service goes on asking; to hear more, run the same command with\n"
         f"  --idempotency-key {begun.idempotency_key}"
     )
-    show(plain(begun), text, as_json=json)
-    raise typer.Exit(WRONG)
+    print_result(plain(begun), text, as_json=json)
+    raise typer.Exit(FAILED)
 
 
 def _end(run: RunView, *, json: bool) -> None:
@@ -167,9 +171,9 @@ def _end(run: RunView, *, json: bool) -> None:
         reason = run.error_message or run.error_code or run.lost_reason or ""
         lines.append(f"{run.state}{f': {reason}' if reason else ''}")
         lines += [f"{one.handler} gave up: {one.last_error}" for one in run.dispatches if one.state == "dead"]
-    show(plain(run), "\n".join(lines) or run.state, as_json=json)
+    print_result(plain(run), "\n".join(lines) or run.state, as_json=json)
     if not run.succeeded:
-        raise typer.Exit(WRONG)
+        raise typer.Exit(FAILED)
 
 
 def _lines(run: RunView) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import cast
 
 import structlog
 
-from receiver.cli.output import explained
+from receiver.cli.output import report_errors
 from receiver.config import Settings, load
 from receiver.service.service import Only, Service
 from receiver.service.systemd import Supervisor, listeners
@@ -35,7 +35,7 @@ def run(
     ops_port: int | None = None,
     only: Only | None = None,
 ) -> None:
-    with explained():
+    with report_errors():
         settings = _with(load(config, os.environ), "public", host=host, port=port)
         settings = _with(settings, "operations", host=ops_host, port=ops_port)
         configure_logging(settings.log.level, settings.log.format)

@@ -21,7 +21,7 @@ from receiver.cli.batch.runner import Halt, Jobs, Runner, Standing, patiently
 from receiver.cli.batch.table import RowProblem, Source, Table, source_of
 from receiver.cli.batch.validation import Check, Plan, check, jobs_of, plan_of, technique_of
 from receiver.cli.connection import connect
-from receiver.cli.output import MISUSED, WRONG, explained, fail
+from receiver.cli.output import FAILED, USAGE_ERROR, print_error, report_errors
 from receiver.client.client import ReceiverClient
 from receiver.errors import TableError
 
@@ -53,13 +53,13 @@ class Order:
 
 def run(**options: Any) -> None:
     order = Order(**options)
-    with explained(as_json=order.json):
+    with report_errors(as_json=order.json):
         try:
             with source_of(order.file, sys.stdin.buffer) as source:
                 _run(order, source)
         except TableError as error:
-            fail({"error": "table", "message": str(error)}, f"Error: {error}", as_json=order.json)
-            raise typer.Exit(MISUSED) from error
+            print_error({"error": "table", "message": str(error)}, f"Error: {error}", as_json=order.json)
+            raise typer.Exit(USAGE_ERROR) from error
         except KeyboardInterrupt:
             print("Interrupted before anything was started.", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
@@ -107,7 +107,7 @@ def _refuse(order: Order, problems: list[RowProblem], count: int) -> NoReturn:
     if count > len(lines):
         lines.append(f"  … and {count - len(lines)} more (--json shows all)")
     noun = "problem" if count == 1 else "problems"
-    fail(
+    print_error(
         {
             "error": "table",
             "message": f"{count} {noun}",
@@ -117,7 +117,7 @@ def _refuse(order: Order, problems: list[RowProblem], count: int) -> NoReturn:
         f"{count} {noun}; nothing was started:\n" + "\n".join(lines),
         as_json=order.json,
     )
-    raise typer.Exit(MISUSED)
+    raise typer.Exit(USAGE_ERROR)
 
 
 def _known(order: Order, receiver: ReceiverClient, plan: Plan, found: Check) -> int:
@@ -143,11 +143,11 @@ def _ask(order: Order, plan: Plan, found: Check, known: int) -> None:
         return
     if not sys.stdin.isatty():
         message = "nobody is there to be asked: add --yes to start the batch"
-        fail({"error": "unconfirmed", "message": message}, f"Error: {message}", as_json=order.json)
-        raise typer.Exit(MISUSED)
+        print_error({"error": "unconfirmed", "message": message}, f"Error: {message}", as_json=order.json)
+        raise typer.Exit(USAGE_ERROR)
     if not typer.confirm("Start them?", err=True):
         print("Nothing was started.", file=sys.stderr)
-        raise typer.Exit(WRONG)
+        raise typer.Exit(FAILED)
 
 
 def _carry_out(order: Order, plan: Plan, table: Table, receiver: ReceiverClient, outcomes: Spool, *, rows: int) -> None:
@@ -174,7 +174,7 @@ def _carry_out(order: Order, plan: Plan, table: Table, receiver: ReceiverClient,
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if not summary.ok:
-        raise typer.Exit(WRONG)
+        raise typer.Exit(FAILED)
 
 
 def _see_through(order: Order, runner: Runner, jobs: Jobs, receiver: ReceiverClient, *, rows: int) -> None:

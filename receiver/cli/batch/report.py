@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from receiver.cli.batch.results import COLUMNS, Outcome, Spool, Summary
-from receiver.cli.output import show
+from receiver.cli.output import print_result
 
 _ROWS = 30
 """A longer result is shown as counts, and its failures one by one."""
@@ -35,7 +35,7 @@ def report(
             "results": str(results),
             "outcomes": rows,
         }
-        show(data, "", as_json=True)
+        print_result(data, "", as_json=True)
         return
     console = Console()
     failures = (outcome for outcome in outcomes if not outcome.ok and outcome.state != "not_started")

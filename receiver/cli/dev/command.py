@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 import typer
 from pydantic import SecretStr
 
-from receiver.cli.ca import check_ca
+from receiver.cli.connection import check_ca
 from receiver.cli.dev.events import WatchedDoor
 from receiver.cli.dev.session import EVERY_ADDRESS, Desk
 from receiver.cli.dev.tunnel.choice import Wanted, chosen
 from receiver.cli.dev.view import View
-from receiver.cli.output import explained
+from receiver.cli.output import report_errors
 from receiver.config import Settings, ensure_token, load
 from receiver.config.callback_url import split_http_url
 from receiver.decide import Policy
@@ -48,7 +48,7 @@ class ParsedOptions:
 
 
 def run(config: Path | None, asked: ParsedOptions, *, host: str, port: int | None, ops_port: int | None) -> None:
-    with explained(as_json=asked.json):
+    with report_errors(as_json=asked.json):
         settings = load(config, os.environ, need_secrets=not asked.emulator)
         if not (is_loopback(host) or host in EVERY_ADDRESS):
             raise ConfigError([Problem("--host", "must be loopback, 0.0.0.0 or ::, so that we reach ourselves")])

@@ -15,7 +15,7 @@ from receiver.cli.dev.tunnel.provider import Given, Local, Provider
 from receiver.cli.dev.tunnel.supervisor import Closed, Keeper, Looked, News, NotOpened, Opened, Pace, Woke
 from receiver.cli.dev.view import View
 from receiver.cli.doctor.probe import probe
-from receiver.cli.output import WRONG
+from receiver.cli.output import FAILED
 from receiver.config import Settings
 from receiver.config.callback_url import callback_url_problem
 from receiver.errors import TunnelError
@@ -100,7 +100,7 @@ class Desk:
                 printed = "".join(f"\n    {line}" for line in error.printed)
                 text = f"{self._provider.name} did not open: {error}{printed}"
                 self._view.tell("tunnel", text, error=str(error), printed=error.printed)
-                return WRONG
+                return FAILED
             except BaseException:
                 await self._provider.close()
                 raise

@@ -6,30 +6,30 @@ from pathlib import Path
 
 import typer
 
-from receiver.cli.ca import check_ca
+from receiver.cli.connection import check_ca
 from receiver.cli.doctor.findings import Finding, Severity
 from receiver.cli.doctor.flora import of_flora
 from receiver.cli.doctor.machine import of_ledger
 from receiver.cli.doctor.public import of_public
 from receiver.cli.doctor.settings import of_problems, of_settings
-from receiver.cli.output import MISUSED, WRONG, explained, show
+from receiver.cli.output import FAILED, USAGE_ERROR, print_result, report_errors
 from receiver.config import Settings, load
 from receiver.errors import ConfigError, Problem
 from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers
 
 
 def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
-    with explained(as_json=json):
+    with report_errors(as_json=json):
         check_ca(ca)
         try:
             settings = load(config, os.environ)
             found = asyncio.run(examine(settings, ca=ca))
         except ConfigError as error:
             _show(list(of_problems(error.problems)), as_json=json)
-            raise typer.Exit(MISUSED) from error
+            raise typer.Exit(USAGE_ERROR) from error
         _show(found, as_json=json)
         if _bad(found):
-            raise typer.Exit(WRONG)
+            raise typer.Exit(FAILED)
 
 
 def _show(found: list[Finding], *, as_json: bool) -> None:
@@ -40,7 +40,9 @@ def _show(found: list[Finding], *, as_json: bool) -> None:
     elif warnings:
         verdict = f"Nothing is wrong for certain; warnings: {warnings}."
     lines = [*(line for each in found for line in _told(each)), verdict]
-    show({"ok": not _bad(found), "findings": [_json(each) for each in found]}, "\n".join(lines), as_json=as_json)
+    print_result(
+        {"ok": not _bad(found), "findings": [_json(each) for each in found]}, "\n".join(lines), as_json=as_json
+    )
 
 
 def _bad(found: list[Finding]) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import typer
 
-from receiver.cli.ca import check_ca
-from receiver.cli.output import WRONG, explained, fail, show
+from receiver.cli.connection import check_ca
+from receiver.cli.output import FAILED, print_error, print_result, report_errors
 from receiver.cli.trigger.cases import CASES, MADE_UP_WORKSPACE, Shot, Subject, again, kept
 from receiver.cli.trigger.simulator import GOOD, PATIENCE_SECONDS, Hit, send
 from receiver.config import load
@@ -39,7 +39,7 @@ def run(
     record: Path | None = None,
     source: Path | None = None,
 ) -> None:
-    with explained(as_json=json):
+    with report_errors(as_json=json):
         if case not in CASES:
             raise ConfigError([Problem("--case", f"there is no case {case!r}; there are: {', '.join(CASES)}")])
         if not _is_web_url(url):
@@ -56,12 +56,14 @@ def run(
         hits = asyncio.run(_fire(url, chains, ca, rate, at_once=1 if count == 1 else _AT_ONCE))
         if all(hit.status is None for hit in hits):
             why = hits[0].text
-            fail({"error": "no_answer", "url": url, "message": why}, f"No answer from {url}: {why}", as_json=json)
-            raise typer.Exit(WRONG)
+            print_error(
+                {"error": "no_answer", "url": url, "message": why}, f"No answer from {url}: {why}", as_json=json
+            )
+            raise typer.Exit(FAILED)
         name = case if source is None else str(source)
         _show(name, hits, json=json)
         if not all(hit.as_expected for hit in hits):
-            raise typer.Exit(WRONG)
+            raise typer.Exit(FAILED)
 
 
 async def _fire(
@@ -103,7 +105,7 @@ def _show(name: str, hits: Sequence[Hit], *, json: bool) -> None:
             "body": last.text[:_SHOWN],
             "as_expected": not wrong,
         }
-        show(data, "\n".join([*lines, f"{name}: {verdict}"]), as_json=json)
+        print_result(data, "\n".join([*lines, f"{name}: {verdict}"]), as_json=json)
         return
     counts = Counter(_counted(hit) for hit in hits)
     times = sorted(hit.seconds for hit in hits)
@@ -112,7 +114,7 @@ def _show(name: str, hits: Sequence[Hit], *, json: bool) -> None:
     lines.append("  ".join(f"{part} {seconds * 1000:.1f} ms" for part, seconds in at.items()))
     lines.append(f"{name}: {'as it should be' if not wrong else f'{len(wrong)} are not as they should be'}")
     data = {"case": name, "sent": len(hits), "answers": dict(counts), "seconds": at, "as_expected": not wrong}
-    show(data, "\n".join(lines), as_json=json)
+    print_result(data, "\n".join(lines), as_json=json)
 
 
 def _counted(hit: Hit) -> str:
