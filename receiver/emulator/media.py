@@ -1,6 +1,7 @@
-"""Real media of our own making, of any size: a valid file made longer where its format allows it. Pure.
+"""Valid media files of any size, made from a seed. Called by the media server and `receiver.testing`.
 
-Only some kilobytes are ever held: a head, a piece that repeats, a tail. Any range of any size is read from these.
+A file is held as a head, a unit that repeats, and a tail: some kilobytes, whatever its size. Any
+range of it is read from these.
 """
 
 import hashlib
@@ -10,13 +11,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-
-from receiver.emulator.mp4 import movie
+from importlib.resources import files
 
 __all__ = ["CHUNK", "Media", "file_type", "make_media", "make_text"]
 
 CHUNK = 262_144
 _UNIT = 65_536
+_FREE_HEADER = 16
 
 _FILE_TYPES = {
     "imageUrl": (".png", "image/png"),
@@ -112,13 +113,11 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _mp4(colour: bytes, size: int) -> Media:
-    """A second of a flat moving picture; made longer by a `free` box, whose size has 64 bits."""
-    head = movie(colour)
-    missing = size - len(head)
-    unit = _noise(colour, _UNIT)
-    if missing < 16:
-        return Media(head, unit, 0, b"")
-    return Media(head + struct.pack(">I4sQ", 1, b"free", missing), unit, missing - 16, b"")
+    """A second of 16 x 16 pixels, then a `free` box of noise from the seed, which players skip."""
+    movie = files("receiver.emulator").joinpath("video.mp4").read_bytes()
+    filling = max(len(colour), size - len(movie) - _FREE_HEADER)
+    header = struct.pack(">I4sQ", 1, b"free", _FREE_HEADER + filling)  # 1: the size follows in 64 bits
+    return Media(movie + header, _noise(colour, _UNIT), filling, b"")
 
 
 def _wav(colour: bytes, size: int) -> Media:

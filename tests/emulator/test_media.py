@@ -58,7 +58,7 @@ def test_files_are_valid_at_any_size(size: int) -> None:
     """Structure and checksums hold, and the size is exact."""
     kinds = chunks_of(whole("imageUrl", size))
     assert (kinds[0], kinds[1], kinds[-1]) == (b"IHDR", b"IDAT", b"IEND")
-    assert boxes_of(whole("videoUrl", size))[:3] == [b"ftyp", b"moov", b"mdat"]
+    assert boxes_of(whole("videoUrl", size)) == [b"ftyp", b"moov", b"mdat", b"free"]
     with wave.open(BytesIO(whole("audioUrl", size))) as sound:
         assert (sound.getnchannels(), sound.getframerate()) == (1, 8000)
         assert len(sound.readframes(sound.getnframes())) >= 16_000
@@ -74,6 +74,16 @@ def test_any_piece_is_the_same_piece(output_type: str) -> None:
     media = make_media(output_type, "run_1/0", 300_001)
     for start, stop in ((0, 1), (5, 299_999), (65_000, 200_000), (299_000, 300_001), (300_001, 400_000)):
         assert b"".join(media.read(start, stop)) == data[start:stop]
+
+
+@pytest.mark.parametrize("size", [0, 70_000])
+def test_a_video_belongs_to_its_seed(size: int) -> None:
+    """Another seed makes another file; the same seed makes the same file again."""
+    first, again, other = (
+        b"".join(media.read(0, media.size))
+        for media in (make_media("videoUrl", seed, size) for seed in ("run_1/0", "run_1/0", "run_2/0"))
+    )
+    assert first == again != other
 
 
 def test_a_size_beyond_memory_costs_nothing() -> None:
