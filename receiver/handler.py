@@ -30,7 +30,7 @@ from receiver.errors import (
     PostRefusedError,
     TargetUnreachableError,
 )
-from receiver.model import Artifact, Event, Output, OutputType, RunState, When
+from receiver.model import Artifact, Event, Output, OutputType, RunState, When, storable_text
 from receiver.net.download import Download, Saved
 from receiver.net.post import Posted, Poster, header_value, target_url, usable_headers
 
@@ -70,6 +70,7 @@ __all__ = [
     "When",
     "header_value",
     "needs",
+    "storable_text",
     "target_url",
     "usable_headers",
 ]

@@ -3,6 +3,7 @@
 Times are aware UTC datetimes named `*_at`; ids are FLORA's own strings; money is US dollars.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,6 +11,8 @@ from enum import StrEnum
 from typing import Any
 
 from receiver.nouns import noun
+
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class RunState(StrEnum):
@@ -445,3 +448,8 @@ class Rejection:
     code: str
     remote: str | None
     size: int
+
+
+def storable_text(text: str) -> str:
+    """Replace what no database stores as text, NUL and lone surrogates, by U+FFFD."""
+    return _UNSTORABLE.sub("\ufffd", text)

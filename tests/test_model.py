@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from receiver.flora.signature import Verified
+from receiver.model import storable_text
 from receiver.nouns import noun
 
 
@@ -22,3 +23,11 @@ def test_a_noun_says_that_it_is_frozen() -> None:
     """Else mypy would let it be changed."""
     with pytest.raises(AssertionError, match="mypy"):
         noun(frozen=False, slots=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "stored"), [("", ""), ("Ä 🧪\n\x7f", "Ä 🧪\n\x7f"), ("a\x00b\ud800\udfff", "a\ufffdb\ufffd\ufffd")]
+)
+def test_text_that_no_database_holds_is_replaced(text: str, stored: str) -> None:
+    """NUL and lone surrogates become U+FFFD, one each; everything else stays."""
+    assert storable_text(text) == stored

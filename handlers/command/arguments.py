@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from handlers.keys import clean
-from receiver.handler import SettledRun
+from receiver.handler import SettledRun, storable_text
 
 VALUE_BYTES = 8 * 1024
 METADATA_BYTES = 64 * 1024
@@ -25,7 +25,6 @@ _PLACES = frozenset({"run_file", "outputs_dir"})
 _FIELDS = _IDS | _TIMES | _PLACES
 _FIELD = re.compile(r"(?P<name>\w+)(?:\[(?P<key>[^\[\]]+)\])?")
 _DEFAULT_TIME = "%Y%m%dT%H%M%SZ"
-_UNSAFE = re.compile("[\x00\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ def variables(document: Mapping[str, Any]) -> dict[str, str]:
         "RUN_ERROR_MESSAGE": error["message"],
     }
     fields = {name: _text(value)[:VALUE_BYTES] for name, value in found.items()}
-    return {name: _UNSAFE.sub("\ufffd", value) for name, value in {**_metadata(document["metadata"]), **fields}.items()}
+    return {name: storable_text(value) for name, value in {**_metadata(document["metadata"]), **fields}.items()}
 
 
 _NAMES = (

@@ -33,7 +33,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateSchema, CreateTable, DDLElement
 from sqlalchemy.sql.dml import ReturningInsert
 
-from receiver.handler import Artifact, Output, SettledRun
+from receiver.handler import Artifact, Output, SettledRun, storable_text
 
 DialectName = Literal["postgresql", "sqlite"]
 Row = dict[str, Any]
@@ -42,7 +42,6 @@ Upsert = postgresql.Insert | sqlite.Insert
 MAX_DEPTH = 100
 _TIME = Text().with_variant(DateTime(timezone=True), "postgresql")
 _JSON = JSON().with_variant(postgresql.JSONB(), "postgresql")
-_UNSTORABLE = {0: "\ufffd", **dict.fromkeys(range(0xD800, 0xE000), "\ufffd")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +222,7 @@ def _clean(value: Any, depth: int = 0) -> Any:
     """Return what PostgreSQL and JSON can hold of a value; nesting beyond MAX_DEPTH is cut."""
     match value:
         case str():
-            return value.translate(_UNSTORABLE)
+            return storable_text(value)
         case float():
             return value if math.isfinite(value) else None
         case None | bool() | int():
@@ -231,8 +230,8 @@ def _clean(value: Any, depth: int = 0) -> Any:
         case Mapping() | list() | tuple() if depth >= MAX_DEPTH:
             return None
         case Mapping():
-            return {str(key).translate(_UNSTORABLE): _clean(each, depth + 1) for key, each in value.items()}
+            return {storable_text(str(key)): _clean(each, depth + 1) for key, each in value.items()}
         case list() | tuple():
             return [_clean(each, depth + 1) for each in value]
         case _:
-            return str(value).translate(_UNSTORABLE)
+            return storable_text(str(value))

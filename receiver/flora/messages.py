@@ -15,12 +15,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from receiver.errors import FloraError, PayloadError
-from receiver.model import CallbackStatus, Output, OutputType, Snapshot
+from receiver.model import CallbackStatus, Output, OutputType, Snapshot, storable_text
 from receiver.nouns import noun
 
 _MAX_ID = 200
 _ID = re.compile(rf"[^\s\x00-\x1f\x7f]{{1,{_MAX_ID}}}")
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST_MS = 253_402_300_799_999  # the end of the year 9999
 _MAX_TEXT = 4_000
@@ -293,7 +292,7 @@ def _outputs(rows: Any) -> tuple[Output, ...]:
         if not isinstance(value, str) or (not value and kind != OutputType.TEXT):
             return ()
         output_id = _identifier(row, "output_id", "outputId") or f"output_{position}"
-        outputs.append(Output(position, output_id, kind, _UNSTORABLE.sub("\ufffd", value)))
+        outputs.append(Output(position, output_id, kind, storable_text(value)))
     return tuple(outputs)
 
 
@@ -316,7 +315,7 @@ def _text(payload: Mapping[str, Any], *names: str) -> str | None:
         return None
     if len(value) <= _MAX_TEXT and value.isprintable():  # then there is nothing to replace
         return value
-    return _UNSTORABLE.sub("\ufffd", value[:_MAX_TEXT])
+    return storable_text(value[:_MAX_TEXT])
 
 
 def _identifier(payload: Mapping[str, Any], *names: str) -> str | None:
@@ -332,7 +331,7 @@ def _clean_id(value: str) -> str | None:
         return None
     if value.isascii() and value.isprintable():  # as good as every id, and told without the patterns
         return value if 0 < len(value) <= _MAX_ID and " " not in value else None
-    return value if _ID.fullmatch(value) and not _UNSTORABLE.search(value) else None
+    return value if _ID.fullmatch(value) and storable_text(value) == value else None
 
 
 def _number(value: Any) -> float | None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -15,7 +14,7 @@ import structlog
 
 from receiver.decide import Backoff
 from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledRun
-from receiver.model import Artifact, DispatchState, Output, Run
+from receiver.model import Artifact, DispatchState, Output, Run, storable_text
 from receiver.net.download import Download, Downloader, Saved, save
 from receiver.net.media_urls import concealed
 from receiver.plugins.progress import Scales
@@ -31,7 +30,6 @@ _MAX_RESULT = 256 * 1024
 """Characters of JSON: room for what a program printed, not for a media file."""
 _OURS = frozenset({"callback_url", "idempotency_key"})
 """Of the body of a start: between us and FLORA, the token of the start among it."""
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +109,13 @@ def _kept(result: Mapping[str, Any], media: Sequence[str]) -> Mapping[str, Any]:
     text = json.dumps(dict(result), default=str, ensure_ascii=False)
     if len(text) > _MAX_RESULT:
         return {"result": f"what it answered is too long to be kept: {len(text)} characters"}
-    text = _UNSTORABLE.sub("\ufffd", concealed(text, media))
+    text = storable_text(concealed(text, media))
     kept: Mapping[str, Any] = json.loads(text, parse_constant=lambda _: None)
     return kept
 
 
 def _text(value: object, media: Sequence[str]) -> str:
-    return _UNSTORABLE.sub("\ufffd", scrubbed(concealed(str(value), media)))[:_MAX_REASON]
+    return storable_text(scrubbed(concealed(str(value), media)))[:_MAX_REASON]
 
 
 def _media(run: SettledRun) -> list[str]:

@@ -5,7 +5,6 @@ A row that cannot be read is a `RowProblem` in its place; a file that makes no s
 
 import csv
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from receiver.errors import TableError
+from receiver.model import storable_text
 
 _LONGEST_LINE = 1024 * 1024
 """Characters; a longer one is not a table, and reading on would fill the memory."""
 _SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _BOM = "\ufeff"
 _PEEK = 4096
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _FOREIGN = {
     b"PK\x03\x04": "is a spreadsheet (or another zip file): export it as CSV, UTF-8",
     b"\xff\xfe": "is UTF-16: save it as UTF-8",
@@ -138,7 +137,7 @@ class Table:
             raise TableError(f"{self._source.name} is empty: its first row must name the columns")
         if twice := sorted({name for name in names if name and names.count(name) > 1}):
             raise TableError(f"{self._source.name} has two columns {', '.join(map(repr, twice))}: rename one")
-        if broken := [name for name in names if _unstorable(name)]:
+        if broken := [name for name in names if not _is_storable(name)]:
             raise TableError(f"{self._source.name} is not UTF-8 in its header: {broken[0]!r}")
         return tuple(names)
 
@@ -171,7 +170,7 @@ def _row(number: int, columns: tuple[str, ...], fields: list[str]) -> Row | RowP
         )
     values = {name: field for name, field in zip(columns, fields, strict=False) if name}
     for name, field in values.items():
-        if _unstorable(field):
+        if not _is_storable(field):
             return RowProblem(number, name, "is not UTF-8 text")
     return Row(number, values)
 
@@ -180,7 +179,7 @@ def _json_lines(file: TextIO) -> Iterator[Row | RowProblem]:
     for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
-        if _unstorable(line):
+        if not _is_storable(line):
             yield RowProblem(number, None, "is not UTF-8 text")
             continue
         try:
@@ -190,7 +189,7 @@ def _json_lines(file: TextIO) -> Iterator[Row | RowProblem]:
             continue
         if not isinstance(values, dict):
             yield RowProblem(number, None, "is not a JSON object: each line must be one")
-        elif any(_unstorable(text) for text in _texts(values)):
+        elif not all(_is_storable(text) for text in _texts(values)):
             yield RowProblem(number, None, "holds text that cannot be stored: NUL, or a lone surrogate")
         else:
             yield Row(number, values)
@@ -235,5 +234,5 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _unstorable(text: str) -> bool:
-    return "\x00" in text or _SURROGATE.search(text) is not None
+def _is_storable(text: str) -> bool:
+    return storable_text(text) == text
