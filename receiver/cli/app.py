@@ -148,14 +148,14 @@ def dev(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
     """Work on an integration: a public URL, and a live view."""
-    from receiver.cli.dev.command import ParsedOptions, run
-    from receiver.cli.dev.tunnel.choice import Wanted
+    from receiver.cli.dev.command import DevOptions, run
+    from receiver.cli.dev.tunnel.choice import TunnelOptions
 
-    wanted = Wanted(
+    wanted = TunnelOptions(
         tunnel=tunnel, public_url=public_url, ssh=ssh, remote_port=remote_port, known_hosts=known_hosts,
         identity=identity, command=command, pattern=pattern, domain=domain,
     )  # fmt: skip
-    asked = ParsedOptions(wanted, no_tunnel=no_tunnel, emulator=emulator, ca=ca, json=json)
+    asked = DevOptions(wanted, no_tunnel=no_tunnel, emulator=emulator, ca=ca, json=json)
     run(config, asked, host=host, port=port, ops_port=ops_port)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from receiver.cli.connection import connect
 from receiver.cli.output import format_table, print_result, report_errors
-from receiver.config import Settings, load
+from receiver.config import Settings, load_settings
 from receiver.errors import ConfigError, Problem, ReceiverApiError, StoreInUseError, StoreUnavailableError
 from receiver.store import backup as copies
 from receiver.store import open_database
@@ -17,7 +17,7 @@ _PG_DUMP = "use pg_dump and pg_restore, which copy it while it is in use"
 
 def backup(config: Path | None, file: Path, *, json: bool) -> None:
     with report_errors(as_json=json):
-        settings = load(config, os.environ, need_secrets=False)
+        settings = load_settings(config, os.environ, need_secrets=False)
         _sqlite(settings)
         target = file.absolute()
         try:
@@ -34,7 +34,7 @@ def backup(config: Path | None, file: Path, *, json: bool) -> None:
 
 def restore(config: Path | None, file: Path, *, json: bool) -> None:
     with report_errors(as_json=json):
-        ledger = _sqlite(load(config, os.environ, need_secrets=False))
+        ledger = _sqlite(load_settings(config, os.environ, need_secrets=False))
         aside = copies.restore(file.absolute(), ledger)
         told = f" What was there is {aside} now." if aside else ""
         data = {"ledger": str(ledger), "aside": None if aside is None else str(aside)}
@@ -43,7 +43,7 @@ def restore(config: Path | None, file: Path, *, json: bool) -> None:
 
 def move(config: Path | None, to: str, *, json: bool) -> None:
     with report_errors(as_json=json):
-        ledger = _sqlite(load(config, os.environ, need_secrets=False), otherwise="there is nothing to move")
+        ledger = _sqlite(load_settings(config, os.environ, need_secrets=False), otherwise="there is nothing to move")
         if not to.startswith("postgresql://"):
             raise ConfigError([Problem("--to", "must be postgresql://…")])
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from receiver.cli.output import FAILED, print_result, report_errors
-from receiver.config import load, redacted
+from receiver.config import load_settings, redact
 from receiver.errors import Problem, ReceiverError, StoreInUseError
 from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers, without_secrets
 from receiver.store import open_database
@@ -17,7 +17,7 @@ from receiver.store.touching import touch
 
 def run(config: Path | None, *, json: bool) -> None:
     with report_errors(as_json=json):
-        settings = load(config, os.environ)
+        settings = load_settings(config, os.environ)
         loaded = load_handlers(settings)
         problems, unreachable = asyncio.run(_handlers(loaded))
         state, trouble = asyncio.run(_database(settings.database.url))
@@ -31,7 +31,7 @@ def run(config: Path | None, *, json: bool) -> None:
             lines.append("Ready: start it with `flora-receiver serve`.")
         data = {
             "ok": not problems,
-            "settings": redacted(without_secrets(settings, os.environ)),
+            "settings": redact(without_secrets(settings, os.environ)),
             "database": state,
             "warnings": [{"path": each.path, "message": each.message} for each in warnings],
             "problems": [{"path": each.path, "message": each.message} for each in problems],

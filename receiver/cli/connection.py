@@ -5,7 +5,7 @@ import ssl
 from pathlib import Path
 
 from receiver.client.client import ReceiverClient
-from receiver.config import Settings, load, token_path
+from receiver.config import Settings, load_settings, token_path
 from receiver.errors import ConfigError, Problem
 from receiver.net.addresses import is_loopback
 
@@ -17,7 +17,7 @@ def connect() -> ReceiverClient:
     ca = os.environ.get("RECEIVER_OPS_CA")
     url, token = os.environ.get("RECEIVER_OPS_URL"), os.environ.get("RECEIVER_OPS_TOKEN")
     if not (url and token):
-        settings = load(None, os.environ, need_secrets=False)
+        settings = load_settings(None, os.environ, need_secrets=False)
         url, token = url or _url(settings), token or _token(settings)
     return ReceiverClient(url, token, ca=Path(ca) if ca else None)
 

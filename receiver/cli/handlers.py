@@ -5,13 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from receiver.cli.output import format_table, print_result, report_errors
-from receiver.config import load
+from receiver.config import load_settings
 from receiver.plugins.loader import available, describe_schema, options_of
 
 
 def run(config: Path | None, *, json: bool) -> None:
     with report_errors(as_json=json):
-        settings = load(config, os.environ, need_secrets=False)
+        settings = load_settings(config, os.environ, need_secrets=False)
         configured = [{"name": entry.name, "use": entry.use} for entry in settings.handlers]
         lines = ["Installed: " + ", ".join(available())]
         lines += [f"Configured: {entry['name']} (use = {entry['use']!r})" for entry in configured]
@@ -28,5 +28,5 @@ def options(use: str, *, json: bool) -> None:
 
 def schema(config: Path | None, name: str, *, json: bool) -> None:
     with report_errors(as_json=json):
-        sql = describe_schema(load(config, os.environ, need_secrets=False), name, os.environ)
+        sql = describe_schema(load_settings(config, os.environ, need_secrets=False), name, os.environ)
         print_result({"handler": name, "sql": sql}, sql, as_json=json)

@@ -7,7 +7,7 @@ from json import dumps
 from pathlib import Path
 
 from receiver.cli.output import print_result, report_errors
-from receiver.config import Setting, describe, load
+from receiver.config import Setting, describe, load_settings
 from receiver.errors import ConfigError, Problem
 
 _ENV = """# Secrets, for `set -a; . ./.env; set +a`, a container's env_file, or systemd. Never commit this file.
@@ -54,7 +54,7 @@ def _check(text: str) -> None:
         file = Path(scratch, "receiver.toml")
         file.write_text(text, "utf-8")
         try:
-            load(file, os.environ, need_secrets=False)
+            load_settings(file, os.environ, need_secrets=False)
         except ConfigError as error:
             wrong = [Problem(_OPTIONS[each.path], each.message) for each in error.problems if each.path in _OPTIONS]
             if wrong:  # what else is wrong stands in the environment

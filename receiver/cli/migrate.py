@@ -5,14 +5,14 @@ import os
 from pathlib import Path
 
 from receiver.cli.output import print_result, report_errors
-from receiver.config import load
+from receiver.config import load_settings
 from receiver.store import open_database
 from receiver.store.migrate import upgrade
 
 
 def run(config: Path | None, *, json: bool) -> None:
     with report_errors(as_json=json):
-        settings = load(config, os.environ, need_secrets=False)
+        settings = load_settings(config, os.environ, need_secrets=False)
         before, after = asyncio.run(_migrate(settings.database.url))
         done = f"migrated from {before or 'an empty file'} to {after}" if before != after else f"up to date ({after})"
         print_result({"before": before, "after": after}, f"The database is {done}.", as_json=json)

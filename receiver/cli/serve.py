@@ -12,7 +12,7 @@ from typing import cast
 import structlog
 
 from receiver.cli.output import report_errors
-from receiver.config import Settings, load
+from receiver.config import Settings, load_settings
 from receiver.service.service import Only, Service
 from receiver.service.systemd import Supervisor, listeners
 from receiver.telemetry import configure_logging
@@ -36,7 +36,7 @@ def run(
     only: Only | None = None,
 ) -> None:
     with report_errors():
-        settings = _with(load(config, os.environ), "public", host=host, port=port)
+        settings = _with(load_settings(config, os.environ), "public", host=host, port=port)
         settings = _with(settings, "operations", host=ops_host, port=ops_port)
         configure_logging(settings.log.level, settings.log.format)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:

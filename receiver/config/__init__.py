@@ -1,22 +1,22 @@
 """The settings: where they come from, what they may be, what is wrong with them. A leaf: imports no other room."""
 
-from receiver.config.loader import load, operations_problem, variables
+from receiver.config.loader import check_operations, environment_variables, load_settings
 from receiver.config.ops_token import ensure_token, token_path
-from receiver.config.reference import Setting, described
+from receiver.config.reference import Setting, describe_model
 from receiver.config.sections import HandlerEntry, Workspace
-from receiver.config.settings import Settings, describe, redacted
+from receiver.config.settings import Settings, describe, redact
 
 __all__ = [
     "HandlerEntry",
     "Setting",
     "Settings",
     "Workspace",
+    "check_operations",
     "describe",
-    "described",
+    "describe_model",
     "ensure_token",
-    "load",
-    "operations_problem",
-    "redacted",
+    "environment_variables",
+    "load_settings",
+    "redact",
     "token_path",
-    "variables",
 ]

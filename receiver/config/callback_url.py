@@ -8,13 +8,13 @@ from urllib.parse import SplitResult, urlsplit
 
 from receiver.net.addresses import literal
 
-__all__ = ["callback_url_problem", "split_http_url"]
+__all__ = ["check_callback_url", "split_http_url"]
 
 _REFUSED_NAMES = frozenset({"localhost", "metadata", "metadata.goog", "instance-data"})
 _REFUSED_SUFFIXES = (".localhost", ".local", ".internal")
 
 
-def callback_url_problem(url: str) -> str | None:
+def check_callback_url(url: str) -> str | None:
     """Say why FLORA would refuse to call `url`, or None where it would not."""
     parts = split_http_url(url)
     host = (parts.hostname or "").rstrip(".")

@@ -1,4 +1,4 @@
-"""`load`: read the settings, check them, and tell everything that is wrong at once. A leaf: imports no other room.
+"""`load_settings`: read the settings, check them, and tell everything that is wrong at once. A leaf: imports no other room.
 
 The model is in `settings.py` with its sections in `sections.py`; where values come from is in `environment.py`.
 """
@@ -10,7 +10,7 @@ from typing import Any, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from receiver.config.callback_url import callback_url_problem, split_http_url
+from receiver.config.callback_url import check_callback_url, split_http_url
 from receiver.config.environment import Gathered, Variable, gather, nearest
 from receiver.config.sections import HandlerEntry
 from receiver.config.settings import LISTS, Settings, section_of
@@ -25,13 +25,13 @@ _ALIASES = {
 }
 
 
-def load(path: Path | None, environ: Mapping[str, str], *, need_secrets: bool = True) -> Settings:
+def load_settings(path: Path | None, environ: Mapping[str, str], *, need_secrets: bool = True) -> Settings:
     """Read the settings, or raise `ConfigError` with every problem found.
 
     `path` is the TOML file (default: `RECEIVER_CONFIG`, else `./receiver.toml` if there is one). Commands that do not
     talk to FLORA pass `need_secrets=False`.
     """
-    names = variables()
+    names = environment_variables()
     found = gather(path, environ, names)
     _split_handlers(found.values)
     problems = list(found.problems)
@@ -58,7 +58,7 @@ def _validated(found: Gathered, environ: Mapping[str, str], problems: list[Probl
             _drop(found.values, detail["loc"])
 
 
-def variables() -> dict[str, Variable]:
+def environment_variables() -> dict[str, Variable]:
     """Return every environment name that sets something; each may be given as `<NAME>_FILE` instead."""
     found = dict(_ALIASES)
     for key in Settings.model_fields:
@@ -97,11 +97,11 @@ def _has_api_key(settings: Settings) -> Problem | None:
 def _public_url_is_public(settings: Settings) -> Problem | None:
     if settings.public_url is None or is_loopback(split_http_url(settings.flora.base_url).hostname or ""):
         return None
-    problem = callback_url_problem(settings.public_url)
+    problem = check_callback_url(settings.public_url)
     return Problem("public_url", problem) if problem else None
 
 
-def operations_problem(settings: Settings) -> Problem | None:
+def check_operations(settings: Settings) -> Problem | None:
     """Return why the operations listener must not be opened as the settings have it."""
     operations = settings.operations
     if is_loopback(operations.host):
@@ -118,7 +118,7 @@ def operations_problem(settings: Settings) -> Problem | None:
 _Rules = tuple[tuple[tuple[str, ...], Callable[[Settings], Problem | None]], ...]
 _RULES: _Rules = (
     (("public_url", "flora.base_url"), _public_url_is_public),
-    (("operations", "tls"), operations_problem),
+    (("operations", "tls"), check_operations),
 )
 _SECRET_RULES: _Rules = (
     (("flora.webhook_secrets", "workspaces"), _has_webhook_secret),

@@ -21,7 +21,7 @@ class Setting:
     help: str
 
 
-def described(model: type[BaseModel], prefix: str = "") -> list[Setting]:
+def describe_model(model: type[BaseModel], prefix: str = "") -> list[Setting]:
     """Return every field of a model, in its order."""
     return [setting_of(f"{prefix}{name}", field) for name, field in model.model_fields.items()]
 

@@ -1,6 +1,6 @@
-"""`Settings`, the whole of what can be set, and two views of it: `describe` for documentation, `redacted` for display.
+"""`Settings`, the whole of what can be set, and two views of it: `describe` for documentation, `redact` for display.
 
-Built by `config.load`; the rooms get the sections they need from the composition root.
+Built by `load_settings`; the rooms get the sections they need from the composition root.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
 
-from receiver.config.reference import Setting, described, setting_of
+from receiver.config.reference import Setting, describe_model, setting_of
 from receiver.config.sections import (
     Database,
     Discover,
@@ -31,7 +31,7 @@ from receiver.config.values import HttpUrl
 from receiver.errors import Problem
 from receiver.model import OutputType
 
-__all__ = ["LISTS", "Setting", "Settings", "describe", "redacted", "section_of"]
+__all__ = ["LISTS", "Setting", "Settings", "describe", "redact", "section_of"]
 
 LISTS: Mapping[str, type[BaseModel]] = MappingProxyType({"workspaces": Workspace, "handlers": HandlerEntry})
 """The settings that are lists of tables."""
@@ -65,7 +65,7 @@ def _defaulted(handlers: object) -> object:
 
 
 class Settings(Section):
-    """Everything that can be set. Build it with `config.load`, or in tests from nested dicts."""
+    """Everything that can be set. Build it with `load_settings`, or in tests from nested dicts."""
 
     public_url: HttpUrl | None = Field(
         None, description="What FLORA is told to call; `/callbacks/flora` is added. Must be public HTTPS."
@@ -150,18 +150,18 @@ def section_of(key: str) -> type[BaseModel] | None:
 
 def describe() -> list[Setting]:
     """Return every setting with its type, default and help."""
-    return [setting for key in Settings.model_fields for setting in _described(key)]
+    return [setting for key in Settings.model_fields for setting in _describe_key(key)]
 
 
-def _described(key: str) -> Iterator[Setting]:
+def _describe_key(key: str) -> Iterator[Setting]:
     section = section_of(key)
     if section is not None:
-        yield from described(section, f"{key}[]." if key in LISTS else f"{key}.")
+        yield from describe_model(section, f"{key}[]." if key in LISTS else f"{key}.")
     else:
         yield setting_of(key, Settings.model_fields[key])
 
 
-def redacted(settings: Settings) -> dict[str, Any]:
+def redact(settings: Settings) -> dict[str, Any]:
     """Return the settings as plain values for display, without a secret among them."""
     return {key: _masked(value, key) for key, value in settings.model_dump(mode="json").items()}
 

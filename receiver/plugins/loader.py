@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from receiver.config import HandlerEntry, Setting, Settings, described
+from receiver.config import HandlerEntry, Setting, Settings, describe_model
 from receiver.decide import Backoff
 from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreachableError
 from receiver.handler import Checks, Closes, DescribesSchema, Handler
@@ -124,7 +124,7 @@ def available() -> Sequence[str]:
 
 def options_of(use: str) -> list[Setting]:
     """Return the options of a handler, as its own `Config` describes them. Raises HandlerLoadError."""
-    return described(find_handler(use).Config)
+    return describe_model(find_handler(use).Config)
 
 
 def describe_schema(settings: Settings, name: str, environ: Mapping[str, str]) -> str:

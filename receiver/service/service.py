@@ -12,7 +12,7 @@ from typing import Any, Literal
 import structlog
 from starlette.types import ASGIApp
 
-from receiver.config import Settings, ensure_token, operations_problem
+from receiver.config import Settings, check_operations, ensure_token
 from receiver.decide import Policy
 from receiver.errors import ConfigError, Problem, StoreUnavailableError
 from receiver.intake.callbacks import Intake, Secret
@@ -319,7 +319,7 @@ class Service:
     def _operations_server(self) -> Server:
         """Bind the operations listener. Raises ConfigError if it must not be opened like this."""
         settings, operations = self._settings, self._settings.operations
-        if (problem := operations_problem(settings)) is not None:
+        if (problem := check_operations(settings)) is not None:
             raise ConfigError([problem])
         access = Access(ensure_token(settings), operations.host, operations.allowed_hosts)
         names = [each.handler for each in self._subscriptions]

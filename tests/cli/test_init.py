@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from receiver.config import describe, load
+from receiver.config import describe, load_settings
 from receiver.net import certificates
 from tests.cli.conftest import KEYS, run_command
 
@@ -22,7 +22,7 @@ def test_what_init_writes_is_what_serve_would_read(tmp_path: Path) -> None:
     done = run_command("init", "--public-url", "https://hooks.example.com", "--storage", "files", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "flora-receiver check" in done.stdout
-    settings, bare = load(tmp_path / "receiver.toml", KEYS), load(None, KEYS)
+    settings, bare = load_settings(tmp_path / "receiver.toml", KEYS), load_settings(None, KEYS)
     assert settings.public_url == "https://hooks.example.com"
     assert settings.handlers[0].options == {"url": "files"}
     for section in ("public", "operations", "database", "reconcile", "dispatch", "downloads", "retention", "log"):
@@ -41,8 +41,8 @@ def test_every_default_that_is_shown_holds(tmp_path: Path) -> None:
     shown = [line.removeprefix("# ") if " = " in line and "…" not in line else line for line in lines]
     shown = [line for line in shown if not line.startswith(("id =", "secrets ="))]
     (tmp_path / "shown.toml").write_text("\n".join(shown))
-    loaded: Any = load(tmp_path / "shown.toml", KEYS)
-    assert loaded.model_copy(update={"handlers": ()}) == load(None, KEYS).model_copy(update={"handlers": ()})
+    loaded: Any = load_settings(tmp_path / "shown.toml", KEYS)
+    assert loaded.model_copy(update={"handlers": ()}) == load_settings(None, KEYS).model_copy(update={"handlers": ()})
 
 
 def test_what_is_given_to_init_is_written_as_it_is(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_what_is_given_to_init_is_written_as_it_is(tmp_path: Path) -> None:
     database = "postgresql://me:a%22b@db.example/x"
     done = run_command("init", "--storage", odd, "--database", database, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    settings = load(tmp_path / "receiver.toml", KEYS)
+    settings = load_settings(tmp_path / "receiver.toml", KEYS)
     assert (settings.handlers[0].options["url"], settings.database.url) == (odd, database)
 
 

@@ -1,4 +1,4 @@
-"""What `load` must accept, what it must refuse, and in which words; and that no secret ever shows."""
+"""What `load_settings` must accept, what it must refuse, and in which words; and that no secret ever shows."""
 
 import re
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from receiver.config import Settings, describe, load, redacted, variables
-from receiver.config.callback_url import callback_url_problem
+from receiver.config import Settings, describe, environment_variables, load_settings, redact
+from receiver.config.callback_url import check_callback_url
 from receiver.errors import ConfigError
 from receiver.model import Event, When
 from receiver.net.addresses import is_loopback
@@ -25,7 +25,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(toml: str = "", environ: Mapping[str, str] = BASE) -> Settings:
     Path("given.toml").write_text(toml, "utf-8")
-    return load(Path("given.toml"), environ)
+    return load_settings(Path("given.toml"), environ)
 
 
 def problems(toml: str = "", environ: Mapping[str, str] = BASE) -> dict[str, str]:
@@ -36,7 +36,7 @@ def problems(toml: str = "", environ: Mapping[str, str] = BASE) -> dict[str, str
 
 def test_two_variables_are_enough() -> None:
     """With only FLORA's two variables everything else has a default that works."""
-    found = load(None, BASE)
+    found = load_settings(None, BASE)
     assert found.database.url == "sqlite:///var/receiver.db"
     assert [(handler.name, handler.options) for handler in found.handlers] == [
         ("storage", {"url": "outputs"}),
@@ -53,9 +53,9 @@ def test_the_file_is_the_argument_else_the_variable_else_in_the_working_director
     for name, port in (("argument.toml", 1), ("variable.toml", 2), ("receiver.toml", 3)):
         Path(name).write_text(f"[public]\nport = {port}", "utf-8")
     named = BASE | {"RECEIVER_CONFIG": "variable.toml"}
-    assert load(Path("argument.toml"), named).public.port == 1
-    assert load(None, named).public.port == 2
-    assert load(None, BASE).public.port == 3
+    assert load_settings(Path("argument.toml"), named).public.port == 1
+    assert load_settings(None, named).public.port == 2
+    assert load_settings(None, BASE).public.port == 3
 
 
 def test_the_documented_file_is_accepted() -> None:
@@ -116,20 +116,20 @@ def test_the_environment_overrides_the_file(environ: Mapping[str, str], path: st
 
 
 def test_several_webhook_secrets_are_given_while_one_is_rotated() -> None:
-    found = load(None, BASE | {"FLORA_WEBHOOK_SECRET": "whsec_new, whsec_old"})
+    found = load_settings(None, BASE | {"FLORA_WEBHOOK_SECRET": "whsec_new, whsec_old"})
     assert found.secrets_by_workspace() == (("whsec_new", None), ("whsec_old", None))
 
 
 def test_handlers_and_workspaces_can_come_from_the_environment_as_json() -> None:
     handlers = '[{"use": "log", "name": "quiet", "level": "debug"}]'
-    found = load(None, BASE | {"RECEIVER_HANDLERS": handlers})
+    found = load_settings(None, BASE | {"RECEIVER_HANDLERS": handlers})
     assert [(each.name, each.options) for each in found.handlers] == [("quiet", {"level": "debug"})]
 
 
 def test_a_secret_is_read_from_a_file_without_its_newline() -> None:
     Path("secret").write_text(f"{SECRET}\n")
     Path("key").write_text(f"{KEY}\r\n")
-    found = load(None, {"FLORA_API_KEY_FILE": "key", "FLORA_WEBHOOK_SECRET_FILE": "secret"})
+    found = load_settings(None, {"FLORA_API_KEY_FILE": "key", "FLORA_WEBHOOK_SECRET_FILE": "secret"})
     assert found.secrets_by_workspace() == ((SECRET, None),)
     assert found.api_key_for(None) == KEY
 
@@ -247,7 +247,7 @@ def test_every_mistake_is_told_at_once() -> None:
     ],
 )
 def test_names_that_others_set_are_left_alone(name: str, value: str) -> None:
-    assert load(None, {**BASE, name: value}) == load(None, BASE)
+    assert load_settings(None, {**BASE, name: value}) == load_settings(None, BASE)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
@@ -270,7 +270,7 @@ def test_operations_may_leave_loopback_when_guarded(toml: str, environ: Mapping[
 
 
 def test_commands_that_do_not_talk_to_flora_need_no_secrets() -> None:
-    assert load(None, {}, need_secrets=False).flora.api_key is None
+    assert load_settings(None, {}, need_secrets=False).flora.api_key is None
 
 
 def test_odd_but_usable_values_are_warnings() -> None:
@@ -333,7 +333,7 @@ LEAK = "whsec_LEAK"
 def test_a_mistake_never_shows_the_value(toml: str, environ: Mapping[str, str]) -> None:
     Path("given.toml").write_text(toml, "utf-8")
     with pytest.raises(ConfigError) as caught:
-        load(Path("given.toml"), environ)
+        load_settings(Path("given.toml"), environ)
     assert LEAK not in str(caught.value)
     assert caught.value.__cause__ is None
 
@@ -356,7 +356,7 @@ def test_neither_repr_nor_the_redacted_view_shows_a_secret() -> None:
         headers = {{ Authorization = "Bearer {LEAK}" }}
         """,
     )
-    shown = redacted(found)
+    shown = redact(found)
     assert LEAK not in repr(shown)
     assert LEAK not in repr(found.model_copy(update={"handlers": ()}))
     assert shown["database"]["url"] == "postgresql://***@db/receiver"
@@ -370,9 +370,9 @@ def test_every_setting_has_a_help_text() -> None:
 
 def test_every_setting_of_a_section_can_come_from_the_environment() -> None:
     """A new setting gets its variable by itself, and the rule for its name holds."""
-    paths = {".".join(variable.path) for variable in variables().values()}
+    paths = {".".join(variable.path) for variable in environment_variables().values()}
     assert {setting.path for setting in describe() if "[]" not in setting.path} <= paths
-    assert all(re.fullmatch(r"(RECEIVER|FLORA)_[A-Z_]+", name) for name in variables())
+    assert all(re.fullmatch(r"(RECEIVER|FLORA)_[A-Z_]+", name) for name in environment_variables())
 
 
 @pytest.mark.parametrize(
@@ -393,12 +393,12 @@ def test_every_setting_of_a_section_can_come_from_the_environment() -> None:
     ],
 )
 def test_flora_refuses_to_call(url: str) -> None:
-    assert callback_url_problem(url)
+    assert check_callback_url(url)
 
 
 @pytest.mark.parametrize("url", ["https://hooks.example.com/a", "https://8.8.8.8:8443", "https://local.example.com"])
 def test_flora_calls(url: str) -> None:
-    assert callback_url_problem(url) is None
+    assert check_callback_url(url) is None
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "localhost.example.com", "", "::"])

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 
-from receiver.config import load, variables
+from receiver.config import environment_variables, load_settings
 from receiver.service.service import role_problem
 from tests.support.lives import served
 from tests.support.postgres import hand_over, unprivileged
@@ -204,7 +204,7 @@ def test_the_image_is_told_what_to_leave_out() -> None:
 def test_compose_publishes_the_proxy_alone(name: str) -> None:
     """Everything else is inside; roots are read-only, secrets are files, and every variable is a setting of ours."""
     document = yaml.safe_load((ROOT / "deploy" / name).read_text())
-    known = {*variables(), *(f"{each}_FILE" for each in variables()), "RECEIVER_CONFIG"}
+    known = {*environment_variables(), *(f"{each}_FILE" for each in environment_variables()), "RECEIVER_CONFIG"}
     for service, described in document["services"].items():
         assert described["restart"] == "always"
         assert ("ports" in described) == (service == "caddy")
@@ -238,7 +238,7 @@ def test_what_compose_sets_are_good_settings(name: str, tmp_path: Path) -> None:
             .replace("/etc/flora-receiver", str(tmp_path))
             for each, value in described["environment"].items()
         }
-        settings = load(None, environ)
+        settings = load_settings(None, environ)
         assert settings.public_url == "https://hooks.example.com"
         assert settings.operations.host == "127.0.0.1"
         assert settings.database.url.startswith("postgresql" if "scale" in name else "sqlite")

@@ -7,7 +7,7 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from receiver.config import load, variables
+from receiver.config import environment_variables, load_settings
 from receiver.service.service import role_problem
 
 HERE = Path(__file__).parents[2] / "deploy/kubernetes"
@@ -44,7 +44,7 @@ def test_pods_are_restricted_and_know_no_names_but_ours(deployment: dict[str, An
     assert limits["allowPrivilegeEscalation"] is False
     assert limits["readOnlyRootFilesystem"] is True
     assert limits["capabilities"] == {"drop": ["ALL"]}
-    known = {*variables(), *(f"{name}_FILE" for name in variables()), "RECEIVER_CONFIG"}
+    known = {*environment_variables(), *(f"{name}_FILE" for name in environment_variables()), "RECEIVER_CONFIG"}
     assert {each["name"] for each in container["env"]} <= known
     assert container["args"][:2] == ["serve", "--only"]
     assert pod["terminationGracePeriodSeconds"] > 30
@@ -67,7 +67,7 @@ def test_what_pods_are_given_are_good_settings(deployment: dict[str, Any], tmp_p
     for each in container["env"]:
         assert str(Path(each["value"]).parent) in places
         environ[each["name"]] = str(tmp_path / Path(each["value"]).name)
-    settings = load(None, environ)
+    settings = load_settings(None, environ)
     assert role_problem(settings, container["args"][2]) is None
     assert settings.operations.host == "127.0.0.1"
 

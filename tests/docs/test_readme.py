@@ -16,7 +16,7 @@ import typer
 
 from receiver.cli.app import app
 from receiver.cli.trigger.cases import CASES
-from receiver.config import Settings, describe, load, variables
+from receiver.config import Settings, describe, environment_variables, load_settings
 from receiver.emulator import Emulator, EmulatorSettings
 from receiver.handler import Done
 from receiver.model import LostReason, Output, RunState, Verdict
@@ -68,7 +68,7 @@ def test_no_setting_is_documented_that_is_gone() -> None:
 
 
 def test_every_variable_with_a_name_of_its_own_is_documented() -> None:
-    names = {name for name in variables() if "__" not in name}
+    names = {name for name in environment_variables() if "__" not in name}
     assert {name for name in names if f"`{name}`" not in README} == set()
 
 
@@ -129,7 +129,7 @@ def test_settings_that_are_shown_load(block: str, tmp_path: Path, monkeypatch: p
     Path("receiver.toml").write_text(block, "utf-8")
     named = re.findall(r"env:(\w+)", block)
     environ = {"FLORA_API_KEY": "sk_test_x", "FLORA_WEBHOOK_SECRET": "whsec_x", **{name: name for name in named}}
-    load(None, environ)
+    load_settings(None, environ)
 
 
 def test_every_command_line_that_is_shown_exists() -> None:
@@ -190,7 +190,7 @@ async def test_the_handler_that_is_shown_works(tmp_path: Path, monkeypatch: pyte
     await stand.start()
     origin = f"http://127.0.0.1:{stand.port}"
     try:
-        settings = load(None, environ_for(emulator, origin))
+        settings = load_settings(None, environ_for(emulator, origin))
         async with Service(settings).running() as service:
             url = f"http://127.0.0.1:{service.address[1]}{CALLBACK_PATH}"
             run_id = emulator.start_run("emu-everything", callback_url=url)

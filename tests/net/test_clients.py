@@ -8,7 +8,7 @@ import httpcore
 import httpx
 import pytest
 
-from receiver.config import load
+from receiver.config import load_settings
 from receiver.net.clients import (
     GuardedBackend,
     PrivateAddressError,
@@ -241,6 +241,6 @@ async def test_the_api_key_stays_with_the_api() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "localhost.", "[::1]", "[::ffff:127.0.0.1]"])
 async def test_what_the_settings_take_for_loopback_the_client_does_too(host: str) -> None:
     """They once disagreed about `localhost.`: the settings were fine, and the service did not start."""
-    settings = load(None, {"FLORA_BASE_URL": f"http://{host}:9100/api/v1"}, need_secrets=False)
+    settings = load_settings(None, {"FLORA_BASE_URL": f"http://{host}:9100/api/v1"}, need_secrets=False)
     async with api_client(settings.flora.base_url) as client:
         assert client.base_url.port == 9100

@@ -19,10 +19,10 @@ from pydantic import SecretStr
 from receiver.cli.connection import check_ca
 from receiver.cli.dev.events import WatchedDoor
 from receiver.cli.dev.session import EVERY_ADDRESS, Desk
-from receiver.cli.dev.tunnel.choice import Wanted, chosen
+from receiver.cli.dev.tunnel.choice import TunnelOptions, chosen
 from receiver.cli.dev.view import View
 from receiver.cli.output import report_errors
-from receiver.config import Settings, ensure_token, load
+from receiver.config import Settings, ensure_token, load_settings
 from receiver.config.callback_url import split_http_url
 from receiver.decide import Policy
 from receiver.emulator import Emulator, EmulatorSettings
@@ -37,19 +37,19 @@ from receiver.web.server import Server, bind
 
 
 @dataclass(frozen=True, slots=True)
-class ParsedOptions:
+class DevOptions:
     """What the command line asks for besides the settings."""
 
-    wanted: Wanted
+    wanted: TunnelOptions
     no_tunnel: bool = False
     emulator: bool = False
     ca: Path | None = None
     json: bool = False
 
 
-def run(config: Path | None, asked: ParsedOptions, *, host: str, port: int | None, ops_port: int | None) -> None:
+def run(config: Path | None, asked: DevOptions, *, host: str, port: int | None, ops_port: int | None) -> None:
     with report_errors(as_json=asked.json):
-        settings = load(config, os.environ, need_secrets=not asked.emulator)
+        settings = load_settings(config, os.environ, need_secrets=not asked.emulator)
         if not (is_loopback(host) or host in EVERY_ADDRESS):
             raise ConfigError([Problem("--host", "must be loopback, 0.0.0.0 or ::, so that we reach ourselves")])
         check_ca(asked.ca)
@@ -61,7 +61,7 @@ def run(config: Path | None, asked: ParsedOptions, *, host: str, port: int | Non
         raise typer.Exit(asyncio.run(_dev(settings, asked)))
 
 
-def _checked(wanted: Wanted) -> Wanted:
+def _checked(wanted: TunnelOptions) -> TunnelOptions:
     """Return the options with the public URL as others write it: with or without the path. Raises ConfigError."""
     if wanted.public_url is None:
         return wanted
@@ -87,7 +87,7 @@ def _with(settings: Settings, given: dict[str, dict[str, Any]]) -> Settings:
     return settings.model_copy(update={"public_url": None, **sections})
 
 
-async def _dev(settings: Settings, asked: ParsedOptions) -> int:
+async def _dev(settings: Settings, asked: DevOptions) -> int:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -108,7 +108,7 @@ async def _dev(settings: Settings, asked: ParsedOptions) -> int:
 
 @contextlib.asynccontextmanager
 async def _emulated(
-    settings: Settings, asked: ParsedOptions, directory: Path, view: View
+    settings: Settings, asked: DevOptions, directory: Path, view: View
 ) -> AsyncIterator[tuple[Settings, Path | None]]:
     """Run an emulated FLORA, and return the settings that go with it: its keys, a ledger of its own, a certificate.
 

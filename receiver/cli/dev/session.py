@@ -17,7 +17,7 @@ from receiver.cli.dev.view import View
 from receiver.cli.doctor.probe import probe
 from receiver.cli.output import FAILED
 from receiver.config import Settings
-from receiver.config.callback_url import callback_url_problem
+from receiver.config.callback_url import check_callback_url
 from receiver.errors import TunnelError
 from receiver.net.addresses import is_loopback
 from receiver.net.clients import own_client, probe_client
@@ -125,7 +125,7 @@ class Desk:
         """Hold the URL against FLORA's rules, unless FLORA is this machine too. Raises TunnelError."""
         if is_loopback(urlsplit(self._settings.flora.base_url).hostname or ""):
             return
-        if (problem := callback_url_problem(url + CALLBACK_PATH)) is not None:
+        if (problem := check_callback_url(url + CALLBACK_PATH)) is not None:
             raise TunnelError(f"{url}: {problem}")
 
     async def _look(self, url: str | None, outside: httpx.AsyncClient, inside: httpx.AsyncClient) -> Judgement:

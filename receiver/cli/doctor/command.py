@@ -13,7 +13,7 @@ from receiver.cli.doctor.machine import of_ledger
 from receiver.cli.doctor.public import of_public
 from receiver.cli.doctor.settings import of_problems, of_settings
 from receiver.cli.output import FAILED, USAGE_ERROR, print_result, report_errors
-from receiver.config import Settings, load
+from receiver.config import Settings, load_settings
 from receiver.errors import ConfigError, Problem
 from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers
 
@@ -22,7 +22,7 @@ def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
     with report_errors(as_json=json):
         check_ca(ca)
         try:
-            settings = load(config, os.environ)
+            settings = load_settings(config, os.environ)
             found = asyncio.run(examine(settings, ca=ca))
         except ConfigError as error:
             _show(list(of_problems(error.problems)), as_json=json)

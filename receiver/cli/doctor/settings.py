@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from receiver.cli.doctor.findings import Finding
 from receiver.config import Settings
-from receiver.config.callback_url import callback_url_problem
+from receiver.config.callback_url import check_callback_url
 from receiver.errors import Problem
 from receiver.net.addresses import is_loopback
 
@@ -36,7 +36,7 @@ def of_settings(settings: Settings) -> Iterator[Finding]:
         yield Finding("public.missing", "public_url is not set")
         return
     emulated = is_loopback(urlsplit(settings.flora.base_url).hostname or "")
-    refusal = None if emulated else callback_url_problem(settings.public_url)
+    refusal = None if emulated else check_callback_url(settings.public_url)
     if refusal is not None:
         yield Finding("public.refused_by_flora", f"{settings.public_url}: {refusal}")
 

@@ -16,7 +16,7 @@ from receiver.cli.connection import check_ca
 from receiver.cli.output import FAILED, print_error, print_result, report_errors
 from receiver.cli.trigger.cases import CASES, MADE_UP_WORKSPACE, Shot, Subject, again, kept
 from receiver.cli.trigger.simulator import GOOD, PATIENCE_SECONDS, Hit, send
-from receiver.config import load
+from receiver.config import load_settings
 from receiver.errors import ConfigError, Problem
 from receiver.net.clients import probe_client
 
@@ -160,7 +160,7 @@ def _subject(secret: str | None, workspace_id: str | None) -> Subject:
     """Return who signs: with the given secret, or with a configured one, of that workspace where it is named."""
     if secret:
         return Subject(secret, workspace_id or MADE_UP_WORKSPACE)
-    configured = load(None, os.environ, need_secrets=False).secrets_by_workspace()
+    configured = load_settings(None, os.environ, need_secrets=False).secrets_by_workspace()
     if not configured:
         raise ConfigError([Problem("FLORA_WEBHOOK_SECRET", "is not set: give the secret there, or by --secret")])
     fitting = [(value, owner) for value, owner in configured if workspace_id is None or owner in {None, workspace_id}]

@@ -15,7 +15,7 @@ from receiver.cli.dev.tunnel.provider import Given, Provider
 from receiver.cli.dev.tunnel.ssh import Ssh, account
 from receiver.errors import ConfigError, Problem
 
-__all__ = ["Kind", "Wanted", "chosen"]
+__all__ = ["Kind", "TunnelOptions", "chosen"]
 
 Kind = Literal["cloudflared", "ngrok", "ssh", "command"]
 
@@ -26,7 +26,7 @@ _WAYS = """there is no way to a public URL yet. The easiest ones:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class TunnelOptions:
     """What the command line says about the tunnel."""
 
     tunnel: Kind | None = None
@@ -52,7 +52,7 @@ class Wanted:
         return next(iter(self.kinds), None)
 
 
-def chosen(wanted: Wanted, *, tls: bool, environ: Mapping[str, str] | None = None) -> Provider:
+def chosen(wanted: TunnelOptions, *, tls: bool, environ: Mapping[str, str] | None = None) -> Provider:
     """Return the provider; `tls`: the receiver itself speaks TLS. Raises ConfigError that says what is missing."""
     if len(wanted.kinds) > 1:
         raise ConfigError([Problem("--tunnel", f"{' and '.join(wanted.kinds)} are several ways: choose one of them")])
@@ -83,7 +83,7 @@ def _available(environ: Mapping[str, str]) -> Provider:
     raise ConfigError([Problem("--tunnel", _WAYS)])
 
 
-def _ssh(wanted: Wanted, *, tls: bool) -> Provider:
+def _ssh(wanted: TunnelOptions, *, tls: bool) -> Provider:
     if wanted.ssh is None:
         raise ConfigError([Problem("--ssh", "is required for this tunnel: user@host or user@host:port")])
     if not tls and wanted.public_url is None:
@@ -107,7 +107,7 @@ _NO_TLS = (
 )
 
 
-def _command(wanted: Wanted) -> Provider:
+def _command(wanted: TunnelOptions) -> Provider:
     if wanted.command is None:
         raise ConfigError([Problem("--command", "is required for this tunnel: the program, with {port} where it goes")])
     try:

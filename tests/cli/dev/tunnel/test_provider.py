@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from receiver.cli.dev.tunnel.choice import Wanted, chosen
+from receiver.cli.dev.tunnel.choice import TunnelOptions, chosen
 from receiver.cli.dev.tunnel.cloudflared import Cloudflared
 from receiver.cli.dev.tunnel.command import Command
 from receiver.cli.dev.tunnel.ngrok import Ngrok
@@ -350,32 +350,32 @@ def test_ngroks_agent_has_what_we_use() -> None:
 def test_the_provider_that_is_meant(tmp_path: Path) -> None:
     """An option of its own names a provider; without any, it is the first that is there."""
     there = written(tmp_path, "cloudflared", CLOUDFLARED).parent
-    assert isinstance(chosen(Wanted(), tls=False, environ={"PATH": str(there)}), Cloudflared)
-    assert isinstance(chosen(Wanted(), tls=False, environ={"PATH": "", "NGROK_AUTHTOKEN": "x"}), Ngrok)
-    assert isinstance(chosen(Wanted(domain="x.ngrok.app"), tls=False), Ngrok)
-    assert isinstance(chosen(Wanted(ssh="me@host"), tls=True), Ssh)
-    assert isinstance(chosen(Wanted(tunnel="ssh", ssh="me@host"), tls=True), Ssh)
-    assert isinstance(chosen(Wanted(ssh="me@host", public_url="https://hooks.example.com"), tls=False), Ssh)
-    assert isinstance(chosen(Wanted(command="bore local {port}"), tls=False), Command)
-    assert isinstance(chosen(Wanted(public_url="https://hooks.example.com"), tls=False), Given)
+    assert isinstance(chosen(TunnelOptions(), tls=False, environ={"PATH": str(there)}), Cloudflared)
+    assert isinstance(chosen(TunnelOptions(), tls=False, environ={"PATH": "", "NGROK_AUTHTOKEN": "x"}), Ngrok)
+    assert isinstance(chosen(TunnelOptions(domain="x.ngrok.app"), tls=False), Ngrok)
+    assert isinstance(chosen(TunnelOptions(ssh="me@host"), tls=True), Ssh)
+    assert isinstance(chosen(TunnelOptions(tunnel="ssh", ssh="me@host"), tls=True), Ssh)
+    assert isinstance(chosen(TunnelOptions(ssh="me@host", public_url="https://hooks.example.com"), tls=False), Ssh)
+    assert isinstance(chosen(TunnelOptions(command="bore local {port}"), tls=False), Command)
+    assert isinstance(chosen(TunnelOptions(public_url="https://hooks.example.com"), tls=False), Given)
 
 
 @pytest.mark.parametrize(
     ("wanted", "told"),
     [
-        (Wanted(), "--no-tunnel"),
-        (Wanted(tunnel="ssh"), "--ssh: is required"),
-        (Wanted(ssh="me@host"), "FLORA calls HTTPS only"),
-        (Wanted(ssh="me@", public_url="https://x.example"), "user@host:port"),
-        (Wanted(tunnel="command"), "--command: is required"),
-        (Wanted(command="x", pattern="("), "regular expression"),
-        (Wanted(command="'"), "--command"),
-        (Wanted(command=" "), "empty"),
-        (Wanted(tunnel="cloudflared", public_url="https://x.example"), "a URL of its own"),
-        (Wanted(tunnel="cloudflared", ssh="me@host"), "cloudflared and ssh are several ways"),
-        (Wanted(command="bore", ssh="me@host"), "ssh and command are several ways"),
+        (TunnelOptions(), "--no-tunnel"),
+        (TunnelOptions(tunnel="ssh"), "--ssh: is required"),
+        (TunnelOptions(ssh="me@host"), "FLORA calls HTTPS only"),
+        (TunnelOptions(ssh="me@", public_url="https://x.example"), "user@host:port"),
+        (TunnelOptions(tunnel="command"), "--command: is required"),
+        (TunnelOptions(command="x", pattern="("), "regular expression"),
+        (TunnelOptions(command="'"), "--command"),
+        (TunnelOptions(command=" "), "empty"),
+        (TunnelOptions(tunnel="cloudflared", public_url="https://x.example"), "a URL of its own"),
+        (TunnelOptions(tunnel="cloudflared", ssh="me@host"), "cloudflared and ssh are several ways"),
+        (TunnelOptions(command="bore", ssh="me@host"), "ssh and command are several ways"),
     ],
 )
-def test_what_is_missing_is_told(wanted: Wanted, told: str) -> None:
+def test_what_is_missing_is_told(wanted: TunnelOptions, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         chosen(wanted, tls=False, environ={"PATH": ""})
