@@ -7,9 +7,7 @@ from pathlib import Path
 from receiver.client.client import ReceiverClient
 from receiver.config import Settings, load_settings, token_path
 from receiver.errors import ConfigError, Problem
-from receiver.net.addresses import is_loopback
-
-_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compared with, not bound
+from receiver.net.addresses import http_origin, is_loopback, local_host
 
 
 def connect() -> ReceiverClient:
@@ -24,9 +22,8 @@ def connect() -> ReceiverClient:
 
 def _url(settings: Settings) -> str:
     operations = settings.operations
-    host = _EVERY_ADDRESS.get(operations.host, operations.host)
     tls = settings.tls.cert is not None and not operations.allow_plaintext and not is_loopback(operations.host)
-    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{operations.port}"
+    return http_origin(local_host(operations.host), operations.port, tls=tls)
 
 
 def _token(settings: Settings) -> str:

@@ -130,7 +130,6 @@ class Database(Section):
         None, repr=False, description="PostgreSQL past a pooler, for wake-ups; without one, `url` is tried."
     )
     pool_size: Count = Field(8, description="Connections to PostgreSQL that one process keeps.")
-    measure_door: bool = Field(default=False, description="For benchmarks only: allow `serve --only door` on SQLite.")
 
 
 class Flora(Section):

@@ -1,12 +1,15 @@
-"""What an address as written in a URL is. Pure, and of the standard library alone: settings and HTTP clients must agree."""
+"""Hosts and addresses as they appear in URLs and settings. Pure; imports the standard library only.
+
+Settings and HTTP clients use the same functions, so that they agree on what is loopback.
+"""
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-__all__ = ["is_loopback", "literal"]
+__all__ = ["http_origin", "is_loopback", "is_unspecified", "literal", "local_host"]
 
 
 def literal(host: str) -> IPv4Address | IPv6Address | None:
-    """Return the address that `host` is, an IPv4 one in IPv6 clothes unwrapped; None: it is a name."""
+    """Return the IP address that `host` is, or None for a name; IPv4-mapped IPv6 becomes IPv4."""
     try:
         address = ip_address(host.strip("[]"))
     except ValueError:
@@ -16,6 +19,24 @@ def literal(host: str) -> IPv4Address | IPv6Address | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether `host`, a name or an IP literal, is this machine and nothing else."""
+    """Return whether `host`, a name or an IP literal, can only be this machine."""
     address = literal(host)
     return host.lower().rstrip(".") == "localhost" if address is None else address.is_loopback
+
+
+def is_unspecified(host: str) -> bool:
+    """Return whether a listener bound to `host` accepts connections on every address."""
+    address = literal(host)
+    return address is not None and address.is_unspecified
+
+
+def local_host(bound: str) -> str:
+    """Return the host at which this machine reaches a listener that is bound to `bound`."""
+    if not is_unspecified(bound):
+        return bound
+    return "::1" if ":" in bound else "127.0.0.1"
+
+
+def http_origin(host: str, port: int, *, tls: bool) -> str:
+    """Return `scheme://host:port`, with brackets around an IPv6 address."""
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -106,7 +106,7 @@ def receiver(
 @contextlib.contextmanager
 def door(directory: Path, *, uvloop: bool = False) -> Iterator[Process]:
     """Run the door alone: nothing polls, nothing is dispatched."""
-    alone = {"RECEIVER_DATABASE__MEASURE_DOOR": "true"}
+    alone = {"RECEIVER_BENCH_DOOR": "1"}
     with receiver(directory, "--only", "door", settings=alone, uvloop=uvloop) as process:
         yield process
 

@@ -357,7 +357,7 @@ async def test_a_door_on_sqlite_is_for_measuring(stage: Stage) -> None:
     """Only where it is asked for by name; it takes callbacks, commits them, and works on nothing."""
     async with served(stage, arguments=("--only", "door")) as life:
         assert await life.ended() == 2
-    environ = {"RECEIVER_DATABASE__MEASURE_DOOR": "true"}
+    environ = {"RECEIVER_BENCH_DOOR": "1"}
     async with stage.client() as client, served(stage, arguments=("--only", "door"), environ=environ) as life:
         await life.ready(client)
         run_id = stage.start(callback=False)

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 from receiver.cli.connection import check_ca
 from receiver.cli.dev.events import WatchedDoor
-from receiver.cli.dev.session import EVERY_ADDRESS, Desk
+from receiver.cli.dev.session import Desk
 from receiver.cli.dev.tunnel.choice import TunnelOptions, chosen
 from receiver.cli.dev.view import View
 from receiver.cli.output import report_errors
@@ -28,7 +28,7 @@ from receiver.decide import Policy
 from receiver.emulator import Emulator, EmulatorSettings
 from receiver.errors import ConfigError, Problem
 from receiver.net import certificates
-from receiver.net.addresses import is_loopback
+from receiver.net.addresses import is_loopback, is_unspecified
 from receiver.service import wiring
 from receiver.service.service import Service
 from receiver.telemetry import configure_logging
@@ -50,7 +50,7 @@ class DevOptions:
 def run(config: Path | None, asked: DevOptions, *, host: str, port: int | None, ops_port: int | None) -> None:
     with report_errors(as_json=asked.json):
         settings = load_settings(config, os.environ, need_secrets=not asked.emulator)
-        if not (is_loopback(host) or host in EVERY_ADDRESS):
+        if not (is_loopback(host) or is_unspecified(host)):
             raise ConfigError([Problem("--host", "must be loopback, 0.0.0.0 or ::, so that we reach ourselves")])
         check_ca(asked.ca)
         if asked.no_tunnel and (asked.wanted.kind or asked.wanted.public_url):

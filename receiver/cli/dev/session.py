@@ -19,16 +19,14 @@ from receiver.cli.output import FAILED
 from receiver.config import Settings
 from receiver.config.callback_url import check_callback_url
 from receiver.errors import TunnelError
-from receiver.net.addresses import is_loopback
+from receiver.net.addresses import is_loopback, local_host
 from receiver.net.clients import own_client, probe_client
 from receiver.service.service import Service
 from receiver.store import queries
 from receiver.web.public import CALLBACK_PATH
 
-__all__ = ["EVERY_ADDRESS", "Desk"]
+__all__ = ["Desk"]
 
-EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compared with, not bound
-"""What is bound to every address, and where it is found on this machine."""
 _PROBE_SECONDS = 6.0
 _STRANDED_SECONDS = 5.0
 _STATUS_SECONDS = 1.0
@@ -59,8 +57,8 @@ class Desk:
         self._pace = pace or Pace()
         self._patience = patience_seconds
         self._again_seconds = again_seconds
-        host = settings.public.host
-        self._local = Local(service.address[1], tls=settings.tls.cert is not None, host=EVERY_ADDRESS.get(host, host))
+        tls = settings.tls.cert is not None
+        self._local = Local(service.address[1], tls=tls, host=local_host(settings.public.host))
         self._secret = settings.secrets_by_workspace()[0][0]
         self._ca = ca
         self._asked_flora: dict[str, float] = {}

@@ -14,6 +14,7 @@ import httpx
 from receiver.cli.doctor.findings import Finding
 from receiver.config import Settings
 from receiver.errors import ReceiverError, StoreInUseError
+from receiver.net.addresses import http_origin, local_host
 from receiver.net.clients import own_client
 from receiver.store import open_database
 from receiver.store.touching import touch
@@ -97,7 +98,6 @@ async def _of_service(settings: Settings) -> list[Finding]:
 
 
 def own_origin(settings: Settings) -> str:
-    """Return where this machine's own receiver listens, seen from this machine."""
-    host = settings.public.host
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    return f"{'https' if settings.tls.cert else 'http'}://{host}:{settings.public.port}"
+    """Return the origin at which this machine reaches its own receiver."""
+    public = settings.public
+    return http_origin(local_host(public.host), public.port, tls=settings.tls.cert is not None)

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
+from receiver.net.addresses import is_unspecified
 from receiver.web.ops.responses import Refusal
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN_SITE = frozenset({"same-origin", "none"})
-_EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 -- compared with, not bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Access:
         name = host_name(header)
         if _is_loopback(name) or name in _names((self.host, *self.allowed_hosts)):
             return None
-        if self.host in _EVERY_ADDRESS and _is_address(name):
+        if is_unspecified(self.host) and _is_address(name):
             return None  # bound to every address: it may be called by each; rebinding needs a name
         return Refusal(
             403, "host_not_allowed", "this name is not in [operations] allowed_hosts: add it there if it is ours"

@@ -4,6 +4,8 @@ import asyncio
 from dataclasses import dataclass
 from typing import Protocol
 
+from receiver.net.addresses import http_origin
+
 __all__ = ["Given", "Local", "Provider"]
 
 
@@ -17,7 +19,7 @@ class Local:
 
     @property
     def url(self) -> str:
-        return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"
+        return http_origin(self.host, self.port, tls=self.tls)
 
 
 class Provider(Protocol):
