@@ -13,7 +13,7 @@ RUNTIME := $(VENV)/.runtime-$(PLACE)
 DEV     := $(VENV)/.dev-$(PLACE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench proof lock clean
+.PHONY: help install demo test check format docs bench proof lock clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -40,6 +40,9 @@ check: $(DEV) ## Check format, lint, types, imports and dependencies
 
 format: $(DEV) ## Format the code and apply safe fixes
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .
+
+docs: $(DEV) ## Write the generated parts of the documents anew
+	@$(PY) -m tests.docs.generate
 
 bench: $(DEV) ## Measure: one table, in some minutes
 	@$(PY) -m pytest -v --no-header --tb=short $(ARGS) $(or $(wildcard tests/bench/bench_*.py),$(error there is no tests/bench/bench_*.py))

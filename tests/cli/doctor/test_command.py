@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy import create_engine
 
 from receiver.cli.doctor.command import examine
-from receiver.cli.doctor.findings import ILLNESSES, Finding, Severity
+from receiver.cli.doctor.findings import Finding, Severity
 from receiver.cli.doctor.flora import of_answer, of_flora
 from receiver.cli.doctor.machine import of_ledger
 from receiver.cli.doctor.probe import Obstacle, Probe
@@ -33,7 +33,6 @@ from receiver.store.touching import touch
 from tests.cli.conftest import KEYS, run_command
 from tests.support.stage import Stage, free_port, staged
 
-README = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
 OLD = "database.old_sqlite"
 Answer = Callable[[bytes], Awaitable[bytes]]
 
@@ -480,10 +479,3 @@ async def test_a_ca_file_that_holds_nothing(stage: Stage, tmp_path: Path) -> Non
     assert (finding.id, "holds no certificate" in finding.what) == ("flora.unreachable", True)
     done = run_command("doctor", "--ca", "empty.pem", cwd=tmp_path, env=KEYS)
     assert (done.returncode, "holds no certificate" in done.stderr) == (2, True)
-
-
-@pytest.mark.parametrize("kind", ILLNESSES)
-def test_every_finding_is_documented(kind: str) -> None:
-    """The README's table is the code's."""
-    row = f"| {ILLNESSES[kind].means} | `{kind}` | {ILLNESSES[kind].cure} |"
-    assert row in README, f"add to README.md: {row}"
