@@ -1,4 +1,4 @@
-"""The nouns of the service. Everyone may import this module; it imports nothing of ours but how nouns are made.
+"""The values of the service. Every other module may import this one; it imports none of them.
 
 Times are aware UTC datetimes named `*_at`; ids are FLORA's own strings; money is US dollars.
 """
@@ -10,7 +10,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from receiver.nouns import noun
+import msgspec
 
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
@@ -164,8 +164,7 @@ class Artifact:
     """None: the place is reserved, the bytes are not safe yet."""
 
 
-@noun(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """One row of the run ledger. FLORA's own fields first, then what we know about them."""
 
     run_id: str
@@ -186,7 +185,7 @@ class Run:
     error_message: str | None = None
     charged_cost: float | None = None
     quoted_cost: float | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
     callback_expected: bool = True
     callback_status: CallbackStatus | None = None
@@ -216,8 +215,7 @@ class Run:
     """Guards every write: a row that changed meanwhile is decided about again."""
 
 
-@noun(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(msgspec.Struct, frozen=True):
     """What the API shows of a run in one answer."""
 
     run_id: str
@@ -238,8 +236,7 @@ class Snapshot:
     outputs: tuple[Output, ...] = ()
 
 
-@noun(frozen=True, slots=True)
-class CallbackReceived:
+class CallbackReceived(msgspec.Struct, frozen=True):
     """Report: a verified callback says that a run is terminal."""
 
     run_id: str
@@ -251,8 +248,7 @@ class CallbackReceived:
     error_message: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RunRead:
+class RunRead(msgspec.Struct, frozen=True):
     """Report: the API showed the run. `asked_at` is when the request was sent."""
 
     snapshot: Snapshot
@@ -265,8 +261,7 @@ class RunRead:
         return self.snapshot.run_id
 
 
-@dataclass(frozen=True, slots=True)
-class RunNotFound:
+class RunNotFound(msgspec.Struct, frozen=True):
     """Report: the API answered 404. It counts against the run only if asked on the run's `right_route`."""
 
     run_id: str
@@ -274,8 +269,7 @@ class RunNotFound:
     right_route: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ReadFailed:
+class ReadFailed(msgspec.Struct, frozen=True):
     """Report: the API did not tell (401, 403, 429, 5xx, time-out, garbage, absent from a list)."""
 
     run_id: str
@@ -284,8 +278,7 @@ class ReadFailed:
     """Seconds, when FLORA named them."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunRegistered:
+class RunRegistered(msgspec.Struct, frozen=True):
     """Report: a run exists, says whoever started or tracks it. Fills in what callbacks do not carry."""
 
     run_id: str
@@ -299,19 +292,17 @@ class RunRegistered:
     poll_url: str | None = None
     quoted_cost: float | None = None
     estimated_seconds: float | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ReadRequested:
+class ReadRequested(msgspec.Struct, frozen=True):
     """Report: an operator, or an authentic callback at a wrong time, wants the run read now."""
 
     run_id: str
     asked_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class CallbackExpired:
+class CallbackExpired(msgspec.Struct, frozen=True):
     """Report: FLORA has given up on delivering the callback of a run."""
 
     run_id: str
@@ -321,12 +312,11 @@ class CallbackExpired:
 Report = RunRegistered | CallbackReceived | RunRead | RunNotFound | ReadFailed | ReadRequested | CallbackExpired
 
 
-@noun(frozen=True, slots=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True):
     """One verified callback, as it came. `delivery_id` is FLORA's, the same on every retry."""
 
     delivery_id: str
-    body: bytes = field(repr=False)
+    body: bytes
     signature: str
     received_at: datetime
     age: int
@@ -338,6 +328,9 @@ class Delivery:
     run_id: str | None = None
     readable: bool = True
     """False: the signature holds, the body does not parse; kept under an id made from its hash."""
+
+    def __repr__(self) -> str:
+        return _repr_without(self, "body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,8 +354,7 @@ class Subscription:
     when: When = field(default_factory=When)
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(msgspec.Struct, frozen=True):
     """One handler's work on one event of one run; `round` counts re-dispatches made with `--again`."""
 
     run_id: str
@@ -376,7 +368,7 @@ class Dispatch:
     lease_token: str | None = None
     lease_until: datetime | None = None
     lane: Lane = Lane.LIGHT
-    result: Mapping[str, Any] | None = field(default=None, hash=False)
+    result: Mapping[str, Any] | None = None
     """What its handler said about itself when it was done."""
 
     @property
@@ -406,22 +398,21 @@ class Operation(StrEnum):
     """`POST /generate`"""
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """The intent to start a run, committed before FLORA is asked.
 
     The key is (workspace_id, operation, technique_id, idempotency_key); `token` is in the callback's URL and links a
     callback to its start even when the answer to the start was never heard.
     """
 
-    token: str = field(repr=False)
+    token: str
     workspace_id: str
     """Whose API key asks; empty: the default one."""
     operation: Operation
     technique_id: str
     """Empty for `generate`."""
     idempotency_key: str
-    request: str = field(repr=False)
+    request: str
     """The JSON body that FLORA gets, byte for byte on every attempt."""
     request_hash: str
     """SHA-256 of what the caller asked for: the same key with another one is a conflict."""
@@ -439,9 +430,11 @@ class Start:
     request_id: str | None = None
     """FLORA's `request-id` of the last answer: its support asks for it."""
 
+    def __repr__(self) -> str:
+        return _repr_without(self, "token", "request")
 
-@dataclass(frozen=True, slots=True)
-class Rejection:
+
+class Rejection(msgspec.Struct, frozen=True):
     """One refused request; never its body."""
 
     rejected_at: datetime
@@ -453,3 +446,9 @@ class Rejection:
 def storable_text(text: str) -> str:
     """Replace what no database stores as text, NUL and lone surrogates, by U+FFFD."""
     return _UNSTORABLE.sub("\ufffd", text)
+
+
+def _repr_without(value: msgspec.Struct, *hidden: str) -> str:
+    """Return what `repr` shows of a value that may be logged, without the fields that must not be."""
+    shown = (f"{name}={getattr(value, name)!r}" for name in value.__struct_fields__ if name not in hidden)
+    return f"{type(value).__name__}({', '.join(shown)})"

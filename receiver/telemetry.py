@@ -1,4 +1,4 @@
-"""Logs and metrics. A leaf: anyone above may call it, it imports the nouns alone.
+"""Logs and metrics. A leaf: anyone above may call it, it imports the values alone.
 
 Logs never show a secret, a body or a media URL, whoever wrote the line: `scrub` sees every value on its way out.
 """

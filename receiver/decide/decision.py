@@ -1,18 +1,15 @@
 """What a rule decides, as a value: the shell carries it out in one transaction. Pure."""
 
-from dataclasses import dataclass
+import msgspec
 
 from receiver.model import Event, Output, Run
-from receiver.nouns import noun
 
 
-@dataclass(frozen=True, slots=True)
-class Unchanged:
+class Unchanged(msgspec.Struct, frozen=True):
     """The report changes nothing."""
 
 
-@noun(frozen=True, slots=True)
-class Changed:
+class Changed(msgspec.Struct, frozen=True):
     """The run's new row; its outputs, if this report brought them; what happened, for handlers that listen.
 
     `fresh` are the outputs of a run settled before, as they are shown now: the same ones, perhaps under other URLs.

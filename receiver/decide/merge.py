@@ -1,6 +1,6 @@
 """How a row takes over what a report says about a run. Pure steps, shared by the rules."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from receiver.decide.poll_schedule import route
 from receiver.model import CallbackReceived, CallbackStatus, Origin, Run, RunRegistered, RunState, Snapshot

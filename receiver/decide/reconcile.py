@@ -12,10 +12,12 @@ long as the reads agree among themselves.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import assert_never
+
+import msgspec
+from msgspec.structs import replace
 
 from receiver.decide.decision import Changed, Decision, Unchanged
 from receiver.decide.merge import answered, both, enriched, named, shown
@@ -39,7 +41,6 @@ from receiver.model import (
     Snapshot,
     Verdict,
 )
-from receiver.nouns import noun
 
 
 class Kind(StrEnum):
@@ -89,8 +90,7 @@ def reconcile(run: Run | None, report: Report, policy: Policy, *, now: datetime,
 # --- the rules ---------------------------------------------------------------------------------------------------
 
 
-@noun(frozen=True, slots=True)
-class _Case:
+class _Case(msgspec.Struct, frozen=True):
     """What a rule looks at. `known` and `snapshot` are for cells where the table guarantees them."""
 
     run: Run | None

@@ -5,9 +5,11 @@ section 4). After that nothing does, so we stop asking before.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+
+from msgspec.structs import replace
 
 from receiver.errors import FloraError
 from receiver.model import Origin, RunRegistered, Snapshot, Start, StartState

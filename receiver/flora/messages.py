@@ -14,9 +14,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import msgspec
+
 from receiver.errors import FloraError, PayloadError
 from receiver.model import CallbackStatus, Output, OutputType, Snapshot, storable_text
-from receiver.nouns import noun
 
 _MAX_ID = 200
 _ID = re.compile(rf"[^\s\x00-\x1f\x7f]{{1,{_MAX_ID}}}")
@@ -27,8 +28,7 @@ _MAX_TEXT = 4_000
 _TOLD = {"run.completed": CallbackStatus.COMPLETED, "run.failed": CallbackStatus.FAILED}
 
 
-@noun(frozen=True, slots=True)
-class Callback:
+class Callback(msgspec.Struct, frozen=True):
     """A parsed callback body. `told` is None for an event type that we do not know."""
 
     delivery_id: str

@@ -9,8 +9,9 @@ import hmac
 import re
 from collections.abc import Sequence
 
+import msgspec
+
 from receiver.errors import SignatureError, SignatureProblem
-from receiver.nouns import noun
 
 __all__ = ["HEADER", "Verified", "canary_key", "sign", "verify"]
 
@@ -27,8 +28,7 @@ _USUAL = re.compile(r"t=([0-9]{1,15}),v1=([0-9a-f]{64})", re.ASCII)
 """What FLORA sends unless a secret is being rotated: read at once, with the same result as piece by piece."""
 
 
-@noun(frozen=True, slots=True)
-class Verified:
+class Verified(msgspec.Struct, frozen=True):
     """A signature that holds: its secret (index into `secrets`) and its age in seconds (negative: ahead)."""
 
     secret: int

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+import msgspec
 from sqlalchemy import Connection
 
 from receiver.decide import Changed, Decision, Kind, Policy, Unchanged, kind_of, reconcile, settle
@@ -24,7 +25,6 @@ from receiver.model import (
     RunRegistered,
     Subscription,
 )
-from receiver.nouns import noun
 from receiver.store import channel, ledger, starts
 
 _START_SECONDS = 1.0
@@ -43,8 +43,7 @@ class Entry:
     start: str | None
 
 
-@noun(frozen=True, slots=True)
-class Recorded:
+class Recorded(msgspec.Struct, frozen=True):
     """What became of one entry."""
 
     new_delivery: bool

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from operator import attrgetter
 from typing import Any
 
+from msgspec.structs import fields
 from sqlalchemy import RowMapping
 
 from receiver.model import (

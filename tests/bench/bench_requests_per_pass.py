@@ -5,11 +5,11 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import structlog
+from msgspec.structs import replace
 from sqlalchemy import create_engine
 
 from receiver.model import Run

@@ -1,11 +1,11 @@
 """The state table, cell by cell: what each report does to a run in each state, and what it must never do."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
 from receiver.decide import TABLE, Changed, Decision, Kind, Policy, Unchanged, kind_of, reconcile
 from receiver.model import (
@@ -14,6 +14,7 @@ from receiver.model import (
     Event,
     LostReason,
     Origin,
+    Output,
     ReadFailed,
     ReadRequested,
     Report,
@@ -289,7 +290,7 @@ def test_a_settled_run_that_somebody_asks_for_is_read_once_more() -> None:
     """For the newest URLs of its outputs. Only an answer ends the asking; what was settled stays."""
     asked = after(a_run(RunState.COMPLETED), ReadRequested("run_1", LATER))
     assert asked.next_poll_at == LATER
-    fresh = (replace(OUTPUT, value="https://media.flora.example/again.png"),)
+    fresh = (Output(OUTPUT.position, OUTPUT.output_id, OUTPUT.type, "https://media.flora.example/again.png"),)
     decision = changed(asked, a_read("completed", LATER, outputs=fresh))
     assert decision == Changed(replace(asked, polls=1, next_poll_at=None), fresh=fresh)
     for unhelpful in (Kind.RUNNING, Kind.EMPTY, Kind.NOT_FOUND):

@@ -1,11 +1,12 @@
 """What holds whatever comes, in whatever order and however often."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from receiver.decide import SETTLED_STATES, Changed, Policy, next_poll, reconcile, settle
 from receiver.model import (

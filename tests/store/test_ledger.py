@@ -1,10 +1,10 @@
 """Runs, outputs and deliveries in the database: what goes in comes out, and what changed meanwhile is not overwritten."""
 
-from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from msgspec.structs import fields, replace
 from sqlalchemy import Connection, exc
 
 from receiver.errors import StoreUnavailableError

@@ -1,11 +1,11 @@
 """Many due runs against a real emulator over loopback: how many requests a look costs, and that no run is forgotten."""
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
 import pytest
+from msgspec.structs import replace
 
 from receiver.emulator.faults import parse_faults
 from receiver.model import CallbackStatus, Origin, RunState
