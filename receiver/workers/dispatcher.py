@@ -24,13 +24,10 @@ from receiver.store.changes import Change, Signals
 from receiver.store.queue import Leased
 from receiver.store.rows import from_ms
 from receiver.telemetry import Metrics
-from receiver.workers.loop import either
+from receiver.workers.loop import idle_seconds, run_loop
 
 log = structlog.get_logger("receiver.dispatcher")
 
-_IDLE_SECONDS = 5.0
-_SHARED_IDLE_SECONDS = 1.0
-"""Another process may commit something that nobody wakes us for."""
 _WRITE_AGAIN_SECONDS = 1.0
 
 
@@ -78,23 +75,22 @@ class Dispatcher:
         self._learn = apply
         self._lease = lease
         self._takeover = takeover
-        self._idle_seconds = _SHARED_IDLE_SECONDS if database.shared else _IDLE_SECONDS
+        self._idle_seconds = idle_seconds(shared=database.shared)
         self._clock = clock
         self._jitter = jitter
         self._running: dict[int, _Attempt] = {}
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Tick until told to stop; then give back what is being worked on."""
+        """Tick until `stopping` is set; then stop the running attempts and release their leases."""
         renewing = asyncio.create_task(self._renew_forever(), name="dispatch.renew")
         try:
-            while not stopping.is_set():
-                self._signals.dispatch.clear()
-                try:
-                    pause = await self.tick(self._clock())
-                except StoreUnavailableError as error:
-                    log.error("dispatcher.unavailable", reason=str(error))
-                    pause = self._idle_seconds
-                await either(self._signals.dispatch, stopping, pause)
+            await run_loop(
+                "dispatcher",
+                lambda: self.tick(self._clock()),
+                stopping,
+                wake=self._signals.dispatch,
+                retry_seconds=self._idle_seconds,
+            )
         finally:
             renewing.cancel()
         await self.release()

@@ -15,11 +15,13 @@ from receiver.intake.callbacks import Intake
 from receiver.model import CallbackExpired
 from receiver.store import Database, ledger
 from receiver.store import retention as upkeep
-from receiver.workers.loop import either
+from receiver.workers.loop import run_loop
 
 log = structlog.get_logger("receiver.janitor")
 
 _PIECE = 100
+_NEXT_PIECE_SECONDS = 0.05
+"""Pause before the next piece: callbacks share the writer and go first."""
 _FAR = timedelta(days=2)
 """Further ahead than anything is ever put off: only a clock that was wrong does that."""
 
@@ -53,31 +55,26 @@ class Janitor:
         self._retention = retention
         self._pause_seconds = pause_seconds
         self._clock = clock
-        self._never = asyncio.Event()
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Tick until told to stop; then write down the last rejections."""
-        while not stopping.is_set():
-            pause = self._pause_seconds
-            try:
-                if await self.tick(self._clock()) >= _PIECE:
-                    pause = 0.05  # there is more, but the door goes first
-            except StoreUnavailableError as error:
-                log.error("janitor.unavailable", reason=str(error))
-            await either(self._never, stopping, pause)
-        try:
-            await self._write_rejections()
-        except StoreUnavailableError as error:
-            log.warning("janitor.rejections_dropped", reason=str(error))
+        """Tick until `stopping` is set; then store the last rejections."""
+
+        async def tick() -> float:
+            has_more = await self.tick(self._clock()) >= _PIECE
+            return _NEXT_PIECE_SECONDS if has_more else self._pause_seconds
+
+        await run_loop("janitor", tick, stopping, retry_seconds=self._pause_seconds)
+        await self._write_last_rejections()
 
     async def keep_rejections(self, stopping: asyncio.Event) -> None:
-        """Write down what this process refused, and nothing else: where another one does the rest."""
-        while not stopping.is_set():
-            await either(self._never, stopping, self._pause_seconds)
-            try:
-                await self._write_rejections()
-            except StoreUnavailableError as error:
-                log.warning("janitor.rejections_kept", reason=str(error))
+        """Store what this process has rejected until `stopping` is set; another process does the other work."""
+
+        async def tick() -> float:
+            await self._write_rejections()
+            return self._pause_seconds
+
+        await run_loop("rejections", tick, stopping, retry_seconds=self._pause_seconds)
+        await self._write_last_rejections()
 
     async def tick(self, now: datetime) -> int:
         """Do one piece of each kind of work; return the size of the largest."""
@@ -111,6 +108,12 @@ class Janitor:
                 cure="their callbacks were expected and never came: see rejections, the tunnel, TLS",
             )  # fmt: skip
         return len(runs)
+
+    async def _write_last_rejections(self) -> None:
+        try:
+            await self._write_rejections()
+        except StoreUnavailableError as error:
+            log.warning("janitor.rejections_dropped", reason=str(error))
 
     async def _write_rejections(self) -> int:
         waiting = self._intake.rejections

@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 
 from receiver.errors import StoreUnavailableError
 from receiver.store import Database, leases
+from receiver.workers.loop import run_loop, wait_for_any
 
 log = structlog.get_logger("receiver.election")
 
@@ -50,15 +51,17 @@ class LeaderLease:
         """Seconds until another's lease ends, as far as we know: the next try is then."""
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Stand for election until told to stop; while elected, work."""
-        loop = asyncio.get_running_loop()
-        while not stopping.is_set():
-            asked = loop.time()
-            if await self.take():
-                await self._serve(stopping, since=asked)
-                await self._resign()
-            else:
-                await _pause(stopping, min(self._lease.total_seconds() / 3, self._free_in))
+        """Try to acquire the lease until `stopping` is set; while it is held, run `work`."""
+
+        async def tick() -> float:
+            requested_at = asyncio.get_running_loop().time()
+            if not await self.take():
+                return min(self._lease.total_seconds() / 3, self._free_in)
+            await self._serve(stopping, since=requested_at)
+            await self._resign()
+            return 0.0
+
+        await run_loop(f"lease {self._name}", tick, stopping)
 
     async def take(self, *, within: float | None = None) -> bool:
         """Take the lease, or extend it; False if another process has it, or nobody can tell within that many seconds."""
@@ -89,10 +92,8 @@ class LeaderLease:
         held_until = since + 2 * third
         try:
             while not stopping.is_set() and not working.done():
-                waits = {asyncio.ensure_future(stopping.wait()), working}
                 pause = min(third, max((held_until - loop.time()) / 2, third / 5))
-                await asyncio.wait(waits, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-                (waits - {working}).pop().cancel()
+                await wait_for_any(stopping, working, timeout=pause)
                 asked = loop.time()
                 if stopping.is_set() or working.done():
                     break
@@ -116,11 +117,3 @@ class LeaderLease:
             await self._database.write(lambda tx: leases.release(tx, self._name, token=self._token))
         except StoreUnavailableError as error:
             log.warning("election.not_released", name=self._name, reason=str(error))
-
-
-async def _pause(stopping: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await stopping.wait()
-    except TimeoutError:
-        return

@@ -9,10 +9,9 @@ import secrets
 
 import structlog
 
-from receiver.errors import StoreUnavailableError
 from receiver.store import Database
 from receiver.store.changes import Change, Listener, Signals
-from receiver.workers.loop import either
+from receiver.workers.loop import run_loop, run_until
 
 log = structlog.get_logger("receiver.herald")
 
@@ -30,7 +29,6 @@ class ChangeNotifier:
         self._database = database
         self._signals = signals
         self._me = secrets.token_hex(4)
-        self._never = asyncio.Event()
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Tell others of every change."""
@@ -41,17 +39,13 @@ class ChangeNotifier:
                     await self._database.notify(_written(self._me, changes))
 
     async def listen(self, stopping: asyncio.Event) -> None:
-        """Hear of others' changes; a connection that is lost is made anew, and everything looked at once."""
-        while not stopping.is_set():
-            hearing = asyncio.ensure_future(self._hear())
-            stopped = asyncio.ensure_future(stopping.wait())
-            await asyncio.wait({hearing, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            stopped.cancel()
-            hearing.cancel()
-            await asyncio.wait({hearing})
-            if not hearing.cancelled() and isinstance(error := hearing.exception(), StoreUnavailableError):
-                log.warning("herald.deaf", reason=str(error))
-            await either(self._never, stopping, _AGAIN_SECONDS)
+        """Receive the changes of other processes until `stopping` is set; a lost connection is opened again."""
+
+        async def tick() -> float:
+            await run_until(stopping, self._hear())
+            return _AGAIN_SECONDS
+
+        await run_loop("listener", tick, stopping, retry_seconds=_AGAIN_SECONDS)
 
     async def _hear(self) -> None:
         async for notice in self._database.notices():
@@ -71,14 +65,10 @@ class ChangeNotifier:
             self._signals.changes.publish(change, remote=True)
 
     async def _gathered(self, listener: Listener, stopping: asyncio.Event) -> list[Change]:
-        waiting = asyncio.ensure_future(listener.next())
-        stopped = asyncio.ensure_future(stopping.wait())
-        await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not waiting.done():
-            waiting.cancel()
+        first = await run_until(stopping, listener.next())
+        if first is None:
             return []
-        changes = [waiting.result()]
+        changes = [first]
         await asyncio.sleep(_GATHER_SECONDS)
         while not listener.changes.empty():
             changes.append(listener.changes.get_nowait())

@@ -35,16 +35,13 @@ from receiver.store import Database, ledger
 from receiver.store.changes import Signals
 from receiver.store.rows import from_ms
 from receiver.telemetry import Metrics
-from receiver.workers.loop import either
+from receiver.workers.loop import idle_seconds, run_loop
 from receiver.workers.run_reader import Reader, readers
 
 log = structlog.get_logger("receiver.poller")
 
 _AT_ONCE = 2000
 """Due runs of one API key that are planned together."""
-_IDLE_SECONDS = 5.0
-_SHARED_IDLE_SECONDS = 1.0
-"""Another process may commit something that nobody wakes us for."""
 _NO_KEY_SECONDS = 60.0
 _NOT_COMMITTED_SECONDS = 1.0
 
@@ -118,7 +115,7 @@ class Poller:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._database = database
-        self._idle_seconds = _SHARED_IDLE_SECONDS if database.shared else _IDLE_SECONDS
+        self._idle_seconds = idle_seconds(shared=database.shared)
         self._intake = intake
         self._signals = signals
         self._metrics = metrics
@@ -131,15 +128,14 @@ class Poller:
         self._own = frozenset(key for key in clients if key is not None)
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Tick until told to stop; then let go of what is being read."""
-        while not stopping.is_set():
-            self._signals.poll.clear()
-            try:
-                pause = await self.tick(self._clock())
-            except StoreUnavailableError as error:
-                log.error("poller.unavailable", reason=str(error))
-                pause = self._idle_seconds
-            await either(self._signals.poll, stopping, pause)
+        """Tick until `stopping` is set; then cancel the reads in progress."""
+        await run_loop(
+            "poller",
+            lambda: self.tick(self._clock()),
+            stopping,
+            wake=self._signals.poll,
+            retry_seconds=self._idle_seconds,
+        )
         for desk in self._desks.values():
             for task in desk.tasks:
                 task.cancel()

@@ -41,19 +41,17 @@ from receiver.model import Operation, Run, RunRegistered, Snapshot, Start, Start
 from receiver.store import Database, ledger, starts
 from receiver.store.changes import Change, Signals
 from receiver.store.rows import from_ms
-from receiver.workers.loop import either
+from receiver.workers.loop import idle_seconds, run_loop
 
 log = structlog.get_logger("receiver.starter")
 
-_IDLE_SECONDS = 5.0
-_SHARED_IDLE_SECONDS = 1.0
-"""Another process may commit something that nobody wakes us for."""
 _AT_ONCE = 64
 _PAGES = 20
 """Pages that are searched for the run of an unanswered start, at most: the newest two thousand."""
 _OPEN = (StartState.ASKING, StartState.UNKNOWN)
 _PAUSE_SECONDS = 1.0
 """Between two tries to commit what FLORA answered."""
+_AFTER_BUG_SECONDS = 5.0
 _GRACE_SECONDS = 5.0
 """How long a question that is on its way may take to be answered once we stop."""
 
@@ -94,7 +92,7 @@ class Starter:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._database = database
-        self._idle_seconds = _SHARED_IDLE_SECONDS if database.shared else _IDLE_SECONDS
+        self._idle_seconds = idle_seconds(shared=database.shared)
         self._intake = intake
         self._clients = clients
         self._budgets = budgets
@@ -214,14 +212,13 @@ class Starter:
 
     async def recover(self, stopping: asyncio.Event) -> None:
         """Ask again about what was not answered, by this process or by one that is gone, until told to stop."""
-        while not stopping.is_set():
-            self._wake.clear()
-            try:
-                pause = await self.tick(self._clock())
-            except StoreUnavailableError as error:
-                log.error("starter.unavailable", reason=str(error))
-                pause = self._idle_seconds
-            await either(self._wake, stopping, pause)
+        await run_loop(
+            "starter",
+            lambda: self.tick(self._clock()),
+            stopping,
+            wake=self._wake,
+            retry_seconds=self._idle_seconds,
+        )
 
     async def ask_own(self, stopping: asyncio.Event) -> None:
         """Ask about what is started here, until told to stop: where another process recovers."""
@@ -281,7 +278,7 @@ class Starter:
             await asyncio.sleep(_PAUSE_SECONDS)  # it stays due: do not ask FLORA in circles
         except Exception:
             log.exception("start.broken", key=start.idempotency_key)
-            await asyncio.sleep(_IDLE_SECONDS)
+            await asyncio.sleep(_AFTER_BUG_SECONDS)
 
     async def _post(self, start: Start) -> StartedRun | None:
         """Ask, or return None if asking again could start a second run by now."""

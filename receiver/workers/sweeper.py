@@ -14,11 +14,11 @@ import structlog
 from sqlalchemy import Connection
 
 from receiver.decide import Listing, Scope, worth_telling
-from receiver.errors import FloraError, StoreUnavailableError
+from receiver.errors import FloraError
 from receiver.intake.callbacks import Intake
 from receiver.model import Origin, RunRead, Snapshot
 from receiver.store import Database, ledger, starts, sweeps
-from receiver.workers.loop import either
+from receiver.workers.loop import run_loop, run_until
 from receiver.workers.run_reader import Reader
 
 log = structlog.get_logger("receiver.sweeper")
@@ -65,20 +65,11 @@ class Sweeper:
         self._discovery = discovery
         self._clock = clock
         self._due_at: dict[Scope, datetime] = {}
-        self._never = asyncio.Event()
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Tick until told to stop; a sweep in hand is dropped, and the next process begins it anew."""
-        while not stopping.is_set():
-            ticking = asyncio.create_task(self._try_tick(), name="sweep")
-            stopped = asyncio.create_task(stopping.wait())
-            await asyncio.wait({ticking, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            stopped.cancel()
-            if not ticking.done():
-                ticking.cancel()
-                await asyncio.wait({ticking})
-                return
-            await either(self._never, stopping, ticking.result())
+        """Tick until `stopping` is set; a sweep in progress is dropped, and the next process starts it again."""
+        loop = run_loop("sweeper", lambda: self.tick(self._clock()), stopping, retry_seconds=_AGAIN_SECONDS)
+        await run_until(stopping, loop)
 
     async def tick(self, now: datetime) -> float:
         """Sweep what is due and return in how many seconds to look again."""
@@ -88,13 +79,6 @@ class Sweeper:
                 self._due_at[scope] = now + pause
         next_at = min(self._due_at.values(), default=now + self._discovery.every)
         return max(1.0, (next_at - now).total_seconds())
-
-    async def _try_tick(self) -> float:
-        try:
-            return await self.tick(self._clock())
-        except StoreUnavailableError as error:
-            log.error("sweeper.unavailable", reason=str(error))
-            return _AGAIN_SECONDS
 
     async def _sweep(self, scope: Scope, now: datetime) -> timedelta:
         """Page through one list and return when to do it again."""

@@ -24,6 +24,7 @@ from receiver.net.clients import own_client, probe_client
 from receiver.service.service import Service
 from receiver.store import queries
 from receiver.web.public import CALLBACK_PATH
+from receiver.workers.loop import run_until, wait_for_any
 
 __all__ = ["Desk"]
 
@@ -89,7 +90,7 @@ class Desk:
                 pace=self._pace,
             )
             try:
-                if (url := await _unless(stopping, keeper.open())) is None:
+                if (url := await run_until(stopping, keeper.open())) is None:
                     await self._provider.close()
                     return 0
                 self._check(url)
@@ -108,15 +109,15 @@ class Desk:
     async def _together(self, stopping: asyncio.Event, work: list[Coroutine[Any, Any, None]]) -> int:
         """Do all of it until told to stop, or until something fails; nothing is left behind."""
         tasks: set[asyncio.Task[Any]] = {asyncio.create_task(each) for each in work}
-        stopped = asyncio.create_task(stopping.wait())
         try:
-            done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {stopped}:
-                task.result()
+            await wait_for_any(stopping, *tasks)
+            for task in tasks:
+                if task.done():
+                    task.result()
         finally:
-            for task in (stopped, *tasks):
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait({stopped, *tasks})
+            await asyncio.wait(tasks)
         return 0
 
     def _check(self, url: str) -> None:
@@ -213,18 +214,6 @@ class Desk:
             text = f"{where}{took}{state}  ·  {number} open run{'' if number == 1 else 's'}  ·  Ctrl-C ends it"
             self._view.status(text, fine=judged is not None and judged.fault is None)
             await asyncio.sleep(_STATUS_SECONDS)
-
-
-async def _unless(stopping: asyncio.Event, opening: Coroutine[Any, Any, str]) -> str | None:
-    """Return what is opened, or None if we are to stop before that; then the opening is given up."""
-    task, stopped = asyncio.create_task(opening), asyncio.create_task(stopping.wait())
-    try:
-        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        task.cancel()
-        stopped.cancel()
-        await asyncio.wait({task, stopped})
 
 
 def _answers(service: Service) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from receiver.store import Database, queries
 from receiver.store.changes import Change, Changes, Listener
+from receiver.workers.loop import run_until
 
 T = TypeVar("T")
 
@@ -17,14 +18,7 @@ async def unless_stopped(
     work: Coroutine[Any, Any, T], stopping: asyncio.Event, *, seconds: float | None = None
 ) -> T | None:
     """Return what `work` returns, or None once the service stops or the time is over."""
-    task = asyncio.create_task(work)
-    stop = asyncio.create_task(stopping.wait())
-    try:
-        await asyncio.wait({task, stop}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        stop.cancel()
-        task.cancel()
+    return await run_until(stopping, work, timeout=seconds)
 
 
 async def until_finished(

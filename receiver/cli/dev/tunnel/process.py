@@ -12,9 +12,9 @@ import shutil
 import signal
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 from receiver.errors import TunnelError
+from receiver.workers.loop import wait_for_any
 
 __all__ = ["Program"]
 
@@ -86,8 +86,7 @@ class Program:
         future: asyncio.Future[re.Match[str]] = asyncio.get_running_loop().create_future()
         self._wanted.append((pattern, future))
         try:
-            either: set[asyncio.Future[Any]] = {future, self._reader}
-            await asyncio.wait(either, timeout=within_seconds, return_when=asyncio.FIRST_COMPLETED)
+            await wait_for_any(future, self._reader, timeout=within_seconds)
             if future.done():
                 return future.result()
             if self._reader.done():

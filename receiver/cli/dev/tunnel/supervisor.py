@@ -9,11 +9,11 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 from receiver.cli.dev.tunnel.diagnosis import Judgement
 from receiver.cli.dev.tunnel.provider import Local, Provider
 from receiver.errors import TunnelError
+from receiver.workers.loop import wait_for_any
 
 __all__ = ["Closed", "Keeper", "Looked", "News", "NotOpened", "Opened", "Pace", "Woke"]
 
@@ -182,19 +182,14 @@ class Keeper:
 
     async def _sleep(self, seconds: float, stopping: asyncio.Event, ended: asyncio.Task[str] | None = None) -> None:
         """Wait, unless we are to stop, the tunnel ends, or the machine wakes from sleep: then there is no time to lose."""
-        stopped = asyncio.create_task(stopping.wait())
-        waits: set[asyncio.Task[Any]] = {stopped} if ended is None else {stopped, ended}
         left = seconds
-        try:
-            while left > 0:
-                part, began = min(left, _SLICE_SECONDS), self._clock()
-                done, _ = await asyncio.wait(waits, timeout=part, return_when=asyncio.FIRST_COMPLETED)
-                if done:
-                    return
-                slept = self._clock() - began - part
-                if slept > _JUMP_SECONDS:
-                    await self._tell(Woke(slept))
-                    return
-                left -= part
-        finally:
-            stopped.cancel()
+        while left > 0:
+            part, began = min(left, _SLICE_SECONDS), self._clock()
+            await wait_for_any(stopping, *([] if ended is None else [ended]), timeout=part)
+            if stopping.is_set() or (ended is not None and ended.done()):
+                return
+            slept = self._clock() - began - part
+            if slept > _JUMP_SECONDS:
+                await self._tell(Woke(slept))
+                return
+            left -= part
