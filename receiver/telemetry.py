@@ -1,6 +1,6 @@
-"""Logs and metrics. A leaf: anyone above may call it, it imports the values alone.
+"""Logs and metrics. Every module above may call this one; it imports `model` alone.
 
-Logs never show a secret, a body or a media URL, whoever wrote the line: `scrub` sees every value on its way out.
+No log line shows a secret, a body or a media URL: `scrub_event` cleans every value on its way out.
 """
 
 import contextlib
@@ -18,13 +18,14 @@ from structlog.typing import Processor
 
 from receiver.model import Event, Run, RunState, Verdict
 
-__all__ = ["Metrics", "configure_logging", "scrub", "scrubbed"]
+__all__ = ["Metrics", "configure_logging", "scrub", "scrub_event"]
 
 MASK = "***"
-# They log URLs, statements or parameters below this level.
-_TALKATIVE = ("uvicorn", "httpx", "httpcore", "sqlalchemy", "alembic", "asyncio")
+# Below warning, these libraries log URLs, SQL statements or their parameters.
+_VERBOSE_LIBRARIES = ("uvicorn", "httpx", "httpcore", "sqlalchemy", "alembic", "asyncio")
 _SECRET_KEY = re.compile(
-    r"(^|_)(secrets?|tokens?|authorization|api_?keys?|signatures?|body|passw(or)?d|cookies?)$", re.IGNORECASE
+    r"(^|_)(secrets?|tokens?|authorization|api_?keys?|signatures?|body|passw(or)?d|cookies?)$",
+    re.IGNORECASE,
 )
 _SUSPECT = re.compile(r"://|whsec_|sk_live_|sk_test_|bearer ", re.IGNORECASE)
 _CREDENTIAL = re.compile(r"(whsec_|sk_live_|sk_test_|bearer )[^\s\"',;)\]}]+", re.IGNORECASE)
@@ -34,20 +35,23 @@ _USERINFO = re.compile(r"(?<=://)[^\s/?#\"'<>]*@")
 
 def configure_logging(
     level: str = "info",
-    format: Literal["auto", "console", "json"] = "auto",  # noqa: A002  the setting's own name
+    log_format: Literal["auto", "console", "json"] = "auto",
     stream: TextIO | None = None,
 ) -> None:
-    """Send structlog's and the standard library's records, scrubbed, to `stream` (default: standard error)."""
+    """Write the log records of structlog and of the standard library to `stream`.
+
+    The default is standard error. `auto` means console on a terminal, JSON elsewhere.
+    """
     stream = stream or sys.stderr
-    console = format == "console" or (format == "auto" and stream.isatty())
-    colors, stream = stream.isatty(), cast("TextIO", _Harmless(stream))
+    console = log_format == "console" or (log_format == "auto" and stream.isatty())
+    colors, stream = stream.isatty(), cast("TextIO", _ForgivingStream(stream))
     threshold: int = logging.getLevelNamesMapping()[level.upper()]
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
-        scrub,
+        scrub_event,
     ]
     renderer: Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
     if console:
@@ -61,8 +65,8 @@ def configure_logging(
     _route_standard_library(stream, threshold, shared, renderer)
 
 
-class _Harmless:
-    """A stream that fails in silence: a full disk or a reader that died must not cost a callback or a read."""
+class _ForgivingStream:
+    """A stream whose errors are ignored: a full disk must not cost a callback or a read."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -77,7 +81,7 @@ class _Harmless:
 
 
 class _OurHandler(logging.StreamHandler[TextIO]):
-    """Told apart from handlers of others, so that configuring again replaces ours alone."""
+    """A type of its own, so that configuring again replaces this handler and no other."""
 
 
 def _route_standard_library(stream: TextIO, threshold: int, shared: Sequence[Processor], renderer: Processor) -> None:
@@ -91,25 +95,28 @@ def _route_standard_library(stream: TextIO, threshold: int, shared: Sequence[Pro
     root = logging.getLogger()
     root.handlers = [*(each for each in root.handlers if not isinstance(each, _OurHandler)), handler]
     root.setLevel(threshold)
-    for name in _TALKATIVE:
+    for name in _VERBOSE_LIBRARIES:
         logging.getLogger(name).setLevel(max(threshold, logging.WARNING))
 
 
-def scrub(_: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Mask secrets, and above debug shorten web URLs to scheme and host, in every value (a structlog processor)."""
+def scrub_event(_: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Mask secrets and shorten web URLs in every value of a log event (a structlog processor).
+
+    Web URLs are shortened to scheme and host, at level debug not at all.
+    """
     shorten = method != "debug"
     for key, value in event.items():
         event[key] = _clean(key, value, shorten=shorten)
     return event
 
 
-def scrubbed(text: str) -> str:
-    """Return a text as a log line would show it: without secrets, and of web URLs no more than scheme and host."""
+def scrub(text: str) -> str:
+    """Return a text as a log line shows it: secrets masked, web URLs cut to scheme and host."""
     return _clean_text(text, shorten=True) if _SUSPECT.search(text) else text
 
 
 def _clean(key: str, value: Any, *, shorten: bool) -> Any:
-    """Return `value` fit to be shown under `key`."""
+    """Return `value` as it may be shown under `key`."""
     if value is None or isinstance(value, int | float):
         return value
     if _is_secret(key):
@@ -132,8 +139,13 @@ def _is_secret(key: str) -> bool:
 def _clean_text(text: str, *, shorten: bool) -> str:
     text = _CREDENTIAL.sub(rf"\1{MASK}", text)
     if shorten:
-        text = _WEB_URL.sub(lambda url: f"{url[1]}{url[2]}{'/…' if len(url[3]) > 1 else url[3]}", text)
+        text = _WEB_URL.sub(_shorten, text)
     return _USERINFO.sub(f"{MASK}@", text)
+
+
+def _shorten(url: re.Match[str]) -> str:
+    scheme, host, rest = url.groups()
+    return f"{scheme}{host}{'/…' if len(rest) > 1 else rest}"
 
 
 _ACKNOWLEDGEMENT = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1, 8)
@@ -142,14 +154,16 @@ _WORK = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900)
 
 
 class Metrics:
-    """Every metric of one service, on a registry of its own; each method is one thing that happened."""
+    """Every metric of one service, on a registry of its own; `/metrics` exposes them."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.callbacks = self._counter("callbacks", "Requests to the callback path, by their answer.", "result")
-        self._answers: dict[str, Counter] = {}
+        self._callbacks_by_result: dict[str, Counter] = {}
         self.callback_seconds = self._histogram(
-            "callback_seconds", "From a callback's headers to its committed answer.", _ACKNOWLEDGEMENT
+            "callback_seconds",
+            "From a callback's headers to its committed answer.",
+            _ACKNOWLEDGEMENT,
         )
         self.connections_closed = self._counter(
             "connections_closed",
@@ -161,75 +175,87 @@ class Metrics:
         self.commit_batch = self._histogram(
             "commit_batch", "Callbacks and reports that shared one transaction.", _BATCH
         )
-        self.polls = self._counter("polls", "Reads of runs, by what came of them.", "outcome")
+        self.polls = self._counter("polls", "Reads of runs, by their outcome.", "outcome")
         self.api_requests = self._counter(
-            "api_requests", "Requests to FLORA's API, starts among them, by status; `none`: no answer.", "status"
+            "api_requests",
+            "Requests to FLORA's API, starts among them, by status; `none`: no response.",
+            "status",
         )
         self.runs_settled = self._counter("runs_settled", "Runs that settled, by state.", "state")
         self.verdicts = self._counter(
             "verdicts",
-            "Verdicts on the callback channel; `recovered` above zero: callbacks do not reach us.",
+            "Verdicts on the callback channel; `recovered` above zero: callbacks do not arrive.",
             "verdict",
         )
         self.dispatches = self._counter("dispatches", "Handler calls, by how they ended.", "handler", "outcome")
         self.dispatch_seconds = self._histogram("dispatch_seconds", "Duration of a handler call.", _WORK, "handler")
         self.download_bytes = self._counter("download_bytes", "Bytes of outputs fetched.")
-        self.runs = self._gauge("runs", "Runs that are not settled, by state; counted when asked.", "state")
+        self._add_gauges()
+        # An alert on a series that does not exist yet never fires.
+        for state in (RunState.COMPLETED, RunState.FAILED, RunState.LOST):
+            self.runs_settled.labels(state.value)
+        for verdict in Verdict:
+            self.verdicts.labels(verdict.value)
+
+    def _add_gauges(self) -> None:
+        self.runs = self._gauge("runs", "Runs that are not settled, by state; counted at each scrape.", "state")
         self.dispatch_backlog = self._gauge(
-            "dispatch_backlog", "Dispatches that are not done, by state; counted when asked.", "state"
+            "dispatch_backlog",
+            "Dispatches that are not done, by state; counted at each scrape.",
+            "state",
         )
         self.overdue = self._gauge(
             "overdue_seconds",
             "How long the oldest `run` to read, or `dispatch` to do, has been due; 0: none is.",
             "queue",
         )
-        for state in (RunState.COMPLETED, RunState.FAILED, RunState.LOST):
-            self.runs_settled.labels(state.value)
-        for verdict in Verdict:  # an alert on a series that does not exist yet never fires
-            self.verdicts.labels(verdict.value)
 
-    def answered(self, result: str, seconds: float) -> None:
-        """A request to the callback path got its answer: `accepted`, `duplicate`, `ignored` or a refusal's code."""
-        counter = self._answers.get(result)
+    def count_response(self, result: str, seconds: float) -> None:
+        """Count a response of the callback path: `accepted`, `duplicate`, `ignored` or a refusal's code."""
+        counter = self._callbacks_by_result.get(result)
         if counter is None:
-            counter = self._answers[result] = self.callbacks.labels(result)
+            counter = self._callbacks_by_result[result] = self.callbacks.labels(result)
         counter.inc()
         self.callback_seconds.observe(seconds)
 
-    def hung_up(self, listener: str, reason: str) -> None:
-        """The guard of a listener (`public`, `operations`) closed a connection."""
+    def count_closed_connection(self, listener: str, reason: str) -> None:
+        """Count a connection that the guard of a listener (`public`, `operations`) closed."""
         self.connections_closed.labels(listener, reason).inc()
 
-    def committed(self, entries: int) -> None:
-        """A group of callbacks and reports is durable."""
+    def observe_commit(self, entries: int) -> None:
+        """Observe a transaction that committed this many callbacks and reports."""
         self.commits.inc()
         self.commit_batch.observe(entries)
 
-    def polled(self, outcome: str) -> None:
-        """A run was read, or could not be."""
+    def count_poll(self, outcome: str) -> None:
+        """Count a read of a run by its outcome, failures included."""
         self.polls.labels(outcome).inc()
 
-    def asked(self, status: int | None) -> None:
-        """FLORA's API answered a request, or did not (None)."""
+    def count_api_request(self, status: int | None) -> None:
+        """Count a request to FLORA's API by its status; None means that no response came."""
         self.api_requests.labels("none" if status is None else str(status)).inc()
 
-    def happened(self, event: Event, run: Run) -> None:
-        """Something that handlers are told about happened to a run."""
+    def count_event(self, event: Event, run: Run) -> None:
+        """Count a run that settled or was given up as lost; other events are not counted."""
         if event in {Event.SETTLED, Event.LOST}:
             self.runs_settled.labels(run.state.value).inc()
 
-    def judged(self, before: Verdict | None, after: Verdict | None) -> None:
-        """A committed change may have given a run another verdict on the callback channel."""
+    def count_verdict(self, before: Verdict | None, after: Verdict | None) -> None:
+        """Count a run's verdict on the callback channel, where a committed change gave it one."""
         if after is not None and after is not before:
             self.verdicts.labels(after.value).inc()
 
-    def dispatched(self, handler: str, outcome: str, seconds: float) -> None:
-        """A handler's call ended."""
+    def observe_dispatch(self, handler: str, outcome: str, seconds: float) -> None:
+        """Observe the end of a handler's call."""
         self.dispatches.labels(handler, outcome).inc()
         self.dispatch_seconds.labels(handler).observe(seconds)
 
-    def counted(self, runs: Mapping[str, int], backlog: Mapping[str, int], overdue: Mapping[str, float]) -> None:
-        """The ledger was counted: unsettled runs, dispatches that are not done, and the seconds by which work is late."""
+    def count_download(self, size: int) -> None:
+        """Count bytes of an output as they arrive."""
+        self.download_bytes.inc(size)
+
+    def set_backlog(self, runs: Mapping[str, int], backlog: Mapping[str, int], overdue: Mapping[str, float]) -> None:
+        """Set the gauges: unsettled runs and unfinished dispatches by state, seconds overdue by queue."""
         for queue, seconds in overdue.items():
             self.overdue.labels(queue).set(seconds)
         for state, number in runs.items():
@@ -238,13 +264,17 @@ class Metrics:
             self.dispatch_backlog.labels(state).set(number)
 
     def render(self) -> tuple[bytes, str]:
-        """Return the exposition and its content type."""
+        """Return the metrics in Prometheus' text format, and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
     def catalogue(self) -> list[tuple[str, str, str]]:
-        """Return (name as scraped, type, help) of every metric, for the documentation."""
+        """Return (name as exposed, type, help) of every metric, for the documentation."""
         return [
-            (f"{each.name}_total" if each.type == "counter" else each.name, each.type, each.documentation)
+            (
+                f"{each.name}_total" if each.type == "counter" else each.name,
+                each.type,
+                each.documentation,
+            )
             for each in self.registry.collect()
         ]
 

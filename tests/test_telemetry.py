@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from receiver.model import Event, Origin, Run, RunState, Verdict
-from receiver.telemetry import Metrics, configure_logging, scrub
+from receiver.telemetry import Metrics, configure_logging, scrub_event
 
 MEDIA = "https://media.flora.ai/assets/SECRETPATH.png?sig=SECRETPATH"
 
@@ -148,7 +148,7 @@ def test_libraries_that_log_urls_and_parameters_are_quiet_below_warning(name: st
 def test_a_plain_record_passes_unchanged() -> None:
     """The common case: short ids and numbers."""
     event = {"event": "callback.accepted", "run_id": "run_1", "callbacks": 12, "seconds": 0.004}
-    assert scrub(None, "info", dict(event)) == event
+    assert scrub_event(None, "info", dict(event)) == event
 
 
 def scraped(metrics: Metrics) -> dict[str, float]:
@@ -173,16 +173,18 @@ RUN = Run(
 @pytest.mark.parametrize(
     ("happens", "sample"),
     [
-        (lambda m: m.answered("accepted", 0.003), 'callbacks_total{result="accepted"}'),
-        (lambda m: m.answered("accepted", 0.003), 'callback_seconds_bucket{le="0.005"}'),
-        (lambda m: m.committed(12), "commits_total"),
-        (lambda m: m.committed(12), 'commit_batch_bucket{le="16.0"}'),
-        (lambda m: m.polled("missing"), 'polls_total{outcome="missing"}'),
-        (lambda m: m.happened(Event.SETTLED, RUN), 'runs_settled_total{state="completed"}'),
-        (lambda m: m.judged(None, Verdict.RECOVERED), 'verdicts_total{verdict="recovered"}'),
-        (lambda m: m.judged(Verdict.RECOVERED, Verdict.LATE), 'verdicts_total{verdict="late"}'),
-        (lambda m: m.dispatched("log", "done", 0.2), 'dispatches_total{handler="log",outcome="done"}'),
-        (lambda m: m.dispatched("log", "done", 0.2), 'dispatch_seconds_bucket{handler="log",le="0.5"}'),
+        (lambda m: m.count_response("accepted", 0.003), 'callbacks_total{result="accepted"}'),
+        (lambda m: m.count_response("accepted", 0.003), 'callback_seconds_bucket{le="0.005"}'),
+        (lambda m: m.observe_commit(12), "commits_total"),
+        (lambda m: m.observe_commit(12), 'commit_batch_bucket{le="16.0"}'),
+        (lambda m: m.count_download(1), "download_bytes_total"),
+        (lambda m: m.count_api_request(None), 'api_requests_total{status="none"}'),
+        (lambda m: m.count_poll("missing"), 'polls_total{outcome="missing"}'),
+        (lambda m: m.count_event(Event.SETTLED, RUN), 'runs_settled_total{state="completed"}'),
+        (lambda m: m.count_verdict(None, Verdict.RECOVERED), 'verdicts_total{verdict="recovered"}'),
+        (lambda m: m.count_verdict(Verdict.RECOVERED, Verdict.LATE), 'verdicts_total{verdict="late"}'),
+        (lambda m: m.observe_dispatch("log", "done", 0.2), 'dispatches_total{handler="log",outcome="done"}'),
+        (lambda m: m.observe_dispatch("log", "done", 0.2), 'dispatch_seconds_bucket{handler="log",le="0.5"}'),
     ],
 )
 def test_what_happens_is_counted(happens: Callable[[Metrics], None], sample: str) -> None:
@@ -194,8 +196,8 @@ def test_what_happens_is_counted(happens: Callable[[Metrics], None], sample: str
 @pytest.mark.parametrize("verdict", [None, Verdict.MATCHED])
 def test_a_verdict_that_stays_is_not_counted_again(verdict: Verdict | None) -> None:
     metrics = Metrics()
-    metrics.judged(verdict, verdict)
-    metrics.happened(Event.COST_FINAL, RUN)
+    metrics.count_verdict(verdict, verdict)
+    metrics.count_event(Event.COST_FINAL, RUN)
     assert scraped(metrics) == {}
 
 

@@ -147,7 +147,7 @@ class GroupCommit:
                 duplicates=len(callbacks) - len(new),
                 run_ids=[each for each in new if each][:_LOGGED],
             )
-        self._metrics.committed(len(batch))
+        self._metrics.observe_commit(len(batch))
         if self._signals.changes:
             for run in (*new_runs, *changed_runs):
                 detail = " ".join(fold.happened.get(run.run_id, ()))
@@ -155,7 +155,7 @@ class GroupCommit:
         for run_id, run in fold.now_are.items():
             if run.verdict is not None:
                 before = fold.before.get(run_id)
-                self._metrics.judged(before.verdict if before else None, run.verdict)
+                self._metrics.count_verdict(before.verdict if before else None, run.verdict)
         for result in recorded:
             if isinstance(result.decision, Changed) and result.decision.events:
                 _tell_events(result.decision, self._metrics)
@@ -175,7 +175,7 @@ def _tell_events(decision: Changed, metrics: Metrics) -> None:
             lost_reason=run.lost_reason and run.lost_reason.value,
             charged_cost=run.charged_cost,
         )
-        metrics.happened(event, run)
+        metrics.count_event(event, run)
 
 
 def _fail(entry: _Waiting, error: Exception) -> None:

@@ -8,7 +8,7 @@ Whoever holds the URL of an output has the output: no message, log line or repr 
 import asyncio
 import hashlib
 import ssl
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,8 +78,10 @@ class Downloader:
         allow_private_hosts: Iterable[str] = (),
         tls: ssl.SSLContext | None = None,
         resolve: Resolve = resolve,
+        count_bytes: Callable[[int], None] | None = None,
     ) -> None:
         self._limits = limits or DownloadLimits()
+        self._count_bytes = count_bytes
         tls = tls or tls_context()
 
         def client(allowed: Iterable[str]) -> httpx.AsyncClient:
@@ -163,6 +165,8 @@ class Downloader:
                         async for part in body.raw:
                             parts.append(part)
                             size += len(part)
+                            if self._count_bytes is not None:
+                                self._count_bytes(len(part))
                             if size >= CHUNK_BYTES:
                                 break
                     if size >= CHUNK_BYTES or body.whole is None or received + size >= body.whole.length:

@@ -21,7 +21,7 @@ from receiver.plugins.progress import Scales
 from receiver.plugins.threads import owned_by
 from receiver.store import Database, queue, starts
 from receiver.store.queue import Leased
-from receiver.telemetry import scrubbed
+from receiver.telemetry import scrub
 
 _GRACE_SECONDS = 5.0
 """How long a handler may take to clean up once its attempt is cancelled."""
@@ -115,7 +115,7 @@ def _kept(result: Mapping[str, Any], media: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _text(value: object, media: Sequence[str]) -> str:
-    return storable_text(scrubbed(concealed(str(value), media)))[:_MAX_REASON]
+    return storable_text(scrub(concealed(str(value), media)))[:_MAX_REASON]
 
 
 def _media(run: SettledRun) -> list[str]:

@@ -147,6 +147,7 @@ class Service:
             limits=wiring.download_limits(settings),
             allow_private_hosts=downloads.allow_private_hosts,
             tls=tls_context(downloads.ca_file),
+            count_bytes=self.metrics.count_download,
         )
         self.dispatcher = Dispatcher(
             self.database,
@@ -351,7 +352,7 @@ class Service:
         # On loopback there is nobody to hide from; elsewhere TLS, unless a proxy does it.
         plain = is_loopback(operations.host) or operations.allow_plaintext
         tls = settings.tls
-        guard = Guard(_OPERATIONS_LIMITS, closed=partial(self.metrics.hung_up, "operations"))
+        guard = Guard(_OPERATIONS_LIMITS, closed=partial(self.metrics.count_closed_connection, "operations"))
         return Server(app, sockets, cert=None if plain else tls.cert, key=None if plain else tls.key, guard=guard)
 
     async def _survive(self, name: str, run: Callable[[asyncio.Event], object]) -> None:

@@ -48,7 +48,7 @@ def public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
         body_seconds=public.body_timeout_seconds + 1,  # the app's own limit comes first: it answers 408
         connections=room_for(public.max_connections),
     )
-    return Guard(limits, closed=partial(metrics.hung_up, "public"))
+    return Guard(limits, closed=partial(metrics.count_closed_connection, "public"))
 
 
 def retention(settings: Settings) -> Retention:
@@ -97,5 +97,5 @@ def clients(settings: Settings, http: httpx.AsyncClient, metrics: Metrics) -> Ma
     for workspace_id in (None, *(workspace.id for workspace in settings.workspaces)):
         key = settings.api_key_for(workspace_id)
         if key is not None:
-            made[workspace_id] = FloraClient(http, key, timeout_seconds=timeout, answered=metrics.asked)
+            made[workspace_id] = FloraClient(http, key, timeout_seconds=timeout, answered=metrics.count_api_request)
     return made

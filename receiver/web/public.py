@@ -93,7 +93,7 @@ class Door:
             for message in _GOOD[answer]:
                 await send(message)
         result = answer.code if isinstance(answer, Refused) else answer
-        self._metrics.answered(result, time.perf_counter() - started)
+        self._metrics.count_response(result, time.perf_counter() - started)
 
     async def _callback(self, scope: Scope, receive: Receive) -> str | Refused:
         """Return the answer to one callback: a word of `_GOOD`, or a refusal."""

@@ -303,7 +303,7 @@ class Dispatcher:
         state = outcome.state if written else None
         if state is not None:
             self._signals.changes.publish(Change("dispatch", leased.run.run_id, state.value, name))
-        self._metrics.dispatched(name, state.value if state else "stale", seconds)
+        self._metrics.observe_dispatch(name, state.value if state else "stale", seconds)
         line = log.bind(
             run_id=leased.run.run_id, handler=name, event_name=leased.dispatch.event.value,
             attempt=leased.dispatch.attempts, seconds=round(seconds, 3),

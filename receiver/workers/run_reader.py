@@ -83,11 +83,11 @@ class Reader:
 
     def polled(self, snapshot: Snapshot) -> None:
         """Count a run that was read, by whatever call."""
-        self._metrics.polled("terminal" if snapshot.status in {"completed", "failed"} else "running")
+        self._metrics.count_poll("terminal" if snapshot.status in {"completed", "failed"} else "running")
 
     def unlisted(self, run: Run, asked_at: datetime) -> Report:
         """Return what it means that a list does not show a run which nothing else can show: nothing."""
-        self._metrics.polled("unlisted")
+        self._metrics.count_poll("unlisted")
         log.info("poll.unlisted", run_id=run.run_id)
         return ReadFailed(run.run_id, asked_at)
 
@@ -107,10 +107,10 @@ class Reader:
         if error.status == 404 and error.code == "not_found":
             # FLORA's own 404; a proxy's, or a wrong base URL's, must lose no run
             self._accepted()
-            self._metrics.polled("missing")
+            self._metrics.count_poll("missing")
             log.info("poll.missing", run_id=run.run_id, request_id=error.request_id, right_route=right_route(run))
             return RunNotFound(run.run_id, asked_at, right_route=right_route(run))
-        self._metrics.polled("unanswered")
+        self._metrics.count_poll("unanswered")
         return ReadFailed(run.run_id, asked_at, retry_after=self._heed(error, run_id=run.run_id))
 
     def _heed(self, error: FloraError, **about: str | None) -> float | None:

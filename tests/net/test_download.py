@@ -65,6 +65,20 @@ async def test_a_file_arrives_whole_in_bounded_chunks(media: MediaServer, downlo
     assert all(CHUNK_BYTES <= len(chunk) < 2 * CHUNK_BYTES for chunk in chunks[:-1])
 
 
+async def test_bytes_are_counted_as_they_arrive(media: MediaServer) -> None:
+    """Those of a download that is cut count too; an inline text is not fetched and counts nothing."""
+    counts: list[int] = []
+    downloader = Downloader(limits=QUICK, allow_private_hosts=[media.authority], tls=TLS, count_bytes=counts.append)
+    body = bytes(range(256)) * 12_000
+    await read(downloader, media.output("/whole", page(body)))
+    assert sum(counts) == len(body)
+    await failure(downloader, media.output("/cut", Page(page(body).raw[:-1])))
+    assert sum(counts) == 2 * len(body) - 1
+    await read(downloader, Output(position=0, output_id="t", type="text", value="inline"))
+    assert sum(counts) == 2 * len(body) - 1
+    await downloader.aclose()
+
+
 async def test_a_download_is_saved_whole_or_not_at_all(
     media: MediaServer, downloader: Downloader, tmp_path: Path
 ) -> None:

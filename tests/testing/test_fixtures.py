@@ -125,6 +125,17 @@ async def test_a_function_is_tried_in_a_running_receiver(
         assert (await stand.look(run.run_id)).finished
 
 
+async def test_the_service_counts_what_its_handlers_fetch(
+    flora_stand: Callable[..., AbstractAsyncContextManager[Stand]], tmp_path: Path
+) -> None:
+    """The metric of downloaded bytes is the size of what was stored."""
+    async with flora_stand([{"use": "storage", "url": str(tmp_path / "outputs")}]) as stand:
+        assert (await stand.run("emu-two-images")).succeeded
+        (metric,) = stand.service.metrics.download_bytes.collect()
+    stored = sum(path.stat().st_size for path in (tmp_path / "outputs").rglob("*.png"))
+    assert metric.samples[0].value == stored > 0
+
+
 _SEEN: dict[str, Any] = {}
 
 

@@ -123,7 +123,7 @@ class Ledger:
         counts = await self._database.read(
             lambda tx: (queries.unsettled(tx), queries.backlog(tx, names), queries.overdue(tx, names, now=now))
         )
-        self._metrics.counted(*counts)
+        self._metrics.set_backlog(*counts)
         body, content_type = self._metrics.render()
         return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
 
