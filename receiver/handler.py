@@ -1,4 +1,4 @@
-"""The contract of a handler plug-in. Handlers import this module and `receiver.download`, nothing else of ours.
+"""The contract of a handler plug-in. Handlers import this module and nothing else of the receiver.
 
 A handler is a class with a pydantic `Config` and `async def handle(self, run, context) -> Done | Retry | Reject`; it is
 built as `cls(config)`. Delivery is at least once with a stable `context.idempotency_key`: make the effect idempotent.
@@ -45,6 +45,7 @@ __all__ = [
     "Context",
     "DescribesSchema",
     "Done",
+    "Download",
     "DownloadError",
     "DownloadFailedError",
     "DownloadRefusedError",

@@ -81,7 +81,7 @@ def test_no_cycle_of_any_kind() -> None:
                 "receiver.cli.doctor.probe",
             ),
         ),
-        ("handlers", ("receiver.handler", "receiver.net.download")),
+        ("handlers", ("receiver.handler",)),
     ],
 )
 def test_a_narrow_room_sees_only_what_it_may(room: str, may_import: tuple[str, ...]) -> None:

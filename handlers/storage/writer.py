@@ -28,6 +28,7 @@ from receiver.handler import (
     THUMBNAIL,
     Artifact,
     Context,
+    Download,
     DownloadFailedError,
     DownloadRefusedError,
     LocationTakenError,
@@ -36,7 +37,6 @@ from receiver.handler import (
     Retry,
     SettledRun,
 )
-from receiver.net.download import Download
 
 OWN_LABELS = frozenset({"run", "output", "technique", "sha256"})
 MANIFEST_BYTES = 16 * 1024 * 1024
