@@ -21,6 +21,9 @@ SEARCH_FOR = timedelta(minutes=10)
 """How long a run that exists is searched for before its start is called unknown: callbacks and other starts sort it out."""
 
 _SKEW = timedelta(seconds=30)
+"""How far apart the clocks of FLORA, and of several receivers, may be."""
+_YOUNG = timedelta(minutes=2)
+"""How long a start that FLORA has not answered may still be about to name its run."""
 _LONGEST_PAUSE_SECONDS = 30.0
 _UNKNOWN = (
     "FLORA may have started this run and we could not tell which it is: look it up in FLORA, then say so with "
@@ -104,6 +107,22 @@ def asked_again(start: Start, *, token: str, request: str, now: datetime) -> Sta
         error_fields=(),
         request_id=None,
     )
+
+
+def young_since(now: datetime) -> datetime:
+    """Return when a start that may still be about to name its run can have been made at the earliest."""
+    return now - _YOUNG
+
+
+def may_be_of_start(seen_at: datetime | None, oldest_start: datetime | None) -> bool:
+    """Return whether a run may be that of an unanswered start, so that its start should name it first.
+
+    `seen_at` is when the run was created or first seen (None: unknown), `oldest_start` when the oldest unanswered start
+    that is still young was made (None: there is none). A run that was there before that start is somebody else's.
+    """
+    if oldest_start is None:
+        return False
+    return seen_at is None or seen_at >= oldest_start - _SKEW
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,13 @@ Called by commits alone. Everything here may run again: PostgreSQL may ask for t
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import msgspec
 from sqlalchemy import Connection
 
 from receiver.decide import Changed, Decision, Kind, Policy, Unchanged, kind_of, reconcile, settle
-from receiver.decide.starts import registered
+from receiver.decide.starts import may_be_of_start, registered, young_since
 from receiver.model import (
     Delivery,
     Dispatch,
@@ -28,10 +28,7 @@ from receiver.model import (
 from receiver.store import channel, ledger, starts
 
 _START_SECONDS = 1.0
-_START_PATIENCE = timedelta(minutes=2)
-"""How long settling a run of unknown origin waits for a start that may name it."""
-_START_SKEW = timedelta(seconds=30)
-"""How far the clocks of two replicas may be apart."""
+"""How soon a run is read again that waits for its start to name it."""
 
 
 @dataclass(slots=True)
@@ -170,7 +167,7 @@ class Recorder:
         if kind_of(report) not in {Kind.COMPLETED, Kind.FAILED}:
             return False
         if run.workspace_id not in fold.asking:
-            since = now - _START_PATIENCE
-            fold.asking[run.workspace_id] = starts.oldest_asking(tx, workspace_id=run.workspace_id, since=since)
-        oldest = fold.asking[run.workspace_id]
-        return oldest is not None and oldest <= run.first_seen_at + _START_SKEW
+            fold.asking[run.workspace_id] = starts.oldest_asking(
+                tx, workspace_id=run.workspace_id, since=young_since(now)
+            )
+        return may_be_of_start(run.first_seen_at, fold.asking[run.workspace_id])

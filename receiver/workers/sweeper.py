@@ -14,6 +14,7 @@ import structlog
 from sqlalchemy import Connection
 
 from receiver.decide import Listing, Scope, worth_telling
+from receiver.decide.starts import may_be_of_start, young_since
 from receiver.errors import FloraError
 from receiver.intake.callbacks import Intake
 from receiver.model import Origin, RunRead, Snapshot
@@ -27,9 +28,6 @@ _PAGES = 1000
 """Pages of one sweep, at most: a hundred thousand runs."""
 _AGAIN_SECONDS = 30.0
 """When to go on after a sweep that was cut short, unless FLORA names a later time."""
-_STARTING = timedelta(minutes=2)
-"""An unanswered start younger than this may name a listed run any moment."""
-_SKEW = timedelta(seconds=30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,10 +139,10 @@ def _news(tx: Connection, scope: Scope, rows: Sequence[Snapshot], asked_at: date
     known = ledger.runs_by_id(tx, shown.keys()) if shown else {}
     news = [RunRead(shown[run_id], asked_at) for run_id, run in known.items() if worth_telling(run, shown[run_id])]
     unknown = [row for row in shown.values() if row.run_id not in known]
-    asking_since = asked_at - _STARTING
-    if unknown and starts.oldest_asking(tx, workspace_id=scope.workspace_id, since=asking_since) is not None:
-        # A young one may be the run of a start that is just being answered; the overlap shows it again.
-        unknown = [row for row in unknown if _older(row, asked_at - _STARTING - _SKEW)]
+    since = young_since(asked_at)
+    if unknown and starts.oldest_asking(tx, workspace_id=scope.workspace_id, since=since) is not None:
+        # FLORA's clock dates the rows: allow for all the time that a start is young. The overlap shows them again.
+        unknown = [row for row in unknown if not may_be_of_start(row.created_at, since)]
     return [*news, *(RunRead(row, asked_at, origin=Origin.DISCOVERED) for row in unknown)], len(unknown)
 
 
