@@ -1,17 +1,36 @@
-"""Connecting from a command: to the running service, and with the CA that `--ca` names."""
+"""The connection to the running service: its URL and token from the environment, else from the settings.
+
+The client is imported when a command connects, so that `--help` does not wait for it.
+"""
 
 import os
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from receiver.client.client import ReceiverClient
-from receiver.config import Settings, load_settings, token_path
+from receiver.cli.output import report_errors
 from receiver.errors import ConfigError, Problem
 from receiver.net.addresses import http_origin, is_loopback, local_host
 
+if TYPE_CHECKING:
+    from receiver.client.client import ReceiverClient
+    from receiver.config import Settings
 
-def connect() -> ReceiverClient:
-    """Return a client of the running service. Raises ConfigError where its token cannot be found."""
+
+@contextmanager
+def api_client(*, json: bool) -> Iterator["ReceiverClient"]:
+    """Yield a client of the running service; report an error of the block and exit."""
+    with report_errors(as_json=json), connect() as receiver:
+        yield receiver
+
+
+def connect() -> "ReceiverClient":
+    """Return a client of the running service. Raises ConfigError if its token cannot be read."""
+    from receiver.client.client import ReceiverClient
+    from receiver.config import load_settings
+
     ca = os.environ.get("RECEIVER_OPS_CA")
     url, token = os.environ.get("RECEIVER_OPS_URL"), os.environ.get("RECEIVER_OPS_TOKEN")
     if not (url and token):
@@ -20,13 +39,16 @@ def connect() -> ReceiverClient:
     return ReceiverClient(url, token, ca=Path(ca) if ca else None)
 
 
-def _url(settings: Settings) -> str:
+def _url(settings: "Settings") -> str:
     operations = settings.operations
-    tls = settings.tls.cert is not None and not operations.allow_plaintext and not is_loopback(operations.host)
+    plaintext = operations.allow_plaintext or is_loopback(operations.host)
+    tls = settings.tls.cert is not None and not plaintext
     return http_origin(local_host(operations.host), operations.port, tls=tls)
 
 
-def _token(settings: Settings) -> str:
+def _token(settings: "Settings") -> str:
+    from receiver.config import token_path
+
     if settings.operations.token is not None:
         return settings.operations.token.get_secret_value()
     path = token_path(settings)
@@ -34,17 +56,15 @@ def _token(settings: Settings) -> str:
         if token := path.read_text("utf-8").strip():
             return token
         reason = "is empty"
-    except (OSError, UnicodeDecodeError) as error:
-        reason = f"cannot be read ({error.strerror if isinstance(error, OSError) else 'not text'})"
-    raise ConfigError(
-        [
-            Problem(
-                "RECEIVER_OPS_TOKEN",
-                f"is not set, and {path} {reason}: `flora-receiver serve` writes it when it starts; "
-                "run this command in the same directory, or set the variable",
-            )
-        ]
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        reason = "cannot be read (not text)"
+    message = (
+        f"is not set, and {path} {reason}. `flora-receiver serve` writes that file when it starts: "
+        "run this command in the same directory, or set the variable"
     )
+    raise ConfigError([Problem("RECEIVER_OPS_TOKEN", message)])
 
 
 def check_ca(ca: Path | None) -> None:

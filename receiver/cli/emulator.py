@@ -11,10 +11,12 @@ from receiver.telemetry import configure_logging
 from receiver.web.server import Server, bind
 
 
-def run(given: dict[str, Any], *, host: str, port: int, **options: Any) -> None:
+def run(**options: Any) -> None:
+    """Serve with `options` of EmulatorSettings, where None stands for the default."""
+    given = {name: value for name, value in options.items() if value is not None}
     with report_errors():
         configure_logging("warning")
-        asyncio.run(_serve(EmulatorSettings(host=host, port=port, **given, **options)))
+        asyncio.run(_serve(EmulatorSettings(**given)))
 
 
 async def _serve(settings: EmulatorSettings) -> None:

@@ -25,7 +25,7 @@ _VERDICTS = {
 _RESULT_LENGTH = 300
 
 
-def explained_run(found: Mapping[str, Any]) -> list[str]:
+def explain_run(found: Mapping[str, Any]) -> list[str]:
     """Return the lines: where it stands, what is still to come, what to do, and what happened."""
     run = found["run"]
     return [

@@ -1,32 +1,62 @@
-"""`flora-receiver handlers list`, `handlers show` and `handlers schema`."""
+"""`flora-receiver handlers …`: the installed handlers, their options and their tables.
+
+The loader is imported when a command runs, so that `--help` does not wait for it.
+"""
 
 import os
 from dataclasses import asdict
-from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from receiver.cli.options import Config, Json
 from receiver.cli.output import format_table, print_result, report_errors
-from receiver.config import load_settings
-from receiver.plugins.loader import available, describe_schema, options_of
+
+handlers = typer.Typer(help="The handlers that bring settled runs somewhere.", no_args_is_help=True)
 
 
-def run(config: Path | None, *, json: bool) -> None:
+@handlers.command("list")
+def list_handlers(config: Config = None, json: Json = False) -> None:
+    """Show the installed handlers, and the ones that the settings use."""
+    from receiver.config import load_settings
+    from receiver.plugins.loader import available
+
     with report_errors(as_json=json):
         settings = load_settings(config, os.environ, need_secrets=False)
         configured = [{"name": entry.name, "use": entry.use} for entry in settings.handlers]
         lines = ["Installed: " + ", ".join(available())]
         lines += [f"Configured: {entry['name']} (use = {entry['use']!r})" for entry in configured]
-        print_result({"installed": list(available()), "configured": configured}, "\n".join(lines), as_json=json)
+        data = {"installed": list(available()), "configured": configured}
+        print_result(data, "\n".join(lines), as_json=json)
 
 
-def options(use: str, *, json: bool) -> None:
+@handlers.command("show")
+def show_handler(
+    use: Annotated[str, typer.Argument(help="Its `use`: storage, forward, package.module:Class.")],
+    json: Json = False,
+) -> None:
+    """Show a handler's options."""
+    from receiver.plugins.loader import options_of
+
     with report_errors(as_json=json):
         found = options_of(use)
         rows = [(each.path, each.type, each.default, each.help) for each in found]
-        text = format_table(("option", "type", "default", "means"), rows) if rows else f"{use} has no options."
-        print_result({"use": use, "options": [asdict(each) for each in found]}, text, as_json=json)
+        table = format_table(("option", "type", "default", "means"), rows)
+        data = {"use": use, "options": [asdict(each) for each in found]}
+        print_result(data, table if rows else f"{use} has no options.", as_json=json)
 
 
-def schema(config: Path | None, name: str, *, json: bool) -> None:
+@handlers.command("schema")
+def print_schema(
+    name: Annotated[str, typer.Argument(help="The handler's name, or its `use`: database.")],
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Print the SQL of a handler's tables."""
+    from receiver.config import load_settings
+    from receiver.plugins.loader import describe_schema
+
     with report_errors(as_json=json):
-        sql = describe_schema(load_settings(config, os.environ, need_secrets=False), name, os.environ)
+        settings = load_settings(config, os.environ, need_secrets=False)
+        sql = describe_schema(settings, name, os.environ)
         print_result({"handler": name, "sql": sql}, sql, as_json=json)

@@ -1,4 +1,4 @@
-"""`flora-receiver migrate`."""
+"""`flora-receiver migrate`: creates the tables of the database or brings them up to date."""
 
 import asyncio
 import os
@@ -14,8 +14,9 @@ def run(config: Path | None, *, json: bool) -> None:
     with report_errors(as_json=json):
         settings = load_settings(config, os.environ, need_secrets=False)
         before, after = asyncio.run(_migrate(settings.database.url))
-        done = f"migrated from {before or 'an empty file'} to {after}" if before != after else f"up to date ({after})"
-        print_result({"before": before, "after": after}, f"The database is {done}.", as_json=json)
+        done = f"migrated from {before or 'an empty file'} to {after}"
+        text = f"The database is {done if before != after else f'up to date ({after})'}."
+        print_result({"before": before, "after": after}, text, as_json=json)
 
 
 async def _migrate(url: str) -> tuple[str | None, str]:

@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
 
 from receiver.cli.batch.report import dollars, report
 from receiver.cli.batch.results import Spool, summed, write_results
-from receiver.cli.batch.runner import Halt, Jobs, Runner, Standing, patiently
+from receiver.cli.batch.runner import Halt, Jobs, Progress, Runner, patiently
 from receiver.cli.batch.table import RowProblem, Source, Table, source_of
 from receiver.cli.batch.validation import Check, Plan, check, jobs_of, plan_of, technique_of
 from receiver.cli.connection import connect
@@ -33,7 +34,7 @@ _SHOWN = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class Options:
     """The command's options."""
 
     file: Path
@@ -51,57 +52,56 @@ class Order:
     json: bool
 
 
-def run(**options: Any) -> None:
-    order = Order(**options)
-    with report_errors(as_json=order.json):
+def run(options: Options) -> None:
+    with report_errors(as_json=options.json):
         try:
-            with source_of(order.file, sys.stdin.buffer) as source:
-                _run(order, source)
+            with source_of(options.file, sys.stdin.buffer) as source:
+                _run(options, source)
         except TableError as error:
-            print_error({"error": "table", "message": str(error)}, f"Error: {error}", as_json=order.json)
+            print_error({"error": "table", "message": str(error)}, f"Error: {error}", as_json=options.json)
             raise typer.Exit(USAGE_ERROR) from error
         except KeyboardInterrupt:
             print("Interrupted before anything was started.", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
 
 
-def _run(order: Order, source: Source) -> None:
-    _check_options(order, source)
-    table, patience = Table(source), min(order.patience, _FIRST_SECONDS)
+def _run(options: Options, source: Source) -> None:
+    _check_options(options, source)
+    table, patience = Table(source), min(options.patience, _FIRST_SECONDS)
     with connect() as receiver:
-        found = patiently(lambda: receiver.technique(order.technique_id, order.workspace_id), seconds=patience)
-        technique = technique_of(found, order.technique_id)
+        found = patiently(lambda: receiver.technique(options.technique_id, options.workspace_id), seconds=patience)
+        technique = technique_of(found, options.technique_id)
         plan = plan_of(
             technique,
-            batch=order.batch or Path(source.name).stem,
-            maps=order.maps,
-            key=order.key,
-            name=order.name,
+            batch=options.batch or Path(source.name).stem,
+            maps=options.maps,
+            key=options.key,
+            name=options.name,
             columns=table.columns,
         )
         if isinstance(plan, list):
-            _refuse(order, plan, len(plan))
-        checked = check(table.rows(), plan, keep=None if order.json else _SHOWN)
+            _refuse(options, plan, len(plan))
+        checked = check(table.rows(), plan, keep=None if options.json else _SHOWN)
         if checked.wrong:
-            _refuse(order, checked.problems, checked.wrong)
-        known = patiently(lambda: _known(order, receiver, plan, checked), seconds=patience)
-        _ask(order, plan, checked, known)
+            _refuse(options, checked.problems, checked.wrong)
+        known = patiently(lambda: _known(options, receiver, plan, checked), seconds=patience)
+        _ask(options, plan, checked, known)
         with Spool() as outcomes:
-            _carry_out(order, plan, table, receiver, outcomes, rows=checked.jobs)
+            _carry_out(options, plan, table, receiver, outcomes, rows=checked.jobs)
 
 
-def _check_options(order: Order, source: Source) -> None:
+def _check_options(options: Options, source: Source) -> None:
     """Refuse what would only be noticed after money was spent."""
-    directory = order.results.parent
-    if order.batch is None and not source.named:
+    directory = options.results.parent
+    if options.batch is None and not source.named:
         raise TableError(f"{source.name} has no name of its own: name the batch by --batch")
-    if not directory.is_dir() or not os.access(directory, os.W_OK) or order.results.is_dir():
-        raise TableError(f"--results {order.results} cannot be written")
-    if order.results.exists() and order.file.exists() and order.results.samefile(order.file):
-        raise TableError(f"--results {order.results} would overwrite the table itself")
+    if not directory.is_dir() or not os.access(directory, os.W_OK) or options.results.is_dir():
+        raise TableError(f"--results {options.results} cannot be written")
+    if options.results.exists() and options.file.exists() and options.results.samefile(options.file):
+        raise TableError(f"--results {options.results} would overwrite the table itself")
 
 
-def _refuse(order: Order, problems: list[RowProblem], count: int) -> NoReturn:
+def _refuse(options: Options, problems: list[RowProblem], count: int) -> NoReturn:
     """Say everything that is wrong, and that nothing was started."""
     lines = [f"  {problem}" for problem in problems[:_SHOWN]]
     if count > len(lines):
@@ -115,83 +115,85 @@ def _refuse(order: Order, problems: list[RowProblem], count: int) -> NoReturn:
             "problems": [{"row": each.row, "column": each.column, "message": each.message} for each in problems],
         },
         f"{count} {noun}; nothing was started:\n" + "\n".join(lines),
-        as_json=order.json,
+        as_json=options.json,
     )
     raise typer.Exit(USAGE_ERROR)
 
 
-def _known(order: Order, receiver: ReceiverClient, plan: Plan, found: Check) -> int:
+def _known(options: Options, receiver: ReceiverClient, plan: Plan, found: Check) -> int:
     """Count the rows that have been started before and so cost nothing now; refused ones are asked for again."""
     return sum(
         start["state"] != "refused"
-        and (start["technique_id"], start["workspace_id"]) == (plan.technique.technique_id, order.workspace_id)
+        and (start["technique_id"], start["workspace_id"]) == (plan.technique.technique_id, options.workspace_id)
         and found.knows(start["idempotency_key"])
         for start in receiver.starts(prefix=plan.idempotency_key(""), limit=500)
     )
 
 
-def _ask(order: Order, plan: Plan, found: Check, known: int) -> None:
+def _ask(options: Options, plan: Plan, found: Check, known: int) -> None:
     new, cost = found.jobs - known, plan.technique.run_cost
     before = f", {known} of them started before" if known else ""
     lines = [f"Batch {plan.batch}: {found.jobs} rows{before}."]
     if cost is None:
-        lines.append(f"{new} runs of {order.technique_id}; FLORA does not say what one costs.")
+        lines.append(f"{new} runs of {options.technique_id}; FLORA does not say what one costs.")
     else:
-        lines.append(f"{new} runs of {order.technique_id} × {dollars(cost)} = {dollars(new * cost)}")
+        lines.append(f"{new} runs of {options.technique_id} × {dollars(cost)} = {dollars(new * cost)}")
     print("\n".join(lines), file=sys.stderr)
-    if order.yes or not new:
+    if options.yes or not new:
         return
     if not sys.stdin.isatty():
         message = "nobody is there to be asked: add --yes to start the batch"
-        print_error({"error": "unconfirmed", "message": message}, f"Error: {message}", as_json=order.json)
+        print_error({"error": "unconfirmed", "message": message}, f"Error: {message}", as_json=options.json)
         raise typer.Exit(USAGE_ERROR)
     if not typer.confirm("Start them?", err=True):
         print("Nothing was started.", file=sys.stderr)
         raise typer.Exit(FAILED)
 
 
-def _carry_out(order: Order, plan: Plan, table: Table, receiver: ReceiverClient, outcomes: Spool, *, rows: int) -> None:
+def _carry_out(
+    options: Options, plan: Plan, table: Table, receiver: ReceiverClient, outcomes: Spool, *, rows: int
+) -> None:
     runner = Runner(
         connect,
         outcomes,
         technique_id=plan.technique.technique_id,
-        workspace_id=order.workspace_id,
-        parallel=min(order.parallel, rows),
-        patience_seconds=order.patience,
+        workspace_id=options.workspace_id,
+        parallel=min(options.parallel, rows),
+        patience_seconds=options.patience,
     )
     interrupted = False
     try:
-        _see_through(order, runner, jobs_of(table.rows(), plan), receiver, rows=rows)
+        _see_through(options, runner, jobs_of(table.rows(), plan), receiver, rows=rows)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         try:
-            write_results(order.results, outcomes)
+            write_results(options.results, outcomes)
         except OSError as error:
-            print(f"Error: {order.results} cannot be written: {error}", file=sys.stderr)
+            print(f"Error: {options.results} cannot be written: {error}", file=sys.stderr)
     summary = summed(outcomes)
-    report(outcomes, summary, order.results, batch=plan.batch, as_json=order.json, halt=_explained(runner.halt))
+    report(outcomes, summary, options.results, batch=plan.batch, as_json=options.json, halt=_explained(runner.halt))
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if not summary.ok:
         raise typer.Exit(FAILED)
 
 
-def _see_through(order: Order, runner: Runner, jobs: Jobs, receiver: ReceiverClient, *, rows: int) -> None:
+def _see_through(options: Options, runner: Runner, jobs: Jobs, receiver: ReceiverClient, *, rows: int) -> None:
     """Run all jobs, then wait for their final costs, under a progress bar."""
-    with _progress(rows) as (progress, task):
-        runner.run(jobs, lambda now: progress.update(task, completed=now.done, told=_told(now)))
+    with _progress_bar(rows) as (bar, task):
+        runner.run(jobs, lambda now: bar.update(task, completed=now.done, text=_format_progress(now)))
         if runner.halt is None or runner.halt.code != "unreachable":
             runner.settle_costs(
                 receiver,
-                seconds=order.cost_wait,
-                watch=lambda left: progress.update(task, told=f"waiting for the final cost of {left} runs"),
+                seconds=options.cost_wait,
+                watch=lambda left: bar.update(task, text=f"waiting for the final cost of {left} runs"),
             )
 
 
-def _told(standing: Standing) -> str:
-    failed = f", {standing.failed} not" if standing.failed else ""
-    return f"{standing.succeeded} stored{failed}, {standing.in_hand} in hand, {dollars(standing.cost)}"
+def _format_progress(now: Progress) -> str:
+    failed = f", {now.failed} not" if now.failed else ""
+    return f"{now.succeeded} stored{failed}, {now.in_hand} in hand, {dollars(now.cost)}"
 
 
 def _explained(halt: Halt | None) -> str | None:
@@ -211,8 +213,8 @@ def _explained(halt: Halt | None) -> str | None:
 
 
 @contextmanager
-def _progress(rows: int) -> Iterator[tuple[Progress, TaskID]]:
+def _progress_bar(rows: int) -> Iterator[tuple[ProgressBar, TaskID]]:
     console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        yield progress, progress.add_task("batch", total=rows, told="")
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+    with ProgressBar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        yield bar, bar.add_task("batch", total=rows, text="")

@@ -10,7 +10,7 @@ _ONE_BURST_SECONDS = 5.0
 """Refusals this close together are one burst, and count once."""
 
 
-class Room:
+class ConcurrencyLimit:
     """Room for at most `limit` rows at once. For several threads.
 
     FLORA's 429 is obeyed by the service: its budget, shared by all starts and polls of an API key, holds every call and

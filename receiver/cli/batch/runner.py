@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from receiver.cli.batch.concurrency import Room
+from receiver.cli.batch.concurrency import ConcurrencyLimit
 from receiver.cli.batch.results import NOT_STARTED, REFUSED, UNFINISHED, UNKNOWN, Outcome, Spool, outcome_of
 from receiver.cli.batch.table import RowProblem
 from receiver.cli.batch.validation import Job
@@ -60,7 +60,7 @@ class Halt:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Progress:
     """Where a batch stands: rows by what became of them, rows in hand, and how many may be."""
 
     done: int
@@ -110,22 +110,22 @@ class Runner:
         self._workspace_id = workspace_id
         self._parallel = parallel
         self._patience_seconds = patience_seconds
-        self._room = Room(parallel)
+        self._room = ConcurrencyLimit(parallel)
         self._jobs: Iterator[Job | tuple[int, RowProblem]] = iter(())
         self._feeding = threading.Lock()
         self._lock = threading.Lock()
         self._hand: dict[int, Outcome] = {}
-        self._standing = Standing(0, 0, 0, 0, parallel, 0.0)
+        self._progress = Progress(0, 0, 0, 0, parallel, 0.0)
         self._stopping = threading.Event()
         self._broken: BaseException | None = None
         self.halt: Halt | None = None
 
     @property
-    def standing(self) -> Standing:
+    def progress(self) -> Progress:
         with self._lock:
-            return replace(self._standing, in_hand=len(self._hand), allowed=self._room.allowed)
+            return replace(self._progress, in_hand=len(self._hand), allowed=self._room.allowed)
 
-    def run(self, jobs: Jobs, watch: Callable[[Standing], None]) -> None:
+    def run(self, jobs: Jobs, watch: Callable[[Progress], None]) -> None:
         """Carry every job out, telling `watch` ten times a second how it stands. `halt` says if rows were left out.
 
         KeyboardInterrupt is passed on at once, after every row without an outcome got one: runs go on without us.
@@ -141,13 +141,13 @@ class Runner:
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.1)
-                    watch(self.standing)
+                    watch(self.progress)
         except BaseException:
             self._leave()
             raise
         if self._broken is not None:
             raise self._broken
-        watch(self.standing)
+        watch(self.progress)
 
     def settle_costs(self, receiver: Receiver, *, seconds: float, watch: Callable[[int], None]) -> None:
         """Read runs again whose cost was not final, until it is or the time is over; `watch` hears how many are left."""
@@ -278,8 +278,8 @@ class Runner:
             if self._stopping.is_set():
                 return  # interrupted: the row has its outcome already, and the spool may be closed
             self._outcomes.put(position, outcome)
-            now = self._standing
-            self._standing = replace(
+            now = self._progress
+            self._progress = replace(
                 now,
                 done=now.done + 1,
                 succeeded=now.succeeded + outcome.ok,

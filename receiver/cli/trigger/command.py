@@ -5,7 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,46 +24,65 @@ _SHOWN = 2000
 _AT_ONCE = 64
 
 
-def run(
-    url: str,
-    case: str,
-    *,
-    run_id: str | None,
-    delivery_id: str | None,
-    secret: str | None,
-    workspace_id: str | None,
-    ca: Path | None,
-    json: bool,
-    count: int = 1,
-    rate: float | None = None,
-    record: Path | None = None,
-    source: Path | None = None,
-) -> None:
-    with report_errors(as_json=json):
-        if case not in CASES:
-            raise ConfigError([Problem("--case", f"there is no case {case!r}; there are: {', '.join(CASES)}")])
-        if not _is_web_url(url):
-            raise ConfigError([Problem("URL", f"{url!r} is not an http or https URL")])
-        check_ca(ca)
-        if source is not None:
-            shots = _recorded(source)
-            chains = ([tuple(shots)] if rate is None else [(shot,) for shot in shots]) * count
-        else:
-            subject = replace(_subject(secret, workspace_id), run_id=run_id, delivery_id=delivery_id)
-            chains = [tuple(CASES[case](subject)) for _ in range(count)]
-        if record is not None:
-            _keep(record, chains)
-        hits = asyncio.run(_fire(url, chains, ca, rate, at_once=1 if count == 1 else _AT_ONCE))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The options of the command."""
+
+    url: str
+    case: str
+    run_id: str | None
+    delivery_id: str | None
+    secret: str | None
+    workspace_id: str | None
+    count: int
+    rate: float | None
+    record: Path | None
+    source: Path | None
+    ca: Path | None
+    json: bool
+
+
+def run(options: Options) -> None:
+    with report_errors(as_json=options.json):
+        _check(options)
+        chains = _chains(options)
+        if options.record is not None:
+            _write_record(options.record, chains)
+        at_once = 1 if options.count == 1 else _AT_ONCE
+        hits = asyncio.run(_fire(options.url, chains, options.ca, options.rate, at_once=at_once))
         if all(hit.status is None for hit in hits):
-            why = hits[0].text
-            print_error(
-                {"error": "no_answer", "url": url, "message": why}, f"No answer from {url}: {why}", as_json=json
-            )
+            reason = hits[0].text
+            data = {"error": "no_answer", "url": options.url, "message": reason}
+            print_error(data, f"No answer from {options.url}: {reason}", as_json=options.json)
             raise typer.Exit(FAILED)
-        name = case if source is None else str(source)
-        _show(name, hits, json=json)
+        name = options.case if options.source is None else str(options.source)
+        _show(name, hits, json=options.json)
         if not all(hit.as_expected for hit in hits):
             raise typer.Exit(FAILED)
+
+
+def _check(options: Options) -> None:
+    if options.case not in CASES:
+        message = f"there is no case {options.case!r}; there are: {', '.join(CASES)}"
+        raise ConfigError([Problem("--case", message)])
+    if not _is_web_url(options.url):
+        raise ConfigError([Problem("URL", f"{options.url!r} is not an http or https URL")])
+    check_ca(options.ca)
+
+
+def _chains(options: Options) -> list[tuple[Shot, ...]]:
+    """Return the requests to send, in groups that are sent in order."""
+    if options.source is not None:
+        shots = _recorded(options.source)
+        groups: list[tuple[Shot, ...]]
+        groups = [tuple(shots)] if options.rate is None else [(shot,) for shot in shots]
+        return groups * options.count
+    subject = replace(
+        _subject(options.secret, options.workspace_id),
+        run_id=options.run_id,
+        delivery_id=options.delivery_id,
+    )
+    return [tuple(CASES[options.case](subject)) for _ in range(options.count)]
 
 
 async def _fire(
@@ -141,7 +160,7 @@ def _recorded(source: Path) -> list[Shot]:
     return shots
 
 
-def _keep(record: Path, chains: Sequence[Sequence[Shot]]) -> None:
+def _write_record(record: Path, chains: Sequence[Sequence[Shot]]) -> None:
     try:
         record.write_text("".join(f"{kept(shot)}\n" for shots in chains for shot in shots), "utf-8")
     except OSError as error:

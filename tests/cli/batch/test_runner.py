@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from receiver.cli.batch.concurrency import Room
+from receiver.cli.batch.concurrency import ConcurrencyLimit
 from receiver.cli.batch.results import Outcome, Spool
-from receiver.cli.batch.runner import Runner, Standing, passes, patiently
+from receiver.cli.batch.runner import Progress, Runner, passes, patiently
 from receiver.cli.batch.table import RowProblem
 from receiver.client.messages import DispatchView, ErrorView
 from receiver.errors import ReceiverApiError
@@ -28,7 +28,7 @@ def refusal(status: int, code: str) -> ReceiverApiError:
     return ReceiverApiError("no", status=status, code=code, fields=[("inputs", "too long")], request_id="req_1")
 
 
-def nobody(_: Standing) -> None:
+def nobody(_: Progress) -> None:
     """Nobody watches."""
 
 
@@ -50,7 +50,7 @@ def test_every_row_is_seen_through(spool: Spool) -> None:
     )
     assert receiver.most_in_hand <= 4
     assert runner.halt is None
-    assert (runner.standing.done, runner.standing.succeeded, runner.standing.in_hand) == (50, 50, 0)
+    assert (runner.progress.done, runner.progress.succeeded, runner.progress.in_hand) == (50, 50, 0)
 
 
 def test_a_refused_row_does_not_keep_the_others(spool: Spool) -> None:
@@ -81,7 +81,7 @@ def test_a_refused_row_does_not_keep_the_others(spool: Spool) -> None:
     assert "another key" in str(found["row-2"].error_message)
     assert found["row-5"].error_message == "storage: disk full"
     assert runner.halt is None
-    assert runner.standing.failed == 6
+    assert runner.progress.failed == 6
 
 
 def test_no_credits_stops_the_starts(spool: Spool) -> None:
@@ -124,14 +124,14 @@ def test_rows_in_hand_halve_while_flora_limits(spool: Spool) -> None:
     receiver = FakeReceiver(troubles={"row-0": [waiting, waiting], "row-1": [waiting]})
     runner = a_runner(receiver, spool, parallel=8)
     seen: list[int] = []
-    runner.run(jobs(5), lambda standing: seen.append(standing.allowed))
+    runner.run(jobs(5), lambda progress: seen.append(progress.allowed))
     assert all(outcome.ok for outcome in spool)
     assert seen[-1] == 4
 
 
 def test_room_halves_once_for_a_burst_and_grows_slowly() -> None:
     now = 0.0
-    room = Room(8, clock=lambda: now)
+    room = ConcurrencyLimit(8, clock=lambda: now)
     room.limited()
     room.limited()
     assert room.allowed == 4
@@ -162,8 +162,8 @@ def test_an_interrupt_waits_for_nothing(spool: Spool) -> None:
     receiver = FakeReceiver(on_wait=hang)
     runner = a_runner(receiver, spool, parallel=2)
 
-    def interrupt(standing: Standing) -> None:
-        if standing.done == 1 and reached.acquire(timeout=10) and reached.acquire(timeout=10):
+    def interrupt(progress: Progress) -> None:
+        if progress.done == 1 and reached.acquire(timeout=10) and reached.acquire(timeout=10):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

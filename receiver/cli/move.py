@@ -1,0 +1,34 @@
+"""`flora-receiver move`: copies a SQLite ledger to PostgreSQL and compares the two."""
+
+import os
+from pathlib import Path
+
+from receiver.cli.backup import sqlite_path
+from receiver.cli.output import format_table, print_result, report_errors
+from receiver.config import load_settings
+from receiver.errors import ConfigError, Problem, StoreUnavailableError
+from receiver.store.database import NO_PSYCOPG, redact_url
+
+
+def run(config: Path | None, to: str, *, json: bool) -> None:
+    with report_errors(as_json=json):
+        settings = load_settings(config, os.environ, need_secrets=False)
+        ledger = sqlite_path(settings, advice="there is nothing to move")
+        if not to.startswith("postgresql://"):
+            raise ConfigError([Problem("--to", "must be postgresql://…")])
+        try:
+            from receiver.store.move import move
+        except ImportError as error:
+            raise StoreUnavailableError(NO_PSYCOPG) from error
+        moved = move(ledger, to)
+        rows = [(name, str(copy.rows), copy.checksum) for name, copy in moved.tables.items()]
+        was = f"{ledger} is" if moved.copied else f"Nothing was copied: {ledger} was"
+        text = (
+            f"{format_table(('table', 'rows', 'checksum'), rows)}\n"
+            f"{was} in {redact_url(to)}, every row of it, as counts and checksums of both sides say.\n"
+            "Name that in [database] url (RECEIVER_DATABASE__URL), then start the service. "
+            "Never start it on the file again."
+        )
+        tables = {name: {"rows": copy.rows, "checksum": copy.checksum} for name, copy in moved.tables.items()}
+        data = {"ledger": str(ledger), "copied": moved.copied, "tables": tables}
+        print_result(data, text, as_json=json)

@@ -1,0 +1,72 @@
+"""Runs and starts of the operations API, as text for a terminal and as JSON values."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from receiver.client.messages import RunView, StartView
+
+
+def describe_run(run: "RunView") -> Iterator[str]:
+    """Yield the lines of `runs show`."""
+    yield f"{run.run_id}  {run.state}{f' ({run.verdict})' if run.verdict else ''}"
+    facts = {
+        "technique": run.technique_id,
+        "workspace": run.workspace_id,
+        "error": " ".join(filter(None, (run.error_code, run.error_message))) or run.lost_reason,
+        "cost": format_cost(run),
+        "metadata": json.dumps(dict(run.metadata), ensure_ascii=False) if run.metadata else None,
+    }
+    yield from (f"  {name:<10} {value}" for name, value in facts.items() if value)
+    for file in run.files:
+        yield f"  {'file':<10} {file.path or file.location}  {file.size} bytes"
+    for work in run.dispatches:
+        error = f"  {work.last_error}" if work.last_error else ""
+        orphaned = " (orphaned: no such handler is configured)" if work.orphaned else ""
+        state = f"{work.state}{orphaned}, {work.attempts} attempts"
+        yield f"  {'handler':<10} {work.handler} ({work.event}): {state}{error}"
+
+
+def describe_end(run: "RunView") -> Iterator[str]:
+    """Yield the files of a run that was waited for, then what is wrong with it."""
+    yield from (str(file.path or file.location) for file in run.files)
+    if not run.finished:
+        yield f"Not finished yet: {run.state}. Wait on with: flora-receiver runs wait {run.run_id}"
+    elif not run.succeeded:
+        reason = run.error_message or run.error_code or run.lost_reason or ""
+        yield f"{run.state}{f': {reason}' if reason else ''}"
+        for work in run.dispatches:
+            if work.state == "dead":
+                yield f"{work.handler} gave up: {work.last_error}"
+
+
+def format_cost(run: "RunView") -> str:
+    """Return what a run has cost in USD, marked if FLORA may still change it."""
+    if run.charged_cost is None:
+        return ""
+    return f"${run.charged_cost:.2f}{'' if run.cost_final else ' so far'}"
+
+
+def format_time(moment: datetime | None) -> str:
+    """Return a time in UTC, to the second."""
+    return moment.strftime("%Y-%m-%d %H:%M:%S") if moment else ""
+
+
+def to_plain(view: "RunView | StartView") -> Any:
+    """Return a view as JSON values."""
+    return _to_plain(asdict(view))
+
+
+def _to_plain(value: Any) -> Any:
+    match value:
+        case datetime():
+            return value.isoformat()
+        case Mapping():
+            return {key: _to_plain(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_to_plain(each) for each in value]
+        case _:
+            return value
