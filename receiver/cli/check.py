@@ -9,7 +9,7 @@ import typer
 from receiver.cli.output import FAILED, print_result, report_errors
 from receiver.config import load_settings, redact
 from receiver.errors import Problem, ReceiverError, StoreInUseError
-from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers, without_secrets
+from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers, mask_secrets
 from receiver.store import open_database
 from receiver.store.migrate import HEAD, current
 from receiver.store.touching import touch
@@ -31,7 +31,7 @@ def run(config: Path | None, *, json: bool) -> None:
             lines.append("Ready: start it with `flora-receiver serve`.")
         data = {
             "ok": not problems,
-            "settings": redact(without_secrets(settings, os.environ)),
+            "settings": redact(mask_secrets(settings, os.environ)),
             "database": state,
             "warnings": [{"path": each.path, "message": each.message} for each in warnings],
             "problems": [{"path": each.path, "message": each.message} for each in problems],

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from receiver.cli.output import print_result, report_errors
 from receiver.errors import ConfigError, Problem
-from receiver.net.addresses import literal
-from receiver.net.certificates import LOCAL_HOSTS, issue, keep_authority, kept_authority, make_authority, write
+from receiver.net.addresses import parse_address
+from receiver.net.certificates import LOCAL_HOSTS, issue, load_authority, make_authority, save_authority, write
 
 _CA_LIFE = timedelta(days=3650)
 _NAME = re.compile(r"(\*\.)?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*", re.IGNORECASE)
@@ -21,11 +21,11 @@ def run(hosts: Sequence[str], directory: Path, *, days: int, force: bool, json: 
         if odd := [Problem("--host", f"{name!r} {_NO_HOST}") for name in names if not _is_host(name)]:
             raise ConfigError(odd)
         try:
-            authority = None if force else kept_authority(directory)
+            authority = None if force else load_authority(directory)
             made = authority is None
             if authority is None:
                 authority = make_authority("flora-receiver development CA", life=_CA_LIFE)
-                keep_authority(authority, directory)
+                save_authority(authority, directory)
             certificate, key = write(issue(authority, *names, life=timedelta(days=days)), directory)
         except ValueError as error:
             raise ConfigError([Problem(str(directory), f"{error}; --force makes new ones")]) from error
@@ -41,7 +41,7 @@ def run(hosts: Sequence[str], directory: Path, *, days: int, force: bool, json: 
 
 
 def _is_host(text: str) -> bool:
-    return literal(text) is not None or (_NAME.fullmatch(text) is not None and len(text) < 254)
+    return parse_address(text) is not None or (_NAME.fullmatch(text) is not None and len(text) < 254)
 
 
 def _told(ca: Path, certificate: Path, key: Path, names: Sequence[str]) -> str:

@@ -19,14 +19,14 @@ handlers = typer.Typer(help="The handlers that bring settled runs somewhere.", n
 def list_handlers(config: Config = None, json: Json = False) -> None:
     """Show the installed handlers, and the ones that the settings use."""
     from receiver.config import load_settings
-    from receiver.plugins.loader import available
+    from receiver.plugins.loader import installed_handlers
 
     with report_errors(as_json=json):
         settings = load_settings(config, os.environ, need_secrets=False)
         configured = [{"name": entry.name, "use": entry.use} for entry in settings.handlers]
-        lines = ["Installed: " + ", ".join(available())]
+        lines = ["Installed: " + ", ".join(installed_handlers())]
         lines += [f"Configured: {entry['name']} (use = {entry['use']!r})" for entry in configured]
-        data = {"installed": list(available()), "configured": configured}
+        data = {"installed": list(installed_handlers()), "configured": configured}
         print_result(data, "\n".join(lines), as_json=json)
 
 

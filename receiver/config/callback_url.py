@@ -6,7 +6,7 @@ link-local IP literals (its documentation of `callback_url`).
 
 from urllib.parse import SplitResult, urlsplit
 
-from receiver.net.addresses import literal
+from receiver.net.addresses import parse_address
 
 __all__ = ["check_callback_url", "split_http_url"]
 
@@ -22,7 +22,7 @@ def check_callback_url(url: str) -> str | None:
         return "FLORA only calls HTTPS URLs: this must start with https://"
     if host in _REFUSED_NAMES or host.endswith(_REFUSED_SUFFIXES):
         return "FLORA refuses local and internal names: this must be a host name that the internet can reach"
-    address = literal(host)
+    address = parse_address(host)
     if address is not None and (not address.is_global or address.is_multicast):
         return "FLORA refuses private addresses: this must be a host name or an address that the internet can reach"
     return None

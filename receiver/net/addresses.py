@@ -5,10 +5,10 @@ Settings and HTTP clients use the same functions, so that they agree on what is 
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-__all__ = ["http_origin", "is_loopback", "is_unspecified", "literal", "local_host"]
+__all__ = ["http_origin", "is_loopback", "is_unspecified", "local_host", "parse_address"]
 
 
-def literal(host: str) -> IPv4Address | IPv6Address | None:
+def parse_address(host: str) -> IPv4Address | IPv6Address | None:
     """Return the IP address that `host` is, or None for a name; IPv4-mapped IPv6 becomes IPv4."""
     try:
         address = ip_address(host.strip("[]"))
@@ -20,13 +20,13 @@ def literal(host: str) -> IPv4Address | IPv6Address | None:
 
 def is_loopback(host: str) -> bool:
     """Return whether `host`, a name or an IP literal, can only be this machine."""
-    address = literal(host)
+    address = parse_address(host)
     return host.lower().rstrip(".") == "localhost" if address is None else address.is_loopback
 
 
 def is_unspecified(host: str) -> bool:
     """Return whether a listener bound to `host` accepts connections on every address."""
-    address = literal(host)
+    address = parse_address(host)
     return address is not None and address.is_unspecified
 
 

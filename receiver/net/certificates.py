@@ -14,7 +14,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-__all__ = ["LOCAL_HOSTS", "Authority", "Issued", "issue", "keep_authority", "kept_authority", "make_authority", "write"]
+__all__ = [
+    "LOCAL_HOSTS",
+    "Authority",
+    "ServerCertificate",
+    "issue",
+    "load_authority",
+    "make_authority",
+    "save_authority",
+    "write",
+]
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _LIFE = timedelta(days=7)
@@ -34,7 +43,7 @@ class Authority:
 
 
 @dataclass(frozen=True, slots=True)
-class Issued:
+class ServerCertificate:
     """A server certificate and its private key, both PEM."""
 
     certificate: bytes
@@ -54,7 +63,7 @@ def make_authority(name: str = "flora-receiver throw-away CA", *, life: timedelt
     return Authority(builder.sign(key, hashes.SHA256()), key)
 
 
-def issue(authority: Authority, *hosts: str, life: timedelta = _LIFE) -> Issued:
+def issue(authority: Authority, *hosts: str, life: timedelta = _LIFE) -> ServerCertificate:
     """Issue a certificate for host names and IP addresses; without any, for this machine's own (`LOCAL_HOSTS`)."""
     hosts = hosts or LOCAL_HOSTS
     key = ec.generate_private_key(ec.SECP256R1())
@@ -68,10 +77,10 @@ def issue(authority: Authority, *hosts: str, life: timedelta = _LIFE) -> Issued:
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)
     )
     certificate = builder.sign(authority.key, hashes.SHA256())
-    return Issued(certificate.public_bytes(serialization.Encoding.PEM), _private_pem(key))
+    return ServerCertificate(certificate.public_bytes(serialization.Encoding.PEM), _private_pem(key))
 
 
-def write(issued: Issued, directory: Path, name: str = "server") -> tuple[Path, Path]:
+def write(issued: ServerCertificate, directory: Path, name: str = "server") -> tuple[Path, Path]:
     """Write `<name>.pem` and `<name>.key`, the key readable by its owner alone; return both paths."""
     directory.mkdir(parents=True, exist_ok=True)
     certificate, key = directory / f"{name}.pem", directory / f"{name}.key"
@@ -82,12 +91,12 @@ def write(issued: Issued, directory: Path, name: str = "server") -> tuple[Path, 
     return certificate, key
 
 
-def keep_authority(authority: Authority, directory: Path) -> Path:
+def save_authority(authority: Authority, directory: Path) -> Path:
     """Write `ca.pem` and `ca.key`, the key readable by its owner alone; return the certificate's path."""
-    return write(Issued(authority.pem, _private_pem(authority.key)), directory, "ca")[0]
+    return write(ServerCertificate(authority.pem, _private_pem(authority.key)), directory, "ca")[0]
 
 
-def kept_authority(directory: Path) -> Authority | None:
+def load_authority(directory: Path) -> Authority | None:
     """Return the CA that was kept there; None: there is none. ValueError where it is of no use, or its time is over."""
     files = (directory / "ca.pem", directory / "ca.key")
     missing = [path.name for path in files if not path.exists()]

@@ -18,8 +18,8 @@ import httpx
 from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedError
 from receiver.model import Output
 from receiver.net.clients import PrivateAddressError, Resolve, media_client, resolve, tls_context
-from receiver.net.media_urls import parsed, redirected
-from receiver.net.ranges import Whole, whole
+from receiver.net.media_urls import parse_media_url, redirect_target
+from receiver.net.ranges import ResumableBody, parse_resumable
 
 __all__ = ["Download", "DownloadLimits", "Downloader", "Saved", "save", "text_download"]
 
@@ -109,9 +109,9 @@ class Downloader:
     async def fetch(self, url: str) -> AsyncIterator[Download]:
         """Read one URL; the deadline covers redirects and body, and is checked whenever bytes are waited for."""
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_seconds
-        start = parsed(url)
+        start = parse_media_url(url)
         response = await self._follow(start, deadline)
-        body = _Body(start, response, whole(response.headers), deadline)
+        body = _Body(start, response, parse_resumable(response.headers), deadline)
         try:
             yield Download(
                 chunks=self._chunks(body),
@@ -135,7 +135,7 @@ class Downloader:
                 if response.status_code not in _REDIRECTS:
                     self._accept(response, partly=headers is not None)
                     return response
-                target = redirected(response)
+                target = redirect_target(response)
             except BaseException:
                 await response.aclose()
                 raise
@@ -197,13 +197,13 @@ class Downloader:
             body.resumes += 1
             await asyncio.sleep(pause)
             try:
-                response = await self._follow(body.start, body.deadline, body.whole.asking(offset))
+                response = await self._follow(body.start, body.deadline, body.whole.range_headers(offset))
             except DownloadFailedError as failure:
                 if failure.expired:
                     raise
                 continue
             body.go_on_with(response)
-            if body.whole.continued_by(response.status_code, response.headers, offset):
+            if body.whole.is_continued_by(response.status_code, response.headers, offset):
                 return
             await response.aclose()
             break
@@ -217,7 +217,9 @@ class Downloader:
 class _Body:
     """What is being read: where it was asked for, the answer that it comes in now, and how to ask for its rest."""
 
-    def __init__(self, start: httpx.URL, response: httpx.Response, whole: Whole | None, deadline: float) -> None:
+    def __init__(
+        self, start: httpx.URL, response: httpx.Response, whole: ResumableBody | None, deadline: float
+    ) -> None:
         self.start = start
         self.whole = whole
         self.deadline = deadline

@@ -11,7 +11,7 @@ import httpx
 from receiver.errors import DownloadRefusedError
 
 
-def parsed(text: str) -> httpx.URL:
+def parse_media_url(text: str) -> httpx.URL:
     """Read an output's URL, or raise DownloadRefusedError."""
     try:
         url = httpx.URL(text)
@@ -20,7 +20,7 @@ def parsed(text: str) -> httpx.URL:
     return _clean(url)
 
 
-def redirected(response: httpx.Response) -> httpx.URL:
+def redirect_target(response: httpx.Response) -> httpx.URL:
     """Return where an answer leads to, or raise DownloadRefusedError."""
     location = response.headers.get("location")
     try:
@@ -47,7 +47,7 @@ _SHORTEST_PATH = 6
 """Shorter paths are words like any other."""
 
 
-def concealed(text: str, urls: Iterable[str]) -> str:
+def conceal_urls(text: str, urls: Iterable[str]) -> str:
     """Return a text in which media URLs show no more than their host, also where a library quotes the path alone."""
     shown = {quoted: instead for url in urls for quoted, instead in _spellings(url).items()}
     for quoted in sorted(shown, key=len, reverse=True):

@@ -21,7 +21,7 @@ import httpcore
 import httpx
 
 from receiver.errors import PostError, PostFailedError, PostRefusedError
-from receiver.net.addresses import is_loopback, literal
+from receiver.net.addresses import is_loopback, parse_address
 from receiver.net.clients import (
     GuardedBackend,
     PrivateAddressError,
@@ -82,7 +82,7 @@ def target_url(text: str, *, allow_private: bool) -> str:
         return str(url)
     if url.scheme == "http":
         raise ValueError("must be https; plain http needs `allow_private = true`")
-    address = literal(url.host)
+    address = parse_address(url.host)
     if is_loopback(url.host) or (address is not None and not is_public(str(address))):
         raise ValueError("is not a public address: a private one needs `allow_private = true`")
     return str(url)

@@ -13,17 +13,17 @@ _SETTLED = timedelta(seconds=60)
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class ResumableBody:
     """A body that its server would send in parts: its length in bytes, and what tells that it is still the same one."""
 
     length: int
     validator: str
 
-    def asking(self, offset: int) -> dict[str, str]:
+    def range_headers(self, offset: int) -> dict[str, str]:
         """Return the headers that ask for the rest."""
         return {"Range": f"bytes={offset}-", "If-Range": self.validator}
 
-    def continued_by(self, status: int, headers: Mapping[str, str], offset: int) -> bool:
+    def is_continued_by(self, status: int, headers: Mapping[str, str], offset: int) -> bool:
         """Whether an answer is exactly the rest of this body."""
         told = _CONTENT_RANGE.fullmatch(headers.get("content-range", "").strip())
         if status != _PARTIAL or told is None:
@@ -34,14 +34,14 @@ class Whole:
         return same and (first, last, length) == (offset, self.length - 1, self.length)
 
 
-def whole(headers: Mapping[str, str]) -> Whole | None:
+def parse_resumable(headers: Mapping[str, str]) -> ResumableBody | None:
     """Read from a complete answer how it may be continued; None where it may not."""
     units = {unit.strip().lower() for unit in headers.get("accept-ranges", "").split(",")}
     length = headers.get("content-length", "")
     validator = _validator(headers)
     if "bytes" not in units or not length.isdecimal() or "transfer-encoding" in headers or validator is None:
         return None
-    return Whole(int(length), validator)
+    return ResumableBody(int(length), validator)
 
 
 def _validator(headers: Mapping[str, str]) -> str | None:

@@ -16,9 +16,9 @@ from receiver.decide import Backoff
 from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledRun
 from receiver.model import Artifact, DispatchState, Output, Run, storable_text
 from receiver.net.download import Download, Downloader, Saved, save
-from receiver.net.media_urls import concealed
-from receiver.plugins.progress import Scales
-from receiver.plugins.threads import owned_by
+from receiver.net.media_urls import conceal_urls
+from receiver.plugins.progress import TransferProgress
+from receiver.plugins.threads import use_threads_of
 from receiver.store import Database, queue, starts
 from receiver.store.queue import Leased
 from receiver.telemetry import scrub
@@ -44,7 +44,7 @@ class Registration:
     backoff: Backoff = field(default_factory=Backoff)
 
 
-async def call(handler: Handler, run: SettledRun, context: "AttemptContext", timeout_seconds: float) -> Answer:
+async def call_handler(handler: Handler, run: SettledRun, context: "AttemptContext", timeout_seconds: float) -> Answer:
     """Call a handler and return its answer, whatever it does: raising, hanging and answering rubbish mean Retry.
 
     It gets a task of its own, so that one which swallows its cancellation is left behind, not waited for.
@@ -71,14 +71,14 @@ async def call(handler: Handler, run: SettledRun, context: "AttemptContext", tim
 
 
 async def _guarded(handler: Handler, run: SettledRun, context: "AttemptContext") -> object:
-    owned_by(context.handler)
+    use_threads_of(context.handler)
     try:
         return await handler.handle(run, context)
     except asyncio.CancelledError:
         raise
     except BaseException as error:
         # Libraries quote the URL that failed, or its path, which only we can tell for a media URL.
-        context.log.warning("handler.raised", exception=concealed(_traced(error), _media(run)))
+        context.log.warning("handler.raised", exception=conceal_urls(_traced(error), _media(run)))
         return Retry(_described(error))
 
 
@@ -109,13 +109,13 @@ def _kept(result: Mapping[str, Any], media: Sequence[str]) -> Mapping[str, Any]:
     text = json.dumps(dict(result), default=str, ensure_ascii=False)
     if len(text) > _MAX_RESULT:
         return {"result": f"what it answered is too long to be kept: {len(text)} characters"}
-    text = storable_text(concealed(text, media))
+    text = storable_text(conceal_urls(text, media))
     kept: Mapping[str, Any] = json.loads(text, parse_constant=lambda _: None)
     return kept
 
 
 def _text(value: object, media: Sequence[str]) -> str:
-    return storable_text(scrub(concealed(str(value), media)))[:_MAX_REASON]
+    return storable_text(scrub(conceal_urls(str(value), media)))[:_MAX_REASON]
 
 
 def _media(run: SettledRun) -> list[str]:
@@ -133,7 +133,7 @@ def _described(error: BaseException) -> str:
         return type(error).__name__
 
 
-def answer_state(answer: Answer) -> DispatchState:
+def to_dispatch_state(answer: Answer) -> DispatchState:
     match answer:
         case Done():
             return DispatchState.DONE
@@ -143,7 +143,7 @@ def answer_state(answer: Answer) -> DispatchState:
             return DispatchState.DEAD
 
 
-def settled_run(run: Run, outputs: Sequence[Output]) -> SettledRun:
+def to_settled_run(run: Run, outputs: Sequence[Output]) -> SettledRun:
     """Return a run as its handlers see it."""
     settled_at = run.settled_at or run.first_seen_at
     called = run.reported_at is not None and run.reported_at <= settled_at
@@ -180,9 +180,9 @@ class AttemptContext:
         registration: Registration,
         deadline_at: datetime,
         clock: Callable[[], datetime],
-        scales: Scales,
+        progress: TransferProgress,
     ) -> None:
-        self._scales = scales
+        self._progress = progress
         self._database = database
         self._downloader = downloader
         self._leased = leased
@@ -202,7 +202,7 @@ class AttemptContext:
         self.log: Log = structlog.get_logger("receiver.handler").bind(**bound)
 
     def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
-        return self._scales.weighed(output, self._downloader.open(output))
+        return self._progress.track(output, self._downloader.open(output))
 
     async def save(self, output: Output, path: Path) -> Saved:
         async with self.open(output) as download:
@@ -231,4 +231,4 @@ class AttemptContext:
                 tx, run_id, handler, position, size=size, sha256=sha256, content_type=content_type, now=now
             )
         )
-        self._scales.stored(position)
+        self._progress.stored(position)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from receiver.errors import AttemptOverError, DownloadRefusedError, HandlerLoadError
 from receiver.handler import Answer, Artifact, Context, Done, Event, Log, Output, Retry, Saved, SettledRun
 
-__all__ = ["BlockingContext", "FunctionHandler", "FunctionMaker", "NoOptions", "function_maker"]
+__all__ = ["BlockingContext", "FunctionFactory", "FunctionHandler", "NoOptions", "to_factory"]
 
 READ_BYTES = 64 * 1024 * 1024
 
@@ -32,7 +32,7 @@ class NoOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FunctionMaker:
+class FunctionFactory:
     """What a handler's class is to the loader: it has a `Config`, and makes the handler."""
 
     Config: ClassVar[type[BaseModel]] = NoOptions
@@ -45,7 +45,7 @@ class FunctionMaker:
         return FunctionHandler(self._function)
 
 
-def function_maker(found: object, use: str) -> FunctionMaker:
+def to_factory(found: object, use: str) -> FunctionFactory:
     """Take a callable for a handler; HandlerLoadError says why it cannot be one."""
     if inspect.isclass(found) or not callable(found):
         raise HandlerLoadError(
@@ -61,7 +61,7 @@ def function_maker(found: object, use: str) -> FunctionMaker:
         raise HandlerLoadError(f"{use} cannot be called with (run, context)") from None
     except ValueError:  # builtins do not tell
         raise HandlerLoadError(f"{use} does not tell its parameters: wrap it in a function (run, context)") from None
-    return FunctionMaker(found)
+    return FunctionFactory(found)
 
 
 def _bodies(function: Callable[..., Any]) -> tuple[object, object]:

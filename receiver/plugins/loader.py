@@ -20,8 +20,8 @@ from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreac
 from receiver.handler import Checks, Closes, DescribesSchema, Handler
 from receiver.model import Event, Subscription, When
 from receiver.plugins.attempt import Registration
-from receiver.plugins.functions import FunctionHandler, function_maker
-from receiver.plugins.threads import owned_by
+from receiver.plugins.functions import FunctionHandler, to_factory
+from receiver.plugins.threads import use_threads_of
 
 GROUP = "flora_receiver.handlers"
 
@@ -83,7 +83,7 @@ async def close_handlers(loaded: tuple[Loaded, ...]) -> None:
 
 
 async def _closed(name: str, handler: Closes) -> None:
-    owned_by(name)
+    use_threads_of(name)
     with contextlib.suppress(*_ANYTHING):
         await handler.close()
 
@@ -109,7 +109,7 @@ async def _checked(loaded: Loaded) -> tuple[Problem | None, bool]:
 
 async def _trouble(name: str, handler: Checks) -> BaseException | None:
     """Return what a check raises: whatever that is, it is its answer."""
-    owned_by(name)
+    use_threads_of(name)
     try:
         await handler.check()
     except _ANYTHING as error:
@@ -117,7 +117,7 @@ async def _trouble(name: str, handler: Checks) -> BaseException | None:
     return None
 
 
-def available() -> Sequence[str]:
+def installed_handlers() -> Sequence[str]:
     """Return the names of the installed handlers, without importing any."""
     return sorted({point.name for point in entry_points(group=GROUP)})
 
@@ -151,7 +151,7 @@ def describe_schema(settings: Settings, name: str, environ: Mapping[str, str]) -
     return handler_class.schema(config)
 
 
-def without_secrets(settings: Settings, environ: Mapping[str, str]) -> Settings:
+def mask_secrets(settings: Settings, environ: Mapping[str, str]) -> Settings:
     """Return settings for display, in which whatever a handler's `Config` types as a secret is masked, by any name."""
     return settings.model_copy(update={"handlers": tuple(_shown(entry, environ) for entry in settings.handlers)})
 
@@ -217,7 +217,7 @@ def find_handler(use: str) -> Any:
     points = [point for point in entry_points(group=GROUP) if point.name == use]
     if ":" not in use and not points:
         raise HandlerLoadError(
-            f"there is no handler {use!r}; installed: {', '.join(available()) or 'none'}; "
+            f"there is no handler {use!r}; installed: {', '.join(installed_handlers()) or 'none'}; "
             "your own goes as package.module:Class, or package.module:function"
         )
     try:
@@ -230,7 +230,7 @@ def find_handler(use: str) -> Any:
         raise HandlerLoadError(
             f"{use} cannot be imported: {type(error).__name__}: {error}{_hint(use, error)}"
         ) from error
-    return found if hasattr(found, "Config") else function_maker(found, use)
+    return found if hasattr(found, "Config") else to_factory(found, use)
 
 
 def _hint(use: str, error: BaseException) -> str:

@@ -9,7 +9,7 @@ from receiver.model import Artifact, Event, Lane, Output
 from receiver.net.download import Download
 
 
-class Scales:
+class TransferProgress:
     """Knows of each output how large it is, as far as it has been opened, and whether its bytes are safe."""
 
     def __init__(self, event: Event, outputs: Sequence[Output], artifacts: Sequence[Artifact] = ()) -> None:
@@ -27,7 +27,7 @@ class Scales:
         self._stored.add(position)
 
     @asynccontextmanager
-    async def weighed(self, output: Output, opening: AbstractAsyncContextManager[Download]) -> AsyncIterator[Download]:
+    async def track(self, output: Output, opening: AbstractAsyncContextManager[Download]) -> AsyncIterator[Download]:
         """Open an output, and learn its size: what the server says, and what comes if that is more."""
         async with opening as download:
             if download.content_length is not None:

@@ -2,7 +2,7 @@
 
 The loop has one pool for all, and a thread cannot be stopped: a handler whose calls hang (a dead mount, a library without
 a time limit) would soon hold every one, and FLORA's name could not be looked up any more. The service sets `Threads` as
-the loop's default; whatever calls a handler says whose threads it needs with `owned_by`.
+the loop's default; whatever calls a handler says whose threads it needs with `use_threads_of`.
 """
 
 import queue
@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["MOST", "Threads", "owned_by"]
+__all__ = ["MOST", "Threads", "use_threads_of"]
 
 MOST = 32
 """Threads of one handler: as many as asyncio's own pool has at most."""
@@ -24,7 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def owned_by(handler: str) -> None:
+def use_threads_of(handler: str) -> None:
     """Have the current task, and all that it starts, use the threads of a handler."""
     _OWNER.set(handler)
 
@@ -44,13 +44,13 @@ class Threads(ThreadPoolExecutor):
             self._of[owner] = _Daemons(owner)
         return self._of[owner].submit(partial(fn, *args, **kwargs))
 
-    def let_go(self) -> None:
+    def release_handlers(self) -> None:
         """Have the handlers' threads end when they are done; nobody waits for them."""
         while self._of:
             self._of.popitem()[1].end()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self.let_go()
+        self.release_handlers()
         super().shutdown(wait, cancel_futures=cancel_futures)
 
 

@@ -379,7 +379,7 @@ class Service:
         with contextlib.suppress(TimeoutError):  # nobody is told 200 for what is dropped here
             await asyncio.wait_for(self.intake.close(), _COMMIT_SECONDS)
         await close_handlers(self._loaded)
-        self._threads.let_go()
+        self._threads.release_handlers()
         await self._api.aclose()
         await self._downloader.aclose()
         await self.database.close()

@@ -17,8 +17,8 @@ from receiver.errors import StoreUnavailableError
 from receiver.handler import Done, Retry
 from receiver.model import Dispatch, DispatchState, Event, Lane, ReadRequested, Report, Subscription
 from receiver.net.download import Downloader
-from receiver.plugins.attempt import AttemptContext, Registration, answer_state, call, settled_run
-from receiver.plugins.progress import Scales
+from receiver.plugins.attempt import AttemptContext, Registration, call_handler, to_dispatch_state, to_settled_run
+from receiver.plugins.progress import TransferProgress
 from receiver.store import Database, ledger, queue
 from receiver.store.changes import Change, Signals
 from receiver.store.queue import Leased
@@ -38,7 +38,7 @@ class _Attempt:
     leased: Leased
     registration: Registration
     token: str
-    scales: Scales
+    progress: TransferProgress
     task: asyncio.Task[None] | None = None
     answered: bool = False
     """Its effect is applied: from here on it is written down, not stopped."""
@@ -100,7 +100,7 @@ class Dispatcher:
         names = tuple(self._registrations)
         busy = {name: Counter[Lane]() for name in names}
         for attempt in self._running.values():
-            busy[attempt.registration.name][attempt.scales.lane] += 1
+            busy[attempt.registration.name][attempt.progress.lane] += 1
         free = [each for each in self._registrations.values() if busy[each.name].total() < each.concurrency]
 
         def look(tx: Any) -> tuple[dict[str, frozenset[Lane]], int | None]:
@@ -214,8 +214,8 @@ class Dispatcher:
                 self._signals.changes.publish(Change("dispatch", dispatch.run_id, dispatch.state.value, name))
             self._signals.dispatch.set()
         for leased in claimed:
-            scales = Scales(leased.dispatch.event, leased.outputs, leased.artifacts)
-            attempt = _Attempt(leased, registration, token, scales)
+            progress = TransferProgress(leased.dispatch.event, leased.outputs, leased.artifacts)
+            attempt = _Attempt(leased, registration, token, progress)
             self._running[leased.seq] = attempt
             attempt.task = asyncio.create_task(
                 self._attempt(attempt), name=f"dispatch {leased.dispatch.idempotency_key}"
@@ -232,14 +232,14 @@ class Dispatcher:
         started_at = self._clock()
         deadline_at = started_at + timedelta(seconds=registration.timeout_seconds)
         context = AttemptContext(
-            self._database, self._downloader, leased, registration, deadline_at, self._clock, attempt.scales
+            self._database, self._downloader, leased, registration, deadline_at, self._clock, attempt.progress
         )
-        run = settled_run(leased.run, leased.outputs)
-        answer = await call(registration.handler, run, context, registration.timeout_seconds)
+        run = to_settled_run(leased.run, leased.outputs)
+        answer = await call_handler(registration.handler, run, context, registration.timeout_seconds)
         attempt.answered = True
         now = self._clock()
         outcome = conclude(
-            answer_state(answer),
+            to_dispatch_state(answer),
             leased.dispatch.attempts,
             registration.max_attempts,
             backoff=registration.backoff,
@@ -258,7 +258,7 @@ class Dispatcher:
                 due_at=outcome.due_at,
                 error=reason,
                 result=answer.result if isinstance(answer, Done) else None,
-                lane=None if isinstance(answer, Done) else attempt.scales.lane,
+                lane=None if isinstance(answer, Done) else attempt.progress.lane,
                 now=now,
             )
             if written and outcome.state is DispatchState.DEAD:

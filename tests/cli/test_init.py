@@ -102,15 +102,15 @@ def test_a_certificate_for_a_laptop(tmp_path: Path) -> None:
 
 def test_a_kept_authority_that_is_of_no_use_is_said(tmp_path: Path) -> None:
     """Not used, not overwritten: --force is the way."""
-    certificates.keep_authority(certificates.make_authority(), tmp_path / "a")
-    certificates.keep_authority(certificates.make_authority(), tmp_path / "b")
+    certificates.save_authority(certificates.make_authority(), tmp_path / "a")
+    certificates.save_authority(certificates.make_authority(), tmp_path / "b")
     (tmp_path / "a/ca.key").write_bytes((tmp_path / "b/ca.key").read_bytes())
     with pytest.raises(ValueError, match="do not belong together"):
-        certificates.kept_authority(tmp_path / "a")
+        certificates.load_authority(tmp_path / "a")
     refused = run_command("dev-cert", "--dir", "a", cwd=tmp_path)
     assert refused.returncode == 2
     assert "--force" in refused.stderr
-    assert certificates.kept_authority(tmp_path / "nowhere") is None
+    assert certificates.load_authority(tmp_path / "nowhere") is None
     kept = (tmp_path / "a/ca.pem").read_bytes()
     (tmp_path / "a/ca.key").unlink()
     halved = run_command("dev-cert", "--dir", "a", cwd=tmp_path)
@@ -122,7 +122,7 @@ def test_a_kept_authority_that_is_of_no_use_is_said(tmp_path: Path) -> None:
     )
     (tmp_path / "b/ca.key").write_bytes(key)
     with pytest.raises(ValueError, match="has a password"):
-        certificates.kept_authority(tmp_path / "b")
+        certificates.load_authority(tmp_path / "b")
 
 
 @pytest.mark.parametrize("host", ["https://hooks.test", "a b", "", "bücher.test", "hooks.test:8443", "a..b", "x" * 64])

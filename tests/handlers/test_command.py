@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from handlers.command import Command, CommandConfig
 from handlers.command.workdir import Workdir
 from receiver.handler import Answer, Checks, Closes, Done, Handler, Output, Reject, Retry, SettledRun
-from receiver.plugins.attempt import Registration, call
+from receiver.plugins.attempt import Registration, call_handler
 from tests.support.media import MediaServer, page
 
 ROOT = Path(__file__).parents[2]
@@ -426,7 +426,7 @@ async def test_sigterm_comes_first(
 async def test_endless_output_ends_with_the_attempt(build: Build, run: SettledRun, context_of: ContextOf) -> None:
     """`yes` is stopped by the attempt's own time, and the service's own call says so."""
     handler = build("yes")
-    answer = await call(handler, run, context_of(), timeout_seconds=0.3)
+    answer = await call_handler(handler, run, context_of(), timeout_seconds=0.3)
     assert answer == Retry("it took longer than 0.3 s")
     assert Registration("x", handler).handler is handler
 

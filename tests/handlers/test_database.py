@@ -39,7 +39,7 @@ from receiver.handler import (
     TargetUnreachableError,
 )
 from receiver.model import Origin, Run, RunState
-from receiver.plugins.attempt import settled_run
+from receiver.plugins.attempt import to_settled_run
 from tests.support.handler_kit import NOW
 from tests.support.postgres import Postgres, tool
 
@@ -574,7 +574,7 @@ def test_the_password_shows_nowhere() -> None:
 def test_a_view_of_a_run_has_its_version() -> None:
     """By which older views are told from newer ones."""
     run = Run("run_1", RunState.COMPLETED, Origin.STARTED, NOW, NOW, version=7)
-    assert settled_run(run, ()).version == 7
+    assert to_settled_run(run, ()).version == 7
 
 
 @pytest.mark.parametrize(

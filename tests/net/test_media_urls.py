@@ -2,7 +2,7 @@
 
 import pytest
 
-from receiver.net.media_urls import concealed
+from receiver.net.media_urls import conceal_urls
 
 SIGNED = "https://media.example/a/b%20c.png?sig=1&t=2"
 
@@ -27,10 +27,10 @@ SIGNED = "https://media.example/a/b%20c.png?sig=1&t=2"
 )
 def test_no_more_than_the_host_shows(url: str, text: str, shown: str) -> None:
     """Whole, as FLORA spelled it, as it travels, with and without its query."""
-    assert concealed(text, [url]) == shown
+    assert conceal_urls(text, [url]) == shown
 
 
 def test_one_that_begins_another_leaves_no_rest() -> None:
     """The longest is taken first."""
     urls = ["https://media.example/media/1", "https://media.example/media/1/large.png"]
-    assert concealed("/media/1/large.png and /media/1", urls) == "/… and /…"
+    assert conceal_urls("/media/1/large.png and /media/1", urls) == "/… and /…"

@@ -9,7 +9,7 @@ from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedE
 from receiver.model import Output
 from receiver.net.clients import tls_context
 from receiver.net.download import MAX_RESUMES, Downloader, DownloadLimits
-from receiver.net.ranges import Whole, whole
+from receiver.net.ranges import ResumableBody, parse_resumable
 from tests.support.media import MediaServer, Page, page, redirect, serving
 
 BODY = bytes(range(256)) * 8_000
@@ -39,8 +39,8 @@ async def downloader(media: MediaServer) -> AsyncIterator[Downloader]:
 
 def cut(at: int, *headers: str, body: bytes = BODY) -> Page:
     """Promise the whole body, and end the connection after `at` bytes of it."""
-    whole = page(body, "image/png", *headers).raw
-    return Page(whole[: len(whole) - len(body) + at])
+    raw = page(body, "image/png", *headers).raw
+    return Page(raw[: len(raw) - len(body) + at])
 
 
 def rest(start: int, *headers: str, until: int = len(BODY), told: str | None = None) -> Page:
@@ -197,8 +197,8 @@ async def test_cancellation_ends_the_rest(media: MediaServer, downloader: Downlo
 def test_only_complete_answers_say_how_they_go_on() -> None:
     """Length, ranges and a strong validator, or nothing."""
     told = {"accept-ranges": "bytes", "content-length": "5", "etag": '"x"'}
-    assert whole(told) == Whole(5, '"x"')
-    assert whole({**told, "content-length": "five"}) is None
-    assert whole({**told, "etag": 'W/"x"'}) is None
-    assert whole({**told, "accept-ranges": "none"}) is None
-    assert whole({**told, "transfer-encoding": "chunked"}) is None
+    assert parse_resumable(told) == ResumableBody(5, '"x"')
+    assert parse_resumable({**told, "content-length": "five"}) is None
+    assert parse_resumable({**told, "etag": 'W/"x"'}) is None
+    assert parse_resumable({**told, "accept-ranges": "none"}) is None
+    assert parse_resumable({**told, "transfer-encoding": "chunked"}) is None

@@ -16,7 +16,7 @@ import pytest
 from receiver.config import Settings
 from receiver.errors import AttemptOverError, ConfigError
 from receiver.handler import Context, Done, DownloadRefusedError, LocationTakenError, Reject, Retry, SettledRun
-from receiver.plugins.attempt import call
+from receiver.plugins.attempt import call_handler
 from receiver.plugins.functions import BlockingContext, FunctionHandler
 from receiver.plugins.loader import load_handlers
 from tests.support.core import until
@@ -142,7 +142,7 @@ async def test_what_a_function_returns(returned: Any, answer: Any, is_async: boo
 
 
 async def attempted(handler: FunctionHandler, context: MemoryContext, seconds: float = 30) -> Any:
-    return await call(handler, RUN, context, seconds)  # type: ignore[arg-type]
+    return await call_handler(handler, RUN, context, seconds)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit("no"), KeyboardInterrupt("no"), StopIteration("no")])

@@ -16,7 +16,7 @@ from receiver.errors import ConfigError, Problem
 from receiver.handler import Answer, Context, Done, Secret, SettledRun, TargetUnreachableError, needs
 from receiver.model import Event, When
 from receiver.plugins import loader as plugins
-from receiver.plugins.loader import available, check_handlers, close_handlers, load_handlers
+from receiver.plugins.loader import check_handlers, close_handlers, installed_handlers, load_handlers
 
 HERE = __name__
 
@@ -119,7 +119,7 @@ def test_loads_by_entry_point_and_by_path() -> None:
 
 
 def test_names_of_the_installed_handlers() -> None:
-    assert {"log", "storage"} <= set(available())
+    assert {"log", "storage"} <= set(installed_handlers())
 
 
 def test_a_class_sets_defaults_and_the_settings_override_them() -> None:

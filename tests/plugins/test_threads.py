@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 
-from receiver.plugins.threads import MOST, Threads, owned_by
+from receiver.plugins.threads import MOST, Threads, use_threads_of
 
 ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
@@ -22,12 +22,12 @@ async def threads() -> AsyncIterator[Threads]:
     made = Threads()
     asyncio.get_running_loop().set_default_executor(made)
     yield made
-    made.let_go()
+    made.release_handlers()
 
 
 async def own(handler: str, call: Callable[[], T]) -> T:
     """Call in a thread, as a handler's code does."""
-    owned_by(handler)
+    use_threads_of(handler)
     return await asyncio.to_thread(call)
 
 
@@ -48,7 +48,7 @@ async def test_one_that_hangs_in_every_thread_holds_up_nobody(threads: Threads) 
     assert await asyncio.get_running_loop().getaddrinfo("localhost", 80)
     assert not any(task.done() for task in late)
     late[0].cancel()
-    threads.let_go()  # as the service does when it stops: nobody waits
+    threads.release_handlers()  # as the service does when it stops: nobody waits
     release.set()
     assert await asyncio.gather(*stuck) == [True] * MOST
     assert len(await asyncio.gather(*late[1:])) == 2
@@ -76,10 +76,10 @@ def test_a_hanging_call_does_not_keep_the_process() -> None:
     """The loop is closed and the process ends, although a handler's thread still waits for something."""
     program = """
 import asyncio, threading
-from receiver.plugins.threads import Threads, owned_by
+from receiver.plugins.threads import Threads, use_threads_of
 
 async def attempt():
-    owned_by("hangs")
+    use_threads_of("hangs")
     await asyncio.to_thread(threading.Event().wait)
 
 async def main():

@@ -33,7 +33,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContex
     cert, key = certificates.write(certificates.issue(authority, "127.0.0.1"), directory)
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(cert, key)
-    return server, ssl.create_default_context(cafile=str(certificates.keep_authority(authority, directory)))
+    return server, ssl.create_default_context(cafile=str(certificates.save_authority(authority, directory)))
 
 
 @contextlib.asynccontextmanager

@@ -190,7 +190,7 @@ async def test_an_image_that_turns_out_large_counts_as_heavy(bench: Bench, size:
     assert await bench.lanes("run_large") == ("ready", "light")
     dispatcher = bench.start(handler, 2)
     await turns_out.wait()
-    assert [attempt.scales.lane for attempt in dispatcher._running.values()] == [Lane.HEAVY]
+    assert [attempt.progress.lane for attempt in dispatcher._running.values()] == [Lane.HEAVY]
     await bench.settled("run_video", bench.output("/video", endless(), "videoUrl"))
     await bench.settled("run_small", bench.output("/small", page(PNG)))
     while (await bench.lanes("run_small"))[0] != "done":  # noqa: ASYNC110 -- the ledger sets no event
@@ -240,7 +240,7 @@ async def test_whatever_turns_out_large_no_more_run_than_allowed(bench: Bench) -
     for n in range(4):
         await bench.settled(f"run_l{n}", bench.output(f"/l{n}", endless()))
     dispatcher = bench.start(handler, 4)
-    await until(lambda: [each.scales.lane for each in dispatcher._running.values()] == [Lane.HEAVY] * 4)
+    await until(lambda: [each.progress.lane for each in dispatcher._running.values()] == [Lane.HEAVY] * 4)
     await bench.settled("run_video", bench.output("/video", endless(), "videoUrl"))
     await bench.settled("run_small", bench.output("/small", page(PNG)))
     await dispatcher.tick(bench.core.clock.now)
