@@ -14,9 +14,9 @@ _LONGEST_ASKED = 86_400.0
 class Backoff:
     """How pauses between attempts grow: `first`, then each `factor` times the one before, up to `longest`."""
 
-    first: timedelta = timedelta(seconds=1)
-    factor: float = 2.0
-    longest: timedelta = timedelta(minutes=30)
+    first: timedelta
+    factor: float
+    longest: timedelta
 
     def pause(self, attempts: int) -> timedelta:
         """Return the pause after that many attempts."""
@@ -40,14 +40,11 @@ def conclude(
     max_attempts: int,
     *,
     now: datetime,
-    backoff: Backoff = Backoff(),
+    backoff: Backoff,
     after_seconds: float | None = None,
     jitter: float = 0.5,
 ) -> Outcome:
-    """Return what becomes of a dispatch whose `attempts`-th attempt was answered with a state: done, dead or ready.
-
-    As `backoff` stands by default, pauses double from 1 s to 30 min: twelve attempts reach over more than an hour.
-    """
+    """Return what becomes of a dispatch whose `attempts`-th attempt was answered with a state: done, dead or ready."""
     if answered is not DispatchState.READY:
         return Outcome(answered)
     if attempts >= max_attempts:

@@ -1,23 +1,24 @@
-"""The numbers behind the rules. Pure; from `[reconcile]` of the settings."""
+"""The numbers behind the rules. Pure; `receiver.service.wiring` fills them in from `[reconcile]` of the settings."""
 
 from dataclasses import dataclass
 from datetime import timedelta
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The numbers behind the rules; from `[reconcile]`."""
+    """How long to wait for callbacks, and how often to read runs."""
 
-    first_poll: timedelta = timedelta(seconds=60)
-    """A run whose callback is expected is first read after this, or after FLORA's own estimate."""
-    eager_poll: timedelta = timedelta(seconds=4)
-    """A run without a callback is read this often at first (FLORA advises 2–5 s)."""
-    max_gap: timedelta = timedelta(minutes=15)
-    callback_window: timedelta = timedelta(seconds=420)
-    """FLORA has given up on delivering a callback this long after a run's end (10 + 60 + 300 s and time-outs)."""
-    deadline: timedelta = timedelta(hours=24)
-    ladder: tuple[timedelta, ...] = tuple(timedelta(seconds=s) for s in (0, 1, 2, 4, 8, 15, 30, 60))
-    """Pauses between reads after something said that a run is terminal: the API may lag its own callback."""
-    cost_window: timedelta = timedelta(minutes=10)
-    missing_limit: int = 5
-    missing_span: timedelta = timedelta(minutes=10)
+    first_poll: timedelta
+    """Time to the first read of a run whose callback is expected and whose duration FLORA did not estimate."""
+    eager_poll: timedelta
+    """Pause between the first reads of a run for which no callback is expected."""
+    max_gap: timedelta
+    """Longest pause between two reads of an unsettled run."""
+    callback_window: timedelta
+    """Time after a run's end until FLORA has given up on delivering its callback."""
+    deadline: timedelta
+    """Age at which a run that is still not terminal is given up."""
+    ladder: tuple[timedelta, ...]
+    """Pauses between reads after a report that a run is terminal: the API may lag behind its own callback."""
+    cost_window: timedelta
+    """Time after settling for which a missing cost is read again."""

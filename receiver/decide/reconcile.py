@@ -42,6 +42,10 @@ from receiver.model import (
     Verdict,
 )
 
+_NOT_FOUND_READS = 5
+_NOT_FOUND_SPAN = timedelta(minutes=10)
+"""A run is lost after this many 404s in a row, over at least this time."""
+
 
 class Kind(StrEnum):
     """A report, as far as the table cares."""
@@ -265,7 +269,7 @@ def _miss(case: _Case) -> Decision:
     run = replace(
         run, polls=run.polls + 1, ladder=run.ladder + 1, failures=0, missing=run.missing + 1, missing_since=since
     )
-    if run.missing >= case.policy.missing_limit and case.now - since >= case.policy.missing_span:
+    if run.missing >= _NOT_FOUND_READS and case.now - since >= _NOT_FOUND_SPAN:
         return _lose(run, LostReason.NOT_FOUND)
     return _read_on(run, case)
 

@@ -5,7 +5,7 @@ import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, assert_never
@@ -38,10 +38,10 @@ class Registration:
 
     name: str
     handler: Handler
-    max_attempts: int = 12
-    timeout_seconds: float = 900.0
-    concurrency: int = 8
-    backoff: Backoff = field(default_factory=Backoff)
+    max_attempts: int
+    timeout_seconds: float
+    concurrency: int
+    backoff: Backoff
 
 
 async def call_handler(handler: Handler, run: SettledRun, context: "AttemptContext", timeout_seconds: float) -> Answer:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from receiver.config import HandlerEntry, Setting, Settings, describe_model
+from receiver.config.sections import Pauses
 from receiver.decide import Backoff
 from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreachableError
 from receiver.handler import Checks, Closes, DescribesSchema, Handler
@@ -192,10 +193,8 @@ def _load(entry: HandlerEntry, settings: Settings, environ: Mapping[str, str]) -
 
 
 def _backoff(entry: HandlerEntry) -> Backoff:
-    if entry.backoff is None:
-        return Backoff()
-    asked = entry.backoff
-    return Backoff(timedelta(seconds=asked.first_seconds), asked.factor, timedelta(seconds=asked.longest_seconds))
+    pauses = entry.backoff or Pauses()
+    return Backoff(timedelta(seconds=pauses.first_seconds), pauses.factor, timedelta(seconds=pauses.longest_seconds))
 
 
 def _problems(error: ValidationError, index: int) -> list[Problem]:

@@ -24,6 +24,7 @@ def policy(settings: Settings) -> Policy:
     reconcile = settings.reconcile
     return Policy(
         first_poll=timedelta(seconds=reconcile.first_poll_seconds),
+        eager_poll=timedelta(seconds=4),  # FLORA advises 2 to 5 s
         max_gap=timedelta(seconds=reconcile.max_gap_seconds),
         callback_window=timedelta(seconds=reconcile.callback_window_seconds),
         deadline=timedelta(hours=reconcile.deadline_hours),

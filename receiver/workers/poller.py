@@ -110,7 +110,7 @@ class Poller:
         signals: Signals,
         metrics: Metrics,
         budgets: Mapping[str | None, RateLimit] | None = None,
-        policy: Policy | None = None,
+        policy: Policy,
         concurrency: int = 8,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -119,7 +119,7 @@ class Poller:
         self._intake = intake
         self._signals = signals
         self._metrics = metrics
-        self._policy = policy or Policy()
+        self._policy = policy
         self._clock = clock
         if budgets is None:
             budgets = {key: RateLimit(concurrency, clock=clock) for key in clients}

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from receiver.decide import Backoff, Outcome, conclude
 from receiver.model import DispatchState
-from tests.support.core import NOW
+from tests.support.core import BACKOFF, NOW
 
 
 def pause(attempts: int, **options: Any) -> float:
-    outcome = conclude(DispatchState.READY, attempts, 10**9, now=NOW, **{"jitter": 0.0, **options})
+    outcome = conclude(DispatchState.READY, attempts, 10**9, now=NOW, **{"jitter": 0.0, "backoff": BACKOFF, **options})
     assert outcome.state is DispatchState.READY
     assert outcome.due_at is not None
     return (outcome.due_at - NOW).total_seconds()
@@ -23,15 +23,17 @@ def pause(attempts: int, **options: Any) -> float:
 @pytest.mark.parametrize("attempts", [1, 12])
 def test_a_final_answer_is_final(answered: DispatchState, attempts: int) -> None:
     """Done is done and rejected is dead, on whichever attempt."""
-    assert conclude(answered, attempts, 12, now=NOW) == Outcome(answered)
+    assert conclude(answered, attempts, 12, now=NOW, backoff=BACKOFF) == Outcome(answered)
 
 
 def test_the_last_attempt_decides() -> None:
     """Retry on the last attempt is the end of it; one before, it is not."""
-    assert conclude(DispatchState.READY, 11, 12, now=NOW).state is DispatchState.READY
-    assert conclude(DispatchState.READY, 12, 12, now=NOW) == Outcome(DispatchState.DEAD)
-    assert conclude(DispatchState.READY, 13, 12, now=NOW) == Outcome(DispatchState.DEAD)
-    assert conclude(DispatchState.READY, 12, 12, now=NOW, after_seconds=1) == Outcome(DispatchState.DEAD)
+    assert conclude(DispatchState.READY, 11, 12, now=NOW, backoff=BACKOFF).state is DispatchState.READY
+    assert conclude(DispatchState.READY, 12, 12, now=NOW, backoff=BACKOFF) == Outcome(DispatchState.DEAD)
+    assert conclude(DispatchState.READY, 13, 12, now=NOW, backoff=BACKOFF) == Outcome(DispatchState.DEAD)
+    assert conclude(DispatchState.READY, 12, 12, now=NOW, backoff=BACKOFF, after_seconds=1) == Outcome(
+        DispatchState.DEAD
+    )
 
 
 def test_pauses_double_up_to_half_an_hour() -> None:
@@ -67,7 +69,9 @@ def test_no_number_is_the_usual_pause() -> None:
 def test_the_next_attempt_is_never_in_the_past_nor_further_than_a_day(
     attempts: int, after: float | None, jitter: float, limit: int
 ) -> None:
-    outcome = conclude(DispatchState.READY, attempts, limit, now=NOW, after_seconds=after, jitter=jitter)
+    outcome = conclude(
+        DispatchState.READY, attempts, limit, now=NOW, backoff=BACKOFF, after_seconds=after, jitter=jitter
+    )
     if outcome.state is DispatchState.READY:
         assert outcome.due_at is not None
         assert NOW <= outcome.due_at <= NOW + timedelta(days=1)

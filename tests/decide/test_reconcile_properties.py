@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from receiver.decide import SETTLED_STATES, Changed, Policy, next_poll, reconcile, settle
+from receiver.decide import SETTLED_STATES, Changed, next_poll, reconcile, settle
 from receiver.model import (
     CallbackExpired,
     CallbackStatus,
@@ -25,7 +25,7 @@ from receiver.model import (
     Subscription,
     When,
 )
-from tests.support.core import NOW, OUTPUT, POLICY, a_callback_received, a_read, a_registration, a_run
+from tests.support.core import NOW, OUTPUT, POLICY, a_callback_received, a_policy, a_read, a_registration, a_run
 
 SUBSCRIPTIONS = (
     Subscription("all", on=tuple(Event)),
@@ -204,7 +204,7 @@ def test_the_next_poll_is_never_in_the_past_and_never_too_far(
     *, age: int, ladder: int, callback_expected: bool, reported: bool, max_gap: int, jitter: float
 ) -> None:
     """Between now and 1.25 times the longest gap, whatever the run's age: clocks jump."""
-    policy = Policy(max_gap=timedelta(seconds=max_gap))
+    policy = a_policy(max_gap=timedelta(seconds=max_gap))
     run = replace(
         a_run(first_seen_at=NOW - timedelta(seconds=age), ladder=ladder, callback_expected=callback_expected),
         reported_at=NOW - timedelta(seconds=age) if reported else None,

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from handlers.command import Command, CommandConfig
 from handlers.command.workdir import Workdir
 from receiver.handler import Answer, Checks, Closes, Done, Handler, Output, Reject, Retry, SettledRun
-from receiver.plugins.attempt import Registration, call_handler
+from receiver.plugins.attempt import call_handler
+from tests.support.core import registered_handler
 from tests.support.media import MediaServer, page
 
 ROOT = Path(__file__).parents[2]
@@ -428,7 +429,7 @@ async def test_endless_output_ends_with_the_attempt(build: Build, run: SettledRu
     handler = build("yes")
     answer = await call_handler(handler, run, context_of(), timeout_seconds=0.3)
     assert answer == Retry("it took longer than 0.3 s")
-    assert Registration("x", handler).handler is handler
+    assert registered_handler("x", handler).handler is handler
 
 
 async def test_cancelled_twice_the_clean_up_goes_on(

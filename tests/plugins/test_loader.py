@@ -226,7 +226,7 @@ def test_pauses_between_attempts_are_set_for_each_handler() -> None:
     usual, own = load_handlers(
         settings(entry("Plain"), {**entry("Plain", backoff={"first_seconds": 60, "factor": 1}), "name": "b"})
     )
-    assert usual.registration.backoff == Backoff()
+    assert usual.registration.backoff == Backoff(timedelta(seconds=1), 2.0, timedelta(minutes=30))
     assert own.registration.backoff == Backoff(timedelta(seconds=60), 1.0, timedelta(minutes=30))
     with pytest.raises(ValidationError, match="must not be greater"):
         settings(entry("Plain", backoff={"first_seconds": 7200}))

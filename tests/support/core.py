@@ -10,8 +10,9 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.engine.base import OptionEngine
 
-from receiver.decide import Policy
+from receiver.decide import Backoff, Policy
 from receiver.flora.signature import sign
+from receiver.handler import Handler
 from receiver.intake.callbacks import Answer, Intake, Secret
 from receiver.model import (
     CallbackReceived,
@@ -28,6 +29,7 @@ from receiver.model import (
     Snapshot,
     Subscription,
 )
+from receiver.plugins.attempt import Registration
 from receiver.store import Database, ledger, queue
 from receiver.store.changes import Signals
 from receiver.store.postgres import PostgresDatabase
@@ -36,7 +38,30 @@ from receiver.telemetry import Metrics
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 SECRET = "whsec_test_1"
 OUTPUT = Output(0, "output_1", "imageUrl", "https://media.flora.example/1.png")
-POLICY = Policy()
+
+
+def a_policy(**fields: Any) -> Policy:
+    """Return the rules' numbers as they are by default; `fields` override."""
+    given: dict[str, Any] = {
+        "first_poll": timedelta(seconds=60),
+        "eager_poll": timedelta(seconds=4),
+        "max_gap": timedelta(minutes=15),
+        "callback_window": timedelta(seconds=420),
+        "deadline": timedelta(hours=24),
+        "ladder": tuple(timedelta(seconds=pause) for pause in (0, 1, 2, 4, 8, 15, 30, 60)),
+        "cost_window": timedelta(minutes=10),
+    }
+    return Policy(**(given | fields))
+
+
+POLICY = a_policy()
+BACKOFF = Backoff(timedelta(seconds=1), 2.0, timedelta(minutes=30))
+
+
+def registered_handler(name: str, handler: Handler, **limits: Any) -> Registration:
+    """Return a configured handler with the limits that it has by default; `limits` override."""
+    given: dict[str, Any] = {"max_attempts": 12, "timeout_seconds": 900.0, "concurrency": 8, "backoff": BACKOFF}
+    return Registration(name, handler, **(given | limits))
 
 
 @dataclass

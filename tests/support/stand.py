@@ -179,6 +179,13 @@ def a_ledger(database: Database, clock: Clock, *stands: Stand) -> Ledger:
         **{stand.workspace_id: stand.budget for stand in others},
     }
     poller = Poller(
-        database, core.intake, clients, signals=core.signals, metrics=core.metrics, budgets=budgets, clock=clock
+        database,
+        core.intake,
+        clients,
+        signals=core.signals,
+        policy=POLICY,
+        metrics=core.metrics,
+        budgets=budgets,
+        clock=clock,
     )
     return Ledger(core, poller)

@@ -18,11 +18,10 @@ from receiver.model import DispatchState, Event, Operation, Output, Start, Start
 from receiver.net.clients import tls_context
 from receiver.net.download import Downloader
 from receiver.plugins import attempt as attempt_module
-from receiver.plugins.attempt import Registration
 from receiver.store import Database, queue, starts
 from receiver.workers import dispatcher as dispatcher_module
 from receiver.workers.dispatcher import Dispatcher
-from tests.support.core import NOW, OUTPUT, Clock, Core, a_core, a_read, until, writable
+from tests.support.core import NOW, OUTPUT, Clock, Core, a_core, a_read, registered_handler, until, writable
 
 Act = Callable[[SettledRun, Context], Awaitable[Any]]
 TLS = tls_context()
@@ -85,7 +84,9 @@ class Bench:
 
     def dispatcher(self, *handlers: Handler, names: Sequence[str] = ("h", "i", "j"), **options: Any) -> Dispatcher:
         limits = {key: options.pop(key) for key in ("max_attempts", "timeout_seconds", "concurrency") if key in options}
-        registrations = [Registration(name, handler, **limits) for name, handler in zip(names, handlers, strict=False)]
+        registrations = [
+            registered_handler(name, handler, **limits) for name, handler in zip(names, handlers, strict=False)
+        ]
         made = Dispatcher(
             self.core.database,
             registrations,

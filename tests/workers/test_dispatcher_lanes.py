@@ -15,10 +15,9 @@ from receiver.handler import Answer, Context, Done, Handler, Retry, SettledRun
 from receiver.model import Lane, Output
 from receiver.net.clients import tls_context
 from receiver.net.download import Downloader
-from receiver.plugins.attempt import Registration
 from receiver.store import Database
 from receiver.workers.dispatcher import Dispatcher
-from tests.support.core import Clock, Core, a_core, until
+from tests.support.core import Clock, Core, a_core, registered_handler, until
 from tests.support.media import MediaServer, Page, page, serving
 
 TLS = tls_context()
@@ -71,7 +70,7 @@ class Bench:
     def dispatcher(self, handler: Handler, concurrency: int) -> Dispatcher:
         return Dispatcher(
             self.core.database,
-            [Registration("h", handler, concurrency=concurrency)],
+            [registered_handler("h", handler, concurrency=concurrency)],
             self.core.subscriptions,
             downloader=self.downloader,
             signals=self.core.signals,

@@ -15,7 +15,7 @@ from receiver.flora.client import FloraClient
 from receiver.model import Event, LostReason, Run, RunState, Subscription, Verdict
 from receiver.store import Database
 from receiver.workers.poller import Poller
-from tests.support.core import NOW, Clock, Core, a_core, writable
+from tests.support.core import NOW, POLICY, Clock, Core, a_core, writable
 
 WORKSPACE = "ws_emulator"
 TECHNIQUE = find_technique("emu-image")
@@ -80,7 +80,15 @@ async def sky(database: Database, clock: Clock) -> AsyncIterator[Sky]:
     transport = httpx.ASGITransport(app=emulator.app)
     async with httpx.AsyncClient(transport=transport, base_url=emulator.base_url("http://flora")) as http:
         client = FloraClient(http, settings.api_key, timeout_seconds=0.2)
-        poller = Poller(database, core.intake, {None: client}, signals=core.signals, metrics=core.metrics, clock=clock)
+        poller = Poller(
+            database,
+            core.intake,
+            {None: client},
+            signals=core.signals,
+            policy=POLICY,
+            metrics=core.metrics,
+            clock=clock,
+        )
         yield Sky(core, emulator, poller)
     await emulator.aclose()
 
@@ -331,7 +339,9 @@ async def test_without_a_key_runs_wait(sky: Sky) -> None:
     """Nothing can be read: said aloud, and looked at again later, not in a spin."""
     run_id = await sky.tracked()
     core = sky.core
-    poller = Poller(core.database, core.intake, {}, signals=core.signals, metrics=core.metrics, clock=core.clock)
+    poller = Poller(
+        core.database, core.intake, {}, signals=core.signals, policy=POLICY, metrics=core.metrics, clock=core.clock
+    )
     with capture_logs() as lines:
         await poller.tick(core.clock.now)
         await poller.drain()
@@ -350,7 +360,13 @@ async def test_one_workspaces_refused_key_starves_no_other(sky: Sky) -> None:
     async with httpx.AsyncClient(transport=transport, base_url=base_url) as http:
         clients = {"ws_bad": FloraClient(http, "sk_wrong"), None: FloraClient(http, "sk_test_emulator")}
         poller = Poller(
-            core.database, core.intake, clients, signals=core.signals, metrics=core.metrics, clock=core.clock
+            core.database,
+            core.intake,
+            clients,
+            signals=core.signals,
+            policy=POLICY,
+            metrics=core.metrics,
+            clock=core.clock,
         )
         for number in range(60):
             await sky.track(f"run_bad{number}", workspace_id="ws_bad")
