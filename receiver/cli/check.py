@@ -11,7 +11,7 @@ from receiver.config import load_settings, redact
 from receiver.errors import Problem, ReceiverError, StoreInUseError
 from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers, mask_secrets
 from receiver.store import open_database
-from receiver.store.migrate import HEAD, current
+from receiver.store.migrate import HEAD, current_revision
 from receiver.store.touching import touch
 
 
@@ -59,7 +59,7 @@ async def _database(url: str) -> tuple[str, list[Problem]]:
         return "unusable", [Problem("database.url", str(error))]
     try:
         await database.write(touch)
-        revision = await database.run(current)
+        revision = await database.run(current_revision)
     except ReceiverError as error:
         return "unusable", [Problem("database.url", str(error))]
     finally:

@@ -125,14 +125,14 @@ class Recorder:
         ledger.add_deliveries(tx, sorted(fresh, key=lambda delivery: delivery.delivery_id))
         ledger.count_duplicates(tx, again, at=now)
         ledger.add_runs(tx, fold.new())
-        ledger.change_runs(tx, fold.changed())
+        ledger.update_runs(tx, fold.changed())
         ledger.add_outputs(tx, fold.outputs)
-        ledger.freshen_outputs(tx, fold.fresh)
+        ledger.update_output_urls(tx, fold.fresh)
         ledger.add_dispatches(tx, fold.dispatches)
         starts.mark_started(
             tx, {entry.start: entry.report.run_id for entry in batch if entry.report and entry.start in asked}
         )
-        channel.count(tx, fold.outcomes(), now=now)
+        channel.add_outcomes(tx, fold.outcomes(), now=now)
         return recorded, fold
 
     def _decide(self, tx: Connection, fold: Fold, report: Report, now: datetime) -> Decision:
@@ -167,7 +167,7 @@ class Recorder:
         if kind_of(report) not in {Kind.COMPLETED, Kind.FAILED}:
             return False
         if run.workspace_id not in fold.asking:
-            fold.asking[run.workspace_id] = starts.oldest_asking(
+            fold.asking[run.workspace_id] = starts.oldest_unanswered_at(
                 tx, workspace_id=run.workspace_id, since=young_since(now)
             )
         return may_be_of_start(run.first_seen_at, fold.asking[run.workspace_id])

@@ -222,7 +222,9 @@ class AttemptContext:
 
     async def reserve(self, position: int, output_id: str, location: str) -> None:
         run_id, handler = self._leased.run.run_id, self._leased.dispatch.handler
-        await self._database.write(lambda tx: queue.reserve(tx, run_id, handler, position, output_id, location))
+        await self._database.write(
+            lambda tx: queue.reserve_location(tx, run_id, handler, position, output_id, location)
+        )
 
     async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
         run_id, handler, now = self._leased.run.run_id, self._leased.dispatch.handler, self._clock()

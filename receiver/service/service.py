@@ -395,7 +395,7 @@ class Service:
             log.warning("handler.unreachable", handler=warning.path, reason=warning.message)
         names = [each.handler for each in self._subscriptions]
         with contextlib.suppress(StoreUnavailableError):
-            waiting = await self.database.read(lambda tx: queries.orphans(tx, names))
+            waiting = await self.database.read(lambda tx: queries.count_orphans(tx, names))
             for handler, number in waiting.items():
                 log.warning(
                     "dispatches.orphaned", handler=handler, dispatches=number, cure="configure the handler again"

@@ -10,7 +10,7 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from receiver.errors import StoreUnavailableError
-from receiver.store.sqlite import SqliteDatabase, belong
+from receiver.store.sqlite import SqliteDatabase, match_owner
 
 _COMPANIONS = ("-wal", "-shm")
 
@@ -29,10 +29,10 @@ def copy(tx: Connection, target: Path) -> int:
         with contextlib.closing(sqlite3.connect(part)) as copied:
             source.backup(copied)
             copied.execute("PRAGMA journal_mode = DELETE")
-            _sound(copied, part)
-        _sync(part)
+            _check_integrity(copied, part)
+        _fsync(part)
         part.rename(target)
-        _sync(target.parent)
+        _fsync(target.parent)
         return target.stat().st_size
     except (OSError, sqlite3.Error) as error:
         with contextlib.suppress(OSError):
@@ -48,22 +48,22 @@ def restore(source: Path, ledger: Path, *, now: datetime | None = None) -> Path 
     part = ledger.with_name(f".{ledger.name}.part")
     try:
         with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as copied:
-            _sound(copied, source)
+            _check_integrity(copied, source)
             known = copied.execute("SELECT count(*) FROM sqlite_master WHERE name = 'alembic_version'").fetchone()[0]
         if not known:
             raise StoreUnavailableError(f"{source} is no ledger of flora-receiver")
         if not ledger.parent.exists():
             ledger.parent.mkdir(parents=True)
-            belong(ledger.parent, ledger.parent.parent)
+            match_owner(ledger.parent, ledger.parent.parent)
         lock = SqliteDatabase.hold(ledger)
         try:
             aside = _set_aside(ledger, now or datetime.now(UTC))
             shutil.copyfile(source, part)
             part.chmod(0o600)
-            belong(part, ledger.parent)
-            _sync(part)
+            match_owner(part, ledger.parent)
+            _fsync(part)
             part.rename(ledger)
-            _sync(ledger.parent)
+            _fsync(ledger.parent)
         finally:
             os.close(lock)
     except (OSError, sqlite3.Error) as error:
@@ -82,13 +82,13 @@ def _set_aside(ledger: Path, now: datetime) -> Path | None:
     return aside
 
 
-def _sound(connection: sqlite3.Connection, path: Path) -> None:
+def _check_integrity(connection: sqlite3.Connection, path: Path) -> None:
     [(told,)] = connection.execute("PRAGMA integrity_check(1)").fetchall()
     if told != "ok":
         raise StoreUnavailableError(f"{path} is damaged: {told}")
 
 
-def _sync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,7 +17,7 @@ _MOST = 256
 """Rows of one statement."""
 
 
-class Many:
+class BulkInsert:
     """An insert of many rows by one statement: the driver is entered once, and lets the other threads in once."""
 
     def __init__(self, columns: Sequence[Column[Any]], make: Callable[[FromClause], Insert]) -> None:
@@ -38,7 +38,7 @@ class Many:
             if tx.dialect.name == "postgresql":
                 count, parameters = 0, tuple(list(column) for column in zip(*some, strict=True))
             else:
-                count = _rounded(len(some))
+                count = _round_up(len(some))
                 parameters = (*chain.from_iterable(some), *(None,) * (len(self._columns) * (count - len(some))))
             text = self._texts.get((tx.dialect.name, count)) or self._compile(tx.dialect, count)
             tx.exec_driver_sql(text, parameters)
@@ -56,7 +56,7 @@ class Many:
         return self._texts.setdefault((dialect.name, count), str(compiled))
 
 
-class Find:
+class SelectByKeys:
     """A select by a list of keys. `make` returns it for that many keys."""
 
     def __init__(self, make: Callable[[int], Executable]) -> None:
@@ -66,7 +66,7 @@ class Find:
     def __call__(self, tx: Connection, keys: Collection[str]) -> Sequence[Any]:
         """Return the rows of these keys."""
         wanted = sorted(keys)
-        wanted += wanted[-1:] * (_rounded(len(wanted)) - len(wanted))  # few lengths: each is a statement of its own
+        wanted += wanted[-1:] * (_round_up(len(wanted)) - len(wanted))  # few lengths: each is a statement of its own
         text = self._texts.get((tx.dialect.name, len(wanted))) or self._compile(tx.dialect, len(wanted))
         return tx.exec_driver_sql(text, tuple(wanted)).all()
 
@@ -78,7 +78,7 @@ class Find:
         return self._texts.setdefault((dialect.name, count), str(compiled))
 
 
-def _rounded(count: int) -> int:
+def _round_up(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 

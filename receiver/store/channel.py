@@ -12,7 +12,7 @@ from receiver.store.schema import channel_hours, deliveries, rejections
 _HOUR_MS = 3_600_000
 
 
-def count(tx: Connection, outcomes: Mapping[str, int], *, now: datetime) -> None:
+def add_outcomes(tx: Connection, outcomes: Mapping[str, int], *, now: datetime) -> None:
     """Add to this hour's counts."""
     if not outcomes:
         return
@@ -24,7 +24,7 @@ def count(tx: Connection, outcomes: Mapping[str, int], *, now: datetime) -> None
     tx.execute(upsert, [{"hour": hour, "outcome": key, "runs": runs} for key, runs in sorted(outcomes.items())])
 
 
-def by_hour(tx: Connection, *, since: datetime) -> dict[datetime, dict[str, int]]:
+def outcomes_by_hour(tx: Connection, *, since: datetime) -> dict[datetime, dict[str, int]]:
     """Return the counts of each hour since `since`, oldest first; an hour in which nothing ended is left out."""
     statement = select(channel_hours).where(channel_hours.c.hour >= to_ms(since)).order_by(channel_hours.c.hour)
     hours: dict[datetime, dict[str, int]] = {}
@@ -33,13 +33,13 @@ def by_hour(tx: Connection, *, since: datetime) -> dict[datetime, dict[str, int]
     return hours
 
 
-def arrivals(tx: Connection, *, since: datetime) -> int:
+def count_arrivals(tx: Connection, *, since: datetime) -> int:
     """Return how many verified callbacks arrived since `since`."""
     statement = select(func.count()).select_from(deliveries).where(deliveries.c.received_at >= to_ms(since))
     return int(tx.execute(statement).scalar_one())
 
 
-def refusals(tx: Connection, *, since: datetime) -> dict[str, int]:
+def count_refusals(tx: Connection, *, since: datetime) -> dict[str, int]:
     """Return how many requests were refused since `since`, by code, as far as the ring of rejections remembers."""
     statement = (
         select(rejections.c.code, func.count())

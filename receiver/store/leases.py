@@ -9,7 +9,7 @@ from receiver.store.rows import from_ms, to_ms
 from receiver.store.schema import leases
 
 
-def take(tx: Connection, name: str, *, owner: str, token: str, now: datetime, until: datetime) -> bool:
+def claim(tx: Connection, name: str, *, owner: str, token: str, now: datetime, until: datetime) -> bool:
     """Take a lease that is free, has run out or is ours already; False if another process holds it."""
     statement = postgresql.insert(leases).values(name=name, owner=owner, token=token, until=to_ms(until))
     taken = statement.on_conflict_do_update(
@@ -20,7 +20,7 @@ def take(tx: Connection, name: str, *, owner: str, token: str, now: datetime, un
     return tx.execute(taken).first() is not None
 
 
-def until(tx: Connection, name: str) -> datetime | None:
+def held_until(tx: Connection, name: str) -> datetime | None:
     """Return when a lease ends, whoever holds it; None: nobody does."""
     ends = tx.execute(select(leases.c.until).where(leases.c.name == name)).scalar_one_or_none()
     return None if ends is None else from_ms(ends)

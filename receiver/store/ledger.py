@@ -9,22 +9,22 @@ from sqlalchemy.dialects import postgresql
 
 from receiver.errors import StoreUnavailableError
 from receiver.model import Delivery, Dispatch, Output, Run, RunState
-from receiver.store.bulk import Find, Many
+from receiver.store.bulk import BulkInsert, SelectByKeys
 from receiver.store.rows import (
-    AS_NEW,
-    HEARD_COLUMNS,
+    FIRST_CALLBACK_COLUMNS,
+    NEW_RUN_DEFAULTS,
     RUN_COLUMNS,
     dispatch_row,
-    heard_values,
-    output_of,
-    run_of,
+    first_callback_values,
     run_row,
     run_values,
     to_ms,
+    to_output,
+    to_run,
 )
 from receiver.store.schema import deliveries, delivery_bodies, dispatches, outputs, runs
 
-_KNOWN_DELIVERIES = Find(
+_KNOWN_DELIVERIES = SelectByKeys(
     lambda count: select(deliveries.c.delivery_id).where(deliveries.c.delivery_id.in_([""] * count))
 )
 
@@ -34,40 +34,41 @@ def _select_runs(count: int) -> Select[Any]:
     return select(*columns).where(runs.c.run_id.in_([""] * count)).order_by(runs.c.run_id)
 
 
-def _given(rows: FromClause) -> Select[Any]:
+def _from_rows(rows: FromClause) -> Select[Any]:
     return select(rows).where(next(iter(rows.c)).is_not(None))
 
 
-_RUNS = Find(_select_runs)
+_RUNS = SelectByKeys(_select_runs)
 # FOR NO KEY UPDATE: rows that refer to a run may be inserted meanwhile, as by a dispatcher.
-_RUNS_LOCKED = Find(lambda count: _select_runs(count).with_for_update(key_share=True))
-_INSERT_RUN = Many(
-    [runs.c[name] for name in RUN_COLUMNS], lambda rows: insert(runs).from_select(RUN_COLUMNS, _given(rows))
+_RUNS_LOCKED = SelectByKeys(lambda count: _select_runs(count).with_for_update(key_share=True))
+_INSERT_RUN = BulkInsert(
+    [runs.c[name] for name in RUN_COLUMNS], lambda rows: insert(runs).from_select(RUN_COLUMNS, _from_rows(rows))
 )
-_INSERT_HEARD = Many(
-    [runs.c[name] for name in HEARD_COLUMNS],
+_INSERT_CALLBACK_RUN = BulkInsert(
+    [runs.c[name] for name in FIRST_CALLBACK_COLUMNS],
     lambda rows: insert(runs).from_select(
-        [*HEARD_COLUMNS, *AS_NEW], _given(rows).add_columns(*(literal_column(value) for value in AS_NEW.values()))
+        [*FIRST_CALLBACK_COLUMNS, *NEW_RUN_DEFAULTS],
+        _from_rows(rows).add_columns(*map(literal_column, NEW_RUN_DEFAULTS.values())),
     ),
 )
 _UPDATE_RUN = update(runs).where(runs.c.run_id == bindparam("_run_id"), runs.c.version == bindparam("_version"))
 _DELIVERY = ("delivery_id", "run_id", "event", "api_version", "received_at", "age", "secret", "readable", "duplicates")
-_INSERT_DELIVERY = Many(
-    [deliveries.c[name] for name in _DELIVERY], lambda rows: insert(deliveries).from_select(_DELIVERY, _given(rows))
+_INSERT_DELIVERY = BulkInsert(
+    [deliveries.c[name] for name in _DELIVERY], lambda rows: insert(deliveries).from_select(_DELIVERY, _from_rows(rows))
 )
-_INSERT_BODY = Many(
+_INSERT_BODY = BulkInsert(
     [deliveries.c.delivery_id, delivery_bodies.c.signature, delivery_bodies.c.body],
     lambda rows: insert(delivery_bodies).from_select(
         ["seq", "signature", "body"],
         # Not a join: a planner may do that the other way round, through all deliveries.
-        _given(rows).with_only_columns(
+        _from_rows(rows).with_only_columns(
             select(deliveries.c.seq).where(deliveries.c.delivery_id == rows.c.delivery_id).scalar_subquery(),
             rows.c.signature,
             rows.c.body,
         ),
     ),
 )
-_FRESHEN = (
+_UPDATE_OUTPUT_URL = (
     update(outputs)
     .where(
         outputs.c.run_id == bindparam("_run_id"),
@@ -94,7 +95,7 @@ def runs_by_id(tx: Connection, run_ids: Collection[str], *, for_update: bool = F
     """Return these runs, as far as they are known; `for_update` locks them, in the order of their ids."""
     find = _RUNS_LOCKED if for_update else _RUNS
     found = find(tx, run_ids) if run_ids else ()
-    return {row[0]: run_of(dict(zip(RUN_COLUMNS, row, strict=True))) for row in found}
+    return {row[0]: to_run(dict(zip(RUN_COLUMNS, row, strict=True))) for row in found}
 
 
 def outputs_of_runs(tx: Connection, run_ids: Collection[str]) -> dict[str, tuple[Output, ...]]:
@@ -102,23 +103,23 @@ def outputs_of_runs(tx: Connection, run_ids: Collection[str]) -> dict[str, tuple
     statement = select(outputs).where(outputs.c.run_id.in_(run_ids)).order_by(outputs.c.run_id, outputs.c.position)
     found: dict[str, list[Output]] = {run_id: [] for run_id in run_ids}
     for row in tx.execute(statement).mappings():
-        found[row["run_id"]].append(output_of(row))
+        found[row["run_id"]].append(to_output(row))
     return {run_id: tuple(rows) for run_id, rows in found.items()}
 
 
 def add_runs(tx: Connection, new: Sequence[Run]) -> None:
     heard, others = [], []
     for run in new:
-        values = heard_values(run)
+        values = first_callback_values(run)
         if values is None:
             others.append(run_values(run))
         else:
             heard.append(values)
-    _INSERT_HEARD(tx, heard)
+    _INSERT_CALLBACK_RUN(tx, heard)
     _INSERT_RUN(tx, others)
 
 
-def change_runs(tx: Connection, changed: Sequence[Run]) -> None:
+def update_runs(tx: Connection, changed: Sequence[Run]) -> None:
     """Write rows back, each only if it is still at the version it was decided on; that version is then one higher."""
     if not changed:
         return
@@ -145,7 +146,7 @@ def add_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None
         tx.execute(insert(outputs), rows)
 
 
-def freshen_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None:
+def update_output_urls(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None:
     """Give outputs the URLs under which they are shown now. What was settled stays: none is added, none goes."""
     rows = [
         {
@@ -159,7 +160,7 @@ def freshen_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> 
         for output in row_outputs
     ]
     if rows:
-        tx.execute(_FRESHEN, rows)
+        tx.execute(_UPDATE_OUTPUT_URL, rows)
 
 
 def add_deliveries(tx: Connection, new: Sequence[Delivery]) -> None:
@@ -208,7 +209,7 @@ def due_runs(
     elif without:
         statement = statement.where(or_(runs.c.workspace_id.is_(None), runs.c.workspace_id.not_in(without)))
     rows = tx.execute(statement.order_by(runs.c.next_poll_at).limit(limit)).mappings()
-    return tuple(run_of(row) for row in rows)
+    return tuple(to_run(row) for row in rows)
 
 
 def unsettled_ids(tx: Connection) -> frozenset[str]:
@@ -218,7 +219,7 @@ def unsettled_ids(tx: Connection) -> frozenset[str]:
     return frozenset(tx.execute(statement).scalars())
 
 
-def next_due_ms(tx: Connection, *, after: datetime | None = None) -> int | None:
+def next_read_due_ms(tx: Connection, *, after: datetime | None = None) -> int | None:
     """Return when the next run is to be read (of those due after `after`), in unix milliseconds; None: none is."""
     statement = select(func.min(runs.c.next_poll_at))
     if after is not None:
@@ -226,13 +227,13 @@ def next_due_ms(tx: Connection, *, after: datetime | None = None) -> int | None:
     return tx.execute(statement).scalar_one_or_none()
 
 
-def written_off(tx: Connection, *, now: datetime, limit: int) -> tuple[Run, ...]:
+def runs_past_callback(tx: Connection, *, now: datetime, limit: int) -> tuple[Run, ...]:
     """Return settled runs whose callback has not come in time."""
     statement = select(runs).where(runs.c.verdict_due_at <= to_ms(now)).order_by(runs.c.verdict_due_at).limit(limit)
-    return tuple(run_of(row) for row in tx.execute(statement).mappings())
+    return tuple(to_run(row) for row in tx.execute(statement).mappings())
 
 
 def all_runs(tx: Connection, *, limit: int = 100) -> tuple[Run, ...]:
     """Return the newest runs."""
     statement = select(runs).order_by(runs.c.first_seen_at.desc()).limit(limit)
-    return tuple(run_of(row) for row in tx.execute(statement).mappings())
+    return tuple(to_run(row) for row in tx.execute(statement).mappings())

@@ -20,7 +20,7 @@ _AGAIN = {"40P01", "55P03"}
 """Deadlock with a replica that writes, lock timeout behind one that reads for long (pg_dump): nothing was done."""
 
 
-def current(connection: Connection) -> str | None:
+def current_revision(connection: Connection) -> str | None:
     """Return the revision that a database is at; None: it is empty."""
     if not inspect(connection).has_table("alembic_version"):
         return None
@@ -30,7 +30,7 @@ def current(connection: Connection) -> str | None:
 
 def upgrade(connection: Connection) -> tuple[str | None, str]:
     """Upgrade to HEAD; return the revisions before and after. A database that is up to date costs one query."""
-    before = current(connection)
+    before = current_revision(connection)
     connection.rollback()
     if before == HEAD:
         return before, HEAD
@@ -53,7 +53,7 @@ def _upgrade_shared(connection: Connection) -> tuple[str | None, str]:
         # PgBouncer lends sessions out. All migrations are one transaction, so that a failure leaves what there was.
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         connection.execute(text("SELECT set_config('lock_timeout', :patience, true)"), {"patience": _PATIENCE})
-        before = current(connection)
+        before = current_revision(connection)
         if before != HEAD:
             _upgrade(connection, before)
     return before, HEAD

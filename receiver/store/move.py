@@ -13,11 +13,11 @@ from typing import Any
 from sqlalchemy import Connection, Row, Table, exc, exists, func, insert, select
 
 from receiver.errors import StoreError
-from receiver.store.bulk import Many
-from receiver.store.migrate import HEAD, current, upgrade
-from receiver.store.postgres import begun, connected
+from receiver.store.bulk import BulkInsert
+from receiver.store.migrate import HEAD, current_revision, upgrade
+from receiver.store.postgres import begin_writing, connect
 from receiver.store.schema import delivery_bodies, leases, metadata, outputs, starts
-from receiver.store.sqlite import held
+from receiver.store.sqlite import open_read_only
 
 TABLES: Sequence[Table] = tuple(table for table in metadata.sorted_tables if table is not leases)
 """Those that others refer to come first. Leases belong to processes, not to the ledger."""
@@ -26,7 +26,7 @@ _LARGE = frozenset({delivery_bodies, outputs, starts})
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
+class TableChecksum:
     """What a table holds. The checksum adds up the SHA-256 of each row, so that the order of rows is of no account."""
 
     rows: int
@@ -34,23 +34,23 @@ class Sum:
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class MoveResult:
     """What the target holds now, by table. `copied` is False if it was all there already."""
 
-    tables: dict[str, Sum]
+    tables: dict[str, TableChecksum]
     copied: bool
 
 
-def move(ledger: Path, url: str) -> Moved:
+def move(ledger: Path, url: str) -> MoveResult:
     """Copy a SQLite ledger that nobody uses into a PostgreSQL database that is empty, or compare it with its copy there.
 
     Raises StoreInUseError while a service runs, StoreUnavailableError where a database does not answer, StoreError where
     they do not fit; the target is as it was then.
     """
-    with held(ledger) as old, connected(url) as new:
-        if (revision := current(old)) != HEAD:
+    with open_read_only(ledger) as old, connect(url) as new:
+        if (revision := current_revision(old)) != HEAD:
             raise StoreError(f"{ledger} is at revision {revision}, this version works on {HEAD}: `migrate` it first")
-        if (revision := current(new)) is None:
+        if (revision := current_revision(new)) is None:
             new.rollback()
             upgrade(new)
         elif revision != HEAD:
@@ -58,31 +58,33 @@ def move(ledger: Path, url: str) -> Moved:
                 f"the target is at revision {revision}, this version works on {HEAD}: give it an empty one"
             )
         new.rollback()
-        there = {table.name: summed(old, table) for table in TABLES}
+        there = {table.name: checksum_table(old, table) for table in TABLES}
         with new.begin():
-            begun(new)
+            begin_writing(new)
             # A service that runs on the target already must not write in between; its callers hear 503, and FLORA repeats.
-            new.exec_driver_sql(f"LOCK TABLE {_names()} IN EXCLUSIVE MODE")
+            new.exec_driver_sql(f"LOCK TABLE {_table_names()} IN EXCLUSIVE MODE")
             copied = not any(new.execute(select(exists(table.select()))).scalar_one() for table in TABLES)
             if copied:
                 for table in TABLES:
                     _copy(old, new, table)
-            here = {table.name: summed(new, table) for table in TABLES}
+            here = {table.name: checksum_table(new, table) for table in TABLES}
             _compare(there, here, copied=copied)
             if copied:
-                _number(new)
-                new.exec_driver_sql(f"ANALYZE {_names()}")  # else the first hour's plans are those of empty tables
-    return Moved(here, copied)
+                _advance_sequences(new)
+                new.exec_driver_sql(
+                    f"ANALYZE {_table_names()}"
+                )  # else the first hour's plans are those of empty tables
+    return MoveResult(here, copied)
 
 
-def summed(tx: Connection, table: Table) -> Sum:
+def checksum_table(tx: Connection, table: Table) -> TableChecksum:
     """Count and sum a table; what is equal on SQLite and PostgreSQL has the same sum."""
     rows = total = 0
     for some in _parts(tx, table):
         rows += len(some)
         for row in some:
             total += int.from_bytes(hashlib.sha256(repr(tuple(row)).encode()).digest())
-    return Sum(rows, f"{total % (1 << 256):064x}")
+    return TableChecksum(rows, f"{total % (1 << 256):064x}")
 
 
 def _copy(old: Connection, new: Connection, table: Table) -> None:
@@ -100,12 +102,12 @@ def _parts(tx: Connection, table: Table) -> Iterator[Sequence[Row[Any]]]:
 
 
 @cache
-def _insert(table: Table) -> Many:
+def _insert(table: Table) -> BulkInsert:
     names = [column.name for column in table.columns]
-    return Many(list(table.columns), lambda rows: insert(table).from_select(names, select(rows)))
+    return BulkInsert(list(table.columns), lambda rows: insert(table).from_select(names, select(rows)))
 
 
-def _compare(there: dict[str, Sum], here: dict[str, Sum], *, copied: bool) -> None:
+def _compare(there: dict[str, TableChecksum], here: dict[str, TableChecksum], *, copied: bool) -> None:
     wrong = [name for name in there if there[name] != here[name]]
     if not wrong:
         return
@@ -117,7 +119,7 @@ def _compare(there: dict[str, Sum], here: dict[str, Sum], *, copied: bool) -> No
     )
 
 
-def _number(new: Connection) -> None:
+def _advance_sequences(new: Connection) -> None:
     """Have the next row's number follow the highest one."""
     for table in TABLES:
         if (column := table.autoincrement_column) is not None:
@@ -125,5 +127,5 @@ def _number(new: Connection) -> None:
             new.execute(select(func.setval(sequence, select(func.max(column)).scalar_subquery())))
 
 
-def _names() -> str:
+def _table_names() -> str:
     return ", ".join(table.name for table in TABLES)

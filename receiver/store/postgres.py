@@ -155,7 +155,7 @@ class PostgresDatabase:
                 raise StoreUnavailableError("the database is being closed")
             try:
                 with self._writing.connect() as connection, connection.begin() as transaction:
-                    begun(connection)
+                    begin_writing(connection)
                     result = job(connection)
                     committing = True
                     transaction.commit()
@@ -188,7 +188,7 @@ class PostgresDatabase:
 
 
 @contextlib.contextmanager
-def connected(url: str) -> Iterator[Connection]:
+def connect(url: str) -> Iterator[Connection]:
     """Connect for a command that works alone, in its own thread. Raises StoreUnavailableError."""
     engine = _engine(url, 1)
     try:
@@ -200,7 +200,7 @@ def connected(url: str) -> Iterator[Connection]:
         engine.dispose()
 
 
-def begun(connection: Connection) -> None:
+def begin_writing(connection: Connection) -> None:
     """Open a transaction that writes. Raises StoreUnavailableError where none can."""
     if connection.exec_driver_sql(_PREFACE).one()[2] == "on":
         connection.invalidate()  # after a failover the name leads elsewhere: the next one is made anew

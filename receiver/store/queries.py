@@ -13,16 +13,16 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, func, select, tuple
 from receiver.model import Artifact, Dispatch, DispatchState, Output, Rejection, Run, RunState, Start, StartState
 from receiver.store.ledger import outputs_of_runs
 from receiver.store.queue import artifacts_of_run, dispatches_of_run
-from receiver.store.rows import dispatch_of, from_ms, from_ms_or_none, run_of, to_ms
+from receiver.store.rows import from_ms, from_ms_or_none, to_dispatch, to_ms, to_run
 from receiver.store.schema import deliveries, delivery_bodies, dispatch_attempts, dispatches, rejections, runs, starts
-from receiver.store.starts import start_of
+from receiver.store.starts import to_start
 
 _UNFINISHED = (DispatchState.READY.value, DispatchState.LEASED.value)
 _OVER = (RunState.COMPLETED, RunState.FAILED, RunState.LOST)
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class RunDetails:
     """A run with everything that hangs on it."""
 
     run: Run
@@ -31,14 +31,14 @@ class Account:
     dispatches: tuple[Dispatch, ...]
     start: Start | None
 
-    def finished(self, handlers: Collection[str]) -> bool:
+    def is_finished_for(self, handlers: Collection[str]) -> bool:
         """Return whether the run is over, and these handlers have nothing left to do for it."""
         left = (row.state.value in _UNFINISHED and row.handler in handlers for row in self.dispatches)
         return self.run.state in _OVER and not any(left)
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
+class DeliveryRecord:
     """A delivery as it was recorded; `body` and `signature` None: not asked for, or past their retention."""
 
     seq: int
@@ -68,18 +68,18 @@ class Attempt:
     error: str | None
 
 
-def account(tx: Connection, run_id: str) -> Account | None:
+def run_details(tx: Connection, run_id: str) -> RunDetails | None:
     """Return a run with its outputs, artifacts, dispatches and start."""
     row = tx.execute(select(runs).where(runs.c.run_id == run_id)).mappings().one_or_none()
     if row is None:
         return None
     start = tx.execute(select(starts).where(starts.c.run_id == run_id).limit(1)).mappings().one_or_none()
-    return Account(
-        run=run_of(row),
+    return RunDetails(
+        run=to_run(row),
         outputs=outputs_of_runs(tx, [run_id])[run_id],
         artifacts=tuple(artifacts_of_run(tx, run_id)),
         dispatches=dispatches_of_run(tx, run_id),
-        start=None if start is None else start_of(start),
+        start=None if start is None else to_start(start),
     )
 
 
@@ -88,10 +88,10 @@ def is_finished(tx: Connection, run_id: str, handlers: Collection[str]) -> bool 
     state = tx.execute(select(runs.c.state).where(runs.c.run_id == run_id)).scalar_one_or_none()
     if state is None:
         return None
-    return RunState(state) in _OVER and not unfinished(tx, [run_id], handlers)
+    return RunState(state) in _OVER and not runs_with_work(tx, [run_id], handlers)
 
 
-def unfinished(tx: Connection, run_ids: Collection[str], handlers: Collection[str]) -> frozenset[str]:
+def runs_with_work(tx: Connection, run_ids: Collection[str], handlers: Collection[str]) -> frozenset[str]:
     """Return for which of these runs these handlers still have something to do."""
     statement = select(dispatches.c.run_id).where(
         dispatches.c.run_id.in_(run_ids), dispatches.c.state.in_(_UNFINISHED), dispatches.c.handler.in_(handlers)
@@ -109,7 +109,7 @@ def run_page(
         statement = statement.where(runs.c.state == state.value)
     if before is not None:
         statement = statement.where(tuple_(*key) < tuple_(*before))
-    return tuple(run_of(row) for row in tx.execute(statement).mappings())
+    return tuple(to_run(row) for row in tx.execute(statement).mappings())
 
 
 def start_page(
@@ -132,22 +132,22 @@ def start_page(
         statement = statement.where(func.substr(starts.c.idempotency_key, 1, len(prefix)) == prefix)
     if before is not None:
         statement = statement.where(tuple_(*order) < tuple_(*before))
-    return tuple(start_of(row) for row in tx.execute(statement).mappings())
+    return tuple(to_start(row) for row in tx.execute(statement).mappings())
 
 
 def delivery_page(
     tx: Connection, *, limit: int, run_id: str | None = None, before: int | None = None
-) -> tuple[Arrival, ...]:
+) -> tuple[DeliveryRecord, ...]:
     """Return deliveries by their sequence, newest first."""
     statement = select(deliveries).order_by(deliveries.c.seq.desc()).limit(limit)
     if run_id is not None:
         statement = statement.where(deliveries.c.run_id == run_id)
     if before is not None:
         statement = statement.where(deliveries.c.seq < before)
-    return tuple(_arrival(row) for row in tx.execute(statement))
+    return tuple(_to_delivery_record(row) for row in tx.execute(statement))
 
 
-def delivery(tx: Connection, delivery_id: str) -> Arrival | None:
+def delivery_by_id(tx: Connection, delivery_id: str) -> DeliveryRecord | None:
     """Return one delivery with its raw body, as long as that is kept."""
     statement = (
         select(deliveries, delivery_bodies.c.body, delivery_bodies.c.signature)
@@ -155,7 +155,7 @@ def delivery(tx: Connection, delivery_id: str) -> Arrival | None:
         .where(deliveries.c.delivery_id == delivery_id)
     )
     row = tx.execute(statement).one_or_none()
-    return None if row is None else _arrival(row, body=row.body, signature=row.signature)
+    return None if row is None else _to_delivery_record(row, body=row.body, signature=row.signature)
 
 
 def rejection_page(tx: Connection, *, limit: int, before: int | None = None) -> tuple[tuple[int, Rejection], ...]:
@@ -177,22 +177,22 @@ def dispatch_page(
     )
     if before is not None:
         statement = statement.where(dispatches.c.seq < before)
-    return tuple((row["seq"], dispatch_of(row)) for row in tx.execute(statement).mappings())
+    return tuple((row["seq"], to_dispatch(row)) for row in tx.execute(statement).mappings())
 
 
 def orphan_page(
     tx: Connection, *, limit: int, handlers: Collection[str], before: int | None = None
 ) -> tuple[tuple[int, Dispatch], ...]:
     """Return what waits for handlers other than these, with its sequence, newest first."""
-    statement = select(dispatches).where(_orphaned(handlers)).order_by(dispatches.c.seq.desc()).limit(limit)
+    statement = select(dispatches).where(_is_orphaned(handlers)).order_by(dispatches.c.seq.desc()).limit(limit)
     if before is not None:
         statement = statement.where(dispatches.c.seq < before)
-    return tuple((row["seq"], dispatch_of(row)) for row in tx.execute(statement).mappings())
+    return tuple((row["seq"], to_dispatch(row)) for row in tx.execute(statement).mappings())
 
 
-def orphans(tx: Connection, handlers: Collection[str]) -> dict[str, int]:
+def count_orphans(tx: Connection, handlers: Collection[str]) -> dict[str, int]:
     """Return how many dispatches wait for handlers other than these, by handler."""
-    statement = select(dispatches.c.handler, func.count()).where(_orphaned(handlers)).group_by(dispatches.c.handler)
+    statement = select(dispatches.c.handler, func.count()).where(_is_orphaned(handlers)).group_by(dispatches.c.handler)
     return {handler: int(rows) for handler, rows in tx.execute(statement)}
 
 
@@ -213,7 +213,7 @@ def attempts_of_run(tx: Connection, run_id: str) -> tuple[Attempt, ...]:
     )  # fmt: skip
 
 
-def unsettled(tx: Connection) -> dict[str, int]:
+def count_unsettled(tx: Connection) -> dict[str, int]:
     """Return how many runs are open, and how many reported. Costs what is unsettled, not what the ledger holds."""
     states = (RunState.OPEN.value, RunState.REPORTED.value)
     statement = (
@@ -224,19 +224,19 @@ def unsettled(tx: Connection) -> dict[str, int]:
     return dict.fromkeys(states, 0) | {state: int(rows) for state, rows in tx.execute(statement)}
 
 
-def backlog(tx: Connection, handlers: Collection[str]) -> dict[str, int]:
+def count_backlog(tx: Connection, handlers: Collection[str]) -> dict[str, int]:
     """Return how many dispatches are ready, leased and dead, and how many are orphaned: no such handler is configured."""
     states = (*_UNFINISHED, DispatchState.DEAD.value)
     statement = (
         select(dispatches.c.state, func.count())
-        .where(dispatches.c.state.in_(states), ~_orphaned(handlers))
+        .where(dispatches.c.state.in_(states), ~_is_orphaned(handlers))
         .group_by(dispatches.c.state)
     )
     counted = {state: int(rows) for state, rows in tx.execute(statement)}
-    return dict.fromkeys(states, 0) | counted | {"orphaned": sum(orphans(tx, handlers).values())}
+    return dict.fromkeys(states, 0) | counted | {"orphaned": sum(count_orphans(tx, handlers).values())}
 
 
-def overdue(tx: Connection, handlers: Collection[str], *, now: datetime) -> dict[str, float]:
+def overdue_seconds(tx: Connection, handlers: Collection[str], *, now: datetime) -> dict[str, float]:
     """Return for how many seconds the oldest work has been due: runs to read, and dispatches of these handlers; 0: none."""
     ready = and_(dispatches.c.state == DispatchState.READY.value, dispatches.c.handler.in_(handlers))
     oldest = {
@@ -258,12 +258,12 @@ def start_key(start: Start) -> tuple[int, str]:
     return to_ms(start.created_at), start.token
 
 
-def _orphaned(handlers: Collection[str]) -> ColumnElement[bool]:
+def _is_orphaned(handlers: Collection[str]) -> ColumnElement[bool]:
     return and_(dispatches.c.state.in_(_UNFINISHED), dispatches.c.handler.not_in(handlers))
 
 
-def _arrival(row: Row[Any], *, body: bytes | None = None, signature: str | None = None) -> Arrival:
-    return Arrival(
+def _to_delivery_record(row: Row[Any], *, body: bytes | None = None, signature: str | None = None) -> DeliveryRecord:
+    return DeliveryRecord(
         seq=row.seq,
         delivery_id=row.delivery_id,
         run_id=row.run_id,

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from receiver.errors import LocationTakenError
 from receiver.model import Artifact, Dispatch, DispatchState, Event, Lane, Output, Run
 from receiver.store.ledger import outputs_of_runs, runs_by_id
-from receiver.store.rows import artifact_of, dispatch_of, to_ms
+from receiver.store.rows import to_artifact, to_dispatch, to_ms
 from receiver.store.schema import artifacts, dispatch_attempts, dispatches
 
 # As literals: a partial index is of use only where the query itself says what the index holds.
@@ -56,7 +56,7 @@ def claim(
         .where(
             dispatches.c.handler == handler,
             dispatches.c.lane.in_(lanes),
-            _due(now, lapsed=lapsed),
+            _is_due(now, lapsed=lapsed),
             dispatches.c.attempts < max_attempts,
             ~exists().where(
                 earlier.c.run_id == dispatches.c.run_id,
@@ -93,7 +93,7 @@ def claim(
     runs, outputs = runs_by_id(tx, run_ids), outputs_of_runs(tx, run_ids)
     stored = artifacts_of_runs(tx, run_ids, handler)
     return tuple(
-        Leased(row["seq"], dispatch_of(row), runs[row["run_id"]], outputs[row["run_id"]], stored[row["run_id"]])
+        Leased(row["seq"], to_dispatch(row), runs[row["run_id"]], outputs[row["run_id"]], stored[row["run_id"]])
         for row in rows
     )
 
@@ -106,7 +106,7 @@ def mark_exhausted(
         update(dispatches)
         .where(
             dispatches.c.handler == handler,
-            _due(now, lapsed=lapsed),
+            _is_due(now, lapsed=lapsed),
             dispatches.c.attempts >= max_attempts,
         )
         .values(
@@ -118,13 +118,16 @@ def mark_exhausted(
         )
         .returning(dispatches)
     )
-    return tuple(dispatch_of(row) for row in tx.execute(statement).mappings().all())
+    return tuple(to_dispatch(row) for row in tx.execute(statement).mappings().all())
 
 
 def renew(tx: Connection, seqs: Collection[int], *, token: str, until: datetime) -> frozenset[int]:
     """Extend leases; return those that still hold. A missing one was taken over: stop working on it."""
     statement = (
-        update(dispatches).where(_held(seqs, token)).values(lease_until=to_ms(until)).returning(dispatches.c.seq)
+        update(dispatches)
+        .where(_is_leased_by(seqs, token))
+        .values(lease_until=to_ms(until))
+        .returning(dispatches.c.seq)
     )
     return frozenset(tx.execute(statement).scalars())
 
@@ -148,7 +151,7 @@ def finish(
     over = state is not DispatchState.READY
     changed = tx.execute(
         update(dispatches)
-        .where(_held([leased.seq], token))
+        .where(_is_leased_by([leased.seq], token))
         .values(
             state=state.value,
             lease_token=None,
@@ -172,7 +175,7 @@ def finish(
     return True
 
 
-def concluded(tx: Connection, leased: Leased) -> bool:
+def is_attempt_recorded(tx: Connection, leased: Leased) -> bool:
     """Return whether this very attempt's end is written down. Nobody but its worker does that."""
     ended = exists().where(
         dispatch_attempts.c.dispatch_seq == leased.seq,
@@ -186,7 +189,7 @@ def release(tx: Connection, seqs: Collection[int], *, token: str) -> int:
     """Return leases unused, their attempt uncounted: the process stops, the work is not to blame."""
     if not seqs:
         return 0
-    held = select(dispatches.c.seq, dispatches.c.attempts).where(_held(seqs, token))
+    held = select(dispatches.c.seq, dispatches.c.attempts).where(_is_leased_by(seqs, token))
     for row in tx.execute(held).mappings().all():
         tx.execute(
             dispatch_attempts.delete().where(
@@ -195,7 +198,7 @@ def release(tx: Connection, seqs: Collection[int], *, token: str) -> int:
         )
     return tx.execute(
         update(dispatches)
-        .where(_held(seqs, token))
+        .where(_is_leased_by(seqs, token))
         .values(
             state=DispatchState.READY.value,
             attempts=dispatches.c.attempts - 1,
@@ -217,13 +220,13 @@ def release_all(tx: Connection) -> int:
 def due_lanes(tx: Connection, handler: str, *, now: datetime, lapsed: datetime | None = None) -> frozenset[Lane]:
     """Return in which lanes a handler has anything to claim or bury."""
     due = [
-        exists().where(dispatches.c.handler == handler, dispatches.c.lane == lane.value, _due(now, lapsed=lapsed))
+        exists().where(dispatches.c.handler == handler, dispatches.c.lane == lane.value, _is_due(now, lapsed=lapsed))
         for lane in Lane
     ]
     return frozenset(lane for lane, some in zip(Lane, tx.execute(select(*due)).one(), strict=True) if some)
 
 
-def next_due_ms(tx: Connection, handlers: Collection[str], *, after: datetime) -> int | None:
+def next_dispatch_due_ms(tx: Connection, handlers: Collection[str], *, after: datetime) -> int | None:
     """Return when the next dispatch of these handlers becomes due, in unix milliseconds; None: none will.
 
     What is due already is left out: it is being worked on, or waits for an attempt to end, and that wakes the loop.
@@ -256,11 +259,11 @@ def artifacts_of_runs(tx: Connection, run_ids: Collection[str], handler: str) ->
     )
     found: dict[str, list[Artifact]] = {run_id: [] for run_id in run_ids}
     for row in tx.execute(statement).mappings():
-        found[row["run_id"]].append(artifact_of(row))
+        found[row["run_id"]].append(to_artifact(row))
     return {run_id: tuple(rows) for run_id, rows in found.items()}
 
 
-def reserve(tx: Connection, run_id: str, handler: str, position: int, output_id: str, location: str) -> None:
+def reserve_location(tx: Connection, run_id: str, handler: str, position: int, output_id: str, location: str) -> None:
     """Claim a place for an output; a claim of the same output moves. Raises LocationTakenError if it is another's."""
     statement = postgresql.insert(artifacts).values(
         run_id=run_id, handler=handler, position=position, output_id=output_id, location=location
@@ -298,16 +301,16 @@ def store_artifact(
 def dispatches_of_run(tx: Connection, run_id: str) -> tuple[Dispatch, ...]:
     """Return a run's dispatches in the order they were made."""
     statement = select(dispatches).where(dispatches.c.run_id == run_id).order_by(dispatches.c.seq)
-    return tuple(dispatch_of(row) for row in tx.execute(statement).mappings())
+    return tuple(to_dispatch(row) for row in tx.execute(statement).mappings())
 
 
 def artifacts_of_run(tx: Connection, run_id: str) -> Sequence[Artifact]:
     """Return everything stored for a run, by any handler."""
     statement = select(artifacts).where(artifacts.c.run_id == run_id)
-    return [artifact_of(row) for row in tx.execute(statement.order_by(artifacts.c.position)).mappings()]
+    return [to_artifact(row) for row in tx.execute(statement.order_by(artifacts.c.position)).mappings()]
 
 
-def _due(now: datetime, *, lapsed: datetime | None) -> Any:
+def _is_due(now: datetime, *, lapsed: datetime | None) -> Any:
     """Ready and due; with `lapsed`, also leased by a worker whose lease had run out by then."""
     due = and_(dispatches.c.state == _READY, dispatches.c.due_at <= to_ms(now))
     if lapsed is not None:
@@ -315,7 +318,7 @@ def _due(now: datetime, *, lapsed: datetime | None) -> Any:
     return and_(dispatches.c.state.in_(_UNFINISHED), due)
 
 
-def _held(seqs: Collection[int], token: str) -> Any:
+def _is_leased_by(seqs: Collection[int], token: str) -> Any:
     return and_(
         dispatches.c.seq.in_(seqs), dispatches.c.state == DispatchState.LEASED.value, dispatches.c.lease_token == token
     )

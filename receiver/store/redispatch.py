@@ -8,13 +8,13 @@ from sqlalchemy.dialects import postgresql
 
 from receiver.model import Dispatch, DispatchState, Event
 from receiver.store.queue import dispatches_of_run
-from receiver.store.rows import dispatch_of, dispatch_row, to_ms
+from receiver.store.rows import dispatch_row, to_dispatch, to_ms
 from receiver.store.schema import dispatch_attempts, dispatches, runs
 
 OVER = (DispatchState.DONE, DispatchState.DEAD)
 
 
-def rearm(
+def reset_dispatches(
     tx: Connection,
     *,
     now: datetime,
@@ -39,7 +39,7 @@ def rearm(
     rows = tx.execute(armed).mappings().all()
     for row in rows:
         tx.execute(dispatch_attempts.delete().where(dispatch_attempts.c.dispatch_seq == row["seq"]))
-    return tuple(dispatch_of(row) for row in rows)
+    return tuple(to_dispatch(row) for row in rows)
 
 
 def open_round(
@@ -64,7 +64,7 @@ def open_round(
     return tuple(new)
 
 
-def settled_without(tx: Connection, handler: str, *, since: datetime, limit: int) -> tuple[str, ...]:
+def runs_unknown_to(tx: Connection, handler: str, *, since: datetime, limit: int) -> tuple[str, ...]:
     """Return runs settled since then that a handler was never told of: it was not configured yet. Reads every run since."""
     told = exists().where(
         dispatches.c.run_id == runs.c.run_id,

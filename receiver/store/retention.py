@@ -65,7 +65,7 @@ def delete_ledger(tx: Connection, *, before: datetime, limit: int) -> int:
     return deleted + tx.execute(delete(deliveries).where(deliveries.c.seq.in_(old_deliveries))).rowcount
 
 
-def newest(tx: Connection) -> datetime | None:
+def newest_record_at(tx: Connection) -> datetime | None:
     """Return when the ledger last heard of anything new; None: it is empty."""
     run, delivery = (
         tx.execute(select(func.max(column))).scalar_one_or_none()
@@ -75,7 +75,7 @@ def newest(tx: Connection) -> datetime | None:
     return from_ms(max(times)) if times else None
 
 
-def pull_back(tx: Connection, *, now: datetime, latest: datetime) -> int:
+def make_due_by(tx: Connection, *, now: datetime, latest: datetime) -> int:
     """Make due now what a clock that jumped ahead had put further away than anything is ever put."""
     pulled = tx.execute(
         update(runs).where(runs.c.next_poll_at > to_ms(latest)).values(next_poll_at=to_ms(now))

@@ -60,28 +60,28 @@ _COLUMN_OF: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(_TIMES, to_ms),
     "metadata": lambda metadata: json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True) if metadata else "{}",
 }
-HEARD_COLUMNS = (
+FIRST_CALLBACK_COLUMNS = (
     "run_id", "state", "origin", "first_seen_at", "deadline_at", "run_type", "workspace_id", "error_code",
     "error_message", "told", "reported_at", "next_poll_at",
 )  # fmt: skip
 """What the first callback of a run fills in. The other columns are as in every new row: to bind them costs as much again."""
-AS_NEW = {
+NEW_RUN_DEFAULTS = {
     "metadata": "'{}'",
     "callback_expected": "TRUE",
     **dict.fromkeys(("losses", "polls", "ladder", "failures", "missing", "version"), "0"),
 }
 """Those of the others that are not NULL, in SQL."""
-_OTHERS = tuple(field for field in fields(Run) if _RENAMED.get(field.name, field.name) not in HEARD_COLUMNS)
+_OTHERS = tuple(field for field in fields(Run) if _RENAMED.get(field.name, field.name) not in FIRST_CALLBACK_COLUMNS)
 _OTHER_VALUES = attrgetter(*(field.name for field in _OTHERS))
 _NEW_VALUES: tuple[Any, ...] = tuple({} if field.name == "metadata" else field.default for field in _OTHERS)
-_HEARD_VALUES = attrgetter(*(_RUN_FIELDS[RUN_COLUMNS.index(name)] for name in HEARD_COLUMNS))
+_FIRST_CALLBACK_VALUES = attrgetter(*(_RUN_FIELDS[RUN_COLUMNS.index(name)] for name in FIRST_CALLBACK_COLUMNS))
 
 
 def _conversions(names: Sequence[str]) -> tuple[tuple[int, Callable[[Any], Any]], ...]:
     return tuple((index, _COLUMN_OF[name]) for index, name in enumerate(names) if name in _COLUMN_OF)
 
 
-_RUN_CONVERSIONS, _HEARD_CONVERSIONS = _conversions(RUN_COLUMNS), _conversions(HEARD_COLUMNS)
+_RUN_CONVERSIONS, _FIRST_CALLBACK_CONVERSIONS = _conversions(RUN_COLUMNS), _conversions(FIRST_CALLBACK_COLUMNS)
 
 
 def run_values(run: Run) -> list[Any]:
@@ -93,12 +93,12 @@ def run_values(run: Run) -> list[Any]:
     return values
 
 
-def heard_values(run: Run) -> list[Any] | None:
-    """Return the columns of `HEARD_COLUMNS`, or None if others of this run are not as in every new row."""
+def first_callback_values(run: Run) -> list[Any] | None:
+    """Return the columns of `FIRST_CALLBACK_COLUMNS`, or None if others of this run are not as in every new row."""
     if _OTHER_VALUES(run) != _NEW_VALUES:
         return None
-    values = list(_HEARD_VALUES(run))
-    for index, convert in _HEARD_CONVERSIONS:
+    values = list(_FIRST_CALLBACK_VALUES(run))
+    for index, convert in _FIRST_CALLBACK_CONVERSIONS:
         if values[index] is not None:
             values[index] = convert(values[index])
     return values
@@ -109,7 +109,7 @@ def run_row(run: Run) -> dict[str, Any]:
     return dict(zip(RUN_COLUMNS, run_values(run), strict=True))
 
 
-def run_of(row: Mapping[str, Any] | RowMapping) -> Run:
+def to_run(row: Mapping[str, Any] | RowMapping) -> Run:
     """Return the run in a row of `runs`."""
     values: dict[str, Any] = {}
     for field, name in zip(_RUN_FIELDS, RUN_COLUMNS, strict=True):
@@ -127,7 +127,7 @@ def run_of(row: Mapping[str, Any] | RowMapping) -> Run:
     return Run(**values)
 
 
-def output_of(row: RowMapping) -> Output:
+def to_output(row: RowMapping) -> Output:
     return Output(row["position"], row["output_id"], row["type"], row["value"])
 
 
@@ -146,7 +146,7 @@ def dispatch_row(dispatch: Dispatch) -> dict[str, Any]:
     }
 
 
-def dispatch_of(row: RowMapping) -> Dispatch:
+def to_dispatch(row: RowMapping) -> Dispatch:
     return Dispatch(
         run_id=row["run_id"],
         handler=row["handler"],
@@ -163,7 +163,7 @@ def dispatch_of(row: RowMapping) -> Dispatch:
     )
 
 
-def artifact_of(row: RowMapping) -> Artifact:
+def to_artifact(row: RowMapping) -> Artifact:
     return Artifact(
         run_id=row["run_id"],
         handler=row["handler"],

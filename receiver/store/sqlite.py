@@ -46,7 +46,7 @@ class SqliteDatabase:
         try:
             self._connection = self._writing.connect()
         except exc.DBAPIError as error:
-            self._let_go()
+            self._release()
             raise _unavailable(error) from error
         self._writer = threading.Thread(target=self._write_forever, name="ledger-write", daemon=True)
         self._writer.start()
@@ -99,9 +99,9 @@ class SqliteDatabase:
         await asyncio.to_thread(self._readers.shutdown)
         self._reading.dispose()
         self._connection.close()
-        self._let_go()
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._writing.dispose()
         os.close(self._lock)
 
@@ -137,7 +137,7 @@ class SqliteDatabase:
             if isinstance(job, _Bare):
                 self._commit(together)
                 together = []
-                _settle(future, lambda job=job: job(self._connection))  # type: ignore[misc]
+                _run_into(future, lambda job=job: job(self._connection))  # type: ignore[misc]
                 self._end_transaction()
             else:
                 together.append((job, future))
@@ -203,7 +203,7 @@ class _Bare(Generic[T]):
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[Connection]:
+def open_read_only(path: Path) -> Iterator[Connection]:
     """Hold a file that is there and only read it, in one's own thread. Raises StoreInUseError, StoreUnavailableError."""
     if not path.exists():
         raise StoreUnavailableError(f"there is no {path}")
@@ -219,7 +219,7 @@ def held(path: Path) -> Iterator[Connection]:
         os.close(lock)
 
 
-def belong(file: int | Path, directory: Path) -> None:
+def match_owner(file: int | Path, directory: Path) -> None:
     """Give a file to whom its directory belongs to: what root writes here, the service must be able to open."""
     if os.geteuid() == 0:
         owner = directory.stat()
@@ -230,7 +230,7 @@ def belong(file: int | Path, directory: Path) -> None:
 def _lock_file(path: Path) -> int:
     try:
         handle = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o600)
-        belong(handle, path.parent)
+        match_owner(handle, path.parent)
     except OSError as error:
         raise StoreUnavailableError(f"cannot write beside {path}: {error.strerror}") from error
     try:
@@ -270,7 +270,7 @@ def _pool(read_only: bool) -> dict[str, Any]:
     return {"pool_size": _READERS, "max_overflow": 0} if read_only else {"poolclass": NullPool}
 
 
-def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
+def _run_into(future: Future[Any], call: Callable[[], Any]) -> None:
     try:
         future.set_result(call())
     except BaseException as error:

@@ -37,13 +37,13 @@ def by_key(
         starts.c.idempotency_key == idempotency_key,
     )
     row = tx.execute(statement).mappings().one_or_none()
-    return None if row is None else start_of(row)
+    return None if row is None else to_start(row)
 
 
 def by_token(tx: Connection, tokens: Collection[str]) -> dict[str, Start]:
     """Return these starts, as far as there are any."""
     rows = tx.execute(select(starts).where(starts.c.token.in_(tokens)).order_by(starts.c.token)).mappings()
-    return {row["token"]: start_of(row) for row in rows}
+    return {row["token"]: to_start(row) for row in rows}
 
 
 def request_of(tx: Connection, run_id: str) -> str | None:
@@ -51,11 +51,11 @@ def request_of(tx: Connection, run_id: str) -> str | None:
     return tx.execute(select(starts.c.request).where(starts.c.run_id == run_id).limit(1)).scalar_one_or_none()
 
 
-def add(tx: Connection, start: Start) -> None:
+def add_start(tx: Connection, start: Start) -> None:
     tx.execute(insert(starts), [start_row(start)])
 
 
-def change(tx: Connection, start: Start, *, only_in: Collection[StartState]) -> bool:
+def update_start(tx: Connection, start: Start, *, only_in: Collection[StartState]) -> bool:
     """Write a start back if it is still in one of these states; False if something else decided about it meanwhile."""
     changed = tx.execute(
         update(starts)
@@ -83,19 +83,19 @@ def mark_started(tx: Connection, runs_by_token: Mapping[str, str]) -> None:
         )
 
 
-def due(tx: Connection, *, now: datetime, limit: int) -> tuple[Start, ...]:
+def due_starts(tx: Connection, *, now: datetime, limit: int) -> tuple[Start, ...]:
     """Return the starts that FLORA is to be asked about by now, oldest first."""
     statement = select(starts).where(starts.c.state == StartState.ASKING.value, starts.c.due_at <= to_ms(now))
-    return tuple(start_of(row) for row in tx.execute(statement.order_by(starts.c.due_at).limit(limit)).mappings())
+    return tuple(to_start(row) for row in tx.execute(statement.order_by(starts.c.due_at).limit(limit)).mappings())
 
 
-def next_due_ms(tx: Connection) -> int | None:
+def next_attempt_due_ms(tx: Connection) -> int | None:
     """Return when the next start is to be asked about, in unix milliseconds; None: none is."""
     statement = select(func.min(starts.c.due_at)).where(starts.c.state == StartState.ASKING.value)
     return tx.execute(statement).scalar_one_or_none()
 
 
-def oldest_asking(tx: Connection, *, workspace_id: str | None, since: datetime) -> datetime | None:
+def oldest_unanswered_at(tx: Connection, *, workspace_id: str | None, since: datetime) -> datetime | None:
     """Return when the first start was made, of those after `since` that may be about to name a run of this workspace."""
     first = tx.execute(
         select(func.min(starts.c.created_at)).where(
@@ -107,7 +107,7 @@ def oldest_asking(tx: Connection, *, workspace_id: str | None, since: datetime) 
     return None if first is None else from_ms(first)
 
 
-def unresolved_alike(tx: Connection, start: Start, *, since: datetime, until: datetime) -> int:
+def count_unresolved_alike(tx: Connection, start: Start, *, since: datetime, until: datetime) -> int:
     """Return how many starts that could be meant by the same run are without one, this one included."""
     statement = select(func.count()).where(
         starts.c.workspace_id == start.workspace_id,
@@ -151,7 +151,7 @@ def start_row(start: Start) -> dict[str, Any]:
     }
 
 
-def start_of(row: RowMapping) -> Start:
+def to_start(row: RowMapping) -> Start:
     return Start(
         token=row["token"],
         workspace_id=row["workspace_id"],

@@ -106,7 +106,7 @@ class Dispatcher:
         def look(tx: Any) -> tuple[dict[str, frozenset[Lane]], int | None]:
             lapsed = self._lapsed(tx, now)
             due = {each.name: queue.due_lanes(tx, each.name, now=now, lapsed=lapsed) for each in free}
-            return due, queue.next_due_ms(tx, names, after=now)
+            return due, queue.next_dispatch_due_ms(tx, names, after=now)
 
         # One look for all of them: it is taken again after each answer of any handler.
         due, next_ms = await self._database.read(look)
@@ -264,7 +264,7 @@ class Dispatcher:
             if written and outcome.state is DispatchState.DEAD:
                 self._alert(tx, leased.run.run_id, leased.dispatch.event, now)
             # Not written now: an earlier try may have been committed, and only its answer lost.
-            return written or queue.concluded(tx, leased)
+            return written or queue.is_attempt_recorded(tx, leased)
 
         written = await self._write_down(leased, job)
         self._tell(leased, outcome, reason, written=written, seconds=(now - started_at).total_seconds())

@@ -88,19 +88,19 @@ class Janitor:
             sizes.append(deleted)
             if deleted:
                 log.info("janitor.deleted", rows=deleted)
-        pulled = await self._database.write(lambda tx: upkeep.pull_back(tx, now=now, latest=now + _FAR))
+        pulled = await self._database.write(lambda tx: upkeep.make_due_by(tx, now=now, latest=now + _FAR))
         if pulled:
             log.warning("janitor.clock_mended", rows=pulled)
         return max(sizes)
 
     async def _present(self, now: datetime) -> datetime:
         """Return the time by which things are old: a clock that is years ahead must not delete what is not."""
-        newest = await self._database.read(upkeep.newest)
+        newest = await self._database.read(upkeep.newest_record_at)
         return now if newest is None else min(now, newest + _QUIET)
 
     async def _write_off(self, now: datetime) -> int:
         """Tell the door which callbacks have not come in time."""
-        runs = await self._database.read(lambda tx: ledger.written_off(tx, now=now, limit=_PIECE))
+        runs = await self._database.read(lambda tx: ledger.runs_past_callback(tx, now=now, limit=_PIECE))
         if runs:
             await asyncio.gather(*(self._intake.apply(CallbackExpired(run.run_id, now)) for run in runs))
             log.warning(

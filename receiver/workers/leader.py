@@ -69,8 +69,8 @@ class LeaderLease:
         def job(tx: Connection) -> bool:
             now = self._database.now(tx, self._clock())
             until = now + self._lease
-            taken = leases.take(tx, self._name, owner=self._owner, token=self._token, now=now, until=until)
-            ends = None if taken else leases.until(tx, self._name)
+            taken = leases.claim(tx, self._name, owner=self._owner, token=self._token, now=now, until=until)
+            ends = None if taken else leases.held_until(tx, self._name)
             self._free_in = math.inf if ends is None else max((ends - now).total_seconds(), 0.0) + _AFTER_SECONDS
             return taken
 

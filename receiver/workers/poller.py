@@ -152,7 +152,7 @@ class Poller:
             await self._begin(key, [run for run in runs if not desk.in_hand(run)], now)
         if None not in self._desks:
             await self._without_key(now)
-        next_ms = await self._database.read(lambda tx: ledger.next_due_ms(tx, after=now))
+        next_ms = await self._database.read(lambda tx: ledger.next_read_due_ms(tx, after=now))
         waits = [
             self._idle_seconds,
             *(held for desk in self._desks.values() if (held := desk.reader.held_seconds()) > 0),

@@ -147,7 +147,7 @@ class Starter:
                 created_at=now,
                 due_at=now + self._head_start,
             )
-            starts.add(tx, new)
+            starts.add_start(tx, new)
             return Intended(new, repeated=False)
 
         answer = None
@@ -201,7 +201,7 @@ class Starter:
             gone = replace(
                 start, state=StartState.REFUSED, error_code="resolved", error_message="no run, says an operator"
             )
-            await self._database.write(lambda tx: starts.change(tx, gone, only_in=_OPEN))
+            await self._database.write(lambda tx: starts.update_start(tx, gone, only_in=_OPEN))
         self._signals.changes.publish(Change("start", token, StartState.STARTED.value if run_id else "refused"))
         return await self.find(token)
 
@@ -237,10 +237,10 @@ class Starter:
     async def tick(self, now: datetime) -> float:
         """Ask about every start that is due, and return in how many seconds to look again."""
         busy = set(self._asking)  # what these are answered while we read, the read may not show
-        for start in await self._database.read(lambda tx: starts.due(tx, now=now, limit=_AT_ONCE + len(busy))):
+        for start in await self._database.read(lambda tx: starts.due_starts(tx, now=now, limit=_AT_ONCE + len(busy))):
             if start.token not in busy:
                 self._ask_soon(start)
-        next_ms = await self._database.read(starts.next_due_ms)
+        next_ms = await self._database.read(starts.next_attempt_due_ms)
         until = self._idle_seconds if next_ms is None else (from_ms(next_ms) - now).total_seconds()
         return min(self._idle_seconds, until) if until > 0 else self._idle_seconds
 
@@ -318,7 +318,7 @@ class Starter:
         else:
             log.warning("start.unanswered", **known, reason=str(error))
             after = deferred(start, error, now=now, jitter=self._jitter())
-        await self._database.write(lambda tx: starts.change(tx, after, only_in=_OPEN))
+        await self._database.write(lambda tx: starts.update_start(tx, after, only_in=_OPEN))
         if after.state is not StartState.ASKING:
             self._signals.changes.publish(Change("start", start.token, after.state.value))
 
@@ -351,7 +351,7 @@ class Starter:
             log.warning("start.not_searched", key=start.idempotency_key, reason=str(error))
         window = window_of(start, now=now)
         alike = await self._database.read(
-            lambda tx: starts.unresolved_alike(tx, start, since=window.since, until=window.until)
+            lambda tx: starts.count_unresolved_alike(tx, start, since=window.since, until=window.until)
         )
         current = await self.find(start.token)
         if current is None or current.state not in _OPEN:
@@ -361,11 +361,11 @@ class Starter:
             return
         if (later := searched_again(start, now=now, jitter=self._jitter())) is not None:
             log.warning("start.not_found_yet", key=start.idempotency_key, candidates=len(fitting), alike=alike)
-            await self._database.write(lambda tx: starts.change(tx, later, only_in=_OPEN))
+            await self._database.write(lambda tx: starts.update_start(tx, later, only_in=_OPEN))
             return
         after = unresolved(start)
         log.error("start.unknown", key=start.idempotency_key, candidates=len(fitting), cure=after.error_message)
-        await self._database.write(lambda tx: starts.change(tx, after, only_in=_OPEN))
+        await self._database.write(lambda tx: starts.update_start(tx, after, only_in=_OPEN))
         self._signals.changes.publish(Change("start", start.token, after.state.value))
 
     async def _fitting(self, start: Start, now: datetime) -> tuple[Snapshot, ...]:

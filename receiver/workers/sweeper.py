@@ -140,7 +140,7 @@ def _news(tx: Connection, scope: Scope, rows: Sequence[Snapshot], asked_at: date
     news = [RunRead(shown[run_id], asked_at) for run_id, run in known.items() if worth_telling(run, shown[run_id])]
     unknown = [row for row in shown.values() if row.run_id not in known]
     since = young_since(asked_at)
-    if unknown and starts.oldest_asking(tx, workspace_id=scope.workspace_id, since=since) is not None:
+    if unknown and starts.oldest_unanswered_at(tx, workspace_id=scope.workspace_id, since=since) is not None:
         # FLORA's clock dates the rows: allow for all the time that a start is young. The overlap shows them again.
         unknown = [row for row in unknown if not may_be_of_start(row.created_at, since)]
     return [*news, *(RunRead(row, asked_at, origin=Origin.DISCOVERED) for row in unknown)], len(unknown)

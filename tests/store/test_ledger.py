@@ -125,7 +125,7 @@ async def test_unknown_runs_are_just_not_there(database: Database) -> None:
 async def test_a_change_raises_the_version(database: Database) -> None:
     """Each write is guarded by the version that it was decided on."""
     await add(database, a_run())
-    await database.write(lambda tx: ledger.change_runs(tx, [a_run(progress=10)]))
+    await database.write(lambda tx: ledger.update_runs(tx, [a_run(progress=10)]))
     found = await get(database)
     assert found is not None
     assert (found.progress, found.version) == (10, 1)
@@ -134,9 +134,9 @@ async def test_a_change_raises_the_version(database: Database) -> None:
 async def test_a_run_that_changed_meanwhile_is_not_overwritten(database: Database) -> None:
     """The second of two decisions on the same version is refused as a whole, its other rows included."""
     await add(database, a_run(), a_run(run_id="run_2"))
-    await database.write(lambda tx: ledger.change_runs(tx, [a_run(progress=10)]))
+    await database.write(lambda tx: ledger.update_runs(tx, [a_run(progress=10)]))
     with pytest.raises(StoreUnavailableError):
-        await database.write(lambda tx: ledger.change_runs(tx, [a_run(run_id="run_2", progress=5), a_run(progress=99)]))
+        await database.write(lambda tx: ledger.update_runs(tx, [a_run(run_id="run_2", progress=5), a_run(progress=99)]))
     assert (await get(database) or FULL).progress == 10
     assert (await get(database, "run_2") or FULL).progress is None
 
@@ -202,11 +202,11 @@ async def test_due_runs_longest_due_first(database: Database) -> None:
     due = await database.read(lambda tx: ledger.due_runs(tx, now=NOW, limit=10))
     assert [run.run_id for run in due] == ["run_2", "run_1", "run_3"]
     assert len(await database.read(lambda tx: ledger.due_runs(tx, now=NOW, limit=2))) == 2
-    assert await database.read(ledger.next_due_ms) == to_ms(NOW - timedelta(seconds=60))
+    assert await database.read(ledger.next_read_due_ms) == to_ms(NOW - timedelta(seconds=60))
 
 
 async def test_nothing_due_is_said_so(database: Database) -> None:
-    assert await database.read(ledger.next_due_ms) is None
+    assert await database.read(ledger.next_read_due_ms) is None
 
 
 async def test_written_off_runs(database: Database) -> None:
@@ -217,7 +217,7 @@ async def test_written_off_runs(database: Database) -> None:
         a_run(RunState.COMPLETED, run_id="run_soon", verdict_due_at=NOW + timedelta(milliseconds=1)),
         a_run(RunState.COMPLETED, run_id="run_judged", verdict=Verdict.MATCHED),
     )
-    found = await database.read(lambda tx: ledger.written_off(tx, now=NOW, limit=10))
+    found = await database.read(lambda tx: ledger.runs_past_callback(tx, now=NOW, limit=10))
     assert [run.run_id for run in found] == ["run_over"]
 
 
@@ -241,7 +241,7 @@ async def test_impossible_runs_are_refused(database: Database, run: Run) -> None
         await add(database, run)
     await add(database, a_run())
     with pytest.raises(exc.IntegrityError):
-        await database.write(lambda tx: ledger.change_runs(tx, [run]))
+        await database.write(lambda tx: ledger.update_runs(tx, [run]))
     assert await get(database) == a_run()
 
 
@@ -263,5 +263,5 @@ async def test_a_changed_row_is_the_whole_row(database: Database) -> None:
     """Every field is written back, None included: nothing of the old row shines through."""
     await add(database, FULL)
     bare = replace(a_run(run_type=None), run_id="run_full")
-    await database.write(lambda tx: ledger.change_runs(tx, [bare]))
+    await database.write(lambda tx: ledger.update_runs(tx, [bare]))
     assert await get(database, "run_full") == replace(bare, version=1)

@@ -86,7 +86,7 @@ def test_head_is_the_newest_migration(connection: Connection) -> None:
 
 def test_upgrading_again_changes_nothing(connection: Connection) -> None:
     """Every start upgrades: the rows stay, the tables stay, and it says that there was nothing to do."""
-    assert migrate.current(connection) is None
+    assert migrate.current_revision(connection) is None
     assert migrate.upgrade(connection) == (None, migrate.HEAD)
     connection.exec_driver_sql("INSERT INTO rejections (rejected_at, code, size) VALUES (1, 'x', 1)")
     connection.commit()

@@ -17,7 +17,7 @@ from sqlalchemy import create_engine, insert, select
 
 from receiver.errors import StoreError, StoreInUseError, StoreUnavailableError
 from receiver.store import SqliteDatabase, migrate
-from receiver.store.move import TABLES, Moved, move
+from receiver.store.move import TABLES, MoveResult, move
 from receiver.store.schema import (
     artifacts,
     channel_hours,
@@ -129,7 +129,7 @@ def test_every_row_arrives_as_it_is(ledger: Path, postgres_server: Postgres, tar
         name: len(rows) for name, rows in before.items()
     }
     assert all(before.values()), "a table of which nothing is tried here"
-    assert move(ledger, url) == Moved(moved.tables, copied=False)
+    assert move(ledger, url) == MoveResult(moved.tables, copied=False)
 
 
 def test_it_goes_through_a_pooler(ledger: Path, pgbouncer: str, postgres_url: str) -> None:

@@ -64,7 +64,7 @@ async def states(core: Core, run_id: str = "run_1") -> dict[Event, tuple[str, in
 async def test_a_claim_brings_all_that_the_work_needs(database: Database) -> None:
     """Run, outputs and earlier artifacts come along; the attempt counts from the claim on."""
     await add(database, ("run_1", Event.SETTLED))
-    await database.write(lambda tx: queue.reserve(tx, "run_1", "h", 0, "output_1", "/a"))
+    await database.write(lambda tx: queue.reserve_location(tx, "run_1", "h", 0, "output_1", "/a"))
     (leased,) = await claim(database)
     assert (leased.run.run_id, leased.outputs) == ("run_1", (OUTPUT,))
     assert [artifact.location for artifact in leased.artifacts] == ["/a"]
@@ -134,7 +134,7 @@ async def test_looking_at_the_queue_costs_nothing_for_what_is_over(database: Dat
             tx, "h", lanes=(Lane.LIGHT,), limit=1, max_attempts=3, token=TOKEN, now=NOW, until=UNTIL, lapsed=NOW
         )
         queue.due_lanes(tx, "h", now=NOW, lapsed=NOW)
-        queue.next_due_ms(tx, ["h"], after=NOW)
+        queue.next_dispatch_due_ms(tx, ["h"], after=NOW)
         event.remove(tx, "before_cursor_execute", note)
         explain = "EXPLAIN " if database.shared else "EXPLAIN QUERY PLAN "
         if database.shared:  # in a small table PostgreSQL reads everything, which is right
@@ -320,7 +320,7 @@ async def test_impossible_dispatches_are_refused(database: Database, change: str
 async def reserve(
     database: Database, location: str, run_id: str = "run_1", position: int = 0, handler: str = "h"
 ) -> None:
-    await database.write(lambda tx: queue.reserve(tx, run_id, handler, position, "output_1", location))
+    await database.write(lambda tx: queue.reserve_location(tx, run_id, handler, position, "output_1", location))
 
 
 async def store(database: Database, position: int = 0) -> None:

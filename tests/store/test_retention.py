@@ -3,8 +3,7 @@
 from datetime import timedelta
 
 from receiver.model import Delivery, Dispatch, DispatchState, Event, Rejection, RunState
-from receiver.store import Database, ledger, queue
-from receiver.store import retention as upkeep
+from receiver.store import Database, ledger, queue, retention
 from receiver.store.rows import to_ms
 from tests.support.core import NOW, OUTPUT, Core, a_run
 
@@ -20,7 +19,7 @@ async def test_the_ring_of_rejections_is_bounded(core: Core) -> None:
 
     async def add(*codes: str) -> None:
         rows = [Rejection(NOW, code, "192.0.2.1", 7) for code in codes]
-        await core.database.write(lambda tx: upkeep.add_rejections(tx, rows, keep=3))
+        await core.database.write(lambda tx: retention.add_rejections(tx, rows, keep=3))
 
     await add()
     await add("a", "b")
@@ -35,7 +34,7 @@ async def test_bodies_go_and_deliveries_stay(core: Core) -> None:
     rows = [a_delivery("whd_1", "run_1"), a_delivery("whd_2", "run_1"), a_delivery("whd_3", "run_1", EDGE)]
     await core.database.write(lambda tx: ledger.add_deliveries(tx, rows))
     for expected in (1, 1, 0):
-        assert await core.database.write(lambda tx: upkeep.delete_bodies(tx, before=EDGE, limit=1)) == expected
+        assert await core.database.write(lambda tx: retention.delete_bodies(tx, before=EDGE, limit=1)) == expected
     assert await core.count("delivery_bodies") == 1
     assert await core.count("deliveries") == 3
 
@@ -56,7 +55,7 @@ async def fill(database: Database) -> None:
                 Dispatch("run_busy", "h2", Event.SETTLED, 0, DispatchState.READY, NOW),
             ],
         )
-        queue.reserve(tx, "run_completed", "h", 0, "output_1", "/a")  # type: ignore[arg-type]
+        queue.reserve_location(tx, "run_completed", "h", 0, "output_1", "/a")  # type: ignore[arg-type]
         (leased,) = queue.claim(tx, "h", limit=1, max_attempts=1, token="t", now=NOW, until=NOW)  # type: ignore[arg-type]
         queue.finish(tx, leased, token="t", state=DispatchState.DONE, now=NOW)  # type: ignore[arg-type]
         ledger.add_deliveries(
@@ -78,7 +77,7 @@ async def test_old_runs_that_are_over_go_with_all_that_hangs_on_them(core: Core)
     await fill(core.database)
     deleted = 1
     while deleted:
-        deleted = await core.database.write(lambda tx: upkeep.delete_ledger(tx, before=EDGE, limit=1))
+        deleted = await core.database.write(lambda tx: retention.delete_ledger(tx, before=EDGE, limit=1))
         assert deleted <= 2
     runs = {row[0] for row in await core.rows("SELECT run_id FROM runs")}
     assert runs == {"run_open", "run_reported", "run_busy", "run_new"}
@@ -107,8 +106,8 @@ async def test_what_a_wrong_clock_put_off_is_due_now(core: Core) -> None:
 
     await core.database.write(job)
     latest = NOW + timedelta(days=2)
-    assert await core.database.write(lambda tx: upkeep.pull_back(tx, now=NOW, latest=latest)) == 2
-    assert await core.database.write(lambda tx: upkeep.pull_back(tx, now=NOW, latest=latest)) == 0
+    assert await core.database.write(lambda tx: retention.make_due_by(tx, now=NOW, latest=latest)) == 2
+    assert await core.database.write(lambda tx: retention.make_due_by(tx, now=NOW, latest=latest)) == 0
     assert [tuple(row) for row in await core.rows("SELECT run_id, next_poll_at FROM runs ORDER BY run_id")] == [
         ("run_1", to_ms(NOW)),
         ("run_2", to_ms(near)),

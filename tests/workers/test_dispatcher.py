@@ -208,7 +208,7 @@ async def test_a_handler_can_ask_what_flora_was_asked_for(bench: Bench) -> None:
         due_at=NOW,
         run_id="run_1",
     )
-    await bench.core.database.write(lambda tx: starts.add(tx, start))
+    await bench.core.database.write(lambda tx: starts.add_start(tx, start))
     await bench.settled("run_1", "run_2")
     asked: dict[str, Any] = {}
 

@@ -154,7 +154,7 @@ async def test_a_run_that_a_start_may_be_about_to_name_is_left_alone(ours: Ledge
         created_at=clock.now,
         due_at=clock.now,
     )
-    await ours.core.database.write(lambda tx: starts.add(tx, start))
+    await ours.core.database.write(lambda tx: starts.add_start(tx, start))
     flora.fill(1, prefix="old")
     flora.fill(1, prefix="young", youngest=timedelta(0))
     sweeper = a_sweeper(ours)

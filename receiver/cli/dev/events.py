@@ -132,8 +132,8 @@ class Follower:
         )
 
     async def _dispatch(self, change: Change) -> None:
-        def read(tx: Connection) -> queries.Account | None:
-            return queries.account(tx, change.run_id)
+        def read(tx: Connection) -> queries.RunDetails | None:
+            return queries.run_details(tx, change.run_id)
 
         account = await self._service.database.read(read)
         if account is None:

@@ -205,7 +205,7 @@ class Desk:
 
     async def _show_status(self) -> None:
         while True:
-            counts = await self._service.database.read(queries.unsettled)
+            counts = await self._service.database.read(queries.count_unsettled)
             judged = self._judged
             where = "no tunnel" if self._provider is None else self._url or "opening"
             took = "" if judged is None or judged.seconds is None else f"  canary {judged.seconds * 1000:.0f} ms"

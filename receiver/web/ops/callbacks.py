@@ -81,7 +81,7 @@ class Ledger:
 
     async def delivery(self, request: Request) -> Response:
         delivery_id = request.path_params["delivery_id"]
-        found = await self._database.read(lambda tx: queries.delivery(tx, delivery_id))
+        found = await self._database.read(lambda tx: queries.delivery_by_id(tx, delivery_id))
         if found is None:
             raise not_found("delivery")
         body = None if found.body is None else found.body.decode("utf-8", "replace")
@@ -96,12 +96,12 @@ class Ledger:
         since = self._clock() - _DAY
 
         def read(tx: Any) -> Mapping[str, Any]:
-            hours = channel.by_hour(tx, since=since)
+            hours = channel.outcomes_by_hour(tx, since=since)
             outcomes: dict[str, int] = {}
             for counts in hours.values():
                 for outcome, runs in counts.items():
                     outcomes[outcome] = outcomes.get(outcome, 0) + runs
-            arrivals, refusals = channel.arrivals(tx, since=since), channel.refusals(tx, since=since)
+            arrivals, refusals = channel.count_arrivals(tx, since=since), channel.count_refusals(tx, since=since)
             health = channel_health(outcomes, arrivals=arrivals, refusals=refusals)
             return {
                 "since": time_json(since),
@@ -121,7 +121,11 @@ class Ledger:
     async def metrics(self, _: Request) -> Response:
         now, names = self._clock(), self._handlers
         counts = await self._database.read(
-            lambda tx: (queries.unsettled(tx), queries.backlog(tx, names), queries.overdue(tx, names, now=now))
+            lambda tx: (
+                queries.count_unsettled(tx),
+                queries.count_backlog(tx, names),
+                queries.overdue_seconds(tx, names, now=now),
+            )
         )
         self._metrics.set_backlog(*counts)
         body, content_type = self._metrics.render()

@@ -10,8 +10,7 @@ from starlette.routing import BaseRoute, Route
 
 from receiver.decide import settle
 from receiver.model import Dispatch, DispatchState, Event, Subscription
-from receiver.store import Database, ledger, queries
-from receiver.store import redispatch as rearming
+from receiver.store import Database, ledger, queries, redispatch
 from receiver.store.changes import Change, Signals
 from receiver.web.ops import requests as bodies
 from receiver.web.ops.paging import page_of, sequence_of
@@ -60,7 +59,7 @@ class Dispatches:
         body = await bodies.read(request, bodies.RetryBody)
         now, dead = self._clock(), (DispatchState.DEAD,)
         armed = await self._database.write(
-            lambda tx: rearming.rearm(tx, now=now, states=dead, run_id=body.run_id, handler=body.handler)
+            lambda tx: redispatch.reset_dispatches(tx, now=now, states=dead, run_id=body.run_id, handler=body.handler)
         )
         return self._armed(armed)
 
@@ -72,8 +71,8 @@ class Dispatches:
 
         def job(tx: Any) -> tuple[Dispatch, ...]:
             if body.again:
-                return rearming.open_round(tx, run_id, names=self._subscriptions.keys(), handler=handler, now=now)
-            return rearming.rearm(tx, now=now, states=rearming.OVER, run_id=run_id, handler=handler)
+                return redispatch.open_round(tx, run_id, names=self._subscriptions.keys(), handler=handler, now=now)
+            return redispatch.reset_dispatches(tx, now=now, states=redispatch.OVER, run_id=run_id, handler=handler)
 
         return self._armed(await self._database.write(job))
 
@@ -88,7 +87,7 @@ class Dispatches:
             message = "this handler does not listen to `settled`"
             raise Refusal(400, "unknown_handler", message, fields=[("handler", message)])
         run_ids = await self._database.read(
-            lambda tx: rearming.settled_without(tx, body.handler, since=body.since, limit=body.limit)
+            lambda tx: redispatch.runs_unknown_to(tx, body.handler, since=body.since, limit=body.limit)
         )
 
         def job(tx: Any) -> tuple[Dispatch, ...]:

@@ -100,7 +100,7 @@ class Runs:
 
         def read(tx: Any) -> Mapping[str, Any]:
             page = queries.run_page(tx, limit=limit, state=state, before=before)
-            busy = queries.unfinished(tx, [run.run_id for run in page], self._handlers)
+            busy = queries.runs_with_work(tx, [run.run_id for run in page], self._handlers)
             over = {RunState.COMPLETED, RunState.FAILED, RunState.LOST}
             return {
                 "runs": [run_json(run, finished=run.state in over and run.run_id not in busy) for run in page],
@@ -130,7 +130,7 @@ class Runs:
         run_id = request.path_params["run_id"]
 
         def read(tx: Any) -> Mapping[str, Any] | None:
-            account = queries.account(tx, run_id)
+            account = queries.run_details(tx, run_id)
             if account is None:
                 return None
             arrivals = queries.delivery_page(tx, limit=bodies.MOST_ROWS, run_id=run_id)
@@ -169,7 +169,7 @@ class Runs:
             raise Refusal(409, "already_started", message, more={"start": start_json(before)})
         if body.run_id is not None:
             run_id = body.run_id
-            owner = await self._database.read(lambda tx: queries.account(tx, run_id))
+            owner = await self._database.read(lambda tx: queries.run_details(tx, run_id))
             if owner is not None and owner.start is not None and owner.start.token != token:
                 raise Refusal(409, "run_taken", f"{run_id} is the run of another start")
         after = await self._starter.resolve(token, body.run_id)
@@ -191,7 +191,7 @@ class Runs:
 
     async def _with_run(self, start: Start, *, status: int, repeated: bool) -> Response:
         run_id = start.run_id or ""
-        account = await self._database.read(lambda tx: queries.account(tx, run_id))
+        account = await self._database.read(lambda tx: queries.run_details(tx, run_id))
         run = None if account is None else account_json(account, self._handlers)
         return answered({"start": start_json(start), "run": run, "repeated": repeated}, status=status)
 
@@ -199,8 +199,8 @@ class Runs:
         account = await self._known(run_id)
         return answered({"run": account_json(account, self._handlers)})
 
-    async def _known(self, run_id: str) -> queries.Account:
-        account = await self._database.read(lambda tx: queries.account(tx, run_id))
+    async def _known(self, run_id: str) -> queries.RunDetails:
+        account = await self._database.read(lambda tx: queries.run_details(tx, run_id))
         if account is None:
             raise not_found("run")
         return account

@@ -4,14 +4,14 @@ from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from receiver.store.queries import Account, Arrival, Attempt
+from receiver.store.queries import Attempt, DeliveryRecord, RunDetails
 from receiver.web.ops.views import account_json, time_json
 
 Entry = tuple[datetime, dict[str, Any]]
 
 
 def timeline(
-    account: Account, arrivals: Sequence[Arrival], attempts: Sequence[Attempt], handlers: Collection[str]
+    account: RunDetails, arrivals: Sequence[DeliveryRecord], attempts: Sequence[Attempt], handlers: Collection[str]
 ) -> dict[str, Any]:
     """Return `{"run", "reads", "entries": [{"at", "kind", …}]}`, oldest entry first."""
     entries = sorted(
@@ -26,7 +26,7 @@ def timeline(
     }
 
 
-def _of_run(account: Account) -> Iterator[Entry]:
+def _of_run(account: RunDetails) -> Iterator[Entry]:
     run, start = account.run, account.start
     if start is not None:
         yield (
@@ -41,7 +41,7 @@ def _of_run(account: Account) -> Iterator[Entry]:
         yield run.settled_at, {"kind": "settled", "state": run.state.value, "error_code": run.error_code}
 
 
-def _of_deliveries(arrivals: Sequence[Arrival]) -> Iterator[Entry]:
+def _of_deliveries(arrivals: Sequence[DeliveryRecord]) -> Iterator[Entry]:
     for arrival in arrivals:
         shown = {"kind": "callback", "delivery_id": arrival.delivery_id, "event": arrival.event}
         yield arrival.received_at, {**shown, "age_seconds": arrival.age, "duplicates": arrival.duplicates}
@@ -60,7 +60,7 @@ def _of_attempts(attempts: Sequence[Attempt]) -> Iterator[Entry]:
             )
 
 
-def _of_artifacts(account: Account) -> Iterator[Entry]:
+def _of_artifacts(account: RunDetails) -> Iterator[Entry]:
     for artifact in account.artifacts:
         if artifact.stored_at is not None:
             shown = {"kind": "stored", "handler": artifact.handler, "position": artifact.position}

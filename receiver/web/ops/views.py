@@ -9,7 +9,7 @@ from receiver.decide.channel import ChannelHealth
 from receiver.flora.messages import Technique
 from receiver.model import Artifact, Dispatch, DispatchState, Rejection, Run, Start, StartState
 from receiver.store.changes import Change
-from receiver.store.queries import Account, Arrival
+from receiver.store.queries import DeliveryRecord, RunDetails
 
 
 def run_json(run: Run, *, finished: bool) -> dict[str, Any]:
@@ -47,10 +47,10 @@ def run_json(run: Run, *, finished: bool) -> dict[str, Any]:
     }
 
 
-def account_json(account: Account, handlers: Collection[str]) -> dict[str, Any]:
+def account_json(account: RunDetails, handlers: Collection[str]) -> dict[str, Any]:
     """Return a run with its outputs, artifacts, dispatches and start; `handlers` are the configured ones."""
     return {
-        **run_json(account.run, finished=account.finished(handlers)),
+        **run_json(account.run, finished=account.is_finished_for(handlers)),
         "outputs": [asdict(output) for output in account.outputs],
         "artifacts": [artifact_json(artifact) for artifact in account.artifacts],
         "dispatches": [
@@ -117,7 +117,7 @@ def start_json(start: Start) -> dict[str, Any]:
     }
 
 
-def arrival_json(arrival: Arrival) -> dict[str, Any]:
+def arrival_json(arrival: DeliveryRecord) -> dict[str, Any]:
     """Return a delivery; with its body where that was read."""
     shown: dict[str, Any] = {
         "delivery_id": arrival.delivery_id,
