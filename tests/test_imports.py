@@ -79,6 +79,7 @@ def test_no_cycle_of_any_kind() -> None:
                 "receiver.net.clients",
                 "receiver.flora.signature",
                 "receiver.cli.doctor.probe",
+                "receiver.workers.loop",
             ),
         ),
         ("handlers", ("receiver.handler",)),

@@ -28,6 +28,7 @@ from receiver.cli.trigger.cases import CASES, Subject
 from receiver.config import Settings
 from receiver.emulator import Emulator, EmulatorSettings, parse_faults
 from receiver.flora.client import FloraClient
+from receiver.flora.rate_limit import RateLimit
 from receiver.model import Artifact, Dispatch, DispatchState, Origin, Run, RunRegistered, RunState
 from receiver.net import certificates
 from receiver.net.clients import api_client, probe_client
@@ -202,8 +203,9 @@ async def _start(emulator: Emulator, service: Service, origin: str, url: str) ->
                 "mode": "async",
                 "callback_url": url,
             }
-            client = FloraClient(http, emulator.settings.api_key)
+            client = FloraClient(http, emulator.settings.api_key, RateLimit(8))
             started = await client.start_technique_run(scene.technique, request)
+            assert started is not None, "a request that may be sent at any time is sent"
             emulator.faults.add(parse_faults(list(scene.faults)), run_id=started.snapshot.run_id)
             await service.intake.apply(
                 RunRegistered(

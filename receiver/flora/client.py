@@ -5,13 +5,14 @@ only: redirects are not followed, and a `poll_url` is never fetched.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
 
+from receiver.decide import Listing, Scope
 from receiver.errors import FloraError, PayloadError
 from receiver.flora.messages import (
     Page,
@@ -24,6 +25,7 @@ from receiver.flora.messages import (
     parse_start,
     parse_technique,
 )
+from receiver.flora.rate_limit import RateLimit
 from receiver.model import Snapshot
 
 T = TypeVar("T")
@@ -34,6 +36,10 @@ _MAX_ANSWER = 64 * 1024 * 1024
 """Bytes. A page holds a hundred runs, whose text outputs stand in it in full."""
 
 
+def _always() -> bool:
+    return True
+
+
 class FloraClient:
     """FLORA's API as one workspace's key sees it. `http` carries base URL and time-outs; `timeout` bounds a whole call."""
 
@@ -41,58 +47,90 @@ class FloraClient:
         self,
         http: httpx.AsyncClient,
         api_key: str,
+        rate_limit: RateLimit,
         *,
         timeout_seconds: float = 30.0,
-        answered: Callable[[int | None], None] = lambda _: None,
+        on_response: Callable[[int | None], None] = lambda _: None,
     ) -> None:
-        """`answered` hears the status of each answer, None where none came: for the metrics."""
+        """`on_response` is called with the status of each response, and with None if there was none: for metrics."""
+        self.rate_limit = rate_limit
+        """Shared by all clients with this API key: FLORA counts by key."""
         self._http = http
-        self._answered = answered
+        self._on_response = on_response
         self._headers = {"Authorization": f"Bearer {api_key}", "Accept": "application/json"}
         self._timeout_seconds = timeout_seconds
 
     async def technique_run(self, technique_id: str, run_id: str) -> Snapshot:
         """`GET /techniques/{technique_id}/runs/{run_id}`."""
         path = f"techniques/{_segment(technique_id)}/runs/{_segment(run_id)}"
-        snapshot = await self._call("GET", path, parse=partial(parse_run, technique_id=technique_id))
+        snapshot = await self._get(path, parse=partial(parse_run, technique_id=technique_id))
         return _same_run(snapshot, run_id)
 
     async def run(self, run_id: str) -> Snapshot:
         """`GET /runs/{run_id}`: generations and actions."""
-        return _same_run(await self._call("GET", f"runs/{_segment(run_id)}", parse=parse_run), run_id)
+        return _same_run(await self._get(f"runs/{_segment(run_id)}", parse=parse_run), run_id)
 
-    async def technique_runs(
-        self, *, limit: int = PAGE_LIMIT, cursor: str | None = None, **filters: str | None
-    ) -> Page:
-        """`GET /technique-runs`, newest first. Filters: workspace_id, project_id, technique_id, status."""
-        return await self._list("technique-runs", limit, cursor, filters)
+    async def pages(self, scope: Scope, *, limit: int = PAGE_LIMIT) -> AsyncIterator[Page]:
+        """Yield the pages of `GET /technique-runs` or `GET /generations`, newest run first, one request each.
 
-    async def generations(self, *, limit: int = PAGE_LIMIT, cursor: str | None = None, **filters: str | None) -> Page:
-        """`GET /generations`, newest first. Filters: workspace_id, project_id, status."""
-        return await self._list("generations", limit, cursor, filters)
+        Ends with the last page, and where FLORA repeats a cursor: that one leads nowhere.
+        """
+        path = "technique-runs" if scope.listing is Listing.TECHNIQUE_RUNS else "generations"
+        filters = {
+            "limit": str(limit),
+            "workspace_id": scope.workspace_id,
+            "project_id": scope.project_id,
+            "technique_id": scope.technique_id,
+        }
+        params = {name: value for name, value in filters.items() if value}
+        seen: set[str] = set()
+        while True:
+            page = await self._get(path, params=params, parse=parse_page)
+            yield page
+            cursor = page.next_cursor
+            if cursor is None or cursor in seen:
+                return
+            seen.add(cursor)
+            params["cursor"] = cursor
 
-    async def start_technique_run(self, technique_id: str, request: Mapping[str, Any]) -> StartedRun:
-        """`POST /techniques/{technique_id}/runs`; `request` is its body: inputs, mode, callback_url, idempotency_key."""
+    async def start_technique_run(
+        self, technique_id: str, request: Mapping[str, Any], *, may_send: Callable[[], bool] = _always
+    ) -> StartedRun | None:
+        """`POST /techniques/{technique_id}/runs`, its body: inputs, mode, callback_url, idempotency_key.
+
+        None: `may_send` returned False when a slot was free, and nothing was sent.
+        """
         parse = partial(parse_start, technique_id=technique_id)
-        return await self._call("POST", f"techniques/{_segment(technique_id)}/runs", json=request, parse=parse)
+        async with self.rate_limit.request():
+            if not may_send():
+                return None
+            return await self._exchange("POST", f"techniques/{_segment(technique_id)}/runs", json=request, parse=parse)
 
-    async def generate(self, request: Mapping[str, Any], *, idempotency_key: str | None = None) -> StartedRun:
-        """`POST /generate`; idempotency is by header only."""
+    async def generate(
+        self,
+        request: Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        may_send: Callable[[], bool] = _always,
+    ) -> StartedRun | None:
+        """`POST /generate`; its idempotency key is a header. Returns None as `start_technique_run` does."""
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         parse = partial(parse_start, technique_id=None)
-        return await self._call("POST", "generate", json=request, headers=headers, parse=parse)
+        async with self.rate_limit.request():
+            if not may_send():
+                return None
+            return await self._exchange("POST", "generate", json=request, headers=headers, parse=parse)
 
     async def technique(self, technique_id: str) -> Technique:
         """`GET /techniques/{technique_id}`: declared inputs and outputs, and what a run costs."""
         parse = partial(parse_technique, technique_id=technique_id)
-        return await self._call("GET", f"techniques/{_segment(technique_id)}", parse=parse)
+        return await self._get(f"techniques/{_segment(technique_id)}", parse=parse)
 
-    async def _list(self, path: str, limit: int, cursor: str | None, filters: Mapping[str, str | None]) -> Page:
-        params: dict[str, str | None] = {"limit": str(limit), "cursor": cursor, **filters}
-        given = {key: value for key, value in params.items() if value}
-        return await self._call("GET", path, params=given, parse=parse_page)
+    async def _get(self, path: str, *, parse: Callable[[Any], T], params: Mapping[str, str] | None = None) -> T:
+        async with self.rate_limit.request():
+            return await self._exchange("GET", path, params=params, parse=parse)
 
-    async def _call(
+    async def _exchange(
         self,
         method: str,
         path: str,
@@ -111,12 +149,12 @@ class FloraClient:
             async with asyncio.timeout(self._timeout_seconds):
                 status, body, answer_headers = await self._send(request)
         except TimeoutError as error:
-            self._answered(None)
+            self._on_response(None)
             raise FloraError(f"FLORA did not answer within {self._timeout_seconds:g} s") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
-            self._answered(None)
+            self._on_response(None)
             raise FloraError(f"FLORA cannot be reached: {type(error).__name__}") from error
-        self._answered(status)
+        self._on_response(status)
         if not 200 <= status < 300:
             raise parse_error(status, body, answer_headers)
         try:

@@ -1,80 +1,120 @@
-"""How many calls to FLORA may run at once. One budget per API key, shared by starts and polls; it obeys 429."""
+"""How many requests one API key may have in flight, and when the next may start. Owned by `FloraClient`.
+
+A 429 halves the number of requests in flight and holds all of them for a while; successes raise it again, one by one.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
+from receiver.errors import FloraError
+
 _GROW_AFTER = 20
-"""Good answers in a row after which one more call may run at once: halving is quick, recovery slow."""
+_DEFAULT_PAUSE_SECONDS = 5.0
+"""Pause after a 429 that names none (FLORA contract, section 4)."""
 _LONGEST_HOLD = timedelta(hours=1)
 
 
-class RateLimit:
-    """At most `limit` calls at once, fewer after a 429; none at all until a hold is over."""
+class AdaptiveLimit:
+    """A number of slots that is halved by a refusal, and raised by one after `grow_after` successes in a row."""
 
-    def __init__(self, limit: int = 8, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        self._limit = limit
-        self._allowed = limit
-        self._running = 0
-        self._good = 0
-        self._held_until: datetime | None = None
+    def __init__(self, maximum: int, *, grow_after: int) -> None:
+        self._maximum = maximum
+        self._grow_after = grow_after
+        self._successes = 0
+        self.allowed = maximum
+
+    def count_success(self) -> None:
+        self._successes += 1
+        if self._successes >= self._grow_after and self.allowed < self._maximum:
+            self._successes = 0
+            self.allowed += 1
+
+    def count_refusal(self, *, is_repeat: bool) -> None:
+        """Halve the limit. `is_repeat`: the refusal belongs to a burst that has halved it already."""
+        self._successes = 0
+        if not is_repeat:
+            self.allowed = max(1, self.allowed // 2)
+
+
+class Hold:
+    """A pause of at most an hour. It is over at once if the clock jumps back by more than that."""
+
+    def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
+        self._until: datetime | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        if self._until is None:
+            return 0.0
+        left = self._until - self._clock()
+        return max(0.0, left.total_seconds()) if left <= _LONGEST_HOLD else 0.0
+
+    def extend(self, seconds: float) -> None:
+        """Pause for `seconds` from now, unless the current pause is longer."""
+        if self.seconds_left < seconds:
+            self._until = self._clock() + timedelta(seconds=min(seconds, _LONGEST_HOLD.total_seconds()))
+
+
+class RateLimit:
+    """The requests of one API key: at most `limit` in flight, fewer after a 429, none during its pause."""
+
+    def __init__(self, limit: int, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._limit = AdaptiveLimit(limit, grow_after=_GROW_AFTER)
+        self._hold = Hold(clock)
+        self._in_flight = 0
         self._freed = asyncio.Condition()
 
     @property
     def allowed(self) -> int:
-        """Calls that may run at once now."""
-        return self._allowed
+        """How many requests may be in flight now."""
+        return self._limit.allowed
 
     @property
-    def free(self) -> int:
-        """Calls that could begin now."""
-        return 0 if self.held_seconds > 0 else max(0, self._allowed - self._running)
+    def free_slots(self) -> int:
+        """How many requests could start now."""
+        return 0 if self.held_seconds > 0 else max(0, self.allowed - self._in_flight)
 
     @property
     def held_seconds(self) -> float:
-        """How long no call may begin; 0 when calls may."""
-        if self._held_until is None:
-            return 0.0
-        left = self._held_until - self._clock()
-        # A clock that jumped back must not hold us for longer than anything ever is.
-        return max(0.0, left.total_seconds()) if left <= _LONGEST_HOLD else 0.0
+        """Seconds until a request may start; 0 if one may now."""
+        return self._hold.seconds_left
 
     @asynccontextmanager
-    async def call(self) -> AsyncIterator[None]:
-        """Wait for room, then hold it inside the block."""
-        while True:
-            if (hold := self.held_seconds) > 0:
-                await asyncio.sleep(hold)
-                continue
-            async with self._freed:
-                if self._running < self._allowed:
-                    self._running += 1
-                    break
-                await self._freed.wait()
+    async def request(self) -> AsyncIterator[None]:
+        """Wait for a slot and hold it inside the block. A FloraError that leaves it with status 429 slows down."""
+        await self._acquire()
         try:
             yield
+            self._limit.count_success()
+        except FloraError as error:
+            if error.status == 429:
+                self.slow_down(pause_after(error))
+            raise
         finally:
             async with self._freed:
-                self._running -= 1
+                self._in_flight -= 1
                 self._freed.notify_all()
 
-    def went_well(self) -> None:
-        """FLORA answered: after a while, allow one call more."""
-        self._good += 1
-        if self._good >= _GROW_AFTER and self._allowed < self._limit:
-            self._good = 0
-            self._allowed += 1
+    def slow_down(self, seconds: float) -> None:
+        """Start no request for `seconds`, and then half as many at once. A burst of 429s counts once."""
+        self._limit.count_refusal(is_repeat=self.held_seconds > 0)
+        self._hold.extend(seconds)
 
-    def limited(self, seconds: float) -> None:
-        """FLORA said 429: hold still for `seconds`, then go on with half as many calls at once."""
-        if self.held_seconds <= 0:  # one burst is answered with many 429s: it counts once
-            self._allowed = max(1, self._allowed // 2)
-        self._good = 0
-        self.hold(seconds)
+    async def _acquire(self) -> None:
+        while True:
+            if (seconds := self.held_seconds) > 0:
+                await asyncio.sleep(seconds)
+                continue
+            async with self._freed:
+                if self._in_flight < self.allowed:
+                    self._in_flight += 1
+                    return
+                await self._freed.wait()
 
-    def hold(self, seconds: float) -> None:
-        """Let no call begin for `seconds`."""
-        if self.held_seconds < seconds:  # what a clock that jumped back has left behind counts for nothing there
-            self._held_until = self._clock() + timedelta(seconds=min(seconds, _LONGEST_HOLD.total_seconds()))
+
+def pause_after(error: FloraError) -> float:
+    """Return for how many seconds to send nothing after a 429."""
+    return _DEFAULT_PAUSE_SECONDS if error.retry_after is None else error.retry_after

@@ -45,6 +45,7 @@ from receiver.workers.janitor import Janitor
 from receiver.workers.leader import LeaderLease
 from receiver.workers.notifier import ChangeNotifier
 from receiver.workers.poller import Poller
+from receiver.workers.run_reader import RunReader
 from receiver.workers.starter import Starter
 from receiver.workers.sweeper import Sweeper
 
@@ -112,16 +113,15 @@ class Service:
             clock=self._clock,
         )
         self._api = api_client(flora.base_url, timeout_seconds=flora.timeout_seconds, tls=tls_context(flora.ca_file))
-        self.clients = wiring.clients(settings, self._api, self.metrics)
-        self.budgets = wiring.budgets(settings, self.clients, self._clock)
-        """One for each API key, shared by all that ask FLORA with it."""
+        self.clients = wiring.clients(settings, self._api, self.metrics, self._clock)
+        readers = {
+            key: RunReader(key, client, metrics=self.metrics, clock=self._clock) for key, client in self.clients.items()
+        }
         self.poller = Poller(
             self.database,
             self.intake,
-            self.clients,
+            readers,
             signals=self.signals,
-            metrics=self.metrics,
-            budgets=self.budgets,
             policy=policy or wiring.policy(settings),
             clock=self._clock,
         )
@@ -129,7 +129,6 @@ class Service:
             self.database,
             self.intake,
             self.clients,
-            self.budgets,
             signals=self.signals,
             callback_url=wiring.callback_url(settings.public_url),
             head_start=_HEAD_START if self.database.shared else timedelta(0),
@@ -138,7 +137,7 @@ class Service:
         self.sweeper = Sweeper(
             self.database,
             self.intake,
-            self.poller.readers,
+            readers,
             discovery=wiring.discovery(settings),
             clock=self._clock,
         )

@@ -82,21 +82,21 @@ def discovery(settings: Settings) -> Discovery:
     )
 
 
-def budgets(
-    settings: Settings, clients: Mapping[str | None, FloraClient], clock: Callable[[], datetime]
-) -> Mapping[str | None, RateLimit]:
-    """Return each client's budget; FLORA counts by key, so clients with one key share one."""
-    by_key: dict[str | None, RateLimit] = {}
-    limit = settings.reconcile.concurrency
-    return {key: by_key.setdefault(settings.api_key_for(key), RateLimit(limit, clock=clock)) for key in clients}
+def clients(
+    settings: Settings, http: httpx.AsyncClient, metrics: Metrics, clock: Callable[[], datetime]
+) -> Mapping[str | None, FloraClient]:
+    """Return each workspace's client, as far as it has an API key; None is for every other workspace.
 
-
-def clients(settings: Settings, http: httpx.AsyncClient, metrics: Metrics) -> Mapping[str | None, FloraClient]:
-    """Return each workspace's client, as far as it has an API key; None is for every other workspace."""
+    Clients with the same API key share a rate limit: FLORA counts by key.
+    """
     made: dict[str | None, FloraClient] = {}
+    limits: dict[str, RateLimit] = {}
     timeout = settings.flora.timeout_seconds
     for workspace_id in (None, *(workspace.id for workspace in settings.workspaces)):
         key = settings.api_key_for(workspace_id)
         if key is not None:
-            made[workspace_id] = FloraClient(http, key, timeout_seconds=timeout, answered=metrics.count_api_request)
+            limit = limits.setdefault(key, RateLimit(settings.reconcile.concurrency, clock=clock))
+            made[workspace_id] = FloraClient(
+                http, key, limit, timeout_seconds=timeout, on_response=metrics.count_api_request
+            )
     return made

@@ -33,9 +33,10 @@ _QUIET = timedelta(days=7)
 class Retention:
     """How long things are kept."""
 
-    bodies: timedelta = timedelta(days=30)
-    ledger: timedelta = timedelta(days=400)
-    rejections: int = 1000
+    bodies: timedelta
+    ledger: timedelta
+    rejections: int
+    """How many of the newest ones."""
 
 
 class Janitor:

@@ -1,4 +1,19 @@
-"""The polling fallback: reads the runs that are due and reports what FLORA shows. `tick` works, `run` only waits."""
+"""The polling fallback: reads the runs that are due and reports what FLORA shows. Run by the service.
+
+Each tick asks the database which runs are due, lets `decide.plans` choose how to read them with the fewest requests,
+and starts one task for each plan, as far as the API key has free slots. A plan is either
+
+  * a single read: one request for one run on its own route; or
+  * a scan: pages of a list, newest run first, until the due runs have been seen or another page costs more than
+    reading the rest one by one.
+
+Three sets keep the plans of one API key apart (`_KeyState`). `single_ids` are runs being read alone. `scanned` are runs
+that a scan is looking for, with the row version that it was planned for: a callback that arrives during the scan makes
+a newer version, and that run may be read at once, beside the scan. `passed_ids` are runs that a scan has passed without
+seeing: they are read alone next, and never lost between two scans.
+
+A run stays due in the database until a report about it is committed, so a crash or a dropped task costs one more read.
+"""
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,69 +41,66 @@ from receiver.decide import (
     worth_another_page,
     worth_telling,
 )
-from receiver.errors import FloraError, StoreUnavailableError
-from receiver.flora.client import FloraClient
-from receiver.flora.rate_limit import RateLimit
+from receiver.errors import StoreUnavailableError
 from receiver.intake.callbacks import Intake
 from receiver.model import ReadFailed, ReadRequested, Report, Run, RunRead, RunState, Snapshot
 from receiver.store import Database, ledger
 from receiver.store.changes import Signals
 from receiver.store.rows import from_ms
-from receiver.telemetry import Metrics
 from receiver.workers.loop import idle_seconds, run_loop
-from receiver.workers.run_reader import Reader, readers
+from receiver.workers.run_reader import PageFailed, RunReader
 
 log = structlog.get_logger("receiver.poller")
 
-_AT_ONCE = 2000
+_BATCH = 2000
 """Due runs of one API key that are planned together."""
 _NO_KEY_SECONDS = 60.0
 _NOT_COMMITTED_SECONDS = 1.0
 
 
 @dataclass(slots=True)
-class _Desk:
-    """One API key's work: what is being read, and what its last scans have shown."""
+class _KeyState:
+    """What is being read with one API key, and what its last scans have shown."""
 
-    reader: Reader
+    reader: RunReader
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    alone: set[str] = field(default_factory=set)
+    single_ids: set[str] = field(default_factory=set)
     """Runs being read one by one."""
     scanned: dict[str, int] = field(default_factory=dict)
     """Runs that a scan looks for, with the version that it was planned for."""
-    busy: set[Scope] = field(default_factory=set)
-    passed: set[str] = field(default_factory=set)
+    scanned_scopes: set[Scope] = field(default_factory=set)
+    passed_ids: set[str] = field(default_factory=set)
     """Runs that a scan has passed without seeing: they are read alone next."""
     depths: dict[Scope, Depth] = field(default_factory=dict)
 
     @property
-    def room(self) -> int:
-        return 0 if self.reader.held_seconds() > 0 else max(0, self.reader.budget.allowed - len(self.tasks))
+    def free_slots(self) -> int:
+        return 0 if self.reader.held_seconds > 0 else max(0, self.reader.rate_limit.allowed - len(self.tasks))
 
-    def in_hand(self, run: Run) -> bool:
-        """Whether a run is being read. A callback that came since its scan was planned wants an answer at once."""
-        if run.run_id in self.alone:
+    def is_being_read(self, run: Run) -> bool:
+        """Return whether a read in progress covers the run; one planned before its callback came does not."""
+        if run.run_id in self.single_ids:
             return True
         planned = self.scanned.get(run.run_id)
         return planned is not None and (planned == run.version or run.state is not RunState.REPORTED)
 
-    def take(self, plan: Plan) -> None:
+    def claim(self, plan: Plan) -> None:
         match plan:
             case Single(run):
-                self.alone.add(run.run_id)
+                self.single_ids.add(run.run_id)
             case Scan(place=place):
-                self.busy.add(place)
+                self.scanned_scopes.add(place)
                 self.scanned.update((run.run_id, run.version) for run in (*plan.due, *plan.soon))
             case _:
                 assert_never(plan)
 
-    def let_go(self, plan: Plan) -> None:
+    def release(self, plan: Plan) -> None:
         match plan:
             case Single(run):
-                self.alone.discard(run.run_id)
-                self.passed.discard(run.run_id)
+                self.single_ids.discard(run.run_id)
+                self.passed_ids.discard(run.run_id)
             case Scan(place=place):
-                self.busy.discard(place)
+                self.scanned_scopes.discard(place)
                 for run in (*plan.due, *plan.soon):
                     self.scanned.pop(run.run_id, None)
             case _:
@@ -96,36 +108,30 @@ class _Desk:
 
 
 class Poller:
-    """Reads due runs with as few requests as it can; the work of each API key goes on by itself.
+    """Reads due runs with as few requests as it can; no API key waits for another.
 
-    `clients` maps workspace id to its client, None being the one for every other workspace; so does `budgets`.
+    `readers` maps a workspace id to the reader of its API key; None is the reader for every other workspace.
     """
 
     def __init__(
         self,
         database: Database,
         intake: Intake,
-        clients: Mapping[str | None, FloraClient],
+        readers: Mapping[str | None, RunReader],
         *,
         signals: Signals,
-        metrics: Metrics,
-        budgets: Mapping[str | None, RateLimit] | None = None,
         policy: Policy,
-        concurrency: int = 8,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._database = database
         self._idle_seconds = idle_seconds(shared=database.shared)
         self._intake = intake
         self._signals = signals
-        self._metrics = metrics
         self._policy = policy
         self._clock = clock
-        if budgets is None:
-            budgets = {key: RateLimit(concurrency, clock=clock) for key in clients}
-        self.readers = readers(clients, budgets, metrics=metrics, clock=clock)
-        self._desks = {key: _Desk(reader) for key, reader in self.readers.items()}
-        self._own = frozenset(key for key in clients if key is not None)
+        self._keys = {key: _KeyState(reader) for key, reader in readers.items()}
+        self._workspaces = frozenset(key for key in readers if key is not None)
+        """Those with an API key of their own."""
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Tick until `stopping` is set; then cancel the reads in progress."""
@@ -136,33 +142,37 @@ class Poller:
             wake=self._signals.poll,
             retry_seconds=self._idle_seconds,
         )
-        for desk in self._desks.values():
-            for task in desk.tasks:
+        for state in self._keys.values():
+            for task in state.tasks:
                 task.cancel()
         await self.drain()
 
     async def tick(self, now: datetime) -> float:
-        """Start reading what is due and return in how many seconds to look again."""
-        # What is in hand is still due. Each key has its own share: one that is held starves no other.
-        shares = {key: _AT_ONCE + len(desk.alone) + len(desk.scanned) for key, desk in self._desks.items() if desk.room}
-        due = await self._database.read(lambda tx: {key: self._due(tx, key, now, n) for key, n in shares.items()})
+        """Start reading the runs that are due; return the seconds until the next tick."""
+        # Runs being read are still due, and come on top. Each key has its own share: one that is held starves no other.
+        limits = {
+            key: _BATCH + len(state.single_ids) + len(state.scanned)
+            for key, state in self._keys.items()
+            if state.free_slots
+        }
+        due = await self._database.read(lambda tx: {key: self._due(tx, key, now, n) for key, n in limits.items()})
         for key, runs in due.items():
-            desk = self._desks[key]
-            desk.passed &= {run.run_id for run in runs}
-            await self._begin(key, [run for run in runs if not desk.in_hand(run)], now)
-        if None not in self._desks:
-            await self._without_key(now)
+            state = self._keys[key]
+            state.passed_ids &= {run.run_id for run in runs}
+            await self._start_plans(key, [run for run in runs if not state.is_being_read(run)], now)
+        if None not in self._keys:
+            await self._report_missing_key(now)
         next_ms = await self._database.read(lambda tx: ledger.next_read_due_ms(tx, after=now))
         waits = [
             self._idle_seconds,
-            *(held for desk in self._desks.values() if (held := desk.reader.held_seconds()) > 0),
+            *(held for state in self._keys.values() if (held := state.reader.held_seconds) > 0),
         ]
         if next_ms is not None:
             waits.append((from_ms(next_ms) - now).total_seconds())
-        return min(waits)  # whatever is due by now is in hand or held: the ones in hand wake us when they are done
+        return min(waits)  # what is due by now is being read, and wakes this loop when it ends, or its key is held
 
     async def read_now(self, only: Collection[str] | None = None) -> frozenset[str]:
-        """Have every unsettled run, or those of `only`, read now, and return them: their callbacks may not have found us."""
+        """Make every unsettled run due, or those of `only`, and return them: their callbacks may have been missed."""
         found = await self._database.read(ledger.unsettled_ids)
         ids = found if only is None else found & frozenset(only)
         await asyncio.gather(*(self._intake.apply(ReadRequested(run_id, self._clock())) for run_id in sorted(ids)))
@@ -170,121 +180,117 @@ class Poller:
 
     async def drain(self) -> None:
         """Wait until nothing is being read."""
-        while tasks := {task for desk in self._desks.values() for task in desk.tasks}:
+        while tasks := {task for state in self._keys.values() for task in state.tasks}:
             await asyncio.wait(tasks)
             await asyncio.sleep(0)
 
     def _due(
         self, tx: Connection, key: str | None, now: datetime, limit: int, after: datetime | None = None
     ) -> tuple[Run, ...]:
-        return ledger.due_runs(tx, now=now, limit=limit, after=after, only=key, without=self._own)
+        return ledger.due_runs(tx, now=now, limit=limit, after=after, only=key, without=self._workspaces)
 
-    async def _begin(self, key: str | None, due: Sequence[Run], now: datetime) -> None:
-        """Plan the due runs of one API key and begin with the most urgent plans, as far as there is room."""
-        desk = self._desks[key]
+    async def _start_plans(self, key: str | None, due: Sequence[Run], now: datetime) -> None:
+        """Plan the due runs of one API key and start the most urgent plans, one for each free slot."""
+        state = self._keys[key]
         soon: Sequence[Run] = ()
         if any(run.state is not RunState.REPORTED and home(run) is not None for run in due):
             until = now + LOOKAHEAD
-            soon = await self._database.read(lambda tx: self._due(tx, key, until, _AT_ONCE, after=now))
+            soon = await self._database.read(lambda tx: self._due(tx, key, until, _BATCH, after=now))
         plans = plan_polls(
             due,
             now=now,
             policy=self._policy,
-            soon=[run for run in soon if not desk.in_hand(run)],
-            alone=desk.passed,
-            busy=desk.busy,
-            depths=desk.depths,
+            soon=[run for run in soon if not state.is_being_read(run)],
+            alone=state.passed_ids,
+            busy=state.scanned_scopes,
+            depths=state.depths,
         )
-        for plan in plans[: desk.room]:
-            desk.take(plan)
-            task = asyncio.create_task(self._carry_out(desk, plan), name=f"poll {key or ''}")
-            desk.tasks.add(task)
-            task.add_done_callback(partial(self._finished, desk, plan))
+        for plan in plans[: state.free_slots]:
+            state.claim(plan)
+            task = asyncio.create_task(self._carry_out(state, plan), name=f"poll {key or ''}")
+            state.tasks.add(task)
+            task.add_done_callback(partial(self._finish, state, plan))
 
-    def _finished(self, desk: _Desk, plan: Plan, task: asyncio.Task[None]) -> None:
-        desk.tasks.discard(task)
-        desk.let_go(plan)
+    def _finish(self, state: _KeyState, plan: Plan, task: asyncio.Task[None]) -> None:
+        state.tasks.discard(task)
+        state.release(plan)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("poll.failed", exc_info=error)
-            desk.reader.hold(_NOT_COMMITTED_SECONDS)
+            state.reader.hold(_NOT_COMMITTED_SECONDS)
         self._signals.poll.set()
 
-    async def _carry_out(self, desk: _Desk, plan: Plan) -> None:
+    async def _carry_out(self, state: _KeyState, plan: Plan) -> None:
         match plan:
             case Single(run):
-                await self._learn(desk, [await desk.reader.read(run)])
+                await self._apply(state, [await state.reader.read(run)])
             case Scan():
-                await self._scan(desk, plan)
+                await self._scan(state, plan)
             case _:
                 assert_never(plan)
 
-    async def _scan(self, desk: _Desk, scan: Scan) -> None:
-        """Page through a list until no page is worth asking for; what it has not shown by then is read alone."""
-        left = {run.run_id for run in (*scan.due, *scan.soon)}
-        progress, cursor, cursors, more = Progress(), None, set[str](), True
-        asked_at = self._clock()
-        while progress.pages == 0 or worth_another_page(scan, left, progress, now=asked_at, more=more):
-            asked_at = self._clock()
-            try:
-                page = await desk.reader.page(scan.scope, cursor)
-            except FloraError as error:
-                await self._give_up(desk, scan, left, error, asked_at)
+    async def _scan(self, state: _KeyState, scan: Scan) -> None:
+        """Read pages until another one is not worth its request; runs not seen by then are read alone."""
+        unseen = {run.run_id for run in (*scan.due, *scan.soon)}
+        progress, requested_at = Progress(), self._clock()
+        async for page in state.reader.pages(scan.scope):
+            requested_at = page.requested_at
+            if isinstance(page, PageFailed):
+                await self._report_failed_page(state, [run for run in scan.due if run.run_id in unseen], page)
                 return
-            told = await self._tell(desk, page.snapshots, asked_at, {run.run_id for run in scan.due})
+            useful = await self._apply_rows(state, page.snapshots, requested_at, {run.run_id for run in scan.due})
             for snapshot in page.snapshots:
-                left.discard(snapshot.run_id)
-                desk.scanned.pop(snapshot.run_id, None)
-            progress = progress.turned(page.snapshots, useful=told)
-            log.info(
-                "poll.listed", listing=scan.scope.listing.value, rows=len(page.snapshots), told=told, left=len(left)
-            )
-            cursor = page.next_cursor
-            more = cursor is not None and cursor not in cursors  # a cursor that repeats leads nowhere
-            cursors.add(cursor or "")
+                unseen.discard(snapshot.run_id)
+                state.scanned.pop(snapshot.run_id, None)
+            progress = progress.turned(page.snapshots, useful=useful)
+            listing, rows = scan.scope.listing.value, len(page.snapshots)
+            log.info("poll.listed", listing=listing, rows=rows, useful=useful, unseen=len(unseen))
+            if not worth_another_page(scan, unseen, progress, now=requested_at):
+                break
         if (depth := progress.depth(self._clock())) is not None:
-            desk.depths[scan.scope] = depth
-        absent = [run for run in scan.due if run.run_id in left]
-        desk.passed.update(run.run_id for run in absent if route(run) is not Route.LISTED)
-        await self._learn(desk, [desk.reader.unlisted(run, asked_at) for run in absent if route(run) is Route.LISTED])
+            state.depths[scan.scope] = depth
+        absent = [run for run in scan.due if run.run_id in unseen]
+        state.passed_ids.update(run.run_id for run in absent if route(run) is not Route.LISTED)
+        only_listed = [run for run in absent if route(run) is Route.LISTED]
+        await self._apply(state, [state.reader.report_unlisted(run, requested_at) for run in only_listed])
 
-    async def _tell(self, desk: _Desk, snapshots: Sequence[Snapshot], asked_at: datetime, due: Collection[str]) -> int:
-        """Report every row of a page that says something new about a run of the ledger; return how many did.
+    async def _apply_rows(
+        self, state: _KeyState, snapshots: Sequence[Snapshot], requested_at: datetime, due: Collection[str]
+    ) -> int:
+        """Report each row of a page that changes what the database knows of its run; return how many did.
 
-        A run that was due is told of in any case: without a report it would be due again at once.
+        A run that was due is reported in any case: without a report it would be due again at once.
         """
-        shown = {snapshot.run_id: snapshot for snapshot in snapshots}
-        known = await self._database.read(lambda tx: ledger.runs_by_id(tx, shown.keys())) if shown else {}
-        news = [shown[key] for key, run in known.items() if key in due or worth_telling(run, shown[key])]
+        rows = {snapshot.run_id: snapshot for snapshot in snapshots}
+        known = await self._database.read(lambda tx: ledger.runs_by_id(tx, rows.keys())) if rows else {}
+        news = [rows[key] for key, run in known.items() if key in due or worth_telling(run, rows[key])]
         for snapshot in news:
-            desk.reader.polled(snapshot)
-        await self._learn(desk, [RunRead(snapshot, asked_at) for snapshot in news])
+            state.reader.count(snapshot)
+        await self._apply(state, [RunRead(snapshot, requested_at) for snapshot in news])
         return len(news)
 
-    async def _give_up(
-        self, desk: _Desk, scan: Scan, left: Collection[str], error: FloraError, asked_at: datetime
-    ) -> None:
-        """A page did not come. If nothing may be asked for now, the runs stay due; else they back off."""
-        if desk.reader.held_seconds() > 0:
+    async def _report_failed_page(self, state: _KeyState, runs: Sequence[Run], page: PageFailed) -> None:
+        """Make the runs of a failed scan back off; if their key is held, they stay due instead."""
+        if state.reader.held_seconds > 0:
             return
-        runs = [run for run in scan.due if run.run_id in left]
-        await self._learn(desk, [ReadFailed(run.run_id, asked_at, retry_after=error.retry_after) for run in runs])
+        retry_after = page.error.retry_after
+        await self._apply(state, [ReadFailed(run.run_id, page.requested_at, retry_after=retry_after) for run in runs])
 
-    async def _learn(self, desk: _Desk, reports: Sequence[Report]) -> None:
-        """Commit reports together: what arrives at the door at once shares a commit."""
-        answers = await asyncio.gather(*map(self._intake.apply, reports), return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, StoreUnavailableError):
-                log.error("poll.not_committed", runs=len(reports), reason=str(answer))
-                desk.reader.hold(_NOT_COMMITTED_SECONDS)  # the runs stay due: do not spin on them
+    async def _apply(self, state: _KeyState, reports: Sequence[Report]) -> None:
+        """Apply reports together: those that arrive at once share a commit."""
+        results = await asyncio.gather(*map(self._intake.apply, reports), return_exceptions=True)
+        for result in results:
+            if isinstance(result, StoreUnavailableError):
+                log.error("poll.not_committed", runs=len(reports), reason=str(result))
+                state.reader.hold(_NOT_COMMITTED_SECONDS)  # the runs stay due: do not read them in a tight loop
                 return
-            if isinstance(answer, BaseException):
-                raise answer
+            if isinstance(result, BaseException):
+                raise result
 
-    async def _without_key(self, now: datetime) -> None:
-        """Runs of workspaces without an API key cannot be read: say so, and look again in a while."""
-        runs = await self._database.read(lambda tx: self._due(tx, None, now, _AT_ONCE))
+    async def _report_missing_key(self, now: datetime) -> None:
+        """Log the due runs of workspaces without an API key, and make them due again later."""
+        runs = await self._database.read(lambda tx: self._due(tx, None, now, _BATCH))
         if runs:
             workspaces = sorted({run.workspace_id or "" for run in runs})
-            log.error("poll.no_key", runs=len(runs), workspaces=workspaces[:20], cure="set FLORA_API_KEY")
+            log.error("poll.no_key", runs=len(runs), workspaces=workspaces[:20], fix="set FLORA_API_KEY")
             reports = [ReadFailed(run.run_id, now, retry_after=_NO_KEY_SECONDS) for run in runs]
             await asyncio.gather(*map(self._intake.apply, reports))

@@ -8,8 +8,7 @@ import asyncio
 import json
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -18,6 +17,7 @@ from msgspec.structs import replace
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
+from receiver.decide import Listing, Scope
 from receiver.decide.starts import (
     Reply,
     asked_again,
@@ -34,7 +34,6 @@ from receiver.decide.starts import (
 from receiver.errors import FloraError, StoreUnavailableError
 from receiver.flora.client import FloraClient
 from receiver.flora.messages import StartedRun, Technique
-from receiver.flora.rate_limit import RateLimit
 from receiver.flora.start_request import StartRequest
 from receiver.intake.callbacks import Intake
 from receiver.model import Operation, Run, RunRegistered, Snapshot, Start, StartState
@@ -46,8 +45,8 @@ from receiver.workers.loop import idle_seconds, run_loop
 log = structlog.get_logger("receiver.starter")
 
 _AT_ONCE = 64
-_PAGES = 20
-"""Pages that are searched for the run of an unanswered start, at most: the newest two thousand."""
+_MAX_PAGES = 20
+"""Pages that are searched for the run of a start without a response: the newest two thousand."""
 _OPEN = (StartState.ASKING, StartState.UNKNOWN)
 _PAUSE_SECONDS = 1.0
 """Between two tries to commit what FLORA answered."""
@@ -83,7 +82,6 @@ class Starter:
         database: Database,
         intake: Intake,
         clients: Mapping[str | None, FloraClient],
-        budgets: Mapping[str | None, RateLimit],
         *,
         signals: Signals,
         callback_url: str | None,
@@ -95,7 +93,6 @@ class Starter:
         self._idle_seconds = idle_seconds(shared=database.shared)
         self._intake = intake
         self._clients = clients
-        self._budgets = budgets
         self._signals = signals
         self.callback_url = callback_url
         """May change while we run: what is started from then on is told the new one."""
@@ -179,10 +176,8 @@ class Starter:
         return (await self._database.read(lambda tx: starts.by_token(tx, [token]))).get(token)
 
     async def technique(self, technique_id: str, *, workspace_id: str = "") -> Technique:
-        """Return what FLORA says about a technique, within the budget that starts and polls share. Raises FloraError."""
-        client, budget = self._client(workspace_id)
-        async with _counted(budget):
-            return await client.technique(technique_id)
+        """Return what FLORA says about a technique. Raises FloraError."""
+        return await self._client(workspace_id).technique(technique_id)
 
     async def track(self, registration: RunRegistered) -> Run:
         """Take up a run that someone else started, before or after its callback came."""
@@ -282,14 +277,14 @@ class Starter:
 
     async def _post(self, start: Start) -> StartedRun | None:
         """Ask, or return None if asking again could start a second run by now."""
-        client, budget = self._client(start.workspace_id)
-        body = json.loads(start.request)
-        async with _counted(budget):
-            if not may_repeat(start, now=self._clock()):  # it may have waited long for its turn
-                return None
-            if start.operation is Operation.TECHNIQUE_RUN:
-                return await client.start_technique_run(start.technique_id, body)
-            return await client.generate(body, idempotency_key=start.idempotency_key)
+        client, body = self._client(start.workspace_id), json.loads(start.request)
+
+        def may_send() -> bool:  # the request may have waited long for a free slot
+            return may_repeat(start, now=self._clock())
+
+        if start.operation is Operation.TECHNIQUE_RUN:
+            return await client.start_technique_run(start.technique_id, body, may_send=may_send)
+        return await client.generate(body, idempotency_key=start.idempotency_key, may_send=may_send)
 
     async def _link_surely(self, start: Start, answer: StartedRun) -> None:
         """Commit the answer however long that takes: once forgotten, it has to be guessed from a list."""
@@ -370,43 +365,26 @@ class Starter:
 
     async def _fitting(self, start: Start, now: datetime) -> tuple[Snapshot, ...]:
         """Return the listed runs that could be this start's and that the ledger does not know."""
-        client, budget = self._client(start.workspace_id)
+        if start.operation is Operation.TECHNIQUE_RUN:
+            scope = Scope(Listing.TECHNIQUE_RUNS, start.workspace_id or None, start.technique_id)
+        else:
+            scope = Scope(Listing.GENERATIONS, start.workspace_id or None)
         since = window_of(start, now=now).since
         found: list[Snapshot] = []
-        cursor: str | None = None
-        for _ in range(_PAGES):
-            async with _counted(budget):
-                if start.operation is Operation.TECHNIQUE_RUN:
-                    page = await client.technique_runs(
-                        cursor=cursor, technique_id=start.technique_id, workspace_id=start.workspace_id or None
-                    )
-                else:
-                    page = await client.generations(cursor=cursor, workspace_id=start.workspace_id or None)
+        pages = 0
+        async for page in self._client(start.workspace_id).pages(scope):
             found += candidates(page.snapshots, start, now=now)
             oldest = page.snapshots[-1].created_at if page.snapshots else None
-            if page.next_cursor in {None, cursor} or (oldest is not None and oldest < since):
+            pages += 1
+            if pages == _MAX_PAGES or (oldest is not None and oldest < since):
                 break
-            cursor = page.next_cursor
         ids = [snapshot.run_id for snapshot in found]
         unknown = set(await self._database.read(lambda tx: starts.unknown_to_ledger(tx, ids)))
         return tuple({snapshot.run_id: snapshot for snapshot in found if snapshot.run_id in unknown}.values())
 
-    def _client(self, workspace_id: str) -> tuple[FloraClient, RateLimit]:
+    def _client(self, workspace_id: str) -> FloraClient:
         key = workspace_id if workspace_id in self._clients else None
         client = self._clients.get(key)
         if client is None:
             raise FloraError("there is no API key for this workspace", status=401, code="unauthorized")
-        return client, self._budgets[key]
-
-
-@asynccontextmanager
-async def _counted(budget: RateLimit) -> AsyncIterator[None]:
-    """Make one call to FLORA inside the block, within the budget, and tell it how that went."""
-    async with budget.call():
-        try:
-            yield
-        except FloraError as error:
-            if error.status == 429:
-                budget.limited(5.0 if error.retry_after is None else error.retry_after)
-            raise
-        budget.went_well()
+        return client

@@ -3,7 +3,7 @@
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -19,6 +19,7 @@ from receiver.net.clients import api_client
 from receiver.store import Database, ledger
 from receiver.web.server import Server, bind
 from receiver.workers.poller import Poller
+from receiver.workers.run_reader import RunReader
 from tests.support.core import POLICY, Clock, Core, a_core, a_run
 
 TECHNIQUE = Subject("technique", "tech_emu_image", "Emulated image")
@@ -36,7 +37,6 @@ class Stand:
     http: httpx.AsyncClient
     clock: Clock
     workspace_id: str
-    budget: RateLimit
     between: list[Callable[[], object]] = field(default_factory=list)
     """Called after each answer, the first one first."""
 
@@ -129,9 +129,9 @@ async def a_stand(clock: Clock, *, workspace_id: str = "ws_1", concurrency: int 
 
     http = api_client(emulator.base_url(f"http://127.0.0.1:{server.port}"))
     http.event_hooks = {**http.event_hooks, "response": [answered]}
-    budget = RateLimit(concurrency, clock=clock)
+    client = FloraClient(http, settings.api_key, RateLimit(concurrency, clock=clock))
     try:
-        yield Stand(emulator, FloraClient(http, settings.api_key), http, clock, workspace_id, budget, between)
+        yield Stand(emulator, client, http, clock, workspace_id, between)
     finally:
         await http.aclose()
         await emulator.aclose()
@@ -143,6 +143,7 @@ class Ledger:
     """A ledger with a poller over one or more stands; the first one's client is for every other workspace, too."""
 
     core: Core
+    readers: Mapping[str | None, RunReader]
     poller: Poller
 
     async def add(self, runs: Iterable[Run]) -> None:
@@ -153,7 +154,7 @@ class Ledger:
         """Tick until nothing is due that may be asked about."""
         for _ in range(1000):
             await self.poller.tick(self.core.clock.now)
-            if not any(desk.tasks for desk in self.poller._desks.values()):
+            if not any(state.tasks for state in self.poller._keys.values()):
                 return
             await self.poller.drain()
         raise AssertionError("the poller spins")
@@ -174,18 +175,13 @@ def a_ledger(database: Database, clock: Clock, *stands: Stand) -> Ledger:
         None: first.client,
         **{stand.workspace_id: stand.client for stand in others},
     }
-    budgets: dict[str | None, RateLimit] = {
-        None: first.budget,
-        **{stand.workspace_id: stand.budget for stand in others},
-    }
-    poller = Poller(
-        database,
-        core.intake,
-        clients,
-        signals=core.signals,
-        policy=POLICY,
-        metrics=core.metrics,
-        budgets=budgets,
-        clock=clock,
-    )
-    return Ledger(core, poller)
+    readers = run_readers(core, clients)
+    return Ledger(core, readers, a_poller(core, readers))
+
+
+def run_readers(core: Core, clients: Mapping[str | None, FloraClient]) -> dict[str | None, RunReader]:
+    return {key: RunReader(key, client, metrics=core.metrics, clock=core.clock) for key, client in clients.items()}
+
+
+def a_poller(core: Core, readers: Mapping[str | None, RunReader]) -> Poller:
+    return Poller(core.database, core.intake, readers, signals=core.signals, policy=POLICY, clock=core.clock)

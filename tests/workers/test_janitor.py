@@ -7,15 +7,16 @@ import pytest
 from receiver.errors import StoreUnavailableError
 from receiver.model import Delivery, RunState, Verdict
 from receiver.store import ledger
-from receiver.workers.janitor import Janitor, Retention
+from receiver.workers.janitor import Janitor
 from tests.support.core import NOW, Clock, Core, a_read, a_run, writable
+from tests.support.defaults import a_retention
 
 WINDOW = 420
 
 
 @pytest.fixture
 def janitor(core: Core, clock: Clock) -> Janitor:
-    return Janitor(core.database, core.intake, retention=Retention(rejections=3), clock=clock)
+    return Janitor(core.database, core.intake, retention=a_retention(rejections=3), clock=clock)
 
 
 async def test_a_callback_that_never_came_is_written_off(core: Core, janitor: Janitor) -> None:

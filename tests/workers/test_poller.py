@@ -12,10 +12,12 @@ from structlog.testing import capture_logs
 from receiver.emulator import Emulator, EmulatorSettings, parse_faults
 from receiver.emulator.techniques import find_technique
 from receiver.flora.client import FloraClient
+from receiver.flora.rate_limit import RateLimit
 from receiver.model import Event, LostReason, Run, RunState, Subscription, Verdict
 from receiver.store import Database
 from receiver.workers.poller import Poller
-from tests.support.core import NOW, POLICY, Clock, Core, a_core, writable
+from tests.support.core import NOW, Clock, Core, a_core, writable
+from tests.support.stand import a_poller, run_readers
 
 WORKSPACE = "ws_emulator"
 TECHNIQUE = find_technique("emu-image")
@@ -79,16 +81,8 @@ async def sky(database: Database, clock: Clock) -> AsyncIterator[Sky]:
     emulator = Emulator(settings, clock=lambda: clock().timestamp())
     transport = httpx.ASGITransport(app=emulator.app)
     async with httpx.AsyncClient(transport=transport, base_url=emulator.base_url("http://flora")) as http:
-        client = FloraClient(http, settings.api_key, timeout_seconds=0.2)
-        poller = Poller(
-            database,
-            core.intake,
-            {None: client},
-            signals=core.signals,
-            policy=POLICY,
-            metrics=core.metrics,
-            clock=clock,
-        )
+        client = FloraClient(http, settings.api_key, RateLimit(8, clock=clock), timeout_seconds=0.2)
+        poller = a_poller(core, run_readers(core, {None: client}))
         yield Sky(core, emulator, poller)
     await emulator.aclose()
 
@@ -339,9 +333,7 @@ async def test_without_a_key_runs_wait(sky: Sky) -> None:
     """Nothing can be read: said aloud, and looked at again later, not in a spin."""
     run_id = await sky.tracked()
     core = sky.core
-    poller = Poller(
-        core.database, core.intake, {}, signals=core.signals, policy=POLICY, metrics=core.metrics, clock=core.clock
-    )
+    poller = a_poller(core, {})
     with capture_logs() as lines:
         await poller.tick(core.clock.now)
         await poller.drain()
@@ -358,16 +350,9 @@ async def test_one_workspaces_refused_key_starves_no_other(sky: Sky) -> None:
     transport = httpx.ASGITransport(app=sky.emulator.app)
     base_url = sky.emulator.base_url("http://flora")
     async with httpx.AsyncClient(transport=transport, base_url=base_url) as http:
-        clients = {"ws_bad": FloraClient(http, "sk_wrong"), None: FloraClient(http, "sk_test_emulator")}
-        poller = Poller(
-            core.database,
-            core.intake,
-            clients,
-            signals=core.signals,
-            policy=POLICY,
-            metrics=core.metrics,
-            clock=core.clock,
-        )
+        keys = {"ws_bad": "sk_wrong", None: "sk_test_emulator"}
+        clients = {key: FloraClient(http, value, RateLimit(8, clock=core.clock)) for key, value in keys.items()}
+        poller = a_poller(core, run_readers(core, clients))
         for number in range(60):
             await sky.track(f"run_bad{number}", workspace_id="ws_bad")
         core.clock.forward(1)

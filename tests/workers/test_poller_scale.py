@@ -208,7 +208,7 @@ async def test_a_held_workspace_starves_no_other(database: Database, clock: Cloc
         held = flora.known(flora.fill(2500), next_poll_at=clock.now - timedelta(hours=1))
         await ours.add(held)
         await ours.add(second.known(second.fill(150, prefix="two")))
-        flora.budget.limited(30)
+        flora.client.rate_limit.slow_down(30)
         await ours.look_once()
         assert flora.requests == 0
         assert second.requests == 2

@@ -44,7 +44,6 @@ class Scene:
             self.core.database,
             self.core.intake,
             {None: self.client},
-            {None: RateLimit(8, clock=self.core.clock)},
             signals=self.core.signals,
             callback_url=callback_url,
             clock=self.core.clock,
@@ -110,7 +109,9 @@ async def acting(core: Core, **emulation: Any) -> AsyncIterator[Scene]:
     await stand.start()
     try:
         async with api_client(emulator.base_url(f"http://127.0.0.1:{stand.port}")) as http:
-            yield Scene(core, emulator, FloraClient(http, settings.api_key, timeout_seconds=10))
+            yield Scene(
+                core, emulator, FloraClient(http, settings.api_key, RateLimit(8, clock=core.clock), timeout_seconds=10)
+            )
     finally:
         await emulator.aclose()
         await stand.stop()

@@ -1,7 +1,6 @@
 """Runs that nobody registered are found in FLORA's lists, once, from where the last whole sweep ended."""
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -10,8 +9,9 @@ from receiver.decide import Listing, Scope
 from receiver.emulator.faults import parse_faults
 from receiver.model import Operation, Origin, RunState, Start, StartState
 from receiver.store import Database, starts, sweeps
-from receiver.workers.sweeper import Discovery, Sweeper, scopes
+from receiver.workers.sweeper import Sweeper, scopes
 from tests.support.core import Clock
+from tests.support.defaults import a_discovery
 from tests.support.stand import MODEL, OTHER, Ledger, Stand, a_ledger, a_stand
 
 PAGES = "GET /technique-runs"
@@ -32,9 +32,9 @@ def ours(database: Database, clock: Clock, flora: Stand) -> Ledger:
 
 def a_sweeper(ours: Ledger, **fields: object) -> Sweeper:
     """Return a sweeper as a new process has it."""
-    discovery = replace(Discovery(run_types=("technique",)), **fields)  # type: ignore[arg-type]
+    discovery = a_discovery(**{"run_types": ("technique",), **fields})
     core = ours.core
-    return Sweeper(core.database, core.intake, ours.poller.readers, discovery=discovery, clock=core.clock)
+    return Sweeper(core.database, core.intake, ours.readers, discovery=discovery, clock=core.clock)
 
 
 async def origins(ours: Ledger) -> dict[str, int]:
@@ -180,14 +180,14 @@ async def test_both_kinds_are_swept_and_filters_narrow_them(ours: Ledger, flora:
 
 
 def test_every_combination_of_the_filters_is_a_list_of_its_own(ours: Ledger) -> None:
-    readers = {None: ours.poller.readers[None], "ws_9": ours.poller.readers[None]}
-    assert scopes(Discovery(), readers) == (
+    readers = {None: ours.readers[None], "ws_9": ours.readers[None]}
+    assert scopes(a_discovery(), readers) == (
         Scope(Listing.TECHNIQUE_RUNS),
         Scope(Listing.GENERATIONS),
         Scope(Listing.TECHNIQUE_RUNS, "ws_9"),
         Scope(Listing.GENERATIONS, "ws_9"),
     )
-    narrow = Discovery(workspace_ids=("ws_1",), project_ids=("p1", "p2"), technique_ids=("t1", "t2"))
+    narrow = a_discovery(workspace_ids=("ws_1",), project_ids=("p1", "p2"), technique_ids=("t1", "t2"))
     assert scopes(narrow, readers) == tuple(
         Scope(Listing.TECHNIQUE_RUNS, "ws_1", technique, project)
         for project in ("p1", "p2")
