@@ -1,4 +1,5 @@
-"""Handlers are found, built and called here: entry points and plain functions, one attempt, its threads and progress.
+"""Finds, builds and calls handlers: entry points, plain functions, attempts, their threads and progress.
 
-Called by `workers` and `service`. May import `handler`, the contract, and what is below it; never `handlers`.
+Called by `workers`, `service` and `cli`. May import `handler`, the contract, and the layers below;
+never `handlers`.
 """

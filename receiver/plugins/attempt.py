@@ -1,4 +1,4 @@
-"""One attempt of a handler: what it is given, how it is called, what its answer is worth. Called by the dispatcher."""
+"""One attempt of a handler: its context, its call, and the check of its answer. Called by the dispatcher."""
 
 import asyncio
 import json
@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
 import structlog
 
 from receiver.decide import Backoff
-from receiver.handler import Answer, Done, Handler, Log, Reject, Retry, SettledRun
+from receiver.handler import Answer, Context, Done, Handler, Log, Reject, Retry, SettledRun
 from receiver.model import Artifact, DispatchState, Output, Run, storable_text
 from receiver.net.download import Download, Downloader, Saved, save
 from receiver.net.media_urls import conceal_urls
@@ -27,14 +28,14 @@ _GRACE_SECONDS = 5.0
 """How long a handler may take to clean up once its attempt is cancelled."""
 _MAX_REASON = 1000
 _MAX_RESULT = 256 * 1024
-"""Characters of JSON: room for what a program printed, not for a media file."""
-_OURS = frozenset({"callback_url", "idempotency_key"})
-"""Of the body of a start: between us and FLORA, the token of the start among it."""
+"""Characters of JSON: enough for the output of a program, not for a media file."""
+_INTERNAL_FIELDS = frozenset({"callback_url", "idempotency_key"})
+"""Fields of a start request that handlers do not see; the callback URL contains the start's token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A configured handler: the object, and its limits."""
+    """A configured handler with its limits."""
 
     name: str
     handler: Handler
@@ -44,12 +45,14 @@ class Registration:
     backoff: Backoff
 
 
-async def call_handler(handler: Handler, run: SettledRun, context: "AttemptContext", timeout_seconds: float) -> Answer:
-    """Call a handler and return its answer, whatever it does: raising, hanging and answering rubbish mean Retry.
+async def call_handler(handler: Handler, run: SettledRun, context: Context, timeout_seconds: float) -> Answer:
+    """Call a handler and return its answer in a form that the ledger can store.
 
-    It gets a task of its own, so that one which swallows its cancellation is left behind, not waited for.
+    An exception, a time-out or an answer of another type becomes Retry. The handler runs in a task
+    of its own: one that ignores its cancellation is abandoned, not waited for.
     """
-    task = asyncio.create_task(_guarded(handler, run, context))
+    conceal = partial(conceal_urls, urls=[each.value for each in run.outputs if not each.is_text])
+    task = asyncio.create_task(_handle(handler, run, context, conceal))
     try:
         await asyncio.wait({task}, timeout=timeout_seconds)
         if not task.done():
@@ -65,68 +68,65 @@ async def call_handler(handler: Handler, run: SettledRun, context: "AttemptConte
     if task.cancelled():
         return Retry("it cancelled itself")
     answer = task.result()
-    if isinstance(answer, Done | Retry | Reject):
-        return storable(answer, _media(run))
-    return Retry(f"it returned {type(answer).__name__} instead of Done, Retry or Reject")
+    if not isinstance(answer, Done | Retry | Reject):
+        return Retry(f"it returned {type(answer).__name__} instead of Done, Retry or Reject")
+    return _to_storable(answer, conceal)
 
 
-async def _guarded(handler: Handler, run: SettledRun, context: "AttemptContext") -> object:
+async def _handle(handler: Handler, run: SettledRun, context: Context, conceal: Callable[[str], str]) -> object:
     use_threads_of(context.handler)
     try:
         return await handler.handle(run, context)
     except asyncio.CancelledError:
         raise
     except BaseException as error:
-        # Libraries quote the URL that failed, or its path, which only we can tell for a media URL.
-        context.log.warning("handler.raised", exception=conceal_urls(_traced(error), _media(run)))
-        return Retry(_described(error))
+        # Libraries quote the URL that failed, or its path alone, which only a comparison with the
+        # run's URLs recognizes.
+        context.log.warning("handler.raised", exception=conceal(_format_traceback(error)))
+        return Retry(_describe(error))
 
 
-def storable(answer: Answer, media: Sequence[str] = ()) -> Answer:
-    """Return an answer that the ledger can hold: a plug-in may put anything into it, and must not lose its lease so.
+def _to_storable(answer: Answer, conceal: Callable[[str], str]) -> Answer:
+    """Return an answer without secrets and media URLs, in values that the ledger can store.
 
-    What it says shows no secret and no media URL; `media` are those of the run.
+    It never raises: a plug-in may put anything into its answer, and must not lose its lease by it.
     """
     try:
         match answer:
             case Done(result=result):
-                return Done(_kept(result, media))
+                return Done(_to_json(result, conceal))
             case Retry(reason=reason, after_seconds=after, reread=reread):
-                return Retry(_text(reason, media), None if after is None else float(after), reread is True)
+                seconds = None if after is None else float(after)
+                return Retry(_to_reason(reason, conceal), seconds, reread is True)
             case Reject(reason=reason):
-                return Reject(_text(reason, media))
+                return Reject(_to_reason(reason, conceal))
     except Exception as error:
-        what = f"what it answered cannot be kept: {type(error).__name__}"
-        # The effect of Done is applied: only what it says about itself is lost.
+        problem = f"its answer cannot be stored: {type(error).__name__}"
+        # The effect of Done is applied: only its description is lost.
         if isinstance(answer, Done):
-            return Done({"result": what})
-        return Reject(what) if isinstance(answer, Reject) else Retry(what)
+            return Done({"result": problem})
+        return Reject(problem) if isinstance(answer, Reject) else Retry(problem)
     assert_never(answer)
 
 
-def _kept(result: Mapping[str, Any], media: Sequence[str]) -> Mapping[str, Any]:
-    """Return a result as strict JSON values, without media URLs."""
+def _to_json(result: Mapping[str, Any], conceal: Callable[[str], str]) -> Mapping[str, Any]:
+    """Return a result as strict JSON values."""
     text = json.dumps(dict(result), default=str, ensure_ascii=False)
     if len(text) > _MAX_RESULT:
-        return {"result": f"what it answered is too long to be kept: {len(text)} characters"}
-    text = storable_text(conceal_urls(text, media))
-    kept: Mapping[str, Any] = json.loads(text, parse_constant=lambda _: None)
-    return kept
+        return {"result": f"its result is too long to be stored: {len(text)} characters"}
+    values: Mapping[str, Any] = json.loads(storable_text(conceal(text)), parse_constant=lambda _: None)
+    return values
 
 
-def _text(value: object, media: Sequence[str]) -> str:
-    return storable_text(scrub(conceal_urls(str(value), media)))[:_MAX_REASON]
+def _to_reason(value: object, conceal: Callable[[str], str]) -> str:
+    return storable_text(scrub(conceal(str(value))))[:_MAX_REASON]
 
 
-def _media(run: SettledRun) -> list[str]:
-    return [output.value for output in run.outputs if not output.is_text]
-
-
-def _traced(error: BaseException) -> str:
+def _format_traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-def _described(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:
@@ -144,9 +144,9 @@ def to_dispatch_state(answer: Answer) -> DispatchState:
 
 
 def to_settled_run(run: Run, outputs: Sequence[Output]) -> SettledRun:
-    """Return a run as its handlers see it."""
+    """Return a run as handlers see it."""
     settled_at = run.settled_at or run.first_seen_at
-    called = run.reported_at is not None and run.reported_at <= settled_at
+    by_callback = run.reported_at is not None and run.reported_at <= settled_at
     return SettledRun(
         run_id=run.run_id,
         run_type=run.run_type or "unknown",
@@ -163,14 +163,14 @@ def to_settled_run(run: Run, outputs: Sequence[Output]) -> SettledRun:
         started_at=run.started_at,
         completed_at=run.completed_at or settled_at,
         settled_at=settled_at,
-        settled_by="callback" if called else "poll",
+        settled_by="callback" if by_callback else "poll",
         verdict=run.verdict and run.verdict.value,
         version=run.version,
     )
 
 
 class AttemptContext:
-    """What one attempt gives its handler; see `receiver.handler.Context`."""
+    """The context of one attempt; implements `receiver.handler.Context`."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class AttemptContext:
         body = await self._database.read(lambda tx: starts.request_of(tx, run_id))
         if body is None:
             return None
-        return {name: value for name, value in json.loads(body).items() if name not in _OURS}
+        return {name: value for name, value in json.loads(body).items() if name not in _INTERNAL_FIELDS}
 
     async def reserve(self, position: int, output_id: str, location: str) -> None:
         run_id, handler = self._leased.run.run_id, self._leased.dispatch.handler
@@ -233,4 +233,4 @@ class AttemptContext:
                 tx, run_id, handler, position, size=size, sha256=sha256, content_type=content_type, now=now
             )
         )
-        self._progress.stored(position)
+        self._progress.mark_stored(position)

@@ -1,7 +1,8 @@
-"""Plain Python functions as handlers: `use = "package.module:function"`. Built by `receiver.plugins`.
+"""Plain Python functions as handlers: `use = "package.module:function"`. Built by the loader.
 
-An `async def` runs on the loop. Any other function gets a daemon thread of its own for each call, never one of a pool
-that others share: one that hangs is left behind when its time is over, starves nobody, and does not keep the process.
+An `async def` runs on the event loop. Any other function gets a daemon thread of its own for each
+call, not one of a shared pool: a function that hangs is abandoned when its time is over, delays no
+other call, and does not keep the process alive.
 """
 
 import asyncio
@@ -27,13 +28,13 @@ T = TypeVar("T")
 
 
 class NoOptions(BaseModel):
-    """A function has no options of its own."""
+    """The options of a function: it has none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class FunctionFactory:
-    """What a handler's class is to the loader: it has a `Config`, and makes the handler."""
+    """Stands in for a handler class: it has a `Config`, and calling it makes the handler."""
 
     Config: ClassVar[type[BaseModel]] = NoOptions
 
@@ -46,47 +47,46 @@ class FunctionFactory:
 
 
 def to_factory(found: object, use: str) -> FunctionFactory:
-    """Take a callable for a handler; HandlerLoadError says why it cannot be one."""
+    """Return the factory of a callable's handler. Raises HandlerLoadError where it cannot be one."""
     if inspect.isclass(found) or not callable(found):
         raise HandlerLoadError(
-            f"{use} is not a handler: it has no Config (see receiver.handler), nor is it a function (run, context)"
+            f"{use} is not a handler: it has no Config (see receiver.handler) and is not a function (run, context)"
         )
-    if any(
-        check(each) for check in (inspect.isgeneratorfunction, inspect.isasyncgenfunction) for each in _bodies(found)
-    ):
+    generators = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    if any(is_generator(each) for is_generator in generators for each in _callables(found)):
         raise HandlerLoadError(f"{use} yields; a handler returns None, a dict, Done, Retry or Reject")
     try:
         inspect.signature(found).bind("run", "context")
     except TypeError:
         raise HandlerLoadError(f"{use} cannot be called with (run, context)") from None
-    except ValueError:  # builtins do not tell
-        raise HandlerLoadError(f"{use} does not tell its parameters: wrap it in a function (run, context)") from None
+    except ValueError:  # some builtins have no signature
+        raise HandlerLoadError(f"{use} does not name its parameters: wrap it in a function (run, context)") from None
     return FunctionFactory(found)
 
 
-def _bodies(function: Callable[..., Any]) -> tuple[object, object]:
-    """Return what may be the function proper: an object's own class may define what calling it does."""
-    return function, getattr(type(function), "__call__", None)  # noqa: B004 -- not whether, but what
+def _callables(function: Callable[..., Any]) -> tuple[object, object]:
+    """Return the object and the `__call__` of its class: either may be the function itself."""
+    return function, type(function).__call__
 
 
 class FunctionHandler:
-    """Calls a function (run, context); None and a mapping mean Done, anything but an answer is left to be refused."""
+    """Calls a function (run, context). None or a mapping from it means Done."""
 
     Config: ClassVar[type[BaseModel]] = NoOptions
 
     def __init__(self, function: Callable[..., Any], *, threads: int = 8) -> None:
         self._function = function
-        self._is_async = any(inspect.iscoroutinefunction(each) for each in _bodies(function))
+        self._is_async = any(inspect.iscoroutinefunction(each) for each in _callables(function))
         self.threads = threads
-        """Most threads at a time, those included that were left behind."""
-        self._live = 0
+        """The most threads at a time, including those that were abandoned."""
+        self._running = 0
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:
         answer: Any
         if self._is_async:
             answer = await self._function(run, context)
-        elif self._live >= self.threads:
-            return Retry(f"{self._live} earlier calls have not returned; the function should end by itself")
+        elif self._running >= self.threads:
+            return Retry(f"{self._running} earlier calls have not returned; the function should end by itself")
         else:
             answer = await self._in_thread(run, context)
             if inspect.isawaitable(answer):  # a lambda around an `async def`, for example
@@ -101,8 +101,8 @@ class FunctionHandler:
         ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
         blocking = BlockingContext(context, loop)
 
-        def settle(answer: Any, error: BaseException | None) -> None:
-            self._live -= 1
+        def finish(answer: Any, error: BaseException | None) -> None:
+            self._running -= 1
             if ended.done():
                 context.log.info("handler.returned_late")
             else:
@@ -112,21 +112,25 @@ class FunctionHandler:
             answer, error = None, None
             try:
                 answer = self._function(run, blocking)
-            except BaseException as exc:
-                error = exc
+            except BaseException as raised:
+                error = raised
             try:
-                loop.call_soon_threadsafe(settle, answer, error)
-            except RuntimeError:  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(finish, answer, error)
+            except RuntimeError:  # the loop is closed, and nothing waits for this call
                 return
 
-        carried = contextvars.copy_context()
-        threading.Thread(target=carried.run, args=(work,), name=f"handler-{context.handler}", daemon=True).start()
-        self._live += 1
+        threading.Thread(
+            target=contextvars.copy_context().run,
+            args=(work,),
+            name=f"handler-{context.handler}",
+            daemon=True,
+        ).start()
+        self._running += 1
         try:
             answer, error = await ended
         finally:
             if not ended.done() or ended.cancelled():
-                context.log.warning("handler.left_behind", threads=self._live)
+                context.log.warning("handler.abandoned", threads=self._running)
             await blocking.end()
         if error is not None:
             raise error
@@ -134,9 +138,10 @@ class FunctionHandler:
 
 
 class BlockingContext:
-    """The context of a plain function: as `receiver.handler.Context`, with calls that return when they are done.
+    """The context of a plain function: `receiver.handler.Context` with blocking methods.
 
-    Once the attempt is over every one of them raises AttemptOverError, so that a function left behind can do no harm.
+    Once the attempt is over every method raises AttemptOverError, so that an abandoned function has
+    no further effect.
     """
 
     def __init__(self, context: Context, loop: asyncio.AbstractEventLoop) -> None:
@@ -178,33 +183,33 @@ class BlockingContext:
         return self._context.log
 
     def save(self, output: Output, path: Path) -> Saved:
-        """Fetch an output into a file that does not exist yet; nothing is left of it when that fails."""
+        """Fetch an output into a new file; the file is removed if that fails."""
         return self._wait_for(lambda: self._context.save(output, Path(path)))
 
     def read(self, output: Output, max_bytes: int = READ_BYTES) -> bytes:
-        """Fetch an output into memory; DownloadRefusedError where it is larger than `max_bytes`."""
+        """Return the bytes of an output. Raises DownloadRefusedError beyond `max_bytes`."""
         return self._wait_for(lambda: self._read(output, max_bytes))
 
     def stored(self) -> Sequence[Artifact]:
-        """Return what all handlers have stored of this run so far, in order of position."""
+        """Return the artifacts that any handler has stored for this run, by position."""
         return self._wait_for(self._context.stored)
 
     def request(self) -> Mapping[str, Any] | None:
-        """Return what FLORA was asked for; None: the run was not started here."""
+        """Return the request that started the run, or None if it was not started here."""
         return self._wait_for(self._context.request)
 
     def reserve(self, position: int, output_id: str, location: str) -> None:
-        """Claim a place for good before writing to it; committed on return."""
+        """Claim a location before writing to it; committed on return."""
         self._wait_for(lambda: self._context.reserve(position, output_id, location))
 
     def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
-        """Record that the bytes at the reserved place are safe; committed on return."""
+        """Record that the bytes at the reserved location are durable; committed on return."""
         self._wait_for(
             lambda: self._context.store_artifact(position, size=size, sha256=sha256, content_type=content_type)
         )
 
     async def end(self) -> None:
-        """Let nothing happen any more: what is under way is cancelled, and waited for until it has cleaned up."""
+        """End the attempt: cancel the calls that are running and wait until they have cleaned up."""
         self._over = True
         for task in self._tasks:
             task.cancel()
@@ -217,12 +222,12 @@ class BlockingContext:
             async for chunk in download:
                 parts += chunk
                 if len(parts) > max_bytes:
-                    raise DownloadRefusedError(f"the output is larger than the {max_bytes} bytes to be read")
+                    raise DownloadRefusedError(f"the output is larger than {max_bytes} bytes")
         return bytes(parts)
 
-    def _wait_for(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Have the loop do something, and wait for it in this thread."""
-        running = self._tracked(ask)
+    def _wait_for(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Run a call on the event loop and wait for its result in this thread."""
+        running = self._run_tracked(call)
         try:
             future = asyncio.run_coroutine_threadsafe(running, self._loop)
         except RuntimeError:  # the loop is closed
@@ -233,12 +238,12 @@ class BlockingContext:
         except CancelledError:
             raise AttemptOverError("the attempt's time is over") from None
 
-    async def _tracked(self, ask: Callable[[], Awaitable[T]]) -> T:
+    async def _run_tracked(self, call: Callable[[], Awaitable[T]]) -> T:
         task = asyncio.current_task()
         if self._over or task is None:
             raise AttemptOverError("the attempt's time is over")
         self._tasks.add(task)
         try:
-            return await ask()
+            return await call()
         finally:
             self._tasks.discard(task)

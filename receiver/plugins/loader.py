@@ -1,4 +1,7 @@
-"""Finds and builds the configured handlers. Called by the service and by `flora-receiver check`."""
+"""Finds, builds, checks and closes the configured handlers.
+
+Called by the service and by `flora-receiver check`, `doctor` and `handlers`.
+"""
 
 import asyncio
 import contextlib
@@ -29,22 +32,22 @@ GROUP = "flora_receiver.handlers"
 _CONCURRENCY = 8
 _CHECK_SECONDS = 10.0
 _CLOSE_SECONDS = 5.0
-_ANYTHING = (Exception, SystemExit)
-"""What code that is not ours may raise: a script that is named as a module ends with `sys.exit`, without a word."""
+_PLUGIN_ERRORS = (Exception, SystemExit)
+"""What plug-in code may raise: a script that is imported as a module may end with `sys.exit`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A handler ready to work, and what it listens to."""
+    """A handler that is ready for use, and the events that it subscribes to."""
 
     registration: Registration
     subscription: Subscription
 
 
 def load_handlers(settings: Settings, environ: Mapping[str, str] | None = None) -> tuple[Loaded, ...]:
-    """Build every configured handler, or raise ConfigError with the problems of all of them.
+    """Build every configured handler. Raises ConfigError with the problems of all of them.
 
-    `environ` is what secrets of the form `env:NAME` refer to; default: the process's own environment.
+    Secrets of the form `env:NAME` are read from `environ`, by default the environment of the process.
     """
     loaded: list[Loaded] = []
     problems: list[Problem] = []
@@ -55,47 +58,46 @@ def load_handlers(settings: Settings, environ: Mapping[str, str] | None = None) 
             problems.append(Problem(f"handlers.{index}.use", str(error)))
         except ValidationError as error:
             problems += _problems(error, index)
-        except _ANYTHING as error:  # a plug-in's constructor may raise anything; the operator must see which
-            problems.append(
-                Problem(f"handlers.{index}", f"{entry.use} cannot be built: {type(error).__name__}: {error}")
-            )
+        except _PLUGIN_ERRORS as error:
+            reason = f"{type(error).__name__}: {error}"
+            problems.append(Problem(f"handlers.{index}", f"{entry.use} cannot be built: {reason}"))
     if problems:
         raise ConfigError(problems)
     return tuple(loaded)
 
 
 async def check_handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[Problem]]:
-    """Return what keeps handlers from working, and what may pass by itself, as their own checks tell."""
-    found = await asyncio.gather(*(_checked(each) for each in loaded))
+    """Run the handlers' own checks; return the problems, and the warnings that may pass by themselves."""
+    found = await asyncio.gather(*(_check(each) for each in loaded))
     problems = [problem for problem, passing in found if problem is not None and not passing]
     return problems, [problem for problem, passing in found if problem is not None and passing]
 
 
 async def close_handlers(loaded: tuple[Loaded, ...]) -> None:
-    """Have every handler let go of what it holds; one that does not come to an end is left behind."""
+    """Close every handler; one that does not return within five seconds is abandoned."""
     registered = [each.registration for each in loaded]
     closing = {
-        asyncio.create_task(_closed(each.name, each.handler)) for each in registered if isinstance(each.handler, Closes)
+        asyncio.create_task(_close(each.name, each.handler)) for each in registered if isinstance(each.handler, Closes)
     }
     if closing:
-        _, left = await asyncio.wait(closing, timeout=_CLOSE_SECONDS)
-        for task in left:
+        _, pending = await asyncio.wait(closing, timeout=_CLOSE_SECONDS)
+        for task in pending:
             task.cancel()
 
 
-async def _closed(name: str, handler: Closes) -> None:
+async def _close(name: str, handler: Closes) -> None:
     use_threads_of(name)
-    with contextlib.suppress(*_ANYTHING):
+    with contextlib.suppress(*_PLUGIN_ERRORS):
         await handler.close()
 
 
-async def _checked(loaded: Loaded) -> tuple[Problem | None, bool]:
-    """Return what is wrong with one handler, and whether that may pass."""
+async def _check(loaded: Loaded) -> tuple[Problem | None, bool]:
+    """Return the problem of one handler, and whether it may pass by itself."""
     name, handler = loaded.registration.name, loaded.registration.handler
     if not isinstance(handler, Checks):
         return None, False
-    # A task of its own, so that one which swallows its cancellation is left behind, not waited for.
-    task = asyncio.create_task(_trouble(name, handler))
+    # A task of its own: a check that ignores its cancellation is abandoned, not waited for.
+    task = asyncio.create_task(_run_check(name, handler))
     try:
         await asyncio.wait({task}, timeout=_CHECK_SECONDS)
     finally:
@@ -108,35 +110,38 @@ async def _checked(loaded: Loaded) -> tuple[Problem | None, bool]:
     return Problem(name, str(error) or type(error).__name__), isinstance(error, TargetUnreachableError)
 
 
-async def _trouble(name: str, handler: Checks) -> BaseException | None:
-    """Return what a check raises: whatever that is, it is its answer."""
+async def _run_check(name: str, handler: Checks) -> BaseException | None:
+    """Return the exception that a check raises, or None."""
     use_threads_of(name)
     try:
         await handler.check()
-    except _ANYTHING as error:
+    except _PLUGIN_ERRORS as error:
         return error
     return None
 
 
 def installed_handlers() -> Sequence[str]:
-    """Return the names of the installed handlers, without importing any."""
+    """Return the names of the installed handlers; none is imported."""
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
 def options_of(use: str) -> list[Setting]:
-    """Return the options of a handler, as its own `Config` describes them. Raises HandlerLoadError."""
+    """Return the options in a handler's `Config`. Raises HandlerLoadError."""
     return describe_model(find_handler(use).Config)
 
 
 def describe_schema(settings: Settings, name: str, environ: Mapping[str, str]) -> str:
-    """Return the SQL of the tables that a configured handler keeps, found by its name or by its `use`.
+    """Return the SQL of a configured handler's tables; `name` is its name or its `use`.
 
-    Raises ConfigError when its options are wrong, HandlerLoadError when there is no such handler or it has no tables.
+    Raises ConfigError where its options are wrong, HandlerLoadError where there is no such handler
+    or it has no tables.
     """
     named = [index for index, entry in enumerate(settings.handlers) if entry.name == name]
     found = named or [index for index, entry in enumerate(settings.handlers) if entry.use == name]
     if not found:
-        raise HandlerLoadError(f"no configured handler is called {name!r}: its [[handlers]] entry says what to print")
+        raise HandlerLoadError(
+            f"no configured handler is called {name!r}: its tables follow from its [[handlers]] entry"
+        )
     if len(found) > 1:
         names = ", ".join(str(settings.handlers[index].name) for index in found)
         raise HandlerLoadError(f"several handlers use {name!r}: say which of {names}")
@@ -153,11 +158,12 @@ def describe_schema(settings: Settings, name: str, environ: Mapping[str, str]) -
 
 
 def mask_secrets(settings: Settings, environ: Mapping[str, str]) -> Settings:
-    """Return settings for display, in which whatever a handler's `Config` types as a secret is masked, by any name."""
-    return settings.model_copy(update={"handlers": tuple(_shown(entry, environ) for entry in settings.handlers)})
+    """Return settings for display: every option that a handler's `Config` types as a secret is masked."""
+    handlers = tuple(_mask_options(entry, environ) for entry in settings.handlers)
+    return settings.model_copy(update={"handlers": handlers})
 
 
-def _shown(entry: HandlerEntry, environ: Mapping[str, str]) -> HandlerEntry:
+def _mask_options(entry: HandlerEntry, environ: Mapping[str, str]) -> HandlerEntry:
     config = find_handler(entry.use).Config.model_validate(entry.options, context={"environ": environ})
     plain = json.loads(json.dumps(config.model_dump(exclude_unset=True), default=str))
     return entry.model_copy(update={"options": plain})
@@ -173,8 +179,8 @@ def _load(entry: HandlerEntry, settings: Settings, environ: Mapping[str, str]) -
     when: When = entry.when or getattr(handler_class, "when", None) or When()
     general = settings.dispatch
 
-    def limit(name: str, otherwise: Any) -> Any:
-        return getattr(entry, name) or getattr(handler_class, name, None) or otherwise
+    def limit(name: str, default: Any) -> Any:
+        return getattr(entry, name) or getattr(handler_class, name, None) or default
 
     concurrency = min(limit("concurrency", _CONCURRENCY), general.concurrency)
     if isinstance(handler, FunctionHandler):
@@ -199,25 +205,32 @@ def _backoff(entry: HandlerEntry) -> Backoff:
 
 def _problems(error: ValidationError, index: int) -> list[Problem]:
     return [
-        Problem(".".join(["handlers", str(index), *(str(part) for part in detail["loc"])]), _words(detail))
+        Problem(
+            ".".join(["handlers", str(index), *(str(part) for part in detail["loc"])]),
+            _to_message(detail),
+        )
         for detail in error.errors(include_url=False, include_input=False, include_context=False)
     ]
 
 
-def _words(detail: ErrorDetails) -> str:
-    """Put pydantic's finding into the words that the settings use."""
+def _to_message(detail: ErrorDetails) -> str:
+    """Return a validation error in the words that problems of other settings use."""
     if detail["type"] == "extra_forbidden":
         return "is no option of this handler"
     return detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 def find_handler(use: str) -> Any:
-    """Return the class behind an entry point's name or a `package.module:Class`; for a function what makes its handler."""
+    """Return the handler class, or a function's factory, for `use`.
+
+    `use` is the name of an entry point, `package.module:Class` or `package.module:function`. Raises
+    HandlerLoadError.
+    """
     points = [point for point in entry_points(group=GROUP) if point.name == use]
     if ":" not in use and not points:
         raise HandlerLoadError(
             f"there is no handler {use!r}; installed: {', '.join(installed_handlers()) or 'none'}; "
-            "your own goes as package.module:Class, or package.module:function"
+            "name your own as package.module:Class or package.module:function"
         )
     try:
         if points:
@@ -225,7 +238,7 @@ def find_handler(use: str) -> Any:
         else:
             module_name, _, attribute = use.partition(":")
             found = getattr(importlib.import_module(module_name), attribute)
-    except _ANYTHING as error:
+    except _PLUGIN_ERRORS as error:
         raise HandlerLoadError(
             f"{use} cannot be imported: {type(error).__name__}: {error}{_hint(use, error)}"
         ) from error
@@ -234,5 +247,5 @@ def find_handler(use: str) -> Any:
 
 def _hint(use: str, error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name == use.partition(":")[0].partition(".")[0]:
-        return "; a module in the working directory is found by `python -m receiver`, any other has to be installed"
+        return "; `python -m receiver` finds a module in the working directory, any other has to be installed"
     return ""

@@ -1,4 +1,7 @@
-"""Weighs what one attempt fetches, so that its lane follows what is learned on the way. Made by the dispatcher."""
+"""The transfers of one attempt: how large its outputs are, and which lane it belongs to.
+
+Made by the dispatcher, which counts the running attempts of each lane.
+"""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -10,7 +13,7 @@ from receiver.net.download import Download
 
 
 class TransferProgress:
-    """Knows of each output how large it is, as far as it has been opened, and whether its bytes are safe."""
+    """The size of each output as far as it is known, and the positions that are stored."""
 
     def __init__(self, event: Event, outputs: Sequence[Output], artifacts: Sequence[Artifact] = ()) -> None:
         self._event = event
@@ -20,24 +23,26 @@ class TransferProgress:
 
     @property
     def lane(self) -> Lane:
-        """Where this work belongs as things stand."""
+        """The lane of the attempt, by what is known of its outputs so far."""
         return lane_of(self._event, self._outputs, sizes=self._sizes, stored=self._stored)
 
-    def stored(self, position: int) -> None:
+    def mark_stored(self, position: int) -> None:
+        """Record that the output at `position` is stored, and no longer counts."""
         self._stored.add(position)
 
     @asynccontextmanager
     async def track(self, output: Output, opening: AbstractAsyncContextManager[Download]) -> AsyncIterator[Download]:
-        """Open an output, and learn its size: what the server says, and what comes if that is more."""
+        """Open a download and record its size: as announced, or as received if that is more."""
         async with opening as download:
             if download.content_length is not None:
                 self._sizes[output.position] = download.content_length
-            yield replace(download, chunks=self._counted(output, download.chunks))
+            yield replace(download, chunks=self._measure(output, download.chunks))
 
-    async def _counted(self, output: Output, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _measure(self, output: Output, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         received = 0
         async for chunk in chunks:
             received += len(chunk)
-            self._sizes[output.position] = max(received, self._sizes.get(output.position, output.likely_bytes))
+            known = self._sizes.get(output.position, output.likely_bytes)
+            self._sizes[output.position] = max(received, known)
             yield chunk
         self._sizes[output.position] = received

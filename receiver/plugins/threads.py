@@ -1,8 +1,9 @@
-"""The threads behind `asyncio.to_thread` and name look-ups. Each handler has its own of them.
+"""Threads for `asyncio.to_thread` and name look-ups, a pool for each handler.
 
-The loop has one pool for all, and a thread cannot be stopped: a handler whose calls hang (a dead mount, a library without
-a time limit) would soon hold every one, and FLORA's name could not be looked up any more. The service sets `Threads` as
-the loop's default; whatever calls a handler says whose threads it needs with `use_threads_of`.
+The event loop has one pool for everything, and a thread cannot be stopped: a handler whose calls
+hang (a dead mount, a library without a time limit) would soon occupy every thread, and not even
+FLORA's name could be looked up. The service sets `Threads` as the loop's default executor;
+code that calls a handler selects the handler's threads with `use_threads_of`.
 """
 
 import queue
@@ -13,49 +14,52 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["MOST", "Threads", "use_threads_of"]
+__all__ = ["MAX_THREADS", "Threads", "use_threads_of"]
 
-MOST = 32
-"""Threads of one handler: as many as asyncio's own pool has at most."""
+MAX_THREADS = 32
+"""Threads of one handler: the most that asyncio's own pool has."""
 
-_OWNER: ContextVar[str | None] = ContextVar("owner", default=None)
+_HANDLER: ContextVar[str | None] = ContextVar("handler", default=None)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def use_threads_of(handler: str) -> None:
-    """Have the current task, and all that it starts, use the threads of a handler."""
-    _OWNER.set(handler)
+    """Make the current task, and every task it starts, use the threads of a handler."""
+    _HANDLER.set(handler)
 
 
 class Threads(ThreadPoolExecutor):
-    """The service's pool, and one beside it for each handler that needs any."""
+    """The service's own pool, and one for each handler that needs threads."""
 
     def __init__(self) -> None:
         super().__init__(thread_name_prefix="service")
-        self._of: dict[str, _Daemons] = {}
+        self._pools: dict[str, _DaemonPool] = {}
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        owner = _OWNER.get()
-        if owner is None:
+        handler = _HANDLER.get()
+        if handler is None:
             return super().submit(fn, *args, **kwargs)
-        if owner not in self._of:
-            self._of[owner] = _Daemons(owner)
-        return self._of[owner].submit(partial(fn, *args, **kwargs))
+        if handler not in self._pools:
+            self._pools[handler] = _DaemonPool(handler)
+        return self._pools[handler].submit(partial(fn, *args, **kwargs))
 
     def release_handlers(self) -> None:
-        """Have the handlers' threads end when they are done; nobody waits for them."""
-        while self._of:
-            self._of.popitem()[1].end()
+        """Let the handlers' threads end with their current work, without waiting for them."""
+        while self._pools:
+            self._pools.popitem()[1].end()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self.release_handlers()
         super().shutdown(wait, cancel_futures=cancel_futures)
 
 
-class _Daemons:
-    """A pool whose threads do not keep the process, started when there is work and none is idle."""
+class _DaemonPool:
+    """A pool of daemon threads, which do not keep the process alive.
+
+    A thread is started when there is work and no thread is idle.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -66,7 +70,7 @@ class _Daemons:
     def submit(self, call: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         self._work.put(partial(_settle, future, call))
-        if not self._idle.acquire(blocking=False) and self._started < MOST:
+        if not self._idle.acquire(blocking=False) and self._started < MAX_THREADS:
             self._started += 1
             threading.Thread(target=self._serve, name=f"handler {self._name}", daemon=True).start()
         return future
@@ -78,13 +82,13 @@ class _Daemons:
     def _serve(self) -> None:
         while (work := self._next()) is not None:
             work()
-            del work  # what it holds must not live until the next
+            del work  # or its references would live until the next work arrives
 
     def _next(self) -> Callable[[], None] | None:
         try:
             return self._work.get_nowait()
         except queue.Empty:
-            self._idle.release()  # not before: a thread that counts as idle must be free for what comes
+            self._idle.release()  # only now: a thread that counts as idle must be free
             return self._work.get()
 
 

@@ -95,8 +95,8 @@ async def test_whatever_can_be_called_with_run_and_context(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Classy", "nor is it a function"),
-        ("number", "nor is it a function"),
+        ("Classy", "and is not a function"),
+        ("number", "and is not a function"),
         ("narrow", "cannot be called with (run, context)"),
         ("yielding", "yields"),
         ("absent", "cannot be imported"),
@@ -142,7 +142,7 @@ async def test_what_a_function_returns(returned: Any, answer: Any, is_async: boo
 
 
 async def attempted(handler: FunctionHandler, context: MemoryContext, seconds: float = 30) -> Any:
-    return await call_handler(handler, RUN, context, seconds)  # type: ignore[arg-type]
+    return await call_handler(handler, RUN, context, seconds)
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit("no"), KeyboardInterrupt("no"), StopIteration("no")])
@@ -214,7 +214,7 @@ async def test_one_that_hangs_is_left_behind(context_of: ContextOf) -> None:
     handler = FunctionHandler(hanging, threads=1)
     context = context_of()
     assert await attempted(handler, context, 0.05) == Retry("it took longer than 0.05 s")
-    assert [line[1] for line in context.log.lines] == ["handler.left_behind"]
+    assert [line[1] for line in context.log.lines] == ["handler.abandoned"]
     second = await attempted(handler, context_of(), 0.05)
     assert second == Retry("1 earlier calls have not returned; the function should end by itself")
     release.set()

@@ -197,10 +197,10 @@ def test_a_module_that_is_not_found_is_told_where_it_would_be() -> None:
     """`flora-receiver` does not look in the working directory; what a module of one's own lacks is another matter."""
     with pytest.raises(ConfigError) as caught:
         load_handlers(settings({"use": "my_sums:announce"}))
-    assert "found by `python -m receiver`" in str(caught.value)
+    assert "`python -m receiver` finds a module" in str(caught.value)
     with pytest.raises(ConfigError) as caught:
         load_handlers(settings({"use": "tests.no_such_module:announce"}))
-    assert "found by" not in str(caught.value)
+    assert "`python -m receiver` finds" not in str(caught.value)
 
 
 def test_a_missing_extra_is_told_with_its_cure() -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 
-from receiver.plugins.threads import MOST, Threads, use_threads_of
+from receiver.plugins.threads import MAX_THREADS, Threads, use_threads_of
 
 ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
@@ -39,8 +39,8 @@ async def test_one_that_hangs_in_every_thread_holds_up_nobody(threads: Threads) 
         hanging.release()
         return release.wait(60)
 
-    stuck = [asyncio.create_task(own("a", hang)) for _ in range(MOST)]
-    for _ in range(MOST):
+    stuck = [asyncio.create_task(own("a", hang)) for _ in range(MAX_THREADS)]
+    for _ in range(MAX_THREADS):
         await asyncio.to_thread(hanging.acquire)
     late = [asyncio.create_task(own("a", threading.get_ident)) for _ in range(3)]
     assert await asyncio.create_task(own("b", lambda: "b")) == "b"
@@ -50,7 +50,7 @@ async def test_one_that_hangs_in_every_thread_holds_up_nobody(threads: Threads) 
     late[0].cancel()
     threads.release_handlers()  # as the service does when it stops: nobody waits
     release.set()
-    assert await asyncio.gather(*stuck) == [True] * MOST
+    assert await asyncio.gather(*stuck) == [True] * MAX_THREADS
     assert len(await asyncio.gather(*late[1:])) == 2
     assert late[0].cancelled()
 
@@ -58,7 +58,7 @@ async def test_one_that_hangs_in_every_thread_holds_up_nobody(threads: Threads) 
 async def test_threads_are_used_again_and_started_as_they_are_needed() -> None:
     """One call after the other needs few threads; what is under way at the same time has one each."""
     names = {await asyncio.create_task(own("a", threading.get_ident)) for _ in range(200)}
-    assert len(names) < MOST  # not one: it may still be on its way back when the next call comes
+    assert len(names) < MAX_THREADS  # not one: it may still be on its way back when the next call comes
     meeting = threading.Barrier(8)
     await asyncio.gather(*(asyncio.create_task(own("a", lambda: meeting.wait(30))) for _ in range(8)))
 
