@@ -1,4 +1,4 @@
-"""`runs batch` end to end: every row comes home exactly once, bad rows cost nothing, and the same command goes on."""
+"""`runs batch` end to end: each row is stored once, bad rows cost nothing, a batch resumes."""
 
 import asyncio
 import os
@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from receiver.emulator import parse_faults
-from tests.support.batches import KEY, WEATHER, Ended, Office
+from tests.support.batches import KEY, WEATHER, BatchStage, CommandResult
 from tests.support.lives import COMMAND, ROOT, served
 from tests.support.stage import Stage, eventually, staged
 
 
 @pytest.fixture
-async def office(stage: Stage) -> AsyncIterator[Office]:
+async def batches(stage: Stage) -> AsyncIterator[BatchStage]:
     """A batch's surroundings, with a receiver in this loop."""
-    made = Office(stage)
+    made = BatchStage(stage)
     async with stage.service(**made.settings()):
         yield made
 
@@ -28,62 +28,62 @@ async def office(stage: Stage) -> AsyncIterator[Office]:
 async def test_every_row_comes_home_in_bad_weather(tmp_path: Path) -> None:
     """Dropped and doubled callbacks, 429 and 5xx: sixty rows, sixty runs, sixty files, and the right bill."""
     async with staged(tmp_path, faults=WEATHER, seed=7) as stage:
-        office = Office(stage)
-        async with served(stage, **office.settings()) as process, stage.client() as client:
+        batches = BatchStage(stage)
+        async with served(stage, **batches.settings()) as process, stage.client() as client:
             await process.ready(client)
-            ended = await office.batch(office.table(60), "--yes", "--parallel", "16")
+            ended = await batches.batch(batches.table(60), "--yes", "--parallel", "16")
             assert ended.code == 0, ended
             assert "60 of 60 rows completed and stored" in ended.out
             assert "60 runs of emu-image × $0.04 = $2.40" in ended.err
             assert "Cost: $2.40." in ended.out
-            office.check(60)
+            batches.check(60)
             before = stage.emulator.gate.requests.copy()
 
-            again = await office.batch("spring.csv", "--json", "--technique-id", "tech_emu_image")
+            again = await batches.batch("spring.csv", "--json", "--technique-id", "tech_emu_image")
             assert again.code == 0, again
             assert "60 of them started before" in again.err
             data = again.data
             assert (data["ok"], data["succeeded"], len(data["outcomes"])) == (True, 60, 60)
             starts = "POST /techniques/{technique_id}/runs"
             assert stage.emulator.gate.requests[starts] == before[starts] >= 60
-            office.check(60)
+            batches.check(60)
             assert await process.stop() == 0
 
 
-async def test_the_batch_that_the_readme_shows(office: Office) -> None:
+async def test_the_batch_that_the_readme_shows(batches: BatchStage) -> None:
     """Its table, its command line (and a yes), its names of files."""
     section = (ROOT / "README.md").read_text("utf-8").split("## Batches")[1].split("\n## ")[0]
     assert KEY in section
     shown = dict(re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL))
-    (office.stage.directory / "spring.csv").write_text(shown["csv"], "utf-8")
+    (batches.stage.directory / "spring.csv").write_text(shown["csv"], "utf-8")
     command, *arguments = shlex.split(shown["sh"])
     assert command == "flora-receiver"
-    ended = await office.end(await office.begin(*arguments, "--yes"))
+    ended = await batches.end(await batches.begin(*arguments, "--yes"))
     assert ended.code == 0, ended
-    assert [row["key"] for row in office.results()] == ["de", "fr"]
-    assert sorted(path.name for path in (office.stage.outputs / "spring").glob("*.png")) == ["de.png", "fr.png"]
+    assert [row["key"] for row in batches.results()] == ["de", "fr"]
+    assert sorted(path.name for path in (batches.stage.outputs / "spring").glob("*.png")) == ["de.png", "fr.png"]
 
 
-async def test_bad_rows_cost_nothing(office: Office) -> None:
-    """All that is wrong is told at once; `--json` tells all of it; nothing is started."""
-    (office.stage.directory / "bad.csv").write_text(
+async def test_bad_rows_cost_nothing(batches: BatchStage) -> None:
+    """All errors are reported at once, every one of them with `--json`; nothing is started."""
+    (batches.stage.directory / "bad.csv").write_text(
         "market_code,headline\nde,Hallo\nde,Hi\nfr,\nit,a,b\n" + "".join(f"x{number},\n" for number in range(60))
     )
-    ended = await office.batch("bad.csv", "--yes")
+    ended = await batches.batch("bad.csv", "--yes")
     assert ended.code == 2
     assert "63 problems; nothing was started:" in ended.err
     assert "row 3, column 'market_code': has the key 'de' of an earlier row" in ended.err
     assert "row 4, column 'headline': is empty; input 'prompt' is required" in ended.err
     assert "row 5: has 3 fields, the header has 2" in ended.err
     assert "… and 13 more (--json shows all)" in ended.err
-    told = await office.batch("bad.csv", "--yes", "--json")
-    assert (told.code, told.data["total"], len(told.data["problems"])) == (2, 63, 63)
-    assert told.data["problems"][1] == {
+    reported = await batches.batch("bad.csv", "--yes", "--json")
+    assert (reported.code, reported.data["total"], len(reported.data["problems"])) == (2, 63, 63)
+    assert reported.data["problems"][1] == {
         "row": 4,
         "column": "headline",
         "message": "is empty; input 'prompt' is required",
     }
-    assert office.started() == 0
+    assert batches.started() == 0
 
 
 @pytest.mark.parametrize(
@@ -97,110 +97,110 @@ async def test_bad_rows_cost_nothing(office: Office) -> None:
         ("spring.csv", ["--technique-id", "tech_unknown"], None, 1, "not found"),
         ("missing.csv", [], None, 2, "there is no file missing.csv"),
         ("empty.csv", [], None, 2, "is empty"),
-        ("-", ["--yes"], b"market_code,headline\nde,Hallo\n", 2, "name the batch by --batch"),
+        ("-", ["--yes"], b"market_code,headline\nde,Hallo\n", 2, "name the batch with --batch"),
     ],
 )
 async def test_what_is_refused_before_anything_is_started(
-    office: Office, file: str, more: list[str], given: bytes | None, code: int, why: str
+    batches: BatchStage, file: str, more: list[str], given: bytes | None, code: int, why: str
 ) -> None:
-    office.table(1)
-    (office.stage.directory / "empty.csv").touch()
-    ended = await office.batch(file, *more, given=given)
+    batches.table(1)
+    (batches.stage.directory / "empty.csv").touch()
+    ended = await batches.batch(file, *more, given=given)
     assert (ended.code, why in ended.err) == (code, True), ended
-    assert office.started() == 0
+    assert batches.started() == 0
 
 
-async def test_json_lines_from_standard_input(office: Office) -> None:
+async def test_json_lines_from_standard_input(batches: BatchStage) -> None:
     """What programs write, down a pipe."""
     rows = b"".join(b'{"market_code": "r%d", "headline": "Row %d,\\nsays \\"hello\\""}\n' % (n, n) for n in range(3))
-    ended = await office.batch("-", "--yes", "--batch", "piped", given=rows)
+    ended = await batches.batch("-", "--yes", "--batch", "piped", given=rows)
     assert ended.code == 0, ended
-    office.check(3, batch="piped")
+    batches.check(3, batch="piped")
 
 
 async def test_without_a_service_it_says_what_to_do(stage: Stage) -> None:
-    office = Office(stage)
-    ended = await office.batch(office.table(1), "--yes", "--patience", "0")
+    batches = BatchStage(stage)
+    ended = await batches.batch(batches.table(1), "--yes", "--patience", "0")
     assert ended.code == 1
     assert "flora-receiver serve" in ended.err
 
 
-async def test_no_credits_then_on_again(office: Office) -> None:
-    """402 stops the starts, keeps what is in hand, and says so; after topping up, the same command does the rest."""
-    book = office.stage.emulator.faults
+async def test_no_credits_then_on_again(batches: BatchStage) -> None:
+    """402 stops the batch but not its active rows; after topping up, the same command resumes it."""
+    book = batches.stage.emulator.faults
     book.add(parse_faults({"kind": "insufficient_credits", "path": "/techniques/", "method": "POST", "next": 2}))
-    file = office.table(9)
-    ended = await office.batch(file, "--yes", "--parallel", "2")
+    file = batches.table(9)
+    ended = await batches.batch(file, "--yes", "--parallel", "2")
     assert ended.code == 1
     assert "FLORA has no credits left" in ended.err
-    states = [row["state"] for row in office.results()]
+    states = [row["state"] for row in batches.results()]
     assert states[:2] == ["refused", "refused"]
     assert states.count("not_started") >= 6
     book.reset()
-    again = await office.batch(file, "--yes")
+    again = await batches.batch(file, "--yes")
     assert again.code == 0, again
-    office.check(9)
+    batches.check(9)
 
 
-async def test_a_refused_and_a_failed_row_do_not_keep_the_others(office: Office) -> None:
+async def test_a_refused_and_a_failed_row_do_not_keep_the_others(batches: BatchStage) -> None:
     """The exit code tells that not all succeeded, the screen and the file tell which and why."""
-    office.stage.emulator.faults.add(parse_faults({"kind": "fail", "error_code": "safety_blocked", "next": 1}))
-    file = office.stage.directory / "mixed.csv"
+    batches.stage.emulator.faults.add(parse_faults({"kind": "fail", "error_code": "safety_blocked", "next": 1}))
+    file = batches.stage.directory / "mixed.csv"
     file.write_text("market_code,headline,size\nr0,a,\nr1,b,nonsense\nr2,c,1000\n")
-    ended = await office.batch(file, "--yes", "--map", "size={size}", "--parallel", "1")
+    ended = await batches.batch(file, "--yes", "--map", "size={size}", "--parallel", "1")
     assert ended.code == 1
-    assert [row["state"] for row in office.results()] == ["failed", "refused", "completed"]
-    assert [row["error_code"] for row in office.results()] == ["safety_blocked", "input_validation_error", ""]
+    assert [row["state"] for row in batches.results()] == ["failed", "refused", "completed"]
+    assert [row["error_code"] for row in batches.results()] == ["safety_blocked", "input_validation_error", ""]
     assert "1 of 3 rows completed and stored" in ended.out
     assert "size must be a number" in " ".join(ended.out.split())
 
 
-async def test_a_changed_row_is_not_taken_for_the_old_one(office: Office) -> None:
+async def test_a_changed_row_is_not_taken_for_the_old_one(batches: BatchStage) -> None:
     """The key was used for other inputs: that row is refused with advice, nothing is started."""
-    file = office.table(2)
-    assert (await office.batch(file, "--yes")).code == 0
+    file = batches.table(2)
+    assert (await batches.batch(file, "--yes")).code == 0
     file.write_text(file.read_text().replace("Row 1", "Raw 1"))
-    ended = await office.batch(file, "--yes")
+    ended = await batches.batch(file, "--yes")
     assert ended.code == 1
-    assert [row["state"] for row in office.results()] == ["completed", "refused"]
-    assert "another key" in office.results()[1]["error_message"]
-    assert office.started() == 2
+    assert [row["state"] for row in batches.results()] == ["completed", "refused"]
+    assert "another key" in batches.results()[1]["error_message"]
+    assert batches.started() == 2
 
 
 async def test_ctrl_c_and_on_again(tmp_path: Path) -> None:
     """It ends at once with 130, writes what it knows, says how to go on; what was started is not started again."""
     async with staged(tmp_path, run_seconds=600.0) as stage:
-        office = Office(stage)
-        async with stage.service(**office.settings()):
-            file = office.table(12)
-            process = await office.begin(*office.arguments(file, "--yes", "--parallel", "4"))
-            await office.until_started(4)
+        batches = BatchStage(stage)
+        async with stage.service(**batches.settings()):
+            file = batches.table(12)
+            process = await batches.begin(*batches.arguments(file, "--yes", "--parallel", "4"))
+            await batches.until_started(4)
             async with asyncio.timeout(10):
-                ended = await office.stop(process)
+                ended = await batches.stop(process)
             assert ended.code == 130, ended
             assert "run the same command again" in ended.err
             assert "Traceback" not in ended.err
-            states = [row["state"] for row in office.results()]
+            states = [row["state"] for row in batches.results()]
             assert len(states) == 12
             assert "not_started" in states
             assert "unfinished" in states
             stage.end_runs()
-            again = await office.batch(file, "--yes", "--parallel", "12")
+            again = await batches.batch(file, "--yes", "--parallel", "12")
             assert again.code == 0, again
-            office.check(12)
+            batches.check(12)
 
 
 async def test_on_a_terminal_it_asks_shows_progress_and_leaves_it_clean(tmp_path: Path) -> None:
     """A person sees the price, says yes, watches a bar; after Ctrl-C the cursor is back."""
     async with staged(tmp_path, run_seconds=600.0) as stage:
-        office = Office(stage)
-        async with stage.service(**office.settings()):
-            office.table(4)
-            said_no = await _on_terminal(office, [("Start them?", b"n\n")])
+        batches = BatchStage(stage)
+        async with stage.service(**batches.settings()):
+            batches.table(4)
+            said_no = await _on_terminal(batches, [("Start them?", b"n\n")])
             assert said_no.code == 1
             assert "Nothing was started." in said_no.out
-            assert office.started() == 0
-            ended = await _on_terminal(office, [("Start them?", b"y\n"), ("2 in hand", b"\x03")])
+            assert batches.started() == 0
+            ended = await _on_terminal(batches, [("Start them?", b"y\n"), ("2 in progress", b"\x03")])
     assert ended.code == 130, ended
     assert "4 runs of emu-image × $0.04 = $0.16" in ended.out
     assert re.search(r"0/4\D", ended.out)
@@ -208,13 +208,13 @@ async def test_on_a_terminal_it_asks_shows_progress_and_leaves_it_clean(tmp_path
     assert "Interrupted." in ended.out
 
 
-async def _on_terminal(office: Office, dialogue: list[tuple[str, bytes]]) -> Ended:
+async def _on_terminal(batches: BatchStage, dialogue: list[tuple[str, bytes]]) -> CommandResult:
     """Run a batch on a terminal of its own, typing each answer when its cue is on the screen."""
     controller, terminal = pty.openpty()
     os.set_blocking(controller, False)
-    environment = office.environment() | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
+    environment = batches.environment() | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
     process = await asyncio.create_subprocess_exec(
-        COMMAND, *office.arguments("spring.csv", "--parallel", "2"), env=environment, cwd=office.stage.directory,
+        COMMAND, *batches.arguments("spring.csv", "--parallel", "2"), env=environment, cwd=batches.stage.directory,
         stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
         preexec_fn=_take_terminal,
     )  # fmt: skip
@@ -243,7 +243,7 @@ async def _on_terminal(office: Office, dialogue: list[tuple[str, bytes]]) -> End
 
         await eventually(over, within=20)
         assert process.returncode is not None
-        return Ended(process.returncode, read(), "")
+        return CommandResult(process.returncode, read(), "")
     finally:
         os.close(controller)
         if process.returncode is None:

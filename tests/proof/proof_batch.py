@@ -1,11 +1,11 @@
-"""Five hundred rows in bad weather, the receiver killed five times on the way and the command twice: all come home once."""
+"""A batch of 500 rows with faults; the receiver is killed five times and the command twice."""
 
 import asyncio
 import contextlib
 import time
 from pathlib import Path
 
-from tests.support.batches import WEATHER, Office
+from tests.support.batches import WEATHER, BatchStage
 from tests.support.lives import Served, served
 from tests.support.stage import Stage, staged
 
@@ -18,10 +18,10 @@ COMMAND_KILLS = (100, 280)
 class Lives(contextlib.AsyncExitStack):
     """One receiver process after the other."""
 
-    def __init__(self, stage: Stage, office: Office) -> None:
+    def __init__(self, stage: Stage, batches: BatchStage) -> None:
         super().__init__()
         self._stage = stage
-        self._office = office
+        self._office = batches
         self.log = stage.directory / "receiver.log"
         self.kills = 0
 
@@ -53,26 +53,26 @@ async def test_five_hundred_rows_in_bad_weather(tmp_path: Path) -> None:
 
 async def _prove(directory: Path, *, crashes: bool) -> None:
     async with staged(directory, faults=WEATHER, run_seconds=0.5) as stage:
-        office = Office(stage)
-        async with Lives(stage, office) as lives:
+        batches = BatchStage(stage)
+        async with Lives(stage, batches) as lives:
             process = await lives.begin()
             began = time.monotonic()
-            file = office.table(ROWS)
-            arguments = office.arguments(file, "--yes", "--parallel", "16")
+            file = batches.table(ROWS)
+            arguments = batches.arguments(file, "--yes", "--parallel", "16")
             killer = asyncio.create_task(lives.die_and_rise(process)) if crashes else None
-            command = await office.begin(*arguments)
+            command = await batches.begin(*arguments)
             for count in COMMAND_KILLS if crashes else ():
-                await office.until_started(count)
+                await batches.until_started(count)
                 command.kill()
                 await command.communicate()
-                command = await office.begin(*arguments)
-            ended = await office.end(command)
+                command = await batches.begin(*arguments)
+            ended = await batches.end(command)
             took = time.monotonic() - began
             if killer is not None:
                 await killer
                 assert lives.kills == len(KILLS)
             assert ended.code == 0, (ended.out[-3000:], ended.err[-3000:])
-            office.check(ROWS)
+            batches.check(ROWS)
             verdicts = stage.rows("SELECT verdict, count(*) AS runs FROM runs GROUP BY verdict ORDER BY verdict")
             attempts = [len(each.attempts) for each in stage.emulator.deliveries]
             orphans = lives.log.read_text().count('"start.exists"')

@@ -1,4 +1,4 @@
-"""A receiver in memory: what `ReceiverClient` shows of the real one, and whatever a test wants to go wrong."""
+"""A receiver in memory, with the methods of `ReceiverClient` and the errors that a test sets."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +10,11 @@ from receiver.cli.batch.validation import Job
 from receiver.client.messages import ArtifactView, DispatchView, ErrorView, RunView, StartView
 from receiver.errors import ReceiverApiError
 
-Trouble = ReceiverApiError | ErrorView
+StartError = ReceiverApiError | ErrorView
 
 
 def a_run(run_id: str, **given: Any) -> RunView:
-    """A run that completed, with one stored file and its manifest."""
+    """Return a completed run with one stored file and its manifest."""
     stored = [
         ArtifactView("storage", position, name, f"file:///out/{run_id}/{name}", 3, "abc", None, stored=True)
         for position, name in ((-1, "run.json"), (0, "image.png"))
@@ -45,8 +45,8 @@ def a_run(run_id: str, **given: Any) -> RunView:
     )
 
 
-def jobs(count: int) -> list[Job]:
-    """Return rows `row-0`, `row-1` and so on, whose runs are `run_row-0` and so on."""
+def some_jobs(count: int) -> list[Job]:
+    """Return jobs with the keys `row-0`, `row-1` and so on, whose runs are `run_row-0` and so on."""
     return [
         Job(number, number + 2, f"row-{number}", f"batch:b:row-{number}", ({"id": "prompt", "value": "x"},), {})
         for number in range(count)
@@ -55,15 +55,15 @@ def jobs(count: int) -> list[Job]:
 
 @dataclass
 class FakeReceiver:
-    """`troubles` by row key come first, one for each call; then its run is as `runs` says, or completed."""
+    """Each start of a row takes its next of `errors` first; its run is that of `runs`, or completed."""
 
-    troubles: dict[str, list[Trouble]] = field(default_factory=dict)
+    errors: dict[str, list[StartError]] = field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     on_wait: Callable[[str], None] = lambda _: None
     calls: list[str] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
-    in_hand: int = 0
-    most_in_hand: int = 0
+    active: int = 0
+    most_active: int = 0
     reads: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -84,22 +84,22 @@ class FakeReceiver:
         row = key.rpartition(":")[2]
         with self.lock:
             self.calls.append(row)
-            trouble = self.troubles[row].pop(0) if self.troubles.get(row) else None
-            if isinstance(trouble, ReceiverApiError):
-                raise trouble
-            if trouble is not None:
-                return StartView("asking", None, key, "token", error=trouble)
+            error = self.errors[row].pop(0) if self.errors.get(row) else None
+            if isinstance(error, ReceiverApiError):
+                raise error
+            if error is not None:
+                return StartView("asking", None, key, "token", error=error)
             repeated = row in self.started
             if not repeated:
                 self.started.append(row)
-            self.in_hand += 1
-            self.most_in_hand = max(self.most_in_hand, self.in_hand)
+            self.active += 1
+            self.most_active = max(self.most_active, self.active)
         return StartView("started", f"run_{row}", key, "token", repeated=repeated)
 
     def wait(self, run_id: str, *, timeout_seconds: float | None = None) -> RunView:
         self.on_wait(run_id)
         with self.lock:
-            self.in_hand -= 1
+            self.active -= 1
         return a_run(run_id, **self.runs.get(run_id.removeprefix("run_"), {}))
 
     def run(self, run_id: str) -> RunView:

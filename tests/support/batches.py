@@ -1,4 +1,4 @@
-"""Batches against the stage: a table, the command as a process, and the proof that every row came home exactly once."""
+"""Batches on the stage: a table, the command as a process, and the check of every row's result."""
 
 import asyncio
 import csv
@@ -28,8 +28,8 @@ LONGEST_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """How the command ended, and what it said."""
+class CommandResult:
+    """The exit code of the command, and its output."""
 
     code: int
     out: str
@@ -41,15 +41,15 @@ class Ended:
 
 
 @dataclass
-class Office:
-    """Whoever runs batches: a stage, the address and the token of its receiver."""
+class BatchStage:
+    """Batches on a stage, with the operations port and the token of its receiver."""
 
     stage: Stage
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     port: int = field(default_factory=free_port)
 
     def settings(self) -> dict[str, Any]:
-        """Return the sections that a receiver needs to start runs and to name files by rows."""
+        """Return the settings of a receiver that starts runs and names files after rows."""
         self.stage.port = self.stage.port or free_port()
         return {
             "public_url": f"https://127.0.0.1:{self.stage.port}",
@@ -58,7 +58,7 @@ class Office:
         }
 
     def table(self, rows: int, name: str = "spring.csv") -> Path:
-        """Write a table of rows `r0`, `r1`, … with prompts that tell them apart, newlines and all."""
+        """Write a table of rows `r0`, `r1`, … whose prompts differ and have newlines."""
         path = self.stage.directory / name
         with path.open("w", encoding="utf-8-sig", newline="") as file:
             writer = csv.writer(file)
@@ -83,7 +83,7 @@ class Office:
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
 
-    async def end(self, process: asyncio.subprocess.Process, given: bytes | None = None) -> Ended:
+    async def end(self, process: asyncio.subprocess.Process, given: bytes | None = None) -> CommandResult:
         try:
             async with asyncio.timeout(LONGEST_SECONDS):
                 out, err = await process.communicate(given)
@@ -92,35 +92,33 @@ class Office:
             out, err = await process.communicate()
             raise AssertionError(f"the batch did not end: {out.decode()[-2000:]} {err.decode()[-2000:]}") from None
         assert process.returncode is not None
-        return Ended(process.returncode, out.decode(), err.decode())
+        return CommandResult(process.returncode, out.decode(), err.decode())
 
-    async def batch(self, file: Path | str, *more: str, given: bytes | None = None) -> Ended:
+    async def batch(self, file: Path | str, *more: str, given: bytes | None = None) -> CommandResult:
         """Run the command to its end."""
         stdin = asyncio.subprocess.DEVNULL if given is None else asyncio.subprocess.PIPE
         return await self.end(await self.begin(*self.arguments(file, *more), stdin=stdin), given)
 
-    async def stop(self, process: asyncio.subprocess.Process, number: signal.Signals = signal.SIGINT) -> Ended:
+    async def stop(self, process: asyncio.subprocess.Process, number: signal.Signals = signal.SIGINT) -> CommandResult:
         process.send_signal(number)
         return await self.end(process)
 
-    # --- what there is -------------------------------------------------------------------------------------------
-
     def started(self) -> int:
-        """How many runs the emulator has started."""
+        """Return how many runs the emulator has started."""
         return len(self.stage.emulator.runs._order)
 
     async def until_started(self, count: int) -> None:
-        async def look() -> bool:
+        async def has_started() -> bool:
             return self.started() >= count
 
-        await eventually(look, within=120, what=f"{count} runs at FLORA")
+        await eventually(has_started, within=120, what=f"{count} runs at FLORA")
 
     def results(self, name: str = "results.csv") -> list[dict[str, str]]:
         with (self.stage.directory / name).open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
     def check(self, rows: int, *, batch: str = "spring") -> None:
-        """Every row settled, none started twice, every file stored and as the manifest says, the bill right."""
+        """Check that each row was started once and settled, its file stored, and the cost right."""
         runs = {run_id: self.stage.emulator.runs.get(run_id) for run_id in self.stage.emulator.runs._order}
         prompts = Counter(run.outputs[0].text for run in runs.values())
         assert prompts == Counter(f'Row {number},\nsays "hello"' for number in range(rows)), "started twice, or never"

@@ -1,1 +1,4 @@
-"""`flora-receiver runs batch`: one run per row of a table. Called by `cli.app`; may import `client` and `flora`."""
+"""`flora-receiver runs batch`: one run per row of a table.
+
+Called by `cli.runs`; may import `client` and the shared modules of `cli`.
+"""

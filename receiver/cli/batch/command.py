@@ -1,13 +1,14 @@
-"""`flora-receiver runs batch`: one run for each row of a table; checks all, asks once, waits, writes `results.csv`.
+"""`flora-receiver runs batch`: checks a table, starts a run for each row and writes `results.csv`.
 
-The same command again goes on where the last one ended: every row is known to the service by its key.
+The same command again resumes the batch: the service knows every row by its key.
 """
 
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,26 +17,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from receiver.cli.batch.report import dollars, report
-from receiver.cli.batch.results import Spool, summed, write_results
-from receiver.cli.batch.runner import Halt, Jobs, Progress, Runner, patiently
-from receiver.cli.batch.table import RowProblem, Source, Table, source_of
-from receiver.cli.batch.validation import Check, Plan, check, jobs_of, plan_of, technique_of
+from receiver.cli.batch.report import format_dollars, print_report
+from receiver.cli.batch.results import Spool, summarize, write_results
+from receiver.cli.batch.runner import Halt, Jobs, Progress, Runner, call_with_retries
+from receiver.cli.batch.table import RowProblem, Source, Table, open_source
+from receiver.cli.batch.validation import Check, Plan, check_rows, make_jobs, make_plan, to_technique
 from receiver.cli.connection import connect
 from receiver.cli.output import FAILED, USAGE_ERROR, print_error, report_errors
 from receiver.client.client import ReceiverClient
 from receiver.errors import TableError
 
 INTERRUPTED = 130
-_FIRST_SECONDS = 10.0
-"""Patience before anything was started: whoever forgot to start the service wants to know soon."""
-_SHOWN = 50
-"""Bad rows shown on a screen; `--json` gives all."""
+_MAX_FIRST_PATIENCE_SECONDS = 10.0
+"""Patience before anything was started: a service that is not running is reported soon."""
+_MAX_PROBLEMS = 50
+"""Problems printed on a terminal; `--json` prints all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The command's options."""
+    """The options of the command."""
 
     file: Path
     technique_id: str
@@ -55,10 +56,11 @@ class Options:
 def run(options: Options) -> None:
     with report_errors(as_json=options.json):
         try:
-            with source_of(options.file, sys.stdin.buffer) as source:
+            with open_source(options.file, sys.stdin.buffer) as source:
                 _run(options, source)
         except TableError as error:
-            print_error({"error": "table", "message": str(error)}, f"Error: {error}", as_json=options.json)
+            data = {"error": "table", "message": str(error)}
+            print_error(data, f"Error: {error}", as_json=options.json)
             raise typer.Exit(USAGE_ERROR) from error
         except KeyboardInterrupt:
             print("Interrupted before anything was started.", file=sys.stderr)
@@ -67,11 +69,12 @@ def run(options: Options) -> None:
 
 def _run(options: Options, source: Source) -> None:
     _check_options(options, source)
-    table, patience = Table(source), min(options.patience, _FIRST_SECONDS)
+    table = Table(source)
+    patience = min(options.patience, _MAX_FIRST_PATIENCE_SECONDS)
     with connect() as receiver:
-        found = patiently(lambda: receiver.technique(options.technique_id, options.workspace_id), seconds=patience)
-        technique = technique_of(found, options.technique_id)
-        plan = plan_of(
+        read = partial(receiver.technique, options.technique_id, options.workspace_id)
+        technique = to_technique(call_with_retries(read, seconds=patience), options.technique_id)
+        plan = make_plan(
             technique,
             batch=options.batch or Path(source.name).stem,
             maps=options.maps,
@@ -81,78 +84,80 @@ def _run(options: Options, source: Source) -> None:
         )
         if isinstance(plan, list):
             _refuse(options, plan, len(plan))
-        checked = check(table.rows(), plan, keep=None if options.json else _SHOWN)
-        if checked.wrong:
-            _refuse(options, checked.problems, checked.wrong)
-        known = patiently(lambda: _known(options, receiver, plan, checked), seconds=patience)
-        _ask(options, plan, checked, known)
+        check = check_rows(table.rows(), plan, keep=None if options.json else _MAX_PROBLEMS)
+        if check.wrong:
+            _refuse(options, check.problems, check.wrong)
+        count = partial(_count_known, options, receiver, plan, check)
+        _confirm(options, plan, check, known=call_with_retries(count, seconds=patience))
         with Spool() as outcomes:
-            _carry_out(options, plan, table, receiver, outcomes, rows=checked.jobs)
+            _execute(options, plan, table, receiver, outcomes, rows=check.jobs)
 
 
 def _check_options(options: Options, source: Source) -> None:
-    """Refuse what would only be noticed after money was spent."""
-    directory = options.results.parent
-    if options.batch is None and not source.named:
-        raise TableError(f"{source.name} has no name of its own: name the batch by --batch")
-    if not directory.is_dir() or not os.access(directory, os.W_OK) or options.results.is_dir():
-        raise TableError(f"--results {options.results} cannot be written")
-    if options.results.exists() and options.file.exists() and options.results.samefile(options.file):
-        raise TableError(f"--results {options.results} would overwrite the table itself")
+    """Refuse what would otherwise fail only after money was spent."""
+    results = options.results
+    if options.batch is None and not source.has_name:
+        raise TableError(f"{source.name} has no name: name the batch with --batch")
+    if not results.parent.is_dir() or not os.access(results.parent, os.W_OK) or results.is_dir():
+        raise TableError(f"--results {results} cannot be written")
+    if results.exists() and options.file.exists() and results.samefile(options.file):
+        raise TableError(f"--results {results} would overwrite the table itself")
 
 
 def _refuse(options: Options, problems: list[RowProblem], count: int) -> NoReturn:
-    """Say everything that is wrong, and that nothing was started."""
-    lines = [f"  {problem}" for problem in problems[:_SHOWN]]
+    """Print the problems and exit; nothing was started."""
+    lines = [f"  {problem}" for problem in problems[:_MAX_PROBLEMS]]
     if count > len(lines):
         lines.append(f"  … and {count - len(lines)} more (--json shows all)")
-    noun = "problem" if count == 1 else "problems"
-    print_error(
-        {
-            "error": "table",
-            "message": f"{count} {noun}",
-            "total": count,
-            "problems": [{"row": each.row, "column": each.column, "message": each.message} for each in problems],
-        },
-        f"{count} {noun}; nothing was started:\n" + "\n".join(lines),
-        as_json=options.json,
-    )
+    message = f"{count} {'problem' if count == 1 else 'problems'}"
+    data = {
+        "error": "table",
+        "message": message,
+        "total": count,
+        "problems": [asdict(each) for each in problems],
+    }
+    text = "\n".join([f"{message}; nothing was started:", *lines])
+    print_error(data, text, as_json=options.json)
     raise typer.Exit(USAGE_ERROR)
 
 
-def _known(options: Options, receiver: ReceiverClient, plan: Plan, found: Check) -> int:
-    """Count the rows that have been started before and so cost nothing now; refused ones are asked for again."""
+def _count_known(options: Options, receiver: ReceiverClient, plan: Plan, check: Check) -> int:
+    """Return how many rows were started before and cost nothing now; refused rows start again."""
+    expected = (plan.technique.technique_id, options.workspace_id)
     return sum(
         start["state"] != "refused"
-        and (start["technique_id"], start["workspace_id"]) == (plan.technique.technique_id, options.workspace_id)
-        and found.knows(start["idempotency_key"])
+        and (start["technique_id"], start["workspace_id"]) == expected
+        and check.has_key(start["idempotency_key"])
         for start in receiver.starts(prefix=plan.idempotency_key(""), limit=500)
     )
 
 
-def _ask(options: Options, plan: Plan, found: Check, known: int) -> None:
-    new, cost = found.jobs - known, plan.technique.run_cost
+def _confirm(options: Options, plan: Plan, check: Check, *, known: int) -> None:
+    """Print what the new runs cost and ask whether to start them; exit if not."""
+    new, cost = check.jobs - known, plan.technique.run_cost
     before = f", {known} of them started before" if known else ""
-    lines = [f"Batch {plan.batch}: {found.jobs} rows{before}."]
+    print(f"Batch {plan.batch}: {check.jobs} rows{before}.", file=sys.stderr)
+    runs = f"{new} runs of {options.technique_id}"
     if cost is None:
-        lines.append(f"{new} runs of {options.technique_id}; FLORA does not say what one costs.")
+        print(f"{runs}; FLORA does not say what one costs.", file=sys.stderr)
     else:
-        lines.append(f"{new} runs of {options.technique_id} × {dollars(cost)} = {dollars(new * cost)}")
-    print("\n".join(lines), file=sys.stderr)
+        print(f"{runs} × {format_dollars(cost)} = {format_dollars(new * cost)}", file=sys.stderr)
     if options.yes or not new:
         return
     if not sys.stdin.isatty():
-        message = "nobody is there to be asked: add --yes to start the batch"
-        print_error({"error": "unconfirmed", "message": message}, f"Error: {message}", as_json=options.json)
+        message = "there is no terminal to confirm on: add --yes to start the batch"
+        data = {"error": "unconfirmed", "message": message}
+        print_error(data, f"Error: {message}", as_json=options.json)
         raise typer.Exit(USAGE_ERROR)
     if not typer.confirm("Start them?", err=True):
         print("Nothing was started.", file=sys.stderr)
         raise typer.Exit(FAILED)
 
 
-def _carry_out(
+def _execute(
     options: Options, plan: Plan, table: Table, receiver: ReceiverClient, outcomes: Spool, *, rows: int
 ) -> None:
+    """Run the batch, then write and print its results, also after Ctrl-C."""
     runner = Runner(
         connect,
         outcomes,
@@ -163,7 +168,7 @@ def _carry_out(
     )
     interrupted = False
     try:
-        _see_through(options, runner, jobs_of(table.rows(), plan), receiver, rows=rows)
+        _run_with_progress(options, runner, make_jobs(table.rows(), plan), receiver, rows=rows)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -171,50 +176,62 @@ def _carry_out(
             write_results(options.results, outcomes)
         except OSError as error:
             print(f"Error: {options.results} cannot be written: {error}", file=sys.stderr)
-    summary = summed(outcomes)
-    report(outcomes, summary, options.results, batch=plan.batch, as_json=options.json, halt=_explained(runner.halt))
+    summary = summarize(outcomes)
+    print_report(
+        outcomes,
+        summary,
+        options.results,
+        batch=plan.batch,
+        as_json=options.json,
+        stopped=_describe_halt(runner.halt),
+    )
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if not summary.ok:
         raise typer.Exit(FAILED)
 
 
-def _see_through(options: Options, runner: Runner, jobs: Jobs, receiver: ReceiverClient, *, rows: int) -> None:
-    """Run all jobs, then wait for their final costs, under a progress bar."""
+def _run_with_progress(options: Options, runner: Runner, jobs: Jobs, receiver: ReceiverClient, *, rows: int) -> None:
+    """Run all jobs, then wait for their final costs, with a progress bar on a terminal."""
     with _progress_bar(rows) as (bar, task):
         runner.run(jobs, lambda now: bar.update(task, completed=now.done, text=_format_progress(now)))
         if runner.halt is None or runner.halt.code != "unreachable":
-            runner.settle_costs(
+            runner.read_final_costs(
                 receiver,
                 seconds=options.cost_wait,
-                watch=lambda left: bar.update(task, text=f"waiting for the final cost of {left} runs"),
+                watch=lambda left: bar.update(task, text=f"waiting for {left} final costs"),
             )
 
 
 def _format_progress(now: Progress) -> str:
-    failed = f", {now.failed} not" if now.failed else ""
-    return f"{now.succeeded} stored{failed}, {now.in_hand} in hand, {dollars(now.cost)}"
+    failed = f", {now.failed} failed" if now.failed else ""
+    cost = format_dollars(now.cost)
+    return f"{now.succeeded} stored{failed}, {now.active} in progress, {cost}"
 
 
-def _explained(halt: Halt | None) -> str | None:
+def _describe_halt(halt: Halt | None) -> str | None:
     """Return why a batch ended early, and what to do."""
     if halt is None:
         return None
-    again = "run the same command again: it goes on where it ended, and starts no row twice."
+    again = "run the same command again: it resumes the batch and starts no row twice."
+    on = "Runs that were started continue at FLORA"
     match halt.code:
         case "interrupted":
-            return f"Interrupted. What was started goes on at FLORA and in the service. To see it through, {again}"
+            return f"Interrupted. {on} and in the service. To follow them, {again}"
         case "insufficient_credits":
             return f"Stopped: FLORA has no credits left ({halt.message}). Top up, then {again}"
         case "unreachable":
-            return f"Stopped: {halt.message}. What was started goes on at FLORA. Once the service is back, {again}"
+            return f"Stopped: {halt.message}. {on}. Once the service is back, {again}"
         case _:
-            return f"Stopped: every further row would be refused as well ({halt.code}: {halt.message}). Then {again}"
+            reason = f"every further row would be refused too ({halt.code}: {halt.message})"
+            return f"Stopped: {reason}. Once that is fixed, {again}"
 
 
 @contextmanager
 def _progress_bar(rows: int) -> Iterator[tuple[ProgressBar, TaskID]]:
     console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
-    with ProgressBar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    text = TextColumn("{task.fields[text]}")
+    columns = (BarColumn(), MofNCompleteColumn(), text, TimeElapsedColumn())
+    disable = not console.is_terminal
+    with ProgressBar(*columns, console=console, disable=disable, transient=True) as bar:
         yield bar, bar.add_task("batch", total=rows, text="")

@@ -1,65 +1,62 @@
-"""How many rows are in hand at once: halved when FLORA limits us, one more again after a row of good answers."""
+"""How many rows of a batch are in progress at once: halved by a 429, grown again by successes."""
 
 import threading
 import time
 from collections.abc import Callable
 
 _GROW_AFTER = 10
-"""Good rows in a row after which one more may be in hand."""
-_ONE_BURST_SECONDS = 5.0
-"""Refusals this close together are one burst, and count once."""
+"""Rows that start without a 429 before the limit grows by one."""
+_BURST_SECONDS = 5.0
+"""Responses 429 within this time count as one."""
 
 
 class ConcurrencyLimit:
-    """Room for at most `limit` rows at once. For several threads.
+    """A semaphore of at most `maximum` slots that adapts to FLORA's rate limit. Thread-safe.
 
-    FLORA's 429 is obeyed by the service: its budget, shared by all starts and polls of an API key, holds every call and
-    halves how many run at once. What is left for a batch is not to pile up rows in front of that budget. So rows in hand
-    halve when a start is still waiting behind a 429 after several seconds, or when the operations API itself says 429.
+    The service itself obeys FLORA's 429: the rate limit of an API key, shared by all its starts and
+    polls, delays each call and reduces their number. A batch only has to avoid piling up rows behind
+    it. So the limit halves when a start still waits behind a 429 after several seconds, or when the
+    operations API itself responds with 429.
     """
 
-    def __init__(self, limit: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit = limit
-        self._allowed = limit
-        self._taken = 0
-        self._good = 0
-        self._limited_at: float | None = None
+    def __init__(self, maximum: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._maximum = maximum
+        self._limit = maximum
+        self._used = 0
+        self._successes = 0
+        self._halved_at: float | None = None
         self._clock = clock
-        self._freed = threading.Condition()
+        self._changed = threading.Condition()
 
     @property
-    def allowed(self) -> int:
-        return self._allowed
+    def limit(self) -> int:
+        return self._limit
 
-    @property
-    def taken(self) -> int:
-        return self._taken
+    def acquire(self) -> None:
+        """Acquire a slot, waiting until one is free."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._used < self._limit)
+            self._used += 1
 
-    def enter(self) -> None:
-        """Wait for room and take it."""
-        with self._freed:
-            self._freed.wait_for(lambda: self._taken < self._allowed)
-            self._taken += 1
+    def release(self) -> None:
+        with self._changed:
+            self._used -= 1
+            self._changed.notify_all()
 
-    def leave(self) -> None:
-        with self._freed:
-            self._taken -= 1
-            self._freed.notify_all()
-
-    def limited(self) -> None:
-        """Halve the room, once for each burst."""
-        with self._freed:
+    def halve(self) -> None:
+        """Halve the limit after a 429, once for each burst."""
+        with self._changed:
             now = self._clock()
-            if self._limited_at is None or now - self._limited_at >= _ONE_BURST_SECONDS:
-                self._limited_at = now
-                self._allowed = max(1, self._allowed // 2)
-            self._good = 0
+            if self._halved_at is None or now - self._halved_at >= _BURST_SECONDS:
+                self._halved_at = now
+                self._limit = max(1, self._limit // 2)
+            self._successes = 0
 
-    def went_well(self) -> None:
-        """Count a row that was started without trouble; after ten of them, make room for one more."""
-        with self._freed:
-            self._good += 1
-            if self._good >= _GROW_AFTER and self._allowed < self._limit:
-                self._good = 0
-                self._allowed += 1
-                self._freed.notify_all()
+    def record_success(self) -> None:
+        """Count a row that started without a 429; ten in a row raise the limit by one."""
+        with self._changed:
+            self._successes += 1
+            if self._successes >= _GROW_AFTER and self._limit < self._maximum:
+                self._successes = 0
+                self._limit += 1
+                self._changed.notify_all()

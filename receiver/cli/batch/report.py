@@ -1,4 +1,4 @@
-"""What a batch shows at its end: a table of rows, or of counts and failures where there are many."""
+"""The summary that a batch prints at its end."""
 
 import sys
 from collections.abc import Iterable
@@ -10,47 +10,61 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from receiver.cli.batch.results import COLUMNS, Outcome, Spool, Summary
+from receiver.cli.batch.results import COLUMNS, NOT_STARTED, Outcome, Spool, Summary
 from receiver.cli.output import print_result
 
-_ROWS = 30
-"""A longer result is shown as counts, and its failures one by one."""
+_MAX_ROWS = 30
+"""Rows in the table; of a longer batch it shows only rows that did not succeed."""
 
 
-def report(
-    outcomes: Spool, summary: Summary, results: Path, *, batch: str, as_json: bool, halt: str | None = None
+def print_report(
+    outcomes: Spool,
+    summary: Summary,
+    results: Path,
+    *,
+    batch: str,
+    as_json: bool,
+    stopped: str | None = None,
 ) -> None:
-    """Print the end of a batch; as JSON with every row."""
+    """Print the outcomes and their summary; as JSON with every row."""
     if as_json:
-        rows = [{"row": each.row, **{name: getattr(each, name) for name in COLUMNS}} for each in outcomes]
-        data = {
-            "ok": summary.ok,
-            "batch": batch,
-            "rows": summary.rows,
-            "succeeded": summary.succeeded,
-            "states": summary.states,
-            "cost": summary.cost,
-            "cost_unknown": summary.cost_unknown,
-            "stopped": halt,
-            "results": str(results),
-            "outcomes": rows,
-        }
-        print_result(data, "", as_json=True)
+        _print_json(outcomes, summary, results, batch=batch, stopped=stopped)
         return
     console = Console()
-    failures = (outcome for outcome in outcomes if not outcome.ok and outcome.state != "not_started")
-    shown: Iterable[Outcome] = outcomes if summary.rows <= _ROWS else failures
-    table = _table(islice(shown, _ROWS))
+    failures = (each for each in outcomes if not each.succeeded and each.state != NOT_STARTED)
+    shown: Iterable[Outcome] = outcomes if summary.rows <= _MAX_ROWS else failures
+    table = _table(islice(shown, _MAX_ROWS))
     if table.row_count:
         console.print(table)
-    failed = summary.rows - summary.succeeded - summary.states.get("not_started", 0)
-    if summary.rows > _ROWS and failed > _ROWS:
-        console.print(f"… and {failed - _ROWS} more rows that did not succeed.")
-    print(f"{summary.succeeded} of {summary.rows} rows completed and stored: {_counted(summary)}.")
-    print(f"Cost: {dollars(summary.cost)}{_unknown(summary)}. Results: {results}")
-    if halt is not None:
+    failed = summary.rows - summary.succeeded - summary.states.get(NOT_STARTED, 0)
+    if summary.rows > _MAX_ROWS and failed > _MAX_ROWS:
+        console.print(f"… and {failed - _MAX_ROWS} more rows that did not succeed.")
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(summary.states.items()))
+    unknown = ""
+    if summary.cost_unknown:
+        unknown = f" ({summary.cost_unknown} runs have no final cost yet)"
+    print(f"{summary.succeeded} of {summary.rows} rows completed and stored: {counts or 'none'}.")
+    print(f"Cost: {format_dollars(summary.cost)}{unknown}. Results: {results}")
+    if stopped is not None:
         sys.stdout.flush()
-        print(halt, file=sys.stderr)
+        print(stopped, file=sys.stderr)
+
+
+def _print_json(outcomes: Spool, summary: Summary, results: Path, *, batch: str, stopped: str | None) -> None:
+    rows = [{"row": each.row, **{name: getattr(each, name) for name in COLUMNS}} for each in outcomes]
+    data = {
+        "ok": summary.ok,
+        "batch": batch,
+        "rows": summary.rows,
+        "succeeded": summary.succeeded,
+        "states": summary.states,
+        "cost": summary.cost,
+        "cost_unknown": summary.cost_unknown,
+        "stopped": stopped,
+        "results": str(results),
+        "outcomes": rows,
+    }
+    print_result(data, "", as_json=True)
 
 
 def _table(outcomes: Iterable[Outcome]) -> Table:
@@ -58,18 +72,18 @@ def _table(outcomes: Iterable[Outcome]) -> Table:
     for column in ("key", "run", "state", "cost", "files"):
         table.add_column(column, justify="right" if column == "cost" else "left", overflow="fold")
     for outcome in outcomes:
-        why = " ".join(part for part in (outcome.error_code, outcome.error_message) if part)
+        error = " ".join(part for part in (outcome.error_code, outcome.error_message) if part)
         table.add_row(
             Text(outcome.key),
             outcome.run_id or "",
             outcome.state,
-            "" if outcome.cost is None else dollars(outcome.cost),
-            Text(why or " ".join(_file(each) for each in outcome.files)),
+            "" if outcome.cost is None else format_dollars(outcome.cost),
+            Text(error or " ".join(_format_location(each) for each in outcome.files)),
         )
     return table
 
 
-def _file(location: str) -> str:
+def _format_location(location: str) -> str:
     parts = urlsplit(location)
     if parts.scheme != "file":
         return location
@@ -77,14 +91,7 @@ def _file(location: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _counted(summary: Summary) -> str:
-    return ", ".join(f"{count} {state}" for state, count in sorted(summary.states.items())) or "none"
-
-
-def _unknown(summary: Summary) -> str:
-    return f" ({summary.cost_unknown} runs' final cost is not known yet)" if summary.cost_unknown else ""
-
-
-def dollars(amount: float) -> str:
-    """Return an amount in USD, with as many digits as small prices need."""
-    return f"${amount:,.2f}" if round(amount, 2) == round(amount, 6) else f"${amount:,.4f}"
+def format_dollars(amount: float) -> str:
+    """Return an amount in USD, with four decimals if two would round it."""
+    digits = 2 if round(amount, 2) == round(amount, 6) else 4
+    return f"${amount:,.{digits}f}"

@@ -1,4 +1,4 @@
-"""What became of each row: outcomes kept on disk while a batch runs, then `results.csv` in the order of the file."""
+"""The outcomes of a batch: spooled to disk while it runs, then written to `results.csv`."""
 
 import csv
 import json
@@ -17,12 +17,18 @@ from receiver.client.messages import RunView
 
 COLUMNS = ("key", "run_id", "state", "verdict", "cost", "error_code", "error_message", "files")
 NOT_STARTED, REFUSED, UNKNOWN, UNFINISHED = "not_started", "refused", "unknown", "unfinished"
-"""States of rows that have no settled run: never asked for, refused by FLORA, cannot be told, still under way."""
+"""States of rows without a finished run.
+
+Not requested; refused by FLORA; possibly started, with no way to find the run; still in progress.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One row's end. `state` is the run's (`completed`, `failed`, `lost`), or one of the four above."""
+    """The outcome of one row.
+
+    `state` is the run's (`completed`, `failed`, `lost`), or one of the four above; `cost` is in USD.
+    """
 
     row: int
     key: str
@@ -36,17 +42,18 @@ class Outcome:
     files: tuple[str, ...] = ()
 
     @property
-    def ok(self) -> bool:
-        """Completed, and every handler did its work."""
+    def succeeded(self) -> bool:
+        """Whether the run completed and every handler did its work."""
         return self.state == "completed" and self.error_code is None
 
 
-def outcome_of(run: RunView, *, row: int, key: str) -> Outcome:
+def to_outcome(run: RunView, *, row: int, key: str) -> Outcome:
     """Return the outcome of a row whose run is finished."""
     code, message = run.error_code, run.error_message
     dead = next((each for each in run.dispatches if each.state == "dead"), None)
     if run.state == "lost":
-        code, message = run.lost_reason or "lost", "given up; `flora-receiver runs refresh` takes it up again"
+        code = run.lost_reason or "lost"
+        message = "given up; `flora-receiver runs refresh` reads it again"
     elif not run.succeeded and code is None and dead is not None:
         code, message = "not_stored", f"{dead.handler}: {dead.last_error or 'failed'}"
     return Outcome(
@@ -65,14 +72,14 @@ def outcome_of(run: RunView, *, row: int, key: str) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A batch in numbers; `cost` in USD as charged, for the rows whose cost is known."""
+    """Totals of a batch; `cost` is in USD as charged, over the rows whose cost is known."""
 
     rows: int
     succeeded: int
     states: dict[str, int]
     cost: float
     cost_unknown: int
-    """Settled runs whose final cost did not come in time."""
+    """Settled runs whose final cost did not arrive in time."""
 
     @property
     def ok(self) -> bool:
@@ -80,67 +87,71 @@ class Summary:
 
 
 class Spool:
-    """Outcomes by the row's position, on disk: in memory each is eight bytes. For several threads."""
+    """Outcomes on disk, by the row's position; each takes eight bytes of memory. Thread-safe."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="flora-receiver-results-")  # noqa: SIM115 -- closed by __exit__
-        self._places = array("q")
+        self._file = tempfile.TemporaryFile(prefix="flora-receiver-results-")  # noqa: SIM115  # closed by __exit__
+        self._offsets = array("q")
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._file.close()
 
-    def put(self, position: int, outcome: Outcome) -> None:
-        """Keep an outcome; a later one for the same position takes its place."""
+    def store(self, position: int, outcome: Outcome) -> None:
+        """Store an outcome, replacing an earlier one of the same position."""
         line = json.dumps(asdict(outcome)).encode() + b"\n"
         with self._lock:
-            while len(self._places) <= position:
-                self._places.append(-1)
-            self._places[position] = self._file.seek(0, os.SEEK_END)
+            while len(self._offsets) <= position:
+                self._offsets.append(-1)
+            self._offsets[position] = self._file.seek(0, os.SEEK_END)
             self._file.write(line)
 
     def __iter__(self) -> Iterator[Outcome]:
-        """Give the outcomes in the order of the file."""
+        """Yield the outcomes in the order of the table."""
         return (outcome for _, outcome in self.items())
 
     def items(self) -> Iterator[tuple[int, Outcome]]:
-        for position in range(len(self._places)):
-            if self._places[position] >= 0:
+        for position in range(len(self._offsets)):
+            if self._offsets[position] >= 0:
                 yield position, self.get(position)
 
     def get(self, position: int) -> Outcome:
         with self._lock:
-            self._file.seek(self._places[position])
+            self._file.seek(self._offsets[position])
             data = json.loads(self._file.readline())
         return replace(Outcome(**data), files=tuple(data["files"]))
 
 
-def summed(outcomes: Spool) -> Summary:
+def summarize(outcomes: Spool) -> Summary:
     states: Counter[str] = Counter()
     rows = succeeded = cost_unknown = 0
     cost = 0.0
     for outcome in outcomes:
         rows += 1
-        succeeded += outcome.ok
+        succeeded += outcome.succeeded
         states[outcome.state] += 1
         cost += outcome.cost or 0.0
-        cost_unknown += outcome.run_id is not None and (outcome.cost is None or not outcome.cost_final)
+        is_open = outcome.cost is None or not outcome.cost_final
+        cost_unknown += outcome.run_id is not None and is_open
     return Summary(rows, succeeded, dict(states), round(cost, 6), cost_unknown)
 
 
 def write_results(path: Path, outcomes: Spool) -> None:
-    """Write the file whole or not at all; raises OSError."""
+    """Write the file atomically. Raises OSError."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
-            writer.writerows(_fields(outcome) for outcome in outcomes)
+            writer.writerows(_to_fields(outcome) for outcome in outcomes)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -149,7 +160,7 @@ def write_results(path: Path, outcomes: Spool) -> None:
         raise
 
 
-def _fields(outcome: Outcome) -> tuple[str, ...]:
+def _to_fields(outcome: Outcome) -> tuple[str, ...]:
     return (
         outcome.key,
         outcome.run_id or "",

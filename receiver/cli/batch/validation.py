@@ -1,7 +1,7 @@
-"""Every row against what its technique declares, before a cent is spent. Pure.
+"""The check of a table against the inputs that its technique declares, before anything is started.
 
-`job_of` makes a row into what will be started, or into what is wrong with it; `check` does so for a whole table and keeps
-16 bytes of each key.
+Pure. `make_job` turns a row into a job, or into its errors; `check_rows` does so for a whole table
+and keeps 16 bytes of each key.
 """
 
 import hashlib
@@ -14,17 +14,22 @@ from urllib.parse import urlsplit
 from receiver.cli.batch.table import Row, RowProblem
 from receiver.cli.batch.templates import Template
 
-_SPELLINGS = {"image_url": "imageUrl", "video_url": "videoUrl", "audio_url": "audioUrl", "document_url": "documentUrl"}
-"""Older pages of FLORA write types with an underscore."""
+_TYPES = {
+    "image_url": "imageUrl",
+    "video_url": "videoUrl",
+    "audio_url": "audioUrl",
+    "document_url": "documentUrl",
+}
+"""Older pages of FLORA's documentation write types with an underscore."""
 _BATCH = re.compile(r"[^:/\\\x00-\x1f\x7f]{1,64}")
-"""No colon, else two batches could share a key."""
+"""No colon, because two batches could then share a key."""
 _LONGEST_KEY = 128
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
-class Declared:
-    """One input that a technique declares."""
+class DeclaredInput:
+    """An input that a technique declares."""
 
     id: str
     type: str
@@ -37,54 +42,56 @@ class Declared:
 
 @dataclass(frozen=True, slots=True)
 class Technique:
-    """What a batch must know of its technique; `run_cost` in USD, None where FLORA does not say."""
+    """A technique; `run_cost` in USD, None if FLORA does not say."""
 
     technique_id: str
-    inputs: tuple[Declared, ...]
+    inputs: tuple[DeclaredInput, ...]
     run_cost: float | None
 
 
-def technique_of(document: Mapping[str, Any], technique_id: str) -> Technique:
-    """Read what `GET /techniques/{id}` answered; inputs that cannot be read are left out.
+def to_technique(document: Mapping[str, Any], technique_id: str) -> Technique:
+    """Return the technique in the response of `GET /techniques/{id}`, without malformed inputs.
 
-    Its own id counts, not the slug that was asked for: else rows would be new to a command that names it differently.
+    It has its own id, not the slug that was requested: otherwise the rows would look new to a
+    command that names the technique differently.
     """
     inputs = []
     for each in document.get("inputs") or ():
         if isinstance(each, Mapping) and isinstance(each.get("id"), str):
-            kind = str(each.get("type") or "text")
+            name = str(each.get("type") or "text")
             required = each.get("required", not each.get("optional", False))
-            inputs.append(Declared(each["id"], _SPELLINGS.get(kind, kind), bool(required)))
+            inputs.append(DeclaredInput(each["id"], _TYPES.get(name, name), bool(required)))
     cost = document.get("run_cost")
-    known = isinstance(cost, int | float) and not isinstance(cost, bool)
+    if isinstance(cost, bool) or not isinstance(cost, int | float):
+        cost = None
     own_id = document.get("technique_id")
     return Technique(
         own_id if isinstance(own_id, str) and own_id else technique_id,
         tuple(inputs),
-        float(cost) if known else None,  # type: ignore[arg-type]
+        None if cost is None else float(cost),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How rows become runs. `inputs` are in the order of the declaration, whatever the order of the options."""
+    """How rows become runs; `inputs` are in the order of their declaration."""
 
     technique: Technique
     batch: str
-    inputs: tuple[tuple[Declared, Template], ...]
+    inputs: tuple[tuple[DeclaredInput, Template], ...]
     key: Template
     name: Template
     columns: tuple[str, ...]
     """Every column that a row must have."""
 
     def idempotency_key(self, key: str) -> str:
-        """Return a row's key as the service knows it: batches do not share keys."""
+        """Return the key under which the service knows a row; batches do not share keys."""
         return f"batch:{self.batch}:{key}"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One row, ready to be started. `position` counts the rows of the file from 0."""
+    """A row that is ready to start. `position` counts the rows of the file from 0."""
 
     position: int
     row: int
@@ -94,7 +101,7 @@ class Job:
     metadata: Mapping[str, Any] = field(repr=False)
 
 
-def plan_of(
+def make_plan(
     technique: Technique,
     *,
     batch: str,
@@ -103,69 +110,46 @@ def plan_of(
     name: str | None,
     columns: Sequence[str] | None,
 ) -> Plan | list[RowProblem]:
-    """Hold the options against the technique and the table's header; everything wrong with them, or the plan."""
+    """Return the plan, or every error in the options and in the table's header."""
     problems: list[RowProblem] = []
-    templates = _parsed(maps, problems)
-    declared = {each.id: each for each in technique.inputs}
-    known = ", ".join(declared) or "none"
-    problems += [
-        RowProblem(None, None, f"the technique has no input {unknown!r}; its inputs: {known}")
-        for unknown in templates
-        if unknown not in declared
-    ]
-    problems += [
-        RowProblem(None, None, f"the technique requires input {each.id!r}: add --map '{each.id}={{column}}'")
-        for each in technique.inputs
-        if each.required and each.id not in templates
-    ]
+    templates = _parse_maps(maps, problems)
+    problems += _check_maps(technique, templates)
     if not templates and not problems:
         problems.append(RowProblem(None, None, "no input is mapped: add --map 'input={column}'"))
     if not _BATCH.fullmatch(batch):
-        problems.append(
-            RowProblem(None, None, f"{batch!r} cannot name a batch (64 characters, no : / \\): give another by --batch")
-        )
-    keys = _template("--key", key, problems)
-    names = _template("--name", key if name is None else name, problems)
+        rule = "a batch's name has at most 64 characters, without : / \\"
+        problems.append(RowProblem(None, None, f"{batch!r} cannot name a batch ({rule}): use --batch"))
+    keys = _parse_template("--key", key, problems)
+    names = _parse_template("--name", key if name is None else name, problems)
     if keys is not None and not keys.columns:
-        problems.append(RowProblem(None, None, f"--key {key!r} names no column, so all rows would have the same key"))
+        message = f"--key {key!r} names no column, so all rows would have the same key"
+        problems.append(RowProblem(None, None, message))
     if problems or keys is None or names is None:
         return problems
     inputs = tuple((each, templates[each.id]) for each in technique.inputs if each.id in templates)
     used = (keys, names, *(template for _, template in inputs))
     needed = tuple(dict.fromkeys(column for template in used for column in template.columns))
-    if columns is not None and (missing := [column for column in needed if column not in columns]):
-        there = ", ".join(column for column in columns if column)
-        return [RowProblem(None, column, f"the file has no such column; it has: {there}") for column in missing]
+    if columns is not None and (missing := [each for each in needed if each not in columns]):
+        known = ", ".join(column for column in columns if column)
+        message = f"the file has no such column; it has: {known}"
+        return [RowProblem(None, column, message) for column in missing]
     return Plan(technique, batch, inputs, keys, names, needed)
 
 
-def job_of(row: Row, plan: Plan, position: int) -> Job | list[RowProblem]:
-    """Return what a row starts, or everything that is wrong with it."""
+def make_job(row: Row, plan: Plan, position: int) -> Job | list[RowProblem]:
+    """Return what a row starts, or every error in it."""
     missing = [column for column in plan.columns if column not in row.values]
     if missing:
         return [RowProblem(row.number, column, "is missing") for column in missing]
     problems: list[RowProblem] = []
-    inputs = []
-    for declared, template in plan.inputs:
-        value = template.fill(row.values)
-        where = template.columns[0] if template.columns else None
-        if declared.is_url:
-            value = value.strip()
-        if not value.strip():
-            if declared.required:
-                problems.append(RowProblem(row.number, where, f"is empty; input {declared.id!r} is required"))
-        elif declared.is_url and (wrong := _wrong_url(value)):
-            problems.append(RowProblem(row.number, where, f"{wrong}; input {declared.id!r} is of type {declared.type}"))
-        else:
-            inputs.append({"id": declared.id, "type": declared.type, "value": value})
+    inputs = _fill_inputs(row, plan, problems)
     if not inputs and not problems:
         problems.append(RowProblem(row.number, None, "has no value for any input"))
     key, name = plan.key.fill(row.values).strip(), plan.name.fill(row.values).strip()
-    problems += [
-        RowProblem(row.number, template.columns[0] if template.columns else None, f"{wrong}: {what}")
-        for what, template, text in (("the row's key", plan.key, key), ("the row's name", plan.name, name))
-        if (wrong := _wrong_key(text))
-    ]
+    for what, template, text in (("key", plan.key, key), ("name", plan.name, name)):
+        if (error := _find_key_error(text)) is not None:
+            column = template.columns[0] if template.columns else None
+            problems.append(RowProblem(row.number, column, f"the row's {what} {error}"))
     if problems:
         return problems
     return Job(
@@ -178,59 +162,80 @@ def job_of(row: Row, plan: Plan, position: int) -> Job | list[RowProblem]:
     )
 
 
+def _fill_inputs(row: Row, plan: Plan, problems: list[RowProblem]) -> list[Mapping[str, str]]:
+    inputs: list[Mapping[str, str]] = []
+    for declared, template in plan.inputs:
+        value = template.fill(row.values)
+        column = template.columns[0] if template.columns else None
+        if declared.is_url:
+            value = value.strip()
+        if not value.strip():
+            if declared.required:
+                message = f"is empty; input {declared.id!r} is required"
+                problems.append(RowProblem(row.number, column, message))
+        elif declared.is_url and (error := _find_url_error(value)):
+            message = f"{error}; input {declared.id!r} is of type {declared.type}"
+            problems.append(RowProblem(row.number, column, message))
+        else:
+            inputs.append({"id": declared.id, "type": declared.type, "value": value})
+    return inputs
+
+
 @dataclass(slots=True)
 class Check:
-    """What a look through the whole table found. `problems` are the first of `wrong`, in the file's order."""
+    """The result of a check of the whole table; `problems` are the first of `wrong`, in order."""
 
     jobs: int = 0
     wrong: int = 0
     problems: list[RowProblem] = field(default_factory=list)
     digests: set[bytes] = field(default_factory=set)
 
-    def knows(self, idempotency_key: str) -> bool:
+    def has_key(self, idempotency_key: str) -> bool:
         """Return whether this key belongs to a row of the table."""
-        return digest(idempotency_key) in self.digests
+        return _digest(idempotency_key) in self.digests
 
 
-def check(rows: Iterable[Row | RowProblem], plan: Plan, *, keep: int | None = 50) -> Check:
-    """Look at every row; keep the first `keep` problems (None: all) and count the rest."""
-    found = Check()
+def check_rows(rows: Iterable[Row | RowProblem], plan: Plan, *, keep: int | None = 50) -> Check:
+    """Check every row; keep the first `keep` problems (None: all) and count the others."""
+    check = Check()
 
-    def note(problem: RowProblem) -> None:
-        found.wrong += 1
-        if keep is None or len(found.problems) < keep:
-            found.problems.append(problem)
+    def add(problem: RowProblem) -> None:
+        check.wrong += 1
+        if keep is None or len(check.problems) < keep:
+            check.problems.append(problem)
 
     for row in rows:
-        job = [row] if isinstance(row, RowProblem) else job_of(row, plan, found.jobs)
+        job = [row] if isinstance(row, RowProblem) else make_job(row, plan, check.jobs)
         if isinstance(job, list):
-            for wrong in job:
-                note(wrong)
+            for problem in job:
+                add(problem)
         else:
-            found.jobs += 1
-        if isinstance(row, Row) and not plan.key.missing(row.values) and (key := plan.key.fill(row.values).strip()):
-            mark = digest(plan.idempotency_key(key))
-            if mark in found.digests:
-                problem = f"has the key {key[:80]!r} of an earlier row: keys must differ"
-                note(RowProblem(row.number, plan.key.columns[0], problem))
-            found.digests.add(mark)
-    if not found.jobs and not found.wrong:
-        note(RowProblem(None, None, "the file has no rows"))
-    return found
+            check.jobs += 1
+        if isinstance(row, RowProblem) or plan.key.find_missing(row.values):
+            continue
+        if key := plan.key.fill(row.values).strip():
+            digest = _digest(plan.idempotency_key(key))
+            if digest in check.digests:
+                message = f"has the key {key[:80]!r} of an earlier row: keys must differ"
+                add(RowProblem(row.number, plan.key.columns[0], message))
+            check.digests.add(digest)
+    if not check.jobs and not check.wrong:
+        add(RowProblem(None, None, "the file has no rows"))
+    return check
 
 
-def jobs_of(rows: Iterable[Row | RowProblem], plan: Plan) -> Iterator[Job | tuple[int, RowProblem]]:
-    """Give every row's job in the file's order; a row that is wrong only now comes with its position."""
+def make_jobs(rows: Iterable[Row | RowProblem], plan: Plan) -> Iterator[Job | tuple[int, RowProblem]]:
+    """Yield every row's job in order; a row that has an error only now, with its position."""
     for position, row in enumerate(rows):
-        job = [row] if isinstance(row, RowProblem) else job_of(row, plan, position)
+        job = [row] if isinstance(row, RowProblem) else make_job(row, plan, position)
         yield (position, job[0]) if isinstance(job, list) else job
 
 
-def digest(key: str) -> bytes:
+def _digest(key: str) -> bytes:
     return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 
-def _parsed(maps: Sequence[str], problems: list[RowProblem]) -> dict[str, Template]:
+def _parse_maps(maps: Sequence[str], problems: list[RowProblem]) -> dict[str, Template]:
     templates: dict[str, Template] = {}
     for given in maps:
         input_id, equals, text = given.partition("=")
@@ -239,12 +244,24 @@ def _parsed(maps: Sequence[str], problems: list[RowProblem]) -> dict[str, Templa
             problems.append(RowProblem(None, None, f"--map {given!r} must be 'input={{column}}'"))
         elif input_id in templates:
             problems.append(RowProblem(None, None, f"input {input_id!r} is mapped twice"))
-        elif (template := _template(f"--map {input_id}", text, problems)) is not None:
+        elif (template := _parse_template(f"--map {input_id}", text, problems)) is not None:
             templates[input_id] = template
     return templates
 
 
-def _template(option: str, text: str, problems: list[RowProblem]) -> Template | None:
+def _check_maps(technique: Technique, templates: Mapping[str, Template]) -> Iterator[RowProblem]:
+    declared = {each.id: each for each in technique.inputs}
+    known = ", ".join(declared) or "none"
+    for unknown in (name for name in templates if name not in declared):
+        message = f"the technique has no input {unknown!r}; its inputs: {known}"
+        yield RowProblem(None, None, message)
+    for each in technique.inputs:
+        if each.required and each.id not in templates:
+            advice = f"add --map '{each.id}={{column}}'"
+            yield RowProblem(None, None, f"the technique requires input {each.id!r}: {advice}")
+
+
+def _parse_template(option: str, text: str, problems: list[RowProblem]) -> Template | None:
     try:
         return Template(text)
     except ValueError as error:
@@ -252,7 +269,7 @@ def _template(option: str, text: str, problems: list[RowProblem]) -> Template | 
         return None
 
 
-def _wrong_url(value: str) -> str | None:
+def _find_url_error(value: str) -> str | None:
     try:
         parts = urlsplit(value)
         host, _ = parts.hostname, parts.port
@@ -263,9 +280,9 @@ def _wrong_url(value: str) -> str | None:
     return None
 
 
-def _wrong_key(text: str) -> str | None:
+def _find_key_error(text: str) -> str | None:
     if not text:
         return "is empty"
     if len(text) > _LONGEST_KEY:
         return f"is longer than {_LONGEST_KEY} characters"
-    return "holds control characters" if _CONTROL.search(text) else None
+    return "has control characters" if _CONTROL.search(text) else None

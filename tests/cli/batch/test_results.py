@@ -1,24 +1,24 @@
-"""`results.csv`: whole or not at all, in the order of the file, readable again."""
+"""`results.csv`: written atomically, in the order of the table, and readable."""
 
 import csv
 from pathlib import Path
 
 import pytest
 
-from receiver.cli.batch.results import COLUMNS, Outcome, Spool, outcome_of, summed, write_results
+from receiver.cli.batch.results import COLUMNS, Outcome, Spool, summarize, to_outcome, write_results
 from receiver.client.messages import DispatchView
 from tests.support.batch_fakes import a_run
 
 
 def test_results_are_written_in_the_order_of_the_file(tmp_path: Path) -> None:
-    """Quotes, line breaks and separators in what FLORA says survive."""
+    """Quotes, line breaks and separators in FLORA's messages survive."""
     path = tmp_path / "results.csv"
     path.write_text("old")
     with Spool() as spool:
-        spool.put(2, Outcome(4, "c", "refused", error_code="bad", error_message='no "x",\nnever'))
-        spool.put(0, outcome_of(a_run("run_a"), row=2, key="ä"))
-        spool.put(1, Outcome(3, "b", "unfinished"))
-        spool.put(1, Outcome(3, "b", "completed", "run_b", "late", 0.123456))
+        spool.store(2, Outcome(4, "c", "refused", error_code="bad", error_message='no "x",\nnever'))
+        spool.store(0, to_outcome(a_run("run_a"), row=2, key="ä"))
+        spool.store(1, Outcome(3, "b", "unfinished"))
+        spool.store(1, Outcome(3, "b", "completed", "run_b", "late", 0.123456))
         write_results(path, spool)
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -34,28 +34,28 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
     path = tmp_path / "results.csv"
     path.mkdir()
     with Spool() as spool:
-        spool.put(0, Outcome(2, "a", "completed"))
+        spool.store(0, Outcome(2, "a", "completed"))
         with pytest.raises(OSError, match="directory"):
             write_results(path, spool)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_batch_in_numbers() -> None:
+def test_a_batch_is_summarized() -> None:
     with Spool() as spool:
-        spool.put(0, outcome_of(a_run("run_a"), row=2, key="a"))
-        spool.put(1, outcome_of(a_run("run_b", charged_cost=None, cost_final=False), row=3, key="b"))
-        spool.put(2, Outcome(4, "c", "not_started"))
-        summary = summed(spool)
+        spool.store(0, to_outcome(a_run("run_a"), row=2, key="a"))
+        spool.store(1, to_outcome(a_run("run_b", charged_cost=None, cost_final=False), row=3, key="b"))
+        spool.store(2, Outcome(4, "c", "not_started"))
+        summary = summarize(spool)
     assert (summary.rows, summary.succeeded, summary.cost, summary.cost_unknown) == (3, 2, 0.04, 1)
     assert summary.states == {"completed": 2, "not_started": 1}
     assert not summary.ok
 
 
-def test_completed_is_not_yet_stored() -> None:
-    """A dead handler makes a row fail; one that had nothing to do, or only the cost's news left, does not."""
+def test_a_completed_run_that_was_not_stored_fails_its_row() -> None:
+    """A dead dispatch fails the row; one that was skipped, or is only about the final cost, does not."""
     dead = DispatchView("storage", "settled", 0, "dead", 12, "no space")
     skipped = DispatchView("storage", "settled", 0, "skipped", 0, "status is failed")
     leased = DispatchView("storage", "cost_final", 0, "leased", 1, None)
-    assert not outcome_of(a_run("r", dispatches=(dead,)), row=2, key="a").ok
-    assert outcome_of(a_run("r", dispatches=(skipped,)), row=2, key="a").ok
-    assert outcome_of(a_run("r", dispatches=(leased,)), row=2, key="a").ok
+    assert not to_outcome(a_run("r", dispatches=(dead,)), row=2, key="a").succeeded
+    assert to_outcome(a_run("r", dispatches=(skipped,)), row=2, key="a").succeeded
+    assert to_outcome(a_run("r", dispatches=(leased,)), row=2, key="a").succeeded

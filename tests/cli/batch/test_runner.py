@@ -1,4 +1,4 @@
-"""The workers against a receiver in memory: bounded, patient, and never without an outcome."""
+"""The worker threads with a receiver in memory: limits, retries, and an outcome for each row."""
 
 import threading
 from collections.abc import Iterator
@@ -7,17 +7,17 @@ import pytest
 
 from receiver.cli.batch.concurrency import ConcurrencyLimit
 from receiver.cli.batch.results import Outcome, Spool
-from receiver.cli.batch.runner import Progress, Runner, passes, patiently
+from receiver.cli.batch.runner import Progress, Runner, call_with_retries, is_transient
 from receiver.cli.batch.table import RowProblem
 from receiver.client.messages import DispatchView, ErrorView
 from receiver.errors import ReceiverApiError
-from tests.support.batch_fakes import FakeReceiver, jobs
+from tests.support.batch_fakes import FakeReceiver, some_jobs
 
 
 @pytest.fixture
 def spool() -> Iterator[Spool]:
-    with Spool() as made:
-        yield made
+    with Spool() as spool:
+        yield spool
 
 
 def a_runner(receiver: FakeReceiver, spool: Spool, *, parallel: int = 4, patience: float = 0.0) -> Runner:
@@ -28,15 +28,15 @@ def refusal(status: int, code: str) -> ReceiverApiError:
     return ReceiverApiError("no", status=status, code=code, fields=[("inputs", "too long")], request_id="req_1")
 
 
-def nobody(_: Progress) -> None:
-    """Nobody watches."""
+def ignore(_: Progress) -> None:
+    """Do nothing with the progress."""
 
 
-def test_every_row_is_seen_through(spool: Spool) -> None:
-    """Outcomes are in the order of the file, whatever the order of ends; no more rows in hand than allowed."""
+def test_every_row_gets_its_outcome(spool: Spool) -> None:
+    """Outcomes are in the order of the table, and no more rows are active than allowed."""
     receiver = FakeReceiver()
     runner = a_runner(receiver, spool)
-    runner.run(jobs(50), nobody)
+    runner.run(some_jobs(50), ignore)
     outcomes = list(spool)
     assert [outcome.key for outcome in outcomes] == [f"row-{number}" for number in range(50)]
     assert outcomes[3] == Outcome(
@@ -48,14 +48,14 @@ def test_every_row_is_seen_through(spool: Spool) -> None:
         cost=0.04,
         files=("file:///out/run_row-3/image.png",),
     )
-    assert receiver.most_in_hand <= 4
+    assert receiver.most_active <= 4
     assert runner.halt is None
-    assert (runner.progress.done, runner.progress.succeeded, runner.progress.in_hand) == (50, 50, 0)
+    assert (runner.progress.done, runner.progress.succeeded, runner.progress.active) == (50, 50, 0)
 
 
-def test_a_refused_row_does_not_keep_the_others(spool: Spool) -> None:
+def test_a_refused_row_does_not_stop_the_others(spool: Spool) -> None:
     receiver = FakeReceiver(
-        troubles={
+        errors={
             "row-1": [refusal(422, "input_validation_error")],
             "row-2": [refusal(422, "idempotency_conflict")],
             "row-3": [refusal(409, "unknown_outcome")],
@@ -67,9 +67,9 @@ def test_a_refused_row_does_not_keep_the_others(spool: Spool) -> None:
         },
     )
     runner = a_runner(receiver, spool)
-    runner.run(jobs(8), nobody)
+    runner.run(some_jobs(8), ignore)
     found = {outcome.key: outcome for outcome in spool}
-    assert {key: (each.state, each.error_code) for key, each in found.items() if not each.ok} == {
+    assert {key: (each.state, each.error_code) for key, each in found.items() if not each.succeeded} == {
         "row-1": ("refused", "input_validation_error"),
         "row-2": ("refused", "idempotency_conflict"),
         "row-3": ("unknown", "unknown_outcome"),
@@ -84,74 +84,74 @@ def test_a_refused_row_does_not_keep_the_others(spool: Spool) -> None:
     assert runner.progress.failed == 6
 
 
-def test_no_credits_stops_the_starts(spool: Spool) -> None:
-    """Rows in hand are waited for; the others are told as not started."""
-    receiver = FakeReceiver(troubles={"row-2": [refusal(402, "insufficient_credits")]})
+def test_missing_credits_stop_the_batch(spool: Spool) -> None:
+    """Active rows are waited for; the others are reported as not started."""
+    receiver = FakeReceiver(errors={"row-2": [refusal(402, "insufficient_credits")]})
     runner = a_runner(receiver, spool, parallel=1)
-    runner.run(jobs(6), nobody)
+    runner.run(some_jobs(6), ignore)
     assert [outcome.state for outcome in spool] == ["completed", "completed", "refused", *["not_started"] * 3]
     assert runner.halt is not None
     assert runner.halt.code == "insufficient_credits"
     assert receiver.calls == ["row-0", "row-1", "row-2"]
 
 
-def test_a_restart_is_waited_out(spool: Spool) -> None:
-    """No answer, 503 and 500 are asked again with the same key; nothing is started twice."""
-    passing = [
+def test_calls_are_retried_during_a_restart(spool: Spool) -> None:
+    """No response, 503 and 500 are retried with the same key; nothing is started twice."""
+    transient = [
         ReceiverApiError("gone", code="unreachable"), refusal(503, "unavailable"), refusal(500, "internal_error"),
     ]  # fmt: skip
-    receiver = FakeReceiver(troubles={"row-0": list(passing)})
+    receiver = FakeReceiver(errors={"row-0": [*transient]})
     runner = a_runner(receiver, spool, patience=30)
-    runner.run(jobs(2), nobody)
-    assert all(outcome.ok for outcome in spool)
+    runner.run(some_jobs(2), ignore)
+    assert all(outcome.succeeded for outcome in spool)
     assert receiver.calls.count("row-0") == 4
     assert receiver.started.count("row-0") == 1
 
 
-def test_patience_ends(spool: Spool) -> None:
-    """A service that stays away ends the batch; what was left is told."""
-    receiver = FakeReceiver(troubles={"row-1": [ReceiverApiError("gone", code="unreachable")] * 9})
+def test_retries_end_with_patience(spool: Spool) -> None:
+    """A service that stays unreachable ends the batch; the remaining rows are reported."""
+    receiver = FakeReceiver(errors={"row-1": [ReceiverApiError("gone", code="unreachable")] * 9})
     runner = a_runner(receiver, spool, parallel=1)
-    runner.run(jobs(4), nobody)
+    runner.run(some_jobs(4), ignore)
     assert [outcome.state for outcome in spool] == ["completed", "unfinished", "not_started", "not_started"]
     assert runner.halt is not None
     assert runner.halt.code == "unreachable"
 
 
-def test_rows_in_hand_halve_while_flora_limits(spool: Spool) -> None:
-    """A start that still waits behind a 429 halves the room once; good rows give it back one by one."""
+def test_active_rows_halve_while_flora_limits(spool: Spool) -> None:
+    """A start that still waits behind a 429 halves the limit once; successes raise it one by one."""
     waiting = ErrorView("rate_limited", "slow down", 429)
-    receiver = FakeReceiver(troubles={"row-0": [waiting, waiting], "row-1": [waiting]})
+    receiver = FakeReceiver(errors={"row-0": [waiting, waiting], "row-1": [waiting]})
     runner = a_runner(receiver, spool, parallel=8)
     seen: list[int] = []
-    runner.run(jobs(5), lambda progress: seen.append(progress.allowed))
-    assert all(outcome.ok for outcome in spool)
+    runner.run(some_jobs(5), lambda progress: seen.append(progress.limit))
+    assert all(outcome.succeeded for outcome in spool)
     assert seen[-1] == 4
 
 
-def test_room_halves_once_for_a_burst_and_grows_slowly() -> None:
+def test_the_limit_halves_once_for_a_burst_and_grows_slowly() -> None:
     now = 0.0
-    room = ConcurrencyLimit(8, clock=lambda: now)
-    room.limited()
-    room.limited()
-    assert room.allowed == 4
+    concurrency = ConcurrencyLimit(8, clock=lambda: now)
+    concurrency.halve()
+    concurrency.halve()
+    assert concurrency.limit == 4
     now = 6.0
-    room.limited()
-    assert room.allowed == 2
+    concurrency.halve()
+    assert concurrency.limit == 2
     for _ in range(20):
-        room.went_well()
-    assert room.allowed == 4
+        concurrency.record_success()
+    assert concurrency.limit == 4
     for _ in range(3):
         now += 6
-        room.limited()
-    assert room.allowed == 1
+        concurrency.halve()
+    assert concurrency.limit == 1
     for _ in range(1000):
-        room.went_well()
-    assert room.allowed == 8
+        concurrency.record_success()
+    assert concurrency.limit == 8
 
 
-def test_an_interrupt_waits_for_nothing(spool: Spool) -> None:
-    """Rows in hand keep their run's id; the others are not started, then or later."""
+def test_an_interruption_waits_for_no_run(spool: Spool) -> None:
+    """Active rows keep their run's id; the others are not started, then or later."""
     reached, never = threading.Semaphore(0), threading.Event()
 
     def hang(run_id: str) -> None:
@@ -167,7 +167,7 @@ def test_an_interrupt_waits_for_nothing(spool: Spool) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runner.run(jobs(6), interrupt)
+        runner.run(some_jobs(6), interrupt)
     states = [(outcome.state, outcome.run_id) for outcome in spool]
     assert states == [
         ("completed", "run_row-0"),
@@ -181,20 +181,20 @@ def test_an_interrupt_waits_for_nothing(spool: Spool) -> None:
     assert len(receiver.started) == 3
 
 
-def test_a_bug_in_a_worker_is_not_silent(spool: Spool) -> None:
-    def broken(_: str) -> None:
+def test_an_exception_in_a_worker_propagates(spool: Spool) -> None:
+    def fail(_: str) -> None:
         raise ZeroDivisionError
 
-    runner = a_runner(FakeReceiver(on_wait=broken), spool)
+    runner = a_runner(FakeReceiver(on_wait=fail), spool)
     with pytest.raises(ZeroDivisionError):
-        runner.run(jobs(3), nobody)
+        runner.run(some_jobs(3), ignore)
 
 
-def test_a_file_that_changed_costs_nothing(spool: Spool) -> None:
-    """A row that passed the check and is wrong now is refused here."""
+def test_a_row_that_changed_costs_nothing(spool: Spool) -> None:
+    """A row that passed the check and has an error now is refused."""
     receiver = FakeReceiver()
-    first, _, third = jobs(3)
-    a_runner(receiver, spool).run([first, (1, RowProblem(3, "url", "is empty")), third], nobody)
+    first, _, third = some_jobs(3)
+    a_runner(receiver, spool).run([first, (1, RowProblem(3, "url", "is empty")), third], ignore)
     assert [outcome.state for outcome in spool] == ["completed", "refused", "completed"]
     assert list(spool)[1].error_message == "the file has changed since it was checked: row 3, column 'url': is empty"
 
@@ -202,9 +202,9 @@ def test_a_file_that_changed_costs_nothing(spool: Spool) -> None:
 def test_costs_are_read_again_until_they_are_final(spool: Spool) -> None:
     receiver = FakeReceiver(runs={"row-1": {"charged_cost": None, "cost_final": False, "verdict": None}})
     runner = a_runner(receiver, spool)
-    runner.run(jobs(3), nobody)
+    runner.run(some_jobs(3), ignore)
     assert [outcome.cost for outcome in spool] == [0.04, None, 0.04]
-    runner.settle_costs(receiver, seconds=5, watch=lambda _: None)
+    runner.read_final_costs(receiver, seconds=5, watch=lambda _: None)
     assert [(outcome.cost, outcome.verdict) for outcome in spool] == [(0.04, "matched")] * 3
     assert receiver.reads == 1
 
@@ -217,21 +217,21 @@ def test_costs_are_read_again_until_they_are_final(spool: Spool) -> None:
         (401, "unauthorized", False), (404, "not_found", False), (409, "unknown_outcome", False),
     ],
 )  # fmt: skip
-def test_what_may_work_later(status: int | None, code: str, expected: bool) -> None:
-    assert passes(ReceiverApiError("x", status=status, code=code)) is expected
+def test_transient_errors_are_retried(status: int | None, code: str, expected: bool) -> None:
+    assert is_transient(ReceiverApiError("x", status=status, code=code)) is expected
 
 
-def test_patiently_gives_up_on_what_will_not_change() -> None:
-    def refused() -> None:
+def test_a_lasting_error_is_not_retried() -> None:
+    def refuse() -> None:
         raise refusal(404, "not_found")
 
     with pytest.raises(ReceiverApiError):
-        patiently(refused, seconds=60)
-    answers = iter([ReceiverApiError("gone", code="unreachable"), None])
+        call_with_retries(refuse, seconds=60)
+    results = iter([ReceiverApiError("gone", code="unreachable"), None])
 
-    def later() -> str:
-        if (trouble := next(answers)) is not None:
-            raise trouble
+    def succeed_later() -> str:
+        if (error := next(results)) is not None:
+            raise error
         return "here"
 
-    assert patiently(later, seconds=60) == "here"
+    assert call_with_retries(succeed_later, seconds=60) == "here"

@@ -1,4 +1,4 @@
-"""Reading tables: what spreadsheets and programs really write, and what cannot be read told row by row."""
+"""Tables as spreadsheets and programs write them; errors are reported row by row."""
 
 import io
 import json
@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.cli.batch.table import Row, RowProblem, Table, source_of
+from receiver.cli.batch.table import Row, RowProblem, Table, open_source
 from receiver.errors import TableError
 
 
 def read(path: Path) -> list[Row | RowProblem]:
-    with source_of(path, io.BytesIO()) as source:
+    with open_source(path, io.BytesIO()) as source:
         return list(Table(source).rows())
 
 
@@ -36,7 +36,7 @@ def table(tmp_path: Path, content: bytes | str, name: str = "rows.csv") -> Path:
         "code,headline,\nde,Hallo,\n",
     ],
 )
-def test_csv_as_programs_write_it(tmp_path: Path, content: str) -> None:
+def test_csv_is_read_as_programs_write_it(tmp_path: Path, content: str) -> None:
     """A byte order mark, other separators, blank rows and trailing separators change nothing."""
     [row] = read(table(tmp_path, content))
     assert isinstance(row, Row)
@@ -58,7 +58,7 @@ def test_a_bad_row_does_not_hide_the_others(tmp_path: Path) -> None:
     rows = read(table(tmp_path, content))
     assert [row.number if isinstance(row, Row) else str(row) for row in rows] == [
         2,
-        "row 3: has 3 fields, the header has 2: quote fields with separators in them",
+        "row 3: has 3 fields, the header has 2: quote fields that contain separators",
         "row 4, column 'text': is not UTF-8 text",
         "row 5: cannot be read: ',' expected after '\"'",
         "row 6, column 'text': is not UTF-8 text",
@@ -67,7 +67,7 @@ def test_a_bad_row_does_not_hide_the_others(tmp_path: Path) -> None:
 
 
 def test_an_open_quote_is_a_problem_of_its_row(tmp_path: Path) -> None:
-    """It swallows the rest of the file, and that is said."""
+    """It swallows the rest of the file, and is reported."""
     rows = read(table(tmp_path, 'code\nok\n"never closed\nx\n'))
     assert isinstance(rows[-1], RowProblem)
     assert rows[-1].row == 3
@@ -85,13 +85,13 @@ def test_an_open_quote_is_a_problem_of_its_row(tmp_path: Path) -> None:
         (b"a,b\n" + b"x" * 1_100_000, "a line is longer"),
     ],
 )
-def test_what_is_no_table_at_all(tmp_path: Path, content: bytes, why: str) -> None:
+def test_a_file_that_is_not_a_table_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
     with pytest.raises(TableError, match=why):
         read(table(tmp_path, content))
 
 
-def test_json_lines(tmp_path: Path) -> None:
-    """Values keep their types for the metadata; bad lines are named by their number."""
+def test_json_lines_are_read(tmp_path: Path) -> None:
+    """Values keep their types for the metadata; bad lines are reported by number."""
     content = '{"code": "de", "n": 1, "more": {"a": [true, null]}}\n\n'
     content += '[1]\n{"x": NaN}\nnot\n{"a": "\\u0000"}\n{"a": "\\ud800"}\n'
     first, *bad = read(table(tmp_path, content, "rows.jsonl"))
@@ -100,7 +100,7 @@ def test_json_lines(tmp_path: Path) -> None:
     assert [row.row for row in bad if isinstance(row, RowProblem)] == [3, 4, 5, 6, 7]
 
 
-def test_the_kind_is_seen_by_the_content(tmp_path: Path) -> None:
+def test_the_format_is_detected_from_the_content(tmp_path: Path) -> None:
     [row] = read(table(tmp_path, '\ufeff{"a": 1}\n', "rows.txt"))
     assert isinstance(row, Row)
     assert row.values == {"a": 1}
@@ -110,32 +110,32 @@ def test_the_kind_is_seen_by_the_content(tmp_path: Path) -> None:
         read(table(tmp_path, '[{"a": 1}]', "rows.json"))
 
 
-def test_a_source_that_can_be_read_once_is_read_often(tmp_path: Path) -> None:
-    """Standard input and pipes are copied aside first; they have no name that a batch could take."""
-    with source_of(Path("-"), io.BytesIO(b"a\n1\n")) as source:
+def test_a_pipe_can_be_read_twice(tmp_path: Path) -> None:
+    """Standard input and pipes are copied to a file first; a batch cannot be named after them."""
+    with open_source(Path("-"), io.BytesIO(b"a\n1\n")) as source:
         once = Table(source)
         assert [list(once.rows()), list(once.rows())] == [[Row(2, {"a": "1"})]] * 2
-        assert not source.named
+        assert not source.has_name
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_bytes, args=(b"a\n1\n",))
     writer.start()
-    with source_of(pipe, io.BytesIO()) as source:
+    with open_source(pipe, io.BytesIO()) as source:
         again = Table(source)
         assert [list(again.rows()), list(again.rows())] == [[Row(2, {"a": "1"})]] * 2
     writer.join()
 
 
 @pytest.mark.parametrize(("path", "why"), [("nowhere.csv", "there is no file"), (".", "is a directory")])
-def test_a_file_that_is_not_there(tmp_path: Path, path: str, why: str) -> None:
-    with pytest.raises(TableError, match=why), source_of(tmp_path / path, io.BytesIO()):
+def test_a_missing_file_is_refused(tmp_path: Path, path: str, why: str) -> None:
+    with pytest.raises(TableError, match=why), open_source(tmp_path / path, io.BytesIO()):
         pass
 
 
-def test_a_file_that_goes_away(tmp_path: Path) -> None:
-    """It was there when the batch began."""
+def test_a_file_that_disappears_is_reported(tmp_path: Path) -> None:
+    """It existed when the batch began."""
     path = table(tmp_path, "a\n1\n")
-    with source_of(path, io.BytesIO()) as source:
+    with open_source(path, io.BytesIO()) as source:
         once = Table(source)
         path.unlink()
         with pytest.raises(TableError, match="cannot be read: No such file"):
@@ -143,8 +143,8 @@ def test_a_file_that_goes_away(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=400))
-def test_whatever_the_bytes_are(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    """Any bytes are rows, problems, or a TableError; never anything else."""
+def test_any_bytes_are_rows_or_problems(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    """Any bytes become rows, problems or a TableError, and nothing else."""
     path = table(tmp_path_factory.mktemp("any"), content, "rows")
     try:
         rows = read(path)

@@ -1,4 +1,4 @@
-"""Every row against what its technique declares: all that is wrong, at once."""
+"""Every row is checked against its technique's declaration, and all errors are reported."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from receiver.cli.batch.table import Row, RowProblem
-from receiver.cli.batch.validation import Job, Plan, check, job_of, jobs_of, plan_of, technique_of
+from receiver.cli.batch.validation import Job, Plan, check_rows, make_job, make_jobs, make_plan, to_technique
 
 ROOT = Path(__file__).parents[3]
 DOCUMENT: dict[str, Any] = {
@@ -23,14 +23,14 @@ DOCUMENT: dict[str, Any] = {
     ],
     "run_cost": 0.04,
 }
-TECHNIQUE = technique_of(DOCUMENT, "tech_poster")
+TECHNIQUE = to_technique(DOCUMENT, "tech_poster")
 MAPS = ["headline={headline}", "image={url}"]
 COLUMNS = ["code", "headline", "url"]
 
 
 def a_plan(**given: Any) -> Plan | list[RowProblem]:
     options = {"batch": "spring", "maps": MAPS, "key": "{code}", "name": None, "columns": COLUMNS, **given}
-    return plan_of(TECHNIQUE, **options)
+    return make_plan(TECHNIQUE, **options)
 
 
 def the_plan(**given: Any) -> Plan:
@@ -43,15 +43,15 @@ def row(number: int = 2, **values: Any) -> Row:
     return Row(number, {"code": "de", "headline": "Hallo", "url": "https://example.com/a.png", **values})
 
 
-def told(problems: object) -> list[str]:
+def messages(problems: object) -> list[str]:
     assert isinstance(problems, list), problems
     return [str(problem) for problem in problems]
 
 
 def test_a_row_becomes_a_start() -> None:
-    """Inputs are in the technique's order whatever the options' order, so that the request is the same on every run."""
+    """Inputs are in the technique's order, so that the request is the same on every run."""
     plan = the_plan(maps=[*reversed(MAPS), "mood={mood}"], name="{code}-x", columns=[*COLUMNS, "mood"])
-    job = job_of(row(url=" https://example.com/a.png ", mood=""), plan, 7)
+    job = make_job(row(url=" https://example.com/a.png ", mood=""), plan, 7)
     assert isinstance(job, Job)
     assert job.inputs == (
         {"id": "headline", "type": "text", "value": "Hallo"},
@@ -82,8 +82,8 @@ def test_a_row_becomes_a_start() -> None:
         ({"name": "{nick}"}, "column 'nick'"),
     ],
 )
-def test_options_that_do_not_fit(given: dict[str, Any], problem: str) -> None:
-    assert problem in " | ".join(told(a_plan(**given)))
+def test_wrong_options_are_refused(given: dict[str, Any], problem: str) -> None:
+    assert problem in " | ".join(messages(a_plan(**given)))
 
 
 @pytest.mark.parametrize(
@@ -96,25 +96,25 @@ def test_options_that_do_not_fit(given: dict[str, Any], problem: str) -> None:
         ({"url": "https://example.com:port/"}, "is not a URL"),
         ({"url": "https://example.com/a b"}, "is not an https URL"),
         ({"url": "file:///etc/passwd"}, "is not an https URL"),
-        ({"code": ""}, "column 'code': is empty: the row's key"),
-        ({"code": "a\nb"}, "holds control characters"),
+        ({"code": ""}, "column 'code': the row's key is empty"),
+        ({"code": "a\nb"}, "the row's key has control characters"),
         ({"code": "x" * 200}, "is longer than 128 characters"),
     ],
 )
-def test_rows_that_do_not_fit(values: dict[str, Any], problem: str) -> None:
-    assert problem in " | ".join(told(job_of(row(**values), the_plan(), 0)))
+def test_wrong_rows_are_refused(values: dict[str, Any], problem: str) -> None:
+    assert problem in " | ".join(messages(make_job(row(**values), the_plan(), 0)))
 
 
-def test_a_row_without_a_column() -> None:
-    """JSON Lines have no header: each row is held against the templates."""
-    assert told(job_of(Row(5, {"code": "de"}), the_plan(columns=None), 0)) == [
+def test_a_row_without_a_column_is_refused() -> None:
+    """JSON Lines have no header: each row is checked against the templates."""
+    assert messages(make_job(Row(5, {"code": "de"}), the_plan(columns=None), 0)) == [
         "row 5, column 'headline': is missing",
         "row 5, column 'url': is missing",
     ]
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
-    """Rows in their order, unreadable ones and doubles too; what is beyond the limit is counted."""
+def test_all_errors_are_reported_at_once() -> None:
+    """In the order of rows, with unreadable and duplicate ones; errors over the limit are counted."""
     rows: list[Row | RowProblem] = [
         row(2),
         row(3, code="fr", headline="", url="ftp://x"),
@@ -122,40 +122,40 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         row(5),
         row(6, code="fr"),
     ]
-    found = check(rows, the_plan())
+    found = check_rows(rows, the_plan())
     assert (found.wrong, found.jobs) == (5, 3)
     assert [problem.row for problem in found.problems] == [3, 3, 4, 5, 6]
     assert str(found.problems[-1]) == "row 6, column 'code': has the key 'fr' of an earlier row: keys must differ"
-    assert len(check(rows, the_plan(), keep=2).problems) == 2
-    assert check(rows, the_plan(), keep=2).wrong == 5
+    assert len(check_rows(rows, the_plan(), keep=2).problems) == 2
+    assert check_rows(rows, the_plan(), keep=2).wrong == 5
 
 
 def test_an_empty_file_is_a_problem() -> None:
-    assert told(check([], the_plan()).problems) == ["the file has no rows"]
+    assert messages(check_rows([], the_plan()).problems) == ["the file has no rows"]
 
 
-def test_positions_count_every_row() -> None:
-    """A row that has become wrong since the check keeps its place."""
-    jobs = list(jobs_of([row(2), RowProblem(3, None, "cannot be read"), row(4)], the_plan()))
+def test_a_position_counts_every_row() -> None:
+    """A row that has an error only since the check keeps its position."""
+    jobs = list(make_jobs([row(2), RowProblem(3, None, "cannot be read"), row(4)], the_plan()))
     assert [job.position if isinstance(job, Job) else job[0] for job in jobs] == [0, 1, 2]
 
 
-def test_a_technique_is_read_liberally() -> None:
-    """Both spellings of types, both ways to say optional, inputs that make no sense left out, a cost that is none."""
+def test_a_technique_is_parsed_liberally() -> None:
+    """Both spellings of types, both ways to say optional, malformed inputs, a missing cost."""
     assert [(each.type, each.required) for each in TECHNIQUE.inputs] == [
         ("text", True),
         ("imageUrl", True),
         ("text", False),
         ("videoUrl", False),
     ]
-    odd = technique_of({"inputs": [{"type": "text"}, "x", {"id": "a"}], "run_cost": None}, "t")
+    odd = to_technique({"inputs": [{"type": "text"}, "x", {"id": "a"}], "run_cost": None}, "t")
     assert [each.id for each in odd.inputs] == ["a"]
     assert odd.run_cost is None
 
 
 @given(st.dictionaries(st.sampled_from(["code", "headline", "url", "more"]), st.text() | st.none() | st.integers()))
-def test_any_row_is_a_job_or_says_why_not(values: dict[str, Any]) -> None:
-    job = job_of(Row(2, values), the_plan(columns=None), 0)
+def test_any_row_is_a_job_or_a_list_of_problems(values: dict[str, Any]) -> None:
+    job = make_job(Row(2, values), the_plan(columns=None), 0)
     if isinstance(job, Job):
         assert job.key
         assert all(each["value"].strip() for each in job.inputs)
@@ -163,36 +163,36 @@ def test_any_row_is_a_job_or_says_why_not(values: dict[str, Any]) -> None:
         assert job
 
 
-_MEASURED = """
+_MEASURE = """
 import io, resource, sys
 from pathlib import Path
-from receiver.cli.batch.table import Table, source_of
-from receiver.cli.batch.validation import check, jobs_of, plan_of, technique_of
+from receiver.cli.batch.table import Table, open_source
+from receiver.cli.batch.validation import check_rows, make_jobs, make_plan, to_technique
 
-plan = plan_of(
-    technique_of({"inputs": [{"id": "image", "type": "imageUrl"}]}, "t"),
+plan = make_plan(
+    to_technique({"inputs": [{"id": "image", "type": "imageUrl"}]}, "t"),
     batch="b", maps=["image={url}"], key="{code}", name=None, columns=None,
 )
-with source_of(Path(sys.argv[1]), io.BytesIO()) as source:
+with open_source(Path(sys.argv[1]), io.BytesIO()) as source:
     table = Table(source)
-    found = check(table.rows(), plan)
-    again = sum(1 for _ in jobs_of(table.rows(), plan))
+    found = check_rows(table.rows(), plan)
+    again = sum(1 for _ in make_jobs(table.rows(), plan))
     print(found.jobs, found.wrong, again, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 def _memory(tmp_path: Path, rows: int) -> int:
-    """Check a file and read it again in a process of its own; return the most memory that it ever had, in KiB."""
+    """Check a file and read it again in a new process; return its peak memory in KiB."""
     path = tmp_path / f"{rows}.csv"
     with path.open("w") as file:
         file.write("code,headline,url\n")
         file.writelines(f"row-{number},{'x' * 150},https://example.com/{number}.png\n" for number in range(rows))
-    done = subprocess.run([sys.executable, "-c", _MEASURED, path], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", _MEASURE, path], capture_output=True, text=True, check=True, cwd=ROOT)
     jobs, wrong, again, most = map(int, done.stdout.split())
     assert (jobs, wrong, again) == (rows, 0, rows)
     return most
 
 
-def test_a_long_file_needs_no_memory(tmp_path: Path) -> None:
-    """A hundred thousand rows (20 MB) are checked, and read again, in little more than their keys' digests."""
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """Checking 100,000 rows (20 MB) takes little more memory than the digests of their keys."""
     assert _memory(tmp_path, 100_000) - _memory(tmp_path, 100) < 14_000
