@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 
 from receiver.cli.app import app
-from receiver.cli.doctor.findings import ILLNESSES
+from receiver.cli.doctor.findings import FINDING_KINDS
 from receiver.cli.trigger.cases import CASES
 from receiver.config import describe, environment_variables
 from receiver.emulator.faults import KINDS
@@ -179,7 +179,7 @@ def _endpoints() -> str:
 
 
 def _findings() -> str:
-    rows = ((_code(name), kind.severity, kind.means, kind.cause, kind.cure) for name, kind in ILLNESSES.items())
+    rows = ((_code(name), kind.severity, kind.summary, kind.cause, kind.fix) for name, kind in FINDING_KINDS.items())
     return _table("finding | severity | meaning | usual cause | fix", rows)
 
 

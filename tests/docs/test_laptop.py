@@ -34,7 +34,7 @@ def test_three_commands_lead_from_a_clone_to_a_stored_file(tmp_path: Path) -> No
         here = ("--identity", server.identity, "--known-hosts", server.known_hosts, "--remote-port", remote_port)
         running = Running(*arguments, *here, cwd=tmp_path, env=env, errors=False)
         try:
-            seen = running.until(lambda line: "callbacks come through" in line)
+            seen = running.until(lambda line: "callbacks arrive" in line)
             assert any(f"https://127.0.0.1:{remote_port}/callbacks/flora" in line for line in seen)
             run_id, file = shell(run, tmp_path, env).split()
             told = running.until(lambda line: "output_1.png" in line)

@@ -1,4 +1,4 @@
-"""What `dev` shows: a line for each thing that happens, and on a terminal, below them, how the way stands right now."""
+"""The output of `dev`: a line for each event and, on a terminal, a status line below them."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ _COLOURS = {
 
 
 class View:
-    """Lines for people, JSON lines for programs; with rich's help where standard output is a terminal."""
+    """Prints text lines, coloured on a terminal, or JSON lines for programs."""
 
     def __init__(self, *, as_json: bool, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -52,12 +52,13 @@ class View:
             self._live.update(Text())
             self._live.stop()
 
-    def tell(self, kind: str, text: str, **data: Any) -> None:
-        """Show that something happened: `text` to people, `data` to programs."""
+    def show(self, kind: str, text: str, **data: Any) -> None:
+        """Print one event: `text` for people, or `data` as JSON."""
         at = datetime.now().astimezone()
         if self._json:
             document = {"at": at.isoformat(timespec="milliseconds"), "kind": kind, **data}
-            print(json.dumps(document, default=str, ensure_ascii=False), file=self._stream, flush=True)
+            line = json.dumps(document, default=str, ensure_ascii=False)
+            print(line, file=self._stream, flush=True)
             return
         line = f"{at:%H:%M:%S}  {kind:<8}  {text}"
         if self._console is None:
@@ -68,7 +69,7 @@ class View:
             styled.highlight_regex(rf"\b{word}(?!\w)", colour)
         self._console.print(styled, soft_wrap=True)
 
-    def status(self, text: str, *, fine: bool) -> None:
-        """Show how things stand, on a terminal."""
+    def show_status(self, text: str, *, is_healthy: bool) -> None:
+        """Replace the status line; without a terminal there is none."""
         if self._live is not None:
-            self._live.update(Text.assemble(("● ", "green" if fine else "red"), text))
+            self._live.update(Text.assemble(("● ", "green" if is_healthy else "red"), text))

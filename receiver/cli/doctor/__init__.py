@@ -1,1 +1,1 @@
-"""Looks at a set-up as it stands, from the settings to the way in from outside, and says what is wrong with its cure."""
+"""`flora-receiver doctor`: checks a set-up from its settings to its public URL; every finding has a fix."""

@@ -1,4 +1,4 @@
-"""`flora-receiver doctor`: everything that can be looked at from here, each finding with its cause and its cure."""
+"""`flora-receiver doctor`: checks the whole set-up and prints each finding with its cause and its fix."""
 
 import asyncio
 import os
@@ -7,11 +7,11 @@ from pathlib import Path
 import typer
 
 from receiver.cli.connection import check_ca
+from receiver.cli.doctor.database import check_database
 from receiver.cli.doctor.findings import Finding, Severity
-from receiver.cli.doctor.flora import of_flora
-from receiver.cli.doctor.machine import of_ledger
-from receiver.cli.doctor.public import of_public
-from receiver.cli.doctor.settings import of_problems, of_settings
+from receiver.cli.doctor.flora import check_flora
+from receiver.cli.doctor.public import check_public_url
+from receiver.cli.doctor.settings import check_settings, findings_from_problems
 from receiver.cli.output import FAILED, USAGE_ERROR, print_result, report_errors
 from receiver.config import Settings, load_settings
 from receiver.errors import ConfigError, Problem
@@ -23,69 +23,70 @@ def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
         check_ca(ca)
         try:
             settings = load_settings(config, os.environ)
-            found = asyncio.run(examine(settings, ca=ca))
+            findings = asyncio.run(examine(settings, ca=ca))
         except ConfigError as error:
-            _show(list(of_problems(error.problems)), as_json=json)
+            _print_findings(list(findings_from_problems(error.problems)), as_json=json)
             raise typer.Exit(USAGE_ERROR) from error
-        _show(found, as_json=json)
-        if _bad(found):
+        _print_findings(findings, as_json=json)
+        if _has_errors(findings):
             raise typer.Exit(FAILED)
 
 
-def _show(found: list[Finding], *, as_json: bool) -> None:
-    warnings = sum(each.illness.severity is Severity.WARNING for each in found)
-    verdict = "Nothing is wrong."
-    if _bad(found):
-        verdict = "Something is wrong."
-    elif warnings:
-        verdict = f"Nothing is wrong for certain; warnings: {warnings}."
-    lines = [*(line for each in found for line in _told(each)), verdict]
-    print_result(
-        {"ok": not _bad(found), "findings": [_json(each) for each in found]}, "\n".join(lines), as_json=as_json
+def _print_findings(findings: list[Finding], *, as_json: bool) -> None:
+    errors, warnings = (
+        sum(each.kind.severity is severity for each in findings) for severity in (Severity.ERROR, Severity.WARNING)
     )
+    verdict = f"Errors: {errors}, warnings: {warnings}." if errors or warnings else "No problems found."
+    lines = [*(line for each in findings for line in _to_lines(each)), verdict]
+    data = {"ok": not errors, "findings": [_to_json(each) for each in findings]}
+    print_result(data, "\n".join(lines), as_json=as_json)
 
 
-def _bad(found: list[Finding]) -> bool:
-    return any(each.illness.severity is Severity.ERROR for each in found)
+def _has_errors(findings: list[Finding]) -> bool:
+    return any(each.kind.severity is Severity.ERROR for each in findings)
 
 
 async def examine(settings: Settings, *, ca: Path | None = None) -> list[Finding]:
-    """Return every finding, the worst first."""
+    """Run every check; return the findings, errors first."""
     unusable: tuple[Problem, ...] = ()
     loaded: tuple[Loaded, ...] = ()
     try:
         loaded = load_handlers(settings)
-    except ConfigError as error:  # no reason not to look at the rest
+    except ConfigError as error:  # the other checks still make sense
         unusable = error.problems
     try:
-        flora, ledger, public, (problems, unreachable) = await asyncio.gather(
-            of_flora(settings), of_ledger(settings), of_public(settings, ca=ca), check_handlers(loaded)
+        flora, database, public, (problems, unreachable) = await asyncio.gather(
+            check_flora(settings),
+            check_database(settings),
+            check_public_url(settings, ca=ca),
+            check_handlers(loaded),
         )
     finally:
         await close_handlers(loaded)
-    found = [*of_settings(settings), *flora, *ledger, *public]
-    found += [Finding("handler.broken", f"{each.path}: {each.message}") for each in (*unusable, *problems)]
-    found += [Finding("handler.unreachable", f"{each.path}: {each.message}") for each in unreachable]
+    findings = [*check_settings(settings), *flora, *database, *public]
+    for kind, found in (("broken", (*unusable, *problems)), ("unreachable", unreachable)):
+        findings += [Finding(f"handler.{kind}", f"{each.path}: {each.message}") for each in found]
     order = list(Severity)
-    return sorted(found, key=lambda each: -order.index(each.illness.severity))
+    return sorted(findings, key=lambda each: -order.index(each.kind.severity))
 
 
-def _told(finding: Finding) -> list[str]:
-    illness = finding.illness
+def _to_lines(finding: Finding) -> list[str]:
+    kind = finding.kind
     return [
-        f"{illness.severity.upper():<8} {finding.id}: {illness.means}: {finding.what}",
-        f"         cause: {illness.cause}",
-        f"         cure:  {illness.cure}",
+        f"{kind.severity.upper():<8} {finding.id}: {kind.summary}",
+        f"         found: {finding.what}",
+        f"         cause: {kind.cause}",
+        f"         fix:   {kind.fix}",
     ]
 
 
-def _json(finding: Finding) -> dict[str, str]:
-    illness = finding.illness
+def _to_json(finding: Finding) -> dict[str, str]:
+    kind = finding.kind
     return {
         "id": finding.id,
-        "severity": illness.severity.value,
-        "means": illness.means,
+        "severity": kind.severity.value,
+        "means": kind.summary,
         "what": finding.what,
-        "cause": illness.cause,
-        "cure": illness.cure,
+        "cause": kind.cause,
+        "cure": kind.fix,
     }

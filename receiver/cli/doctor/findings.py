@@ -1,4 +1,4 @@
-"""What the doctor finds, as values: each with a stable id, a likely cause and a cure. Pure."""
+"""Every kind of finding that `doctor` can report: id, severity, summary, cause and fix. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,229 +6,250 @@ from enum import StrEnum
 
 
 class Severity(StrEnum):
-    """How bad it is."""
+    """How serious a finding is."""
 
     OK = "ok"
-    """Worth knowing; nothing to do."""
+    """For information; nothing needs to be done."""
     WARNING = "warning"
-    """It works now, or could not be looked at."""
+    """It works now and may stop working, or it could not be checked."""
     ERROR = "error"
     """Callbacks or outputs are lost, or will be."""
 
 
 @dataclass(frozen=True, slots=True)
-class Illness:
-    """One kind of finding: what it `means`, where it comes from as a rule, and what helps."""
+class FindingKind:
+    """One kind of finding: what it says, its usual cause, and the instruction that fixes it."""
 
     severity: Severity
-    means: str
+    summary: str
     cause: str
-    cure: str
+    fix: str
 
 
 _OK, _WARNING, _ERROR = Severity
-_TIME = "callbacks need an answer within 10 s: look at each step on the way"
-ILLNESSES: Mapping[str, Illness] = {
-    "settings.unusable": Illness(
-        _ERROR, "a setting cannot be used", "it is missing, misspelt or not allowed", "do what is said beside it"
-    ),
-    "settings.odd": Illness(
-        _WARNING, "a setting is allowed and probably not meant", "a value in the wrong place", "look at it again"
-    ),
-    "secrets.white_space": Illness(
+
+FINDING_KINDS: Mapping[str, FindingKind] = {
+    # Settings and secrets
+    "settings.unusable": FindingKind(
         _ERROR,
-        "a key or a secret has white space around it",
-        "a newline or a blank was copied with it",
-        "set it again without",
+        "A setting cannot be used.",
+        "It is missing, misspelt or outside its limits.",
+        "Correct the setting as the message says.",
     ),
-    "secrets.prefix": Illness(
+    "settings.odd": FindingKind(
         _WARNING,
-        "a key or a secret does not begin as FLORA's do",
-        "only a part was copied, or it is another one's",
-        "API keys begin with sk_, signing secrets with whsec_: copy it again",
+        "A setting is allowed but probably a mistake.",
+        "A value was misspelt, or set in the wrong place.",
+        "Correct the setting that the message names, or ignore this if it is intended.",
     ),
-    "secrets.swapped": Illness(
+    "secrets.white_space": FindingKind(
         _ERROR,
-        "an API key and a signing secret are in each other's place",
-        "keys begin with sk_live_ or sk_test_, signing secrets with whsec_",
-        "exchange FLORA_API_KEY and FLORA_WEBHOOK_SECRET",
+        "A key or a secret begins or ends with white space.",
+        "A newline or a space was copied with it.",
+        "Set it again without the white space.",
     ),
-    "secrets.shared": Illness(
-        _ERROR,
-        "two workspaces have the same signing secret",
-        "each workspace of FLORA has its own: callbacks of one are refused as the other's",
-        "give each of [[workspaces]] its own",
-    ),
-    "secrets.mixed_up": Illness(
+    "secrets.prefix": FindingKind(
         _WARNING,
-        "a workspace's API key shows another workspace's runs",
-        "the keys of two of [[workspaces]] are in each other's place",
-        "look in FLORA whose key is whose",
+        "A key or a secret does not have FLORA's prefix.",
+        "Only a part of it was copied, or it is another value.",
+        "Copy it from FLORA again: API keys begin with sk_, signing secrets with whsec_.",
     ),
-    "flora.unreachable": Illness(
+    "secrets.swapped": FindingKind(
         _ERROR,
-        "FLORA's API gives no answer",
-        "no way out, or [flora] base_url is wrong",
-        "try it with curl from here",
+        "An API key is set as a signing secret, or a signing secret as an API key.",
+        "API keys begin with sk_live_ or sk_test_, signing secrets with whsec_.",
+        "Swap the values of FLORA_API_KEY and FLORA_WEBHOOK_SECRET.",
     ),
-    "flora.key_refused": Illness(
+    "secrets.shared": FindingKind(
         _ERROR,
-        "FLORA does not know the API key (401)",
-        "it was revoked, or is of another environment",
-        "make a new one in FLORA and set FLORA_API_KEY",
+        "Two workspaces have the same signing secret.",
+        "In FLORA each workspace has its own, so the callbacks of one of them would be refused.",
+        "Set the secret of each workspace in its [[workspaces]] table.",
     ),
-    "flora.key_forbidden": Illness(
-        _ERROR,
-        "FLORA knows the API key and does not let it read runs (403)",
-        "its workspace, rights or plan",
-        "look at the key's rights and the workspace's plan in FLORA",
-    ),
-    "flora.someone_else": Illness(
-        _ERROR,
-        "what answers at [flora] base_url is not FLORA's API",
-        "another path than …/api/v1, a proxy, or a network's login page",
-        "look at [flora] base_url (FLORA_BASE_URL)",
-    ),
-    "flora.failing": Illness(
+    "secrets.mixed_up": FindingKind(
         _WARNING,
-        "FLORA's API answers with an error of its own",
-        "FLORA's trouble, as a rule",
-        "try again later",
+        "The API key of one workspace lists runs of another.",
+        "The keys of two [[workspaces]] are swapped.",
+        "Look up in FLORA which key belongs to which workspace, and set `api_key` accordingly.",
     ),
-    "clock.skewed": Illness(
+    # FLORA's API and the clock
+    "flora.unreachable": FindingKind(
         _ERROR,
-        "this machine's clock differs from FLORA's",
-        "it is not kept by NTP: signatures will seem too old, or ahead",
-        "timedatectl set-ntp true, or your cloud's time service",
+        "FLORA's API does not respond.",
+        "This machine has no route to it, or [flora] base_url is wrong.",
+        "Run curl with [flora] base_url on this machine; correct the URL, or allow outgoing HTTPS.",
     ),
-    "database.unusable": Illness(
+    "flora.key_refused": FindingKind(
         _ERROR,
-        "the ledger cannot be opened, written or synced",
-        "rights, a full or read-only file system, a server that is away",
-        "look at [database] url (RECEIVER_DATABASE__URL), its file and its directory",
+        "FLORA does not accept the API key (401).",
+        "The key was revoked, or belongs to another environment.",
+        "Create a new API key in FLORA and set FLORA_API_KEY.",
     ),
-    "database.full": Illness(
+    "flora.key_forbidden": FindingKind(
         _ERROR,
-        "less than 1 GiB is left where the ledger is",
-        "outputs and old bodies, or somebody else",
-        "make room, or move outputs elsewhere",
+        "FLORA does not let the API key list runs (403).",
+        "The workspace, the rights of the key or the plan do not include it.",
+        "Check the rights of the key and the plan of the workspace in FLORA.",
     ),
-    "database.old_sqlite": Illness(
+    "flora.someone_else": FindingKind(
+        _ERROR,
+        "The server at [flora] base_url is not FLORA's API.",
+        "The path is not …/api/v1, or a proxy or the login page of a network responds.",
+        "Correct [flora] base_url (FLORA_BASE_URL), or let requests to FLORA bypass the proxy.",
+    ),
+    "flora.failing": FindingKind(
+        _WARNING,
+        "FLORA's API responds with an error.",
+        "FLORA has a temporary problem, or limits the rate of requests.",
+        "Run `flora-receiver doctor` again in a few minutes.",
+    ),
+    "clock.skewed": FindingKind(
+        _ERROR,
+        "The clock of this machine differs from FLORA's.",
+        "It is not synchronized by NTP, so valid signatures look too old or too new.",
+        "Run `timedatectl set-ntp true`, or use the time service of your cloud.",
+    ),
+    # The ledger
+    "database.unusable": FindingKind(
+        _ERROR,
+        "The ledger cannot be opened, written or synced.",
+        "The permissions are missing, the disk is full or read-only, or the server is down.",
+        "Check [database] url (RECEIVER_DATABASE__URL), and who may write its file and directory.",
+    ),
+    "database.full": FindingKind(
+        _ERROR,
+        "Less than 1 GiB is free where the ledger is stored.",
+        "Outputs, callback bodies or other programs have filled the disk.",
+        "Free some space, or store outputs on another disk.",
+    ),
+    "database.old_sqlite": FindingKind(
         _OK,
-        "this SQLite could corrupt a WAL file with two writers (before 3.51.3)",
-        "the Python's own SQLite",
-        "nothing: there is one writer, as long as nobody else writes to the file",
+        "This version of SQLite (before 3.51.3) can corrupt a WAL file that has two writers.",
+        "Python was built with it.",
+        "None needed: the service is the only writer. Let no other program write to the file.",
     ),
-    "database.unanswered": Illness(
+    "database.unanswered": FindingKind(
         _ERROR,
-        "a service holds the ledger and does not say that it can commit",
-        "it starts, stops, cannot write, or listens elsewhere than [public] says",
-        "look at its log; give here too what `serve` or `dev` was given, as RECEIVER_PUBLIC__PORT",
+        "A service holds the ledger and does not confirm that it can commit.",
+        "It is starting or stopping, cannot write, or listens elsewhere than [public] says.",
+        "Read its log. If it was started with --port or --host, run `doctor` with RECEIVER_PUBLIC__PORT "
+        "or RECEIVER_PUBLIC__HOST set to the same.",
     ),
-    "handler.broken": Illness(
-        _ERROR, "a handler's own check fails", "its options, rights or target", "see its options"
+    # Handlers
+    "handler.broken": FindingKind(
+        _ERROR,
+        "The check of a handler fails.",
+        "Its options, its permissions or its target are wrong.",
+        "Correct its options; `flora-receiver handlers show NAME` lists them.",
     ),
-    "handler.unreachable": Illness(
+    "handler.unreachable": FindingKind(
         _WARNING,
-        "a handler's target gives no answer now",
-        "it is away",
-        "nothing, if it comes back: work on it is tried again",
+        "The target of a handler does not respond.",
+        "It is down, or cannot be reached from this machine.",
+        "None needed if it recovers: failed work is retried. Otherwise correct the options.",
     ),
-    "receiver.silent": Illness(
+    # The receiver and its public URL
+    "receiver.silent": FindingKind(
         _ERROR,
-        "no receiver answers on this machine, so nobody can at the public URL",
-        "`serve` does not run here, or listens elsewhere than [public] says",
-        "start it, then look again",
+        "No receiver responds on this machine, so none can at the public URL.",
+        "`serve` is not running, or listens elsewhere than [public] says.",
+        "Start `flora-receiver serve`, then run `flora-receiver doctor` again.",
     ),
-    "public.missing": Illness(
+    "public.missing": FindingKind(
         _WARNING,
-        "there is no public_url",
-        "FLORA is told no callback_url, and every run is polled",
-        "set public_url to the HTTPS address that leads here, or use `flora-receiver dev` on a laptop",
+        "public_url is not set.",
+        "FLORA gets no callback_url, so every run is polled.",
+        "Set public_url to the HTTPS URL that leads here; on a laptop use `flora-receiver dev`.",
     ),
-    "public.refused_by_flora": Illness(
+    "public.refused_by_flora": FindingKind(
         _ERROR,
-        "FLORA refuses to call such a URL",
-        "it is not HTTPS, or not public",
-        "name a public HTTPS address",
+        "FLORA refuses to call this URL.",
+        "It is not HTTPS, or its host is not public.",
+        "Set public_url to an HTTPS URL with a public host name.",
     ),
-    "public.unresolved": Illness(
+    "public.unresolved": FindingKind(
         _ERROR,
-        "the public host's name leads nowhere",
-        "no DNS record, or a typing error",
-        "mend the record, or public_url",
+        "The host name of the public URL does not resolve.",
+        "There is no DNS record, or the name is misspelt.",
+        "Add the DNS record, or correct public_url.",
     ),
-    "public.unreachable": Illness(
+    "public.unreachable": FindingKind(
         _ERROR,
-        "nobody answers at the public address",
-        "nothing listens there, or a firewall",
-        "have something lead from there to the receiver",
+        "Nothing responds at the public address.",
+        "Nothing listens there, or a firewall blocks it.",
+        "Forward the public address to the receiver, and open its port in the firewall.",
     ),
-    "public.unchecked": Illness(
+    "public.unchecked": FindingKind(
         _WARNING,
-        "it cannot be checked from here: this machine does not reach its own public address",
-        "a router that does not lead back inside; or else a firewall, and then FLORA does not reach it either",
-        "from another network: `flora-receiver trigger URL --case signature_mismatch`; 401 is right",
+        "The public URL cannot be checked: this machine does not reach its own public address.",
+        "The router does not route it back inside, or a firewall blocks it, for FLORA too.",
+        "From another network, run `flora-receiver trigger URL --case signature_mismatch`: 401 is right.",
     ),
-    "public.certificate": Illness(
+    "public.certificate": FindingKind(
         _ERROR,
-        "the certificate is expired, for another name, or not trusted",
-        "no renewal, another host's, or no chain",
-        "renew it with its whole chain; --ca trusts a CA of your own (FLORA will not)",
+        "The certificate has expired, is for another name, or is not trusted.",
+        "It was not renewed, belongs to another host, or lacks its chain.",
+        "Install a certificate for this host with its full chain. --ca trusts a CA of your own; FLORA does not.",
     ),
-    "public.certificate_ends": Illness(
+    "public.certificate_ends": FindingKind(
         _WARNING,
-        "the certificate ends within two weeks",
-        "nobody renews it, or renewal fails",
-        "look at certbot's or Caddy's log",
+        "The certificate expires within two weeks.",
+        "It is not renewed automatically, or the renewal fails.",
+        "Check the log of certbot or Caddy, and renew the certificate.",
     ),
-    "public.redirect": Illness(
+    "public.redirect": FindingKind(
         _ERROR,
-        "the public URL redirects, and FLORA follows no redirect",
-        "a proxy that adds a slash, a host or https",
-        "serve the callback path itself there, with and without its final slash",
+        "The public URL redirects, and FLORA does not follow redirects.",
+        "A proxy adds a slash, a host or https.",
+        "Serve the callback path itself at this URL, with and without a final slash.",
     ),
-    "public.someone_else": Illness(
+    "public.someone_else": FindingKind(
         _ERROR,
-        "someone else answers at the public URL",
-        "a login page, a proxy's own answer, another service",
-        "lead the callback path to the receiver, without authentication before it",
+        "The server at the public URL is not the receiver.",
+        "A login page, a proxy or another service responds.",
+        "Route the callback path to the receiver, without authentication before it.",
     ),
-    "public.rewritten": Illness(
+    "public.rewritten": FindingKind(
         _ERROR,
-        "the path is another one when it arrives",
-        "a proxy adds or cuts a part of it",
-        "have it hand on /callbacks/flora as it is",
+        "The path is changed before it reaches the receiver.",
+        "A proxy adds or removes a part of it.",
+        "Let the proxy forward /callbacks/flora unchanged.",
     ),
-    "public.altered": Illness(
+    "public.altered": FindingKind(
         _ERROR,
-        "the body is altered on the way: 401 from outside, 200 on this machine",
-        "a proxy re-encodes or rewrites bodies; or another receiver answers there",
-        "have it hand bodies on as they are",
+        "The body is changed on the way: 401 through the public URL, 200 on this machine.",
+        "A proxy rewrites bodies, or another receiver responds there.",
+        "Let the proxy forward bodies byte for byte.",
     ),
-    "public.wrong_secret": Illness(
+    "public.wrong_secret": FindingKind(
         _ERROR,
-        "the receiver that answers there has other secrets",
-        "another receiver, or another FLORA_WEBHOOK_SECRET",
-        "give both the same",
+        "The receiver at the public URL has other signing secrets.",
+        "It is another receiver, or has another FLORA_WEBHOOK_SECRET.",
+        "Give both the same FLORA_WEBHOOK_SECRET, and restart the service.",
     ),
-    "public.unavailable": Illness(
-        _ERROR, "the receiver there cannot commit", "its ledger", "look at its log and its disk"
+    "public.unavailable": FindingKind(
+        _ERROR,
+        "The receiver at the public URL cannot commit.",
+        "Its ledger cannot be written.",
+        "Read its log, and check its database and its disk.",
     ),
-    "public.slow": Illness(
-        _ERROR, "the answer takes long, and FLORA waits for ten seconds", "a slow proxy, tunnel or disk", _TIME
+    "public.slow": FindingKind(
+        _ERROR,
+        "The response takes long, and FLORA waits for 10 seconds only.",
+        "A proxy, a tunnel or a disk is slow.",
+        "Compare the response time on this machine with the public one; replace the slow part.",
     ),
 }
-"""Every kind by its id. Ids are never renamed."""
+"""Every kind by its id. An id never changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing found, and how it shows here."""
+    """A finding on this set-up: the id of its kind, and what exactly was found."""
 
     id: str
     what: str
 
     @property
-    def illness(self) -> Illness:
-        return ILLNESSES[self.id]
+    def kind(self) -> FindingKind:
+        return FINDING_KINDS[self.id]

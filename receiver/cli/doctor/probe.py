@@ -1,6 +1,7 @@
-"""Sends one canary to a callback URL and says what it met. Called by `dev` and `doctor`, for any receiver with our secret.
+"""Sends a canary to a callback URL and describes what happened to it. Called by `dev` and `doctor`.
 
-A canary is signed with a key of its own: the door answers it after an empty write, and it is never counted as a run.
+A canary is signed with a key that is derived from the signing secret. The receiver responds after an
+empty write, and records neither a callback nor a run.
 """
 
 import json
@@ -11,84 +12,92 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from http import HTTPStatus
 from urllib.parse import urlsplit
 
 import httpx
 
 from receiver.flora.signature import HEADER, canary_key, sign
 
-__all__ = ["Obstacle", "Probe", "probe"]
+__all__ = ["ProbeFailure", "ProbeResult", "probe"]
 
-_OK = 200
-_SHOWN = 200
+_MAX_MESSAGE = 200
 
 
-class Obstacle(StrEnum):
-    """Why there was no HTTP answer at all."""
+class ProbeFailure(StrEnum):
+    """Why there was no HTTP response."""
 
     NAME = "name"
-    """The host's name cannot be resolved."""
+    """The host name could not be resolved."""
     REFUSED = "refused"
-    """Nobody listens there, there is no way to the address, or nobody takes the connection up."""
+    """No connection could be made."""
     TIMEOUT = "timeout"
-    """There is a connection, and no answer in time."""
+    """The connection was made, and no response came in time."""
     TLS = "tls"
-    """Its certificate is not trusted, or it does not speak TLS."""
+    """The certificate is not trusted, or the server does not speak TLS."""
     CUT = "cut"
-    """The connection ended before an answer came, or what came is not HTTP."""
+    """The connection ended before a response, or the response was not HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """What one canary met on its way to `url`."""
+class ProbeResult:
+    """What happened to one canary that was sent to `url`."""
 
     url: str
     seconds: float
     status: int | None = None
-    answer: str | None = None
-    """The door's word (`canary`) or the code of its refusal; None: the answer is not the receiver's."""
+    code: str | None = None
+    """The receiver's `status` (`canary`) or error code; None if the receiver did not respond."""
     location: str | None = None
-    """Where a redirect leads; FLORA follows none."""
+    """The target of a redirect; FLORA does not follow redirects."""
     server: str | None = None
-    """Who says to have answered."""
-    obstacle: Obstacle | None = None
+    """The `Server` header of the response."""
+    failure: ProbeFailure | None = None
     message: str = ""
-    """What went wrong, for people: the error, or the beginning of an answer that is not ours."""
+    """The error, or the beginning of a response that is not the receiver's."""
 
     @property
-    def arrived(self) -> bool:
-        """Whether the canary came to a receiver that knows the secret, unaltered, and that can commit."""
-        return self.status == _OK and self.answer == "canary"
+    def has_arrived(self) -> bool:
+        """Whether a receiver that has the secret and can commit got the canary unaltered."""
+        return self.status == HTTPStatus.OK and self.code == "canary"
 
 
-async def probe(url: str, secret: str, *, client: httpx.AsyncClient, clock: Callable[[], float] = time.time) -> Probe:
-    """Send one canary to `url` (with its path). `client` decides about trust and patience; never raises for the network."""
+async def probe(
+    url: str, secret: str, *, client: httpx.AsyncClient, clock: Callable[[], float] = time.time
+) -> ProbeResult:
+    """Send one canary to `url`, which includes the path. Network errors are part of the result.
+
+    `client` decides which certificates are trusted and how long a response may take.
+    """
     body = json.dumps({"canary": secrets.token_hex(8)}).encode()
     headers = {
         "Content-Type": "application/json",
-        "Connection": "close",  # FLORA comes by a new connection: one that still stands would prove nothing
+        # Like FLORA, use a new connection: one that is still open would prove nothing.
+        "Connection": "close",
         HEADER: sign(body, canary_key(secret), timestamp=int(clock())),
-        # ngrok's free plan puts a page of its own before visitors that do not say this; FLORA's POSTs never see it.
+        # Without this, ngrok's free plan shows visitors a page of its own; FLORA's POSTs never see it.
         "ngrok-skip-browser-warning": "1",
     }
     began = time.perf_counter()
     try:
         response = await client.post(url, content=body, headers=headers)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return Probe(url, time.perf_counter() - began, obstacle=_obstacle(error), message=_said(error, url))
-    seconds, answer = time.perf_counter() - began, _answer(response)
-    return Probe(
+        seconds = time.perf_counter() - began
+        message = _describe_error(error, url)
+        return ProbeResult(url, seconds, failure=_classify_error(error), message=message)
+    seconds, code = time.perf_counter() - began, _parse_code(response)
+    return ProbeResult(
         url,
         seconds,
         status=response.status_code,
-        answer=answer,
+        code=code,
         location=response.headers.get("location") if response.is_redirect else None,
         server=response.headers.get("server"),
-        message="" if answer else " ".join(response.text.split())[:_SHOWN],
+        message="" if code else " ".join(response.text.split())[:_MAX_MESSAGE],
     )
 
 
-def _answer(response: httpx.Response) -> str | None:
+def _parse_code(response: httpx.Response) -> str | None:
     try:
         document = response.json()
     except ValueError:
@@ -96,30 +105,31 @@ def _answer(response: httpx.Response) -> str | None:
     if not isinstance(document, dict):
         return None
     error = document.get("error")
-    word = error.get("code") if isinstance(error, dict) else document.get("status")
-    return word if isinstance(word, str) else None
+    code = error.get("code") if isinstance(error, dict) else document.get("status")
+    return code if isinstance(code, str) else None
 
 
-def _obstacle(error: Exception) -> Obstacle:
-    causes = list(_causes(error))
+def _classify_error(error: Exception) -> ProbeFailure:
+    causes = list(_walk_causes(error))
     if isinstance(error, httpx.ConnectTimeout):
-        return Obstacle.REFUSED
+        return ProbeFailure.REFUSED
     if isinstance(error, httpx.TimeoutException):
-        return Obstacle.TIMEOUT
+        return ProbeFailure.TIMEOUT
     if any(isinstance(each, ssl.SSLError) for each in causes):
-        return Obstacle.TLS
+        return ProbeFailure.TLS
     if isinstance(error, httpx.ConnectError):
-        return Obstacle.NAME if any(isinstance(each, socket.gaierror) for each in causes) else Obstacle.REFUSED
-    return Obstacle.CUT
+        is_unresolved = any(isinstance(each, socket.gaierror) for each in causes)
+        return ProbeFailure.NAME if is_unresolved else ProbeFailure.REFUSED
+    return ProbeFailure.CUT
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _walk_causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _said(error: Exception, url: str) -> str:
+def _describe_error(error: Exception, url: str) -> str:
     if isinstance(error, httpx.TimeoutException):
-        return f"{urlsplit(url).netloc} did not answer in time"
+        return f"{urlsplit(url).netloc} did not respond in time"
     return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What the settings themselves give away. Pure."""
+"""Checks the settings themselves. Pure."""
 
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
@@ -9,38 +9,42 @@ from receiver.config.callback_url import check_callback_url
 from receiver.errors import Problem
 from receiver.net.addresses import is_loopback
 
-_TELLING = {
+_KINDS_BY_WORDS = {
     "white space around": "secrets.white_space",
     "same secret": "secrets.shared",
     "does not start": "secrets.prefix",
 }
-"""Words of the settings' own checks, and what they mean to the doctor; the tests hold them together."""
+"""Words in a problem's message, and the finding they stand for. The tests keep the two in step."""
 
 
-def of_problems(problems: Sequence[Problem]) -> Iterator[Finding]:
-    """Say what keeps the settings from being used at all."""
+def findings_from_problems(problems: Sequence[Problem]) -> Iterator[Finding]:
+    """Return a finding for each problem that makes the settings unusable."""
     for problem in problems:
-        kind = "public.refused_by_flora" if problem.path == "public_url" else "settings.unusable"
-        yield _told(problem, kind)
+        is_public_url = problem.path == "public_url"
+        kind = "public.refused_by_flora" if is_public_url else "settings.unusable"
+        yield _to_finding(problem, default=kind)
 
 
-def of_settings(settings: Settings) -> Iterator[Finding]:
-    """Say what is odd or swapped, and whether FLORA would call the public URL at all."""
+def check_settings(settings: Settings) -> Iterator[Finding]:
+    """Return odd values, swapped keys and secrets, and a public URL that FLORA would refuse to call."""
     for problem in settings.warnings():
-        yield _told(problem, "settings.odd")
+        yield _to_finding(problem, default="settings.odd")
     secrets = [value for value, _ in settings.secrets_by_workspace()]
-    keys = [settings.api_key_for(each.id) for each in settings.workspaces] + [settings.api_key_for(None)]
-    if any(value.startswith("sk_") for value in secrets) or any(key and key.startswith("whsec_") for key in keys):
-        yield Finding("secrets.swapped", "a key or a secret has the other one's beginning")
+    keys = [settings.api_key_for(each.id) for each in settings.workspaces]
+    keys.append(settings.api_key_for(None))
+    if any(value.startswith("sk_") for value in secrets):
+        yield Finding("secrets.swapped", "a signing secret begins with sk_")
+    elif any(key and key.startswith("whsec_") for key in keys):
+        yield Finding("secrets.swapped", "an API key begins with whsec_")
     if settings.public_url is None:
         yield Finding("public.missing", "public_url is not set")
         return
-    emulated = is_loopback(urlsplit(settings.flora.base_url).hostname or "")
-    refusal = None if emulated else check_callback_url(settings.public_url)
+    is_emulated = is_loopback(urlsplit(settings.flora.base_url).hostname or "")
+    refusal = None if is_emulated else check_callback_url(settings.public_url)
     if refusal is not None:
         yield Finding("public.refused_by_flora", f"{settings.public_url}: {refusal}")
 
 
-def _told(problem: Problem, otherwise: str) -> Finding:
-    kind = next((kind for words, kind in _TELLING.items() if words in problem.message), otherwise)
-    return Finding(kind, f"{problem.path}: {problem.message}")
+def _to_finding(problem: Problem, *, default: str) -> Finding:
+    kinds = (kind for words, kind in _KINDS_BY_WORDS.items() if words in problem.message)
+    return Finding(next(kinds, default), f"{problem.path}: {problem.message}")

@@ -119,10 +119,10 @@ def test_a_tunnel_that_does_not_open_is_shown_with_its_output(tmp_path: Path) ->
     ("arguments", "told"),
     [
         ((), "--no-tunnel"),
-        (("--ssh", "me@host"), "FLORA calls HTTPS only"),
+        (("--ssh", "me@host"), "FLORA calls HTTPS URLs only"),
         (("--public-url", "hooks.example.com"), "--public-url: must be an absolute URL"),
-        (("--host", "192.0.2.1"), "--host: must be loopback"),
-        (("--no-tunnel", "--ssh", "me@host"), "--no-tunnel: contradicts"),
+        (("--host", "192.0.2.1"), "--host: must be a loopback"),
+        (("--no-tunnel", "--ssh", "me@host"), "--no-tunnel: cannot be combined"),
         (("--no-tunnel", "--ca", "/dev/null"), "--ca: /dev/null holds no certificate"),
     ],
 )

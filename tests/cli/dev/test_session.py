@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from receiver.cli.dev.events import WatchedDoor
-from receiver.cli.dev.session import Desk
+from receiver.cli.dev.events import CallbackEvents
+from receiver.cli.dev.session import DevSession
 from receiver.cli.dev.tunnel.command import Command
-from receiver.cli.dev.tunnel.provider import Given, Provider
-from receiver.cli.dev.tunnel.supervisor import Pace
+from receiver.cli.dev.tunnel.provider import FixedUrl, Provider
+from receiver.cli.dev.tunnel.supervisor import Timing
 from receiver.cli.dev.view import View
 from receiver.config import Settings
 from receiver.emulator import parse_faults
@@ -28,7 +28,7 @@ from receiver.workers.starter import Intended
 from tests.support.stage import Stage, eventually
 from tests.support.tunnel_programs import FORWARDER, gone, written
 
-QUICK = Pace(every=0.1, confirm=0.01, settle=0.0, longest=0.1)
+QUICK = Timing(check=0.1, confirm=0.01, settle=0.0, max_retry=0.1)
 Line = dict[str, Any]
 
 
@@ -73,11 +73,13 @@ async def at_desk(stage: Stage, provider: Provider, **sections: Any) -> AsyncIte
     settings = Settings.model_validate(stage.document(**sections))
     screen = io.StringIO()
     view = View(as_json=True, stream=screen)
-    service = Service(settings, around=lambda app: WatchedDoor(app, view))
+    service = Service(settings, around=lambda app: CallbackEvents(app, view))
     stopping = asyncio.Event()
     async with service.running():
-        desk = Desk(service, settings, view, provider, ca=stage.ca, pace=QUICK, patience_seconds=1.0, again_seconds=0.3)
-        working = asyncio.create_task(desk.work(stopping))
+        desk = DevSession(
+            service, settings, view, provider, ca=stage.ca, timing=QUICK, canary_seconds=1.0, stranded_seconds=0.3
+        )
+        working = asyncio.create_task(desk.run(stopping))
         try:
             yield Session(service, screen)
         finally:
@@ -154,7 +156,7 @@ async def test_floras_fault(stage: Stage, forwarder: Command) -> None:
 
 async def test_a_url_that_is_not_ours(stage: Stage) -> None:
     """Nobody answers there, seen from here: that cannot be told from a router that does not lead back in."""
-    async with at_desk(stage, Given("https://127.0.0.1:1")) as session:
+    async with at_desk(stage, FixedUrl("https://127.0.0.1:1")) as session:
         told = await session.until(is_canary("unchecked"))
         assert told["fault"] is None
         assert "cannot be checked from here" in told["reason"]
@@ -166,8 +168,8 @@ async def test_floras_rules_hold_for_a_tunnels_url(stage: Stage) -> None:
     screen = io.StringIO()
     view = View(as_json=True, stream=screen)
     async with Service(settings).running() as service:
-        desk = Desk(service, settings, view, Given("https://192.168.1.7"))
-        assert await desk.work(asyncio.Event()) == 1
+        desk = DevSession(service, settings, view, FixedUrl("https://192.168.1.7"))
+        assert await desk.run(asyncio.Event()) == 1
     assert "FLORA refuses private addresses" in screen.getvalue()
 
 
@@ -180,7 +182,7 @@ async def test_stopping_while_a_tunnel_opens(stage: Stage, tmp_path: Path) -> No
     stopping = asyncio.Event()
     async with Service(settings).running() as service:
         view = View(as_json=True, stream=io.StringIO())
-        working = asyncio.create_task(Desk(service, settings, view, Command(str(program))).work(stopping))
+        working = asyncio.create_task(DevSession(service, settings, view, Command(str(program))).run(stopping))
 
         async def begun() -> int:
             with contextlib.suppress(FileNotFoundError, ValueError):
@@ -196,7 +198,7 @@ async def test_stopping_while_a_tunnel_opens(stage: Stage, tmp_path: Path) -> No
 def test_people_get_plain_lines_without_a_terminal() -> None:
     screen = io.StringIO()
     with View(as_json=False, stream=screen) as view:
-        view.status("nothing of this", fine=True)
-        view.tell("run", "run_1  completed", run_id="run_1")
+        view.show_status("nothing of this", is_healthy=True)
+        view.show("run", "run_1  completed", run_id="run_1")
     assert screen.getvalue().endswith("  run       run_1  completed\n")
     assert len(screen.getvalue().splitlines()) == 1

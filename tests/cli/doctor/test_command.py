@@ -18,12 +18,12 @@ import pytest
 from sqlalchemy import create_engine
 
 from receiver.cli.doctor.command import examine
+from receiver.cli.doctor.database import check_database
 from receiver.cli.doctor.findings import Finding, Severity
-from receiver.cli.doctor.flora import of_answer, of_flora
-from receiver.cli.doctor.machine import of_ledger
-from receiver.cli.doctor.probe import Obstacle, Probe
-from receiver.cli.doctor.public import judged, of_public
-from receiver.cli.doctor.settings import of_settings
+from receiver.cli.doctor.flora import check_flora, interpret_response
+from receiver.cli.doctor.probe import ProbeFailure, ProbeResult
+from receiver.cli.doctor.public import check_public_url, diagnose_route
+from receiver.cli.doctor.settings import check_settings
 from receiver.config import Settings
 from receiver.net import certificates
 from receiver.net.clients import own_client
@@ -49,7 +49,7 @@ def settings(stage: Stage, **sections: Any) -> Settings:
 
 def ids(found: list[Finding]) -> set[str]:
     """What a person would have to do something about."""
-    return {each.id for each in found if each.illness.severity is not Severity.OK}
+    return {each.id for each in found if each.kind.severity is not Severity.OK}
 
 
 def names(directory: Path) -> set[str]:
@@ -120,13 +120,13 @@ async def test_a_healthy_set_up_is_no_alarm(stage: Stage, tmp_path: Path) -> Non
     }
     async with stage.service(**healthy):
         assert ids(await examine(settings(stage, **healthy), ca=ca)) == set()
-    assert ids(await of_ledger(settings(stage), free=lambda _: 10**12)) == set()
+    assert ids(await check_database(settings(stage), free_bytes=lambda _: 10**12)) == set()
 
 
 async def test_what_is_not_there_yet_is_not_made(stage: Stage, tmp_path: Path) -> None:
     """A look by root before the first start must not leave files that the service cannot write."""
     url = f"sqlite:///{tmp_path}/not/yet/receiver.db"
-    assert ids(await of_ledger(settings(stage, database={"url": url}))) == set()
+    assert ids(await check_database(settings(stage, database={"url": url}))) == set()
     assert not (tmp_path / "not").exists()
     assert not any("doctor" in name for name in names(tmp_path))
 
@@ -154,7 +154,7 @@ async def test_a_receiver_on_another_address_than_loopback(stage: Stage) -> None
 async def test_who_answers_in_place_of_the_receiver(stage: Stage, answer: bytes, found: str) -> None:
     """A redirect, a login page, a lost path, a receiver that cannot commit, no HTTP at all: each by its own id."""
     async with stage.service(), before(stage, always(answer)) as origin:
-        told = await of_public(settings(stage, public_url=origin), ca=stage.ca)
+        told = await check_public_url(settings(stage, public_url=origin), ca=stage.ca)
     assert ids(told) - {"public.certificate_ends"} == {found}
 
 
@@ -170,23 +170,23 @@ async def test_what_a_proxy_changes_is_told_apart(stage: Stage) -> None:
     async with stage.service():
         for wanted, change in changes.items():
             async with before(stage, handing_on(stage, change)) as origin:
-                told = await of_public(settings(stage, public_url=origin), ca=stage.ca)
+                told = await check_public_url(settings(stage, public_url=origin), ca=stage.ca)
             assert ids(told) - {"public.certificate_ends"} == ({wanted} if wanted else set())
 
 
 async def test_a_slow_way_is_told(stage: Stage) -> None:
     """By what a canary took: no test waits for it."""
-    slow, quick = Probe("u", 7.5, 200, "canary"), Probe("u", 0.1, 200, "canary")
-    finding = judged(slow, quick)
+    slow, quick = ProbeResult("u", 7.5, 200, "canary"), ProbeResult("u", 0.1, 200, "canary")
+    finding = diagnose_route(slow, quick)
     assert finding is not None
     assert (finding.id, finding.what) == ("public.slow", "a canary took 7.5 s")
-    assert judged(quick, quick) is None
+    assert diagnose_route(quick, quick) is None
     for obstacle, wanted in (
-        (Obstacle.TIMEOUT, "public.slow"),
-        (Obstacle.NAME, "public.unresolved"),
-        (Obstacle.REFUSED, "public.unreachable"),
+        (ProbeFailure.TIMEOUT, "public.slow"),
+        (ProbeFailure.NAME, "public.unresolved"),
+        (ProbeFailure.REFUSED, "public.unreachable"),
     ):
-        stuck = judged(Probe("u", 12.0, obstacle=obstacle), quick)
+        stuck = diagnose_route(ProbeResult("u", 12.0, failure=obstacle), quick)
         assert stuck is not None
         assert stuck.id == wanted
 
@@ -199,30 +199,33 @@ async def test_a_way_that_takes_its_time(stage: Stage) -> None:
         return await handing_on(stage, lambda same: same)(request)
 
     async with stage.service(), before(stage, hold) as origin:
-        told = await of_public(settings(stage, public_url=origin), ca=stage.ca, slow_seconds=0.1)
+        told = await check_public_url(settings(stage, public_url=origin), ca=stage.ca, slow_seconds=0.1)
     assert ids(told) - {"public.certificate_ends"} == {"public.slow"}
 
 
 async def test_nobody_there(stage: Stage) -> None:
     """Without a receiver that is what is said; with one, at an address of this machine, the way to it is missing."""
     async with stage.service():
-        told = await of_public(settings(stage, public_url=f"https://127.0.0.1:{free_port()}"), ca=stage.ca)
+        told = await check_public_url(settings(stage, public_url=f"https://127.0.0.1:{free_port()}"), ca=stage.ca)
         assert ids(told) == {"public.unreachable"}
     stage.port = free_port()
     for answer in (None, reply("502 Bad Gateway", b"nobody behind")):
         async with before(stage, always(answer or b"")) as origin:
             url = origin if answer else f"https://127.0.0.1:{free_port()}"
-            told = await of_public(settings(stage, public_url=url), ca=stage.ca)
+            told = await check_public_url(settings(stage, public_url=url), ca=stage.ca)
         assert ids(told) - {"public.certificate_ends"} == {"receiver.silent"}
 
 
 def test_a_router_that_does_not_lead_back_inside() -> None:
     """Nobody answers at an address that is not this machine's, while the receiver is well: no alarm, a warning."""
-    here, refused = Probe("u", 0.1, 200, "canary"), Probe("u", 0.1, obstacle=Obstacle.REFUSED, message="why")
-    found = judged(refused, here, ours=False)
+    here, refused = (
+        ProbeResult("u", 0.1, 200, "canary"),
+        ProbeResult("u", 0.1, failure=ProbeFailure.REFUSED, message="why"),
+    )
+    found = diagnose_route(refused, here, is_ours=False)
     assert found is not None
-    assert (found.id, found.illness.severity) == ("public.unchecked", Severity.WARNING)
-    assert judged(refused, here, ours=True) == Finding("public.unreachable", "why")
+    assert (found.id, found.kind.severity) == ("public.unchecked", Severity.WARNING)
+    assert diagnose_route(refused, here, is_ours=True) == Finding("public.unreachable", "why")
 
 
 @pytest.mark.parametrize("wrong", ["expired", "another host", "another authority"])
@@ -238,7 +241,7 @@ async def test_a_certificate_that_flora_would_not_take(stage: Stage, tmp_path: P
     context.load_cert_chain(cert, key)
     async with stage.service(), before(stage, always(reply("200 OK")), context) as origin:
         trusted = stage.ca if wrong == "another authority" else ca
-        told = await of_public(settings(stage, public_url=origin), ca=trusted)
+        told = await check_public_url(settings(stage, public_url=origin), ca=trusted)
     assert ids(told) == {"public.certificate"}
 
 
@@ -246,7 +249,9 @@ async def test_a_receiver_with_another_secret(stage: Stage) -> None:
     """Refused from outside and on this machine alike: nobody alters anything."""
     async with stage.service():
         flora = {"webhook_secrets": ["whsec_another"]}
-        told = await of_public(settings(stage, public_url=f"https://127.0.0.1:{stage.port}", flora=flora), ca=stage.ca)
+        told = await check_public_url(
+            settings(stage, public_url=f"https://127.0.0.1:{stage.port}", flora=flora), ca=stage.ca
+        )
     assert ids(told) - {"public.certificate_ends"} == {"public.wrong_secret"}
 
 
@@ -258,21 +263,21 @@ async def test_a_receiver_that_does_not_know_every_secret(stage: Stage) -> None:
     workspaces = [{"id": "ws_new", "secrets": ["whsec_of_ws_new"]}]
     with_all = settings(stage, public_url=public_url, flora=flora, workspaces=workspaces)
     async with stage.service():
-        told = [each for each in await of_public(with_all, ca=stage.ca) if each.id != "public.certificate_ends"]
+        told = [each for each in await check_public_url(with_all, ca=stage.ca) if each.id != "public.certificate_ends"]
     assert [each.id for each in told] == ["public.wrong_secret"] * 2
     assert "number 2" in told[0].what
     assert "ws_new" in told[1].what
     async with stage.service(flora=flora, workspaces=workspaces):
-        assert ids(await of_public(with_all, ca=stage.ca)) == {"public.certificate_ends"}
+        assert ids(await check_public_url(with_all, ca=stage.ca)) == {"public.certificate_ends"}
 
 
 async def test_keys_that_flora_refuses_are_told_apart(stage: Stage) -> None:
     """Revoked is not forbidden, and no answer is neither."""
-    assert ids(await of_flora(settings(stage))) == set()
+    assert ids(await check_flora(settings(stage))) == set()
     revoked = settings(stage, flora={"api_key": "sk_test_revoked"})
-    assert ids(await of_flora(revoked)) == {"flora.key_refused"}
+    assert ids(await check_flora(revoked)) == {"flora.key_refused"}
     away = settings(stage, flora={"base_url": f"http://127.0.0.1:{free_port()}/api/v1"})
-    assert ids(await of_flora(away)) == {"flora.unreachable"}
+    assert ids(await check_flora(away)) == {"flora.unreachable"}
     for status, wanted in (("403 Forbidden", "flora.key_forbidden"), ("500 Oops", "flora.failing")):
 
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: str = status) -> None:
@@ -283,7 +288,7 @@ async def test_keys_that_flora_refuses_are_told_apart(stage: Stage) -> None:
 
         server = await asyncio.start_server(handle, "127.0.0.1", 0)
         base = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/api/v1"
-        [finding] = await of_flora(settings(stage, flora={"base_url": base}))
+        [finding] = await check_flora(settings(stage, flora={"base_url": base}))
         server.close()
         assert finding.id == wanted
         assert "req_1" in finding.what
@@ -293,10 +298,10 @@ async def test_keys_that_flora_refuses_are_told_apart(stage: Stage) -> None:
 async def test_a_clock_that_is_wrong(stage: Stage) -> None:
     """Held against FLORA's own `Date`."""
     for minutes, word in ((10, "ahead"), (-10, "behind")):
-        [finding] = await of_flora(settings(stage), datetime.now(UTC) + timedelta(minutes=minutes))
+        [finding] = await check_flora(settings(stage), datetime.now(UTC) + timedelta(minutes=minutes))
         assert finding.id == "clock.skewed"
         assert word in finding.what
-    assert await of_flora(settings(stage), datetime.now(UTC) + timedelta(seconds=30)) == []
+    assert await check_flora(settings(stage), datetime.now(UTC) + timedelta(seconds=30)) == []
 
 
 async def test_a_ledger_that_cannot_be_written(stage: Stage, tmp_path: Path) -> None:
@@ -304,16 +309,16 @@ async def test_a_ledger_that_cannot_be_written(stage: Stage, tmp_path: Path) -> 
     file = tmp_path / "a file"
     file.write_text("in the way")
     nowhere = settings(stage, database={"url": f"sqlite:///{file}/receiver.db"})
-    assert ids(await of_ledger(nowhere)) == {"database.unusable"}
+    assert ids(await check_database(nowhere)) == {"database.unusable"}
     away = settings(stage, database={"url": f"postgresql://nobody@127.0.0.1:{free_port()}/x"})
-    assert ids(await of_ledger(away)) == {"database.unusable"}
-    assert ids(await of_ledger(settings(stage), free=lambda _: 5 * 1024**2)) == {"database.full"}
-    assert ids(await of_ledger(settings(stage), free=no_room)) == {"database.full"}
+    assert ids(await check_database(away)) == {"database.unusable"}
+    assert ids(await check_database(settings(stage), free_bytes=lambda _: 5 * 1024**2)) == {"database.full"}
+    assert ids(await check_database(settings(stage), free_bytes=no_room)) == {"database.full"}
     async with stage.service():
         here, stage.port = stage.port, free_port()
-        assert ids(await of_ledger(settings(stage))) == {"database.unanswered"}
+        assert ids(await check_database(settings(stage))) == {"database.unanswered"}
         stage.port = here
-        assert ids(await of_ledger(settings(stage))) == set()
+        assert ids(await check_database(settings(stage))) == set()
 
 
 def no_room(_: Path) -> int:
@@ -342,9 +347,9 @@ async def test_a_ledger_that_is_read_only(stage: Stage) -> None:
         with somebody():
             database = open_database(here.database.url)
             await database.close()
-            assert ids(await of_ledger(here)) == set()
+            assert ids(await check_database(here)) == set()
             file.chmod(0o444)
-            [finding] = [each for each in await of_ledger(here) if each.id != OLD]
+            [finding] = [each for each in await check_database(here) if each.id != OLD]
     assert finding.id == "database.unusable"
     assert "readonly" in finding.what
 
@@ -370,16 +375,16 @@ async def test_a_postgresql_that_is_read_only(postgres_url: str, stage: Stage) -
     database = open_database(postgres_url)
     await database.run(upgrade)
     await database.close()
-    assert ids(await of_ledger(settings(stage, database={"url": postgres_url}))) == set()
+    assert ids(await check_database(settings(stage, database={"url": postgres_url}))) == set()
     closed = f"{postgres_url}{'&' if '?' in postgres_url else '?'}options=-cdefault_transaction_read_only%3Don"
-    [finding] = await of_ledger(settings(stage, database={"url": closed}))
+    [finding] = await check_database(settings(stage, database={"url": closed}))
     assert finding.id == "database.unusable"
     assert "read-only" in finding.what
 
 
 async def test_a_read_only_file_system(stage: Stage) -> None:
     """One that is so even for root: the kernel's own."""
-    assert ids(await of_ledger(settings(stage, database={"url": "sqlite:////sys/receiver.db"}))) == {
+    assert ids(await check_database(settings(stage, database={"url": "sqlite:////sys/receiver.db"}))) == {
         "database.unusable"
     }
 
@@ -391,7 +396,7 @@ async def test_handlers_that_cannot_work(stage: Stage, tmp_path: Path) -> None:
     handlers = [{"use": "storage", "options": {"url": str(file)}}]
     found = await examine(settings(stage, handlers=handlers), ca=stage.ca)
     assert {"handler.broken", "public.missing"} <= ids(found)
-    assert found[0].illness.severity is Severity.ERROR
+    assert found[0].kind.severity is Severity.ERROR
     handlers = [{"use": "storage", "options": {"ulr": "x"}}, {"use": "no.such:Handler", "name": "other"}]
     revoked = {"api_key": "sk_test_revoked"}
     found = await examine(settings(stage, handlers=handlers, flora=revoked), ca=stage.ca)
@@ -434,11 +439,11 @@ def test_settings_that_cannot_be_used(env: dict[str, str], toml: str, wanted: se
 def test_secrets_in_the_wrong_place(stage: Stage) -> None:
     """Exchanged, or something else altogether."""
     swapped = settings(stage, flora={"api_key": "whsec_x", "webhook_secrets": ["sk_live_x"]})
-    assert ids(list(of_settings(swapped))) == {"secrets.swapped", "secrets.prefix", "public.missing"}
+    assert ids(list(check_settings(swapped))) == {"secrets.swapped", "secrets.prefix", "public.missing"}
     other = settings(stage, flora={"webhook_secrets": ["a part of it"]})
-    assert ids(list(of_settings(other))) == {"secrets.prefix", "public.missing"}
+    assert ids(list(check_settings(other))) == {"secrets.prefix", "public.missing"}
     odd = settings(stage, flora={"tolerance_past_seconds": 300})
-    assert ids(list(of_settings(odd))) == {"settings.odd", "public.missing"}
+    assert ids(list(check_settings(odd))) == {"settings.odd", "public.missing"}
 
 
 ROW = {"run_id": "run_1", "status": "completed", "progress": 100, "created_at": 1733952000000, "workspace_id": "ws_2"}
@@ -470,12 +475,12 @@ def test_what_answers_in_the_place_of_flora(status: int, body: Any, workspace: s
     content = b"<html>Welcome to the hotel</html>" if body is None else json.dumps(body).encode()
     request = httpx.Request("GET", "https://app.flora.ai/api/v1/technique-runs")
     answer = httpx.Response(status, content=content, request=request)
-    assert ids(of_answer(answer, workspace, {"ws_1", "ws_2"} - {workspace or ""})) == wanted
+    assert ids(interpret_response(answer, workspace, {"ws_1", "ws_2"} - {workspace or ""})) == wanted
 
 
 async def test_a_ca_file_that_holds_nothing(stage: Stage, tmp_path: Path) -> None:
     (tmp_path / "empty.pem").touch()
-    [finding] = await of_flora(settings(stage, flora={"ca_file": str(tmp_path / "empty.pem")}))
+    [finding] = await check_flora(settings(stage, flora={"ca_file": str(tmp_path / "empty.pem")}))
     assert (finding.id, "holds no certificate" in finding.what) == ("flora.unreachable", True)
     done = run_command("doctor", "--ca", "empty.pem", cwd=tmp_path, env=KEYS)
     assert (done.returncode, "holds no certificate" in done.stderr) == (2, True)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from receiver.cli.doctor.probe import Obstacle, probe
+from receiver.cli.doctor.probe import ProbeFailure, probe
 from receiver.net.clients import own_client, probe_client
 from receiver.web.server import Server, bind
 from tests.support.stage import Stage, free_port
@@ -23,8 +23,8 @@ async def test_a_canary_arrives_and_leaves_no_trace(stage: Stage) -> None:
     async with stage.service(), probe_client(ca=stage.ca) as outside, own_client() as inside:
         for client in (outside, inside):
             found = await probe(stage.url, stage.secret, client=client)
-            assert found.arrived
-            assert (found.status, found.answer, found.obstacle) == (200, "canary", None)
+            assert found.has_arrived
+            assert (found.status, found.code, found.failure) == (200, "canary", None)
             assert found.seconds > 0
     assert stage.rows("SELECT * FROM deliveries") == []
     assert stage.rows("SELECT * FROM runs") == []
@@ -36,14 +36,14 @@ async def test_what_a_receiver_refuses_is_named(stage: Stage) -> None:
         wrong = await probe(stage.url, "whsec_another", client=client)
         old = await probe(stage.url, stage.secret, client=client, clock=lambda: 1.0)
     for found in (wrong, old):
-        assert not found.arrived
-        assert (found.status, found.answer) == (401, "signature_mismatch")
+        assert not found.has_arrived
+        assert (found.status, found.code) == (401, "signature_mismatch")
 
 
 async def test_a_certificate_that_is_not_trusted(stage: Stage) -> None:
     async with stage.service(), probe_client() as client:
         found = await probe(stage.url, stage.secret, client=client)
-    assert found.obstacle is Obstacle.TLS
+    assert found.failure is ProbeFailure.TLS
     assert "CERTIFICATE_VERIFY_FAILED" in found.message
 
 
@@ -70,15 +70,15 @@ async def test_what_is_no_receiver(other: str) -> None:
     """A redirect is not followed; a page is shown; no answer in time, nobody there, no such name: each is told apart."""
     async with probe_client(timeout_seconds=1) as client:
         moved = await probe(f"{other}/redirect", SECRET, client=client)
-        assert (moved.status, moved.location, moved.arrived) == (301, "https://127.0.0.1/other", False)
+        assert (moved.status, moved.location, moved.has_arrived) == (301, "https://127.0.0.1/other", False)
         page = await probe(f"{other}/page", SECRET, client=client)
-        assert (page.status, page.answer, page.message) == (404, None, "Tunnel not found")
-        assert (await probe(f"{other}/list", SECRET, client=client)).answer is None
+        assert (page.status, page.code, page.message) == (404, None, "Tunnel not found")
+        assert (await probe(f"{other}/list", SECRET, client=client)).code is None
         nobody = await probe(f"http://127.0.0.1:{free_port()}/", SECRET, client=client)
-        assert nobody.obstacle is Obstacle.REFUSED
+        assert nobody.failure is ProbeFailure.REFUSED
         unknown = await probe("http://nobody.invalid/", SECRET, client=client)
-        assert unknown.obstacle in {Obstacle.NAME, Obstacle.REFUSED}  # a resolver may be slow to say no
-        assert (await probe("https://" + other[7:], SECRET, client=client)).obstacle is Obstacle.TLS
+        assert unknown.failure in {ProbeFailure.NAME, ProbeFailure.REFUSED}  # a resolver may be slow to say no
+        assert (await probe("https://" + other[7:], SECRET, client=client)).failure is ProbeFailure.TLS
 
 
 async def test_no_answer_in_time() -> None:
@@ -87,7 +87,7 @@ async def test_no_answer_in_time() -> None:
     with listener:
         async with probe_client(timeout_seconds=0.2) as client:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-            assert (await probe(url, SECRET, client=client)).obstacle is Obstacle.TIMEOUT
+            assert (await probe(url, SECRET, client=client)).failure is ProbeFailure.TIMEOUT
 
 
 async def test_a_connection_that_is_cut() -> None:
@@ -97,7 +97,7 @@ async def test_a_connection_that_is_cut() -> None:
     server = await asyncio.start_server(cut, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     async with server, probe_client() as client:
-        assert (await probe(f"http://127.0.0.1:{port}/", SECRET, client=client)).obstacle is Obstacle.CUT
+        assert (await probe(f"http://127.0.0.1:{port}/", SECRET, client=client)).failure is ProbeFailure.CUT
 
 
 async def test_the_unchecked_client_stays_on_this_machine() -> None:

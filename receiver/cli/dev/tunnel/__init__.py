@@ -1,5 +1,5 @@
-"""Ways to a public HTTPS address for a receiver on a laptop, and how it is told whether such a way is open.
+"""Tunnels: public HTTPS URLs that lead to a receiver on a laptop. Used by `dev` only.
 
-A provider is one small module behind the protocol in `ways.py`; `probe.py` sends canaries, `judging.py` says who is at
-fault, `keeping.py` opens, watches and opens again. Called by the command line alone.
+Each provider is a small module behind the protocol in `provider.py`. `diagnosis.py` finds what is at
+fault when callbacks do not arrive; `supervisor.py` opens a tunnel, checks it and reopens it.
 """

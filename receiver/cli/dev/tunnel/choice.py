@@ -1,4 +1,4 @@
-"""Which provider is meant: the one that was named, else the first that needs nothing more here."""
+"""Chooses the tunnel provider: the one that the options name, else the first that is installed."""
 
 import importlib.util
 import os
@@ -11,23 +11,28 @@ from typing import Literal
 from receiver.cli.dev.tunnel.cloudflared import Cloudflared
 from receiver.cli.dev.tunnel.command import ANY_URL, Command
 from receiver.cli.dev.tunnel.ngrok import Ngrok
-from receiver.cli.dev.tunnel.provider import Given, Provider
-from receiver.cli.dev.tunnel.ssh import Ssh, account
+from receiver.cli.dev.tunnel.provider import FixedUrl, Provider
+from receiver.cli.dev.tunnel.ssh import Ssh, parse_account
 from receiver.errors import ConfigError, Problem
 
-__all__ = ["Kind", "TunnelOptions", "chosen"]
+__all__ = ["Kind", "TunnelOptions", "choose_provider"]
 
 Kind = Literal["cloudflared", "ngrok", "ssh", "command"]
 
-_WAYS = """there is no way to a public URL yet. The easiest ones:
-    install cloudflared: then this command needs no option and no account
-    --ssh you@host: by a machine of yours that is reachable from outside
-    --no-tunnel: no callbacks; runs are polled, and each is played to the receiver as a callback"""
+_NO_TUNNEL = """no tunnel to a public URL is available. The simplest ways to get one:
+    install cloudflared: `flora-receiver dev` then needs no option and no account
+    --ssh you@host: through a machine of yours that the internet can reach
+    --no-tunnel: no callbacks from FLORA; runs are polled, and a callback is simulated for each"""
+_NO_TLS = (
+    "FLORA calls HTTPS URLs only, and ssh forwards bytes unchanged; either give this receiver a certificate "
+    "for that host ([tls] cert and key), or run a proxy there that ends TLS and forwards to its own "
+    "localhost:{port}, and name its URL with --public-url"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunnelOptions:
-    """What the command line says about the tunnel."""
+    """The options of `dev` that concern the tunnel."""
 
     tunnel: Kind | None = None
     public_url: str | None = None
@@ -41,76 +46,79 @@ class TunnelOptions:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The providers that the options name, be it by options of their own; more than one is a contradiction."""
-        own: dict[Kind, str | None] = {"ssh": self.ssh, "command": self.command, "ngrok": self.domain}
+        """The providers that the options name, directly or by an option of their own."""
+        own: dict[Kind, str | None] = {
+            "ssh": self.ssh,
+            "command": self.command,
+            "ngrok": self.domain,
+        }
         named = tuple(kind for kind, value in own.items() if value is not None)
         return named if self.tunnel is None or self.tunnel in named else (self.tunnel, *named)
 
     @property
     def kind(self) -> Kind | None:
-        """The provider that is meant, if one is."""
+        """The provider that the options name, if any."""
         return next(iter(self.kinds), None)
 
 
-def chosen(wanted: TunnelOptions, *, tls: bool, environ: Mapping[str, str] | None = None) -> Provider:
-    """Return the provider; `tls`: the receiver itself speaks TLS. Raises ConfigError that says what is missing."""
-    if len(wanted.kinds) > 1:
-        raise ConfigError([Problem("--tunnel", f"{' and '.join(wanted.kinds)} are several ways: choose one of them")])
-    match wanted.kind:
+def choose_provider(options: TunnelOptions, *, tls: bool, environ: Mapping[str, str] | None = None) -> Provider:
+    """Return the provider. `tls` says that the receiver itself speaks TLS.
+
+    Raises ConfigError if options contradict each other, or if something is missing.
+    """
+    if len(options.kinds) > 1:
+        message = f"{' and '.join(options.kinds)} are different tunnels; choose one of them"
+        raise ConfigError([Problem("--tunnel", message)])
+    match options.kind:
         case "ssh":
-            return _ssh(wanted, tls=tls)
+            return _build_ssh(options, tls=tls)
         case "command":
-            return _command(wanted)
-        case "cloudflared" | "ngrok" if wanted.public_url is not None:
-            raise ConfigError(
-                [Problem("--public-url", f"{wanted.kind} brings a URL of its own: leave one of them out")]
-            )
+            return _build_command(options)
+        case "cloudflared" | "ngrok" if options.public_url is not None:
+            message = f"{options.kind} assigns a URL of its own; omit this option or the tunnel"
+            raise ConfigError([Problem("--public-url", message)])
         case "cloudflared":
             return Cloudflared()
         case "ngrok":
-            return Ngrok(wanted.domain)
-        case None if wanted.public_url is not None:
-            return Given(wanted.public_url)
+            return Ngrok(options.domain)
+        case None if options.public_url is not None:
+            return FixedUrl(options.public_url)
         case None:
-            return _available(os.environ if environ is None else environ)
+            return _find_installed(os.environ if environ is None else environ)
 
 
-def _available(environ: Mapping[str, str]) -> Provider:
+def _find_installed(environ: Mapping[str, str]) -> Provider:
     if shutil.which("cloudflared", path=environ.get("PATH")):
         return Cloudflared()
     if environ.get("NGROK_AUTHTOKEN") and importlib.util.find_spec("ngrok"):
         return Ngrok()
-    raise ConfigError([Problem("--tunnel", _WAYS)])
+    raise ConfigError([Problem("--tunnel", _NO_TUNNEL)])
 
 
-def _ssh(wanted: TunnelOptions, *, tls: bool) -> Provider:
-    if wanted.ssh is None:
-        raise ConfigError([Problem("--ssh", "is required for this tunnel: user@host or user@host:port")])
-    if not tls and wanted.public_url is None:
-        raise ConfigError([Problem("--ssh", _NO_TLS.format(port=wanted.remote_port))])
+def _build_ssh(options: TunnelOptions, *, tls: bool) -> Provider:
+    if options.ssh is None:
+        message = "is required for this tunnel: user@host or user@host:port"
+        raise ConfigError([Problem("--ssh", message)])
+    if not tls and options.public_url is None:
+        raise ConfigError([Problem("--ssh", _NO_TLS.format(port=options.remote_port))])
     try:
-        where = account(wanted.ssh)
+        where = parse_account(options.ssh)
     except ValueError as error:
         raise ConfigError([Problem("--ssh", str(error))]) from error
     return Ssh(
         where,
-        remote_port=wanted.remote_port,
-        public_url=wanted.public_url,
-        known_hosts=wanted.known_hosts,
-        identity=wanted.identity,
+        remote_port=options.remote_port,
+        public_url=options.public_url,
+        known_hosts=options.known_hosts,
+        identity=options.identity,
     )
 
 
-_NO_TLS = (
-    "FLORA calls HTTPS only, and ssh carries bytes as they are: either give this receiver a certificate for that host "
-    "([tls] cert and key), or let a proxy there do TLS, lead it to its own localhost:{port}, and name it with --public-url"
-)
-
-
-def _command(wanted: TunnelOptions) -> Provider:
-    if wanted.command is None:
-        raise ConfigError([Problem("--command", "is required for this tunnel: the program, with {port} where it goes")])
+def _build_command(options: TunnelOptions) -> Provider:
+    if options.command is None:
+        message = "is required for this tunnel: the program to run, with {port} where the port belongs"
+        raise ConfigError([Problem("--command", message)])
     try:
-        return Command(wanted.command, wanted.pattern or ANY_URL, public_url=wanted.public_url)
+        return Command(options.command, options.pattern or ANY_URL, public_url=options.public_url)
     except ValueError as error:
         raise ConfigError([Problem("--command, --pattern", str(error))]) from error

@@ -1,12 +1,12 @@
-"""Any program that prints the URL it leads here from: `--command "bore local {port} --to bore.pub" --pattern …`."""
+"""A tunnel by any program that prints its URL: `--command "bore local {port} --to bore.pub"`."""
 
 import contextlib
 import re
 import shlex
 from urllib.parse import urlsplit
 
-from receiver.cli.dev.tunnel.process import Program
-from receiver.cli.dev.tunnel.provider import Local
+from receiver.cli.dev.tunnel.process import Program, ProgramTunnel
+from receiver.cli.dev.tunnel.provider import LocalEndpoint
 from receiver.errors import TunnelError
 
 __all__ = ["ANY_URL", "Command"]
@@ -16,14 +16,15 @@ _HOST = re.compile(r"[\w.:-]+")
 _WITHIN_SECONDS = 30.0
 
 
-class Command:
-    """Runs `command` without a shell, `{port}`, `{host}` and `{url}` filled in; the URL is what `pattern` finds.
+class Command(ProgramTunnel):
+    """Runs `command` without a shell and finds its URL with `pattern`.
 
-    The pattern's first group, or else all of it, is the URL; `https://` is put before a bare host name.
+    `{port}`, `{host}` and `{url}` in the command are replaced. The URL is the first group of the
+    pattern, or the whole match; a bare host name gets `https://`.
     """
 
     name = "command"
-    hint = "is it the right URL? See --pattern"
+    hint = "check that --pattern finds the right URL"
 
     def __init__(
         self,
@@ -33,53 +34,43 @@ class Command:
         public_url: str | None = None,
         within_seconds: float = _WITHIN_SECONDS,
     ) -> None:
-        """With `public_url` what is found only says that the tunnel is up. ValueError where something cannot be read."""
+        """With `public_url`, a match only means that the tunnel is open. Raises ValueError."""
+        super().__init__()
         self._arguments = shlex.split(command)
         if not self._arguments:
-            raise ValueError("it is empty")
+            raise ValueError("the command is empty")
         try:
             self._pattern = re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"the pattern is no regular expression: {error}") from error
+            raise ValueError(f"the pattern is not a valid regular expression: {error}") from error
         self._public_url = public_url
         self._within = within_seconds
-        self._program: Program | None = None
 
-    async def open(self, local: Local) -> str:
+    async def open(self, local: LocalEndpoint) -> str:
         await self.close()
-        given = {"{port}": str(local.port), "{host}": local.host, "{url}": local.url}
-        arguments = [_filled(argument, given) for argument in self._arguments]
-        self._program = await Program.start(arguments)
+        values = {"{port}": str(local.port), "{host}": local.host, "{url}": local.url}
+        self._program = await Program.start([_replace(each, values) for each in self._arguments])
         try:
             found = await self._program.find(self._pattern, within_seconds=self._within)
-            return self._public_url or _url(found)
+            return self._public_url or _to_origin(found)
         except BaseException:
             await self.close()
             raise
 
-    async def ended(self) -> str:
-        assert self._program is not None, "it is open"
-        return await self._program.ended()
 
-    async def close(self) -> None:
-        if self._program is not None:
-            program, self._program = self._program, None
-            await program.stop()
-
-
-def _filled(argument: str, given: dict[str, str]) -> str:
-    for name, value in given.items():
+def _replace(argument: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
         argument = argument.replace(name, value)
     return argument
 
 
-def _url(found: re.Match[str]) -> str:
+def _to_origin(found: re.Match[str]) -> str:
     text = (found[1] if found.re.groups and found[1] else found[0]).rstrip(".,;:!?)}>\"'`")
     text = text if "[" in text else text.rstrip("].,")
     url = text if "://" in text else f"https://{text}"
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
-        host = parts.hostname or ""
-        if parts.scheme in {"https", "http"} and _HOST.fullmatch(host) and parts.port != 0 and not url.split()[1:]:
+        is_http = parts.scheme in {"https", "http"} and _HOST.fullmatch(parts.hostname or "")
+        if is_http and parts.port != 0 and len(url.split()) == 1:
             return f"{parts.scheme}://{parts.netloc}"
-    raise TunnelError(f"the pattern found {text[:80]!r}, which is no URL: see --pattern")
+    raise TunnelError(f"the pattern matched {text[:80]!r}, which is not a URL; correct --pattern")

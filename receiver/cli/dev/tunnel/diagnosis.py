@@ -1,138 +1,152 @@
-"""Who is at fault when callbacks do not come: the tunnel, the receiver or FLORA. Pure: canaries in, a judgement out.
+"""Decides what is at fault when callbacks do not arrive: the tunnel, the receiver or FLORA. Pure.
 
-Two canaries are sent at the same time: one through the public URL, one to the receiver on loopback. What only the first
-one misses lies between; what both miss lies with the receiver.
+Two canaries are sent at the same time: one through the public URL, one to the receiver on loopback.
+A fault that only the first one meets lies in between; one that both meet lies with the receiver.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import assert_never
 
-from receiver.cli.doctor.probe import Obstacle, Probe
+from receiver.cli.doctor.probe import ProbeFailure, ProbeResult
 
-__all__ = ["Fault", "Judgement", "Upstream", "judge", "upstream"]
+__all__ = ["Diagnosis", "Fault", "FloraState", "compare_request_counts", "diagnose"]
 
 _REDIRECTS = range(300, 400)
 
 
 class Fault(StrEnum):
-    """Who."""
+    """The part that does not work."""
 
     TUNNEL = "tunnel"
-    """The way from outside to this machine, whoever runs it."""
+    """The route from the internet to this machine, whether `dev` opened it or not."""
     RECEIVER = "receiver"
     FLORA = "flora"
 
 
-class Upstream(StrEnum):
-    """How FLORA's API has answered since the last look."""
+class FloraState(StrEnum):
+    """How FLORA's API has responded since the previous check."""
 
     UNKNOWN = "unknown"
-    """It was not asked."""
-    WELL = "well"
-    SILENT = "silent"
-    """No answer at all."""
-    REFUSING = "refusing"
-    """It does not take the API key."""
+    """No request was sent."""
+    HEALTHY = "healthy"
+    UNREACHABLE = "unreachable"
+    """There was no response."""
+    KEY_REFUSED = "key_refused"
+    """The API key was refused."""
     FAILING = "failing"
-    """5xx."""
+    """The responses were 5xx."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """What two canaries and FLORA's last answers say. `code` is stable, `reason` is for people."""
+class Diagnosis:
+    """The result of a check. `code` is stable; `reason` is for people."""
 
     fault: Fault | None
     code: str
     reason: str
-    reopen: bool = False
-    """Whether opening the tunnel again may help."""
+    can_reopen: bool = False
+    """Whether reopening the tunnel may help."""
     seconds: float | None = None
-    """How long the canary took from outside, where it arrived."""
+    """How long the canary through the public URL took, if it arrived."""
 
     @property
-    def open(self) -> bool:
-        """Whether callbacks come through, as far as can be seen from here."""
+    def is_open(self) -> bool:
+        """Whether callbacks arrive, as far as this machine can tell."""
         return self.fault in {None, Fault.FLORA}
 
 
-def judge(outside: Probe | None, inside: Probe, flora: Upstream = Upstream.UNKNOWN, *, ours: bool = True) -> Judgement:
-    """Return who is at fault. `outside` None: there is no public URL to try. `ours`: the tunnel is run by us.
+def diagnose(
+    outside: ProbeResult | None,
+    inside: ProbeResult,
+    flora: FloraState = FloraState.UNKNOWN,
+    *,
+    is_ours: bool = True,
+) -> Diagnosis:
+    """Return what is at fault. `outside` is None without a public URL.
 
-    Where it is not, an address that does not answer may be our own router's, which seldom leads back inside: then the
-    outside cannot be judged from here.
+    `is_ours` says that `dev` opened the tunnel. Where it did not, the URL may belong to the local
+    router, and many routers do not route their own public address back inside: then a URL that does
+    not respond proves nothing.
     """
-    if not inside.arrived:
-        return _receiver(inside)
-    if outside is None or outside.arrived:
-        seconds = None if outside is None else outside.seconds
-        return _flora(flora, seconds)
+    if not inside.has_arrived:
+        return _diagnose_receiver(inside)
+    if outside is None or outside.has_arrived:
+        return _diagnose_flora(flora, None if outside is None else outside.seconds)
     if outside.status is None:
-        return _unanswered(outside, flora, ours=ours)
-    return _misled(outside, ours=ours)
+        return _diagnose_no_response(outside, flora, is_ours=is_ours)
+    return _diagnose_other_response(outside, is_ours=is_ours)
 
 
-def upstream(before: Mapping[str, float], after: Mapping[str, float]) -> Upstream:
-    """Return how FLORA has answered between two counts of its answers by status (`none`: there was no answer)."""
-    new = {status: count - before.get(status, 0) for status, count in after.items()}
-    seen = {status for status, count in new.items() if count > 0}
-    if not seen:
-        return Upstream.UNKNOWN
-    if seen & {"401", "403"}:
-        return Upstream.REFUSING
-    if any(status.isdecimal() and int(status) < 500 for status in seen):
-        return Upstream.WELL
-    return Upstream.SILENT if "none" in seen else Upstream.FAILING
+def compare_request_counts(before: Mapping[str, float], after: Mapping[str, float]) -> FloraState:
+    """Return how FLORA responded between two counts of requests by HTTP status (`none`: no response)."""
+    statuses = {status for status, count in after.items() if count > before.get(status, 0)}
+    if not statuses:
+        return FloraState.UNKNOWN
+    if statuses & {"401", "403"}:
+        return FloraState.KEY_REFUSED
+    if any(status.isdecimal() and int(status) < 500 for status in statuses):
+        return FloraState.HEALTHY
+    return FloraState.UNREACHABLE if "none" in statuses else FloraState.FAILING
 
 
-def _receiver(inside: Probe) -> Judgement:
+def _diagnose_receiver(inside: ProbeResult) -> Diagnosis:
     if inside.status is None:
-        return Judgement(Fault.RECEIVER, "receiver_silent", f"it does not answer on this machine: {inside.message}")
-    if inside.answer == "unavailable":
-        return Judgement(Fault.RECEIVER, "receiver_unavailable", "it cannot commit: look at its database and disk")
-    answer = inside.answer or f"HTTP {inside.status}"
-    return Judgement(Fault.RECEIVER, "receiver_refuses", f"on this machine the canary was answered with {answer}")
+        reason = f"it does not respond on this machine: {inside.message}"
+        return Diagnosis(Fault.RECEIVER, "receiver_silent", reason)
+    if inside.code == "unavailable":
+        reason = "it cannot commit; check its database and its disk"
+        return Diagnosis(Fault.RECEIVER, "receiver_unavailable", reason)
+    reason = f"on this machine it responded to the canary with {inside.code or f'HTTP {inside.status}'}"
+    return Diagnosis(Fault.RECEIVER, "receiver_refuses", reason)
 
 
-def _flora(flora: Upstream, seconds: float | None) -> Judgement:
+def _diagnose_flora(flora: FloraState, seconds: float | None) -> Diagnosis:
     match flora:
-        case Upstream.SILENT:
-            return Judgement(Fault.FLORA, "flora_silent", "its API does not answer", seconds=seconds)
-        case Upstream.REFUSING:
-            return Judgement(Fault.FLORA, "flora_refuses", "its API does not take FLORA_API_KEY", seconds=seconds)
-        case Upstream.FAILING:
-            return Judgement(Fault.FLORA, "flora_fails", "its API answers with errors of its own", seconds=seconds)
-        case Upstream.UNKNOWN | Upstream.WELL:
-            return Judgement(
-                None, "open", "callbacks come through" if seconds else "the receiver works", seconds=seconds
-            )
+        case FloraState.UNREACHABLE:
+            code, reason = "flora_silent", "its API does not respond"
+        case FloraState.KEY_REFUSED:
+            code, reason = "flora_refuses", "its API refuses FLORA_API_KEY"
+        case FloraState.FAILING:
+            code, reason = "flora_fails", "its API responds with server errors"
+        case FloraState.UNKNOWN | FloraState.HEALTHY:
+            reason = "the receiver works" if seconds is None else "callbacks arrive"
+            return Diagnosis(None, "open", reason, seconds=seconds)
+        case _:
+            assert_never(flora)
+    return Diagnosis(Fault.FLORA, code, reason, seconds=seconds)
 
 
-def _unanswered(outside: Probe, flora: Upstream, *, ours: bool) -> Judgement:
-    if outside.obstacle is Obstacle.TLS:
-        reason = f"its certificate would not be trusted: {outside.message}"
-        return Judgement(Fault.TUNNEL, "certificate", reason)
-    if flora is Upstream.SILENT:
-        reason = "neither the public URL nor FLORA answers: is this machine offline?"
-        return Judgement(Fault.TUNNEL, "offline", reason, reopen=ours)
-    if not ours and outside.obstacle in {Obstacle.REFUSED, Obstacle.TIMEOUT}:
-        reason = f"cannot be checked from here: this machine does not reach {outside.url} ({outside.message})"
-        return Judgement(None, "unchecked", reason)
-    return Judgement(Fault.TUNNEL, "unreachable", f"nobody answers at {outside.url}: {outside.message}", reopen=ours)
+def _diagnose_no_response(outside: ProbeResult, flora: FloraState, *, is_ours: bool) -> Diagnosis:
+    if outside.failure is ProbeFailure.TLS:
+        reason = f"FLORA would not trust its certificate: {outside.message}"
+        return Diagnosis(Fault.TUNNEL, "certificate", reason)
+    if flora is FloraState.UNREACHABLE:
+        reason = "neither the public URL nor FLORA responds; this machine may be offline"
+        return Diagnosis(Fault.TUNNEL, "offline", reason, can_reopen=is_ours)
+    if not is_ours and outside.failure in {ProbeFailure.REFUSED, ProbeFailure.TIMEOUT}:
+        reason = f"this machine cannot reach {outside.url}, so it cannot be checked from here"
+        return Diagnosis(None, "unchecked", f"{reason} ({outside.message})")
+    reason = f"nothing responds at {outside.url}: {outside.message}"
+    return Diagnosis(Fault.TUNNEL, "unreachable", reason, can_reopen=is_ours)
 
 
-def _misled(outside: Probe, *, ours: bool) -> Judgement:
-    """Something answered from outside, and it was not what the receiver answers on loopback."""
+def _diagnose_other_response(outside: ProbeResult, *, is_ours: bool) -> Diagnosis:
+    """Diagnose a response from the public URL that differs from the receiver's on loopback."""
     if outside.status in _REDIRECTS:
-        where = f" to {outside.location}" if outside.location else ""
-        return Judgement(Fault.TUNNEL, "redirected", f"it redirects{where}, and FLORA follows no redirect")
-    if outside.answer == "signature_mismatch":
+        target = f" to {outside.location}" if outside.location else ""
+        reason = f"it redirects{target}, and FLORA does not follow redirects"
+        return Diagnosis(Fault.TUNNEL, "redirected", reason)
+    if outside.code == "signature_mismatch":
         reason = (
-            "altered on the way, or another receiver's: the canary was refused outside and is taken on this machine"
+            "the canary was refused through the public URL and accepted on this machine: it was altered "
+            "on the way, or the URL leads to another receiver"
         )
-        return Judgement(Fault.TUNNEL, "altered", reason)
-    if outside.answer is not None:
-        return Judgement(Fault.TUNNEL, "refused", f"from outside the canary is answered with {outside.answer}")
-    shown = f": {outside.message}" if outside.message else ""
-    reason = f"something else answers from outside, with HTTP {outside.status}{shown}"
-    return Judgement(Fault.TUNNEL, "elsewhere", reason, reopen=ours)
+        return Diagnosis(Fault.TUNNEL, "altered", reason)
+    if outside.code is not None:
+        reason = f"the response to the canary through the public URL is {outside.code}"
+        return Diagnosis(Fault.TUNNEL, "refused", reason)
+    message = f": {outside.message}" if outside.message else ""
+    reason = f"something other than the receiver responds, with HTTP {outside.status}{message}"
+    return Diagnosis(Fault.TUNNEL, "elsewhere", reason, can_reopen=is_ours)

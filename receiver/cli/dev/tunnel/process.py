@@ -1,7 +1,7 @@
-"""Runs a tunnel's program: in a process group of its own, its lines read as they come, and never left behind.
+"""Runs a tunnel program: in its own process group, with its output read line by line, and always ended.
 
-The group's leader is a shell that holds a lifeline to us: when it is cut, be it that this process was killed, the whole
-group is ended. Called by the providers that are programs.
+The leader of the group is a shell that reads from a pipe to this process. When the pipe closes, even
+because this process was killed, the shell ends the whole group.
 """
 
 import asyncio
@@ -16,17 +16,17 @@ from collections.abc import Sequence
 from receiver.errors import TunnelError
 from receiver.workers.loop import wait_for_any
 
-__all__ = ["Program"]
+__all__ = ["Program", "ProgramTunnel"]
 
 _GRACE_SECONDS = 2.0
 _QUIET_SECONDS = 1.0
-_KEPT = 200
-_SHOWN = 15
-_LONGEST = 4000
+_MAX_LINES = 200
+_MAX_PRINTED = 15
+_MAX_LINE_BYTES = 4000
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _LINE_END = re.compile(rb"[\r\n]+")
 
-# Children in the background: the program, and one that reads the lifeline and ends the group when it is cut.
+# Two background children: the program, and a reader that ends the group when the pipe closes.
 _LEADER = """
 exec 3<&0 </dev/null
 "$@" 3<&- &
@@ -38,21 +38,22 @@ wait "$program"
 
 
 class Program:
-    """One run of a program. `start` it, `find` what it prints, `stop` it."""
+    """One run of a program: `start` it, `find` something in its output, `stop` it."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, lifeline: int) -> None:
         self._name = name
         self._process = process
         self._lifeline: int | None = lifeline
-        self._lines: deque[str] = deque(maxlen=_KEPT)
+        self._lines: deque[str] = deque(maxlen=_MAX_LINES)
         self._wanted: list[tuple[re.Pattern[str], asyncio.Future[re.Match[str]]]] = []
         self._reader = asyncio.create_task(self._read(), name=f"tunnel {name}")
 
     @classmethod
     async def start(cls, arguments: Sequence[str]) -> "Program":
-        """Start it. Raises TunnelError where there is no such program."""
+        """Start the program. Raises TunnelError if it is not installed or cannot be started."""
         if shutil.which(arguments[0]) is None:
-            raise TunnelError(f"there is no program {arguments[0]!r} on the PATH: install it, or choose another way")
+            message = f"there is no program {arguments[0]!r} on the PATH; install it, or use another tunnel"
+            raise TunnelError(message)
         theirs, ours = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -64,7 +65,7 @@ class Program:
             )  # fmt: skip
         except BaseException as error:
             os.close(ours)
-            if isinstance(error, OSError):  # no memory, no more files
+            if isinstance(error, OSError):  # out of memory or file descriptors
                 raise TunnelError(f"{arguments[0]} could not be started: {error.strerror}") from error
             raise
         finally:
@@ -73,16 +74,19 @@ class Program:
 
     @property
     def printed(self) -> tuple[str, ...]:
-        """The last lines that it printed."""
-        return tuple(self._lines)[-_SHOWN:]
+        """The last lines of the program's output."""
+        return tuple(self._lines)[-_MAX_PRINTED:]
 
     async def find(self, pattern: re.Pattern[str], *, within_seconds: float) -> re.Match[str]:
-        """Return the first match in its lines, past ones included. Raises TunnelError when it ends, or time is up."""
+        """Return the first match in the output, earlier lines included.
+
+        Raises TunnelError if the program ends first, or after `within_seconds`.
+        """
         for line in self._lines:
             if match := pattern.search(line):
                 return match
         if self._reader.done():
-            raise await self._ended_early()
+            raise await self._early_end()
         future: asyncio.Future[re.Match[str]] = asyncio.get_running_loop().create_future()
         self._wanted.append((pattern, future))
         try:
@@ -90,20 +94,20 @@ class Program:
             if future.done():
                 return future.result()
             if self._reader.done():
-                raise await self._ended_early()
-            message = f"{self._name} did not print what was waited for within {within_seconds:g} s"
+                raise await self._early_end()
+            message = f"{self._name} did not print the expected line within {within_seconds:g} s"
             raise TunnelError(message, printed=self.printed)
         finally:
             self._wanted.remove((pattern, future))
             future.cancel()
 
-    async def ended(self) -> str:
-        """Return how it ended, once it has."""
+    async def wait_closed(self) -> str:
+        """Wait until the program ends; return how it ended."""
         await asyncio.wait({self._reader})
-        return f"{self._name} ended{await self._code()}"
+        return f"{self._name} ended{await self._exit_code()}"
 
     async def stop(self) -> None:
-        """End the whole group: SIGTERM, and SIGKILL for what is left (a stopped process does not hear the first)."""
+        """End the group with SIGTERM, then with SIGKILL: a stopped process does not receive the first."""
         if self._lifeline is None:
             return
         self._signal(signal.SIGTERM)
@@ -113,16 +117,16 @@ class Program:
         self._lifeline = None
         await asyncio.wait({self._reader}, timeout=_GRACE_SECONDS)
         self._reader.cancel()
-        await self._code()
+        await self._exit_code()
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
 
-    async def _ended_early(self) -> TunnelError:
-        return TunnelError(f"{self._name} ended{await self._code()}", printed=self.printed)
+    async def _early_end(self) -> TunnelError:
+        return TunnelError(f"{self._name} ended{await self._exit_code()}", printed=self.printed)
 
-    async def _code(self) -> str:
+    async def _exit_code(self) -> str:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GRACE_SECONDS):
                 return f" with exit code {await self._process.wait()}"
@@ -130,25 +134,25 @@ class Program:
 
     async def _read(self) -> None:
         stream, rest = self._process.stdout, b""
-        assert stream is not None, "it was started with a pipe"
+        assert stream is not None, "the program is started with a pipe"
         while True:
             try:
                 async with asyncio.timeout(_QUIET_SECONDS if rest else None):
-                    piece = await stream.read(4096)
-            except TimeoutError:  # it waits at the end of a line that it does not end
-                self._take(rest)
+                    chunk = await stream.read(4096)
+            except TimeoutError:  # the last line may be a prompt without a line end
+                self._add_line(rest)
                 rest = b""
                 continue
-            if not piece:
+            if not chunk:
                 break
-            *lines, rest = _LINE_END.split(rest + piece)
-            if len(rest) > _LONGEST:
+            *lines, rest = _LINE_END.split(rest + chunk)
+            if len(rest) > _MAX_LINE_BYTES:
                 lines, rest = [*lines, rest], b""
             for line in lines:
-                self._take(line)
-        self._take(rest)
+                self._add_line(line)
+        self._add_line(rest)
 
-    def _take(self, raw: bytes) -> None:
+    def _add_line(self, raw: bytes) -> None:
         line = _COLOUR.sub("", raw.decode("utf-8", "replace")).rstrip()
         if not line:
             return
@@ -156,3 +160,19 @@ class Program:
         for pattern, future in self._wanted:
             if not future.done() and (match := pattern.search(line)):
                 future.set_result(match)
+
+
+class ProgramTunnel:
+    """Base of the providers that run a program."""
+
+    def __init__(self) -> None:
+        self._program: Program | None = None
+
+    async def wait_closed(self) -> str:
+        assert self._program is not None, "the tunnel is open"
+        return await self._program.wait_closed()
+
+    async def close(self) -> None:
+        if self._program is not None:
+            program, self._program = self._program, None
+            await program.stop()

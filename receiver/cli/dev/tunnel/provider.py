@@ -1,4 +1,4 @@
-"""What a provider of tunnels is: one small module each, all of them behind this protocol."""
+"""The protocol that every tunnel provider implements, and the simplest provider: a URL that exists already."""
 
 import asyncio
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from typing import Protocol
 
 from receiver.net.addresses import http_origin
 
-__all__ = ["Given", "Local", "Provider"]
+__all__ = ["FixedUrl", "LocalEndpoint", "Provider"]
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
+class LocalEndpoint:
     """Where the receiver listens on this machine, and whether it speaks TLS there."""
 
     port: int
@@ -23,36 +23,37 @@ class Local:
 
 
 class Provider(Protocol):
-    """One way to a public URL. It may be opened again after it was closed; its URL may be another one then."""
+    """One way to get a public URL. It can be reopened after it was closed; its URL may then differ."""
 
     name: str
     hint: str
-    """What to look at when it is open and nobody answers there."""
+    """What to check when the tunnel is open but nothing answers at its URL."""
 
-    async def open(self, local: Local) -> str:
+    async def open(self, local: LocalEndpoint) -> str:
         """Return the public URL that leads to `local`, without a path. Raises TunnelError."""
 
-    async def ended(self) -> str:
-        """Return as soon as the tunnel has ended by itself, and say how."""
+    async def wait_closed(self) -> str:
+        """Wait until the tunnel closes by itself; return the reason."""
 
     async def close(self) -> None:
-        """End it, whatever state it is in; may be called twice."""
+        """Close the tunnel, whatever state it is in. Can be called more than once."""
 
 
-class Given:
-    """A URL that exists already: somebody else leads it here. It cannot be opened again."""
+class FixedUrl:
+    """A URL that is routed to this machine by other means."""
 
     name = "public-url"
-    hint = "what is it that leads it here?"
+    hint = "check what routes this URL to this machine"
 
     def __init__(self, url: str) -> None:
         self._url = url
 
-    async def open(self, local: Local) -> str:
+    async def open(self, local: LocalEndpoint) -> str:
         return self._url
 
-    async def ended(self) -> str:
-        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+    async def wait_closed(self) -> str:
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
 
     async def close(self) -> None:
         return

@@ -1,6 +1,6 @@
-"""`ssh -R` to any host, by asyncssh (extra `ssh`): bytes pass untouched, so TLS ends here, or at a proxy on that host.
+"""`ssh -R` to any host with asyncssh (extra `ssh`). TLS ends at this machine, or at a proxy on the host.
 
-The host's key is always checked against known_hosts; there is no way around that.
+The host's key is always checked against known_hosts; this cannot be turned off.
 """
 
 import asyncio
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from receiver.cli.dev.tunnel.provider import Local
+from receiver.cli.dev.tunnel.provider import LocalEndpoint
 from receiver.errors import TunnelError
+from receiver.net.addresses import http_origin
 
-__all__ = ["Account", "Ssh", "account"]
+__all__ = ["Account", "Ssh", "parse_account"]
 
 _CONNECT_SECONDS = 20.0
 _KEEPALIVE_SECONDS = 15
@@ -22,15 +23,15 @@ _HTTPS = 443
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Where to log in: `user@host:port`; what is None is left to ssh's own settings."""
+    """Where to log in. The user and the port, where None, come from ssh's own configuration."""
 
     host: str
     user: str | None = None
     port: int | None = None
 
 
-def account(text: str) -> Account:
-    """Read `[user@]host[:port]`, IPv6 in brackets; ValueError says what is wrong."""
+def parse_account(text: str) -> Account:
+    """Parse `[user@]host[:port]`, with IPv6 addresses in brackets. Raises ValueError."""
     user, _, place = text.rpartition("@")
     if place.startswith("["):
         host, bracket, rest = place[1:].partition("]")
@@ -45,10 +46,13 @@ def account(text: str) -> Account:
 
 
 class Ssh:
-    """Listens on `remote_port` of the host's public side, or on its loopback where `public_url`'s proxy takes it from."""
+    """Listens on `remote_port` of the host: on its public address, or on its loopback for a proxy.
+
+    With `public_url`, a proxy on the host serves that URL and forwards to the loopback port.
+    """
 
     name = "ssh"
-    hint = "does its sshd say GatewayPorts clientspecified, does a firewall let the port through?"
+    hint = 'check that its sshd has "GatewayPorts clientspecified" and that its firewall allows the port'
 
     def __init__(
         self,
@@ -66,40 +70,45 @@ class Ssh:
         self._identity = identity
         self._connection: Any = None
 
-    async def open(self, local: Local) -> str:
+    async def open(self, local: LocalEndpoint) -> str:
         await self.close()
-        asyncssh = _installed()
+        asyncssh = _import_asyncssh()
+        try:
+            port = await self._connect(asyncssh, local)
+        except (asyncssh.Error, asyncssh.ChannelListenError, OSError, TimeoutError, ValueError) as error:
+            await self.close()
+            raise TunnelError(self._explain(asyncssh, error)) from error
+        return self._public_url or self._origin(port, tls=local.tls)
+
+    async def _connect(self, asyncssh: Any, local: LocalEndpoint) -> int:
+        """Log in and forward the remote port; return the port that the host listens on."""
         options: dict[str, Any] = {}
         if self._where.user is not None:
             options["username"] = self._where.user
         if self._identity is not None:
             options["client_keys"] = [str(self._identity)]
-        try:
-            self._connection = await asyncssh.connect(
-                self._where.host,
-                () if self._where.port is None else self._where.port,
-                # Never None, which checks nothing; a file that is not there knows no host.
-                known_hosts=str(self._known_hosts) if self._known_hosts.is_file() else b"",
-                connect_timeout=_CONNECT_SECONDS,
-                login_timeout=_CONNECT_SECONDS,
-                keepalive_interval=_KEEPALIVE_SECONDS,
-                keepalive_count_max=2,
-                **options,
+        self._connection = await asyncssh.connect(
+            self._where.host,
+            () if self._where.port is None else self._where.port,
+            # None would check nothing; a file that does not exist means that no host is known.
+            known_hosts=str(self._known_hosts) if self._known_hosts.is_file() else b"",
+            connect_timeout=_CONNECT_SECONDS,
+            login_timeout=_CONNECT_SECONDS,
+            keepalive_interval=_KEEPALIVE_SECONDS,
+            keepalive_count_max=2,
+            **options,
+        )
+        listen_host = "localhost" if self._public_url else ""
+        async with asyncio.timeout(_CONNECT_SECONDS):
+            listener = await self._connection.forward_remote_port(
+                listen_host, self._remote_port, local.host, local.port
             )
-            listen_host = "localhost" if self._public_url else ""
-            async with asyncio.timeout(_CONNECT_SECONDS):
-                listener = await self._connection.forward_remote_port(
-                    listen_host, self._remote_port, local.host, local.port
-                )
-        except (asyncssh.Error, asyncssh.ChannelListenError, OSError, TimeoutError, ValueError) as error:
-            await self.close()
-            raise TunnelError(self._advice(asyncssh, error)) from error
-        return self._public_url or self._url(listener.get_port(), tls=local.tls)
+        return int(listener.get_port())
 
-    async def ended(self) -> str:
-        assert self._connection is not None, "it is open"
+    async def wait_closed(self) -> str:
+        assert self._connection is not None, "the tunnel is open"
         await self._connection.wait_closed()
-        return f"the connection to {self._where.host} ended"
+        return f"the connection to {self._where.host} was closed"
 
     async def close(self) -> None:
         if self._connection is not None:
@@ -109,33 +118,36 @@ class Ssh:
                 await asyncio.wait_for(connection.wait_closed(), 2)
             connection.abort()
 
-    def _url(self, port: int, *, tls: bool) -> str:
-        host = f"[{self._where.host}]" if ":" in self._where.host else self._where.host
-        return f"{'https' if tls else 'http'}://{host}{'' if tls and port == _HTTPS else f':{port}'}"
+    def _origin(self, port: int, *, tls: bool) -> str:
+        origin = http_origin(self._where.host, port, tls=tls)
+        return origin.removesuffix(f":{port}") if tls and port == _HTTPS else origin
 
-    def _advice(self, asyncssh: Any, error: Exception) -> str:
+    def _explain(self, asyncssh: Any, error: Exception) -> str:
         host = self._where.host
         if isinstance(error, asyncssh.HostKeyNotVerifiable):
             return (
-                f"{host} shows a key that {self._known_hosts} does not have: log in once with `ssh`, which shows its "
-                "fingerprint and adds it, or name the right file with --known-hosts"
+                f"the key of {host} is not in {self._known_hosts}; log in once with `ssh`, which shows "
+                "the fingerprint and adds the key, or name another file with --known-hosts"
             )
         if isinstance(error, asyncssh.PermissionDenied):
-            return f"{host} does not let us in ({error.reason}): check the user, and the key with --identity"
+            reason = error.reason
+            return f"{host} refused the login ({reason}); check the user name, and the key with --identity"
         if isinstance(error, asyncssh.ChannelListenError):
             return (
-                f"{host} does not listen on port {self._remote_port} for us: is it taken, is it below 1024, does its sshd "
-                "say AllowTcpForwarding? An old connection of ours may hold it: with ClientAliveInterval 15 not for long"
+                f"{host} did not open port {self._remote_port}; the port may be in use, be below 1024, or "
+                "be held by an earlier connection (ClientAliveInterval 15 in its sshd ends those sooner), "
+                "or its sshd may not allow it (AllowTcpForwarding)"
             )
         if isinstance(error, TimeoutError):
             return f"{host} did not answer within {_CONNECT_SECONDS:g} s"
-        if isinstance(error, ValueError):  # of the key, of known_hosts, of ssh's own settings
-            help_ = ": `ssh-add` it and leave --identity out, or name another key" if "assphrase" in str(error) else ""
-            return f"a file of ssh's on this machine cannot be used: {error}{help_}"
+        if isinstance(error, ValueError):  # from a key, known_hosts or ssh's configuration
+            locked = "assphrase" in str(error)
+            fix = "; add the key with `ssh-add` and omit --identity, or use another key" if locked else ""
+            return f"an ssh file on this machine cannot be used: {error}{fix}"
         return f"{host} cannot be reached: {error}"
 
 
-def _installed() -> Any:
+def _import_asyncssh() -> Any:
     try:
         return importlib.import_module("asyncssh")
     except ImportError:

@@ -1,7 +1,7 @@
-"""Keeps a tunnel open: looks through it every half a minute, says who is at fault, and opens it again where that may help.
+"""Keeps a tunnel open: checks it every 30 seconds and reopens it when that may help.
 
-What happens is told as values; whoever composes it (`dev`) shows them, tells FLORA's next runs the new URL, and has
-polling catch up with what was missed.
+Everything that happens is reported as a `TunnelEvent`. `DevSession` shows the events, uses the new URL
+for later runs, and reads the runs whose callbacks may have been missed.
 """
 
 import asyncio
@@ -10,109 +10,125 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from receiver.cli.dev.tunnel.diagnosis import Judgement
-from receiver.cli.dev.tunnel.provider import Local, Provider
+from receiver.cli.dev.tunnel.diagnosis import Diagnosis
+from receiver.cli.dev.tunnel.provider import LocalEndpoint, Provider
 from receiver.errors import TunnelError
 from receiver.workers.loop import wait_for_any
 
-__all__ = ["Closed", "Keeper", "Looked", "News", "NotOpened", "Opened", "Pace", "Woke"]
+__all__ = [
+    "OpenFailed",
+    "SystemResumed",
+    "Timing",
+    "TunnelChecked",
+    "TunnelClosed",
+    "TunnelEvent",
+    "TunnelOpened",
+    "TunnelSupervisor",
+]
 
 _SLICE_SECONDS = 1.0
 _JUMP_SECONDS = 5.0
-"""A wall clock this far ahead of our waiting: the machine slept."""
+"""If the wall clock runs this far ahead of a wait, the machine was suspended."""
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """The tunnel is open. `moved`: runs started before call an address that leads nowhere now."""
+class TunnelOpened:
+    """The tunnel is open. `moved` says that its URL changed: earlier runs call a URL that is gone."""
 
     url: str
     moved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Closed:
-    """The tunnel is down and will be opened again."""
+class TunnelClosed:
+    """The tunnel is closed and will be reopened."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class NotOpened:
-    """It could not be opened again; that is tried in `again_seconds`."""
+class OpenFailed:
+    """The tunnel could not be reopened; the next attempt follows in `retry_seconds`."""
 
     reason: str
-    again_seconds: float
+    retry_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
-    """The canaries are back. `news`: it is another judgement than the last one; `recovered`: callbacks come again."""
+class TunnelChecked:
+    """A check is complete.
 
-    judgement: Judgement
-    news: bool
-    recovered: bool
+    `is_new`: the diagnosis differs from the previous one. `has_recovered`: callbacks arrive again.
+    """
+
+    diagnosis: Diagnosis
+    is_new: bool
+    has_recovered: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Woke:
-    """The machine slept for `seconds`."""
+class SystemResumed:
+    """The machine was suspended for `seconds`."""
 
     seconds: float
 
 
-News = Opened | Closed | NotOpened | Looked | Woke
+TunnelEvent = TunnelOpened | TunnelClosed | OpenFailed | TunnelChecked | SystemResumed
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """How often things are done, in seconds."""
+class Timing:
+    """The intervals of a supervisor, in seconds."""
 
-    every: float = 30.0
+    check: float = 30.0
     confirm: float = 1.0
-    """Between a canary that is lost and the one that decides."""
+    """From a canary that was lost to the one that confirms the fault."""
     settle: float = 25.0
-    """How long a tunnel that has just been opened may take until its first canary comes through."""
-    settle_every: float = 2.0
-    longest: float = 60.0
-    """Pauses between tries to open it grow from one second to this."""
+    """How long a new tunnel may take until its first canary arrives."""
+    settle_check: float = 2.0
+    max_retry: float = 60.0
+    """Pauses between attempts to reopen a tunnel double from 1 to this."""
 
 
-class Keeper:
-    """Opens, watches, closes. `look` sends the canaries to a URL and judges; `tell` hears what happens, and is waited for."""
+class TunnelSupervisor:
+    """Opens, checks, reopens and closes one tunnel.
+
+    `check` sends the canaries to a URL and returns the diagnosis; `report` receives every event and is
+    awaited before the supervisor goes on.
+    """
 
     def __init__(
         self,
         provider: Provider,
-        local: Local,
+        local: LocalEndpoint,
         *,
-        look: Callable[[str], Awaitable[Judgement]],
-        tell: Callable[[News], Awaitable[None]],
-        pace: Pace | None = None,
+        check: Callable[[str], Awaitable[Diagnosis]],
+        report: Callable[[TunnelEvent], Awaitable[None]],
+        timing: Timing | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._provider = provider
         self._local = local
-        self._look = look
-        self._tell = tell
-        self._pace = pace or Pace()
+        self._check_url = check
+        self._report = report
+        self._timing = timing or Timing()
         self._clock = clock
         self._url: str | None = None
         self._opened_at = 0.0
-        self._proven = False
-        """Whether a canary has come through since it was opened."""
-        self._last: Judgement | None = None
+        self._is_proven = False
+        """Whether a canary has arrived since the tunnel was opened."""
+        self._last: Diagnosis | None = None
 
     async def open(self) -> str:
         """Open the tunnel and return its URL. Raises TunnelError."""
         url = await self._provider.open(self._local)
         before, self._url = self._url, url
-        self._opened_at, self._proven = asyncio.get_running_loop().time(), False
-        await self._tell(Opened(url, moved=before not in {None, url}))
+        self._opened_at, self._is_proven = asyncio.get_running_loop().time(), False
+        await self._report(TunnelOpened(url, moved=before not in {None, url}))
         return url
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Watch the tunnel that was opened, and replace it when it fails, until told to stop; then close it."""
+        """Check the open tunnel and replace it when it fails, until `stopping` is set; then close it."""
         try:
             while not stopping.is_set():
                 if (reason := await self._watch(stopping)) is not None:
@@ -121,75 +137,74 @@ class Keeper:
             await self._provider.close()
 
     async def _watch(self, stopping: asyncio.Event) -> str | None:
-        """Look again and again; return why the tunnel must be opened again, or None: we are to stop."""
-        ended = asyncio.create_task(self._provider.ended(), name="tunnel ended")
+        """Check repeatedly; return why the tunnel must be reopened, or None if `stopping` is set."""
+        closed = asyncio.create_task(self._provider.wait_closed(), name="tunnel closed")
         try:
             pause = 0.0
             while True:
-                await self._sleep(pause, stopping, ended)
+                await self._sleep(pause, stopping, closed)
                 if stopping.is_set():
                     return None
-                if ended.done():
-                    return ended.result()
-                judgement = await self._looked()
-                if not judgement.reopen:
-                    pause = self._pace.every
-                elif self._settling:
-                    pause = self._pace.settle_every
+                if closed.done():
+                    return closed.result()
+                diagnosis = await self._check()
+                if not diagnosis.can_reopen:
+                    pause = self._timing.check
+                elif self._is_settling():
+                    pause = self._timing.settle_check
                 else:
-                    await self._sleep(self._pace.confirm, stopping, ended)
-                    judgement = await self._looked()
-                    if judgement.reopen:
-                        return judgement.reason
-                    pause = self._pace.every
+                    await self._sleep(self._timing.confirm, stopping, closed)
+                    diagnosis = await self._check()
+                    if diagnosis.can_reopen:
+                        return diagnosis.reason
+                    pause = self._timing.check
         finally:
-            ended.cancel()
+            closed.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({ended})
+                await asyncio.wait({closed})
 
-    @property
-    def _settling(self) -> bool:
-        """Whether it may still be on its way: names and routes take a while to be known."""
+    def _is_settling(self) -> bool:
+        """Return whether a new tunnel may still become reachable: names and routes take a while."""
         age = asyncio.get_running_loop().time() - self._opened_at
-        return not self._proven and age < self._pace.settle
+        return not self._is_proven and age < self._timing.settle
 
-    async def _looked(self) -> Judgement:
-        assert self._url is not None, "it was opened"
-        judgement = await self._look(self._url)
-        self._proven = self._proven or judgement.open
-        if judgement.reopen and self._settling:
-            return judgement  # not worth a word yet
-        last, self._last = self._last, judgement
-        news = last is None or (last.fault, last.code) != (judgement.fault, judgement.code)
-        recovered = judgement.open and last is not None and not last.open
-        await self._tell(Looked(judgement, news=news, recovered=recovered))
-        return judgement
+    async def _check(self) -> Diagnosis:
+        assert self._url is not None, "the tunnel was opened"
+        diagnosis = await self._check_url(self._url)
+        self._is_proven = self._is_proven or diagnosis.is_open
+        if diagnosis.can_reopen and self._is_settling():
+            return diagnosis  # expected of a new tunnel: not reported
+        last, self._last = self._last, diagnosis
+        is_new = last is None or (last.fault, last.code) != (diagnosis.fault, diagnosis.code)
+        has_recovered = diagnosis.is_open and last is not None and not last.is_open
+        await self._report(TunnelChecked(diagnosis, is_new=is_new, has_recovered=has_recovered))
+        return diagnosis
 
     async def _replace(self, reason: str, stopping: asyncio.Event) -> None:
-        """Close what is left of the tunnel and open it again, however often that takes."""
-        await self._tell(Closed(reason))
+        """Close the tunnel and try to reopen it until that succeeds."""
+        await self._report(TunnelClosed(reason))
         await self._provider.close()
         pause = 1.0
         while not stopping.is_set():
             try:
                 await self.open()
             except TunnelError as error:
-                await self._tell(NotOpened(str(error), pause))
+                await self._report(OpenFailed(str(error), pause))
                 await self._sleep(pause, stopping)
-                pause = min(pause * 2, self._pace.longest)
+                pause = min(pause * 2, self._timing.max_retry)
             else:
                 return
 
-    async def _sleep(self, seconds: float, stopping: asyncio.Event, ended: asyncio.Task[str] | None = None) -> None:
-        """Wait, unless we are to stop, the tunnel ends, or the machine wakes from sleep: then there is no time to lose."""
+    async def _sleep(self, seconds: float, stopping: asyncio.Event, closed: asyncio.Task[str] | None = None) -> None:
+        """Wait; return early if `stopping` is set, the tunnel closes, or the machine was suspended."""
         left = seconds
         while left > 0:
             part, began = min(left, _SLICE_SECONDS), self._clock()
-            await wait_for_any(stopping, *([] if ended is None else [ended]), timeout=part)
-            if stopping.is_set() or (ended is not None and ended.done()):
+            await wait_for_any(stopping, *([] if closed is None else [closed]), timeout=part)
+            if stopping.is_set() or (closed is not None and closed.done()):
                 return
-            slept = self._clock() - began - part
-            if slept > _JUMP_SECONDS:
-                await self._tell(Woke(slept))
+            suspended = self._clock() - began - part
+            if suspended > _JUMP_SECONDS:
+                await self._report(SystemResumed(suspended))
                 return
             left -= part

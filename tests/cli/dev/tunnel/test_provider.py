@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from receiver.cli.dev.tunnel.choice import TunnelOptions, chosen
+from receiver.cli.dev.tunnel.choice import TunnelOptions, choose_provider
 from receiver.cli.dev.tunnel.cloudflared import Cloudflared
 from receiver.cli.dev.tunnel.command import Command
 from receiver.cli.dev.tunnel.ngrok import Ngrok
 from receiver.cli.dev.tunnel.process import Program
-from receiver.cli.dev.tunnel.provider import Given, Local
-from receiver.cli.dev.tunnel.ssh import Account, Ssh, account
+from receiver.cli.dev.tunnel.provider import FixedUrl, LocalEndpoint
+from receiver.cli.dev.tunnel.ssh import Account, Ssh, parse_account
 from receiver.cli.doctor.probe import probe
 from receiver.errors import ConfigError, TunnelError
 from receiver.net.clients import probe_client
@@ -28,7 +28,7 @@ from tests.support.sshd import Sshd
 from tests.support.stage import Stage, free_port
 from tests.support.tunnel_programs import CLOUDFLARED, FORWARDER, alive, gone, written
 
-LOCAL = Local(8080)
+LOCAL = LocalEndpoint(8080)
 
 
 # --- programs ----------------------------------------------------------------------------------------------------
@@ -70,11 +70,11 @@ async def test_command_leads_bytes_here(stage: Stage, tmp_path: Path) -> None:
     program = written(tmp_path, "forwarder", FORWARDER)
     tunnel = Command(f"{shlex.quote(str(program))} {{port}}", r"listening at (https://\S+)")
     async with stage.service() as service, probe_client(ca=stage.ca) as client:
-        url = await tunnel.open(Local(service.address[1], tls=True))
+        url = await tunnel.open(LocalEndpoint(service.address[1], tls=True))
         assert re.fullmatch(r"https://127\.0\.0\.1:\d+", url)
-        assert (await probe(url + CALLBACK_PATH, stage.secret, client=client)).arrived
+        assert (await probe(url + CALLBACK_PATH, stage.secret, client=client)).has_arrived
         await tunnel.close()
-        assert not (await probe(url + CALLBACK_PATH, stage.secret, client=client)).arrived
+        assert not (await probe(url + CALLBACK_PATH, stage.secret, client=client)).has_arrived
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ async def test_what_a_pattern_finds(line: str, pattern: str | None, url: str | N
     command = f"{sys.executable} -c {shlex.quote(f'print({line!r}, flush=True); import time; time.sleep(3600)')}"
     tunnel = Command(command) if pattern is None else Command(command, pattern)
     if url is None:
-        with pytest.raises(TunnelError, match="no URL"):
+        with pytest.raises(TunnelError, match="not a URL"):
             await tunnel.open(LOCAL)
     else:
         assert await tunnel.open(LOCAL) == url
@@ -120,7 +120,7 @@ async def test_a_line_that_is_not_ended_is_read_too(tmp_path: Path) -> None:
 async def test_what_is_filled_in() -> None:
     program = 'import sys, time; print("https://x.example", sys.argv[1:], flush=True); time.sleep(3600)'
     tunnel = Command(f"{sys.executable} -c {shlex.quote(program)} {{port}} {{host}}:{{port}} {{url}} '$HOME {{x}}'")
-    await tunnel.open(Local(81, tls=True))
+    await tunnel.open(LocalEndpoint(81, tls=True))
     assert tunnel._program is not None
     assert tunnel._program.printed[-1].endswith("['81', '127.0.0.1:81', 'https://127.0.0.1:81', '$HOME {x}']")
     await tunnel.close()
@@ -144,7 +144,7 @@ async def test_a_stopped_program_is_ended_with_its_children(tmp_path: Path) -> N
 
 async def test_that_a_program_ended_is_told(tmp_path: Path) -> None:
     program = await Program.start([str(written(tmp_path, "short", "sys.exit(7)"))])
-    assert (await program.ended()).endswith("short ended with exit code 7")
+    assert (await program.wait_closed()).endswith("short ended with exit code 7")
     await program.stop()
 
 
@@ -209,20 +209,20 @@ async def test_ssh_against_openssh(stage: Stage, ssh_server: Sshd) -> None:
     port = free_port()
     tunnel = to(ssh_server, port)
     async with stage.service() as service, probe_client(ca=stage.ca) as client:
-        local = Local(service.address[1], tls=True)
+        local = LocalEndpoint(service.address[1], tls=True)
         for _ in range(2):
             url = await tunnel.open(local)
             assert url == f"https://127.0.0.1:{port}"
-            assert (await probe(url + CALLBACK_PATH, stage.secret, client=client)).arrived
+            assert (await probe(url + CALLBACK_PATH, stage.secret, client=client)).has_arrived
             await tunnel.close()
-            assert not (await probe(url + CALLBACK_PATH, stage.secret, client=client)).arrived
+            assert not (await probe(url + CALLBACK_PATH, stage.secret, client=client)).has_arrived
 
 
 async def test_ssh_to_a_host_whose_proxy_does_tls(stage: Stage, ssh_server: Sshd) -> None:
     """It listens on that host's loopback, and the URL is the one that was given."""
     tunnel = to(ssh_server, free_port(), public_url="https://hooks.example.com")
     async with stage.service() as service:
-        assert await tunnel.open(Local(service.address[1])) == "https://hooks.example.com"
+        assert await tunnel.open(LocalEndpoint(service.address[1])) == "https://hooks.example.com"
         await tunnel.close()
 
 
@@ -232,19 +232,19 @@ async def test_a_host_key_that_is_not_known(ssh_server: Sshd, other_key: Path, t
     wrong.write_text(f"[127.0.0.1]:{ssh_server.port} {public(other_key)}")
     empty.touch()
     for known_hosts in (wrong, empty, tmp_path / "missing"):
-        with pytest.raises(TunnelError, match="shows a key"):
+        with pytest.raises(TunnelError, match="is not in"):
             await to(ssh_server, free_port(), known_hosts=known_hosts).open(LOCAL)
 
 
 async def test_what_ssh_refuses_is_explained(ssh_server: Sshd, other_key: Path) -> None:
     """A key that does not open, a port that is taken, a host where nobody listens."""
-    with pytest.raises(TunnelError, match="does not let us in"):
+    with pytest.raises(TunnelError, match="refused the login"):
         await to(ssh_server, free_port(), identity=other_key).open(LOCAL)
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     with (
         socket.create_server(("::" if both else "0.0.0.0", 0), family=family, dualstack_ipv6=both) as taken,
-        pytest.raises(TunnelError, match="does not listen on port"),
+        pytest.raises(TunnelError, match="did not open port"),
     ):
         await to(ssh_server, taken.getsockname()[1]).open(LOCAL)
     nobody = Ssh(Account("127.0.0.1", "x", free_port()), remote_port=1, known_hosts=ssh_server.known_hosts)
@@ -252,7 +252,7 @@ async def test_what_ssh_refuses_is_explained(ssh_server: Sshd, other_key: Path) 
         await nobody.open(LOCAL)
 
 
-@pytest.mark.parametrize(("kind", "told"), [("locked", "`ssh-add` it"), ("junk", "cannot be used"), ("hosts", "junk")])
+@pytest.mark.parametrize(("kind", "told"), [("locked", "`ssh-add`"), ("junk", "cannot be used"), ("hosts", "junk")])
 async def test_files_of_ssh_that_cannot_be_used(
     kind: str, told: str, ssh_server: Sshd, locked_key: Path, junk: Path
 ) -> None:
@@ -266,9 +266,9 @@ async def test_files_of_ssh_that_cannot_be_used(
 async def test_that_ssh_ended_is_told(ssh_server: Sshd) -> None:
     tunnel = to(ssh_server, free_port())
     await tunnel.open(LOCAL)
-    ended = asyncio.create_task(tunnel.ended())
+    wait_closed = asyncio.create_task(tunnel.wait_closed())
     tunnel._connection.abort()
-    assert "127.0.0.1 ended" in await ended
+    assert "127.0.0.1 was closed" in await wait_closed
     await tunnel.close()
 
 
@@ -293,9 +293,9 @@ async def test_that_ssh_ended_is_told(ssh_server: Sshd) -> None:
 def test_how_an_account_is_read(text: str, found: Account | None) -> None:
     if found is None:
         with pytest.raises(ValueError, match="user@host:port"):
-            account(text)
+            parse_account(text)
     else:
-        assert account(text) == found
+        assert parse_account(text) == found
 
 
 # --- ngrok, whose service a test cannot reach -----------------------------------------------------------------------
@@ -328,7 +328,7 @@ class Agent:
 async def test_ngroks_agent() -> None:
     agent = Agent()
     tunnel = Ngrok(agent=agent)
-    assert await tunnel.open(Local(8080, tls=True)) == "https://a-b-c.ngrok-free.app"
+    assert await tunnel.open(LocalEndpoint(8080, tls=True)) == "https://a-b-c.ngrok-free.app"
     assert agent.asked == ("https://127.0.0.1:8080", {"authtoken_from_env": True, "verify_upstream_tls": False})
     await tunnel.close()
     assert agent.listener.closed
@@ -350,14 +350,16 @@ def test_ngroks_agent_has_what_we_use() -> None:
 def test_the_provider_that_is_meant(tmp_path: Path) -> None:
     """An option of its own names a provider; without any, it is the first that is there."""
     there = written(tmp_path, "cloudflared", CLOUDFLARED).parent
-    assert isinstance(chosen(TunnelOptions(), tls=False, environ={"PATH": str(there)}), Cloudflared)
-    assert isinstance(chosen(TunnelOptions(), tls=False, environ={"PATH": "", "NGROK_AUTHTOKEN": "x"}), Ngrok)
-    assert isinstance(chosen(TunnelOptions(domain="x.ngrok.app"), tls=False), Ngrok)
-    assert isinstance(chosen(TunnelOptions(ssh="me@host"), tls=True), Ssh)
-    assert isinstance(chosen(TunnelOptions(tunnel="ssh", ssh="me@host"), tls=True), Ssh)
-    assert isinstance(chosen(TunnelOptions(ssh="me@host", public_url="https://hooks.example.com"), tls=False), Ssh)
-    assert isinstance(chosen(TunnelOptions(command="bore local {port}"), tls=False), Command)
-    assert isinstance(chosen(TunnelOptions(public_url="https://hooks.example.com"), tls=False), Given)
+    assert isinstance(choose_provider(TunnelOptions(), tls=False, environ={"PATH": str(there)}), Cloudflared)
+    assert isinstance(choose_provider(TunnelOptions(), tls=False, environ={"PATH": "", "NGROK_AUTHTOKEN": "x"}), Ngrok)
+    assert isinstance(choose_provider(TunnelOptions(domain="x.ngrok.app"), tls=False), Ngrok)
+    assert isinstance(choose_provider(TunnelOptions(ssh="me@host"), tls=True), Ssh)
+    assert isinstance(choose_provider(TunnelOptions(tunnel="ssh", ssh="me@host"), tls=True), Ssh)
+    assert isinstance(
+        choose_provider(TunnelOptions(ssh="me@host", public_url="https://hooks.example.com"), tls=False), Ssh
+    )
+    assert isinstance(choose_provider(TunnelOptions(command="bore local {port}"), tls=False), Command)
+    assert isinstance(choose_provider(TunnelOptions(public_url="https://hooks.example.com"), tls=False), FixedUrl)
 
 
 @pytest.mark.parametrize(
@@ -365,17 +367,17 @@ def test_the_provider_that_is_meant(tmp_path: Path) -> None:
     [
         (TunnelOptions(), "--no-tunnel"),
         (TunnelOptions(tunnel="ssh"), "--ssh: is required"),
-        (TunnelOptions(ssh="me@host"), "FLORA calls HTTPS only"),
+        (TunnelOptions(ssh="me@host"), "FLORA calls HTTPS URLs only"),
         (TunnelOptions(ssh="me@", public_url="https://x.example"), "user@host:port"),
         (TunnelOptions(tunnel="command"), "--command: is required"),
         (TunnelOptions(command="x", pattern="("), "regular expression"),
         (TunnelOptions(command="'"), "--command"),
         (TunnelOptions(command=" "), "empty"),
         (TunnelOptions(tunnel="cloudflared", public_url="https://x.example"), "a URL of its own"),
-        (TunnelOptions(tunnel="cloudflared", ssh="me@host"), "cloudflared and ssh are several ways"),
-        (TunnelOptions(command="bore", ssh="me@host"), "ssh and command are several ways"),
+        (TunnelOptions(tunnel="cloudflared", ssh="me@host"), "cloudflared and ssh are different tunnels"),
+        (TunnelOptions(command="bore", ssh="me@host"), "ssh and command are different tunnels"),
     ],
 )
 def test_what_is_missing_is_told(wanted: TunnelOptions, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        chosen(wanted, tls=False, environ={"PATH": ""})
+        choose_provider(wanted, tls=False, environ={"PATH": ""})

@@ -1,4 +1,4 @@
-"""The keeper with providers and canaries of our own making, at a quick pace; a real program that is stopped; a real clock."""
+"""The supervisor, with providers and canaries made here and short intervals, and with a real program."""
 
 import asyncio
 import contextlib
@@ -12,9 +12,18 @@ import httpx
 import pytest
 
 from receiver.cli.dev.tunnel.command import Command
-from receiver.cli.dev.tunnel.diagnosis import Fault, Judgement, judge
-from receiver.cli.dev.tunnel.provider import Local, Provider
-from receiver.cli.dev.tunnel.supervisor import Closed, Keeper, Looked, News, NotOpened, Opened, Pace, Woke
+from receiver.cli.dev.tunnel.diagnosis import Diagnosis, Fault, diagnose
+from receiver.cli.dev.tunnel.provider import LocalEndpoint, Provider
+from receiver.cli.dev.tunnel.supervisor import (
+    OpenFailed,
+    SystemResumed,
+    Timing,
+    TunnelChecked,
+    TunnelClosed,
+    TunnelEvent,
+    TunnelOpened,
+    TunnelSupervisor,
+)
 from receiver.cli.doctor.probe import probe
 from receiver.errors import TunnelError
 from receiver.net.clients import own_client, probe_client
@@ -22,11 +31,11 @@ from receiver.web.public import CALLBACK_PATH
 from tests.support.stage import Stage
 from tests.support.tunnel_programs import FORWARDER, written
 
-QUICK = Pace(every=0.02, confirm=0.01, settle=0.0, settle_every=0.01, longest=0.02)
-FINE = Judgement(None, "open", "callbacks come through", seconds=0.1)
-CLOSED = Judgement(Fault.TUNNEL, "unreachable", "nobody answers", reopen=True)
-ALTERED = Judgement(Fault.TUNNEL, "altered", "altered on the way")
-BROKEN = Judgement(Fault.RECEIVER, "receiver_silent", "it does not answer")
+QUICK = Timing(check=0.02, confirm=0.01, settle=0.0, settle_check=0.01, max_retry=0.02)
+FINE = Diagnosis(None, "open", "callbacks come through", seconds=0.1)
+CLOSED = Diagnosis(Fault.TUNNEL, "unreachable", "nobody answers", can_reopen=True)
+ALTERED = Diagnosis(Fault.TUNNEL, "altered", "altered on the way")
+BROKEN = Diagnosis(Fault.RECEIVER, "receiver_silent", "it does not answer")
 PATIENCE_SECONDS = 20
 
 
@@ -42,14 +51,14 @@ class Tunnels:
         self.closed = 0
         self.end = asyncio.Event()
 
-    async def open(self, local: Local) -> str:
+    async def open(self, local: LocalEndpoint) -> str:
         url = self._urls[0] if len(self._urls) == 1 else self._urls.pop(0)
         if isinstance(url, TunnelError):
             raise url
         self.opened += 1
         return url
 
-    async def ended(self) -> str:
+    async def wait_closed(self) -> str:
         await self.end.wait()
         self.end.clear()
         return "the program ended"
@@ -59,25 +68,30 @@ class Tunnels:
 
 
 class Session:
-    """A keeper at work: what it told, and what its canaries find, the last of which stays."""
+    """A supervisor at work: what it told, and what its canaries find, the last of which stays."""
 
-    def __init__(self, provider: Provider, found: Sequence[Judgement], pace: Pace = QUICK) -> None:
-        self.news: asyncio.Queue[News] = asyncio.Queue()
+    def __init__(self, provider: Provider, found: Sequence[Diagnosis], timing: Timing = QUICK) -> None:
+        self.news: asyncio.Queue[TunnelEvent] = asyncio.Queue()
         self.looked_at: list[str] = []
         self._found = list(found)
         self.wall = 1000.0
-        self.keeper = Keeper(
-            provider, Local(8080), look=self._look, tell=self.news.put, pace=pace, clock=lambda: self.wall
+        self.supervisor = TunnelSupervisor(
+            provider,
+            LocalEndpoint(8080),
+            check=self._look,
+            report=self.news.put,
+            timing=timing,
+            clock=lambda: self.wall,
         )
         self.stopping = asyncio.Event()
 
-    async def _look(self, url: str) -> Judgement:
+    async def _look(self, url: str) -> Diagnosis:
         self.looked_at.append(url)
         return self._found[0] if len(self._found) == 1 else self._found.pop(0)
 
-    async def told(self, wanted: Callable[[News], bool]) -> list[News]:
+    async def told(self, wanted: Callable[[TunnelEvent], bool]) -> list[TunnelEvent]:
         """Return what is told, up to the first that is wanted."""
-        seen: list[News] = []
+        seen: list[TunnelEvent] = []
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not (seen and wanted(seen[-1])):
                 seen.append(await self.news.get())
@@ -85,10 +99,10 @@ class Session:
 
 
 @contextlib.asynccontextmanager
-async def kept(provider: Provider, *found: Judgement, pace: Pace = QUICK) -> AsyncIterator[Session]:
-    session = Session(provider, found, pace)
-    await session.keeper.open()
-    task = asyncio.create_task(session.keeper.run(session.stopping))
+async def kept(provider: Provider, *found: Diagnosis, timing: Timing = QUICK) -> AsyncIterator[Session]:
+    session = Session(provider, found, timing)
+    await session.supervisor.open()
+    task = asyncio.create_task(session.supervisor.run(session.stopping))
     try:
         yield session
     finally:
@@ -97,21 +111,24 @@ async def kept(provider: Provider, *found: Judgement, pace: Pace = QUICK) -> Asy
             await task
 
 
-def is_opened(news: News) -> bool:
-    return isinstance(news, Opened)
+def is_opened(news: TunnelEvent) -> bool:
+    return isinstance(news, TunnelOpened)
 
 
-def without_repeats(news: list[News]) -> list[News]:
-    return [each for each in news if not (isinstance(each, Looked) and not each.news)]
+def without_repeats(news: list[TunnelEvent]) -> list[TunnelEvent]:
+    return [each for each in news if not (isinstance(each, TunnelChecked) and not each.is_new)]
 
 
 async def test_a_judgement_is_news_once() -> None:
     """It looks on, and tells each time; only another judgement is news."""
     tunnels = Tunnels("https://a.example")
     async with kept(tunnels, FINE) as session:
-        told = await session.told(lambda each: isinstance(each, Looked) and len(session.looked_at) > 2)
-    assert told[0] == Opened("https://a.example")
-    assert told[1:3] == [Looked(FINE, news=True, recovered=False), Looked(FINE, news=False, recovered=False)]
+        told = await session.told(lambda each: isinstance(each, TunnelChecked) and len(session.looked_at) > 2)
+    assert told[0] == TunnelOpened("https://a.example")
+    assert told[1:3] == [
+        TunnelChecked(FINE, is_new=True, has_recovered=False),
+        TunnelChecked(FINE, is_new=False, has_recovered=False),
+    ]
     assert set(session.looked_at) == {"https://a.example"}
     assert tunnels.closed == 1
 
@@ -121,16 +138,16 @@ async def test_a_tunnel_that_fails_is_confirmed_and_replaced() -> None:
     tunnels = Tunnels("https://a.example", "https://b.example")
     async with kept(tunnels, FINE, CLOSED, CLOSED, FINE) as session:
         told = await session.told(is_opened)
-        told += await session.told(lambda each: each == Closed("nobody answers"))
+        told += await session.told(lambda each: each == TunnelClosed("nobody answers"))
         told += await session.told(is_opened)
-        told += await session.told(lambda each: isinstance(each, Looked) and each.recovered)
+        told += await session.told(lambda each: isinstance(each, TunnelChecked) and each.has_recovered)
     assert without_repeats(told) == [
-        Opened("https://a.example"),
-        Looked(FINE, news=True, recovered=False),
-        Looked(CLOSED, news=True, recovered=False),
-        Closed("nobody answers"),
-        Opened("https://b.example", moved=True),
-        Looked(FINE, news=True, recovered=True),
+        TunnelOpened("https://a.example"),
+        TunnelChecked(FINE, is_new=True, has_recovered=False),
+        TunnelChecked(CLOSED, is_new=True, has_recovered=False),
+        TunnelClosed("nobody answers"),
+        TunnelOpened("https://b.example", moved=True),
+        TunnelChecked(FINE, is_new=True, has_recovered=True),
     ]
     assert tunnels.opened == 2
     assert session.looked_at[-1] == "https://b.example"
@@ -139,57 +156,57 @@ async def test_a_tunnel_that_fails_is_confirmed_and_replaced() -> None:
 async def test_one_lost_canary_replaces_nothing() -> None:
     tunnels = Tunnels("https://a.example")
     async with kept(tunnels, FINE, CLOSED, FINE) as session:
-        await session.told(lambda each: isinstance(each, Looked) and each.recovered)
+        await session.told(lambda each: isinstance(each, TunnelChecked) and each.has_recovered)
     assert tunnels.opened == 1
 
 
 @pytest.mark.parametrize("trouble", [ALTERED, BROKEN])
-async def test_what_no_new_tunnel_heals_is_told_and_left(trouble: Judgement) -> None:
+async def test_what_no_new_tunnel_heals_is_told_and_left(trouble: Diagnosis) -> None:
     """Another tunnel would not help the receiver, nor bring back altered bytes."""
     tunnels = Tunnels("https://a.example")
     async with kept(tunnels, trouble) as session:
-        await session.told(lambda each: isinstance(each, Looked) and len(session.looked_at) > 3)
+        await session.told(lambda each: isinstance(each, TunnelChecked) and len(session.looked_at) > 3)
     assert tunnels.opened == 1
 
 
 async def test_a_tunnel_that_ends_by_itself_is_replaced_at_once() -> None:
     """Long before the next canary is due. The same URL again is no move."""
     tunnels = Tunnels("https://a.example")
-    async with kept(tunnels, FINE, pace=Pace(every=3600)) as session:
-        await session.told(lambda each: isinstance(each, Looked))
+    async with kept(tunnels, FINE, timing=Timing(check=3600)) as session:
+        await session.told(lambda each: isinstance(each, TunnelChecked))
         tunnels.end.set()
         told = await session.told(is_opened)
-    assert told == [Closed("the program ended"), Opened("https://a.example")]
+    assert told == [TunnelClosed("the program ended"), TunnelOpened("https://a.example")]
 
 
 async def test_opening_is_tried_until_it_works() -> None:
     tunnels = Tunnels("https://a.example", TunnelError("no network"), TunnelError("no network"), "https://b.example")
-    async with kept(tunnels, CLOSED, CLOSED, FINE, pace=QUICK) as session:
-        await session.told(lambda each: isinstance(each, Closed))
+    async with kept(tunnels, CLOSED, CLOSED, FINE, timing=QUICK) as session:
+        await session.told(lambda each: isinstance(each, TunnelClosed))
         told = await session.told(is_opened)
     assert told == [
-        NotOpened("no network", 1.0),
-        NotOpened("no network", 0.02),
-        Opened("https://b.example", moved=True),
+        OpenFailed("no network", 1.0),
+        OpenFailed("no network", 0.02),
+        TunnelOpened("https://b.example", moved=True),
     ]
 
 
 async def test_a_new_tunnel_may_take_a_while() -> None:
     """Until its first canary came through, or its time is up, nothing is said and nothing replaced."""
     tunnels = Tunnels("https://a.example")
-    async with kept(tunnels, *[CLOSED] * 5, FINE, pace=Pace(every=0.02, settle=3600, settle_every=0.01)) as session:
-        told = await session.told(lambda each: isinstance(each, Looked))
-    assert told == [Opened("https://a.example"), Looked(FINE, news=True, recovered=False)]
+    async with kept(tunnels, *[CLOSED] * 5, FINE, timing=Timing(check=0.02, settle=3600, settle_check=0.01)) as session:
+        told = await session.told(lambda each: isinstance(each, TunnelChecked))
+    assert told == [TunnelOpened("https://a.example"), TunnelChecked(FINE, is_new=True, has_recovered=False)]
     assert len(session.looked_at) >= 6
 
 
 async def test_waking_from_sleep_is_noticed() -> None:
     """The wall clock has run far ahead of our waiting: it is looked at once, not when the half a minute is over."""
-    async with kept(Tunnels("https://a.example"), FINE, pace=Pace(every=3600)) as session:
-        await session.told(lambda each: isinstance(each, Looked))
+    async with kept(Tunnels("https://a.example"), FINE, timing=Timing(check=3600)) as session:
+        await session.told(lambda each: isinstance(each, TunnelChecked))
         session.wall += 600
-        told = await session.told(lambda each: isinstance(each, Looked))
-    assert isinstance(told[0], Woke)
+        told = await session.told(lambda each: isinstance(each, TunnelChecked))
+    assert isinstance(told[0], SystemResumed)
     assert told[0].seconds == pytest.approx(600, abs=2)
 
 
@@ -197,7 +214,7 @@ async def test_it_can_be_opened_first_or_not_at_all() -> None:
     tunnels = Tunnels(TunnelError("there is no program"))
     session = Session(tunnels, [FINE])
     with pytest.raises(TunnelError):
-        await session.keeper.open()
+        await session.supervisor.open()
     assert session.news.empty()
 
 
@@ -210,24 +227,24 @@ async def test_a_stopped_program_is_noticed_and_replaced(stage: Stage, tmp_path:
         probe_client(ca=stage.ca, timeout_seconds=0.5) as outside,
         own_client() as inside,
     ):
-        local = Local(service.address[1], tls=True)
-        news: asyncio.Queue[News] = asyncio.Queue()
-        keeper = Keeper(
-            command, local, look=lambda url: look(stage, url, local, outside, inside), tell=news.put, pace=QUICK
+        local = LocalEndpoint(service.address[1], tls=True)
+        news: asyncio.Queue[TunnelEvent] = asyncio.Queue()
+        supervisor = TunnelSupervisor(
+            command, local, check=lambda url: look(stage, url, local, outside, inside), report=news.put, timing=QUICK
         )
-        first = await keeper.open()
+        first = await supervisor.open()
         stopping = asyncio.Event()
-        task = asyncio.create_task(keeper.run(stopping))
+        task = asyncio.create_task(supervisor.run(stopping))
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                while not isinstance(await news.get(), Looked):
+                while not isinstance(await news.get(), TunnelChecked):
                     pass
                 os.kill(pid_of(command), signal.SIGSTOP)
-                while not isinstance(opened := await news.get(), Opened):
+                while not isinstance(opened := await news.get(), TunnelOpened):
                     pass
                 assert opened.url != first
                 assert opened.moved
-                while not (isinstance(seen := await news.get(), Looked) and seen.recovered):
+                while not (isinstance(seen := await news.get(), TunnelChecked) and seen.has_recovered):
                     pass
         finally:
             stopping.set()
@@ -240,10 +257,10 @@ def pid_of(command: Command) -> int:
 
 
 async def look(
-    stage: Stage, url: str, local: Local, outside: httpx.AsyncClient, inside: httpx.AsyncClient
-) -> Judgement:
+    stage: Stage, url: str, local: LocalEndpoint, outside: httpx.AsyncClient, inside: httpx.AsyncClient
+) -> Diagnosis:
     far, near = await asyncio.gather(
         probe(url + CALLBACK_PATH, stage.secret, client=outside),
         probe(local.url + CALLBACK_PATH, stage.secret, client=inside),
     )
-    return judge(far, near)
+    return diagnose(far, near)

@@ -1,0 +1,110 @@
+"""Checks the ledger and its disk: it can be written and synced, and there is space left.
+
+If a running service holds the ledger, that service's `/readyz` is read instead.
+"""
+
+import asyncio
+import errno
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from receiver.cli.doctor.findings import Finding
+from receiver.config import Settings
+from receiver.errors import ReceiverError, StoreInUseError
+from receiver.net.addresses import http_origin, local_host
+from receiver.net.clients import own_client
+from receiver.store import open_database
+from receiver.store.touching import check_writable
+
+_MIN_FREE_BYTES = 1024**3
+_SAFE_SQLITE = (3, 51, 3)
+"""Earlier versions can corrupt a WAL file that has two writers."""
+_MAX_MESSAGE = 120
+
+
+def _free_bytes(directory: Path) -> int:
+    return shutil.disk_usage(directory).free
+
+
+async def check_database(settings: Settings, *, free_bytes: Callable[[Path], int] = _free_bytes) -> list[Finding]:
+    """Write to the ledger and its disk. `free_bytes` returns the free space at a directory.
+
+    A SQLite ledger that does not exist yet is not created: a temporary one is used in its place.
+    """
+    url = settings.database.url
+    if not url.startswith("sqlite:///"):
+        return await _check_writable(url, settings)
+    findings: list[Finding] = []
+    if sqlite3.sqlite_version_info < _SAFE_SQLITE:
+        findings.append(Finding("database.old_sqlite", f"SQLite {sqlite3.sqlite_version}"))
+    path = Path(url.removeprefix("sqlite:///"))
+    directory = path.parent
+    try:
+        directory, exists = _look_up(path)
+        prefix = "flora-receiver-doctor-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=directory) as scratch:
+            findings += _check_disk(directory, free_bytes)
+            used = url if exists else f"sqlite:///{scratch}/receiver.db"
+            return findings + await _check_writable(used, settings)
+    except OSError as error:
+        is_full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        kind = "database.full" if is_full else "database.unusable"
+        return [*findings, Finding(kind, f"{directory}: {error.strerror}")]
+
+
+def _look_up(path: Path) -> tuple[Path, bool]:
+    """Return the innermost directory of `path` that exists, and whether the file exists."""
+    return next(each for each in path.absolute().parents if each.exists()), path.exists()
+
+
+def _check_disk(directory: Path, free_bytes: Callable[[Path], int]) -> list[Finding]:
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(b"flora-receiver")
+        file.flush()
+        os.fsync(file.fileno())
+    left = free_bytes(directory)
+    if left >= _MIN_FREE_BYTES:
+        return []
+    return [Finding("database.full", f"{left // 1024**2} MiB free at {directory}")]
+
+
+async def _check_writable(url: str, settings: Settings) -> list[Finding]:
+    try:
+        database = await asyncio.to_thread(open_database, url)
+    except StoreInUseError:
+        return await _check_service(settings)
+    except ReceiverError as error:
+        return [Finding("database.unusable", str(error))]
+    try:
+        await database.write(check_writable)
+    except ReceiverError as error:
+        return [Finding("database.unusable", str(error))]
+    finally:
+        await database.close()
+    return []
+
+
+async def _check_service(settings: Settings) -> list[Finding]:
+    """Read whether the service that holds the ledger can commit."""
+    url = f"{own_origin(settings)}/readyz"
+    try:
+        async with own_client(bound=settings.public.host) as client:
+            response = await client.get(url)
+    except httpx.HTTPError as error:
+        return [Finding("database.unanswered", f"{url}: {type(error).__name__}")]
+    if response.is_success:
+        return []
+    text = " ".join(response.text.split())[:_MAX_MESSAGE]
+    return [Finding("database.unanswered", f"{url}: {response.status_code} {text}")]
+
+
+def own_origin(settings: Settings) -> str:
+    """Return the origin at which this machine reaches its own receiver."""
+    public = settings.public
+    return http_origin(local_host(public.host), public.port, tls=settings.tls.cert is not None)
