@@ -3,6 +3,7 @@
 Times are aware UTC datetimes named `*_at`; ids are FLORA's own strings; money is US dollars.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -446,6 +447,15 @@ class Rejection(msgspec.Struct, frozen=True):
 def storable_text(text: str) -> str:
     """Replace what no database stores as text, NUL and lone surrogates, by U+FFFD."""
     return _UNSTORABLE.sub("\ufffd", text)
+
+
+def parse_strict_json(text: str) -> Any:
+    """Return the value of a JSON text; ValueError or RecursionError if it is none. NaN and Infinity are refused."""
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _repr_without(value: msgspec.Struct, *hidden: str) -> str:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +56,7 @@ def format_time(moment: datetime | None) -> str:
 
 def to_plain(view: "RunView | StartView") -> Any:
     """Return a view as JSON values."""
-    return _to_plain(asdict(view))
+    return _to_plain(view.model_dump())
 
 
 def _to_plain(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""The Python client of the operations API. Public: programs beside the service import `ReceiverClient` from here.
+"""The Python client of the operations API. Public: programs import `ReceiverClient` from here.
 
-The `flora-receiver` command uses it too, and `web.ops` fills the messages that it reads. May import `net` and `errors`.
+The commands use it too, and `web.ops` fills the messages that it reads. May import `net`, `model` and `errors`.
 """
 
 from receiver.client.client import (

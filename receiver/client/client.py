@@ -1,36 +1,39 @@
-"""The service for other programs: a small synchronous client of the operations API.
+"""A synchronous client of the operations API, for programs beside the service and for our own commands.
 
     with ReceiverClient() as receiver:
         start = receiver.start("cctv-cam", [{"id": "prompt", "type": "text", "value": "a lighthouse"}])
         run = receiver.wait(start.run_id)
 
-It finds the service by RECEIVER_OPS_URL and RECEIVER_OPS_TOKEN, else at 127.0.0.1:8081 with the token in var/ops-token.
-Everything that goes wrong is a ReceiverApiError.
+The address is RECEIVER_OPS_URL, or http://127.0.0.1:8081; the token is RECEIVER_OPS_TOKEN, or the content of
+RECEIVER_OPS_TOKEN_FILE (`var/ops-token` by default). Every error is a ReceiverApiError.
 """
 
 import json
 import os
 import secrets
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from http import HTTPStatus
 from pathlib import Path
+from time import monotonic, sleep
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
+from pydantic import ValidationError
 
 from receiver.client.messages import (
     ArtifactView,
     DispatchView,
     ErrorView,
+    Message,
+    OneRun,
     OutputView,
+    Refused,
     RunView,
+    Started,
     StartView,
-    error_view,
-    run_view,
-    start_view,
 )
 from receiver.errors import ReceiverApiError
 from receiver.net.clients import operations_client
@@ -50,14 +53,16 @@ DEFAULT_URL = "http://127.0.0.1:8081"
 TOKEN_FILE = Path("var/ops-token")
 _LONGEST_POLL_SECONDS = 60.0
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
-_PASSING = (None, 502, 503, 504)
-"""Statuses of answers that a restart of the service explains."""
+_RESTART_STATUSES = (None, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+"""Statuses that are explained by a restart of the service; None: no response."""
+
+T = TypeVar("T", bound=Message)
 
 
 class ReceiverClient:
-    """One connection pool to one service; close it, or use it as a context manager. Not for several threads at once.
+    """A client of one service, with a connection pool. Close it, or use it as a context manager.
 
-    `token` may be left out where it can be found: see this module's head. `ca` is a PEM file to trust besides.
+    Not safe for use by several threads at once. `ca` is a PEM file of further certificates to trust.
     """
 
     def __init__(
@@ -67,13 +72,11 @@ class ReceiverClient:
         *,
         timeout_seconds: float = 30.0,
         ca: Path | None = None,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.url = (url or os.environ.get("RECEIVER_OPS_URL") or DEFAULT_URL).rstrip("/")
         self._timeout_seconds = timeout_seconds
-        self._sleep = sleep
         try:
-            self._http = operations_client(self.url, token or _found_token(), timeout_seconds=timeout_seconds, ca=ca)
+            self._http = operations_client(self.url, token or _find_token(), timeout_seconds=timeout_seconds, ca=ca)
         except (ValueError, OSError, httpx.InvalidURL) as error:
             raise ReceiverApiError(f"{self.url} cannot be used: {error}", code="unusable_url") from error
 
@@ -88,7 +91,7 @@ class ReceiverClient:
     def close(self) -> None:
         self._http.close()
 
-    # --- starting ------------------------------------------------------------------------------------------------
+    # --- starting ------------------------------------------------------------------------------------
 
     def start(
         self,
@@ -104,12 +107,12 @@ class ReceiverClient:
     ) -> StartView:
         """Start a technique run. The same `idempotency_key` again returns the same run and starts nothing.
 
-        Returns as soon as FLORA has answered, or after `wait_seconds` with state `asking`: the service goes on asking,
-        call again with the same key to hear more. Raises ReceiverApiError with FLORA's status, code and fields where it
-        refuses; with 409 `unknown_outcome` where it cannot be told whether a run exists.
+        Returns once FLORA has responded, or after `wait_seconds` with state `asking`: the service keeps
+        retrying, so call again with the same key for the outcome. Raises ReceiverApiError with FLORA's
+        status, code and fields if it refuses, and with 409 `unknown_outcome` if a run may exist.
         """
-        asked = {"technique_id": technique_id, "inputs": list(inputs), "mode": mode, "callback_url": callback_url}
-        return self._start(asked, idempotency_key, metadata, workspace_id, wait_seconds)
+        request = {"technique_id": technique_id, "inputs": list(inputs), "mode": mode, "callback_url": callback_url}
+        return self._start(request, idempotency_key, metadata, workspace_id, wait_seconds)
 
     def generate(
         self,
@@ -121,9 +124,9 @@ class ReceiverClient:
         workspace_id: str | None = None,
         wait_seconds: float = 30.0,
     ) -> StartView:
-        """Start a single generation; `body` is that of FLORA's `POST /generate`. Otherwise as `start`."""
-        asked = {"generate": dict(body), "callback_url": callback_url}
-        return self._start(asked, idempotency_key, metadata, workspace_id, wait_seconds)
+        """Start a single generation, otherwise like `start`. `body` is that of FLORA's `POST /generate`."""
+        request = {"generate": dict(body), "callback_url": callback_url}
+        return self._start(request, idempotency_key, metadata, workspace_id, wait_seconds)
 
     def track(
         self,
@@ -136,7 +139,7 @@ class ReceiverClient:
         callback_expected: bool = False,
         metadata: Mapping[str, Any] | None = None,
     ) -> RunView:
-        """Take up a run that someone else started, by its id or its `poll_url`."""
+        """Track a run that another program started, by its id or its `poll_url`."""
         body = {
             "run_id": run_id,
             "poll_url": poll_url,
@@ -146,113 +149,126 @@ class ReceiverClient:
             "callback_expected": callback_expected,
             "metadata": dict(metadata or {}),
         }
-        return run_view(self._post("/api/runs/track", body)["run"])
+        return self._run(self._post("/api/runs/track", body))
 
     def resolve(self, start: str, run_id: str | None) -> StartView:
-        """Say what became of an unknown start, named by its token or its idempotency key: this run, or (None) no run."""
-        return start_view(self._post(f"/api/starts/{_segment(self._token_of(start))}/resolve", {"run_id": run_id}))
+        """Resolve a start of unknown outcome: it made the run `run_id`, or no run if that is None.
 
-    # --- runs ----------------------------------------------------------------------------------------------------
+        `start` is its token or its idempotency key.
+        """
+        path = f"/api/starts/{_segment(self._token_of(start))}/resolve"
+        return self._started(self._post(path, {"run_id": run_id}))
+
+    # --- runs ----------------------------------------------------------------------------------------
 
     def run(self, run_id: str) -> RunView:
         """Return a run with its outputs, artifacts and dispatches."""
-        return run_view(self._get(f"/api/runs/{_segment(run_id)}")["run"])
+        return self._run(self._get(f"/api/runs/{_segment(run_id)}"))
 
     def runs(self, state: str | None = None, limit: int = 100) -> Iterator[RunView]:
-        """Give every run, newest first; `limit` is how many are fetched at once."""
-        return (run_view(row) for row in self._pages("/api/runs", "runs", limit, state=state))
+        """Yield every run, newest first; `limit` is the size of a page."""
+        return (self._validate(RunView, row) for row in self._pages("/api/runs", "runs", limit, state=state))
 
     def wait(self, run_id: str, *, timeout_seconds: float | None = None) -> RunView:
-        """Return the run once it is settled and its dispatches are over, or as it stands when the time is over.
+        """Return the run once it is settled and its dispatches are over, or as it is after `timeout_seconds`.
 
-        A restart of the service in between is waited out. Raises ReceiverApiError: 404 at once for an unknown run,
-        `unreachable` where the service did not come back in time.
+        Continues through a restart of the service. Raises ReceiverApiError: 404 immediately for an unknown
+        run, `unreachable` if the service does not return in time.
         """
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        failed = 0
+        deadline = None if timeout_seconds is None else monotonic() + timeout_seconds
+        path = f"/api/runs/{_segment(run_id)}/wait"
+        failures = 0
         while True:
-            left = _LONGEST_POLL_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
-            patience = min(left, _LONGEST_POLL_SECONDS)
+            left = _LONGEST_POLL_SECONDS if deadline is None else max(0.0, deadline - monotonic())
+            timeout = min(left, _LONGEST_POLL_SECONDS)
             try:
-                found = run_view(self._get(f"/api/runs/{_segment(run_id)}/wait", timeout=f"{patience:.3f}")["run"])
+                run = self._run(self._get(path, timeout=f"{timeout:.3f}"))
             except ReceiverApiError as error:
-                if error.status not in _PASSING or (deadline is not None and time.monotonic() >= deadline):
+                if error.status not in _RESTART_STATUSES or (deadline is not None and monotonic() >= deadline):
                     raise
-                self._sleep(min(_RETRY_SECONDS[min(failed, len(_RETRY_SECONDS) - 1)], left))
-                failed += 1
+                sleep(min(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)], left))
+                failures += 1
                 continue
-            failed = 0
-            if found.finished or (deadline is not None and time.monotonic() >= deadline):
-                return found
+            failures = 0
+            if run.finished or (deadline is not None and monotonic() >= deadline):
+                return run
 
     def refresh(self, run_id: str) -> RunView:
-        """Have the run read from FLORA now; a lost one is taken up again, a completed one gets fresh output URLs."""
-        return run_view(self._post(f"/api/runs/{_segment(run_id)}/refresh", {})["run"])
+        """Have the service read the run from FLORA now; return the run as it was before.
+
+        A lost run is tracked again, a completed one gets fresh output URLs.
+        """
+        return self._run(self._post(f"/api/runs/{_segment(run_id)}/refresh", {}))
 
     def redispatch(self, run_id: str, handler: str | None = None, *, again: bool = False) -> int:
-        """Have handlers work on the run again, all or one; return how many dispatches are due again.
+        """Dispatch the run to its handlers again, or to one of them; return how many dispatches are due.
 
-        `again` opens a new round, with idempotency keys of its own: effects are applied once more.
+        `again` opens a new round with new idempotency keys, so that effects are applied once more.
         """
         body: dict[str, Any] = {"again": again} if handler is None else {"handler": handler, "again": again}
         return int(self._post(f"/api/runs/{_segment(run_id)}/redispatch", body)["dispatches"])
 
     def redispatch_missing(self, handler: str, since: datetime) -> int:
-        """Tell a handler that was added later of the runs settled since (an aware time); return for how many it is due."""
+        """Dispatch the runs settled since an aware time to a handler that was added later; return how many."""
         armed = 0
         while True:
-            answer = self._post("/api/runs/redispatch", {"handler": handler, "since": since.isoformat()})
-            armed += int(answer["dispatches"])
-            if not answer["more"]:
+            page = self._post("/api/runs/redispatch", {"handler": handler, "since": since.isoformat()})
+            armed += int(page["dispatches"])
+            if not page["more"]:
                 return armed
 
     def timeline(self, run_id: str) -> dict[str, Any]:
-        """Return what happened to a run, in order: `{"run_id", "entries": [{"at", "kind", …}]}`."""
+        """Return the history of a run, oldest entry first: `{"run_id", "entries": [{"at", "kind", …}]}`."""
         return self._get(f"/api/runs/{_segment(run_id)}/timeline")
 
-    # --- the rest ------------------------------------------------------------------------------------------------
+    # --- the rest ------------------------------------------------------------------------------------
 
     def technique(self, technique_id: str, workspace_id: str | None = None) -> dict[str, Any]:
-        """Return a technique: `technique_id`, `name`, `inputs` (id, type, optional), `outputs`, `run_cost` (USD or None)."""
-        found: dict[str, Any] = self._get(f"/api/techniques/{_segment(technique_id)}", workspace_id=workspace_id)[
-            "technique"
-        ]
-        return found
+        """Return a technique: `technique_id`, `name`, `inputs` (id, type, optional), `outputs`, `run_cost`.
+
+        `run_cost` is in US dollars, or None if FLORA does not name it.
+        """
+        path = f"/api/techniques/{_segment(technique_id)}"
+        technique: dict[str, Any] = self._get(path, workspace_id=workspace_id)["technique"]
+        return technique
 
     def starts(
         self, state: str | None = None, key: str | None = None, prefix: str | None = None, limit: int = 100
     ) -> Iterator[dict[str, Any]]:
-        """Give the starts, newest first; `state` is `asking`, `started`, `refused` or `unknown`.
+        """Yield the starts, newest first; `state` is `asking`, `started`, `refused` or `unknown`.
 
-        `key` is an idempotency key, `prefix` how keys begin: `batch:spring:` is the batch `spring`.
+        `key` is an idempotency key, `prefix` the beginning of one: `batch:spring:` is the batch `spring`.
         """
         return self._pages("/api/starts", "starts", limit, state=state, key=key, prefix=prefix)
 
     def deliveries(self, run_id: str | None = None, limit: int = 100) -> Iterator[dict[str, Any]]:
-        """Give the callbacks that arrived, newest first."""
+        """Yield the callbacks that were received, newest first."""
         return self._pages("/api/deliveries", "deliveries", limit, run_id=run_id)
 
     def delivery(self, delivery_id: str) -> dict[str, Any]:
         """Return one callback with its raw body."""
-        found: dict[str, Any] = self._get(f"/api/deliveries/{_segment(delivery_id)}")["delivery"]
-        return found
+        delivery: dict[str, Any] = self._get(f"/api/deliveries/{_segment(delivery_id)}")["delivery"]
+        return delivery
 
     def rejections(self, limit: int = 100) -> Iterator[dict[str, Any]]:
-        """Give the refused requests that are remembered, newest first."""
+        """Yield the refused requests on record, newest first."""
         return self._pages("/api/rejections", "rejections", limit)
 
     def dispatches(self, state: str = "dead", limit: int = 100) -> Iterator[dict[str, Any]]:
-        """Give the dispatches in a state, newest first; `orphaned`: what waits for handlers that are not configured."""
+        """Yield the dispatches in a state, newest first.
+
+        The state `orphaned` yields those that wait for handlers that are not configured.
+        """
         only = {"orphaned": "true"} if state == "orphaned" else {"state": state}
         return self._pages("/api/dispatches", "dispatches", limit, **only)
 
     def retry_dispatches(self, handler: str | None = None, run_id: str | None = None) -> int:
-        """Have dead dispatches tried again, all or those of a handler or a run; return how many."""
+        """Retry dead dispatches: all, or those of a handler or a run; return how many."""
         body = {name: value for name, value in (("handler", handler), ("run_id", run_id)) if value is not None}
         return int(self._post("/api/dispatches/retry", body)["dispatches"])
 
     def backup(self, path: Path) -> int:
-        """Have the service copy its SQLite ledger into a new file on its own machine; return the size in bytes."""
+        """Copy the SQLite ledger into a new file on the service's machine; return its size in bytes."""
         return int(self._post("/api/backup", {"path": str(path)})["size"])
 
     def channel(self) -> dict[str, Any]:
@@ -260,9 +276,9 @@ class ReceiverClient:
         return self._get("/api/channel")
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Give changes as they happen: `{"kind", "run_id", "state", "detail"}`; kind `missed`: read the ledger again.
+        """Yield changes as they happen: `{"kind", "run_id", "state", "detail"}`. Ends when the service stops.
 
-        Ends when the service stops.
+        The kind `missed` means that changes were lost: read the ledger again.
         """
         request = self._http.build_request("GET", "/api/events", headers={"Accept": "text/event-stream"})
         request.extensions["timeout"] = {**request.extensions["timeout"], "read": None}
@@ -270,7 +286,7 @@ class ReceiverClient:
         try:
             if not response.is_success:
                 response.read()
-                raise _refused(response)
+                raise _to_error(response)
             for line in response.iter_lines():
                 if line.startswith("data:"):
                     yield json.loads(line.removeprefix("data:"))
@@ -279,32 +295,31 @@ class ReceiverClient:
         finally:
             response.close()
 
-    # --- how -----------------------------------------------------------------------------------------------------
+    # --- requests ------------------------------------------------------------------------------------
 
     def _start(
         self,
-        asked: Mapping[str, Any],
+        request: Mapping[str, Any],
         key: str | None,
         metadata: Mapping[str, Any] | None,
         workspace_id: str | None,
         wait_seconds: float,
     ) -> StartView:
         body = {
-            **asked,
+            **request,
             "idempotency_key": key or f"auto-{secrets.token_hex(16)}",
             "metadata": dict(metadata or {}),
             "workspace_id": workspace_id,
             "wait_seconds": wait_seconds,
         }
         given = {name: value for name, value in body.items() if value is not None}
-        return start_view(self._post("/api/runs", given, patience=wait_seconds))
+        return self._started(self._post("/api/runs", given, wait_seconds=wait_seconds))
 
     def _token_of(self, start: str) -> str:
         found = list(self.starts(key=start))
         if len(found) > 1:
-            raise ReceiverApiError(
-                f"{len(found)} starts have this key: name one by its token", status=409, code="ambiguous_key"
-            )
+            message = f"{len(found)} starts have this key: name one by its token"
+            raise ReceiverApiError(message, status=HTTPStatus.CONFLICT, code="ambiguous_key")
         return str(found[0]["token"]) if found else start
 
     def _pages(self, path: str, name: str, limit: int, **params: str | None) -> Iterator[Any]:
@@ -320,37 +335,53 @@ class ReceiverClient:
         given = {name: value for name, value in (*params.items(), ("timeout", timeout)) if value is not None}
         return self._call(self._http.build_request("GET", path, params=given), float(timeout or 0))
 
-    def _post(self, path: str, body: Mapping[str, Any], *, patience: float = 0.0) -> dict[str, Any]:
-        return self._call(self._http.build_request("POST", path, json=body), patience)
+    def _post(self, path: str, body: Mapping[str, Any], *, wait_seconds: float = 0.0) -> dict[str, Any]:
+        return self._call(self._http.build_request("POST", path, json=body), wait_seconds)
 
-    def _call(self, request: httpx.Request, patience: float) -> dict[str, Any]:
-        """Return an answer's JSON; `patience` is how long the service itself may wait before it answers."""
-        times = request.extensions["timeout"]
-        request.extensions["timeout"] = {**times, "read": self._timeout_seconds + patience}
+    def _call(self, request: httpx.Request, wait_seconds: float) -> dict[str, Any]:
+        """Return a response's JSON; `wait_seconds` is how long the service itself may wait before it responds."""
+        timeouts = request.extensions["timeout"]
+        request.extensions["timeout"] = {**timeouts, "read": self._timeout_seconds + wait_seconds}
         response = self._send(request)
         if not response.is_success:
-            raise _refused(response)
+            raise _to_error(response)
         try:
-            answer: dict[str, Any] = response.json()
+            data: dict[str, Any] = response.json()
         except ValueError as error:
-            raise ReceiverApiError(
-                f"{self.url} does not answer as flora-receiver does", code="not_a_receiver"
-            ) from error
-        return answer
+            raise self._not_a_receiver() from error
+        return data
 
     def _send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
         try:
             return self._http.send(request, stream=stream)
         except httpx.TransportError as error:
             raise ReceiverApiError(
-                f"no answer from {self.url} ({type(error).__name__}): is the service running? Start it with "
-                "`flora-receiver serve`, or name its operations address in RECEIVER_OPS_URL",
+                f"no response from {self.url} ({type(error).__name__}): is the service running? Start it with "
+                "`flora-receiver serve`, or set RECEIVER_OPS_URL to its operations address",
                 code="unreachable",
             ) from error
 
+    # --- responses -----------------------------------------------------------------------------------
 
-def _found_token() -> str:
-    """Return the token that this machine holds; empty where there is none, so that the answer says so."""
+    def _run(self, data: Any) -> RunView:
+        return self._validate(OneRun, data).run
+
+    def _started(self, data: Any) -> StartView:
+        started = self._validate(Started, data)
+        return StartView(**dict(started.start), run=started.run, repeated=started.repeated)
+
+    def _validate(self, model: type[T], data: Any) -> T:
+        try:
+            return model.model_validate(data)
+        except ValidationError as error:
+            raise self._not_a_receiver() from error
+
+    def _not_a_receiver(self) -> ReceiverApiError:
+        return ReceiverApiError(f"{self.url} does not respond as flora-receiver does", code="not_a_receiver")
+
+
+def _find_token() -> str:
+    """Return the token of this machine, or an empty one, so that the service's response explains what is missing."""
     if token := os.environ.get("RECEIVER_OPS_TOKEN"):
         return token.strip()
     try:
@@ -359,11 +390,13 @@ def _found_token() -> str:
         return ""
 
 
-def _refused(response: httpx.Response) -> ReceiverApiError:
+def _to_error(response: httpx.Response) -> ReceiverApiError:
+    """Return the error that a refusal carries, whatever its body is."""
     try:
-        found = error_view(response.json()["error"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        found = ErrorView("not_a_receiver", f"an answer {response.status_code} that flora-receiver does not give")
+        found = Refused.model_validate(response.json()).error
+    except ValueError:
+        message = f"flora-receiver does not respond like this, with status {response.status_code}"
+        found = ErrorView(code="not_a_receiver", message=message)
     return ReceiverApiError(
         found.message,
         status=response.status_code,

@@ -1,211 +1,414 @@
-"""What the operations API answers, as the Python client gives it to other programs. Pure; imports nothing of ours."""
+"""The objects of the operations API, one model for each. Times are ISO 8601 in UTC.
+
+`web.ops` fills them, `ReceiverClient` reads them, and the OpenAPI document prints their schemas, where the suffix
+`View` is left out. Unknown fields are ignored; fields that an older service does not send have a default.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    computed_field,
+)
+
+from receiver.model import DispatchState, RunState, StartState
 
 __all__ = ["ArtifactView", "DispatchView", "ErrorView", "OutputView", "RunView", "StartView"]
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorView:
-    """Why FLORA, or this service, did not do what was asked; `fields` are (field, message)."""
+def _to_pairs(rows: Any) -> Any:
+    """Return `[{"field", "message"}]` as pairs; pairs stay as they are."""
+    return [
+        (str(row.get("field", "")), str(row.get("message", ""))) if isinstance(row, Mapping) else row
+        for row in rows or ()
+    ]
 
-    code: str
-    message: str
+
+def _from_pairs(pairs: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
+    return [{"field": field, "message": message} for field, message in pairs]
+
+
+_FIELDS_SCHEMA = {
+    "type": "array",
+    "items": {"type": "object", "properties": {"field": {"type": "string"}, "message": {"type": "string"}}},
+}
+
+Time = Annotated[datetime, PlainSerializer(datetime.isoformat, when_used="json")]
+# A client must accept a state that a newer service has added: the schema lists the states, the type does not.
+_RunState = Annotated[str, WithJsonSchema({"type": "string", "enum": [state.value for state in RunState]})]
+_DispatchState = Annotated[str, WithJsonSchema({"type": "string", "enum": [*DispatchState]})]
+_StartState = Annotated[str, WithJsonSchema({"type": "string", "enum": [*StartState]})]
+_Fields = Annotated[
+    tuple[tuple[str, str], ...],
+    BeforeValidator(_to_pairs),
+    PlainSerializer(_from_pairs, when_used="json"),
+    WithJsonSchema(_FIELDS_SCHEMA),
+]
+
+
+class Message(BaseModel):
+    """A JSON object of the operations API."""
+
+    model_config = ConfigDict(
+        defer_build=True, frozen=True, from_attributes=True, hide_input_in_errors=True, use_attribute_docstrings=True
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object as it is sent: the fields that were set, and no computed ones."""
+        return self.model_dump(mode="json", exclude_unset=True, round_trip=True)
+
+
+class ErrorView(Message):
+    """Why FLORA or the service refused a request."""
+
+    code: str = "unknown"
+    message: str = ""
     status: int | None = None
-    """FLORA's HTTP status, where it was FLORA that refused."""
-    fields: tuple[tuple[str, str], ...] = ()
+    """FLORA's HTTP status, if FLORA refused."""
+    fields: _Fields = ()
+    """The fields at fault and what is wrong with each, as pairs of (field, message)."""
     request_id: str | None = None
-    """FLORA's `request-id`: its support asks for it."""
+    """FLORA's `request-id`, which its support asks for."""
 
 
-@dataclass(frozen=True, slots=True)
-class OutputView:
-    """One output of a run. `value` is the URL of the media, or the text itself where `type` is `text`."""
+class OutputView(Message):
+    """One output of a run."""
 
     position: int
     output_id: str
     type: str
-    value: str = field(repr=False)
+    value: str = Field(repr=False)
+    """The URL of the media, or the text itself if `type` is `text`."""
 
 
-@dataclass(frozen=True, slots=True)
-class ArtifactView:
-    """Where a handler put an output; `position` -1 is the handler's own manifest of the run."""
+class ArtifactView(Message):
+    """Where a handler stored an output."""
 
     handler: str
     position: int
+    """The position of the output, or -1 for the handler's own manifest of the run."""
     output_id: str
     location: str
     size: int | None
     sha256: str | None
     content_type: str | None
-    stored: bool
-    """False: the place is reserved, the bytes are not safe yet."""
+    stored_at: Time | None = None
+    """When the bytes were safely stored; null while the location is only reserved."""
+
+    @computed_field  # type: ignore[prop-decorator]  # mypy has no decorated properties
+    @property
+    def stored(self) -> bool:
+        """Whether the bytes are safely stored; False while the location is only reserved."""
+        return self.stored_at is not None
 
     @property
     def path(self) -> Path | None:
-        """The file on this machine's disk, None where it is elsewhere."""
+        """The file on this machine's disk, or None if it is stored elsewhere."""
         parts = urlsplit(self.location)
         return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchView:
-    """One handler's work on one event of the run."""
+class DispatchView(Message):
+    """One handler's work on one event of a run."""
 
     handler: str
     event: str
     round: int
-    state: str
-    """`ready`, `leased`, `done`, `dead` or `skipped`."""
+    state: _DispatchState
     attempts: int
     last_error: str | None
     orphaned: bool = False
-    """It waits for a handler that is not configured."""
-    result: Mapping[str, Any] | None = None
-    """What the handler said about itself when it was done."""
+    """Whether it waits for a handler that is not configured."""
+    result: dict[str, Any] | None = None
+    """What the handler returned when it was done. Left out of lists of dispatches."""
+    run_id: str | None = None
+    due_at: Time | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RunView:
+class Start(Message):
+    """A request to start a run, committed before FLORA receives it."""
+
+    state: _StartState
+    run_id: str | None
+    idempotency_key: str
+    token: str = Field(repr=False)
+    """Names the start for `resolve`."""
+    error: ErrorView | None = None
+    """Why FLORA refused, or its last error while the state is `asking`."""
+    operation: str | None = None
+    technique_id: str | None = None
+    workspace_id: str | None = None
+    created_at: Time | None = None
+    asked_again_at: Time | None = None
+    """When the request to FLORA is due again; null unless an attempt has failed."""
+    attempts: int = 0
+    callback_expected: bool = True
+    metadata: dict[str, Any] = {}
+
+
+class RunView(Message):
     """A run as the ledger has it."""
 
     run_id: str
-    state: str
-    """`open`, `reported`, `completed`, `failed` or `lost`."""
+    state: _RunState
     settled: bool
-    """FLORA has shown its end."""
-    finished: bool
-    """Settled or lost, and no handler has anything left to do for it."""
-    verdict: str | None
-    run_type: str | None
-    technique_id: str | None
-    workspace_id: str | None
-    charged_cost: float | None
-    """USD, as FLORA bills it; may change until `cost_final`."""
-    quoted_cost: float | None
+    """Whether the final state was read from FLORA."""
+    finished: bool = False
+    """Whether the run is over and no handler has any work left to do on it."""
+    verdict: str | None = None
+    """How the callback compares with what was read: `matched`, `recovered`, `diverged` and so on."""
+    origin: str | None = None
+    run_type: str | None = None
+    technique_id: str | None = None
+    workspace_id: str | None = None
+    project_id: str | None = None
+    progress: int | None = None
+    first_seen_at: Time | None = None
+    created_at: Time | None = None
+    started_at: Time | None = None
+    completed_at: Time | None = None
+    reported_at: Time | None = None
+    settled_at: Time | None = None
+    deadline_at: Time | None = None
+    next_poll_at: Time | None = None
+    polls: int = 0
+    callback_expected: bool = True
+    callback_status: str | None = Field(None, validation_alias=AliasChoices("callback_status", "told"))
+    """What callbacks reported: `completed`, `failed`, or `both` if they contradict each other."""
+    told: str | None = Field(None, deprecated=True)
+    """The same as `callback_status`, which replaces it."""
+    error_code: str | None = None
+    error_message: str | None = None
+    lost_reason: str | None = None
+    charged_cost: float | None = None
+    """US dollars, as FLORA bills them; may change until `cost_final`."""
+    quoted_cost: float | None = None
+    """US dollars."""
     cost_final: bool
-    error_code: str | None
-    error_message: str | None
-    lost_reason: str | None
-    metadata: Mapping[str, Any]
-    first_seen_at: datetime | None
-    settled_at: datetime | None
+    metadata: dict[str, Any] = {}
     outputs: tuple[OutputView, ...] = ()
-    """Empty in lists: read the run by itself for its outputs, artifacts and dispatches."""
+    """Left out of lists, like the three fields below: read the run by its id."""
     artifacts: tuple[ArtifactView, ...] = ()
     dispatches: tuple[DispatchView, ...] = ()
+    start: Start | None = None
 
     @property
     def succeeded(self) -> bool:
-        """Whether it completed and every handler did its work."""
+        """Whether the run completed and no handler failed."""
         return self.state == "completed" and self.finished and all(one.state != "dead" for one in self.dispatches)
 
     @property
     def files(self) -> tuple[ArtifactView, ...]:
-        """The stored outputs, in order, without the handlers' manifests."""
+        """The stored outputs in order, without the handlers' manifests."""
         return tuple(one for one in self.artifacts if one.stored and one.position >= 0)
 
 
-@dataclass(frozen=True, slots=True)
-class StartView:
-    """What became of a start. `token` names it for `resolve`."""
+class StartView(Start):
+    """What came of a start: `started`, or `asking` while FLORA has not answered. Other states raise."""
 
-    state: str
-    """`started`, or `asking` while FLORA has not answered; a refusal and an unknown outcome raise."""
-    run_id: str | None
-    idempotency_key: str
-    token: str = field(repr=False)
-    error: ErrorView | None = None
-    """While asking: FLORA's last answer, if there was one."""
     run: RunView | None = None
     repeated: bool = False
-    """The key was known: nothing was started now."""
+    """Whether the idempotency key was known, so that nothing was started now."""
 
 
-def run_view(data: Mapping[str, Any]) -> RunView:
-    """Return the run in an answer's JSON."""
-    return RunView(
-        run_id=data["run_id"],
-        state=data["state"],
-        settled=data["settled"],
-        finished=bool(data.get("finished")),
-        verdict=data.get("verdict"),
-        run_type=data.get("run_type"),
-        technique_id=data.get("technique_id"),
-        workspace_id=data.get("workspace_id"),
-        charged_cost=data.get("charged_cost"),
-        quoted_cost=data.get("quoted_cost"),
-        cost_final=data["cost_final"],
-        error_code=data.get("error_code"),
-        error_message=data.get("error_message"),
-        lost_reason=data.get("lost_reason"),
-        metadata=data.get("metadata") or {},
-        first_seen_at=_time(data.get("first_seen_at")),
-        settled_at=_time(data.get("settled_at")),
-        outputs=tuple(
-            OutputView(row["position"], row["output_id"], row["type"], row["value"]) for row in data.get("outputs", ())
-        ),
-        artifacts=tuple(_artifact(row) for row in data.get("artifacts", ())),
-        dispatches=tuple(_dispatch(row) for row in data.get("dispatches", ())),
-    )
+class DeliveryView(Message):
+    """A callback that was received."""
+
+    delivery_id: str
+    run_id: str | None
+    event: str | None
+    api_version: str | None
+    received_at: Time
+    age_seconds: int
+    readable: bool
+    duplicates: int
+    last_duplicate_at: Time | None
+    signature: str | None = None
+    """Left out of lists, like `body`."""
+    body: str | None = None
+    """The raw body; null once it is past its retention."""
 
 
-def start_view(data: Mapping[str, Any]) -> StartView:
-    """Return the start in the answer `{"start", "run", "repeated"}`."""
-    start, run = data["start"], data.get("run")
-    return StartView(
-        state=start["state"],
-        run_id=start["run_id"],
-        idempotency_key=start["idempotency_key"],
-        token=start["token"],
-        error=error_view(start["error"]) if start.get("error") else None,
-        run=run_view(run) if run else None,
-        repeated=bool(data.get("repeated")),
-    )
+class RejectionView(Message):
+    """A request to the public listener that was refused."""
+
+    rejected_at: Time
+    code: str
+    remote: str | None
+    size: int
 
 
-def error_view(data: Mapping[str, Any]) -> ErrorView:
-    """Return the error in an answer's JSON."""
-    return ErrorView(
-        code=str(data.get("code") or "unknown"),
-        message=str(data.get("message") or ""),
-        status=data.get("status"),
-        fields=tuple((str(row.get("field", "")), str(row.get("message", ""))) for row in data.get("fields") or ()),
-        request_id=data.get("request_id"),
-    )
+class TechniqueInput(Message):
+    """An input that a technique declares."""
+
+    id: str
+    type: str
+    name: str | None
+    optional: bool
 
 
-def _artifact(row: Mapping[str, Any]) -> ArtifactView:
-    return ArtifactView(
-        handler=row["handler"],
-        position=row["position"],
-        output_id=row["output_id"],
-        location=row["location"],
-        size=row["size"],
-        sha256=row["sha256"],
-        content_type=row["content_type"],
-        stored=row["stored_at"] is not None,
-    )
+class TechniqueOutput(Message):
+    """An output that a technique declares."""
+
+    id: str
+    type: str
+    name: str | None
 
 
-def _dispatch(row: Mapping[str, Any]) -> DispatchView:
-    return DispatchView(
-        handler=row["handler"],
-        event=row["event"],
-        round=row["round"],
-        state=row["state"],
-        attempts=row["attempts"],
-        last_error=row["last_error"],
-        orphaned=row.get("orphaned", False),
-        result=row.get("result"),
-    )
+class TechniqueView(Message):
+    """A technique as FLORA describes it."""
+
+    technique_id: str
+    slug: str | None
+    name: str | None
+    inputs: tuple[TechniqueInput, ...]
+    outputs: tuple[TechniqueOutput, ...]
+    run_cost: float | None
+    """US dollars."""
 
 
-def _time(value: str | None) -> datetime | None:
-    return None if value is None else datetime.fromisoformat(value)
+class ChannelHealth(Message):
+    """Whether callbacks arrive, and if not, the likely cause and its fix."""
+
+    ok: bool
+    matched: int
+    recovered: int
+    diverged: int
+    lost: int
+    cause: str | None
+    cure: str | None
+
+
+class ChannelView(Message):
+    """The callback channel over the last 24 hours."""
+
+    since: Time
+    health: ChannelHealth
+    late: int
+    arrivals: int
+    refusals: dict[str, int]
+    """Refused requests by code."""
+    hours: tuple[dict[str, Any], ...]
+    """One object for each hour: `hour`, and the number of runs by verdict."""
+
+
+class TimelineEntry(Message):
+    """Something that happened to a run; the other fields depend on `kind`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    at: Time
+    kind: str
+
+
+class TimelineView(Message):
+    """What happened to a run, oldest entry first."""
+
+    run_id: str
+    run: RunView
+    reads: int
+    """How often the run was read from FLORA."""
+    entries: tuple[TimelineEntry, ...]
+
+
+# --- responses -------------------------------------------------------------------------------------------------------
+
+
+class OneRun(Message):
+    """A run."""
+
+    run: RunView
+
+
+class OneTechnique(Message):
+    """A technique."""
+
+    technique: TechniqueView
+
+
+class OneDelivery(Message):
+    """A callback."""
+
+    delivery: DeliveryView
+
+
+class Started(Message):
+    """What came of a start."""
+
+    start: Start
+    run: RunView | None = None
+    repeated: bool = False
+    """Whether the idempotency key was known, so that nothing was started now."""
+
+
+class Armed(Message):
+    """How many dispatches are due again."""
+
+    dispatches: int
+    armed: tuple[DispatchView, ...]
+    """The first hundred."""
+    more: bool = False
+    """Whether to send the request again for the rest. Of `runs/redispatch` alone."""
+
+
+class Backup(Message):
+    """A copy of the ledger."""
+
+    path: str
+    size: int
+    """Bytes."""
+
+
+class Refused(Message):
+    """Why a request was refused."""
+
+    error: ErrorView
+    start: Start | None = None
+    """The start that was refused. Of `POST /api/runs` and `resolve` alone."""
+
+
+class Page(Message):
+    """One page of a list, newest first."""
+
+    next_cursor: str | None
+    """The `cursor` of the next page, or null on the last one."""
+
+
+class RunPage(Page):
+    """A page of runs."""
+
+    runs: tuple[RunView, ...]
+
+
+class StartPage(Page):
+    """A page of starts."""
+
+    starts: tuple[Start, ...]
+
+
+class DeliveryPage(Page):
+    """A page of callbacks."""
+
+    deliveries: tuple[DeliveryView, ...]
+
+
+class RejectionPage(Page):
+    """A page of refused requests."""
+
+    rejections: tuple[RejectionView, ...]
+
+
+class DispatchPage(Page):
+    """A page of dispatches."""
+
+    dispatches: tuple[DispatchView, ...]

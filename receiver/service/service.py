@@ -33,11 +33,12 @@ from receiver.telemetry import Metrics
 from receiver.web.connection_guard import Guard, Limits
 from receiver.web.ops.app import ops_app
 from receiver.web.ops.auth import Access
-from receiver.web.ops.backup import Backups
-from receiver.web.ops.callbacks import Ledger
-from receiver.web.ops.dispatches import Dispatches
+from receiver.web.ops.backup import BackupRoutes
+from receiver.web.ops.callbacks import CallbackRoutes
+from receiver.web.ops.dispatches import DispatchRoutes
+from receiver.web.ops.monitor import MonitorRoutes
 from receiver.web.ops.requests import MAX_BODY_BYTES
-from receiver.web.ops.runs import Runs
+from receiver.web.ops.runs import RunRoutes
 from receiver.web.public import public_app
 from receiver.web.server import Server, bind
 from receiver.workers.dispatcher import Dispatcher
@@ -306,7 +307,7 @@ class Service:
             app = self._around(app)
         sockets = self._sockets("public", settings.public.host, settings.public.port)
         guard = wiring.public_guard(settings, self.metrics)
-        return Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key, guard=guard)
+        return Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key, guard=guard, name="public")
 
     def _sockets(self, name: str, host: str, port: int) -> list[socket.socket]:
         return [self._given[name]] if name in self._given else bind(host, port, setting=name)
@@ -324,7 +325,7 @@ class Service:
             raise ConfigError([problem])
         access = Access(ensure_token(settings), operations.host, operations.allowed_hosts)
         names = [each.handler for each in self._subscriptions]
-        runs = Runs(
+        runs = RunRoutes(
             self.database,
             self.intake,
             self.starter,
@@ -334,25 +335,29 @@ class Service:
             handlers=names,
             clock=self._clock,
         )
-        dispatches = Dispatches(self.database, self._subscriptions, signals=self.signals, clock=self._clock)
-        ledger = Ledger(
+        monitor = MonitorRoutes(
             self.database,
-            self.starter,
             self.metrics,
             signals=self.signals,
             stopping=self._stopping,
             handlers=names,
             clock=self._clock,
         )
-        everything = [dispatches.routes(), runs.routes(), Backups(self.database).routes(), ledger.routes()]
-        rooms = [ledger.probes()] if self._only == "door" else everything
-        app = ops_app(access, *rooms)
+        everything = [
+            DispatchRoutes(self.database, self._subscriptions, signals=self.signals, clock=self._clock).routes(),
+            runs.routes(),
+            BackupRoutes(self.database).routes(),
+            CallbackRoutes(self.database, clock=self._clock).routes(),
+            monitor.routes(),
+        ]
+        app = ops_app(access, *([monitor.probes()] if self._only == "door" else everything))
         sockets = self._sockets("operations", operations.host, operations.port)
         # On loopback there is nobody to hide from; elsewhere TLS, unless a proxy does it.
         plain = is_loopback(operations.host) or operations.allow_plaintext
         tls = settings.tls
         guard = Guard(_OPERATIONS_LIMITS, closed=partial(self.metrics.count_closed_connection, "operations"))
-        return Server(app, sockets, cert=None if plain else tls.cert, key=None if plain else tls.key, guard=guard)
+        cert, key = (None, None) if plain else (tls.cert, tls.key)
+        return Server(app, sockets, cert=cert, key=key, guard=guard, name="operations")
 
     async def _survive(self, name: str, run: Callable[[asyncio.Event], object]) -> None:
         """Keep a loop running: a bug in one tick must not end the service's work for good."""

@@ -29,7 +29,6 @@ class Service:
     def __init__(self, *answers: Answer) -> None:
         self.answers = iter(answers)
         self.asked: list[httpx.Request] = []
-        self.slept: list[float] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.asked.append(request)
@@ -39,7 +38,7 @@ class Service:
         return answer
 
     def client(self) -> ReceiverClient:
-        client = ReceiverClient("http://127.0.0.1:8081", "tok", sleep=self.slept.append)
+        client = ReceiverClient("http://127.0.0.1:8081", "tok")
         client._http._transport = httpx.MockTransport(self)
         client._http._mounts = {}
         return client
@@ -87,6 +86,22 @@ def test_a_refusal_is_an_error_with_its_reasons() -> None:
     assert error.fields == (("inputs.0", "wrong"),)
 
 
+def test_an_older_and_a_newer_service_are_understood() -> None:
+    """An older one sends `told` alone; of a newer one, unknown fields and states are accepted."""
+    older = Service(ok(run={**RUN, "told": "completed"})).client().run("run_1")
+    assert (older.callback_status, older.origin, older.outputs) == ("completed", None, ())
+    dispatch = {"handler": "h", "event": "settled", "round": 0, "state": "paused", "attempts": 0, "last_error": None}
+    run = {**RUN, "state": "archived", "callback_status": "both", "told": "both", "shape": 1, "dispatches": [dispatch]}
+    newer = Service(ok(run=run, more=1)).client().run("run_1")
+    assert (newer.state, newer.callback_status, newer.dispatches[0].state) == ("archived", "both", "paused")
+
+
+def test_a_response_without_its_fields_is_not_a_receivers() -> None:
+    with pytest.raises(ReceiverApiError) as caught:
+        Service(ok(run={"run_id": "run_1"})).client().run("run_1")
+    assert caught.value.code == "not_a_receiver"
+
+
 @pytest.mark.parametrize("answer", [httpx.Response(200, text="<html>"), httpx.Response(502, text="<html>")])
 def test_something_else_at_that_address_is_said(answer: httpx.Response) -> None:
     with pytest.raises(ReceiverApiError) as caught:
@@ -100,15 +115,17 @@ def test_nothing_at_that_address_is_said_with_what_to_do() -> None:
     assert (caught.value.code, caught.value.status) == ("unreachable", None)
 
 
-def test_waiting_outlasts_a_restart() -> None:
-    """Connection errors and 502 to 504 are asked again, ever more slowly; each answer that is not the end, too."""
+def test_waiting_outlasts_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that fail, or end with 502 to 504, are sent again after growing pauses."""
+    pauses: list[float] = []
+    monkeypatch.setattr("receiver.client.client.sleep", pauses.append)
     service = Service(
         ok(run=RUN), httpx.ConnectError("gone"), httpx.ReadError("cut"), refused(503, "unavailable"),
         ok(run={**RUN, "state": "completed", "settled": True, "finished": True}),
     )  # fmt: skip
     run = service.client().wait("run_1")
     assert (run.state, run.finished, run.succeeded) == ("completed", True, True)
-    assert service.slept == [0.2, 0.5, 1.0]
+    assert pauses == [0.2, 0.5, 1.0]
     assert [request.url.params["timeout"] for request in service.asked] == ["60.000"] * 5
 
 

@@ -25,7 +25,7 @@ from receiver.config import describe, environment_variables
 from receiver.emulator.faults import KINDS
 from receiver.plugins.loader import options_of
 from receiver.telemetry import Metrics
-from receiver.web.ops.openapi import document as openapi
+from receiver.web.ops.openapi import openapi_document
 from receiver.web.public import STATUS
 from tests.docs.meanings import CASE_MEANINGS, FAULT_MEANINGS, REFUSAL_MEANINGS
 
@@ -165,7 +165,7 @@ def _refusals() -> str:
 
 def _endpoints() -> str:
     """Tabulate the operations API by its own OpenAPI document: each request, its parameters, its summary."""
-    document = openapi()
+    document = openapi_document()
     schemas = document["components"]["schemas"]
     rows = []
     for path, methods in document["paths"].items():

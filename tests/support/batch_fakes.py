@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from receiver.cli.batch.validation import Job
@@ -13,10 +14,24 @@ from receiver.errors import ReceiverApiError
 StartError = ReceiverApiError | ErrorView
 
 
+def a_dispatch(state: str, attempts: int, last_error: str | None = None, *, event: str = "settled") -> DispatchView:
+    """The storage handler's work on a run."""
+    return DispatchView(handler="storage", event=event, round=0, state=state, attempts=attempts, last_error=last_error)
+
+
 def a_run(run_id: str, **given: Any) -> RunView:
     """Return a completed run with one stored file and its manifest."""
     stored = [
-        ArtifactView("storage", position, name, f"file:///out/{run_id}/{name}", 3, "abc", None, stored=True)
+        ArtifactView(
+            handler="storage",
+            position=position,
+            output_id=name,
+            location=f"file:///out/{run_id}/{name}",
+            size=3,
+            sha256="abc",
+            content_type=None,
+            stored_at=datetime(2026, 11, 24, tzinfo=UTC),
+        )
         for position, name in ((-1, "run.json"), (0, "image.png"))
     ]
     return RunView(
@@ -39,7 +54,7 @@ def a_run(run_id: str, **given: Any) -> RunView:
             "first_seen_at": None,
             "settled_at": None,
             "artifacts": tuple(stored),
-            "dispatches": (DispatchView("storage", "settled", 0, "done", 1, None),),
+            "dispatches": (a_dispatch("done", 1),),
             **given,
         }
     )
@@ -88,13 +103,13 @@ class FakeReceiver:
             if isinstance(error, ReceiverApiError):
                 raise error
             if error is not None:
-                return StartView("asking", None, key, "token", error=error)
+                return StartView(state="asking", run_id=None, idempotency_key=key, token="token", error=error)
             repeated = row in self.started
             if not repeated:
                 self.started.append(row)
             self.active += 1
             self.most_active = max(self.most_active, self.active)
-        return StartView("started", f"run_{row}", key, "token", repeated=repeated)
+        return StartView(state="started", run_id=f"run_{row}", idempotency_key=key, token="token", repeated=repeated)
 
     def wait(self, run_id: str, *, timeout_seconds: float | None = None) -> RunView:
         self.on_wait(run_id)

@@ -4,7 +4,6 @@ A row that cannot be read becomes a `RowProblem`; a file that is not a table rai
 """
 
 import csv
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from receiver.errors import TableError
-from receiver.model import storable_text
+from receiver.model import parse_strict_json, storable_text
 
 _LONGEST_LINE = 1024 * 1024
 """Characters; a file with a longer line is not a table, and reading it would fill the memory."""
@@ -185,7 +184,7 @@ def _read_json_lines(file: TextIO) -> Iterator[Row | RowProblem]:
             yield RowProblem(number, None, "is not UTF-8 text")
             continue
         try:
-            values = json.loads(line, parse_constant=_refuse_constant)
+            values = parse_strict_json(line)
         except (ValueError, RecursionError) as error:
             yield RowProblem(number, None, f"is not JSON: {error}")
             continue
@@ -231,10 +230,6 @@ def _walk_texts(value: Any) -> Iterator[str]:
         for key, each in value.items():
             yield key
             yield from _walk_texts(each)
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _is_storable(text: str) -> bool:

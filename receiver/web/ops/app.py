@@ -1,6 +1,6 @@
-"""The operations listener: the API under `/api`, `/metrics` and `/healthz`, all behind one token and one guard.
+"""The app of the operations listener: the API under `/api`, `/metrics` and `/healthz`, all behind one token.
 
-Who gets in is decided in `access.py`; what is asked for and answered in `runs.py`, `ledger.py` and `openapi.py`.
+`auth.py` decides who may use it; the other modules here hold the endpoints, and `views.py` the messages they send.
 """
 
 from collections.abc import Iterable
@@ -16,12 +16,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from receiver.errors import FloraError, StoreUnavailableError
 from receiver.web.ops.auth import Access
-from receiver.web.ops.openapi import document
-from receiver.web.ops.responses import answered, on_bug, on_http_error, on_trouble
+from receiver.web.ops.openapi import openapi_document
+from receiver.web.ops.responses import handle_bug, handle_http_error, handle_receiver_error, json_response
 
 
-class Guard:
-    """Lets through what `Access` lets through, before anything of the request's body is read."""
+class RequireToken:
+    """Middleware that refuses a request unless `Access` allows it, before any of its body is read."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
@@ -33,16 +33,19 @@ class Guard:
         await app(scope, receive, send)
 
 
-def ops_app(access: Access, *rooms: Iterable[BaseRoute]) -> Starlette:
-    """Build the app from the routes of its rooms."""
+def ops_app(access: Access, *groups: Iterable[BaseRoute]) -> Starlette:
+    """Return the app that serves these groups of routes, and the document that describes them."""
     app = Starlette(
-        routes=[*(route for room in rooms for route in room), Route("/api/openapi.json", _openapi, methods=["GET"])],
-        middleware=[Middleware(Guard, access)],
+        routes=[
+            *(route for group in groups for route in group),
+            Route("/api/openapi.json", _openapi, methods=["GET"]),
+        ],
+        middleware=[Middleware(RequireToken, access)],
         exception_handlers={
-            HTTPException: on_http_error,
-            StoreUnavailableError: on_trouble,
-            FloraError: on_trouble,
-            Exception: on_bug,
+            HTTPException: handle_http_error,
+            StoreUnavailableError: handle_receiver_error,
+            FloraError: handle_receiver_error,
+            Exception: handle_bug,
         },
     )
     app.router.redirect_slashes = False
@@ -50,4 +53,4 @@ def ops_app(access: Access, *rooms: Iterable[BaseRoute]) -> Starlette:
 
 
 async def _openapi(_: Request) -> Response:
-    return answered(document())
+    return json_response(openapi_document())

@@ -1,19 +1,21 @@
-"""The operations API on copies of the ledger: the service makes them itself, since nobody else may open its file."""
+"""The endpoint that copies the ledger. The service makes the copy, since no other process may open its file."""
 
 from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from receiver.client.messages import Backup
 from receiver.store import Database, backup
-from receiver.web.ops import requests as bodies
-from receiver.web.ops.responses import Refusal, answered
+from receiver.web.ops.requests import BackupBody, read_body
+from receiver.web.ops.responses import Refusal, json_response
 
 
-class Backups:
-    """One endpoint."""
+class BackupRoutes:
+    """`POST /api/backup`."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -22,9 +24,10 @@ class Backups:
         return (Route("/api/backup", self.backup, methods=["POST"]),)
 
     async def backup(self, request: Request) -> Response:
-        body = await bodies.read(request, bodies.BackupBody)
+        body = await read_body(request, BackupBody)
         if self._database.shared:
-            raise Refusal(400, "not_sqlite", "the ledger is on PostgreSQL: pg_dump makes copies of it")
+            message = "the ledger is on PostgreSQL: pg_dump makes copies of it"
+            raise Refusal(HTTPStatus.BAD_REQUEST, "not_sqlite", message)
         target = Path(body.path)
         size = await self._database.read(lambda tx: backup.copy(tx, target))
-        return answered({"path": str(target), "size": size})
+        return json_response(Backup(path=str(target), size=size))

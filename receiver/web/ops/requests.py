@@ -1,4 +1,4 @@
-"""What may be sent to the operations API: bodies, query parameters, cursors; each problem told with its field."""
+"""Requests to the operations API: bodies, query parameters and cursors. Each problem is reported with its field."""
 
 import asyncio
 import base64
@@ -6,46 +6,50 @@ import binascii
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import ClientDisconnect, Request
 
-from receiver.model import DispatchState, RunState, StartState
-from receiver.web.ops.responses import Refusal, parsed
+from receiver.model import DispatchState, RunState, StartState, parse_strict_json
+from receiver.web.ops.responses import Refusal
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 LONGEST_WAIT_SECONDS = 120.0
 MOST_ROWS = 500
 _MOST_DISCARDED = 4 * MAX_BODY_BYTES
-"""Who is cut off while sending never reads why: up to here a body that is too large is read, and forgotten."""
+"""A body that is too large is read and discarded up to this size: a client that is cut off while sending does not
+read the response."""
 _BODY_SECONDS = 30.0
 _ID = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
 _RUN_ID = re.compile(r"run_[^\s\x00-\x1f\x7f/]{1,196}")
 _LATEST = 2**63 - 1
 
 T = TypeVar("T", bound=BaseModel)
+Row = TypeVar("Row")
 State = TypeVar("State", RunState, StartState, DispatchState)
 
 
-def _an_id(value: str) -> str:
+def _check_id(value: str) -> str:
     if not _ID.fullmatch(value) or value in {".", ".."}:
         raise ValueError("is not an id: 1 to 200 characters without white space")
     return value
 
 
-def _a_run_id(value: str) -> str:
+def _check_run_id(value: str) -> str:
     if not _RUN_ID.fullmatch(value):
-        raise ValueError("is not the id of a run: they look like run_abc")
+        raise ValueError("is not the id of a run, such as run_abc")
     return value
 
 
-Id = Annotated[str, AfterValidator(_an_id)]
-RunId = Annotated[str, AfterValidator(_a_run_id)]
+Id = Annotated[str, AfterValidator(_check_id)]
+RunId = Annotated[str, AfterValidator(_check_run_id)]
 
 
 class Body(BaseModel):
-    """A JSON object without room for a key that nobody reads."""
+    """The JSON object in a request; an unknown key is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
@@ -64,7 +68,7 @@ class StartBody(Body):
     wait_seconds: float = Field(30, ge=0, le=60, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
+    def _check_target(self) -> Self:
         if (self.technique_id is None) == (self.generate is None):
             raise ValueError("give technique_id, or generate, and not both")
         if self.generate is not None and self.inputs:
@@ -73,7 +77,7 @@ class StartBody(Body):
 
 
 class TrackBody(Body):
-    """`POST /api/runs/track`: a run that someone else started, by its id or by its poll_url."""
+    """`POST /api/runs/track`: a run that another program started, by its id or by its poll_url."""
 
     run_id: RunId | None = None
     poll_url: str | None = Field(None, min_length=1, max_length=2000)
@@ -84,7 +88,7 @@ class TrackBody(Body):
     metadata: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _named(self) -> Self:
+    def _check_run_named(self) -> Self:
         if self.run_id is None and self.poll_url is None:
             raise ValueError("give run_id or poll_url")
         return self
@@ -102,7 +106,7 @@ class RedispatchBody(Body):
 
 
 class MissingBody(Body):
-    """`POST /api/runs/redispatch`: the runs settled since then that a handler added later was never told of."""
+    """`POST /api/runs/redispatch`: the runs settled since a time that a handler added later has not received."""
 
     handler: str = Field(min_length=1, max_length=64)
     since: Annotated[AwareDatetime, Field(strict=False)]
@@ -117,26 +121,26 @@ class RetryBody(Body):
 
 
 class BackupBody(Body):
-    """`POST /api/backup`: where the copy goes, as the service sees it; nothing is overwritten."""
+    """`POST /api/backup`: the path of the copy on the service's machine; nothing is overwritten."""
 
     path: str = Field(min_length=2, max_length=1000, pattern=r"^/[^\x00]*[^/\x00]$")
 
 
 class ResolveBody(Body):
-    """`POST /api/starts/{token}/resolve`: the run that the start made, or null for none at all."""
+    """`POST /api/starts/{token}/resolve`: the run that the start made, or null if it made none."""
 
     run_id: RunId | None
 
 
-async def read(request: Request, model: type[T]) -> T:
+async def read_body(request: Request, model: type[T]) -> T:
     """Return the request's body as `model`, or raise Refusal with every problem and its field."""
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             body = await _bytes(request)
     except (TimeoutError, ClientDisconnect) as error:
-        raise Refusal(408, "body_timeout", "the body did not arrive in time") from error
+        raise Refusal(HTTPStatus.REQUEST_TIMEOUT, "body_timeout", "the body did not arrive in time") from error
     try:
-        return model.model_validate(parsed(body) if body else {})
+        return model.model_validate(_parse_object(body) if body else {})
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
         fields = [
@@ -144,7 +148,20 @@ async def read(request: Request, model: type[T]) -> T:
             for detail in details[:100]
         ]
         message = "; ".join(f"{field}: {message}" if field else message for field, message in fields[:3])
-        raise Refusal(400, "invalid_request", message, fields=fields) from error
+        raise Refusal(HTTPStatus.BAD_REQUEST, "invalid_request", message, fields=fields) from error
+
+
+def _parse_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body, fit to be stored, or raise Refusal."""
+    try:
+        found = parse_strict_json(body.decode("utf-8"))
+        json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate is JSON, but cannot be stored
+    except (ValueError, RecursionError) as error:
+        message = f"the body is not JSON: {type(error).__name__}"
+        raise Refusal(HTTPStatus.BAD_REQUEST, "invalid_json", message) from error
+    if not isinstance(found, dict):
+        raise Refusal(HTTPStatus.BAD_REQUEST, "invalid_json", "the body is not a JSON object")
+    return found
 
 
 async def _bytes(request: Request) -> bytes:
@@ -157,18 +174,19 @@ async def _bytes(request: Request) -> bytes:
             break
     if size <= MAX_BODY_BYTES:
         return bytes(body)
-    raise Refusal(413, "body_too_large", f"a body has at most {MAX_BODY_BYTES} bytes", headers={"Connection": "close"})
+    message = f"a body has at most {MAX_BODY_BYTES} bytes"
+    raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large", message, headers={"Connection": "close"})
 
 
 def limit_of(request: Request) -> int:
-    """Return `?limit=`, 1 to 500, 100 by default."""
+    """Return `?limit=`, 1 to 500; 100 by default."""
     given = request.query_params.get("limit", "100")
     if not given.isascii() or not given.isdecimal() or not 1 <= int(given[:9]) <= MOST_ROWS:
-        raise wrong("limit", f"must be a whole number from 1 to {MOST_ROWS}")
+        raise _wrong_parameter("limit", f"must be a whole number from 1 to {MOST_ROWS}")
     return int(given)
 
 
-def seconds_of(request: Request, *, default: float) -> float:
+def timeout_of(request: Request, *, default: float) -> float:
     """Return `?timeout=` in seconds, 0 to 120."""
     given = request.query_params.get("timeout")
     try:
@@ -176,7 +194,7 @@ def seconds_of(request: Request, *, default: float) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds <= LONGEST_WAIT_SECONDS:
-        raise wrong("timeout", f"must be a number of seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
+        raise _wrong_parameter("timeout", f"must be a number of seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
     return seconds
 
 
@@ -184,23 +202,23 @@ def flag_of(request: Request, name: str) -> bool:
     """Return `?name=`, `true` or `false`; false by default."""
     given = request.query_params.get(name, "false")
     if given not in {"true", "false"}:
-        raise wrong(name, "must be true or false")
+        raise _wrong_parameter(name, "must be true or false")
     return given == "true"
 
 
 def state_of(request: Request, states: type[State]) -> State | None:
-    """Return `?state=`, one of an enumeration's words."""
+    """Return `?state=`, a value of an enumeration."""
     given = request.query_params.get("state")
     if given is None:
         return None
     try:
         return states(given)
     except ValueError as error:
-        raise wrong("state", f"must be one of {', '.join(state.value for state in states)}") from error
+        raise _wrong_parameter("state", f"must be one of {', '.join(state.value for state in states)}") from error
 
 
-def cursor_of(request: Request) -> tuple[int, str] | None:
-    """Return the key in `?cursor=`: a number, and an id."""
+def key_of(request: Request) -> tuple[int, str] | None:
+    """Return the key in `?cursor=`, a number and an id."""
     given = request.query_params.get("cursor")
     if not given:
         return None
@@ -210,14 +228,26 @@ def cursor_of(request: Request) -> tuple[int, str] | None:
                 return number, identifier
     except (ValueError, binascii.Error, RecursionError):
         pass
-    raise wrong("cursor", "is not a cursor of this list")
+    raise _wrong_parameter("cursor", "is not a cursor of this list")
 
 
-def cursor(number: int, identifier: str = "") -> str:
-    """Return the cursor that `cursor_of` reads."""
-    return base64.urlsafe_b64encode(json.dumps([number, identifier]).encode()).decode()
+def sequence_of(request: Request) -> int | None:
+    """Return the sequence number in `?cursor=`, of a list that is ordered by it."""
+    key = key_of(request)
+    if key is None:
+        return None
+    number, identifier = key
+    if identifier:
+        raise _wrong_parameter("cursor", "is a cursor of another list")
+    return number
 
 
-def wrong(field: str, message: str) -> Refusal:
-    """Return the refusal of one field."""
-    return Refusal(400, "invalid_request", f"{field} {message}", fields=[(field, message)])
+def next_cursor(page: Sequence[Row], limit: int, key: Callable[[Row], tuple[int, str]]) -> str | None:
+    """Return the cursor of the page after this one, or None if this one is not full."""
+    if len(page) < limit:
+        return None
+    return base64.urlsafe_b64encode(json.dumps(key(page[-1])).encode()).decode()
+
+
+def _wrong_parameter(name: str, message: str) -> Refusal:
+    return Refusal(HTTPStatus.BAD_REQUEST, "invalid_request", f"{name} {message}", fields=[(name, message)])

@@ -1,23 +1,26 @@
-"""How the operations listener answers: JSON; a refusal is `{"error": {"code", "message", "fields"?, "request_id"?}}`."""
+"""Responses of the operations listener: JSON, and refusals as `{"error": {"code", "message", …}}`."""
 
-import json
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from receiver.client import messages
+from receiver.client.messages import Message, Refused
 from receiver.errors import FloraError, ReceiverError
 from receiver.model import Start
+from receiver.web.ops.views import to_start
 
-PASSED_ON = (400, 402, 403, 404, 409, 422)
-"""FLORA's refusals that are the caller's business: the same status here."""
+_PASSED_ON = frozenset({400, 402, 403, 404, 409, 422})
+"""Statuses of FLORA's refusals that concern the caller, who gets the same status."""
 _RETRY_AFTER_SECONDS = 5
 
 
 class Refusal(HTTPException):
-    """Raised inside an endpoint, caught at its edge: why the request is not carried out."""
+    """Raised by an endpoint that does not carry the request out; `start` is sent beside the error."""
 
     def __init__(
         self,
@@ -28,119 +31,105 @@ class Refusal(HTTPException):
         fields: Sequence[tuple[str, str]] = (),
         request_id: str | None = None,
         headers: Mapping[str, str] | None = None,
-        more: Mapping[str, Any] | None = None,
+        start: messages.Start | None = None,
     ) -> None:
         super().__init__(status, message, dict(headers or {}))
         self.code = code
         self.message = message
         self.fields = tuple(fields)
         self.request_id = request_id
-        self.more = dict(more or {})
+        self.start = start
 
     def response(self) -> Response:
-        error: dict[str, Any] = {"code": self.code, "message": self.message}
-        if self.fields:
-            error["fields"] = [{"field": field, "message": message} for field, message in self.fields]
-        if self.request_id is not None:
-            error["request_id"] = self.request_id
-        return answered({"error": error, **self.more}, status=self.status_code, headers=self.headers)
+        """Return the refusal as it is sent; parts that are empty are left out."""
+        given = {"fields": self.fields, "request_id": self.request_id}
+        error = {"code": self.code, "message": self.message, **{name: part for name, part in given.items() if part}}
+        refused = {"error": error} if self.start is None else {"error": error, "start": self.start}
+        return json_response(Refused.model_validate(refused), status=self.status_code, headers=self.headers)
 
 
-def answered(data: Mapping[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return a JSON answer that no cache keeps."""
-    return JSONResponse(data, status_code=status, headers={"Cache-Control": "no-store", **(headers or {})})
+def json_response(
+    data: Message | Mapping[str, Any], *, status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return a JSON response that no cache keeps."""
+    content = data.to_json() if isinstance(data, Message) else data
+    return JSONResponse(content, status_code=status, headers={"Cache-Control": "no-store", **(headers or {})})
 
 
 def not_found(what: str) -> Refusal:
-    return Refusal(404, "not_found", f"there is no such {what} in the ledger")
+    """Return the refusal of a request that names something the ledger does not hold."""
+    return Refusal(HTTPStatus.NOT_FOUND, "not_found", f"there is no such {what} in the ledger")
+
+
+def wrong_field(field: str, message: str, *, code: str = "invalid_request") -> Refusal:
+    """Return the refusal of one field; `message` is a whole sentence."""
+    return Refusal(HTTPStatus.BAD_REQUEST, code, message, fields=[(field, message)])
 
 
 def unavailable(reason: str) -> Refusal:
-    """Return the answer for what may work a little later."""
-    return Refusal(503, "unavailable", reason, headers={"Retry-After": "1"})
+    """Return the refusal of a request that may succeed a little later."""
+    return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "unavailable", reason, headers={"Retry-After": "1"})
 
 
-def flora_refusal(error: FloraError, *, more: Mapping[str, Any] | None = None) -> Refusal:
-    """Return FLORA's refusal as ours: its status, code, fields and request-id, where they concern the caller."""
-    return _flora_refusal(
-        error.status, error.code, str(error), error.fields, error.request_id, error.retry_after, more=more
+def flora_refusal(error: FloraError, *, start: messages.Start | None = None) -> Refusal:
+    """Return FLORA's refusal as ours: with its status, code, fields and request-id if they concern the caller."""
+    status, code, message = error.status, error.code or "flora_refused", str(error)
+    headers: dict[str, str] = {}
+    if status not in _PASSED_ON:
+        if status == HTTPStatus.UNAUTHORIZED:
+            status, code = HTTPStatus.BAD_GATEWAY, "flora_unauthorized"
+            message = f"FLORA does not accept this service's API key ({message}): check FLORA_API_KEY"
+        elif status is None or status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
+            code = "flora_rate_limited" if status == HTTPStatus.TOO_MANY_REQUESTS else "flora_unavailable"
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            headers["Retry-After"] = str(round(error.retry_after or _RETRY_AFTER_SECONDS))
+        else:
+            status = HTTPStatus.BAD_GATEWAY
+    return Refusal(
+        status, code, message, fields=error.fields, request_id=error.request_id, headers=headers, start=start
     )
 
 
-def start_refusal(start: Start, *, more: Mapping[str, Any]) -> Refusal:
-    """Return the refusal that a start met with."""
+def start_refusal(start: Start) -> Refusal:
+    """Return the refusal of a start that FLORA refused."""
     message = start.error_message or "FLORA refused to start the run"
     if start.error_status is None:
-        return Refusal(409, start.error_code or "refused", message, more=more)
-    return _flora_refusal(
-        start.error_status, start.error_code, message, start.error_fields, start.request_id, None, more=more
+        return Refusal(HTTPStatus.CONFLICT, start.error_code or "refused", message, start=to_start(start))
+    error = FloraError(
+        message,
+        status=start.error_status,
+        code=start.error_code,
+        fields=start.error_fields,
+        request_id=start.request_id,
     )
+    return flora_refusal(error, start=to_start(start))
 
 
-def _flora_refusal(
-    status: int | None,
-    code: str | None,
-    message: str,
-    fields: Sequence[tuple[str, str]],
-    request_id: str | None,
-    retry_after: float | None,
-    *,
-    more: Mapping[str, Any] | None,
-) -> Refusal:
-    headers: dict[str, str] = {}
-    if status in PASSED_ON:
-        ours, code = status, code or "flora_refused"
-    elif status == 401:
-        ours, code = 502, "flora_unauthorized"
-        message = f"FLORA does not take this service's API key ({message}): check FLORA_API_KEY"
-    elif status is None or status == 429 or status >= 500:
-        ours, code = 503, "flora_rate_limited" if status == 429 else "flora_unavailable"
-        headers["Retry-After"] = str(round(retry_after or _RETRY_AFTER_SECONDS))
-    else:
-        ours, code = 502, code or "flora_refused"
-    return Refusal(ours, code, message, fields=fields, request_id=request_id, headers=headers, more=more)
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    """Answer refusals, and Starlette's own 404 and 405, in our JSON."""
+async def handle_http_error(request: Request, error: Exception) -> Response:
+    """Send refusals, and Starlette's own 404 and 405, as JSON."""
     if isinstance(error, Refusal):
         return error.response()
-    status = error.status_code if isinstance(error, HTTPException) else 500
+    status = error.status_code if isinstance(error, HTTPException) else HTTPStatus.INTERNAL_SERVER_ERROR
     headers = error.headers if isinstance(error, HTTPException) else None
     match status:
-        case 404:
-            refusal = Refusal(404, "not_found", "there is nothing here: see /api/openapi.json")
-        case 405:
-            refusal = Refusal(405, "method_not_allowed", f"{request.method} is not allowed here", headers=headers)
+        case HTTPStatus.NOT_FOUND:
+            refusal = Refusal(status, "not_found", "there is nothing here: see /api/openapi.json")
+        case HTTPStatus.METHOD_NOT_ALLOWED:
+            refusal = Refusal(status, "method_not_allowed", f"{request.method} is not allowed here", headers=headers)
         case _:
             refusal = Refusal(status, "refused", "the request cannot be carried out", headers=headers)
     return refusal.response()
 
 
-async def on_trouble(_: Request, error: Exception) -> Response:
-    """Answer our own errors: FLORA's refusals as such, everything else as `unavailable`."""
+async def handle_receiver_error(_: Request, error: Exception) -> Response:
+    """Send FLORA's refusals as such, and other errors of ours as `unavailable`."""
     if isinstance(error, FloraError):
         return flora_refusal(error).response()
     reason = str(error) if isinstance(error, ReceiverError) else "the service cannot do this now"
     return unavailable(reason).response()
 
 
-async def on_bug(_: Request, error: Exception) -> Response:
-    """Answer what we did not foresee; the server logs it."""
-    return Refusal(500, "internal_error", f"a bug in flora-receiver: {type(error).__name__}, see its log").response()
-
-
-def parsed(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in a body, fit to be stored, or raise Refusal."""
-    try:
-        found = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
-        json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate is JSON, but cannot be stored
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, "invalid_json", f"the body is not JSON: {type(error).__name__}") from error
-    if not isinstance(found, dict):
-        raise Refusal(400, "invalid_json", "the body is not a JSON object")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+async def handle_bug(_: Request, error: Exception) -> Response:
+    """Send 500 for an error that was not foreseen; the server logs it."""
+    message = f"a bug in flora-receiver: {type(error).__name__}, see its log"
+    return Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message).response()

@@ -1,31 +1,51 @@
-"""The operations API on runs and starts: start, track, look, wait, refresh, re-dispatch, resolve."""
+"""Endpoints on runs and starts: start, track, list, show, wait, refresh, resolve; and on techniques."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
-from typing import Any
+from http import HTTPStatus
 from urllib.parse import urlsplit
 
+from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from receiver.client.messages import OneRun, OneTechnique, RunPage, Started, StartPage, TimelineView
 from receiver.flora.messages import ids_of_poll_url
 from receiver.flora.start_request import StartRequest
 from receiver.intake.callbacks import Intake
 from receiver.model import Origin, ReadRequested, RunRegistered, RunState, Start, StartState
 from receiver.store import Database, queries
 from receiver.store.changes import Signals
-from receiver.web.ops import requests as bodies
-from receiver.web.ops.responses import Refusal, answered, not_found, start_refusal, unavailable
-from receiver.web.ops.timeline import timeline
-from receiver.web.ops.views import account_json, run_json, start_json
-from receiver.web.ops.wait import unless_stopped, until_finished
+from receiver.web.ops.requests import (
+    MOST_ROWS,
+    RefreshBody,
+    ResolveBody,
+    StartBody,
+    TrackBody,
+    key_of,
+    limit_of,
+    next_cursor,
+    read_body,
+    state_of,
+    timeout_of,
+)
+from receiver.web.ops.responses import Refusal, json_response, not_found, start_refusal, unavailable, wrong_field
+from receiver.web.ops.timeline import to_timeline
+from receiver.web.ops.views import to_full_run, to_run, to_start
+from receiver.web.ops.wait import until_finished
+from receiver.workers.loop import run_until
 from receiver.workers.starter import Conflict, Starter
 
+_OVER = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.LOST})
 
-class Runs:
-    """Endpoints; `base_url` is FLORA's, to hold a `poll_url` against, `handlers` the names of the configured ones."""
+
+class RunRoutes:
+    """`/api/runs`, `/api/starts` and `/api/techniques`.
+
+    `base_url` is FLORA's, which a `poll_url` must belong to; `handlers` are the names of the configured ones.
+    """
 
     def __init__(
         self,
@@ -58,27 +78,30 @@ class Runs:
             Route("/api/runs/{run_id}/refresh", self.refresh, methods=["POST"]),
             Route("/api/starts", self.starts, methods=["GET"]),
             Route("/api/starts/{token}/resolve", self.resolve, methods=["POST"]),
+            Route("/api/techniques/{technique_id}", self.technique, methods=["GET"]),
         )
 
     async def start_or_list(self, request: Request) -> Response:
         return await (self.start(request) if request.method == "POST" else self.list(request))
 
     async def start(self, request: Request) -> Response:
-        body = await bodies.read(request, bodies.StartBody)
-        answer = await self._starter.start(_start_request(body))
-        if isinstance(answer, Conflict):
+        body = await read_body(request, StartBody)
+        result = await self._starter.start(_start_request(body))
+        if isinstance(result, Conflict):
             message = "this idempotency_key was used before, to start something else"
-            raise Refusal(422, "idempotency_conflict", message, more={"start": start_json(answer.start)})
-        start, token = answer.start, answer.start.token
+            raise Refusal(
+                HTTPStatus.UNPROCESSABLE_ENTITY, "idempotency_conflict", message, start=to_start(result.start)
+            )
+        start, token = result.start, result.start.token
         if start.state is StartState.ASKING:
-            work = self._starter.settled(token, timeout_seconds=body.wait_seconds)
-            answered_start = await unless_stopped(work, self._stopping)
-            start = answered_start or await self._starter.find(token) or start
-        return await self._start_answer(start, repeated=answer.repeated)
+            wait = self._starter.settled(token, timeout_seconds=body.wait_seconds)
+            settled = await run_until(self._stopping, wait)
+            start = settled or await self._starter.find(token) or start
+        return await self._start_response(start, repeated=result.repeated)
 
     async def track(self, request: Request) -> Response:
-        body = await bodies.read(request, bodies.TrackBody)
-        run_id, technique_id = self._names(body)
+        body = await read_body(request, TrackBody)
+        run_id, technique_id = self._ids_of(body)
         run = await self._starter.track(
             RunRegistered(
                 run_id=run_id,
@@ -92,28 +115,24 @@ class Runs:
                 metadata=body.metadata,
             )
         )
-        return await self._run_answer(run.run_id)
+        return await self._run_response(run.run_id)
 
     async def list(self, request: Request) -> Response:
-        limit, state = bodies.limit_of(request), bodies.state_of(request, RunState)
-        before = bodies.cursor_of(request)
+        limit, state, before = limit_of(request), state_of(request, RunState), key_of(request)
 
-        def read(tx: Any) -> Mapping[str, Any]:
+        def read(tx: Connection) -> RunPage:
             page = queries.run_page(tx, limit=limit, state=state, before=before)
             busy = queries.runs_with_work(tx, [run.run_id for run in page], self._handlers)
-            over = {RunState.COMPLETED, RunState.FAILED, RunState.LOST}
-            return {
-                "runs": [run_json(run, finished=run.state in over and run.run_id not in busy) for run in page],
-                "next_cursor": bodies.cursor(*queries.run_key(page[-1])) if len(page) == limit else None,
-            }
+            runs = [to_run(run, finished=run.state in _OVER and run.run_id not in busy) for run in page]
+            return RunPage(runs=runs, next_cursor=next_cursor(page, limit, queries.run_key))
 
-        return answered(await self._database.read(read))
+        return json_response(await self._database.read(read))
 
     async def show(self, request: Request) -> Response:
-        return await self._run_answer(request.path_params["run_id"])
+        return await self._run_response(request.path_params["run_id"])
 
     async def wait(self, request: Request) -> Response:
-        run_id, seconds = request.path_params["run_id"], bodies.seconds_of(request, default=30)
+        run_id, seconds = request.path_params["run_id"], timeout_of(request, default=30)
         finished = await until_finished(
             self._database,
             self._signals.changes,
@@ -123,118 +142,119 @@ class Runs:
             timeout_seconds=seconds,
         )
         if finished is False and self._stopping.is_set():
-            raise unavailable("the service is stopping: ask again when it is back")
-        return await self._run_answer(run_id)
+            raise unavailable("the service is stopping: send the request again when it is back")
+        return await self._run_response(run_id)
 
     async def timeline(self, request: Request) -> Response:
         run_id = request.path_params["run_id"]
 
-        def read(tx: Any) -> Mapping[str, Any] | None:
-            account = queries.run_details(tx, run_id)
-            if account is None:
+        def read(tx: Connection) -> TimelineView | None:
+            details = queries.run_details(tx, run_id)
+            if details is None:
                 return None
-            arrivals = queries.delivery_page(tx, limit=bodies.MOST_ROWS, run_id=run_id)
-            return timeline(account, arrivals, queries.attempts_of_run(tx, run_id), self._handlers)
+            deliveries = queries.delivery_page(tx, limit=MOST_ROWS, run_id=run_id)
+            return to_timeline(details, deliveries, queries.attempts_of_run(tx, run_id), self._handlers)
 
-        found = await self._database.read(read)
-        if found is None:
+        timeline = await self._database.read(read)
+        if timeline is None:
             raise not_found("run")
-        return answered(found)
+        return json_response(timeline)
 
     async def refresh(self, request: Request) -> Response:
-        await bodies.read(request, bodies.RefreshBody)
+        await read_body(request, RefreshBody)
         run_id = request.path_params["run_id"]
-        await self._known(run_id)
+        await self._read_details(run_id)
         await self._intake.apply(ReadRequested(run_id, self._clock()))
-        return await self._run_answer(run_id)
+        return await self._run_response(run_id)
 
     async def starts(self, request: Request) -> Response:
-        limit, state = bodies.limit_of(request), bodies.state_of(request, StartState)
-        before, given = bodies.cursor_of(request), request.query_params
-        key, prefix = given.get("key"), given.get("prefix")
+        limit, state, before = limit_of(request), state_of(request, StartState), key_of(request)
+        key, prefix = request.query_params.get("key"), request.query_params.get("prefix")
         page = await self._database.read(
             lambda tx: queries.start_page(tx, limit=limit, state=state, key=key, prefix=prefix, before=before)
         )
-        cursor = bodies.cursor(*queries.start_key(page[-1])) if len(page) == limit else None
-        return answered({"starts": [start_json(start) for start in page], "next_cursor": cursor})
+        cursor = next_cursor(page, limit, queries.start_key)
+        return json_response(StartPage(starts=[to_start(start) for start in page], next_cursor=cursor))
 
     async def resolve(self, request: Request) -> Response:
-        body = await bodies.read(request, bodies.ResolveBody)
+        body = await read_body(request, ResolveBody)
         token = request.path_params["token"]
         before = await self._starter.find(token)
         if before is None:
             raise not_found("start")
         if before.state is StartState.STARTED and before.run_id != body.run_id:
             message = f"this start made {before.run_id}: there is nothing to resolve"
-            raise Refusal(409, "already_started", message, more={"start": start_json(before)})
+            raise Refusal(HTTPStatus.CONFLICT, "already_started", message, start=to_start(before))
         if body.run_id is not None:
             run_id = body.run_id
             owner = await self._database.read(lambda tx: queries.run_details(tx, run_id))
             if owner is not None and owner.start is not None and owner.start.token != token:
-                raise Refusal(409, "run_taken", f"{run_id} is the run of another start")
+                raise Refusal(HTTPStatus.CONFLICT, "run_taken", f"{run_id} is the run of another start")
         after = await self._starter.resolve(token, body.run_id)
         if after is None:
             raise not_found("start")
-        return await self._with_run(after, status=200, repeated=True)
+        return await self._run_of_start(after, status=HTTPStatus.OK, repeated=True)
 
-    async def _start_answer(self, start: Start, *, repeated: bool) -> Response:
-        shown = {"start": start_json(start)}
+    async def technique(self, request: Request) -> Response:
+        workspace_id = request.query_params.get("workspace_id") or ""
+        found = await self._starter.technique(request.path_params["technique_id"], workspace_id=workspace_id)
+        return json_response(OneTechnique(technique=found))
+
+    async def _start_response(self, start: Start, *, repeated: bool) -> Response:
         match start.state:
             case StartState.STARTED:
-                return await self._with_run(start, status=200 if repeated else 201, repeated=repeated)
+                status = HTTPStatus.OK if repeated else HTTPStatus.CREATED
+                return await self._run_of_start(start, status=status, repeated=repeated)
             case StartState.ASKING:
-                return answered({**shown, "run": None, "repeated": repeated}, status=202)
+                started = Started(start=to_start(start), run=None, repeated=repeated)
+                return json_response(started, status=HTTPStatus.ACCEPTED)
             case StartState.REFUSED:
-                raise start_refusal(start, more=shown)
+                raise start_refusal(start)
             case StartState.UNKNOWN:
-                raise Refusal(409, "unknown_outcome", start.error_message or "it is not known", more=shown)
+                message = start.error_message or "the outcome is not known"
+                raise Refusal(HTTPStatus.CONFLICT, "unknown_outcome", message, start=to_start(start))
 
-    async def _with_run(self, start: Start, *, status: int, repeated: bool) -> Response:
+    async def _run_of_start(self, start: Start, *, status: int, repeated: bool) -> Response:
         run_id = start.run_id or ""
-        account = await self._database.read(lambda tx: queries.run_details(tx, run_id))
-        run = None if account is None else account_json(account, self._handlers)
-        return answered({"start": start_json(start), "run": run, "repeated": repeated}, status=status)
+        details = await self._database.read(lambda tx: queries.run_details(tx, run_id))
+        run = None if details is None else to_full_run(details, self._handlers)
+        return json_response(Started(start=to_start(start), run=run, repeated=repeated), status=status)
 
-    async def _run_answer(self, run_id: str) -> Response:
-        account = await self._known(run_id)
-        return answered({"run": account_json(account, self._handlers)})
+    async def _run_response(self, run_id: str) -> Response:
+        details = await self._read_details(run_id)
+        return json_response(OneRun(run=to_full_run(details, self._handlers)))
 
-    async def _known(self, run_id: str) -> queries.RunDetails:
-        account = await self._database.read(lambda tx: queries.run_details(tx, run_id))
-        if account is None:
+    async def _read_details(self, run_id: str) -> queries.RunDetails:
+        details = await self._database.read(lambda tx: queries.run_details(tx, run_id))
+        if details is None:
             raise not_found("run")
-        return account
+        return details
 
-    def _names(self, body: bodies.TrackBody) -> tuple[str, str | None]:
+    def _ids_of(self, body: TrackBody) -> tuple[str, str | None]:
         """Return (run_id, technique_id) as the body or its poll_url names them. The URL is parsed, never fetched."""
         if body.poll_url is None:
             return body.run_id or "", body.technique_id
         if _origin(body.poll_url) != self._origin:
-            message = "poll_url is not on FLORA's API: the API key goes to [flora] base_url only"
-            raise Refusal(400, "foreign_poll_url", message, fields=[("poll_url", message)])
+            message = "poll_url is not on FLORA's API: the API key is sent to [flora] base_url only"
+            raise wrong_field("poll_url", message, code="foreign_poll_url")
         technique_id, run_id = ids_of_poll_url(body.poll_url)
         try:
-            run_id = bodies.TrackBody(run_id=run_id or "").run_id
+            run_id = TrackBody(run_id=run_id or "").run_id
         except ValueError as error:
-            message = "poll_url does not end in the id of a run"
-            raise Refusal(400, "invalid_request", message, fields=[("poll_url", message)]) from error
+            raise wrong_field("poll_url", "poll_url does not end in the id of a run") from error
         for given, named, field in (
             (body.run_id, run_id, "run_id"),
             (body.technique_id, technique_id, "technique_id"),
         ):
             if given is not None and named is not None and given != named:
-                message = f"{field} and poll_url name different ones"
-                raise Refusal(400, "invalid_request", message, fields=[(field, message)])
+                raise wrong_field(field, f"{field} is not the one in poll_url")
         return run_id or "", body.technique_id or technique_id
 
 
-Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-def _start_request(body: bodies.StartBody) -> StartRequest:
+def _start_request(body: StartBody) -> StartRequest:
     generate, callback_url, workspace_id = body.generate, body.callback_url, body.workspace_id
     if generate is not None:
-        # Its own callback_url is the caller's word as much as ours beside it; its workspace decides whose key asks.
+        # FLORA's body may name a callback_url and a workspace of its own; ours take precedence.
         generate = dict(generate)
         inner = generate.pop("callback_url", None)
         callback_url = callback_url or (inner if isinstance(inner, str) else None)
@@ -253,7 +273,7 @@ def _start_request(body: bodies.StartBody) -> StartRequest:
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:
-    """Return scheme, host and port; a URL that cannot be read has an origin that nothing has."""
+    """Return scheme, host and port; of a URL that cannot be parsed, an origin that no other URL has."""
     try:
         parts = urlsplit(url)
         if parts.username is not None or parts.password is not None:

@@ -1,33 +1,34 @@
-"""What happened to a run, in order: pure, from what the ledger holds."""
+"""The history of a run, from what the ledger holds. Pure."""
 
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
+from receiver.client.messages import TimelineView
 from receiver.store.queries import Attempt, DeliveryRecord, RunDetails
-from receiver.web.ops.views import account_json, time_json
+from receiver.web.ops.views import to_full_run
 
 Entry = tuple[datetime, dict[str, Any]]
 
 
-def timeline(
-    account: RunDetails, arrivals: Sequence[DeliveryRecord], attempts: Sequence[Attempt], handlers: Collection[str]
-) -> dict[str, Any]:
-    """Return `{"run", "reads", "entries": [{"at", "kind", …}]}`, oldest entry first."""
+def to_timeline(
+    details: RunDetails, deliveries: Sequence[DeliveryRecord], attempts: Sequence[Attempt], handlers: Collection[str]
+) -> TimelineView:
+    """Return what happened to a run, oldest entry first; `handlers` are the configured ones."""
     entries = sorted(
-        (*_of_run(account), *_of_deliveries(arrivals), *_of_attempts(attempts), *_of_artifacts(account)),
+        (*_of_run(details), *_of_deliveries(deliveries), *_of_attempts(attempts), *_of_artifacts(details)),
         key=lambda entry: entry[0],
     )
-    return {
-        "run_id": account.run.run_id,
-        "run": account_json(account, handlers),
-        "reads": account.run.polls,
-        "entries": [{"at": time_json(at), **entry} for at, entry in entries],
-    }
+    return TimelineView(
+        run_id=details.run.run_id,
+        run=to_full_run(details, handlers),
+        reads=details.run.polls,
+        entries=[{"at": at, **entry} for at, entry in entries],
+    )
 
 
-def _of_run(account: RunDetails) -> Iterator[Entry]:
-    run, start = account.run, account.start
+def _of_run(details: RunDetails) -> Iterator[Entry]:
+    run, start = details.run, details.start
     if start is not None:
         yield (
             start.created_at,
@@ -41,27 +42,25 @@ def _of_run(account: RunDetails) -> Iterator[Entry]:
         yield run.settled_at, {"kind": "settled", "state": run.state.value, "error_code": run.error_code}
 
 
-def _of_deliveries(arrivals: Sequence[DeliveryRecord]) -> Iterator[Entry]:
-    for arrival in arrivals:
-        shown = {"kind": "callback", "delivery_id": arrival.delivery_id, "event": arrival.event}
-        yield arrival.received_at, {**shown, "age_seconds": arrival.age, "duplicates": arrival.duplicates}
-        if arrival.last_duplicate_at is not None:
-            yield arrival.last_duplicate_at, {"kind": "callback_again", "delivery_id": arrival.delivery_id}
+def _of_deliveries(deliveries: Sequence[DeliveryRecord]) -> Iterator[Entry]:
+    for delivery in deliveries:
+        callback = {"kind": "callback", "delivery_id": delivery.delivery_id, "event": delivery.event}
+        yield delivery.received_at, {**callback, "age_seconds": delivery.age, "duplicates": delivery.duplicates}
+        if delivery.last_duplicate_at is not None:
+            yield delivery.last_duplicate_at, {"kind": "callback_again", "delivery_id": delivery.delivery_id}
 
 
 def _of_attempts(attempts: Sequence[Attempt]) -> Iterator[Entry]:
     for attempt in attempts:
-        shown = {"handler": attempt.handler, "event": attempt.event, "attempt": attempt.attempt}
-        yield attempt.started_at, {"kind": "attempt", **shown}
+        call = {"handler": attempt.handler, "event": attempt.event, "attempt": attempt.attempt}
+        yield attempt.started_at, {"kind": "attempt", **call}
         if attempt.ended_at is not None:
-            yield (
-                attempt.ended_at,
-                {"kind": "attempt_ended", **shown, "outcome": attempt.outcome, "error": attempt.error},
-            )
+            result = {"outcome": attempt.outcome, "error": attempt.error}
+            yield attempt.ended_at, {"kind": "attempt_ended", **call, **result}
 
 
-def _of_artifacts(account: RunDetails) -> Iterator[Entry]:
-    for artifact in account.artifacts:
+def _of_artifacts(details: RunDetails) -> Iterator[Entry]:
+    for artifact in details.artifacts:
         if artifact.stored_at is not None:
-            shown = {"kind": "stored", "handler": artifact.handler, "position": artifact.position}
-            yield artifact.stored_at, {**shown, "location": artifact.location, "size": artifact.size}
+            place = {"handler": artifact.handler, "position": artifact.position, "location": artifact.location}
+            yield artifact.stored_at, {"kind": "stored", **place, "size": artifact.size}

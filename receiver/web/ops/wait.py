@@ -1,24 +1,14 @@
-"""Waiting inside a request: for a run, for an answer of FLORA, for the next change. Every wait ends with the service."""
+"""Waits inside a request: for a run, for a response of FLORA, for the next change. All end when the service stops."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Collection
 
 from receiver.store import Database, queries
 from receiver.store.changes import Change, Changes, Listener
 from receiver.workers.loop import run_until
 
-T = TypeVar("T")
-
-_LOOK_AGAIN_SECONDS = 5.0
-"""A change that another process committed is not told here: look at the ledger now and then."""
-
-
-async def unless_stopped(
-    work: Coroutine[Any, Any, T], stopping: asyncio.Event, *, seconds: float | None = None
-) -> T | None:
-    """Return what `work` returns, or None once the service stops or the time is over."""
-    return await run_until(stopping, work, timeout=seconds)
+_READ_AGAIN_SECONDS = 5.0
+"""A change that another process committed is not published here, so the ledger is read again this often."""
 
 
 async def until_finished(
@@ -30,9 +20,9 @@ async def until_finished(
     handlers: Collection[str],
     timeout_seconds: float,
 ) -> bool | None:
-    """Return True once the run and these handlers' work on it are over, False when time or service ended first.
+    """Return True once the run and these handlers' work on it are over, or False if the time is over first.
 
-    None: there is no such run.
+    Returns False when the service stops, and None if there is no such run.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
@@ -42,18 +32,14 @@ async def until_finished(
             left = deadline - loop.time()
             if finished is not False or left <= 0 or stopping.is_set():
                 return finished
-            await unless_stopped(listener.next(), stopping, seconds=min(left, _LOOK_AGAIN_SECONDS))
-            _skip(listener)
+            await run_until(stopping, listener.next(), timeout=min(left, _READ_AGAIN_SECONDS))
+            while not listener.changes.empty():
+                listener.changes.get_nowait()
 
 
-async def changes_of(
+async def next_changes(
     listener: Listener, stopping: asyncio.Event, *, heartbeat_seconds: float
 ) -> AsyncIterator[Change | None]:
-    """Give changes in order, None where nothing happened for a while; ends when the service stops."""
+    """Yield changes in order, and None after each `heartbeat_seconds` without one."""
     while not stopping.is_set():
-        yield await unless_stopped(listener.next(), stopping, seconds=heartbeat_seconds)
-
-
-def _skip(listener: Listener) -> None:
-    while not listener.changes.empty():
-        listener.changes.get_nowait()
+        yield await run_until(stopping, listener.next(), timeout=heartbeat_seconds)

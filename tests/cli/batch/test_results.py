@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from receiver.cli.batch.results import COLUMNS, Outcome, Spool, summarize, to_outcome, write_results
-from receiver.client.messages import DispatchView
-from tests.support.batch_fakes import a_run
+from tests.support.batch_fakes import a_dispatch, a_run
 
 
 def test_results_are_written_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -53,9 +52,9 @@ def test_a_batch_is_summarized() -> None:
 
 def test_a_completed_run_that_was_not_stored_fails_its_row() -> None:
     """A dead dispatch fails the row; one that was skipped, or is only about the final cost, does not."""
-    dead = DispatchView("storage", "settled", 0, "dead", 12, "no space")
-    skipped = DispatchView("storage", "settled", 0, "skipped", 0, "status is failed")
-    leased = DispatchView("storage", "cost_final", 0, "leased", 1, None)
+    dead = a_dispatch("dead", 12, "no space")
+    skipped = a_dispatch("skipped", 0, "status is failed")
+    leased = a_dispatch("leased", 1, event="cost_final")
     assert not to_outcome(a_run("r", dispatches=(dead,)), row=2, key="a").succeeded
     assert to_outcome(a_run("r", dispatches=(skipped,)), row=2, key="a").succeeded
     assert to_outcome(a_run("r", dispatches=(leased,)), row=2, key="a").succeeded

@@ -9,9 +9,9 @@ from receiver.cli.batch.concurrency import ConcurrencyLimit
 from receiver.cli.batch.results import Outcome, Spool
 from receiver.cli.batch.runner import Progress, Runner, call_with_retries, is_transient
 from receiver.cli.batch.table import RowProblem
-from receiver.client.messages import DispatchView, ErrorView
+from receiver.client.messages import ErrorView
 from receiver.errors import ReceiverApiError
-from tests.support.batch_fakes import FakeReceiver, some_jobs
+from tests.support.batch_fakes import FakeReceiver, a_dispatch, some_jobs
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_refused_row_does_not_stop_the_others(spool: Spool) -> None:
         },
         runs={
             "row-4": {"state": "failed", "error_code": "safety_blocked", "error_message": "no", "artifacts": ()},
-            "row-5": {"dispatches": (DispatchView("storage", "settled", 0, "dead", 12, "disk full"),)},
+            "row-5": {"dispatches": (a_dispatch("dead", 12, "disk full"),)},
             "row-6": {"state": "lost", "lost_reason": "deadline"},
         },
     )
@@ -120,7 +120,7 @@ def test_retries_end_with_patience(spool: Spool) -> None:
 
 def test_active_rows_halve_while_flora_limits(spool: Spool) -> None:
     """A start that still waits behind a 429 halves the limit once; successes raise it one by one."""
-    waiting = ErrorView("rate_limited", "slow down", 429)
+    waiting = ErrorView(code="rate_limited", message="slow down", status=429)
     receiver = FakeReceiver(errors={"row-0": [waiting, waiting], "row-1": [waiting]})
     runner = a_runner(receiver, spool, parallel=8)
     seen: list[int] = []

@@ -10,9 +10,10 @@ from starlette.routing import Route
 from receiver.cli.trigger.cases import CASES, Subject
 from receiver.service.service import Service
 from receiver.store.changes import Change, Changes
-from receiver.web.ops.openapi import document
-from receiver.web.ops.views import change_json
-from receiver.web.ops.wait import changes_of, unless_stopped
+from receiver.web.ops.openapi import openapi_document
+from receiver.web.ops.views import to_change
+from receiver.web.ops.wait import next_changes
+from receiver.workers.loop import run_until
 from tests.support.stage import Stage, eventually
 from tests.web.ops.conftest import Ops, events, operating
 
@@ -156,7 +157,7 @@ async def test_who_lags_behind_is_told_so() -> None:
         for number in range(1001):
             changes.publish(Change("run", f"run_{number}", "open"))
         assert listener.missed
-        given = changes_of(listener, stopping, heartbeat_seconds=10)
+        given = next_changes(listener, stopping, heartbeat_seconds=10)
         first = await anext(given)
         assert first is not None
         assert first.run_id == "run_0"
@@ -166,19 +167,19 @@ async def test_who_lags_behind_is_told_so() -> None:
 
 async def test_a_quiet_stream_beats() -> None:
     with Changes().listening() as listener:
-        assert await anext(changes_of(listener, asyncio.Event(), heartbeat_seconds=0)) is None
+        assert await anext(next_changes(listener, asyncio.Event(), heartbeat_seconds=0)) is None
 
 
 async def test_a_wait_inside_a_request_ends_with_the_service() -> None:
     stopping = asyncio.Event()
     stopping.set()
-    assert await unless_stopped(asyncio.Event().wait(), stopping) is None
+    assert await run_until(stopping, asyncio.Event().wait()) is None
 
 
 def test_a_start_in_the_stream_names_its_run_only_once_it_has_one() -> None:
     """It is published under its token, which is not a run."""
-    assert change_json(Change("start", "token", "refused"))["run_id"] is None
-    assert change_json(Change("start", "token", "started", "run_1"))["run_id"] == "run_1"
+    assert to_change(Change("start", "token", "refused"))["run_id"] is None
+    assert to_change(Change("start", "token", "started", "run_1"))["run_id"] == "run_1"
 
 
 async def test_long_requests_end_with_the_service(stage: Stage) -> None:
@@ -238,6 +239,14 @@ async def test_every_route_is_described(ops: Ops) -> None:
             assert {"401", "403", "503"} <= operation["responses"].keys()
 
 
+async def test_told_stands_beside_the_name_that_replaces_it(ops: Ops) -> None:
+    run = (await ops.get(f"/api/runs/{await ops.finished()}"))["run"]
+    assert (run["callback_status"], run["told"]) == ("completed", "completed")
+    described = openapi_document()["components"]["schemas"]["Run"]["properties"]
+    assert described["told"]["deprecated"]
+    assert "deprecated" not in described["callback_status"]
+
+
 async def test_what_is_answered_is_what_is_described(ops: Ops) -> None:
     """Every key of every answer stands in the document."""
     run_id = await ops.finished(idempotency_key="k")
@@ -260,10 +269,10 @@ async def test_what_is_answered_is_what_is_described(ops: Ops) -> None:
 
 def hold(value: Any, schema: dict[str, Any], where: str) -> None:
     """Hold an answer's keys against its schema."""
-    if "oneOf" in schema:
-        schema = schema["oneOf"][0]
+    if "anyOf" in schema:
+        schema = schema["anyOf"][0]
     if "$ref" in schema:
-        schema = document()["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+        schema = openapi_document()["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
     if isinstance(value, list):
         for each in value:
             hold(each, schema["items"], where)
