@@ -41,8 +41,9 @@ check: $(DEV) ## Check format, lint, types, imports and dependencies
 format: $(DEV) ## Format the code and apply safe fixes
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .
 
-docs: $(DEV) ## Write the generated parts of the documents anew
+docs: $(DEV) ## Write the generated parts of the documents anew, and the picture
 	@$(PY) -m tests.docs.generate
+	@$(PY) -m tests.docs.picture
 
 bench: $(DEV) ## Measure: one table, in some minutes
 	@$(PY) -m pytest -v --no-header --tb=short $(ARGS) $(or $(wildcard tests/bench/bench_*.py),$(error there is no tests/bench/bench_*.py))

@@ -5,7 +5,7 @@ built as `cls(config)`. Delivery is at least once with a stable `context.idempot
 An exception out of `handle` means Retry. It runs on the service's event loop: what blocks goes into a thread.
 Optional: `async def check(self)` raises with a message when the handler cannot work (wrong directory, wrong
 credentials), `async def close(self)` runs at shutdown. Every field of `Config` has a description, which
-`flora-receiver handlers show` prints. `handlers/README.md` leads through writing one.
+`flora-receiver handlers show` prints. `handlers/WRITING.md` leads through writing one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

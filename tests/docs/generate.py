@@ -105,7 +105,7 @@ def options(command: Any) -> list[Any]:
 
 def _commands() -> str:
     """List the commands, each with what it does; the options are in the sections below."""
-    rows = ((f"[`{path}`](#{_anchor(_heading(path, command))})", _help(command)) for path, command in commands())
+    rows = ((f"[`{path}`](#{to_anchor(_heading(path, command))})", _help(command)) for path, command in commands())
     return _table("command | purpose", rows)
 
 
@@ -149,7 +149,7 @@ def _help(command: Any) -> str:
     return " ".join((command.help or "").split())
 
 
-def _anchor(heading: str) -> str:
+def to_anchor(heading: str) -> str:
     """Return a heading's anchor as GitHub makes it."""
     return re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-")
 

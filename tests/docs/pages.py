@@ -47,22 +47,10 @@ def section(page: str, title: str) -> str:
 
 
 def without_code(text: str) -> str:
+    """Return a page's prose and tables."""
     return BLOCK.sub("", text)
 
 
 def links(text: str) -> list[str]:
     """Return the targets of a page's links and pictures."""
     return re.findall(r"\]\(([^)\s]+)\)", without_code(text))
-
-
-__all__ = [
-    "ROOT",
-    "all_blocks",
-    "code_blocks",
-    "find_block",
-    "links",
-    "page_names",
-    "read_page",
-    "section",
-    "without_code",
-]

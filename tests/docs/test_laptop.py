@@ -1,23 +1,22 @@
-"""The three commands of "On a laptop" as they stand, in a folder of their own; only the host's name is another one."""
+"""The three commands of "Through a tunnel" as they stand, in a folder of their own, with another host's name."""
 
-import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.cli.conftest import COMMAND, Running, environment
+from tests.docs.generate import ROOT
+from tests.docs.pages import code_blocks, section
 from tests.support.sshd import sshd
 from tests.support.stage import free_port
 
-ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "README.md").read_text("utf-8").split("\n## On a laptop\n")[1].split("\n## ")[0]
 PATIENCE_SECONDS = 120
 
 
 def test_three_commands_lead_from_a_clone_to_a_stored_file(tmp_path: Path) -> None:
-    """By the README alone: FLORA's callback comes through sshd and TLS, and the file is where the last command says."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
+    """By the page alone: FLORA's callback comes through sshd and TLS, and the file is where the last command says."""
+    blocks = code_blocks(section("receiver/docs/laptop.md", "Through a tunnel"), "sh")
     install, dev, run = [line for block in blocks for line in block.splitlines()]
     subprocess.run(shlex.split(install), cwd=ROOT, check=True, timeout=PATIENCE_SECONDS)
     (tmp_path / ".venv").mkdir()

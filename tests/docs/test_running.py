@@ -12,18 +12,14 @@ import pytest
 from starlette.routing import Route
 
 from receiver.service.service import Service
+from tests.docs.pages import code_blocks, read_page, section
 from tests.support.stage import Stage, free_port, staged
 
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 BIN = Path(sys.executable).parent
 
 
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-def examples(title: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", section(title), re.MULTILINE | re.DOTALL)
+def examples(page: str, title: str, language: str) -> list[str]:
+    return code_blocks(section(page, title), language)
 
 
 def size_of(file: str) -> int:
@@ -68,18 +64,18 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
 
 async def test_runs_start_and_are_waited_for_as_shown(desk: Desk) -> None:
     """The first example stores its file, the second's run is waited for; the start by FLORA's name is the same run."""
-    first, second = examples("Starting runs", "sh")
+    first, second = examples("receiver/docs/runs.md", "Starting runs", "sh")
     run_id, file = (await desk.shell(first)).split()
     assert size_of(file)
     assert (await desk.shell(first.replace("runs start", "techniques:runs create"))).split()[0] == run_id
     generated = (await desk.shell(second)).strip()
-    (wait,) = examples("Waiting", "sh")
+    (wait,) = examples("receiver/docs/runs.md", "Waiting", "sh")
     assert size_of((await desk.shell(wait, RUN_ID=generated)).strip())
     assert desk.stage.run(generated)["metadata"] == '{"market": "de"}'
 
 
 async def test_python_does_as_shown(desk: Desk) -> None:
-    (source,) = examples("From Python", "python")
+    (source,) = examples("receiver/docs/python.md", "Python", "python")
     (desk.stage.directory / "example.py").write_text(source, "utf-8")
     path, size, sha256 = (await desk.shell(f"{sys.executable} example.py")).split()
     assert size_of(path) == int(size)
@@ -96,4 +92,4 @@ async def test_every_request_is_listed(desk: Desk) -> None:
         if isinstance(route, Route)
         for method in (route.methods or set()) - {"HEAD"}
     }
-    assert set(re.findall(r"^\| `((?:GET|POST) [^`]+)` \|", section("The operations listener"), re.MULTILINE)) == there
+    assert set(re.findall(r"^\| `((?:GET|POST) [^`]+)` \|", read_page("receiver/docs/api.md"), re.MULTILINE)) == there

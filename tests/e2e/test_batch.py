@@ -50,9 +50,9 @@ async def test_every_row_comes_home_in_bad_weather(tmp_path: Path) -> None:
             assert await process.stop() == 0
 
 
-async def test_the_batch_that_the_readme_shows(batches: BatchStage) -> None:
+async def test_the_batch_that_the_page_shows(batches: BatchStage) -> None:
     """Its table, its command line (and a yes), its names of files."""
-    section = (ROOT / "README.md").read_text("utf-8").split("## Batches")[1].split("\n## ")[0]
+    section = (ROOT / "receiver/docs/batches.md").read_text("utf-8")
     assert KEY in section
     shown = dict(re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL))
     (batches.stage.directory / "spring.csv").write_text(shown["csv"], "utf-8")

@@ -50,12 +50,12 @@ def test_the_examples_own_tests_pass(installed: dict[str, str], tmp_path: Path) 
 
 
 def test_what_the_manual_says_about_tests_is_enough(tmp_path: Path) -> None:
-    """Its three blocks in three files, beside the function that the main README shows: they pass, and nothing warns."""
-    function = next(block for block in _blocks("README.md", "python") if "def announce" in block)
+    """Its three blocks in three files, beside the function that the page shows: they pass, and nothing warns."""
+    function = next(block for block in _blocks("handlers/WRITING.md", "python") if "def announce" in block)
     fixtures, test = (
-        block for block in _blocks("handlers/README.md", "python") if "flora_stand" in block or "pytest" in block
+        block for block in _blocks("handlers/WRITING.md", "python") if "flora_stand" in block or "pytest" in block
     )
-    (ini,) = _blocks("handlers/README.md", "ini")
+    (ini,) = _blocks("handlers/WRITING.md", "ini")
     files = {"sums.py": function, "conftest.py": fixtures, "test_sums.py": test, "pytest.ini": ini}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
