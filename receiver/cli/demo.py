@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from receiver.cli.output import FAILED, print_result, report_errors
-from receiver.cli.trigger.cases import CASES, Subject
+from receiver.cli.trigger.cases import CASES, CallbackFactory
 from receiver.config import Settings
 from receiver.emulator import Emulator, EmulatorSettings, parse_faults
 from receiver.flora.client import FloraClient
@@ -225,9 +225,9 @@ async def _start(emulator: Emulator, service: Service, origin: str, url: str) ->
 
 async def _forge(url: str, ca: Path) -> str:
     """Send a callback signed with a secret of our own making, and return how it was refused."""
-    (shot,) = CASES["signature_mismatch"](Subject("", "run_forged", "whd_forged"))
+    (request,) = CASES["signature_mismatch"](CallbackFactory("", "run_forged", "whd_forged"))
     async with probe_client(ca=ca) as client:
-        response = await client.post(url, content=shot.body, headers=dict(shot.headers))
+        response = await client.post(url, content=request.body, headers=dict(request.headers))
     return f"{response.status_code} {response.json()['error']['code']}"
 
 

@@ -1,1 +1,4 @@
-"""`flora-receiver trigger`: send signed callbacks as FLORA does, good ones and bad ones. Called by `cli.app`."""
+"""`flora-receiver trigger`: sends signed callbacks as FLORA does, valid and invalid ones.
+
+Called by `cli.app` and `cli.demo`; may import `config`, `flora.signature` and `net`.
+"""

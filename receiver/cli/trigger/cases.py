@@ -1,4 +1,4 @@
-"""What `trigger` sends: each case by its name, as the requests that make it. Pure but for the time and the ids."""
+"""The cases of `trigger`: the requests that each of them sends. Pure but for times and ids."""
 
 import base64
 import json
@@ -9,37 +9,37 @@ from dataclasses import dataclass, field, replace
 
 from receiver.flora.signature import HEADER, sign
 
-_NO_RECORD = "is no line that --record writes"
-MADE_UP_WORKSPACE = "ws_trigger"
-_SIX_MINUTES = 400
-"""Seconds from signing to FLORA's last retry, its own time-outs included."""
+DEFAULT_WORKSPACE = "ws_trigger"
+_NOT_A_RECORD = "was not written by --record"
+_LAST_RETRY_SECONDS = 400
+"""From the signature to FLORA's last retry, its own time-outs included."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shot:
-    """One request, and the code or the word that it should be answered with (`accepted`, `duplicate`, a refusal's code)."""
+class CallbackRequest:
+    """A request, and the expected result: `accepted`, `duplicate`, `ignored` or a refusal's code."""
 
     body: bytes
     headers: Mapping[str, str]
     expected: str = "accepted"
     method: str = "POST"
-    further: str = ""
-    """What is added to the URL's path."""
-    held: bool = False
-    """Whether its last byte is held back."""
+    path_suffix: str = ""
+    """Appended to the path of the URL."""
+    is_held: bool = False
+    """Whether the last byte is not sent."""
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What the callbacks are about; made up where it is not given."""
+class CallbackFactory:
+    """Makes callbacks of one workspace; ids that are not given are random."""
 
     secret: str = field(repr=False)
-    workspace_id: str = MADE_UP_WORKSPACE
+    workspace_id: str = DEFAULT_WORKSPACE
     run_id: str | None = None
     delivery_id: str | None = None
 
-    def body(self, status: str = "completed", **top: object) -> bytes:
-        """Return a callback as FLORA writes it."""
+    def make_body(self, status: str = "completed", **replaced: object) -> bytes:
+        """Return the body of a callback in FLORA's format, with top-level fields replaced."""
         data = {
             "run_id": self.run_id or f"run_{secrets.token_hex(8)}",
             "run_type": "generation",
@@ -47,7 +47,8 @@ class Subject:
             "status": status,
         }
         if status == "failed":
-            data |= {"error_code": "provider_error", "error_message": "sent by flora-receiver trigger"}
+            message = "sent by flora-receiver trigger"
+            data |= {"error_code": "provider_error", "error_message": message}
         payload = {
             "id": self.delivery_id or f"whd_{secrets.token_hex(8)}",
             "type": f"run.{status}",
@@ -55,77 +56,102 @@ class Subject:
             "created_at": int(time.time() * 1000),
             "data": data,
         }
-        return json.dumps(payload | top, separators=(",", ":")).encode()
+        return json.dumps(payload | replaced, separators=(",", ":")).encode()
 
-    def signed(self, body: bytes, *, age: int = 0, secret: str | None = None) -> dict[str, str]:
-        return {HEADER: sign(body, secret or self.secret, timestamp=int(time.time()) - age)}
+    def make_request(
+        self,
+        body: bytes | None = None,
+        expected: str = "accepted",
+        *,
+        age_seconds: int = 0,
+        secret: str | None = None,
+    ) -> CallbackRequest:
+        """Return a signed request, signed `age_seconds` ago and with another secret if given."""
+        body = self.make_body() if body is None else body
+        timestamp = int(time.time()) - age_seconds
+        headers = {HEADER: sign(body, secret or self.secret, timestamp=timestamp)}
+        return CallbackRequest(body, headers, expected)
 
-    def shot(self, body: bytes | None = None, expected: str = "accepted", **signing: int | str) -> Shot:
-        body = self.body() if body is None else body
-        return Shot(body, self.signed(body, **signing), expected)  # type: ignore[arg-type]
 
-
-def _duplicate(subject: Subject) -> Sequence[Shot]:
-    first = subject.shot()
+def _duplicate(factory: CallbackFactory) -> Sequence[CallbackRequest]:
+    first = factory.make_request()
     return first, replace(first, expected="duplicate")
 
 
-def _contradicting(subject: Subject) -> Sequence[Shot]:
-    one = replace(subject, run_id=subject.run_id or f"run_{secrets.token_hex(8)}", delivery_id=None)
-    return one.shot(one.body("completed")), one.shot(one.body("failed"))
+def _contradicting_pair(factory: CallbackFactory) -> Sequence[CallbackRequest]:
+    run_id = factory.run_id or f"run_{secrets.token_hex(8)}"
+    factory = replace(factory, run_id=run_id, delivery_id=None)
+    return (
+        factory.make_request(factory.make_body("completed")),
+        factory.make_request(factory.make_body("failed")),
+    )
 
 
-def _too_large(subject: Subject) -> Sequence[Shot]:
-    return (subject.shot(subject.body() + b" " * 70_000, "body_too_large"),)
+def _body_too_large(factory: CallbackFactory) -> Sequence[CallbackRequest]:
+    return (factory.make_request(factory.make_body() + b" " * 70_000, "body_too_large"),)
 
 
-CASES: Mapping[str, Callable[[Subject], Sequence[Shot]]] = {
-    "completed": lambda it: (it.shot(),),
-    "failed": lambda it: (it.shot(it.body("failed")),),
-    "unknown_run": lambda it: (replace(it, run_id=None).shot(),),
-    "unknown_event": lambda it: (it.shot(it.body(type="run.paused"), "ignored"),),
+def _mismatch(factory: CallbackFactory) -> Sequence[CallbackRequest]:
+    factory = replace(factory, workspace_id="ws_another")
+    return (factory.make_request(expected="workspace_mismatch"),)
+
+
+CASES: Mapping[str, Callable[[CallbackFactory], Sequence[CallbackRequest]]] = {
+    "completed": lambda it: (it.make_request(),),
+    "failed": lambda it: (it.make_request(it.make_body("failed")),),
+    "unknown_run": lambda it: (replace(it, run_id=None).make_request(),),
+    "unknown_event": lambda it: (it.make_request(it.make_body(type="run.paused"), "ignored"),),
     "duplicate": _duplicate,
-    "contradicting_pair": _contradicting,
-    "retry_after_six_minutes": lambda it: (it.shot(age=_SIX_MINUTES),),
-    "missing_signature": lambda it: (Shot(it.body(), {}, "missing_signature"),),
-    "malformed_signature": lambda it: (Shot(it.body(), {HEADER: "hello"}, "malformed_signature"),),
-    "signature_mismatch": lambda it: (it.shot(expected="signature_mismatch", secret="whsec_another"),),  # noqa: S106
-    "timestamp_out_of_tolerance": lambda it: (it.shot(expected="timestamp_out_of_tolerance", age=3600),),
-    "workspace_mismatch": lambda it: (replace(it, workspace_id="ws_another").shot(expected="workspace_mismatch"),),
-    "body_timeout": lambda it: (replace(it.shot(expected="body_timeout"), held=True),),
-    "invalid_payload": lambda it: (it.shot(b"{", "invalid_payload"),),
-    "malformed": lambda it: (it.shot(b'{"id": 1}', "invalid_payload"),),
-    "body_too_large": _too_large,
-    "oversized": _too_large,
-    "method_not_allowed": lambda _: (Shot(b"", {}, "method_not_allowed", "GET"),),
-    "not_found": lambda it: (replace(it.shot(expected="not_found"), further="/elsewhere"),),
+    "contradicting_pair": _contradicting_pair,
+    "retry_after_six_minutes": lambda it: (it.make_request(age_seconds=_LAST_RETRY_SECONDS),),
+    "missing_signature": lambda it: (CallbackRequest(it.make_body(), {}, "missing_signature"),),
+    "malformed_signature": lambda it: (CallbackRequest(it.make_body(), {HEADER: "hello"}, "malformed_signature"),),
+    "signature_mismatch": lambda it: (it.make_request(expected="signature_mismatch", secret=f"{it.secret}-another"),),
+    "timestamp_out_of_tolerance": lambda it: (
+        it.make_request(expected="timestamp_out_of_tolerance", age_seconds=3600),
+    ),
+    "workspace_mismatch": _mismatch,
+    "body_timeout": lambda it: (replace(it.make_request(expected="body_timeout"), is_held=True),),
+    "invalid_payload": lambda it: (it.make_request(b"{", "invalid_payload"),),
+    "malformed": lambda it: (it.make_request(b'{"id": 1}', "invalid_payload"),),
+    "body_too_large": _body_too_large,
+    "oversized": _body_too_large,
+    "method_not_allowed": lambda _: (CallbackRequest(b"", {}, "method_not_allowed", "GET"),),
+    "not_found": lambda it: (replace(it.make_request(expected="not_found"), path_suffix="/elsewhere"),),
 }
-"""Every case by name: how the requests of this kind are made."""
+"""The requests of every case, by its name."""
 
 
-def kept(shot: Shot) -> str:
-    """Return a shot as one line of a record: JSON, its body in base64, so that every byte is there."""
+def to_record(request: CallbackRequest) -> str:
+    """Return a request as a line of JSON, with its body in base64."""
     return json.dumps(
         {
-            "method": shot.method,
-            "headers": dict(shot.headers),
-            "body": base64.b64encode(shot.body).decode(),
-            "expected": shot.expected,
-            "further": shot.further,
-            "held": shot.held,
+            "method": request.method,
+            "headers": dict(request.headers),
+            "body": base64.b64encode(request.body).decode(),
+            "expected": request.expected,
+            "further": request.path_suffix,
+            "held": request.is_held,
         }
     )
 
 
-def again(line: str) -> Shot:
-    """Return the shot of a line. ValueError where it is none."""
+def from_record(line: str) -> CallbackRequest:
+    """Return the request in a line of a record. Raises ValueError."""
     try:
         row = json.loads(line)
-        words = [row["method"], row["expected"], row["further"], *row["headers"].keys(), *row["headers"].values()]
-        body = base64.b64decode(row["body"], validate=True)
-        shot = Shot(body, row["headers"], row["expected"], row["method"], row["further"], row.get("held") is True)
+        headers = row["headers"]
+        texts = [row["method"], row["expected"], row["further"], *headers, *headers.values()]
+        request = CallbackRequest(
+            base64.b64decode(row["body"], validate=True),
+            headers,
+            row["expected"],
+            row["method"],
+            row["further"],
+            row.get("held") is True,
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(_NO_RECORD) from error
-    if not all(isinstance(word, str) and word.isascii() and word.isprintable() for word in words):
-        raise ValueError(_NO_RECORD)
-    return shot
+        raise ValueError(_NOT_A_RECORD) from error
+    if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in texts):
+        raise ValueError(_NOT_A_RECORD)
+    return request

@@ -1,4 +1,4 @@
-"""`flora-receiver trigger`: sends callbacks, signed or spoiled on purpose, to any receiver, and judges the answers."""
+"""`flora-receiver trigger`: sends valid and invalid callbacks to a receiver and checks the responses."""
 
 import asyncio
 import os
@@ -14,14 +14,25 @@ import typer
 
 from receiver.cli.connection import check_ca
 from receiver.cli.output import FAILED, print_error, print_result, report_errors
-from receiver.cli.trigger.cases import CASES, MADE_UP_WORKSPACE, Shot, Subject, again, kept
-from receiver.cli.trigger.simulator import GOOD, PATIENCE_SECONDS, Hit, send
+from receiver.cli.trigger.cases import (
+    CASES,
+    DEFAULT_WORKSPACE,
+    CallbackFactory,
+    CallbackRequest,
+    from_record,
+    to_record,
+)  # fmt: skip
+from receiver.cli.trigger.sender import SUCCESSES, TIMEOUT_SECONDS, Result, send
 from receiver.config import load_settings
 from receiver.errors import ConfigError, Problem
 from receiver.net.clients import probe_client
 
-_SHOWN = 2000
-_AT_ONCE = 64
+_MAX_TEXT = 2000
+"""Characters of a response that are printed."""
+_CONCURRENCY = 64
+
+Group = tuple[CallbackRequest, ...]
+"""Requests that are sent one after the other: each waits for the response to the one before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,126 +56,145 @@ class Options:
 def run(options: Options) -> None:
     with report_errors(as_json=options.json):
         _check(options)
-        chains = _chains(options)
+        groups = _make_groups(options)
         if options.record is not None:
-            _write_record(options.record, chains)
-        at_once = 1 if options.count == 1 else _AT_ONCE
-        hits = asyncio.run(_fire(options.url, chains, options.ca, options.rate, at_once=at_once))
-        if all(hit.status is None for hit in hits):
-            reason = hits[0].text
+            _write_record(options.record, groups)
+        results = asyncio.run(_send_groups(options, groups))
+        if all(result.status is None for result in results):
+            reason = results[0].text
             data = {"error": "no_answer", "url": options.url, "message": reason}
-            print_error(data, f"No answer from {options.url}: {reason}", as_json=options.json)
+            print_error(data, f"No response from {options.url}: {reason}", as_json=options.json)
             raise typer.Exit(FAILED)
         name = options.case if options.source is None else str(options.source)
-        _show(name, hits, json=options.json)
-        if not all(hit.as_expected for hit in hits):
+        if len(results) <= 2:
+            _print_results(name, results, as_json=options.json)
+        else:
+            _print_summary(name, results, as_json=options.json)
+        if not all(result.is_expected for result in results):
             raise typer.Exit(FAILED)
 
 
 def _check(options: Options) -> None:
     if options.case not in CASES:
-        message = f"there is no case {options.case!r}; there are: {', '.join(CASES)}"
+        message = f"there is no case {options.case!r}; the cases are {', '.join(CASES)}"
         raise ConfigError([Problem("--case", message)])
     if not _is_web_url(options.url):
         raise ConfigError([Problem("URL", f"{options.url!r} is not an http or https URL")])
     check_ca(options.ca)
 
 
-def _chains(options: Options) -> list[tuple[Shot, ...]]:
-    """Return the requests to send, in groups that are sent in order."""
+def _make_groups(options: Options) -> list[Group]:
     if options.source is not None:
-        shots = _recorded(options.source)
-        groups: list[tuple[Shot, ...]]
-        groups = [tuple(shots)] if options.rate is None else [(shot,) for shot in shots]
+        requests = _read_record(options.source)
+        groups: list[Group] = [requests]
+        if options.rate is not None:
+            groups = [(request,) for request in requests]
         return groups * options.count
-    subject = replace(
-        _subject(options.secret, options.workspace_id),
+    factory = replace(
+        _find_factory(options.secret, options.workspace_id),
         run_id=options.run_id,
         delivery_id=options.delivery_id,
     )
-    return [tuple(CASES[options.case](subject)) for _ in range(options.count)]
+    return [tuple(CASES[options.case](factory)) for _ in range(options.count)]
 
 
-async def _fire(
-    url: str, chains: Sequence[Sequence[Shot]], ca: Path | None, rate: float | None, *, at_once: int
-) -> list[Hit]:
-    """Send all, in order; with a rate by the clock, whether or not there are answers, else as many at a time as fit.
+async def _send_groups(options: Options, groups: Sequence[Group]) -> list[Result]:
+    """Send all requests and return their results in order.
 
-    What belongs together is one chain: each of its requests waits for the answer to the one before it, or is not sent.
+    With a rate, groups start by the clock, whether or not there are responses; without one, as many
+    at a time as the receiver takes. The rest of a group is not sent after a missing response.
     """
-    gate = asyncio.Semaphore(at_once if rate is None else max(at_once, round(rate * PATIENCE_SECONDS)))
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=at_once)
-    async with probe_client(ca=ca, limits=limits, timeout_seconds=PATIENCE_SECONDS) as client:
+    url, ca, rate = options.url, options.ca, options.rate
+    concurrency = 1 if options.count == 1 else _CONCURRENCY
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
+    if rate is not None:
+        concurrency = max(concurrency, round(rate * TIMEOUT_SECONDS))
+    slots = asyncio.Semaphore(concurrency)
+    async with probe_client(ca=ca, limits=limits, timeout_seconds=TIMEOUT_SECONDS) as client:
         began = time.perf_counter()
 
-        async def chain(shots: Sequence[Shot], number: int) -> list[Hit]:
+        async def send_group(group: Group, number: int) -> list[Result]:
             if rate is not None:
-                await asyncio.sleep(max(0.0, began + number * len(shots) / rate - time.perf_counter()))
-            hits: list[Hit] = []
-            async with gate:
-                for shot in shots:
-                    hits.append(await send(client, url, shot, ca=ca))
-                    if hits[-1].status is None:
+                starts_at = began + number * len(group) / rate
+                await asyncio.sleep(max(0.0, starts_at - time.perf_counter()))
+            results: list[Result] = []
+            async with slots:
+                for request in group:
+                    results.append(await send(client, url, request, ca=ca))
+                    if results[-1].status is None:
                         break
-            return hits
+            return results
 
-        done = await asyncio.gather(*(chain(shots, number) for number, shots in enumerate(chains)))
-        return [hit for hits in done for hit in hits]
-
-
-def _show(name: str, hits: Sequence[Hit], *, json: bool) -> None:
-    wrong = [hit for hit in hits if not hit.as_expected]
-    if len(hits) <= 2:
-        (*_, last) = hits
-        lines = [f"{hit.status or 'no answer:'} {hit.text[:_SHOWN]}" for hit in hits]
-        verdict = "as it should be" if not wrong else f"expected {_wish(wrong[0].shot)}"
-        data: dict[str, Any] = {
-            "case": name,
-            "status": last.status,
-            "body": last.text[:_SHOWN],
-            "as_expected": not wrong,
-        }
-        print_result(data, "\n".join([*lines, f"{name}: {verdict}"]), as_json=json)
-        return
-    counts = Counter(_counted(hit) for hit in hits)
-    times = sorted(hit.seconds for hit in hits)
-    at = {f"p{part}": times[min(len(times) - 1, len(times) * part // 100)] for part in (50, 95, 99)}
-    lines = [f"{number:>6}  {told}" for told, number in counts.most_common()]
-    lines.append("  ".join(f"{part} {seconds * 1000:.1f} ms" for part, seconds in at.items()))
-    lines.append(f"{name}: {'as it should be' if not wrong else f'{len(wrong)} are not as they should be'}")
-    data = {"case": name, "sent": len(hits), "answers": dict(counts), "seconds": at, "as_expected": not wrong}
-    print_result(data, "\n".join(lines), as_json=json)
+        sent = await asyncio.gather(*(send_group(each, place) for place, each in enumerate(groups)))
+        return [result for results in sent for result in results]
 
 
-def _counted(hit: Hit) -> str:
-    return f"no answer: {hit.text}" if hit.status is None else f"{hit.status} {hit.word or 'no word of a receiver'}"
+def _print_results(name: str, results: Sequence[Result], *, as_json: bool) -> None:
+    wrong = [result for result in results if not result.is_expected]
+    last = results[-1]
+    lines = [f"{result.status or 'no response:'} {result.text[:_MAX_TEXT]}" for result in results]
+    lines.append(f"{name}: {_describe_expected(wrong[0].request) if wrong else 'as expected'}")
+    data: dict[str, Any] = {
+        "case": name,
+        "status": last.status,
+        "body": last.text[:_MAX_TEXT],
+        "as_expected": not wrong,
+    }
+    print_result(data, "\n".join(lines), as_json=as_json)
 
 
-def _wish(shot: Shot) -> str:
-    return f"200 {shot.expected}" if shot.expected in GOOD else shot.expected
+def _print_summary(name: str, results: Sequence[Result], *, as_json: bool) -> None:
+    wrong = sum(not result.is_expected for result in results)
+    counts = Counter(_describe_result(result) for result in results)
+    times = sorted(result.seconds for result in results)
+    seconds = {f"p{percent}": times[min(len(times) - 1, len(times) * percent // 100)] for percent in (50, 95, 99)}
+    lines = [f"{count:>6}  {text}" for text, count in counts.most_common()]
+    lines.append("  ".join(f"{percentile} {value * 1000:.1f} ms" for percentile, value in seconds.items()))
+    lines.append(f"{name}: {f'{wrong} responses not as expected' if wrong else 'as expected'}")
+    data = {
+        "case": name,
+        "sent": len(results),
+        "answers": dict(counts),
+        "seconds": seconds,
+        "as_expected": not wrong,
+    }
+    print_result(data, "\n".join(lines), as_json=as_json)
 
 
-def _recorded(source: Path) -> list[Shot]:
+def _describe_result(result: Result) -> str:
+    if result.status is None:
+        return f"no response: {result.text}"
+    return f"{result.status} {result.code or 'not from a receiver'}"
+
+
+def _describe_expected(request: CallbackRequest) -> str:
+    status = "200 " if request.expected in SUCCESSES else ""
+    return f"expected {status}{request.expected}"
+
+
+def _read_record(source: Path) -> Group:
     try:
         lines = source.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([Problem("--from", f"{source} cannot be read")]) from error
-    shots = []
+    requests = []
     for number, line in enumerate(lines, 1):
         try:
-            shots.append(again(line))
+            requests.append(from_record(line))
         except ValueError as error:
             raise ConfigError([Problem("--from", f"line {number} of {source} {error}")]) from error
-    if not shots:
+    if not requests:
         raise ConfigError([Problem("--from", f"{source} is empty")])
-    return shots
+    return tuple(requests)
 
 
-def _write_record(record: Path, chains: Sequence[Sequence[Shot]]) -> None:
+def _write_record(record: Path, groups: Sequence[Group]) -> None:
+    lines = "".join(f"{to_record(request)}\n" for group in groups for request in group)
     try:
-        record.write_text("".join(f"{kept(shot)}\n" for shots in chains for shot in shots), "utf-8")
+        record.write_text(lines, "utf-8")
     except OSError as error:
-        raise ConfigError([Problem("--record", f"{record} cannot be written: {error.strerror}")]) from error
+        message = f"{record} cannot be written: {error.strerror}"
+        raise ConfigError([Problem("--record", message)]) from error
 
 
 def _is_web_url(text: str) -> bool:
@@ -172,18 +202,25 @@ def _is_web_url(text: str) -> bool:
         url = httpx.URL(text)
     except httpx.InvalidURL:
         return False
-    return url.scheme in {"http", "https"} and bool(url.host) and (url.port is None or 0 < url.port < 65536)
+    has_port = url.port is None or 0 < url.port < 65536
+    return url.scheme in {"http", "https"} and bool(url.host) and has_port
 
 
-def _subject(secret: str | None, workspace_id: str | None) -> Subject:
-    """Return who signs: with the given secret, or with a configured one, of that workspace where it is named."""
+def _find_factory(secret: str | None, workspace_id: str | None) -> CallbackFactory:
+    """Return a factory with the given secret, or with a configured one of the workspace."""
     if secret:
-        return Subject(secret, workspace_id or MADE_UP_WORKSPACE)
+        return CallbackFactory(secret, workspace_id or DEFAULT_WORKSPACE)
     configured = load_settings(None, os.environ, need_secrets=False).secrets_by_workspace()
     if not configured:
-        raise ConfigError([Problem("FLORA_WEBHOOK_SECRET", "is not set: give the secret there, or by --secret")])
-    fitting = [(value, owner) for value, owner in configured if workspace_id is None or owner in {None, workspace_id}]
-    if not fitting:
-        raise ConfigError([Problem("--workspace-id", f"the settings have no secret of {workspace_id}")])
-    value, owner = min(fitting, key=lambda each: each[1] is None) if workspace_id else fitting[0]
-    return Subject(value, workspace_id or owner or MADE_UP_WORKSPACE)
+        message = "is not set: set it, or pass the secret with --secret"
+        raise ConfigError([Problem("FLORA_WEBHOOK_SECRET", message)])
+    candidates = [
+        (value, owner) for value, owner in configured if workspace_id is None or owner in {None, workspace_id}
+    ]
+    if not candidates:
+        message = f"the settings have no secret of {workspace_id}"
+        raise ConfigError([Problem("--workspace-id", message)])
+    value, owner = candidates[0]
+    if workspace_id is not None:  # its own secret goes before one of every workspace
+        value, owner = min(candidates, key=lambda each: each[1] is None)
+    return CallbackFactory(value, workspace_id or owner or DEFAULT_WORKSPACE)

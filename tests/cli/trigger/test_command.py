@@ -1,4 +1,4 @@
-"""`trigger` against a real `serve` over HTTPS: every case is answered as documented, and `trigger` can tell."""
+"""`trigger` against a real `serve` over HTTPS: every case gets its documented response."""
 
 import contextlib
 import itertools
@@ -10,33 +10,36 @@ from pathlib import Path
 
 import pytest
 
-from receiver.cli.trigger.cases import CASES, Subject, again
+from receiver.cli.trigger.cases import CASES, CallbackFactory, from_record
 from receiver.web.public import STATUS
 from tests.cli.conftest import KEYS, OWN_SECRET, OWN_WORKSPACE, SECRET, Served, run_command
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_gets_its_answer(case: str, served: Served, tmp_path: Path) -> None:
-    """As its requests say that they expect, one after the other; a refusal with its documented status."""
+def test_every_case_gets_its_response(case: str, served: Served, tmp_path: Path) -> None:
+    """As each of its requests expects, one after the other; a refusal with its documented status."""
     secret = OWN_SECRET if case == "workspace_mismatch" else SECRET
     command = ("trigger", served.url, "--case", case, "--ca", served.ca, "--secret", secret, "--json")
     done = run_command(*command, cwd=tmp_path)
     found = json.loads(done.stdout)
-    (*_, last) = CASES[case](Subject("whsec_x"))
+    (*_, last) = CASES[case](CallbackFactory("whsec_x"))
     assert (done.returncode, found["as_expected"]) == (0, True), found
     assert found["status"] == STATUS.get(last.expected, 200)
-    answer = json.loads(found["body"])
-    assert answer["error"]["code"] == last.expected if last.expected in STATUS else answer == {"status": last.expected}
+    body = json.loads(found["body"])
+    if last.expected in STATUS:
+        assert body["error"]["code"] == last.expected
+    else:
+        assert body == {"status": last.expected}
 
 
 def test_every_refusal_that_a_sender_can_provoke_has_a_case() -> None:
-    """The last one needs a receiver that cannot commit."""
-    met = {shot.expected for case in CASES.values() for shot in case(Subject("whsec_x"))}
-    assert STATUS.keys() - met == {"unavailable"}
+    """`unavailable` needs a receiver that cannot commit."""
+    provoked = {request.expected for case in CASES.values() for request in case(CallbackFactory("whsec_x"))}
+    assert STATUS.keys() - provoked == {"unavailable"}
 
 
-def test_several_workspaces(served: Served, tmp_path: Path) -> None:
-    """The run is of the workspace that signs: the configured secret's own, or the one that is named."""
+def test_a_callback_is_of_the_workspace_that_signs(served: Served, tmp_path: Path) -> None:
+    """The workspace of the configured secret, or the one in `--workspace-id`."""
     two = [{"id": OWN_WORKSPACE, "secrets": [OWN_SECRET]}, {"id": "ws_far", "secrets": ["whsec_far"]}]
     env = {"RECEIVER_WORKSPACES": json.dumps(two)}
     command = ("trigger", served.url, "--ca", served.ca)
@@ -49,8 +52,8 @@ def test_several_workspaces(served: Served, tmp_path: Path) -> None:
     assert (unknown.returncode, "no secret of ws_x" in unknown.stderr) == (2, True)
 
 
-def test_many_are_counted_and_timed(served: Served, tmp_path: Path) -> None:
-    """With a rate they go by the clock; the summary counts answers, and tells how long they took."""
+def test_many_callbacks_are_counted_and_timed(served: Served, tmp_path: Path) -> None:
+    """With a rate they are sent by the clock; the summary has counts and percentiles."""
     command = ("trigger", served.url, "--ca", served.ca, "--count", "60", "--rate", "300", "--json")
     done = run_command(*command, cwd=tmp_path, env=KEYS)
     found = json.loads(done.stdout)
@@ -60,15 +63,15 @@ def test_many_are_counted_and_timed(served: Served, tmp_path: Path) -> None:
 
 
 def test_a_record_is_sent_again_byte_for_byte(served: Served, tmp_path: Path) -> None:
-    """Its deliveries are duplicates then, signatures and odd bytes included; what is no record is refused."""
-    record = ("trigger", served.url, "--ca", served.ca, "--case", "duplicate", "--record", "shots.jsonl")
+    """Its deliveries are then duplicates, with the same signatures and bytes."""
+    record = ("trigger", served.url, "--ca", served.ca, "--case", "duplicate", "--record", "sent.jsonl")
     assert run_command(*record, cwd=tmp_path, env=KEYS).returncode == 0
-    lines = (tmp_path / "shots.jsonl").read_text().splitlines()
-    assert [again(line).body for line in lines] == [again(lines[0]).body] * 2
-    replayed = run_command("trigger", served.url, "--ca", served.ca, "--from", "shots.jsonl", cwd=tmp_path)
+    lines = (tmp_path / "sent.jsonl").read_text().splitlines()
+    assert [from_record(line).body for line in lines] == [from_record(lines[0]).body] * 2
+    replayed = run_command("trigger", served.url, "--ca", served.ca, "--from", "sent.jsonl", cwd=tmp_path)
     assert replayed.returncode == 0, replayed.stdout
     assert replayed.stdout.count('{"status":"duplicate"}') == 2
-    again_twice = ("trigger", served.url, "--ca", served.ca, "--from", "shots.jsonl", "--count", "2", "--json")
+    again_twice = ("trigger", served.url, "--ca", served.ca, "--from", "sent.jsonl", "--count", "2", "--json")
     assert json.loads(run_command(*again_twice, cwd=tmp_path).stdout)["answers"] == {"200 duplicate": 4}
 
 
@@ -84,36 +87,36 @@ def test_a_record_is_sent_again_byte_for_byte(served: Served, tmp_path: Path) ->
         {"body": 7},
     ],
 )
-def test_what_is_no_record_is_refused(change: dict[str, object]) -> None:
-    """Whatever is odd about a line: it is said of the line, before anything is sent."""
+def test_a_malformed_record_is_refused(change: dict[str, object]) -> None:
+    """Before anything is sent, whatever is wrong with a line."""
     line = {"method": "POST", "headers": {"a": "b"}, "body": "", "expected": "accepted", "further": ""}
-    assert again(json.dumps(line)).method == "POST"
+    assert from_record(json.dumps(line)).method == "POST"
     for odd in (json.dumps(line | change), "[]", "7", "{}", ""):
-        with pytest.raises(ValueError, match="is no line that --record writes"):
-            again(odd)
+        with pytest.raises(ValueError, match="was not written by --record"):
+            from_record(odd)
 
 
-def test_what_belongs_together_stays_in_order(served: Served, tmp_path: Path) -> None:
-    """Many pairs at a time: each second request waits for the answer to its own first one."""
+def test_the_requests_of_a_case_stay_in_order(served: Served, tmp_path: Path) -> None:
+    """Many pairs at a time: each second request waits for the response to its first."""
     command = ("trigger", served.url, "--ca", served.ca, "--case", "duplicate", "--count", "40", "--json")
     done = run_command(*command, cwd=tmp_path, env=KEYS)
     found = json.loads(done.stdout)
     assert (done.returncode, found["answers"]) == (0, {"200 accepted": 40, "200 duplicate": 40})
 
 
-def test_requests_without_an_answer_are_counted(tmp_path: Path) -> None:
-    """One of many that is cut off is no reason to forget what became of the others."""
-    with half_deaf() as url:
+def test_requests_without_a_response_are_counted(tmp_path: Path) -> None:
+    """A connection that is closed early does not hide the results of the others."""
+    with closing_receiver() as url:
         done = run_command("trigger", url, "--count", "6", "--json", cwd=tmp_path, env=KEYS)
     found = json.loads(done.stdout)
     assert (done.returncode, found["sent"], found["as_expected"]) == (1, 6, False)
     assert found["answers"]["200 accepted"] == 3
-    assert sum(number for told, number in found["answers"].items() if told.startswith("no answer: ")) == 3
+    assert sum(number for text, number in found["answers"].items() if text.startswith("no response: ")) == 3
 
 
 @contextlib.contextmanager
-def half_deaf() -> Iterator[str]:
-    """A receiver that cuts every second request off."""
+def closing_receiver() -> Iterator[str]:
+    """Run a receiver that closes every second connection without a response."""
     turn = itertools.count()
 
     class Handler(BaseHTTPRequestHandler):
@@ -137,34 +140,34 @@ def half_deaf() -> Iterator[str]:
             thread.join()
 
 
-def test_the_same_delivery_again_is_a_duplicate(served: Served, tmp_path: Path) -> None:
+def test_a_repeated_delivery_is_a_duplicate(served: Served, tmp_path: Path) -> None:
     arguments = ("trigger", served.url, "--ca", served.ca, "--delivery-id", "whd_twice", "--run-id", "run_twice")
     first, second = (run_command(*arguments, cwd=tmp_path, env=KEYS) for _ in range(2))
-    assert first.stdout.splitlines() == ['200 {"status":"accepted"}', "completed: as it should be"]
-    assert second.stdout.splitlines() == ['200 {"status":"duplicate"}', "completed: as it should be"]
+    assert first.stdout.splitlines() == ['200 {"status":"accepted"}', "completed: as expected"]
+    assert second.stdout.splitlines() == ['200 {"status":"duplicate"}', "completed: as expected"]
 
 
-def test_a_wrong_secret_shows(served: Served, tmp_path: Path) -> None:
-    """The usual reason to run it: to know whether both ends are given the same secret."""
+def test_a_wrong_secret_is_reported(served: Served, tmp_path: Path) -> None:
+    """The usual reason to run it: to check that both sides have the same secret."""
     done = run_command("trigger", served.url, "--ca", served.ca, "--secret", "whsec_wrong", cwd=tmp_path)
     assert done.returncode == 1
     assert "401 " in done.stdout
     assert "completed: expected 200" in done.stdout
 
 
-def test_an_untrusted_certificate_says_what_to_do(served: Served, tmp_path: Path) -> None:
+def test_an_untrusted_certificate_is_reported_with_advice(served: Served, tmp_path: Path) -> None:
     done = run_command("trigger", served.url, cwd=tmp_path, env=KEYS)
-    assert (done.returncode, "give its CA with --ca" in done.stderr) == (1, True)
+    assert (done.returncode, "pass its CA with --ca" in done.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "env", "advice"),
     [
-        (("https://127.0.0.1:1/", "--case", "compleet"), KEYS, "there are: completed, failed"),
+        (("https://127.0.0.1:1/", "--case", "compleet"), KEYS, "the cases are completed, failed"),
         (("127.0.0.1:8080",), KEYS, "is not an http or https URL"),
         (("https://:8080/",), KEYS, "is not an http or https URL"),
         (("http://127.0.0.1:99999/",), KEYS, "is not an http or https URL"),
-        (("https://127.0.0.1:1/", "--record", "gone/shots.jsonl"), KEYS, "gone/shots.jsonl cannot be written"),
+        (("https://127.0.0.1:1/", "--record", "gone/sent.jsonl"), KEYS, "gone/sent.jsonl cannot be written"),
         (("https://127.0.0.1:1/", "--from", "odd.jsonl"), {}, "line 1 of odd.jsonl"),
         (("https://127.0.0.1:1/", "--rate", "inf"), KEYS, "--rate"),
         (("https://127.0.0.1:1/",), {}, "FLORA_WEBHOOK_SECRET: is not set"),
@@ -172,7 +175,7 @@ def test_an_untrusted_certificate_says_what_to_do(served: Served, tmp_path: Path
         (("https://127.0.0.1:1/", "--ca", "empty.pem"), KEYS, "holds no certificate"),
     ],
 )
-def test_a_mistake_says_what_to_do(
+def test_a_usage_error_is_reported_with_advice(
     arguments: tuple[str, ...], env: dict[str, str], advice: str, tmp_path: Path
 ) -> None:
     (tmp_path / "empty.pem").write_text("")
@@ -182,6 +185,6 @@ def test_a_mistake_says_what_to_do(
     assert advice in done.stderr
 
 
-def test_nobody_there_is_told(tmp_path: Path) -> None:
+def test_an_unreachable_receiver_is_reported(tmp_path: Path) -> None:
     done = run_command("trigger", "http://127.0.0.1:1/", cwd=tmp_path, env=KEYS)
-    assert (done.returncode, "Is it running" in done.stderr) == (1, True)
+    assert (done.returncode, "Is the receiver running" in done.stderr) == (1, True)

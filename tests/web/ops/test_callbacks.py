@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 from starlette.routing import Route
 
-from receiver.cli.trigger.cases import CASES, Subject
+from receiver.cli.trigger.cases import CASES, CallbackFactory
 from receiver.service.service import Service
 from receiver.store.changes import Change, Changes
 from receiver.web.ops.openapi import openapi_document
@@ -39,10 +39,10 @@ async def test_a_delivery_whose_id_has_a_slash_is_shown(ops: Ops) -> None:
 
 
 async def test_refused_requests_are_listed_without_their_bodies(ops: Ops) -> None:
-    (shot,) = CASES["signature_mismatch"](Subject("", "run_1", "whd_1"))
+    (request,) = CASES["signature_mismatch"](CallbackFactory("", "run_1", "whd_1"))
     async with ops.stage.client() as client:
         for _ in range(3):
-            await client.post(ops.stage.url, content=shot.body, headers=dict(shot.headers))
+            await client.post(ops.stage.url, content=request.body, headers=dict(request.headers))
 
     async def written() -> bool:
         return len((await ops.get("/api/rejections"))["rejections"]) == 3
