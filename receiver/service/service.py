@@ -355,7 +355,7 @@ class Service:
         # On loopback there is nobody to hide from; elsewhere TLS, unless a proxy does it.
         plain = is_loopback(operations.host) or operations.allow_plaintext
         tls = settings.tls
-        guard = Guard(_OPERATIONS_LIMITS, closed=partial(self.metrics.count_closed_connection, "operations"))
+        guard = Guard(_OPERATIONS_LIMITS, on_close=partial(self.metrics.count_closed_connection, "operations"))
         cert, key = (None, None) if plain else (tls.cert, tls.key)
         return Server(app, sockets, cert=cert, key=key, guard=guard, name="operations")
 

@@ -12,7 +12,7 @@ from receiver.flora.client import FloraClient
 from receiver.flora.rate_limit import RateLimit
 from receiver.net.download import DownloadLimits
 from receiver.telemetry import Metrics
-from receiver.web.accept_limits import room_for
+from receiver.web.accept_limits import fit_connections
 from receiver.web.connection_guard import Guard, Limits
 from receiver.web.public import CALLBACK_PATH
 from receiver.workers.janitor import Retention
@@ -47,9 +47,9 @@ def public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
         message_bytes=public.max_body_bytes + 32 * 1024,
         head_seconds=public.head_timeout_seconds,
         body_seconds=public.body_timeout_seconds + 1,  # the app's own limit comes first: it answers 408
-        connections=room_for(public.max_connections),
+        connections=fit_connections(public.max_connections),
     )
-    return Guard(limits, closed=partial(metrics.count_closed_connection, "public"))
+    return Guard(limits, on_close=partial(metrics.count_closed_connection, "public"))
 
 
 def retention(settings: Settings) -> Retention:

@@ -1,1 +1,4 @@
-"""The HTTP edges of the service: status codes, headers and JSON live here and nowhere further in."""
+"""The HTTP listeners: the public one here, the operations API in `ops`. HTTP statuses and JSON stay in here.
+
+Built by `service`. May import `workers`, `intake`, `client` and what is below them.
+"""

@@ -1,7 +1,8 @@
-"""Who is let in: how many connections this process has room for, and TLS handshakes that nobody else counts.
+"""Limits on accepting connections: how many this process can hold, and TLS handshakes in progress.
 
-asyncio and uvloop tell of a connection when its handshake is over. Until then it is a file descriptor like any other, and
-whoever opens many and says nothing would leave none for honest callers, the database and the files.
+asyncio and uvloop report a connection only when its handshake is over. Until then it takes a file descriptor all the
+same, so that silent callers could leave none for honest ones, for the database and for files. `Acceptor` counts
+handshakes and ends the oldest one when there are too many.
 """
 
 import asyncio
@@ -15,39 +16,41 @@ import structlog
 log = structlog.get_logger("receiver.web")
 
 _RESERVE = 512
-"""File descriptors that are not for callers: the database, downloads, files, the operations listener."""
-_GREETED = 100
-"""TLS handshakes that may go on at once, at least: callbacks come in bursts."""
-_REST_SECONDS = 0.2
-"""Before the next try to accept, where there is no file descriptor left."""
+"""File descriptors kept for the database, downloads, files and the operations listener."""
+_MIN_HANDSHAKES = 100
+"""TLS handshakes that may be in progress at once, at least: callbacks come in bursts."""
+_RETRY_SECONDS = 0.2
+"""The pause before connections are accepted again when no file descriptor was left."""
 
 
-def room_for(connections: int) -> int:
-    """Return how many of these connections may be open, having raised the limit of open files as far as we may.
+def fit_connections(connections: int) -> int:
+    """Return how many of these connections the limit of open files allows, after raising it as far as permitted.
 
-    Shells and service managers give 1,024 by default: fewer than the guard lets in, so it would never come to its turn.
+    Shells and service managers set it to 1,024 by default. That is less than the guard's limit, which would then
+    never apply.
     """
-    wanted = connections + greeted_at_once(connections) + _RESERVE
+    wanted = connections + max_handshakes(connections) + _RESERVE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return connections
-    room = max(1, min(connections, (soft - min(_RESERVE, soft // 2)) * 2 // 3))
-    log.warning("connections.few", wanted=connections, room=room, open_files=soft, cure="raise the limit of open files")
-    return room
+    possible = max(1, min(connections, (soft - min(_RESERVE, soft // 2)) * 2 // 3))
+    fix = "raise the limit of open files"
+    log.warning("connections.few", wanted=connections, possible=possible, open_files=soft, fix=fix)
+    return possible
 
 
-def greeted_at_once(connections: int) -> int:
-    """Return how many TLS handshakes may go on beside that many connections."""
-    return max(_GREETED, connections // 2)
+def max_handshakes(connections: int) -> int:
+    """Return how many TLS handshakes may be in progress beside that many connections."""
+    return max(_MIN_HANDSHAKES, connections // 2)
 
 
 class Acceptor:
-    """Accepts on one listening socket and greets in TLS; the oldest greeting gives way where there are too many.
+    """Accepts connections on one listening socket with TLS. Takes the place of `asyncio.Server` for uvicorn.
 
-    It is what `asyncio.Server` is to uvicorn: something to close and to wait for.
+    At most `at_once` handshakes are in progress; one more ends the oldest.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Acceptor:
         at_once: int,
         handshake_seconds: float,
     ) -> None:
-        """Accept from now on. Must be called inside the loop that serves."""
+        """Start to accept. Must be called in the event loop that serves."""
         listener.listen(2048)
         listener.setblocking(False)
         self._listener = listener
@@ -67,16 +70,16 @@ class Acceptor:
         self._tls = tls
         self._at_once = at_once
         self._handshake_seconds = handshake_seconds
-        self._greetings: dict[asyncio.Task[None], None] = {}
+        self._handshakes: dict[asyncio.Task[None], None] = {}
         self._accepting = asyncio.create_task(self._accept(), name="accept")
 
     def close(self) -> None:
-        """Accept nobody any more; who is being greeted has not asked for anything yet."""
-        for task in (self._accepting, *self._greetings):
+        """Stop accepting, and end the handshakes in progress: no request has been sent on them."""
+        for task in (self._accepting, *self._handshakes):
             task.cancel()
 
     async def wait_closed(self) -> None:
-        await asyncio.wait({self._accepting, *self._greetings})
+        await asyncio.wait({self._accepting, *self._handshakes})
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -85,24 +88,24 @@ class Acceptor:
                 connection, _ = await loop.sock_accept(self._listener)
             except OSError as error:
                 log.error("connections.not_accepted", reason=error.strerror)
-                await self._make_room()
-                await asyncio.sleep(_REST_SECONDS)
+                await self._end_oldest()
+                await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            task = asyncio.create_task(self._greet(loop, connection), name="greet")
-            self._greetings[task] = None
-            task.add_done_callback(lambda done: self._greetings.pop(done, None))
-            if len(self._greetings) > self._at_once:
-                await self._make_room()
+            task = asyncio.create_task(self._handshake(loop, connection), name="tls handshake")
+            self._handshakes[task] = None
+            task.add_done_callback(lambda done: self._handshakes.pop(done, None))
+            if len(self._handshakes) > self._at_once:
+                await self._end_oldest()
 
-    async def _make_room(self) -> None:
-        if oldest := next(iter(self._greetings), None):
+    async def _end_oldest(self) -> None:
+        if oldest := next(iter(self._handshakes), None):
             oldest.cancel()
             await asyncio.wait({oldest})
 
-    async def _greet(self, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
+    async def _handshake(self, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
         try:
             await loop.connect_accepted_socket(
                 self._protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_seconds
             )
-        except OSError:  # what is wrong in TLS, hung up or too slow
+        except OSError:  # TLS failed, the peer closed the connection, or it was too slow
             connection.close()

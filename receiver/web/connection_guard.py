@@ -1,11 +1,33 @@
-"""A listener that cannot be held hostage: uvicorn's httptools protocol with limits on bytes and time.
+"""Limits on connections: uvicorn's httptools protocol with bounds on bytes, time and number.
 
-httptools parses three times as fast as h11, and uvicorn on it accepts a head of any size and waits for it for ever. Here a
-connection is closed when a request's head exceeds `head_bytes` or takes longer than `head_seconds`, when its body takes
-longer than `body_seconds`, when more comes although the message, framing included, exceeds `message_bytes`, or when more
-requests come than may wait for answers. At the limit of open connections one gives way, so that honest callers are still
-served: see `Guard.make_room`. What the app refused already (413) is read on and thrown away up to `discard_bytes`, so that
-the answer is heard.
+httptools parses three times as fast as h11, but uvicorn on top of it accepts a request head of any size and waits for
+it without end. The listener is public, so anyone may hold its memory and its connections like that. `Guard` knows the
+connections of one listener, `GuardedProtocol` reports to it what each of them still has to send.
+
+What a connection has to send:
+
+    head ──────────────> body ──────────────> nothing ──> head (the next request)
+    since it was opened  since the head       a response may still be due; uvicorn's keep-alive
+    or the next request  was complete         timer ends the connection if no request follows
+    began
+
+When a connection is closed, without a response:
+
+    slow_head   the head took longer than `head_seconds`, counted from the first byte: a trickle buys no time
+    slow_body   the body took longer than `body_seconds`
+    too_large   the head exceeds `head_bytes`; or more comes although the message exceeds `message_bytes`, chunk
+                framing and trailers included: the app counts the bytes of the body alone
+    too_many    more than `pipelined` requests wait for the response to an earlier one
+    crowded     there are more connections than `connections`: see `Guard.evict`
+
+Three things are less obvious. A message that is too large is closed only when *more* comes: uvicorn stops reading
+until the app has consumed what there is, and the app refuses with 413 first. A client reads that response only once
+it has sent its body, so bytes after a response are read and dropped up to `discard_bytes`. And a request with
+`Upgrade` is refused: httptools takes its body for the other protocol, uvicorn takes it for the next request, which
+behind a proxy would be a request that no caller sent, and whose response another caller would get.
+
+A request that arrives in one piece costs a few comparisons. `heads` and `bodies` are dicts in the order of their
+times, so `sweep` looks at the first entries only.
 """
 
 import asyncio
@@ -21,14 +43,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 _SWEEP_SECONDS = 0.5
 _PROMPT_SECONDS = 1.0
-"""An honest request comes at once, and whole: who is that young gives way last."""
+"""Honest requests are complete within this time, so younger ones are evicted last."""
 Reason = Literal["slow_head", "slow_body", "too_large", "too_many", "crowded"]
 """Why a connection was closed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one connection may take. A head is the request line and headers; a message is head, body and framing."""
+    """Limits of a listener. A head is the request line and the headers; a message is head, body and framing."""
 
     head_bytes: int = 16 * 1024
     message_bytes: int = 96 * 1024
@@ -37,34 +59,34 @@ class Limits:
     body_seconds: float = 10.0
     connections: int = 2000
     pipelined: int = 16
-    """Requests of one connection that wait for the answer to an earlier one: a megabyte of short ones is a gigabyte here."""
+    """Requests of one connection that wait for an earlier response. A megabyte of short ones takes a gigabyte here."""
 
 
 class Guard:
-    """The connections of one listener that owe us something, oldest first. `sweep` closes those that owe it too long."""
+    """The connections of one listener, by what they still have to send."""
 
     def __init__(
         self,
         limits: Limits,
         *,
-        closed: Callable[[Reason], None] = lambda _: None,
+        on_close: Callable[[Reason], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`closed` is told of every connection that the guard closes: for the metrics."""
+        """`on_close` is called for every connection that the guard closes."""
         self.limits = limits
-        self._told = closed
+        self._on_close = on_close
         self._clock = clock
         self.heads: dict[GuardedProtocol, float] = {}
-        """Connections whose request line and headers are awaited, and since when."""
+        """Connections whose head is incomplete, and since when; oldest first."""
         self.bodies: dict[GuardedProtocol, float] = {}
-        """Connections whose body is awaited, and since when."""
+        """Connections whose body is incomplete, and since when; oldest first."""
         self.idle: dict[GuardedProtocol, None] = {}
-        """Connections that owe nothing, those that have been quiet for longest first. Some wait for their answer."""
+        """Connections that have nothing to send, the longest idle first. For some a response is still due."""
         self.closed = 0
         """Connections closed by this guard."""
 
     def protocol(self, **given: Any) -> asyncio.Protocol:
-        """Make the protocol of one connection; uvicorn's `http` setting."""
+        """Return the protocol of one connection; uvicorn's `http` setting."""
         return GuardedProtocol(self, **given)
 
     def await_head(self, connection: "GuardedProtocol") -> None:
@@ -85,33 +107,33 @@ class Guard:
         self.bodies.pop(connection, None)
         self.idle.pop(connection, None)
 
-    def make_room(self, newcomer: "GuardedProtocol", connections: int) -> None:
-        """Close one connection if there are more than there may be.
+    def evict(self, newcomer: "GuardedProtocol", connections: int) -> None:
+        """Close one connection if there are more than `limits.connections`.
 
-        First the oldest unfinished request; where none is older than an honest one takes, the one that has been idle for
-        longest: else whoever sends one request on each of many connections would keep everybody out for as long as
-        keep-alive lasts. The newcomer itself, if all others wait for their answers.
+        The oldest unfinished request is closed first. If that is still young, the longest idle connection is closed
+        instead: otherwise one request on each of many connections would keep others out for as long as keep-alive
+        lasts. If all others wait for a response, the newcomer is closed.
         """
         if connections <= self.limits.connections:
             return
-        owing = [
+        unfinished = [
             (since, connection)
             for connection, since in (*islice(self.heads.items(), 1), *islice(self.bodies.items(), 1))
             if connection is not newcomer
         ]
-        since, oldest = min(owing, key=itemgetter(0), default=(math.inf, newcomer))
+        since, chosen = min(unfinished, key=itemgetter(0), default=(math.inf, newcomer))
         if self._clock() - since <= _PROMPT_SECONDS:
-            oldest = next((connection for connection in self.idle if connection.answered), oldest)
-        self.close(oldest, "crowded")
+            chosen = next((connection for connection in self.idle if connection.has_responded), chosen)
+        self.close(chosen, "crowded")
 
     def sweep(self) -> None:
-        """Close what has been owed for too long; both tables are in the order of their times."""
+        """Close the connections whose head or body has been incomplete for too long."""
         now = self._clock()
-        owed: tuple[tuple[dict[GuardedProtocol, float], float, Reason], ...] = (
+        overdue: tuple[tuple[dict[GuardedProtocol, float], float, Reason], ...] = (
             (self.heads, self.limits.head_seconds, "slow_head"),
             (self.bodies, self.limits.body_seconds, "slow_body"),
         )
-        for waiting, seconds, reason in owed:
+        for waiting, seconds, reason in overdue:
             while waiting:
                 connection, since = next(iter(waiting.items()))
                 if now - since <= seconds:
@@ -119,10 +141,10 @@ class Guard:
                 self.close(connection, reason)
 
     def close(self, connection: "GuardedProtocol", reason: Reason) -> None:
-        """Close at once, without an answer: whoever does this is not waiting for one."""
+        """Close at once, without a response: such a client does not wait for one."""
         self.forget(connection)
         self.closed += 1
-        self._told(reason)
+        self._on_close(reason)
         if connection.transport is not None:
             connection.transport.abort()
 
@@ -134,7 +156,7 @@ class Guard:
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection. A request that arrives in one piece costs the guard a few comparisons."""
+    """One connection."""
 
     def __init__(self, guard: Guard, **given: Any) -> None:
         super().__init__(**given)
@@ -143,26 +165,27 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._complete = False
         self._bytes = 0
-        """Received of the message at hand, head and framing included."""
+        """Bytes of the current message so far, head and framing included."""
         self._piece = 0
-        self._deaf = False
-        """Whether all that comes is thrown away, until the connection is closed."""
+        """Bytes of the piece that is being parsed."""
+        self._discards = False
+        """Whether everything that comes is discarded until the connection is closed."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._guard.await_head(self)
-        self._guard.make_room(self, len(self.connections))
+        self._guard.evict(self, len(self.connections))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._guard.forget(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self._discards:
             return
         guard, limits = self._guard, self._guard.limits
-        # Judged before this piece is counted: uvicorn stops reading until the app has seen what came, and may refuse it.
-        if self._bytes > limits.message_bytes and (not self.answered or self._bytes > limits.discard_bytes):
+        # Before this piece is counted: uvicorn stops reading until the app has consumed what came, and may refuse it.
+        if self._bytes > limits.message_bytes and (not self.has_responded or self._bytes > limits.discard_bytes):
             guard.close(self, "too_large")
             return
         self._piece = len(data)
@@ -175,14 +198,14 @@ class GuardedProtocol(HttpToolsProtocol):
                 guard.close(self, "too_large")
             else:
                 guard.await_head(self)
-        elif self._complete:  # what comes next is a new message; until then uvicorn's keep-alive timer runs
+        elif self._complete:  # the next piece begins a new message; until then uvicorn's keep-alive timer runs
             self._bytes = 0
             self._complete = False
             guard.await_nothing(self)
 
     def on_message_begin(self) -> None:
         self._in_head = True
-        if self._complete:  # in this very piece: how much of it is the new message's is not known, so it counts nothing
+        if self._complete:  # in this same piece, whose share of the new message is unknown and counts as none
             self._bytes = 0
             self._complete = False
         super().on_message_begin()
@@ -197,7 +220,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._guard.close(self, "too_large")
             return
         if len(self.pipeline) >= self._guard.limits.pipelined:
-            if not self.transport.is_closing():  # the rest of this very piece is still parsed
+            if not self.transport.is_closing():  # the rest of this piece is still parsed
                 self._guard.close(self, "too_many")
             return
         if self.parser.should_upgrade():
@@ -206,33 +229,30 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _refuse_upgrade(self) -> None:
-        """Answer, and hear no more: httptools takes the body for the other protocol, and uvicorn for the next request.
-
-        Behind a proxy that would be a request that nobody sent, whose answer another caller gets.
-        """
-        self._deaf = True
+        """Respond with 400 and discard what follows."""
+        self._discards = True
         self._in_body = False
         self._guard.forget(self)
         cycle: RequestResponseCycle | None = self.cycle
         if cycle is None or cycle.response_complete:
-            self.send_400_response("There is no other protocol here: leave Upgrade out.")
+            self.send_400_response("No other protocol is supported: leave Upgrade out.")
         else:
-            self.transport.abort()  # an earlier request's answer would come after this one
+            self.transport.abort()  # the response to an earlier request would come after this one
 
     def _unsupported_upgrade_warning(self) -> None:
-        pass  # it is refused, and uvicorn's advice is of no use
+        pass  # the request is refused, and uvicorn's advice does not apply
 
     def on_message_complete(self) -> None:
-        if self._deaf:
+        if self._discards:
             return
         self._in_body = False
         self._complete = True
         super().on_message_complete()
 
     @property
-    def answered(self) -> bool:
-        """Whether the last request has its whole answer."""
-        cycle: RequestResponseCycle | None = self.cycle  # uvicorn's type does not say that there is none at first
+    def has_responded(self) -> bool:
+        """Whether the response to the last request is complete."""
+        cycle: RequestResponseCycle | None = self.cycle  # None at first, which uvicorn's type does not say
         return cycle is not None and cycle.response_complete
 
     def _head_size(self) -> int:

@@ -1,13 +1,14 @@
-"""The public listener: `POST /callbacks/flora`, `GET /healthz`, `GET /readyz`, and nothing else.
+"""The public listener: `POST /callbacks/flora`, `GET /healthz` and `GET /readyz`.
 
-Bytes in, the intake's answer out as HTTP. FLORA follows no redirect, so both spellings of the path are routed. A callback
-is answered by plain ASGI, without the objects and the middleware that Starlette makes for each request: they cost more
-than verifying the callback does. Everything else is Starlette's.
+Callbacks are handled by plain ASGI: the objects and middleware that Starlette creates for a request cost more
+than verifying the callback does. Starlette serves everything else. FLORA follows no redirect, so the path is routed
+with and without a slash at its end.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from http import HTTPStatus
 from typing import assert_never
 
 from starlette.applications import Starlette
@@ -22,7 +23,7 @@ from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import HEADER
 from receiver.intake.callbacks import Accepted, Answer, Canary, Duplicate, Ignored, Intake, Refused
 from receiver.telemetry import Metrics
-from receiver.web.forwarded import FORWARDED, tells_remote
+from receiver.web.forwarded import FORWARDED, make_remote_finder
 
 CALLBACK_PATH = "/callbacks/flora"
 
@@ -39,7 +40,7 @@ STATUS = {
     "body_too_large": 413,
     "unavailable": 503,
 }
-"""Every code that the public listener refuses with, and its HTTP status."""
+"""The error codes of the public listener and the HTTP status of each."""
 
 _RETRY_AFTER_SECONDS = 10
 _CALLBACK_PATHS = frozenset({CALLBACK_PATH, CALLBACK_PATH + "/"})
@@ -47,22 +48,23 @@ _OTHER_METHODS = ("GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "
 _HEADER = HEADER.lower().encode()
 
 
-def _whole(status: int, body: bytes) -> tuple[Message, Message]:
-    """Return the two messages of an answer that is the same every time."""
+def _constant_response(status: int, body: bytes) -> tuple[Message, Message]:
+    """Return the two ASGI messages of a response that is always the same."""
     headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
     start = {"type": "http.response.start", "status": status, "headers": headers}
     return start, {"type": "http.response.body", "body": body}
 
 
-_GOOD = {
-    word: _whole(200, b'{"status":"%s"}' % word.encode()) for word in ("accepted", "duplicate", "ignored", "canary")
+_SUCCESS = {
+    name: _constant_response(HTTPStatus.OK, b'{"status":"%s"}' % name.encode())
+    for name in ("accepted", "duplicate", "ignored", "canary")
 } | {
-    "disconnected": _whole(400, b"")  # nobody is there to read it
+    "disconnected": _constant_response(HTTPStatus.BAD_REQUEST, b"")  # the sender is gone and does not read it
 }
 
 
-class Door:
-    """An ASGI app: callbacks are its own business, the rest is handed on."""
+class CallbackEndpoint:
+    """An ASGI app that handles callbacks and passes every other request to `rest`."""
 
     def __init__(
         self,
@@ -78,25 +80,25 @@ class Door:
         self._metrics = metrics
         self._rest = rest
         self._limit = max_body_bytes
-        self._bodies = _Bodies(body_timeout_seconds)
-        self._remote = tells_remote(trusted_proxies)
+        self._bodies = _BodyReader(body_timeout_seconds)
+        self._find_remote = make_remote_finder(trusted_proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] not in _CALLBACK_PATHS or scope["method"] != "POST":
             await self._rest(scope, receive, send)
             return
         started = time.perf_counter()
-        answer = await self._callback(scope, receive)
-        if isinstance(answer, Refused):
-            await refusal(answer.code, answer.message)(scope, receive, send)
+        result = await self._handle(scope, receive)
+        if isinstance(result, Refused):
+            await refuse(result.code, result.message)(scope, receive, send)
         else:
-            for message in _GOOD[answer]:
+            for message in _SUCCESS[result]:
                 await send(message)
-        result = answer.code if isinstance(answer, Refused) else answer
-        self._metrics.count_response(result, time.perf_counter() - started)
+        name = result.code if isinstance(result, Refused) else result
+        self._metrics.count_response(name, time.perf_counter() - started)
 
-    async def _callback(self, scope: Scope, receive: Receive) -> str | Refused:
-        """Return the answer to one callback: a word of `_GOOD`, or a refusal."""
+    async def _handle(self, scope: Scope, receive: Receive) -> str | Refused:
+        """Return the result of one callback: a key of `_SUCCESS`, or a refusal."""
         announced, signatures, forwarded = 0, [], None
         for name, value in scope["headers"]:
             if name == _HEADER:
@@ -105,7 +107,7 @@ class Door:
                 announced = int(value[:18])
             elif name == FORWARDED:
                 forwarded = value if forwarded is None else b"%s,%s" % (forwarded, value)
-        remote = self._remote(scope["client"][0] if scope["client"] else None, forwarded)
+        remote = self._find_remote(scope["client"][0] if scope["client"] else None, forwarded)
         intake, limit = self._intake, self._limit
         body: bytes | None = None
         if announced <= limit:
@@ -121,15 +123,15 @@ class Door:
         query = scope["query_string"]
         start = QueryParams(query).get("start") if query else None
         try:
-            # Two headers of this name are one that FLORA never wrote: joined, they hold two times: malformed.
-            answer = await intake.accept(body, ",".join(signatures) or None, remote=remote, start=start)
+            # FLORA sends one such header. Two are joined, and refused as malformed: they hold two times.
+            result = await intake.accept(body, ",".join(signatures) or None, remote=remote, start=start)
         except StoreUnavailableError as error:
             return Refused("unavailable", f"{error}; nothing was committed, please retry")
-        return _word(answer)
+        return _result_name(result)
 
 
-def _word(answer: Answer) -> str | Refused:
-    match answer:
+def _result_name(result: Answer) -> str | Refused:
+    match result:
         case Accepted():
             return "accepted"
         case Duplicate():
@@ -139,17 +141,17 @@ def _word(answer: Answer) -> str | Refused:
         case Canary():
             return "canary"
         case Refused():
-            return answer
-    assert_never(answer)
+            return result
+    assert_never(result)
 
 
-class _Bodies:
-    """Reads bodies, none for longer than `seconds`. One timer looks after all of them: a timer each costs 3 us."""
+class _BodyReader:
+    """Reads request bodies, each within `seconds`. They share one timer: a timer for each costs 3 us."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._due: dict[asyncio.Task[object], float] = {}
-        """Who is reading, and until when; in that order."""
+        """The tasks that are reading and the loop time at which each is late, in that order."""
         self._late: set[asyncio.Task[object]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -159,9 +161,9 @@ class _Bodies:
         assert task is not None, "a coroutine runs in a task"
         self._due[task] = due = loop.time() + self._seconds
         if self._timer is None:
-            self._timer = loop.call_at(due, self._look, loop)
+            self._timer = loop.call_at(due, self._cancel_late, loop)
         try:
-            return await _body(receive, limit)
+            return await _read_body(receive, limit)
         except asyncio.CancelledError:
             if task in self._late and not task.uncancel():
                 raise TimeoutError from None
@@ -170,21 +172,21 @@ class _Bodies:
             self._due.pop(task, None)
             self._late.discard(task)
 
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Interrupt who is late, and come back for the next."""
+    def _cancel_late(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Cancel the tasks that are late, and set the timer for the next one."""
         self._timer = None
         while self._due:
             task, due = next(iter(self._due.items()))
             if due > loop.time():
-                self._timer = loop.call_at(due, self._look, loop)
+                self._timer = loop.call_at(due, self._cancel_late, loop)
                 return
             del self._due[task]
             self._late.add(task)
             task.cancel()
 
 
-async def _body(receive: Receive, limit: int) -> bytes | None:
-    """Return the body, or None as soon as it turns out to be longer than `limit` bytes."""
+async def _read_body(receive: Receive, limit: int) -> bytes | None:
+    """Return the body, or None as soon as more than `limit` bytes have come."""
     pieces: list[bytes] = []
     size = 0
     while True:
@@ -197,7 +199,7 @@ async def _body(receive: Receive, limit: int) -> bytes | None:
             return None
         pieces.append(piece)
         if not message.get("more_body", False):
-            return b"".join(pieces)  # of a single piece, that piece itself
+            return b"".join(pieces)  # a single piece is returned without a copy
 
 
 def public_app(
@@ -209,28 +211,28 @@ def public_app(
     body_timeout_seconds: float = 10.0,
     trusted_proxies: Sequence[str] = (),
 ) -> ASGIApp:
-    """Build the app. `ready` returns None, or why this process should get no traffic."""
+    """Return the app. `ready` returns None, or why this process should get no traffic."""
 
     async def healthz(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def readyz(_: Request) -> Response:
         reason = await ready()
-        return JSONResponse({"status": "ready"}) if reason is None else refusal("unavailable", reason)
+        return JSONResponse({"status": "ready"}) if reason is None else refuse("unavailable", reason)
 
-    async def not_a_post(request: Request) -> Response:
-        return refusal("method_not_allowed", f"{request.method} is not allowed here", {"Allow": "POST"})
+    async def reject_method(request: Request) -> Response:
+        return refuse("method_not_allowed", f"{request.method} is not allowed here", {"Allow": "POST"})
 
     rest = Starlette(
         routes=[
-            *(Route(path, not_a_post, methods=_OTHER_METHODS) for path in sorted(_CALLBACK_PATHS)),
+            *(Route(path, reject_method, methods=_OTHER_METHODS) for path in sorted(_CALLBACK_PATHS)),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
         ],
-        exception_handlers={HTTPException: _http_error},
+        exception_handlers={HTTPException: _handle_http_error},
     )
     rest.router.redirect_slashes = False
-    return Door(
+    return CallbackEndpoint(
         intake,
         metrics,
         rest,
@@ -240,18 +242,18 @@ def public_app(
     )
 
 
-def refusal(code: str, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return `{"error": {"code", "message"}}` with the code's status."""
+def refuse(code: str, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the response `{"error": {"code", "message"}}` with the status of the code."""
     status = STATUS[code]
-    if status == 503:
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
     return JSONResponse({"error": {"code": code, "message": message}}, status_code=status, headers=headers)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Answer unknown paths and methods in our JSON too."""
-    if isinstance(error, HTTPException) and error.status_code == 405:
-        response = refusal("method_not_allowed", f"{request.method} is not allowed here")
+async def _handle_http_error(request: Request, error: Exception) -> Response:
+    """Respond to unknown paths and methods in JSON."""
+    if isinstance(error, HTTPException) and error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        response = refuse("method_not_allowed", f"{request.method} is not allowed here")
         response.headers.update(error.headers or {})
         return response
-    return refusal("not_found", f"there is nothing here: callbacks go to POST {CALLBACK_PATH}")
+    return refuse("not_found", f"there is nothing here: callbacks go to POST {CALLBACK_PATH}")

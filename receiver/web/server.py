@@ -1,4 +1,4 @@
-"""uvicorn inside our own loop: bound sockets in, requests to an ASGI app out. Called by the service."""
+"""uvicorn in the service's own event loop, on sockets that are bound already. Used by the service and the emulator."""
 
 import asyncio
 import contextlib
@@ -11,16 +11,16 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from receiver.errors import ConfigError, Problem
-from receiver.web.accept_limits import Acceptor, greeted_at_once
+from receiver.web.accept_limits import Acceptor, max_handshakes
 from receiver.web.connection_guard import Guard, Limits
 
 _HANDSHAKE_SECONDS = 5.0
 
 
 def bind(host: str, port: int, *, setting: str = "public") -> list[socket.socket]:
-    """Bind a listening socket; port 0 takes a free one. Raises ConfigError if it is taken."""
+    """Bind a listening socket; port 0 takes a free port. Raises ConfigError if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named: asyncio turns Nagle's delay (40 ms an answer) off only for sockets that say they are TCP.
+    # Named as TCP, since asyncio turns off Nagle's delay (40 ms a response) only for sockets that say so.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -35,7 +35,7 @@ def bind(host: str, port: int, *, setting: str = "public") -> list[socket.socket
 
 
 class Server(uvicorn.Server):
-    """uvicorn inside our loop: it leaves signals to us, and tells when it accepts."""
+    """uvicorn without its signal handlers; `start` returns once it accepts connections."""
 
     def __init__(
         self,
@@ -55,14 +55,14 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 lifespan="off",
-                http="h11" if guard is None else guard.protocol,  # type: ignore[arg-type]  # it calls what it gets
+                http="h11" if guard is None else guard.protocol,  # type: ignore[arg-type]  # uvicorn accepts any callable
                 h11_max_incomplete_event_size=16 * 1024,
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,  # the public listener looks for itself, only where it needs to know
-                timeout_keep_alive=120,  # a proxy's idle connection must end at the proxy, not here
+                proxy_headers=False,  # the public listener reads them itself, when it needs the address
+                timeout_keep_alive=120,  # longer than a proxy's, so that the proxy ends an idle connection
                 timeout_graceful_shutdown=5,
                 ssl_certfile=cert,
                 ssl_keyfile=key,
@@ -84,7 +84,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Do nothing: uvicorn's own would raise the signal again at the end, and our clean-up would never run."""
+        """Do nothing: uvicorn would raise the signal again at its end, before the service has cleaned up."""
         yield
 
     async def start(self) -> None:
@@ -93,13 +93,13 @@ class Server(uvicorn.Server):
         while not self.started:
             if self._serving.done():
                 await self._serving
-                raise RuntimeError("the listener ended before it began")
+                raise RuntimeError("the listener ended before it accepted connections")
             await asyncio.sleep(0.01)
         if self._guard is not None:
             self._sweeping = asyncio.create_task(self._guard.sweep_forever(), name=f"{self._name}.guard")
 
     async def stop(self) -> None:
-        """Stop accepting, give requests in hand 5 s, close."""
+        """Stop accepting, give requests in progress 5 s, close."""
         self.should_exit = True
         if self._serving is not None:
             await self._serving
@@ -107,7 +107,7 @@ class Server(uvicorn.Server):
             self._sweeping.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen as uvicorn does, but on our sockets alone, and count handshakes."""
+        """Listen as uvicorn does, but on the given sockets alone, with a limit on handshakes."""
         await self.lifespan.startup()
         self.servers = [await self._listen(listener) for listener in self.sockets]
         self.started = True
@@ -121,7 +121,7 @@ class Server(uvicorn.Server):
             listener,
             self._connection,
             self.config.ssl,
-            at_once=greeted_at_once(connections),
+            at_once=max_handshakes(connections),
             handshake_seconds=_HANDSHAKE_SECONDS,
         )
 
@@ -131,14 +131,14 @@ class Server(uvicorn.Server):
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop as uvicorn does, but do not wait for good-byes: a TLS peer that idles never reads ours."""
-        hanging_up = asyncio.create_task(self._hang_up(), name=f"{self._name}.hang_up")
+        """Stop as uvicorn does, but do not wait for TLS peers to confirm the end: an idle one never does."""
+        abort_idle = asyncio.create_task(self._abort_closing(), name=f"{self._name}.abort_closing")
         try:
             await super().shutdown(sockets)
         finally:
-            hanging_up.cancel()
+            abort_idle.cancel()
 
-    async def _hang_up(self) -> None:
+    async def _abort_closing(self) -> None:
         while True:
             await asyncio.sleep(0.3)
             for connection in list(self.server_state.connections):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from receiver.net import certificates
-from receiver.web.accept_limits import Acceptor, greeted_at_once
+from receiver.web.accept_limits import Acceptor, max_handshakes
 from receiver.web.server import bind
 from tests.web.test_connection_guard import hang_up
 
@@ -100,11 +100,11 @@ def test_no_more_are_let_in_than_there_are_files(soft: int, hard: int, room: int
     ask = f"""if True:
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
-        from receiver.web.accept_limits import room_for
-        print(room_for(2000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        from receiver.web.accept_limits import fit_connections
+        print(fit_connections(2000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     """
     done = subprocess.run(
         [sys.executable, "-c", ask], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
     found, files = map(int, done.stdout.splitlines()[-1].split())
-    assert (found, files) == (room, min(hard, 2000 + greeted_at_once(2000) + 512))
+    assert (found, files) == (room, min(hard, 2000 + max_handshakes(2000) + 512))

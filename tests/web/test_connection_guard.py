@@ -58,7 +58,7 @@ async def standing(
     limits: Limits, app: Callable[[Request], Awaitable[PlainTextResponse]] = _echo
 ) -> AsyncIterator[Stand]:
     clock, told = Clock(), list[str]()
-    guard = Guard(limits, clock=clock, closed=told.append)
+    guard = Guard(limits, clock=clock, on_close=told.append)
     server = Server(Starlette(routes=[Route("/", app, methods=["POST"])]), bind("127.0.0.1", 0), guard=guard)
     await server.start()
     try:

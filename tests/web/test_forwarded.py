@@ -2,7 +2,7 @@
 
 import pytest
 
-from receiver.web.forwarded import tells_remote
+from receiver.web.forwarded import make_remote_finder
 
 TRUSTED = ("127.0.0.1", "10.0.0.0/8", "::1")
 
@@ -29,8 +29,8 @@ TRUSTED = ("127.0.0.1", "10.0.0.0/8", "::1")
 )
 def test_who_called(peer: str | None, forwarded: bytes | None, remote: str | None) -> None:
     """What stands left of the last untrusted address is anybody's invention."""
-    assert tells_remote(TRUSTED)(peer, forwarded) == remote
+    assert make_remote_finder(TRUSTED)(peer, forwarded) == remote
 
 
 def test_nobody_is_believed_where_nobody_is_trusted() -> None:
-    assert tells_remote(())("127.0.0.1", b"198.51.100.9") == "127.0.0.1"
+    assert make_remote_finder(())("127.0.0.1", b"198.51.100.9") == "127.0.0.1"

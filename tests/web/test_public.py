@@ -18,7 +18,7 @@ from tests.support.core import NOW, SECRET, Clock, Core, a_core, callback_body, 
 PATH = "/callbacks/flora"
 
 
-class Door:
+class PublicListener:
     """The app behind a client, and what it says about being ready."""
 
     def __init__(self, core: Core, **options: Any) -> None:
@@ -26,7 +26,7 @@ class Door:
         self.not_ready: str | None = None
         app = public_app(core.intake, core.metrics, ready=self.ready, **options)
         transport = httpx.ASGITransport(app=app, client=("192.0.2.1", 1234))
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://door")
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://listener")
 
     async def ready(self) -> str | None:
         return self.not_ready
@@ -37,15 +37,15 @@ class Door:
     async def call(self, body: bytes, path: str = PATH) -> httpx.Response:
         return await self.post(body, (HEADER, signed(body)), path=path)
 
-    def answered(self, result: str) -> float:
+    def count_responses(self, result: str) -> float:
         return float(self.core.metrics.callbacks.labels(result)._value.get())
 
 
 @pytest.fixture
-async def door(core: Core) -> AsyncIterator[Door]:
-    door = Door(core, max_body_bytes=1000, body_timeout_seconds=0.05)
-    async with door.client:
-        yield door
+async def listener(core: Core) -> AsyncIterator[PublicListener]:
+    listener = PublicListener(core, max_body_bytes=1000, body_timeout_seconds=0.05)
+    async with listener.client:
+        yield listener
 
 
 def code(response: httpx.Response) -> str:
@@ -59,31 +59,31 @@ def code(response: httpx.Response) -> str:
     return str(body["error"]["code"])
 
 
-async def test_a_callback_is_accepted_once(door: Door) -> None:
+async def test_a_callback_is_accepted_once(listener: PublicListener) -> None:
     """200 in both cases: FLORA must not retry what is committed."""
     for status in ("accepted", "duplicate"):
-        response = await door.call(callback_body())
+        response = await listener.call(callback_body())
         assert (response.status_code, response.json()) == (200, {"status": status})
-        assert door.answered(status) == 1
-    assert (await door.core.run()).state is RunState.REPORTED
+        assert listener.count_responses(status) == 1
+    assert (await listener.core.run()).state is RunState.REPORTED
 
 
-async def test_an_unknown_event_is_ignored(door: Door) -> None:
-    response = await door.call(callback_body(event="run.paused"))
+async def test_an_unknown_event_is_ignored(listener: PublicListener) -> None:
+    response = await listener.call(callback_body(event="run.paused"))
     assert (response.status_code, response.json()) == (200, {"status": "ignored"})
 
 
-async def test_a_canary_is_told_that_it_arrived(door: Door) -> None:
+async def test_a_canary_is_told_that_it_arrived(listener: PublicListener) -> None:
     """It is counted as what it is, never as a callback."""
-    response = await door.post(b"any bytes", (HEADER, signed(b"any bytes", secret=canary_key(SECRET))))
+    response = await listener.post(b"any bytes", (HEADER, signed(b"any bytes", secret=canary_key(SECRET))))
     assert (response.status_code, response.json()) == (200, {"status": "canary"})
-    assert (door.answered("canary"), door.answered("accepted")) == (1, 0)
+    assert (listener.count_responses("canary"), listener.count_responses("accepted")) == (1, 0)
 
 
 @pytest.mark.parametrize("path", [PATH, PATH + "/", PATH + "?start=abc", PATH + "/?start=%00&start=b"])
-async def test_both_spellings_of_the_path_are_the_callbacks(door: Door, path: str) -> None:
+async def test_both_spellings_of_the_path_are_the_callbacks(listener: PublicListener, path: str) -> None:
     """FLORA follows no redirect; a token that nobody knows is no reason to refuse."""
-    response = await door.call(callback_body(), path=path)
+    response = await listener.call(callback_body(), path=path)
     assert (response.status_code, response.json()) == (200, {"status": "accepted"})
 
 
@@ -100,52 +100,52 @@ async def test_both_spellings_of_the_path_are_the_callbacks(door: Door, path: st
         (b"x" * 1001, [(HEADER, signed(b"x" * 1001))], 413, "body_too_large"),
     ],
 )
-async def test_refusals(door: Door, body: bytes, headers: Any, status: int, expected: str) -> None:
+async def test_refusals(listener: PublicListener, body: bytes, headers: Any, status: int, expected: str) -> None:
     """Each has its status and its code; none of them leaves a run behind, each leaves a note."""
-    response = await door.post(body, *headers)
+    response = await listener.post(body, *headers)
     assert (response.status_code, code(response)) == (status, expected)
-    assert door.answered(expected) == 1
-    assert [(note.code, note.remote) for note in door.core.intake.rejections] == [(expected, "192.0.2.1")]
-    assert await door.core.count("runs") == 0
+    assert listener.count_responses(expected) == 1
+    assert [(note.code, note.remote) for note in listener.core.intake.rejections] == [(expected, "192.0.2.1")]
+    assert await listener.core.count("runs") == 0
 
 
-async def test_a_doubled_header_is_malformed(door: Door) -> None:
+async def test_a_doubled_header_is_malformed(listener: PublicListener) -> None:
     """FLORA writes one; with two, one of them is somebody else's, even if they are equal."""
     body = callback_body()
     good, bad = signed(body), signed(body, secret="whsec_other")
     for pair in ((good, good), (bad, good), (good, bad)):
-        response = await door.post(body, *((HEADER, value) for value in pair))
+        response = await listener.post(body, *((HEADER, value) for value in pair))
         assert code(response) == "malformed_signature"
 
 
-async def test_the_headers_name_has_no_case(door: Door) -> None:
+async def test_the_headers_name_has_no_case(listener: PublicListener) -> None:
     body = callback_body()
-    assert (await door.post(body, ("FLORA-SIGNATURE", signed(body)))).status_code == 200
+    assert (await listener.post(body, ("FLORA-SIGNATURE", signed(body)))).status_code == 200
 
 
-async def test_a_header_that_is_not_ascii_is_refused_in_order(door: Door) -> None:
+async def test_a_header_that_is_not_ascii_is_refused_in_order(listener: PublicListener) -> None:
     """Bytes that no decent client sends break nothing."""
-    response = await door.client.post(PATH, content=callback_body(), headers={HEADER.encode(): b"t=1,v1=\xff\xfe"})
+    response = await listener.client.post(PATH, content=callback_body(), headers={HEADER.encode(): b"t=1,v1=\xff\xfe"})
     assert code(response) == "malformed_signature"
 
 
 async def test_a_secret_speaks_for_its_workspace_only(database: Database, clock: Clock) -> None:
-    door = Door(a_core(database, clock, secrets=[Secret(SECRET, "ws_other")]))
-    async with door.client:
-        response = await door.call(callback_body())
+    listener = PublicListener(a_core(database, clock, secrets=[Secret(SECRET, "ws_other")]))
+    async with listener.client:
+        response = await listener.call(callback_body())
     assert (response.status_code, code(response)) == (401, "workspace_mismatch")
 
 
 @pytest.mark.parametrize("size", [999, 1000])
-async def test_a_body_may_be_as_large_as_the_limit(door: Door, size: int) -> None:
+async def test_a_body_may_be_as_large_as_the_limit(listener: PublicListener, size: int) -> None:
     """The limit itself is allowed, counted as bytes arrive."""
     body = callback_body(pad="")
     body = callback_body(pad="x" * (size - len(body)))
     assert len(body) == size
-    assert (await door.call(body)).status_code == 200
+    assert (await listener.call(body)).status_code == 200
 
 
-async def test_a_body_without_a_length_is_counted_as_it_comes(door: Door) -> None:
+async def test_a_body_without_a_length_is_counted_as_it_comes(listener: PublicListener) -> None:
     """Chunked, no announced length: reading stops at the limit, not at the end."""
     sent = 0
 
@@ -155,29 +155,29 @@ async def test_a_body_without_a_length_is_counted_as_it_comes(door: Door) -> Non
             sent += 100
             yield b"x" * 100
 
-    response = await door.post(endless(), (HEADER, "t=1,v1=00"))
+    response = await listener.post(endless(), (HEADER, "t=1,v1=00"))
     assert code(response) == "body_too_large"
     assert sent <= 1200
 
 
 @pytest.mark.parametrize("length", ["99999999999999999999999999", "1001"])
-async def test_an_announced_length_beyond_the_limit_is_refused_unread(door: Door, length: str) -> None:
-    response = await door.post(b"x", ("Content-Length", length))
+async def test_an_announced_length_beyond_the_limit_is_refused_unread(listener: PublicListener, length: str) -> None:
+    response = await listener.post(b"x", ("Content-Length", length))
     assert code(response) == "body_too_large"
 
 
-async def test_a_body_that_never_comes_is_given_up(door: Door) -> None:
+async def test_a_body_that_never_comes_is_given_up(listener: PublicListener) -> None:
     """A connection that drips holds nobody up for ever."""
 
     async def stalled() -> AsyncIterator[bytes]:
         yield b"{"
         await anext(_never())
 
-    response = await door.post(stalled())
+    response = await listener.post(stalled())
     assert (response.status_code, code(response)) == (408, "body_timeout")
 
 
-async def test_each_body_has_its_own_time(door: Door) -> None:
+async def test_each_body_has_its_own_time(listener: PublicListener) -> None:
     """One timer looks after all of them: each is told of its own lateness, and who leaves is not told that he is late."""
     reading: asyncio.Queue[None] = asyncio.Queue()
 
@@ -188,15 +188,15 @@ async def test_each_body_has_its_own_time(door: Door) -> None:
 
     posts = []
     for _ in range(3):
-        posts.append(asyncio.create_task(door.post(stalled())))
+        posts.append(asyncio.create_task(listener.post(stalled())))
         await reading.get()
     posts[0].cancel()
     with pytest.raises(asyncio.CancelledError):
         await posts[0]
     assert [code(await post) for post in posts[1:]] == ["body_timeout", "body_timeout"]
-    assert (await door.call(callback_body())).status_code == 200
-    assert code(await door.post(stalled())) == "body_timeout"
-    assert door.answered("body_timeout") == 3
+    assert (await listener.call(callback_body())).status_code == 200
+    assert code(await listener.post(stalled())) == "body_timeout"
+    assert listener.count_responses("body_timeout") == 3
 
 
 async def _never() -> AsyncIterator[bytes]:
@@ -204,20 +204,20 @@ async def _never() -> AsyncIterator[bytes]:
     yield b""
 
 
-async def test_our_own_faults_are_503(door: Door) -> None:
+async def test_our_own_faults_are_503(listener: PublicListener) -> None:
     """Never 4xx, which FLORA might take for final; with a time to come again, and a retry is then accepted."""
-    await writable(door.core.database, False)
-    response = await door.call(callback_body())
+    await writable(listener.core.database, False)
+    response = await listener.call(callback_body())
     assert (response.status_code, code(response)) == (503, "unavailable")
     assert response.headers["retry-after"].isdecimal()
-    assert door.answered("unavailable") == 1
-    await writable(door.core.database, True)
-    assert (await door.call(callback_body())).json() == {"status": "accepted"}
+    assert listener.count_responses("unavailable") == 1
+    await writable(listener.core.database, True)
+    assert (await listener.call(callback_body())).json() == {"status": "accepted"}
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS"])
-async def test_other_methods_are_405_in_json(door: Door, method: str) -> None:
-    response = await door.client.request(method, PATH)
+async def test_other_methods_are_405_in_json(listener: PublicListener, method: str) -> None:
+    response = await listener.client.request(method, PATH)
     assert (response.status_code, code(response)) == (405, "method_not_allowed")
     assert "POST" in response.headers["allow"]
 
@@ -226,34 +226,34 @@ async def test_other_methods_are_405_in_json(door: Door, method: str) -> None:
     "path", ["/", "/callbacks", "/callbacks/flora/x", "/callbacks//flora", "/metrics", "/docs", "/openapi.json", "/%00"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_there_is_nothing_else(door: Door, method: str, path: str) -> None:
+async def test_there_is_nothing_else(listener: PublicListener, method: str, path: str) -> None:
     """404 in our JSON; no redirect, nothing of the operations side."""
-    response = await door.client.request(method, path)
+    response = await listener.client.request(method, path)
     assert (response.status_code, code(response)) == (404, "not_found")
 
 
-async def test_health_and_readiness(door: Door) -> None:
+async def test_health_and_readiness(listener: PublicListener) -> None:
     """Alive is not ready: a process that cannot commit should get no callbacks, yet need not be killed."""
-    assert (await door.client.get("/healthz")).json() == {"status": "ok"}
-    assert (await door.client.get("/readyz")).json() == {"status": "ready"}
-    door.not_ready = "stopping"
-    response = await door.client.get("/readyz")
+    assert (await listener.client.get("/healthz")).json() == {"status": "ok"}
+    assert (await listener.client.get("/readyz")).json() == {"status": "ready"}
+    listener.not_ready = "stopping"
+    response = await listener.client.get("/readyz")
     assert (response.status_code, code(response)) == (503, "unavailable")
     assert response.json()["error"]["message"] == "stopping"
-    assert (await door.client.get("/healthz")).status_code == 200
+    assert (await listener.client.get("/healthz")).status_code == 200
 
 
-async def test_the_token_of_a_start_reaches_the_door(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_token_of_a_start_reaches_the_door(listener: PublicListener, monkeypatch: pytest.MonkeyPatch) -> None:
     """The callback's own URL names the start that it belongs to."""
     seen: list[Any] = []
-    accept = door.core.intake.accept
+    accept = listener.core.intake.accept
 
     async def note(*args: Any, **options: Any) -> Any:
         seen.append(options.get("start"))
         return await accept(*args, **options)
 
-    monkeypatch.setattr(door.core.intake, "accept", note)
-    await door.call(callback_body(), path=f"{PATH}?start=abc")
+    monkeypatch.setattr(listener.core.intake, "accept", note)
+    await listener.call(callback_body(), path=f"{PATH}?start=abc")
     assert seen == ["abc"]
 
 
