@@ -250,10 +250,10 @@ class CallbackReceived(msgspec.Struct, frozen=True):
 
 
 class RunRead(msgspec.Struct, frozen=True):
-    """Report: the API showed the run. `asked_at` is when the request was sent."""
+    """Report: the API showed the run. `requested_at` is when the request was sent."""
 
     snapshot: Snapshot
-    asked_at: datetime
+    requested_at: datetime
     origin: Origin | None = None
     """Set where a list shows a run that nobody registered and that we want to adopt."""
 
@@ -263,18 +263,18 @@ class RunRead(msgspec.Struct, frozen=True):
 
 
 class RunNotFound(msgspec.Struct, frozen=True):
-    """Report: the API answered 404. It counts against the run only if asked on the run's `right_route`."""
+    """Report: the API answered 404. It counts against the run only if asked on the run's `conclusive`."""
 
     run_id: str
-    asked_at: datetime
-    right_route: bool
+    requested_at: datetime
+    conclusive: bool
 
 
 class ReadFailed(msgspec.Struct, frozen=True):
     """Report: the API did not tell (401, 403, 429, 5xx, time-out, garbage, absent from a list)."""
 
     run_id: str
-    asked_at: datetime
+    requested_at: datetime
     retry_after: float | None = None
     """Seconds, when FLORA named them."""
 
@@ -300,7 +300,7 @@ class ReadRequested(msgspec.Struct, frozen=True):
     """Report: an operator, or an authentic callback at a wrong time, wants the run read now."""
 
     run_id: str
-    asked_at: datetime
+    requested_at: datetime
 
 
 class CallbackExpired(msgspec.Struct, frozen=True):

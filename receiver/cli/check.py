@@ -11,8 +11,8 @@ from receiver.config import load_settings, redact
 from receiver.errors import Problem, ReceiverError, StoreInUseError
 from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers, mask_secrets
 from receiver.store import open_database
+from receiver.store.database import probe_write
 from receiver.store.migrate import HEAD, current_revision
-from receiver.store.touching import touch
 
 
 def run(config: Path | None, *, json: bool) -> None:
@@ -58,7 +58,7 @@ async def _database(url: str) -> tuple[str, list[Problem]]:
     except ReceiverError as error:
         return "unusable", [Problem("database.url", str(error))]
     try:
-        await database.write(touch)
+        await database.write(probe_write)
         revision = await database.run(current_revision)
     except ReceiverError as error:
         return "unusable", [Problem("database.url", str(error))]

@@ -3,7 +3,7 @@
 from receiver.decide.attempts import Backoff, Outcome, conclude
 from receiver.decide.channel import ChannelHealth, channel_health
 from receiver.decide.decision import Changed, Decision, Unchanged
-from receiver.decide.lanes import HEAVY_BYTES, Turn, lane_of, room, turns
+from receiver.decide.lanes import HEAVY_BYTES, FillStep, fill_order, free_slots, lane_of
 from receiver.decide.plans import (
     LOOKAHEAD,
     Depth,
@@ -13,15 +13,15 @@ from receiver.decide.plans import (
     Scan,
     Scope,
     Single,
-    home,
+    is_news,
+    is_worth_another_page,
+    list_of,
     plan_polls,
-    worth_another_page,
-    worth_telling,
 )
 from receiver.decide.policy import Policy
-from receiver.decide.poll_schedule import Route, failure_pause, next_poll, right_route, route
+from receiver.decide.poll_schedule import Route, failure_pause, is_404_conclusive, next_poll, route
 from receiver.decide.reconcile import TABLE, Kind, kind_of, reconcile
-from receiver.decide.settlement import SETTLED_STATES, callback_gone_at, filter_reason, settle
+from receiver.decide.settlement import SETTLED_STATES, callback_expires_at, filter_reason, settle
 
 __all__ = [
     "HEAVY_BYTES",
@@ -33,6 +33,7 @@ __all__ = [
     "ChannelHealth",
     "Decision",
     "Depth",
+    "FillStep",
     "Kind",
     "Listing",
     "Outcome",
@@ -43,24 +44,23 @@ __all__ = [
     "Scan",
     "Scope",
     "Single",
-    "Turn",
     "Unchanged",
-    "callback_gone_at",
+    "callback_expires_at",
     "channel_health",
     "conclude",
     "failure_pause",
+    "fill_order",
     "filter_reason",
-    "home",
+    "free_slots",
+    "is_404_conclusive",
+    "is_news",
+    "is_worth_another_page",
     "kind_of",
     "lane_of",
+    "list_of",
     "next_poll",
     "plan_polls",
     "reconcile",
-    "right_route",
-    "room",
     "route",
     "settle",
-    "turns",
-    "worth_another_page",
-    "worth_telling",
 ]

@@ -35,7 +35,7 @@ class Outcome:
 
 
 def conclude(
-    answered: DispatchState,
+    state: DispatchState,
     attempts: int,
     max_attempts: int,
     *,
@@ -45,8 +45,8 @@ def conclude(
     jitter: float = 0.5,
 ) -> Outcome:
     """Return what becomes of a dispatch whose `attempts`-th attempt was answered with a state: done, dead or ready."""
-    if answered is not DispatchState.READY:
-        return Outcome(answered)
+    if state is not DispatchState.READY:
+        return Outcome(state)
     if attempts >= max_attempts:
         return Outcome(DispatchState.DEAD)
     pause = backoff.pause(attempts) * (1 + 0.25 * jitter)

@@ -12,13 +12,13 @@ class Unchanged(msgspec.Struct, frozen=True):
 class Changed(msgspec.Struct, frozen=True):
     """The run's new row; its outputs, if this report brought them; what happened, for handlers that listen.
 
-    `fresh` are the outputs of a run settled before, as they are shown now: the same ones, perhaps under other URLs.
+    `refreshed` are the outputs of a run settled before, as they are shown now: the same ones, perhaps under other URLs.
     """
 
     run: Run
     outputs: tuple[Output, ...] = ()
     events: tuple[Event, ...] = ()
-    fresh: tuple[Output, ...] = ()
+    refreshed: tuple[Output, ...] = ()
 
 
 Decision = Unchanged | Changed

@@ -25,7 +25,7 @@ _SHARE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class FillStep:
     """One step of filling free slots: these lanes, until `ceiling` of their dispatches are running."""
 
     lanes: tuple[Lane, ...]
@@ -53,19 +53,19 @@ def lane_of(
     return Lane.HEAVY if left > HEAVY_BYTES else Lane.LIGHT
 
 
-def turns(concurrency: int) -> tuple[Turn, ...]:
+def fill_order(concurrency: int) -> tuple[FillStep, ...]:
     """Return in which order free slots are filled; the same lane may come again, up to a higher ceiling."""
     if concurrency <= 1:
-        return (Turn(tuple(Lane), 1),)
+        return (FillStep(tuple(Lane), 1),)
     own = max(1, concurrency // _SHARE)
     return (
-        Turn((Lane.HEAVY,), own),
-        Turn((Lane.LIGHT,), concurrency),
-        Turn((Lane.HEAVY,), concurrency - own),
+        FillStep((Lane.HEAVY,), own),
+        FillStep((Lane.LIGHT,), concurrency),
+        FillStep((Lane.HEAVY,), concurrency - own),
     )
 
 
-def room(turn: Turn, running: Mapping[Lane, int], concurrency: int) -> int:
+def free_slots(turn: FillStep, running: Mapping[Lane, int], concurrency: int) -> int:
     """Return how many more dispatches a turn may start. More may run than its ceiling: light work can turn out heavy."""
     free = concurrency - sum(running.values())
     return max(0, min(free, turn.ceiling - sum(running.get(lane, 0) for lane in turn.lanes)))

@@ -9,16 +9,16 @@ from receiver.model import CallbackReceived, CallbackStatus, Origin, Run, RunReg
 _RANKS = (Origin.DISCOVERED, Origin.CALLBACK, Origin.TRACKED, Origin.STARTED)
 
 
-def _from(run: Run, origin: Origin, *, callback_expected: bool) -> Run:
+def _with_origin(run: Run, origin: Origin, *, callback_expected: bool) -> Run:
     """Let the best-informed teller name a run's origin, and say whether a callback is to be expected."""
     if _RANKS.index(origin) <= _RANKS.index(run.origin):
         return run
     return replace(run, origin=origin, callback_expected=callback_expected)
 
 
-def enriched(run: Run, report: RunRegistered) -> Run:
+def with_registration(run: Run, report: RunRegistered) -> Run:
     merged = replace(
-        _from(run, report.origin, callback_expected=report.callback_expected),
+        _with_origin(run, report.origin, callback_expected=report.callback_expected),
         run_type=run.run_type or report.run_type,
         technique_id=run.technique_id or report.technique_id,
         workspace_id=run.workspace_id or report.workspace_id,
@@ -32,15 +32,15 @@ def enriched(run: Run, report: RunRegistered) -> Run:
     return merged
 
 
-def named(run: Run, report: CallbackReceived) -> Run:
+def with_callback(run: Run, report: CallbackReceived) -> Run:
     return replace(
-        _from(run, Origin.CALLBACK, callback_expected=True),
+        _with_origin(run, Origin.CALLBACK, callback_expected=True),
         run_type=run.run_type or report.run_type,
         workspace_id=run.workspace_id or report.workspace_id,
     )
 
 
-def shown(run: Run, snapshot: Snapshot) -> Run:
+def with_snapshot(run: Run, snapshot: Snapshot) -> Run:
     """Take over what a read shows; what it leaves out stays as it was."""
     return replace(
         run,
@@ -59,9 +59,9 @@ def shown(run: Run, snapshot: Snapshot) -> Run:
     )
 
 
-def answered(run: Run) -> Run:
+def read_succeeded(run: Run) -> Run:
     return replace(run, polls=run.polls + 1, failures=0, missing=0, missing_since=None)
 
 
-def both(before: CallbackStatus | None, says: CallbackStatus) -> CallbackStatus:
+def combine_status(before: CallbackStatus | None, says: CallbackStatus) -> CallbackStatus:
     return says if before is None or before is says else CallbackStatus.CONFLICTING

@@ -67,7 +67,7 @@ class Single:
 class Scan:
     """Plan: page through a list from the newest run on. `due` and `soon` are newest first; `requests` is an estimate.
 
-    `place` is the `home` of its runs; `scope` may be narrower.
+    `place` is the `list_of` of its runs; `scope` may be narrower.
     """
 
     place: Scope
@@ -102,7 +102,7 @@ class Progress:
     useful: int = 0
     boundary: datetime | None = None
 
-    def turned(self, snapshots: Sequence[Snapshot], *, useful: int) -> "Progress":
+    def add_page(self, snapshots: Sequence[Snapshot], *, useful: int) -> "Progress":
         """Return the progress after one more page."""
         times = [snapshot.created_at for snapshot in snapshots if snapshot.created_at is not None]
         oldest = min([*times, *([self.boundary] if self.boundary else [])], default=None)
@@ -125,20 +125,20 @@ def plan_polls(
     """Return how to read the due runs of one API key, most urgent first: every due run is in exactly one plan.
 
     `soon` are runs due within LOOKAHEAD: those close enough ride along. `alone` are ids that a scan has just passed
-    without seeing. Of a scope that is being scanned already (`busy`, as `home` names it) only runs with a callback are
+    without seeing. Of a scope that is being scanned already (`busy`, as `list_of` names it) only runs with a callback are
     planned. `depths` is what the last scans met.
     """
     plans: list[Plan] = []
     groups: dict[Scope, list[Run]] = {}
     for run in due:
-        scope = home(run)
+        scope = list_of(run)
         if scope is None or (run.run_id in alone and route(run) is not Route.LISTED):
             plans.append(Single(run))
         else:
             groups.setdefault(scope, []).append(run)
     early: dict[Scope, list[Run]] = {}
     for run in soon:
-        scope = home(run)
+        scope = list_of(run)
         if scope is not None and run.run_id not in alone and _soon_enough(run, policy, now):
             early.setdefault(scope, []).append(run)
     for scope, members in groups.items():
@@ -146,7 +146,7 @@ def plan_polls(
     return tuple(sorted(plans, key=_urgency))
 
 
-def home(run: Run) -> Scope | None:
+def list_of(run: Run) -> Scope | None:
     """Return the list in which a run can be found with others; None: it is in none that we know of."""
     match route(run):
         case Route.TECHNIQUE_RUN | Route.LISTED:
@@ -155,7 +155,7 @@ def home(run: Run) -> Scope | None:
             return None if run.run_type == "action" else Scope(Listing.GENERATIONS, run.workspace_id)
 
 
-def worth_another_page(
+def is_worth_another_page(
     scan: Scan, left: Collection[str], progress: Progress, *, now: datetime, more: bool = True
 ) -> bool:
     """Return whether to turn the page. `left` are the ids not seen yet, `more` whether there is a next page.
@@ -163,7 +163,7 @@ def worth_another_page(
     Stops at the end, when the oldest due run is passed, and when the runs that are left have become cheaper to read
     one by one: by what the pages so far let expect, and in any case when too many of them showed nothing of use.
     """
-    ahead = [run for run in scan.due if run.run_id in left and not passed(run, progress.boundary)]
+    ahead = [run for run in scan.due if run.run_id in left and not is_passed(run, progress.boundary)]
     if not more or not ahead:
         return False
     if any(route(run) is Route.LISTED for run in ahead) and progress.pages < _LISTED_PAGES:
@@ -171,18 +171,18 @@ def worth_another_page(
     members = len(scan.due) + len(scan.soon)
     if progress.pages - progress.useful > members // 10:
         return False
-    early = [run for run in scan.soon if run.run_id in left and not passed(run, progress.boundary)]
+    early = [run for run in scan.soon if run.run_id in left and not is_passed(run, progress.boundary)]
     depth = progress.depth(now)
     queue = _newest_first(ahead, early)
     return _reach(queue, since=progress.boundary or now, depth=depth, least=0.5)[0] > 0
 
 
-def passed(run: Run, boundary: datetime | None) -> bool:
+def is_passed(run: Run, boundary: datetime | None) -> bool:
     """Return whether a list that has come down to `boundary` should have shown a run by now."""
     return boundary is not None and boundary < _created_after(run)
 
 
-def worth_telling(run: Run, snapshot: Snapshot) -> bool:
+def is_news(run: Run, snapshot: Snapshot) -> bool:
     """Return whether a listed row says anything new about a run of the ledger: if not, it is not worth a commit."""
     if run.state in SETTLED_STATES:
         return run.cost_due_at is not None and snapshot.charged_cost is not None
@@ -206,7 +206,7 @@ def _plan_scope(
         others = [run for run in due if run.run_id not in urgent]
     if busy or not others:
         return
-    place, scope = scope, _narrowed(scope, (*others, *soon))
+    place, scope = scope, _narrow(scope, (*others, *soon))
     depth = depths.get(scope)
     if depth is not None and now - depth.at > _DEPTH_HOLDS:
         depth = None
@@ -235,7 +235,7 @@ def _soon_enough(run: Run, policy: Policy, now: datetime) -> bool:
     return run.next_poll_at - now <= pause * _SOON
 
 
-def _narrowed(scope: Scope, runs: Sequence[Run]) -> Scope:
+def _narrow(scope: Scope, runs: Sequence[Run]) -> Scope:
     """Let the list show one technique alone where all the runs are of it (by id: whether it filters by slug is unknown)."""
     techniques = {run.technique_id for run in runs}
     only = techniques.pop() if len(techniques) == 1 else None

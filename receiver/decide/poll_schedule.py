@@ -50,6 +50,6 @@ def route(run: Run) -> Route:
     return Route.LISTED if run.failures % 2 else Route.RUN  # an unknown type: try both, in turn
 
 
-def right_route(run: Run) -> bool:
+def is_404_conclusive(run: Run) -> bool:
     """Return whether a 404 on `route(run)` says that FLORA does not know the run."""
     return route(run) is Route.TECHNIQUE_RUN or run.run_type in {"generation", "action"}

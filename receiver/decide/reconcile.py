@@ -20,10 +20,10 @@ import msgspec
 from msgspec.structs import replace
 
 from receiver.decide.decision import Changed, Decision, Unchanged
-from receiver.decide.merge import answered, both, enriched, named, shown
+from receiver.decide.merge import combine_status, read_succeeded, with_callback, with_registration, with_snapshot
 from receiver.decide.policy import Policy
 from receiver.decide.poll_schedule import failure_pause, next_poll
-from receiver.decide.settlement import callback_gone_at
+from receiver.decide.settlement import callback_expires_at
 from receiver.model import (
     CallbackExpired,
     CallbackReceived,
@@ -129,8 +129,8 @@ def _enter(case: _Case) -> Decision:
     """A run enters the ledger as open: registered, or shown by a list that we adopt from."""
     match case.report:
         case RunRegistered() as report:
-            run = enriched(
-                _blank(case, report.run_id, report.origin, callback_expected=report.callback_expected), report
+            run = with_registration(
+                _new_run(case, report.run_id, report.origin, callback_expected=report.callback_expected), report
             )
             wait = case.policy.first_poll
             if report.estimated_seconds:
@@ -139,7 +139,7 @@ def _enter(case: _Case) -> Decision:
                 wait = case.policy.eager_poll
             return Changed(replace(run, next_poll_at=case.after(min(wait, case.policy.max_gap))))
         case RunRead(origin=Origin() as origin):
-            run = shown(_blank(case, case.report.run_id, origin, callback_expected=False), case.snapshot)
+            run = with_snapshot(_new_run(case, case.report.run_id, origin, callback_expected=False), case.snapshot)
             return Changed(
                 replace(run, polls=1, next_poll_at=next_poll(run, case.policy, now=case.now, jitter=case.jitter))
             )
@@ -151,26 +151,26 @@ def _enrich(case: _Case) -> Decision:
     """A start or a track fills in what a callback, a list or an earlier track could not know."""
     if not isinstance(case.report, RunRegistered):
         return Unchanged()
-    run = enriched(case.known, case.report)
+    run = with_registration(case.known, case.report)
     if run == case.known:
         return Unchanged()
     # Whoever knows better may also say that a callback was to be expected after all.
-    return Changed(run) if run.settled_at is None else _judged(run, case)
+    return Changed(run) if run.settled_at is None else _judge(run, case)
 
 
-def _heard(case: _Case) -> Decision:
+def _accept(case: _Case) -> Decision:
     """A verified callback: go and read the run now. Also brings a lost run back."""
     report = case.report
     if not isinstance(report, CallbackReceived):
         return Unchanged()
     if case.run is None:
-        return Changed(_heard_first(case, report))
+        return Changed(_new_reported_run(case, report))
     run = case.run
-    callback_status = both(run.callback_status, report.callback_status)
+    callback_status = combine_status(run.callback_status, report.callback_status)
     if run.state is RunState.REPORTED and callback_status is run.callback_status:
         return Unchanged()
     run = replace(
-        named(run, report),
+        with_callback(run, report),
         callback_status=callback_status,
         reported_at=run.reported_at or report.received_at,
         error_code=run.error_code or report.error_code,
@@ -193,7 +193,7 @@ def _heard(case: _Case) -> Decision:
     )
 
 
-def _heard_first(case: _Case, report: CallbackReceived) -> Run:
+def _new_reported_run(case: _Case, report: CallbackReceived) -> Run:
     """Return the row of a run that nobody told us of before its callback. Made in one piece: this is the busiest rule."""
     return Run(
         run_id=report.run_id,
@@ -211,15 +211,15 @@ def _heard_first(case: _Case, report: CallbackReceived) -> Run:
     )
 
 
-def _heard_of(case: _Case) -> Decision:
+def _note(case: _Case) -> Decision:
     """A callback for a settled run: nothing to do, but it tells about the channel."""
     report = case.report
     if not isinstance(report, CallbackReceived):
         return Unchanged()
-    run = named(case.known, report)
+    run = with_callback(case.known, report)
     run = replace(
         run,
-        callback_status=both(run.callback_status, report.callback_status),
+        callback_status=combine_status(run.callback_status, report.callback_status),
         reported_at=run.reported_at or report.received_at,
     )
     if run.state is RunState.FAILED:
@@ -230,22 +230,22 @@ def _heard_of(case: _Case) -> Decision:
         )
     if run == case.known:
         return Unchanged()
-    return _judged(run, case)
+    return _judge(run, case)
 
 
 def _wait(case: _Case) -> Decision:
     """The API shows an open run that is not terminal."""
-    run = answered(shown(case.known, case.snapshot))
-    return _unless_overdue(replace(run, ladder=0), case)
+    run = read_succeeded(with_snapshot(case.known, case.snapshot))
+    return _read_on_unless_overdue(replace(run, ladder=0), case)
 
 
-def _climb(case: _Case) -> Decision:
+def _confirm(case: _Case) -> Decision:
     """The API does not show yet what a callback, or its own `completed`, promised: climb the ladder."""
     run, read = case.known, case.report
     empty = case.snapshot.status == "completed"
-    if isinstance(read, RunRead) and _stale(run, read.asked_at, case):
+    if isinstance(read, RunRead) and _is_stale(run, read.requested_at, case):
         return Changed(replace(run, polls=run.polls + 1))
-    run = answered(shown(run, case.snapshot))
+    run = read_succeeded(with_snapshot(run, case.snapshot))
     run = replace(run, ladder=run.ladder + 1)
     past = run.ladder >= len(case.policy.ladder)
     if past and empty:
@@ -254,16 +254,16 @@ def _climb(case: _Case) -> Decision:
     if diverged:
         run = replace(run, verdict=Verdict.DIVERGED)
     # On the ladder the API may still lag behind: not conclusive, so the deadline does not count yet.
-    decision = _unless_overdue(run, case) if past else _read_on(run, case)
+    decision = _read_on_unless_overdue(run, case) if past else _read_on(run, case)
     return replace(decision, events=(Event.DIVERGED, *decision.events)) if diverged else decision
 
 
 def _miss(case: _Case) -> Decision:
     """404. It counts only on the run's own route: a technique run may answer 404 on `/runs/{id}`."""
     run, report = case.known, case.report
-    if not isinstance(report, RunNotFound) or not report.right_route:
+    if not isinstance(report, RunNotFound) or not report.conclusive:
         return _back_off(case)
-    if _stale(run, report.asked_at, case):
+    if _is_stale(run, report.requested_at, case):
         return Changed(replace(run, polls=run.polls + 1))
     since = min(run.missing_since or case.now, case.now)
     run = replace(
@@ -277,7 +277,7 @@ def _miss(case: _Case) -> Decision:
 def _back_off(case: _Case) -> Decision:
     """The API did not tell. Never counts against the run: our outage, or FLORA's, must not lose it."""
     run, report = case.known, case.report
-    if isinstance(report, RunNotFound | ReadFailed) and _stale(run, report.asked_at, case):
+    if isinstance(report, RunNotFound | ReadFailed) and _is_stale(run, report.requested_at, case):
         return Changed(replace(run, polls=run.polls + 1))
     run = replace(run, polls=run.polls + 1, failures=run.failures + 1)
     pause = failure_pause(run.failures)
@@ -295,9 +295,9 @@ def _settle(case: _Case) -> Decision:
     if run is None:
         if report.origin is None:
             return Unchanged()  # a read of a run that left the ledger
-        run = _blank(case, report.run_id, report.origin, callback_expected=False)
+        run = _new_run(case, report.run_id, report.origin, callback_expected=False)
     snapshot = report.snapshot
-    run = answered(shown(run, snapshot))
+    run = read_succeeded(with_snapshot(run, snapshot))
     state = RunState.COMPLETED if snapshot.status == "completed" else RunState.FAILED
     run = replace(
         run,
@@ -316,27 +316,27 @@ def _settle(case: _Case) -> Decision:
         run = replace(run, next_poll_at=_next_cost_read(run, case))
     else:
         events.append(Event.COST_FINAL)
-    judged = _judged(run, case)
+    judged = _judge(run, case)
     return Changed(judged.run, snapshot.outputs, (*events, *judged.events))
 
 
-def _bill(case: _Case) -> Decision:
+def _set_cost(case: _Case) -> Decision:
     """A settled run read again, and it agrees: its cost may still be filled in, and its outputs have their newest URLs."""
     run = case.known
     if run.cost_due_at is None or case.snapshot.charged_cost is None:
-        asked = _ask_bill(case)
-        return replace(asked, fresh=case.snapshot.outputs) if isinstance(asked, Changed) else asked
+        asked = _await_cost(case)
+        return replace(asked, refreshed=case.snapshot.outputs) if isinstance(asked, Changed) else asked
     run = replace(
         run, charged_cost=case.snapshot.charged_cost, cost_due_at=None, next_poll_at=None, polls=run.polls + 1
     )
-    return Changed(run, events=(Event.COST_FINAL,), fresh=case.snapshot.outputs)
+    return Changed(run, events=(Event.COST_FINAL,), refreshed=case.snapshot.outputs)
 
 
-def _ask_bill(case: _Case) -> Decision:
+def _await_cost(case: _Case) -> Decision:
     """The cost is still unknown: ask again for a while, then say that it stays unknown."""
     run = case.known
     if run.cost_due_at is None:
-        return _looked_again(case)
+        return _end_reread(case)
     over = case.now >= run.cost_due_at
     run = replace(run, polls=run.polls + 1)
     if over:
@@ -344,7 +344,7 @@ def _ask_bill(case: _Case) -> Decision:
     return Changed(replace(run, next_poll_at=_next_cost_read(run, case)))
 
 
-def _looked_again(case: _Case) -> Decision:
+def _end_reread(case: _Case) -> Decision:
     """A settled run was read once more because somebody asked for it; without an answer it is read again."""
     run = case.known
     if run.next_poll_at is None:
@@ -356,14 +356,14 @@ def _looked_again(case: _Case) -> Decision:
 
 def _dispute(case: _Case) -> Decision:
     """The API shows another end than the one it showed before. The first stays; say so."""
-    asked = _ask_bill(case)  # this read was due because the cost is missing, and the next one must not be due at once
+    asked = _await_cost(case)  # this read was due because the cost is missing, and the next one must not be due at once
     if case.known.verdict is Verdict.DIVERGED:
         return asked
     run, events = (asked.run, asked.events) if isinstance(asked, Changed) else (case.known, ())
     return Changed(replace(run, verdict=Verdict.DIVERGED, verdict_due_at=None), events=(Event.DIVERGED, *events))
 
 
-def _hurry(case: _Case) -> Decision:
+def _read_now(case: _Case) -> Decision:
     """Somebody wants to know now."""
     return Changed(replace(case.known, next_poll_at=case.now))
 
@@ -394,26 +394,31 @@ def _expire(case: _Case) -> Decision:
 
 
 # fmt: off
-_GRID: Mapping[RunState | None, tuple[_Rule, ...]] = {
-    #                   REGISTERED HEARD      RUNNING  COMPLETED EMPTY    FAILED    MISSING    UNANSWERED ASKED    SILENT
-    None:               (_enter,   _heard,    _enter,  _settle,  _enter,  _settle,  _ignore,   _ignore,   _ignore, _ignore),
-    RunState.OPEN:      (_enrich,  _heard,    _wait,   _settle,  _climb,  _settle,  _miss,     _back_off, _hurry,  _ignore),
-    RunState.REPORTED:  (_enrich,  _heard,    _climb,  _settle,  _climb,  _settle,  _miss,     _back_off, _hurry,  _ignore),
-    RunState.COMPLETED: (_enrich,  _heard_of, _ask_bill, _bill,  _ask_bill, _dispute, _ask_bill, _ask_bill, _hurry,  _expire),
-    RunState.FAILED:    (_enrich,  _heard_of, _ask_bill, _dispute, _ask_bill, _bill,  _ask_bill, _ask_bill, _ignore, _expire),
-    RunState.LOST:      (_enrich,  _heard,    _ignore, _settle,  _ignore, _settle,  _ignore,   _ignore,   _reopen, _ignore),
+_STATES = (None, *RunState)
+_RULES: Mapping[Kind, tuple[_Rule, ...]] = {
+    #                        unknown   OPEN       REPORTED   COMPLETED    FAILED       LOST
+    Kind.REGISTERED:        (_enter,   _enrich,   _enrich,   _enrich,     _enrich,     _enrich),
+    Kind.CALLBACK_RECEIVED: (_accept,  _accept,   _accept,   _note,       _note,       _accept),
+    Kind.RUNNING:           (_enter,   _wait,     _confirm,  _await_cost, _await_cost, _ignore),
+    Kind.COMPLETED:         (_settle,  _settle,   _settle,   _set_cost,   _dispute,    _settle),
+    Kind.EMPTY:             (_enter,   _confirm,  _confirm,  _await_cost, _await_cost, _ignore),
+    Kind.FAILED:            (_settle,  _settle,   _settle,   _dispute,    _set_cost,   _settle),
+    Kind.NOT_FOUND:         (_ignore,  _miss,     _miss,     _await_cost, _await_cost, _ignore),
+    Kind.READ_FAILED:       (_ignore,  _back_off, _back_off, _await_cost, _await_cost, _ignore),
+    Kind.READ_REQUESTED:    (_ignore,  _read_now, _read_now, _read_now,   _ignore,     _reopen),
+    Kind.CALLBACK_EXPIRED:  (_ignore,  _ignore,   _ignore,   _expire,     _expire,     _ignore),
 }
 # fmt: on
 
 TABLE: Mapping[tuple[RunState | None, Kind], _Rule] = {
-    (state, kind): rule for state, rules in _GRID.items() for kind, rule in zip(Kind, rules, strict=True)
+    (state, kind): rule for kind, rules in _RULES.items() for state, rule in zip(_STATES, rules, strict=True)
 }
 
 
 # --- small steps the rules share ---------------------------------------------------------------------------------
 
 
-def _blank(case: _Case, run_id: str, origin: Origin, *, callback_expected: bool) -> Run:
+def _new_run(case: _Case, run_id: str, origin: Origin, *, callback_expected: bool) -> Run:
     return Run(
         run_id=run_id,
         state=RunState.OPEN,
@@ -424,12 +429,12 @@ def _blank(case: _Case, run_id: str, origin: Origin, *, callback_expected: bool)
     )
 
 
-def _stale(run: Run, asked_at: datetime, case: _Case) -> bool:
+def _is_stale(run: Run, requested_at: datetime, case: _Case) -> bool:
     """Return whether a read was asked for before the callback came: it could not know, and the read after it is due.
 
     A callback's time that is still to come was told by a clock that has been set back since: it says nothing.
     """
-    return run.reported_at is not None and asked_at < run.reported_at <= case.now
+    return run.reported_at is not None and requested_at < run.reported_at <= case.now
 
 
 def _seconds(number: float, *, at_most: timedelta) -> timedelta:
@@ -441,7 +446,7 @@ def _read_on(run: Run, case: _Case) -> Changed:
     return Changed(replace(run, next_poll_at=next_poll(run, case.policy, now=case.now, jitter=case.jitter)))
 
 
-def _unless_overdue(run: Run, case: _Case) -> Changed:
+def _read_on_unless_overdue(run: Run, case: _Case) -> Changed:
     """Plan the next read, or give the run up if this read was conclusive and past the deadline."""
     return _lose(run, LostReason.DEADLINE) if case.now >= run.deadline_at else _read_on(run, case)
 
@@ -457,17 +462,17 @@ def _next_cost_read(run: Run, case: _Case) -> datetime:
     return case.after(min(max(timedelta(seconds=5), since * 0.5), timedelta(minutes=2)))
 
 
-def _judged(run: Run, case: _Case) -> Changed:
+def _judge(run: Run, case: _Case) -> Changed:
     """Give a settled run the verdict that its facts call for, or the time when its callback is written off."""
     verdict = run.verdict
     if run.callback_status is not None and verdict is not Verdict.DIVERGED:
         if run.callback_status.value != run.state.value:
             verdict = Verdict.DIVERGED
-        elif run.reported_at is not None and run.reported_at <= callback_gone_at(run, case.policy):
+        elif run.reported_at is not None and run.reported_at <= callback_expires_at(run, case.policy):
             verdict = Verdict.MATCHED
         else:
             verdict = Verdict.LATE
     events = (Event.DIVERGED,) if verdict is Verdict.DIVERGED and run.verdict is not Verdict.DIVERGED else ()
     pending = verdict is None and run.callback_expected
-    due_at = callback_gone_at(run, case.policy) if pending else None
+    due_at = callback_expires_at(run, case.policy) if pending else None
     return Changed(replace(run, verdict=verdict, verdict_due_at=due_at), events=events)

@@ -68,7 +68,7 @@ def filter_reason(run: Run, outputs: Sequence[Output], when: When) -> str | None
     return None
 
 
-def callback_gone_at(run: Run, policy: Policy) -> datetime:
+def callback_expires_at(run: Run, policy: Policy) -> datetime:
     """Return when FLORA has given up on delivering the callback of a settled run."""
     return ended_at(run) + policy.callback_window
 

@@ -38,7 +38,7 @@ class Reply(StrEnum):
     """It said no: nothing was started, and the same question gets the same answer."""
     EXISTS = "exists"
     """The key was used before: the run exists, and this answer does not name it."""
-    AGAIN = "again"
+    UNCLEAR = "again"
     """It did not say: ask again with the same key."""
 
 
@@ -47,7 +47,7 @@ def reply_of(error: FloraError) -> Reply:
     if error.status == 409:
         return Reply.EXISTS
     if error.status is None or error.status == 429 or error.status >= 500 or error.status < 400:
-        return Reply.AGAIN
+        return Reply.UNCLEAR
     return Reply.DENIED
 
 
@@ -56,22 +56,22 @@ def may_repeat(start: Start, *, now: datetime) -> bool:
     return now - start.created_at < SAFE_TO_REPEAT
 
 
-def denied(start: Start, error: FloraError) -> Start:
+def refuse_start(start: Start, error: FloraError) -> Start:
     """Return the start as FLORA refused it, with its reasons kept."""
-    return replace(_explained(start, error), state=StartState.REFUSED)
+    return replace(_with_error(start, error), state=StartState.REFUSED)
 
 
-def deferred(start: Start, error: FloraError, *, now: datetime, jitter: float = 0.5) -> Start:
+def defer_start(start: Start, error: FloraError, *, now: datetime, jitter: float = 0.5) -> Start:
     """Return the start to be asked about again: after what FLORA named, else 1, 2, 4 … 30 s."""
     pause = error.retry_after
     if pause is None:
         pause = 5.0 if error.status == 429 else min(2.0 ** min(start.attempts, 5), _LONGEST_PAUSE_SECONDS)
         pause *= 1 + 0.25 * jitter
-    explained = _explained(start, error)
+    explained = _with_error(start, error)
     return replace(explained, attempts=start.attempts + 1, due_at=now + timedelta(seconds=min(pause, 3600)))
 
 
-def searched_again(start: Start, *, now: datetime, jitter: float = 0.5) -> Start | None:
+def search_later(start: Start, *, now: datetime, jitter: float = 0.5) -> Start | None:
     """Return the start to be searched for again a little later, or None once that has gone on for long enough.
 
     Right after a crash there are often several starts without a run and several runs without a start. Callbacks name
@@ -83,15 +83,15 @@ def searched_again(start: Start, *, now: datetime, jitter: float = 0.5) -> Start
         "FLORA has a run of this key; which one is not clear yet: waiting for its callback, and searching the list",
         status=409, code="idempotency_duplicate", request_id=start.request_id,
     )  # fmt: skip
-    return deferred(start, exists, now=now, jitter=jitter)
+    return defer_start(start, exists, now=now, jitter=jitter)
 
 
-def unresolved(start: Start) -> Start:
+def give_up_on(start: Start) -> Start:
     """Return the start as one that only its callback, or an operator, can resolve."""
     return replace(start, state=StartState.UNKNOWN, error_code="unknown_outcome", error_message=_UNKNOWN)
 
 
-def asked_again(start: Start, *, token: str, request: str, now: datetime) -> Start:
+def retry_refused(start: Start, *, token: str, request: str, now: datetime) -> Start:
     """Return a refused start as a fresh intent: its key was released when FLORA refused it."""
     return replace(
         start,
@@ -147,7 +147,7 @@ def candidates(snapshots: Sequence[Snapshot], start: Start, *, now: datetime) ->
     )
 
 
-def _explained(start: Start, error: FloraError) -> Start:
+def _with_error(start: Start, error: FloraError) -> Start:
     return replace(
         start,
         error_status=error.status,
@@ -158,7 +158,7 @@ def _explained(start: Start, error: FloraError) -> Start:
     )
 
 
-def registered(start: Start, run_id: str, now: datetime) -> RunRegistered:
+def to_registration(start: Start, run_id: str, now: datetime) -> RunRegistered:
     """Return what a start knows about the run that it made."""
     return RunRegistered(
         run_id=run_id,

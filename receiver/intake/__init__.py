@@ -1,4 +1,5 @@
-"""The way into the ledger: a callback is verified, parsed and committed here, and every other report on a run enters here.
+"""The only way into the ledger: callbacks are verified, parsed and committed here, and so is every other report on a run.
 
-Called by `web` (callbacks) and by `workers` (reads of runs). May import `store`, `flora`, `decide` and what is below them.
+Called by `web` (callbacks) and by `workers` (reads, starts, sweeps). May import `store`, `flora`, `decide` and what is
+below them.
 """

@@ -1,7 +1,7 @@
-"""The one door of the ledger: callbacks come in by `accept`, everything else that tells of a run by `apply`.
+"""The intake: callbacks enter by `accept`, every other report on a run by `apply`.
 
-What may come in is judged here; how it is committed is `commits.py`, what it does to the ledger `recording.py`. Called by
-web, poller, janitor, starter.
+What is acceptable is decided here; `group_commit` commits it and `recorder` applies it to the ledger. Called by `web` and
+by the workers.
 """
 
 import hashlib
@@ -22,12 +22,15 @@ from receiver.intake.recorder import Recorder
 from receiver.model import CallbackReceived, Delivery, ReadRequested, Rejection, Report, Subscription
 from receiver.store import Database, ledger
 from receiver.store.changes import Signals
-from receiver.store.touching import check_writable
+from receiver.store.database import check_writable
 from receiver.telemetry import Metrics
 
 log = structlog.get_logger("receiver.intake")
 
 _CANARY_SECONDS = 60
+"""Age at which a canary is no longer recognized."""
+_MAX_REJECTIONS = 1000
+"""Refused requests that wait for the janitor to write them down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,35 +45,35 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """Verified and committed, but of an event type that we do not know: nothing is done."""
+    """The callback is verified and committed, but its event type is unknown: nothing follows from it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """Not a callback but a probe of our own that came all the way, unaltered; the ledger takes writes, and has none of it."""
+    """Our own probe arrived unaltered, and the ledger is writable. Nothing is stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Not a callback that we take: `code` and `message` tell the sender why."""
+    """The request is not an acceptable callback; `code` and `message` say why."""
 
     code: str
     message: str
 
 
-Answer = Accepted | Duplicate | Ignored | Canary | Refused
+CallbackResult = Accepted | Duplicate | Ignored | Canary | Refused
 
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """A webhook secret and the workspace it belongs to, where the settings say so."""
+    """A webhook secret and the workspace it belongs to, if the settings name one."""
 
     value: str = field(repr=False)
     workspace_id: str | None = None
 
 
 class Intake:
-    """The door. `close` commits what has arrived."""
+    """Accepts callbacks and applies reports. `close` waits until all that has arrived is committed."""
 
     def __init__(
         self,
@@ -89,75 +92,50 @@ class Intake:
         self._database = database
         self._secrets = tuple(secrets)
         self._keys = tuple(secret.value for secret in secrets)
-        self._canaries = tuple(canary_key(secret.value) for secret in secrets)
+        self._canary_keys = tuple(canary_key(secret.value) for secret in secrets)
         self._tolerance_past = tolerance_past
         self._tolerance_future = tolerance_future
         self._clock = clock
         recorder = Recorder(policy, subscriptions, clock=clock, jitter=jitter)
         self._commits = GroupCommit(database, recorder, signals=signals, metrics=metrics, clock=clock)
-        self.rejections: deque[Rejection] = deque(maxlen=1000)
-        """Refused requests not written down yet; the janitor empties it."""
+        self.rejections: deque[Rejection] = deque(maxlen=_MAX_REJECTIONS)
+        """Refused requests that are not in the database yet; the janitor empties it."""
 
     async def accept(
         self, body: bytes, signature: str | None, *, remote: str | None = None, start: str | None = None
-    ) -> Answer:
-        """Verify, parse and commit one callback. Raises StoreUnavailableError if it could not be committed.
+    ) -> CallbackResult:
+        """Verify, parse and commit one callback. Raises StoreUnavailableError if it was not committed.
 
-        `start` is the token that the callback's URL carried, if any: it links the run to our intent to start it.
+        `remote` is the sender's address. `start` is the token in the callback's URL, if any: it links the run to the
+        start that made it.
         """
         now = self._clock()
         try:
-            verified = verify(
-                body,
-                signature,
-                self._keys,
-                now=int(now.timestamp()),
-                tolerance_past=self._tolerance_past,
-                tolerance_future=self._tolerance_future,
-            )
+            verified = self._verify(body, signature, now)
         except SignatureError as error:
-            if error.problem is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE:
-                await self._look_anyway(body, now)
-            elif error.problem is SignatureProblem.SIGNATURE_MISMATCH and self._is_canary(body, signature, now):
-                await self._database.write(check_writable)
-                return Canary()
-            return self.refuse(error.problem.value, str(error), remote=remote, size=len(body))
+            return await self._refuse_signature(error, body, signature, now, remote)
         try:
             callback = parse_callback(body)
         except PayloadError as error:
-            # Authentic, so worth keeping: FLORA may have changed its format.
-            await self._commits.enter(None, _unreadable(body, signature, verified, now))
-            log.error("callback.unreadable", reason=str(error), size=len(body))
-            return self.refuse("invalid_payload", str(error), remote=remote, size=len(body))
-        owner = self._secrets[verified.secret].workspace_id
-        if owner is not None and callback.workspace_id is not None and owner != callback.workspace_id:
-            message = f"signed with the secret of {owner}, but about a run of another workspace"
-            return self.refuse("workspace_mismatch", message, remote=remote, size=len(body))
-        delivery = Delivery(
-            delivery_id=callback.delivery_id,
-            body=body,
-            signature=signature or "",
-            received_at=now,
-            age=verified.age,
-            secret=verified.secret,
-            event=callback.event,
-            api_version=callback.api_version,
-            run_id=callback.run_id,
-        )
-        recorded = await self._commits.enter(_heard(callback, now), delivery, start)
-        if not recorded.new_delivery:
+            delivery = _unreadable_delivery(body, signature, verified, now)
+            return await self._refuse_payload(error, delivery, remote)
+        if (mismatch := self._workspace_mismatch(verified, callback)) is not None:
+            return self.refuse("workspace_mismatch", mismatch, remote=remote, size=len(body))
+        delivery = _delivery(callback, body, signature, verified, now)
+        committed = await self._commits.commit(_to_report(callback, now), delivery, start)
+        if not committed.new_delivery:
             return Duplicate()
         return Accepted() if callback.callback_status is not None else Ignored()
 
     async def apply(self, report: Report, *, start: str | None = None) -> Decision:
         """Commit what a report does to its run, and return it. Raises StoreUnavailableError.
 
-        With `start`, the report's run is that start's: both are committed together.
+        `start` is the token of the start that made the run: the start is marked as started in the same commit.
         """
-        return (await self._commits.enter(report, start=start)).decision
+        return (await self._commits.commit(report, start=start)).decision
 
     def refuse(self, code: str, message: str, *, remote: str | None, size: int) -> Refused:
-        """Note a refusal, for operators; nothing of the body is kept."""
+        """Record that a request of `size` bytes was refused. Nothing of its body is kept."""
         self.rejections.append(Rejection(self._clock(), code, remote, size))
         log.warning("callback.refused", code=code, remote=remote, size=size)
         return Refused(code, message)
@@ -166,25 +144,61 @@ class Intake:
         """Wait until everything that has arrived is committed."""
         await self._commits.close()
 
+    def _verify(self, body: bytes, signature: str | None, now: datetime) -> Verified:
+        return verify(
+            body,
+            signature,
+            self._keys,
+            now=int(now.timestamp()),
+            tolerance_past=self._tolerance_past,
+            tolerance_future=self._tolerance_future,
+        )
+
+    async def _refuse_signature(
+        self, error: SignatureError, body: bytes, signature: str | None, now: datetime, remote: str | None
+    ) -> Canary | Refused:
+        """Refuse a body that does not verify, unless it is a canary."""
+        if error.problem is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE:
+            await self._request_read(body, now)
+        elif error.problem is SignatureProblem.SIGNATURE_MISMATCH and self._is_canary(body, signature, now):
+            await self._database.write(check_writable)
+            return Canary()
+        return self.refuse(error.problem.value, str(error), remote=remote, size=len(body))
+
+    async def _refuse_payload(self, error: PayloadError, delivery: Delivery, remote: str | None) -> Refused:
+        """Refuse an authentic body that cannot be parsed, but keep it: FLORA may have changed its format."""
+        await self._commits.commit(None, delivery)
+        log.error("callback.unreadable", reason=str(error), size=len(delivery.body))
+        return self.refuse("invalid_payload", str(error), remote=remote, size=len(delivery.body))
+
+    def _workspace_mismatch(self, verified: Verified, callback: Callback) -> str | None:
+        """Return why the secret and the run are not of the same workspace, or None."""
+        owner = self._secrets[verified.secret].workspace_id
+        if owner is None or callback.workspace_id is None or owner == callback.workspace_id:
+            return None
+        return f"signed with the secret of {owner}, but about a run of another workspace"
+
     def _is_canary(self, body: bytes, signature: str | None, now: datetime) -> bool:
+        seconds = int(now.timestamp())
         try:
-            verify(body, signature, self._canaries, now=int(now.timestamp()), tolerance_past=_CANARY_SECONDS)
+            verify(body, signature, self._canary_keys, now=seconds, tolerance_past=_CANARY_SECONDS)
         except SignatureError:
             return False
         return True
 
-    async def _look_anyway(self, body: bytes, now: datetime) -> None:
-        """An authentic callback at a wrong time is refused; yet a run that we wait for is worth a look."""
+    async def _request_read(self, body: bytes, now: datetime) -> None:
+        """Have the run of an authentic callback that came at a wrong time read, if it is known and unsettled."""
         try:
             callback = parse_callback(body)
             known = await self._database.read(lambda tx: ledger.runs_by_id(tx, [callback.run_id]))
             if known and known[callback.run_id].settled_at is None:
                 await self.apply(ReadRequested(callback.run_id, now))
         except (PayloadError, StoreUnavailableError):
-            pass  # it stays refused; polling will find the run
+            pass  # the callback is refused in any case; polling will find the run
 
 
-def _heard(callback: Callback, now: datetime) -> CallbackReceived | None:
+def _to_report(callback: Callback, now: datetime) -> CallbackReceived | None:
+    """Return what a callback reports, or None if its event type is unknown."""
     if callback.callback_status is None:
         return None
     return CallbackReceived(
@@ -198,7 +212,21 @@ def _heard(callback: Callback, now: datetime) -> CallbackReceived | None:
     )
 
 
-def _unreadable(body: bytes, signature: str | None, verified: Verified, now: datetime) -> Delivery:
+def _delivery(callback: Callback, body: bytes, signature: str | None, verified: Verified, now: datetime) -> Delivery:
+    return Delivery(
+        delivery_id=callback.delivery_id,
+        body=body,
+        signature=signature or "",
+        received_at=now,
+        age=verified.age,
+        secret=verified.secret,
+        event=callback.event,
+        api_version=callback.api_version,
+        run_id=callback.run_id,
+    )
+
+
+def _unreadable_delivery(body: bytes, signature: str | None, verified: Verified, now: datetime) -> Delivery:
     return Delivery(
         delivery_id=f"sha256:{hashlib.sha256(body).hexdigest()}",
         body=body,

@@ -1,7 +1,7 @@
-"""Group commit: what arrives while one transaction commits shares the next one. Called by intake alone.
+"""Group commit: what arrives while one transaction commits shares the next one. Called by `callbacks` alone.
 
-One bad entry spoils nothing but itself, nobody waits for longer than FLORA does, and what came of a batch is told after
-its commit: to the loops, to the metrics, to the log.
+An entry that cannot be committed fails alone, and no caller waits longer than FLORA does. The workers are woken, and
+metrics and logs written, after the commit.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 
 from receiver.decide import Changed
 from receiver.errors import StoreUnavailableError
-from receiver.intake.recorder import Entry, Fold, Recorded, Recorder
+from receiver.intake.recorder import BatchState, CommitResult, Entry, Recorder
 from receiver.model import Delivery, DispatchState, Report
 from receiver.store import Database
 from receiver.store.changes import Change, Signals
@@ -23,30 +23,31 @@ from receiver.telemetry import Metrics
 
 log = structlog.get_logger("receiver.intake")
 
-_BATCH = 256
-"""Entries that share one commit, at most."""
-_MOST = 10_000
-"""Entries that may wait: more than comes within anybody's patience. While a database hangs, memory must not run out."""
-_PATIENCE_SECONDS = 8.0
-"""FLORA waits 10 s for an answer: better a 503 that it hears than a 200 that it does not."""
-_LOOK_SECONDS = 0.25
-"""How often it is looked for entries whose time is up: a timer for each would cost more than all of its verifying."""
+_MAX_BATCH = 256
+"""Entries of one commit."""
+_MAX_WAITING = 10_000
+"""Entries that may wait for a commit: while the database hangs, memory must not run out."""
+_TIMEOUT_SECONDS = 8.0
+"""FLORA waits 10 s for a response: a 503 that it receives is better than a 200 that it does not."""
+_WATCH_SECONDS = 0.25
+"""How often timeouts are looked for. A timer per entry would cost more than verifying its callback."""
 _SOON = timedelta(seconds=5)
-_LOGGED = 5
-"""Run ids named in one log line, at most."""
+"""Reads due within this time wake the poller, which may be about to sleep for longer."""
+_MAX_LOGGED = 5
+"""Run ids in one log line."""
 
 
 @dataclass(slots=True)
 class _Waiting(Entry):
-    """An entry whose sender waits until it is durable."""
+    """An entry whose caller waits until it is durable."""
 
-    done: asyncio.Future[Recorded]
+    done: asyncio.Future[CommitResult]
     since: float
-    """When it came, on the loop's clock."""
+    """When it arrived, by the event loop's clock."""
 
 
 class GroupCommit:
-    """The queue before the ledger. `enter` returns once an entry is durable; `close` waits for those that have come."""
+    """The queue in front of the ledger. `commit` returns once an entry is durable."""
 
     def __init__(
         self,
@@ -63,22 +64,22 @@ class GroupCommit:
         self._metrics = metrics
         self._clock = clock
         self._waiting: deque[_Waiting] = deque()
-        self._in_hand: Sequence[_Waiting] = ()
-        """The batch that is being committed."""
+        self._batch: Sequence[_Waiting] = ()
+        """The entries that are being committed."""
         self._committing: asyncio.Task[None] | None = None
 
-    async def enter(
+    async def commit(
         self, report: Report | None, delivery: Delivery | None = None, start: str | None = None
-    ) -> Recorded:
-        """Commit one entry, with whatever else has come. Raises StoreUnavailableError."""
-        if len(self._waiting) >= _MOST:
-            raise StoreUnavailableError("too much is waiting to be committed")
+    ) -> CommitResult:
+        """Commit an entry together with those that wait. Raises StoreUnavailableError."""
+        if len(self._waiting) >= _MAX_WAITING:
+            raise StoreUnavailableError("too many entries are waiting to be committed")
         loop = asyncio.get_running_loop()
         entry = _Waiting(report, delivery, start, loop.create_future(), loop.time())
         self._waiting.append(entry)
         if self._committing is None:
             self._committing = asyncio.create_task(self._commit_all(), name="intake.commit")
-        return await entry.done  # whoever waits may be cancelled; the entry is committed all the same
+        return await entry.done  # if the caller is cancelled, the entry is committed all the same
 
     async def close(self) -> None:
         """Wait until everything that has arrived is committed."""
@@ -89,26 +90,27 @@ class GroupCommit:
         watch = asyncio.create_task(self._watch(), name="intake.watch")
         try:
             while self._waiting:
-                self._in_hand = [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH))]
-                await self._commit(self._in_hand)
+                size = min(len(self._waiting), _MAX_BATCH)
+                self._batch = [self._waiting.popleft() for _ in range(size)]
+                await self._commit_batch(self._batch)
         finally:
             watch.cancel()
-            self._in_hand = ()
+            self._batch = ()
             self._committing = None
 
     async def _watch(self) -> None:
-        """Tell those who have waited for too long; what they brought may still be committed."""
+        """Fail entries that have waited for too long; they may still be committed."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(min(_LOOK_SECONDS, _PATIENCE_SECONDS))
-            for entry in (*self._in_hand, *self._waiting):
-                if loop.time() - entry.since >= _PATIENCE_SECONDS:
-                    _fail(entry, StoreUnavailableError(f"not committed within {_PATIENCE_SECONDS:g} s"))
+            await asyncio.sleep(min(_WATCH_SECONDS, _TIMEOUT_SECONDS))
+            for entry in (*self._batch, *self._waiting):
+                if loop.time() - entry.since >= _TIMEOUT_SECONDS:
+                    _fail(entry, StoreUnavailableError(f"not committed within {_TIMEOUT_SECONDS:g} s"))
 
-    async def _commit(self, batch: Sequence[_Waiting], tries: int = 3) -> None:
-        """Commit a batch; if one entry spoils it, commit one by one, so that only the bad one fails."""
+    async def _commit_batch(self, batch: Sequence[_Waiting], tries: int = 3) -> None:
+        """Commit a batch; if that fails because of an entry, commit one by one."""
         try:
-            recorded, fold = await self._database.write(lambda tx: self._recorder.record(tx, batch))
+            results, state = await self._database.write(lambda tx: self._recorder.record(tx, batch))
         except StoreUnavailableError as error:
             log.error("intake.unavailable", reason=str(error), entries=len(batch))
             for entry in batch:
@@ -116,52 +118,68 @@ class GroupCommit:
         except Exception as error:
             if len(batch) > 1:
                 for entry in batch:
-                    await self._commit([entry])
+                    await self._commit_batch([entry])
             elif isinstance(error, IntegrityError) and tries > 1:
-                # Another door has just committed the same delivery, run or start: decided again, we know of it.
-                await self._commit(batch, tries - 1)
+                # Another process has just committed the same delivery, run or start: decide again, knowing of it.
+                await self._commit_batch(batch, tries - 1)
             else:
                 log.exception("intake.entry_failed")
-                _fail(batch[0], StoreUnavailableError(f"this entry cannot be committed: {type(error).__name__}"))
+                reason = f"this entry cannot be committed: {type(error).__name__}"
+                _fail(batch[0], StoreUnavailableError(reason))
         else:
-            for entry, result in zip(batch, recorded, strict=True):
+            for entry, result in zip(batch, results, strict=True):
                 if not entry.done.done():
                     entry.done.set_result(result)
-            self._tell(batch, recorded, fold)
+            self._wake_workers(state)
+            self._publish_changes(state)
+            self._log_callbacks(batch, results)
+            self._count(batch, state)
+            for result in results:
+                if isinstance(result.decision, Changed) and result.decision.events:
+                    _log_events(result.decision, self._metrics)
 
-    def _tell(self, batch: Sequence[_Waiting], recorded: Sequence[Recorded], fold: Fold) -> None:
-        """After the commit: wake the loops, count, and write one line for the batch and one for each event."""
-        now = self._clock()
-        soon = now + _SOON  # the poller may be about to sleep for longer than that
-        new_runs, changed_runs = fold.new(), fold.changed()
-        if any(run.next_poll_at is not None and run.next_poll_at <= soon for run in (*new_runs, *changed_runs)):
+    def _wake_workers(self, state: BatchState) -> None:
+        soon = self._clock() + _SOON
+        changed = (*state.new_runs(), *state.changed_runs())
+        if any(run.next_poll_at is not None and run.next_poll_at <= soon for run in changed):
             self._signals.poll.set()
-        if any(dispatch.state is DispatchState.READY for dispatch in fold.dispatches):
+        if any(dispatch.state is DispatchState.READY for dispatch in state.dispatches):
             self._signals.dispatch.set()
-        callbacks = [(entry, result) for entry, result in zip(batch, recorded, strict=True) if entry.delivery]
-        new = [entry.delivery.run_id for entry, result in callbacks if entry.delivery and result.new_delivery]
-        if callbacks:
-            log.info(
-                "callbacks.committed",
-                new=len(new),
-                duplicates=len(callbacks) - len(new),
-                run_ids=[each for each in new if each][:_LOGGED],
-            )
+
+    def _publish_changes(self, state: BatchState) -> None:
+        if not self._signals.changes:
+            return
+        for run in (*state.new_runs(), *state.changed_runs()):
+            detail = " ".join(state.events.get(run.run_id, ()))
+            self._signals.changes.publish(Change("run", run.run_id, run.state.value, detail))
+
+    def _log_callbacks(self, batch: Sequence[_Waiting], results: Sequence[CommitResult]) -> None:
+        """Write one line for all callbacks of a batch."""
+        callbacks = [
+            (entry.delivery, result.new_delivery)
+            for entry, result in zip(batch, results, strict=True)
+            if entry.delivery
+        ]
+        if not callbacks:
+            return
+        new = [delivery.run_id for delivery, is_new in callbacks if is_new]
+        log.info(
+            "callbacks.committed",
+            new=len(new),
+            duplicates=len(callbacks) - len(new),
+            run_ids=[run_id for run_id in new if run_id][:_MAX_LOGGED],
+        )
+
+    def _count(self, batch: Sequence[_Waiting], state: BatchState) -> None:
         self._metrics.observe_commit(len(batch))
-        if self._signals.changes:
-            for run in (*new_runs, *changed_runs):
-                detail = " ".join(fold.happened.get(run.run_id, ()))
-                self._signals.changes.publish(Change("run", run.run_id, run.state.value, detail))
-        for run_id, run in fold.now_are.items():
+        for run_id, run in state.current.items():
             if run.verdict is not None:
-                before = fold.before.get(run_id)
+                before = state.before.get(run_id)
                 self._metrics.count_verdict(before.verdict if before else None, run.verdict)
-        for result in recorded:
-            if isinstance(result.decision, Changed) and result.decision.events:
-                _tell_events(result.decision, self._metrics)
 
 
-def _tell_events(decision: Changed, metrics: Metrics) -> None:
+def _log_events(decision: Changed, metrics: Metrics) -> None:
+    """Write and count one line for each event of a run."""
     run = decision.run
     for event in decision.events:
         write = log.info if event.value in {"settled", "cost_final"} else log.error
@@ -181,4 +199,4 @@ def _tell_events(decision: Changed, metrics: Metrics) -> None:
 def _fail(entry: _Waiting, error: Exception) -> None:
     if not entry.done.done():
         entry.done.set_exception(error)
-        entry.done.exception()  # its waiter may have left: then nobody else looks
+        entry.done.exception()  # retrieved: its caller may be gone

@@ -1,6 +1,6 @@
-"""What a batch of entries does to the ledger: decided by the rules, one entry after the other, written in one transaction.
+"""Applies a batch of entries to the ledger in one transaction: each is decided by the rules, then all is written.
 
-Called by commits alone. Everything here may run again: PostgreSQL may ask for the same transaction once more.
+Called by `group_commit` alone. A batch may be recorded more than once: PostgreSQL may have to repeat a transaction.
 """
 
 import random
@@ -12,7 +12,7 @@ import msgspec
 from sqlalchemy import Connection
 
 from receiver.decide import Changed, Decision, Kind, Policy, Unchanged, kind_of, reconcile, settle
-from receiver.decide.starts import may_be_of_start, registered, young_since
+from receiver.decide.starts import may_be_of_start, to_registration, young_since
 from receiver.model import (
     Delivery,
     Dispatch,
@@ -23,24 +23,25 @@ from receiver.model import (
     Report,
     Run,
     RunRegistered,
+    Start,
     Subscription,
 )
 from receiver.store import channel, ledger, starts
 
-_START_SECONDS = 1.0
-"""How soon a run is read again that waits for its start to name it."""
+_START_WAIT_SECONDS = 1.0
+"""How soon a run is read again while its start may still name it."""
 
 
 @dataclass(slots=True)
 class Entry:
-    """One thing to commit: a delivery, a report, or a delivery with the report that it makes; `start` names its start."""
+    """One thing to commit: a delivery, a report, or both; `start` is the token of the start that made the run."""
 
     report: Report | None
     delivery: Delivery | None
     start: str | None
 
 
-class Recorded(msgspec.Struct, frozen=True):
+class CommitResult(msgspec.Struct, frozen=True):
     """What became of one entry."""
 
     new_delivery: bool
@@ -48,38 +49,43 @@ class Recorded(msgspec.Struct, frozen=True):
 
 
 @dataclass(slots=True)
-class Fold:
-    """The runs of a batch while it is decided about: each entry sees what the ones before it did."""
+class BatchState:
+    """The state of a batch while it is decided: each entry sees what the entries before it did."""
 
     before: dict[str, Run]
-    now_are: dict[str, Run]
+    current: dict[str, Run]
     outputs: dict[str, Sequence[Output]] = field(default_factory=dict)
-    fresh: dict[str, Sequence[Output]] = field(default_factory=dict)
+    refreshed: dict[str, Sequence[Output]] = field(default_factory=dict)
     dispatches: list[Dispatch] = field(default_factory=list)
-    happened: dict[str, list[Event]] = field(default_factory=dict)
-    asking: dict[str | None, datetime | None] = field(default_factory=dict)
-    """For each workspace that it was asked for: since when a start of it may be about to name one of these runs."""
+    events: dict[str, list[Event]] = field(default_factory=dict)
+    oldest_starts: dict[str | None, datetime | None] = field(default_factory=dict)
+    """By workspace, as far as looked up: when its oldest unanswered start was made."""
+    deliveries: dict[str, Delivery] = field(default_factory=dict)
+    """New deliveries by id."""
+    duplicates: dict[str, int] = field(default_factory=dict)
+    """How often each known delivery came again."""
 
-    def new(self) -> list[Run]:
-        return sorted((run for key, run in self.now_are.items() if key not in self.before), key=lambda run: run.run_id)
-
-    def changed(self) -> list[Run]:
-        rows = (run for key, run in self.now_are.items() if key in self.before and run is not self.before[key])
+    def new_runs(self) -> list[Run]:
+        rows = (run for key, run in self.current.items() if key not in self.before)
         return sorted(rows, key=lambda run: run.run_id)
 
-    def outcomes(self) -> dict[str, int]:
-        """Return what this batch tells about the callback channel: verdicts given, runs lost."""
+    def changed_runs(self) -> list[Run]:
+        rows = (run for key, run in self.current.items() if key in self.before and run is not self.before[key])
+        return sorted(rows, key=lambda run: run.run_id)
+
+    def channel_outcomes(self) -> dict[str, int]:
+        """Return how many runs got each verdict in this batch, and how many were lost."""
         counts: dict[str, int] = {}
-        for key, run in self.now_are.items():
+        for key, run in self.current.items():
             before = self.before.get(key)
             if run.verdict is not None and (before is None or before.verdict is not run.verdict):
                 counts[run.verdict.value] = counts.get(run.verdict.value, 0) + 1
-        lost = sum(Event.LOST in events for events in self.happened.values())
+        lost = sum(Event.LOST in events for events in self.events.values())
         return {**counts, "lost": lost} if lost else counts
 
 
 class Recorder:
-    """Decides and writes. `record` is a job for the database's writer."""
+    """Decides about entries and writes what follows. `record` is a job for the database's writer."""
 
     def __init__(
         self,
@@ -94,80 +100,89 @@ class Recorder:
         self._clock = clock
         self._jitter = jitter
 
-    def record(self, tx: Connection, batch: Sequence[Entry]) -> tuple[list[Recorded], Fold]:
-        """Do a batch's work in a transaction: two selects, then what changed. Runs on the writer's thread."""
+    def record(self, tx: Connection, batch: Sequence[Entry]) -> tuple[list[CommitResult], BatchState]:
+        """Record a batch: select what it refers to, decide entry by entry, write what changed."""
         now = self._clock()
         delivery_ids = {entry.delivery.delivery_id for entry in batch if entry.delivery}
         run_ids = {entry.report.run_id for entry in batch if entry.report}
+        tokens = {entry.start for entry in batch if entry.start}
         seen = set(ledger.known_deliveries(tx, delivery_ids)) if delivery_ids else set()
         known = ledger.runs_by_id(tx, run_ids, for_update=True) if run_ids else {}
-        fold = Fold(known, dict(known))
-        asked = starts.by_token(tx, tokens) if (tokens := {entry.start for entry in batch if entry.start}) else {}
-        fresh: list[Delivery] = []
-        again: dict[str, int] = {}
-        recorded = []
+        known_starts = starts.by_token(tx, tokens) if tokens else {}
+        state = BatchState(known, dict(known))
+        results = []
         for entry in batch:
-            is_new = False
-            if entry.delivery is not None:
-                is_new = entry.delivery.delivery_id not in seen
-                if is_new:
-                    seen.add(entry.delivery.delivery_id)
-                    fresh.append(entry.delivery)
-                else:
-                    again[entry.delivery.delivery_id] = again.get(entry.delivery.delivery_id, 0) + 1
+            is_new = entry.delivery is not None and _add_delivery(state, entry.delivery, seen)
             decision: Decision = Unchanged()
             if entry.report is not None:
-                start = asked.get(entry.start or "")
-                if start is not None and not isinstance(entry.report, RunRegistered):
-                    self._decide(tx, fold, registered(start, entry.report.run_id, now), now)
-                decision = self._decide(tx, fold, entry.report, now)
-            recorded.append(Recorded(is_new, decision))
-        ledger.add_deliveries(tx, sorted(fresh, key=lambda delivery: delivery.delivery_id))
-        ledger.count_duplicates(tx, again, at=now)
-        ledger.add_runs(tx, fold.new())
-        ledger.update_runs(tx, fold.changed())
-        ledger.add_outputs(tx, fold.outputs)
-        ledger.update_output_urls(tx, fold.fresh)
-        ledger.add_dispatches(tx, fold.dispatches)
-        starts.mark_started(
-            tx, {entry.start: entry.report.run_id for entry in batch if entry.report and entry.start in asked}
-        )
-        channel.add_outcomes(tx, fold.outcomes(), now=now)
-        return recorded, fold
+                decision = self._apply(tx, state, entry.report, known_starts.get(entry.start or ""), now)
+            results.append(CommitResult(is_new, decision))
+        self._write(tx, state, now)
+        runs_by_token = {
+            entry.start: entry.report.run_id for entry in batch if entry.report and entry.start in known_starts
+        }
+        starts.mark_started(tx, runs_by_token)
+        channel.add_outcomes(tx, state.channel_outcomes(), now=now)
+        return results, state
 
-    def _decide(self, tx: Connection, fold: Fold, report: Report, now: datetime) -> Decision:
-        # A duplicate is decided about like anything else: the rules make it harmless, not the delivery's id. So the
-        # same delivery id with another body still makes the run that it names due.
+    def _write(self, tx: Connection, state: BatchState, now: datetime) -> None:
+        # In the order of their keys, so that no two transactions wait for each other's rows.
+        ledger.add_deliveries(tx, [delivery for _, delivery in sorted(state.deliveries.items())])
+        ledger.count_duplicates(tx, state.duplicates, at=now)
+        ledger.add_runs(tx, state.new_runs())
+        ledger.update_runs(tx, state.changed_runs())
+        ledger.add_outputs(tx, state.outputs)
+        ledger.update_output_urls(tx, state.refreshed)
+        ledger.add_dispatches(tx, state.dispatches)
+
+    def _apply(self, tx: Connection, state: BatchState, report: Report, start: Start | None, now: datetime) -> Decision:
+        """Decide about a report; if a start is known to have made its run, about the registration first."""
+        if start is not None and not isinstance(report, RunRegistered):
+            self._decide(tx, state, to_registration(start, report.run_id, now), now)
+        return self._decide(tx, state, report, now)
+
+    def _decide(self, tx: Connection, state: BatchState, report: Report, now: datetime) -> Decision:
+        # The report of a duplicate delivery is decided about too: the rules make it harmless, not the delivery's id.
+        # If the same delivery id comes with another body, the run that this body names is still read.
         run_id = report.run_id
-        run = fold.now_are.get(run_id)
-        if run is not None and self._must_wait(tx, fold, run, report, now):
-            report = ReadFailed(run_id, now, retry_after=_START_SECONDS)
+        run = state.current.get(run_id)
+        if run is not None and self._must_wait_for_start(tx, state, run, report, now):
+            report = ReadFailed(run_id, now, retry_after=_START_WAIT_SECONDS)
         decision = reconcile(run, report, self._policy, now=now, jitter=self._jitter())
         if isinstance(decision, Changed):
-            fold.now_are[run_id] = decision.run
-            fold.happened.setdefault(run_id, []).extend(decision.events)
+            state.current[run_id] = decision.run
+            state.events.setdefault(run_id, []).extend(decision.events)
             if decision.outputs:
-                fold.outputs[run_id] = decision.outputs
-            if decision.fresh:
-                fold.fresh[run_id] = decision.fresh
+                state.outputs[run_id] = decision.outputs
+            if decision.refreshed:
+                state.refreshed[run_id] = decision.refreshed
             if decision.events:
-                outputs = fold.outputs.get(run_id) or ledger.outputs_of_runs(tx, [run_id])[run_id]
-                fold.dispatches += settle(decision.run, outputs, decision.events, self._subscriptions, now=now)
+                outputs = state.outputs.get(run_id) or ledger.outputs_of_runs(tx, [run_id])[run_id]
+                state.dispatches += settle(decision.run, outputs, decision.events, self._subscriptions, now=now)
         return decision
 
-    def _must_wait(self, tx: Connection, fold: Fold, run: Run, report: Report, now: datetime) -> bool:
-        """Return whether settling has to wait: the run may be one that we are starting right now.
+    def _must_wait_for_start(self, tx: Connection, state: BatchState, run: Run, report: Report, now: datetime) -> bool:
+        """Return whether settling a run has to wait because one of our own starts may have made it.
 
-        Its callback overtook the answer to its start and carried no token; settled now, its dispatches would be judged
-        without the metadata and the technique that the start knows. A start that was made after we heard of the run is not
-        meant: where one start follows the other, the runs of others would never be settled.
+        Its callback came before the response to its start, and without a token. If it were settled now, its dispatches
+        would be filtered without the metadata and the technique that the start knows.
         """
         if run.origin is not Origin.CALLBACK or run.settled_at is not None:
             return False
         if kind_of(report) not in {Kind.COMPLETED, Kind.FAILED}:
             return False
-        if run.workspace_id not in fold.asking:
-            fold.asking[run.workspace_id] = starts.oldest_unanswered_at(
+        if run.workspace_id not in state.oldest_starts:
+            state.oldest_starts[run.workspace_id] = starts.oldest_unanswered_at(
                 tx, workspace_id=run.workspace_id, since=young_since(now)
             )
-        return may_be_of_start(run.first_seen_at, fold.asking[run.workspace_id])
+        return may_be_of_start(run.first_seen_at, state.oldest_starts[run.workspace_id])
+
+
+def _add_delivery(state: BatchState, delivery: Delivery, seen: set[str]) -> bool:
+    """Add a delivery to the batch, or count it as a duplicate; return whether it is new."""
+    if delivery.delivery_id in seen:
+        state.duplicates[delivery.delivery_id] = state.duplicates.get(delivery.delivery_id, 0) + 1
+        return False
+    seen.add(delivery.delivery_id)
+    state.deliveries[delivery.delivery_id] = delivery
+    return True

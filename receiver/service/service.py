@@ -26,9 +26,8 @@ from receiver.service import wiring
 from receiver.service.systemd import Supervisor
 from receiver.store import Database, open_database, queries, queue
 from receiver.store.changes import Signals
-from receiver.store.database import redact_url
+from receiver.store.database import check_writable, redact_url
 from receiver.store.migrate import upgrade
-from receiver.store.touching import check_writable
 from receiver.telemetry import Metrics
 from receiver.web.connection_guard import Guard, Limits
 from receiver.web.ops.app import ops_app

@@ -55,7 +55,7 @@ class Changes:
                 listener.missed = True
 
     @contextmanager
-    def listening(self, run_id: str | None = None, *, own_only: bool = False) -> Iterator[Listener]:
+    def subscribe(self, run_id: str | None = None, *, own_only: bool = False) -> Iterator[Listener]:
         """Listen to one run, or to all of them, inside the block; `own_only`: to what this process commits."""
         listener = Listener(run_id=run_id, own_only=own_only)
         group = self._all if run_id is None else self._by_run.setdefault(run_id, set())

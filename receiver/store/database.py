@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from sqlalchemy import Connection, make_url
+from sqlalchemy import Connection, exc, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError
 
 from receiver.errors import StoreUnavailableError
@@ -81,3 +81,28 @@ def redact_url(url: str) -> str:
     """Return a URL as it may be logged: without user, password and options."""
     scheme, _, rest = url.partition("://")
     return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
+
+
+def probe_write(tx: Connection) -> None:
+    """Write something without changing it, so that the commit has to reach the disk.
+
+    An empty transaction proves nothing: SQLite begins one on a read-only file without an error. Raises
+    StoreUnavailableError.
+    """
+    try:
+        if tx.dialect.name == "sqlite":
+            number = int(tx.exec_driver_sql("PRAGMA user_version").scalar_one())
+            tx.exec_driver_sql(f"PRAGMA user_version = {number}")
+        elif inspect(tx).has_table("alembic_version"):
+            tx.execute(text("UPDATE alembic_version SET version_num = version_num"))
+    except exc.DBAPIError as error:
+        raise StoreUnavailableError(f"the database cannot be written: {error.orig}") from error
+
+
+def check_writable(tx: Connection) -> None:
+    """Check cheaply, as readiness does often, that the database takes writes. Raises StoreUnavailableError.
+
+    On PostgreSQL every writing transaction checks that when it begins, so nothing is left to do.
+    """
+    if tx.dialect.name == "sqlite":
+        probe_write(tx)

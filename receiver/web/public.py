@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import HEADER
-from receiver.intake.callbacks import Accepted, Answer, Canary, Duplicate, Ignored, Intake, Refused
+from receiver.intake.callbacks import Accepted, CallbackResult, Canary, Duplicate, Ignored, Intake, Refused
 from receiver.telemetry import Metrics
 from receiver.web.forwarded import FORWARDED, make_remote_finder
 
@@ -130,7 +130,7 @@ class CallbackEndpoint:
         return _result_name(result)
 
 
-def _result_name(result: Answer) -> str | Refused:
+def _result_name(result: CallbackResult) -> str | Refused:
     match result:
         case Accepted():
             return "accepted"

@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from receiver.decide import Outcome, conclude, room, settle, turns
+from receiver.decide import Outcome, conclude, fill_order, free_slots, settle
 from receiver.errors import StoreUnavailableError
 from receiver.handler import Done, Retry
 from receiver.model import Dispatch, DispatchState, Event, Lane, ReadRequested, Report, Subscription
@@ -176,8 +176,8 @@ class Dispatcher:
         self, registration: Registration, running: Counter[Lane], due: frozenset[Lane], now: datetime
     ) -> None:
         token = secrets.token_hex(16)
-        limit, filling = registration.concurrency, turns(registration.concurrency)
-        with_room = {lane for turn in filling if room(turn, running, limit) for lane in turn.lanes}
+        limit, filling = registration.concurrency, fill_order(registration.concurrency)
+        with_room = {lane for turn in filling if free_slots(turn, running, limit) for lane in turn.lanes}
         if due.isdisjoint(with_room):
             return  # the common case costs no write
 
@@ -191,13 +191,13 @@ class Dispatcher:
             claimed: list[Leased] = []
             for turn in filling:
                 busy = running + Counter(leased.dispatch.lane for leased in claimed)
-                if due.isdisjoint(turn.lanes) or not room(turn, busy, limit):
+                if due.isdisjoint(turn.lanes) or not free_slots(turn, busy, limit):
                     continue
                 claimed += queue.claim(
                     tx,
                     registration.name,
                     lanes=turn.lanes,
-                    limit=room(turn, busy, limit),
+                    limit=free_slots(turn, busy, limit),
                     max_attempts=registration.max_attempts,
                     token=token,
                     now=now,

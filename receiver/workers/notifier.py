@@ -32,7 +32,7 @@ class ChangeNotifier:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Tell others of every change."""
-        with self._signals.changes.listening(own_only=True) as listener:
+        with self._signals.changes.subscribe(own_only=True) as listener:
             while not stopping.is_set():
                 changes = await self._gathered(listener, stopping)
                 if changes:

@@ -35,11 +35,11 @@ from receiver.decide import (
     Scan,
     Scope,
     Single,
-    home,
+    is_news,
+    is_worth_another_page,
+    list_of,
     plan_polls,
     route,
-    worth_another_page,
-    worth_telling,
 )
 from receiver.errors import StoreUnavailableError
 from receiver.intake.callbacks import Intake
@@ -193,7 +193,7 @@ class Poller:
         """Plan the due runs of one API key and start the most urgent plans, one for each free slot."""
         state = self._keys[key]
         soon: Sequence[Run] = ()
-        if any(run.state is not RunState.REPORTED and home(run) is not None for run in due):
+        if any(run.state is not RunState.REPORTED and list_of(run) is not None for run in due):
             until = now + LOOKAHEAD
             soon = await self._database.read(lambda tx: self._due(tx, key, until, _BATCH, after=now))
         plans = plan_polls(
@@ -241,10 +241,10 @@ class Poller:
             for snapshot in page.snapshots:
                 unseen.discard(snapshot.run_id)
                 state.scanned.pop(snapshot.run_id, None)
-            progress = progress.turned(page.snapshots, useful=useful)
+            progress = progress.add_page(page.snapshots, useful=useful)
             listing, rows = scan.scope.listing.value, len(page.snapshots)
             log.info("poll.listed", listing=listing, rows=rows, useful=useful, unseen=len(unseen))
-            if not worth_another_page(scan, unseen, progress, now=requested_at):
+            if not is_worth_another_page(scan, unseen, progress, now=requested_at):
                 break
         if (depth := progress.depth(self._clock())) is not None:
             state.depths[scan.scope] = depth
@@ -262,7 +262,7 @@ class Poller:
         """
         rows = {snapshot.run_id: snapshot for snapshot in snapshots}
         known = await self._database.read(lambda tx: ledger.runs_by_id(tx, rows.keys())) if rows else {}
-        news = [rows[key] for key, run in known.items() if key in due or worth_telling(run, rows[key])]
+        news = [rows[key] for key, run in known.items() if key in due or is_news(run, rows[key])]
         for snapshot in news:
             state.reader.count(snapshot)
         await self._apply(state, [RunRead(snapshot, requested_at) for snapshot in news])

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import structlog
 
-from receiver.decide import Route, Scope, right_route, route
+from receiver.decide import Route, Scope, is_404_conclusive, route
 from receiver.errors import FloraError
 from receiver.flora.client import FloraClient
 from receiver.flora.rate_limit import Hold, pause_after
@@ -107,8 +107,8 @@ class RunReader:
             # FLORA's own 404. One of a proxy, or of a wrong base URL, must not lose a run.
             self._note_key_accepted()
             self._metrics.count_poll("missing")
-            log.info("poll.missing", run_id=run.run_id, request_id=error.request_id, right_route=right_route(run))
-            return RunNotFound(run.run_id, requested_at, right_route=right_route(run))
+            log.info("poll.missing", run_id=run.run_id, request_id=error.request_id, conclusive=is_404_conclusive(run))
+            return RunNotFound(run.run_id, requested_at, conclusive=is_404_conclusive(run))
         self._metrics.count_poll("unanswered")
         return ReadFailed(run.run_id, requested_at, retry_after=self._react_to(error, run_id=run.run_id))
 

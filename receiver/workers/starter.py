@@ -20,15 +20,15 @@ from sqlalchemy.exc import IntegrityError
 from receiver.decide import Listing, Scope
 from receiver.decide.starts import (
     Reply,
-    asked_again,
     candidates,
-    deferred,
-    denied,
+    defer_start,
+    give_up_on,
     may_repeat,
-    registered,
+    refuse_start,
     reply_of,
-    searched_again,
-    unresolved,
+    retry_refused,
+    search_later,
+    to_registration,
     window_of,
 )
 from receiver.errors import FloraError, StoreUnavailableError
@@ -126,7 +126,7 @@ class Starter:
             token = secrets.token_hex(16)
             body, expected = request.body(key, token, ours=self.callback_url)
             if before is not None:
-                again = asked_again(before, token=token, request=body, now=now)
+                again = retry_refused(before, token=token, request=body, now=now)
                 again = replace(again, metadata=request.metadata, due_at=now + self._head_start)
                 replaced = starts.replace_refused(tx, before.token, again)
                 return Intended(again, repeated=False) if replaced else None
@@ -161,7 +161,7 @@ class Starter:
 
     async def settled(self, token: str, *, timeout_seconds: float) -> Start | None:
         """Return a start as soon as FLORA has answered it, or as it stands when the time is over."""
-        with self._signals.changes.listening(token) as listener:
+        with self._signals.changes.subscribe(token) as listener:
             try:
                 async with asyncio.timeout(timeout_seconds):
                     while True:
@@ -309,10 +309,10 @@ class Starter:
             return
         if reply is Reply.DENIED:
             log.error("start.refused", **known, reason=str(error))
-            after = denied(start, error)
+            after = refuse_start(start, error)
         else:
             log.warning("start.unanswered", **known, reason=str(error))
-            after = deferred(start, error, now=now, jitter=self._jitter())
+            after = defer_start(start, error, now=now, jitter=self._jitter())
         await self._database.write(lambda tx: starts.update_start(tx, after, only_in=_OPEN))
         if after.state is not StartState.ASKING:
             self._signals.changes.publish(Change("start", start.token, after.state.value))
@@ -320,7 +320,7 @@ class Starter:
     async def _link(self, start: Start, run_id: str, answer: StartedRun | None = None) -> None:
         """Commit that this run is this start's, in the run's own transaction."""
         now = self._clock()
-        report = registered(start, run_id, now)
+        report = to_registration(start, run_id, now)
         if answer is not None:
             report = replace(
                 report,
@@ -340,7 +340,7 @@ class Starter:
         try:
             fitting = await self._fitting(start, now)
         except FloraError as error:
-            if reply_of(error) is Reply.AGAIN and may_repeat(start, now=now):
+            if reply_of(error) is Reply.UNCLEAR and may_repeat(start, now=now):
                 await self._refused(start, error)
                 return
             log.warning("start.not_searched", key=start.idempotency_key, reason=str(error))
@@ -354,11 +354,11 @@ class Starter:
         if len(fitting) == 1 and alike == 1:
             await self._link(start, fitting[0].run_id)
             return
-        if (later := searched_again(start, now=now, jitter=self._jitter())) is not None:
+        if (later := search_later(start, now=now, jitter=self._jitter())) is not None:
             log.warning("start.not_found_yet", key=start.idempotency_key, candidates=len(fitting), alike=alike)
             await self._database.write(lambda tx: starts.update_start(tx, later, only_in=_OPEN))
             return
-        after = unresolved(start)
+        after = give_up_on(start)
         log.error("start.unknown", key=start.idempotency_key, candidates=len(fitting), cure=after.error_message)
         await self._database.write(lambda tx: starts.update_start(tx, after, only_in=_OPEN))
         self._signals.changes.publish(Change("start", start.token, after.state.value))

@@ -14,7 +14,7 @@ from itertools import product
 import structlog
 from sqlalchemy import Connection
 
-from receiver.decide import Listing, Scope, worth_telling
+from receiver.decide import Listing, Scope, is_news
 from receiver.decide.starts import may_be_of_start, young_since
 from receiver.intake.callbacks import Intake
 from receiver.model import Origin, RunRead, Snapshot
@@ -137,9 +137,7 @@ def _reports_of(
     """Return what to report of listed rows, and how many of them are unknown. Reads only."""
     listed = {row.run_id: row for row in rows}
     known = ledger.runs_by_id(tx, listed.keys()) if listed else {}
-    reports = [
-        RunRead(listed[run_id], requested_at) for run_id, run in known.items() if worth_telling(run, listed[run_id])
-    ]
+    reports = [RunRead(listed[run_id], requested_at) for run_id, run in known.items() if is_news(run, listed[run_id])]
     unknown = [row for row in listed.values() if row.run_id not in known]
     since = young_since(requested_at)
     if unknown and starts.oldest_unanswered_at(tx, workspace_id=scope.workspace_id, since=since) is not None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.decide import HEAVY_BYTES, lane_of, room, settle, turns
+from receiver.decide import HEAVY_BYTES, fill_order, free_slots, lane_of, settle
 from receiver.model import Event, Lane, Output, RunState, Subscription
 from tests.support.core import NOW, a_run
 
@@ -69,9 +69,9 @@ def test_later_events_are_light(event: Event) -> None:
 def fill(concurrency: int, running: Counter[Lane], waiting: Counter[Lane]) -> Counter[Lane]:
     """Fill the free slots as the dispatcher does; return what was started, and take it from what waits."""
     started: Counter[Lane] = Counter()
-    for turn in turns(concurrency):
+    for turn in fill_order(concurrency):
         for lane in turn.lanes:
-            taken = min(room(turn, running + started, concurrency), waiting[lane])
+            taken = min(free_slots(turn, running + started, concurrency), waiting[lane])
             started[lane] += taken
             waiting[lane] -= taken
     return started

@@ -14,12 +14,12 @@ from receiver.decide import (
     Scan,
     Scope,
     Single,
-    home,
+    is_news,
+    is_worth_another_page,
+    list_of,
     plan_polls,
-    worth_another_page,
-    worth_telling,
 )
-from receiver.decide.plans import passed
+from receiver.decide.plans import is_passed
 from receiver.model import Origin, Run, RunState
 from tests.support.core import NOW, POLICY, a_run, a_snapshot
 
@@ -97,7 +97,7 @@ def test_each_workspace_and_each_kind_has_its_own_scan() -> None:
         )
     ]
     found = scans(plan_polls(due, now=NOW, policy=POLICY))
-    assert {scan.place for scan in found} == {home(run) for run in due}
+    assert {scan.place for scan in found} == {list_of(run) for run in due}
     assert len(found) == 4
 
 
@@ -198,7 +198,7 @@ def test_every_due_run_is_in_one_plan_and_no_plan_costs_more_than_single_reads(
     plans = plan_polls(due, now=NOW, policy=POLICY, depths=depths, alone=alone)
     assert sorted(run.run_id for plan in plans for run in runs_of(plan)) == sorted(run.run_id for run in due)
     assert requests(plans) <= len(due)
-    assert all(home(run) == scan.place for scan in scans(plans) for run in scan.due)
+    assert all(list_of(run) == scan.place for scan in scans(plans) for run in scan.due)
 
 
 # --- pages -------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def at(seconds: float, *, pages: int = 1, useful: int = 100) -> Progress:
 
 def goes_on(scan: Scan, progress: Progress, *, seen: int = 0, more: bool = True) -> bool:
     left = {run.run_id for run in scan.due[seen:]}
-    return worth_another_page(scan, left, progress, now=NOW, more=more)
+    return is_worth_another_page(scan, left, progress, now=NOW, more=more)
 
 
 FIFTY = a_scan(*(technique_run(n, age=100 + n) for n in range(50)))
@@ -245,28 +245,28 @@ def test_a_scan_stops_where_the_rest_is_cheaper_alone() -> None:
 def test_a_run_created_at_the_very_boundary_is_not_passed() -> None:
     """Its twin of the same millisecond may have ended the page."""
     run = technique_run(1, age=60)
-    assert not passed(run, NOW - timedelta(seconds=60))
-    assert passed(run, NOW - timedelta(seconds=60.001))
+    assert not is_passed(run, NOW - timedelta(seconds=60))
+    assert is_passed(run, NOW - timedelta(seconds=60.001))
 
 
 @pytest.mark.parametrize(("origin", "minutes"), [(Origin.STARTED, 5), (Origin.TRACKED, 60), (Origin.CALLBACK, 60)])
 def test_a_run_never_read_may_be_older_than_our_word_of_it(origin: Origin, minutes: int) -> None:
     run = technique_run(1, age=0, created_at=None, origin=origin)
-    assert not passed(run, NOW - timedelta(minutes=minutes))
-    assert passed(run, NOW - timedelta(minutes=minutes, seconds=1))
+    assert not is_passed(run, NOW - timedelta(minutes=minutes))
+    assert is_passed(run, NOW - timedelta(minutes=minutes, seconds=1))
 
 
 def test_a_page_without_times_passes_nothing() -> None:
-    progress = Progress().turned([a_snapshot()], useful=1)
+    progress = Progress().add_page([a_snapshot()], useful=1)
     assert progress == Progress(1, 1, 1, None)
     assert progress.depth(NOW) is None
-    assert not passed(technique_run(1), progress.boundary)
+    assert not is_passed(technique_run(1), progress.boundary)
 
 
 def test_the_boundary_never_moves_up() -> None:
     """New runs that shift rows onto the next page do not hide how far the scan has come."""
     old, new = a_snapshot(created_at=NOW - timedelta(hours=1)), a_snapshot(created_at=NOW)
-    assert Progress().turned([new, old], useful=0).turned([new], useful=0).boundary == old.created_at
+    assert Progress().add_page([new, old], useful=0).add_page([new], useful=0).boundary == old.created_at
 
 
 @pytest.mark.parametrize(
@@ -284,4 +284,4 @@ def test_the_boundary_never_moves_up() -> None:
 def test_a_listed_row_is_told_only_if_it_says_something_new(
     run: Run, status: str, cost: float | None, told: bool
 ) -> None:
-    assert worth_telling(run, a_snapshot(status, charged_cost=cost)) is told
+    assert is_news(run, a_snapshot(status, charged_cost=cost)) is told

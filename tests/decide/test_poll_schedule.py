@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from receiver.decide import Policy, Route, failure_pause, next_poll, right_route, route
+from receiver.decide import Policy, Route, failure_pause, is_404_conclusive, next_poll, route
 from tests.support.core import NOW, POLICY, a_run
 
 
@@ -78,4 +78,4 @@ def test_routes(
     """A 404 counts on the one route that must know the run; of an unknown type, both are tried in turn."""
     run = a_run(run_type=run_type, technique_id=technique_id, failures=failures)
     assert route(run) is expected
-    assert right_route(run) is counts
+    assert is_404_conclusive(run) is counts

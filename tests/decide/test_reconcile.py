@@ -36,7 +36,7 @@ REPORTS: dict[Kind, Report] = {
     Kind.COMPLETED: a_read("completed", LATER, charged_cost=0.5),
     Kind.EMPTY: a_read("completed", LATER, outputs=()),
     Kind.FAILED: a_read("failed", LATER, charged_cost=0.5, error_code="model_timeout"),
-    Kind.NOT_FOUND: RunNotFound("run_1", LATER, right_route=True),
+    Kind.NOT_FOUND: RunNotFound("run_1", LATER, conclusive=True),
     Kind.READ_FAILED: ReadFailed("run_1", LATER),
     Kind.READ_REQUESTED: ReadRequested("run_1", LATER),
     Kind.CALLBACK_EXPIRED: CallbackExpired("run_1", LATER),
@@ -157,7 +157,7 @@ def climbs(state: RunState | None, kind: Kind) -> None:
 def misses(state: RunState | None, kind: Kind) -> None:
     run = after(in_state(state), REPORTS[kind])
     assert (run.state, run.missing, run.missing_since, run.failures) == (state, 1, LATER, 0)
-    wrong_route = after(in_state(state), RunNotFound("run_1", LATER, right_route=False))
+    wrong_route = after(in_state(state), RunNotFound("run_1", LATER, conclusive=False))
     assert (wrong_route.missing, wrong_route.failures) == (0, 1)
 
 
@@ -290,9 +290,9 @@ def test_a_settled_run_that_somebody_asks_for_is_read_once_more() -> None:
     """For the newest URLs of its outputs. Only an answer ends the asking; what was settled stays."""
     asked = after(a_run(RunState.COMPLETED), ReadRequested("run_1", LATER))
     assert asked.next_poll_at == LATER
-    fresh = (Output(OUTPUT.position, OUTPUT.output_id, OUTPUT.type, "https://media.flora.example/again.png"),)
-    decision = changed(asked, a_read("completed", LATER, outputs=fresh))
-    assert decision == Changed(replace(asked, polls=1, next_poll_at=None), fresh=fresh)
+    refreshed = (Output(OUTPUT.position, OUTPUT.output_id, OUTPUT.type, "https://media.flora.example/again.png"),)
+    decision = changed(asked, a_read("completed", LATER, outputs=refreshed))
+    assert decision == Changed(replace(asked, polls=1, next_poll_at=None), refreshed=refreshed)
     for unhelpful in (Kind.RUNNING, Kind.EMPTY, Kind.NOT_FOUND):
         assert after(asked, REPORTS[unhelpful]).next_poll_at is None
     unanswered = changed(asked, REPORTS[Kind.READ_FAILED])
@@ -303,14 +303,14 @@ def test_a_settled_run_that_somebody_asks_for_is_read_once_more() -> None:
 def test_reads_for_the_bill_bring_new_urls_too() -> None:
     """A run whose cost is awaited is read anyway."""
     decision = changed(settled(RunState.COMPLETED), a_read("completed", LATER))
-    assert decision.fresh == (OUTPUT,)
+    assert decision.refreshed == (OUTPUT,)
 
 
 # --- lost --------------------------------------------------------------------------------------------------------
 
 
 def missing(run: Run, at: timedelta) -> Run:
-    return after(run, RunNotFound("run_1", NOW + at, right_route=True), now=NOW + at)
+    return after(run, RunNotFound("run_1", NOW + at, conclusive=True), now=NOW + at)
 
 
 def test_five_404s_over_ten_minutes_lose_a_run() -> None:
@@ -322,7 +322,7 @@ def test_five_404s_over_ten_minutes_lose_a_run() -> None:
     four = replace(run, missing=3)
     assert missing(four, timedelta(minutes=60)).state is RunState.OPEN
     decision = changed(
-        run, RunNotFound("run_1", NOW + timedelta(minutes=10), right_route=True), now=NOW + timedelta(minutes=10)
+        run, RunNotFound("run_1", NOW + timedelta(minutes=10), conclusive=True), now=NOW + timedelta(minutes=10)
     )
     assert (decision.run.state, decision.run.lost_reason) == (RunState.LOST, LostReason.NOT_FOUND)
     assert (decision.run.next_poll_at, decision.run.losses, decision.events) == (None, 1, (Event.LOST,))
@@ -344,7 +344,7 @@ def test_outages_never_lose_a_run() -> None:
     for day in range(200):
         now = NOW + timedelta(days=day)
         run = after(run, ReadFailed("run_1", now), now=now)
-        run = after(run, RunNotFound("run_1", now, right_route=False), now=now)
+        run = after(run, RunNotFound("run_1", now, conclusive=False), now=now)
     assert run.state is RunState.OPEN
     assert run.next_poll_at is not None
     assert run.next_poll_at - now <= timedelta(seconds=300)
@@ -438,10 +438,10 @@ def test_a_read_asked_before_the_callback_changes_nothing_but_polls(state: RunSt
     if state is RunState.OPEN and kind is Kind.RUNNING:
         return  # reopened by hand: there is no callback to be behind of
     run = a_run(state, callback_status=CallbackStatus.COMPLETED, reported_at=LATER, next_poll_at=LATER, failures=8)
-    stale = replace(cast("RunRead", REPORTS[kind]), asked_at=LATER - timedelta(milliseconds=1))
+    stale = replace(cast("RunRead", REPORTS[kind]), requested_at=LATER - timedelta(milliseconds=1))
     assert decide(run, stale) == Changed(replace(run, polls=1))
-    fresh = replace(cast("RunRead", REPORTS[kind]), asked_at=LATER)
-    assert after(run, fresh).next_poll_at != LATER
+    refreshed = replace(cast("RunRead", REPORTS[kind]), requested_at=LATER)
+    assert after(run, refreshed).next_poll_at != LATER
 
 
 @pytest.mark.parametrize("kind", [Kind.RUNNING, Kind.EMPTY, Kind.NOT_FOUND, Kind.READ_FAILED])
@@ -471,7 +471,7 @@ def test_a_lost_run_comes_back(reason: LostReason) -> None:
         assert (run.deadline_at, run.next_poll_at, run.losses) == (LATER + POLICY.deadline, LATER, 1)
         # Reads go on as for a new run: nothing of the old count loses it at once.
         assert after(run, a_read("running", LATER)).state is run.state
-        assert after(run, RunNotFound("run_1", LATER, right_route=True)).state is run.state
+        assert after(run, RunNotFound("run_1", LATER, conclusive=True)).state is run.state
     assert after(lost, a_read("completed", LATER)).state is RunState.COMPLETED
     again = changed(asked, a_read("running", asked.deadline_at), now=asked.deadline_at)
     assert (again.run.losses, again.events) == (2, (Event.LOST,))

@@ -69,8 +69,8 @@ def histories(draw: st.DrawFn) -> tuple[list[Report], Report]:
     heard = st.builds(lambda at: a_callback_received(callback_status, at), seconds(-60, 300))
     registered = st.just(a_registration(origin=Origin.STARTED, run_type="generation", metadata={"a": 1}))
     noise = st.one_of(
-        st.builds(lambda at: RunNotFound("run_1", at, right_route=True), seconds(-60, 60)),
-        st.builds(lambda at: RunNotFound("run_1", at, right_route=False), seconds(-60, 60)),
+        st.builds(lambda at: RunNotFound("run_1", at, conclusive=True), seconds(-60, 60)),
+        st.builds(lambda at: RunNotFound("run_1", at, conclusive=False), seconds(-60, 60)),
         st.builds(lambda at, after: ReadFailed("run_1", at, after), seconds(-60, 60), st.none() | st.floats(0, 1e9)),
         st.builds(lambda at: ReadRequested("run_1", at), seconds(-60, 60)),
         st.builds(lambda at: CallbackExpired("run_1", at), seconds(-60, 60)),

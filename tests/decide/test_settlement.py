@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from receiver.decide import callback_gone_at, filter_reason, settle
+from receiver.decide import callback_expires_at, filter_reason, settle
 from receiver.model import DispatchState, Event, Output, RunState, Subscription, When
 from tests.support.core import NOW, OUTPUT, POLICY, a_run
 
@@ -116,4 +116,4 @@ def test_when_a_callback_is_gone(first_seen: int, completed: int | None, settled
         return None if seconds is None else NOW + timedelta(seconds=seconds)
 
     run = a_run(RunState.COMPLETED, first_seen_at=at(first_seen), completed_at=at(completed), settled_at=at(settled))
-    assert callback_gone_at(run, POLICY) == NOW + timedelta(seconds=ended) + POLICY.callback_window
+    assert callback_expires_at(run, POLICY) == NOW + timedelta(seconds=ended) + POLICY.callback_window

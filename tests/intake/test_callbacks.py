@@ -12,8 +12,8 @@ from sqlalchemy import Connection, event
 from receiver.decide import Changed, Unchanged
 from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import canary_key, sign
-from receiver.intake import group_commit as commits_module
-from receiver.intake.callbacks import Accepted, Answer, Canary, Duplicate, Ignored, Refused, Secret
+from receiver.intake import group_commit
+from receiver.intake.callbacks import Accepted, CallbackResult, Canary, Duplicate, Ignored, Refused, Secret
 from receiver.model import CallbackStatus, DispatchState, Event, RunState, Subscription, Verdict, When
 from receiver.store import Database, SqliteDatabase, ledger
 from receiver.store.postgres import PostgresDatabase
@@ -192,7 +192,7 @@ async def test_a_workspace_may_not_speak_for_another(database: Database, clock: 
 # --- authentic at a wrong time -----------------------------------------------------------------------------------
 
 
-async def late_call(core: Core, run_id: str = "run_1") -> Answer:
+async def late_call(core: Core, run_id: str = "run_1") -> CallbackResult:
     body = callback_body(run_id=run_id)
     return await core.intake.accept(body, signed(body, core.clock.now - timedelta(seconds=901)))
 
@@ -289,7 +289,7 @@ async def test_everything_about_a_run_in_one_batch(core: Core) -> None:
 
 async def test_more_entries_than_a_batch_holds(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit goes with the next one; nobody is forgotten."""
-    monkeypatch.setattr(commits_module, "_BATCH", 3)
+    monkeypatch.setattr(group_commit, "_MAX_BATCH", 3)
     assert await asyncio.gather(*(core.call(f"whd_{n}", f"run_{n % 4}") for n in range(20))) == [Accepted()] * 20
     assert await core.count("deliveries") == 20
     assert await core.count("runs") == 4
@@ -379,9 +379,9 @@ async def test_a_ledger_that_cannot_be_written_is_told_and_the_retry_is_new(core
     assert await core.call("whd_0") == Accepted()
 
 
-async def test_patience_ends_before_floras_does(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_entry_times_out_before_flora_does(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """A waiter gets its 503 while FLORA still listens; what it brought may be committed later, and is a duplicate then."""
-    monkeypatch.setattr(commits_module, "_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(group_commit, "_TIMEOUT_SECONDS", 0.01)
     free = asyncio.Event()
     write = core.database.write
 
@@ -398,9 +398,9 @@ async def test_patience_ends_before_floras_does(core: Core, monkeypatch: pytest.
     assert await core.call() == Duplicate()
 
 
-async def test_no_more_waits_than_there_is_room_for(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_waiting_entries_is_limited(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database that hangs must not fill our memory: who comes then is told at once, and what waits is committed."""
-    monkeypatch.setattr(commits_module, "_MOST", 3)
+    monkeypatch.setattr(group_commit, "_MAX_WAITING", 3)
     calls = [asyncio.create_task(core.call(f"whd_{n}", f"run_{n}")) for n in range(5)]
     answers = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(answer) for answer in answers] == [Accepted] * 3 + [StoreUnavailableError] * 2

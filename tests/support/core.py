@@ -13,7 +13,7 @@ from sqlalchemy.engine.base import OptionEngine
 from receiver.decide import Backoff, Policy
 from receiver.flora.signature import sign
 from receiver.handler import Handler
-from receiver.intake.callbacks import Answer, Intake, Secret
+from receiver.intake.callbacks import CallbackResult, Intake, Secret
 from receiver.model import (
     CallbackReceived,
     CallbackStatus,
@@ -122,8 +122,8 @@ def a_snapshot(status: str = "running", run_id: str = "run_1", **fields: Any) ->
     return Snapshot(**({"run_id": run_id, "status": status} | given | fields))
 
 
-def a_read(status: str = "running", asked_at: datetime = NOW, run_id: str = "run_1", **fields: Any) -> RunRead:
-    return RunRead(a_snapshot(status, run_id, **fields), asked_at)
+def a_read(status: str = "running", requested_at: datetime = NOW, run_id: str = "run_1", **fields: Any) -> RunRead:
+    return RunRead(a_snapshot(status, run_id, **fields), requested_at)
 
 
 def a_callback_received(
@@ -176,7 +176,7 @@ class Core:
 
     async def call(
         self, delivery_id: str = "whd_1", run_id: str = "run_1", event: str = "run.completed", **data: Any
-    ) -> Answer:
+    ) -> CallbackResult:
         """Send one callback, signed now."""
         body = callback_body(delivery_id, run_id, event, **data)
         return await self.intake.accept(body, signed(body, self.clock.now))

@@ -631,7 +631,7 @@ async def test_renewing_leaves_alone_what_has_just_ended(bench: Bench, monkeypat
         return answer
 
     monkeypatch.setattr(bench.core.database, "write", slow)
-    with bench.core.signals.changes.listening("run_1") as listener:
+    with bench.core.signals.changes.subscribe("run_1") as listener:
         free.set()
         await committed.wait()
         await dispatcher.renew()
@@ -683,7 +683,7 @@ async def test_a_commit_whose_answer_is_lost_is_recognised(bench: Bench, monkeyp
         return answer
 
     monkeypatch.setattr(bench.core.database, "write", cut)
-    with bench.core.signals.changes.listening("run_1") as listener:
+    with bench.core.signals.changes.subscribe("run_1") as listener:
         free.set()
         await dispatcher.drain()
         assert (await asyncio.wait_for(listener.next(), 20)).state == "done"

@@ -174,7 +174,7 @@ async def test_a_change_is_heard_by_the_others_and_not_echoed(pair: tuple[Postgr
     here, there = sides[0][0], sides[1][0]
     await until(lambda: here.poll.is_set() and there.poll.is_set())  # both listen now
     there.dispatch.clear()
-    with there.changes.listening("run_1") as waiting, here.changes.listening() as own:
+    with there.changes.subscribe("run_1") as waiting, here.changes.subscribe() as own:
         here.changes.publish(change := Change("run", "run_1", "completed", "settled"))
         async with asyncio.timeout(10):
             assert await waiting.next() == change

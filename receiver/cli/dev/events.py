@@ -89,7 +89,7 @@ class LedgerEvents:
 
     async def run(self, on_settled: Callable[[str], Awaitable[None]] | None = None) -> None:
         """Show changes until cancelled; call `on_settled` with the id of each run that settles."""
-        with self._service.signals.changes.listening() as listener:
+        with self._service.signals.changes.subscribe() as listener:
             while True:
                 change = await listener.next()
                 if listener.missed:

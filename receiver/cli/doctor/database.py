@@ -20,7 +20,7 @@ from receiver.errors import ReceiverError, StoreInUseError
 from receiver.net.addresses import http_origin, local_host
 from receiver.net.clients import own_client
 from receiver.store import open_database
-from receiver.store.touching import check_writable
+from receiver.store.database import probe_write
 
 _MIN_FREE_BYTES = 1024**3
 _SAFE_SQLITE = (3, 51, 3)
@@ -82,7 +82,7 @@ async def _check_writable(url: str, settings: Settings) -> list[Finding]:
     except ReceiverError as error:
         return [Finding("database.unusable", str(error))]
     try:
-        await database.write(check_writable)
+        await database.write(probe_write)
     except ReceiverError as error:
         return [Finding("database.unusable", str(error))]
     finally:

@@ -74,7 +74,7 @@ class MonitorRoutes:
         return StreamingResponse(self._stream(), media_type="text/event-stream", headers=headers)
 
     async def _stream(self) -> AsyncIterator[str]:
-        with self._signals.changes.listening() as listener:
+        with self._signals.changes.subscribe() as listener:
             yield "retry: 2000\n: listening\n\n"
             async for change in next_changes(listener, self._stopping, heartbeat_seconds=self._heartbeat_seconds):
                 if listener.missed:

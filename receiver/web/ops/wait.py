@@ -26,7 +26,7 @@ async def until_finished(
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
-    with changes.listening(run_id) as listener:
+    with changes.subscribe(run_id) as listener:
         while True:
             finished = await database.read(lambda tx: queries.is_finished(tx, run_id, handlers))
             left = deadline - loop.time()

@@ -28,8 +28,8 @@ from receiver.config import Settings
 from receiver.net import certificates
 from receiver.net.clients import own_client
 from receiver.store import open_database
+from receiver.store.database import probe_write
 from receiver.store.migrate import upgrade
-from receiver.store.touching import touch
 from tests.cli.conftest import KEYS, run_command
 from tests.support.stage import Stage, free_port, staged
 
@@ -354,7 +354,7 @@ async def test_a_ledger_that_is_read_only(stage: Stage) -> None:
     assert "readonly" in finding.what
 
 
-def test_that_touching_syncs_and_changes_nothing(tmp_path: Path) -> None:
+def test_probe_write_syncs_and_changes_nothing(tmp_path: Path) -> None:
     """The commit writes to the log, unlike that of an empty transaction; the file says the same as before."""
     log = tmp_path / "a.db-wal"
     engine = create_engine(f"sqlite:///{tmp_path}/a.db")
@@ -363,7 +363,7 @@ def test_that_touching_syncs_and_changes_nothing(tmp_path: Path) -> None:
         connection.exec_driver_sql("PRAGMA user_version = 7")
         connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         assert log.stat().st_size == 0
-        touch(connection)
+        probe_write(connection)
         connection.commit()
         assert log.stat().st_size > 0
         assert connection.exec_driver_sql("PRAGMA user_version").scalar_one() == 7

@@ -153,7 +153,7 @@ async def test_the_python_client_follows_changes(ops: Ops) -> None:
 
 async def test_who_lags_behind_is_told_so() -> None:
     changes, stopping = Changes(), asyncio.Event()
-    with changes.listening() as listener:
+    with changes.subscribe() as listener:
         for number in range(1001):
             changes.publish(Change("run", f"run_{number}", "open"))
         assert listener.missed
@@ -166,7 +166,7 @@ async def test_who_lags_behind_is_told_so() -> None:
 
 
 async def test_a_quiet_stream_beats() -> None:
-    with Changes().listening() as listener:
+    with Changes().subscribe() as listener:
         assert await anext(next_changes(listener, asyncio.Event(), heartbeat_seconds=0)) is None
 
 
