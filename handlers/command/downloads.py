@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-from handlers.keys import clean, extension
+from handlers.file_names import file_extension, to_file_name
 from receiver.handler import (
     Context,
     DownloadFailedError,
@@ -23,7 +23,7 @@ async def fetch_all(outputs: Sequence[Output], directory: Path, context: Context
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def one(output: Output) -> Saved | Retry | Reject:
-        which = f"output {output.position} ({clean(output.output_id)})"
+        which = f"output {output.position} ({to_file_name(output.output_id)})"
         async with gate:
             try:
                 saved = await context.save(output, directory / f"{output.position}.part")
@@ -33,7 +33,7 @@ async def fetch_all(outputs: Sequence[Output], directory: Path, context: Context
                 return Retry(f"{which}: {error}", reread=error.expired)
             except OSError as error:
                 return Retry(f"{which}: {error.strerror or error}")
-        name = f"{output.position}-{clean(output.output_id)}{extension(saved.content_type, output)}"
+        name = f"{output.position}-{to_file_name(output.output_id)}{file_extension(saved.content_type, output)}"
         return Saved(saved.path.rename(directory / name), saved.size, saved.sha256, saved.content_type)
 
     async with asyncio.TaskGroup() as group:  # when it is cancelled, it waits until every download has cleaned up

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from handlers.dependencies import unfinished
-from handlers.notify.messages import DEFAULTS, Message, Occasion, Template, occasion, values_of, written
+from handlers.notify.messages import DEFAULTS, Message, MessageTemplate, Occasion, occasion, values_of, written
 from receiver.handler import Answer, Context, Done, Event, Retry, Secret, SettledRun, When, needs
 
 REMEMBERED = 1000
@@ -26,7 +26,7 @@ _STATUS = re.compile(r"error=(\d{3})\b")
 
 
 def _usable(text: str) -> str:
-    Template(text)
+    MessageTemplate(text)
     return text
 
 
@@ -84,11 +84,11 @@ class Notify:
         self._targets = [
             Target(apprise, secret.get_secret_value(), number) for number, secret in enumerate(config.urls, 1)
         ]
-        self._templates: dict[Occasion, tuple[Template, Template]] = {}
+        self._templates: dict[Occasion, tuple[MessageTemplate, MessageTemplate]] = {}
         for name, (title, body) in DEFAULTS.items():
             words: Words = getattr(config, name)
             chosen = (title if words.title is None else words.title, body if words.body is None else words.body)
-            self._templates[name] = (Template(chosen[0]), Template(chosen[1]))
+            self._templates[name] = (MessageTemplate(chosen[0]), MessageTemplate(chosen[1]))
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:
         artifacts = await context.stored()

@@ -3,14 +3,13 @@
 No field is a media URL: whoever can read a chat or a mail would have the media. `{outputs}` names stored files.
 """
 
-import json
 import re
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from handlers.template import RUN_FIELDS, RUN_IDS, RUN_TIMES, FieldKind, Fields, Placeholder, Template, to_text
 from receiver.handler import Artifact, Event, SettledRun
 
 Occasion = Literal["completed", "failed", "lost", "diverged", "dead"]
@@ -20,13 +19,11 @@ VALUE_LENGTH = 500
 FILES = 20
 """How many stored files a message names at most."""
 
-_TIMES = frozenset({"created_at", "started_at", "completed_at", "settled_at"})
-_RUN_FIELDS = frozenset(
-    {"run_id", "run_type", "status", "technique_id", "workspace_id", "project_id", "charged_cost", "error_code"}
-    | {"error_message", "verdict", "settled_by"}
-)
-_FIELDS = _TIMES | _RUN_FIELDS | {"event", "handler", "output_count", "outputs"}
-_FIELD = re.compile(r"(?P<name>\w+)(?:\[(?P<key>[^\[\]]+)\])?")
+_OWN_FIELDS = ("charged_cost", "error_code", "error_message", "verdict", "settled_by")
+_FIELDS: Fields = {
+    **RUN_FIELDS,
+    **dict.fromkeys((*_OWN_FIELDS, "event", "handler", "output_count", "outputs"), FieldKind.TEXT),
+}
 _FORBIDDEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 DEFAULTS: Mapping[Occasion, tuple[str, str]] = {
@@ -62,22 +59,14 @@ DEFAULTS: Mapping[Occasion, tuple[str, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    literal: str
-    name: str | None = None
-    key: str = ""
-    spec: str = ""
-
-
-class Template:
-    """A parsed text such as `{run_id} cost {charged_cost}`; ValueError when it is wrong."""
+class MessageTemplate:
+    """A parsed text such as `{run_id} cost {charged_cost}`. ValueError if it is wrong."""
 
     def __init__(self, text: str) -> None:
-        self._pieces = tuple(_parsed(text))
+        self._template = Template(text, _FIELDS)
 
     def render(self, values: Mapping[str, Any]) -> str:
-        return "".join(piece.literal + _filled(piece, values) for piece in self._pieces)
+        return self._template.fill(lambda field: _text(field, values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +91,7 @@ def occasion(event: Event, status: str) -> Occasion:
 
 def values_of(run: SettledRun, event: Event, handler: str, artifacts: Sequence[Artifact]) -> Mapping[str, Any]:
     """Gather what templates may use."""
-    own = {name: getattr(run, name) for name in _RUN_FIELDS | _TIMES}
+    own = {name: getattr(run, name) for name in (*RUN_IDS, *RUN_TIMES, *_OWN_FIELDS)}
     files = [each.location for each in artifacts if each.position >= 0 and each.stored_at is not None]
     listed = [_FORBIDDEN.sub(" ", location)[:VALUE_LENGTH] for location in files[:FILES]]
     if len(files) > FILES:
@@ -117,47 +106,27 @@ def values_of(run: SettledRun, event: Event, handler: str, artifacts: Sequence[A
     }
 
 
-def written(occasion: Occasion, title: Template, body: Template, values: Mapping[str, Any]) -> Message:
+def written(occasion: Occasion, title: MessageTemplate, body: MessageTemplate, values: Mapping[str, Any]) -> Message:
     """Fill in a message: the title on one line, the body never empty, since many targets refuse that."""
     line = " ".join(title.render(values).split())[:TITLE_LENGTH]
     text = body.render(values).strip()
     return Message(occasion, line, text or line or occasion)
 
 
-def _parsed(text: str) -> Sequence[_Piece]:
-    pieces = []
-    for literal, name, spec, conversion in string.Formatter().parse(text):
-        if name is None:
-            pieces.append(_Piece(literal))
-            continue
-        match = _FIELD.fullmatch(name)
-        known = match and (match["name"] in _FIELDS if match["key"] is None else match["name"] == "metadata")
-        if not match or not known:
-            raise ValueError(f"unknown field {{{name}}}; there are {', '.join(sorted(_FIELDS))} and metadata[…]")
-        if conversion or (spec and ("{" in spec or match["name"] not in _TIMES)):
-            raise ValueError(f"{{{name}}} takes no conversion, and a format only if it is a time")
-        pieces.append(_Piece(literal, match["name"], match["key"] or "", spec or ""))
-    return pieces
-
-
-def _filled(piece: _Piece, values: Mapping[str, Any]) -> str:
-    if piece.name is None:
-        return ""
-    value = values[piece.name].get(piece.key) if piece.key else values[piece.name]
-    if piece.name == "outputs":
+def _text(field: Placeholder, values: Mapping[str, Any]) -> str:
+    value = values[field.name].get(field.key) if field.kind is FieldKind.MAPPING else values[field.name]
+    if field.name == "outputs":
         return str(value)
-    return _FORBIDDEN.sub(" ", _text(value, piece.spec))[:VALUE_LENGTH]
+    return _FORBIDDEN.sub(" ", _readable(value, field.spec))[:VALUE_LENGTH]
 
 
-def _text(value: Any, spec: str) -> str:
+def _readable(value: Any, spec: str) -> str:
     match value:
         case None:
             return "–"
-        case str():
-            return value
         case datetime():
             return value.astimezone(UTC).strftime(spec or "%Y-%m-%d %H:%M:%S UTC")
         case float():
             return f"{value:.6f}".rstrip("0").rstrip(".")
         case _:
-            return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+            return to_text(value)

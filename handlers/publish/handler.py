@@ -8,7 +8,6 @@ stream's duplicate window, or `remember_hours`, lasts); Kafka keeps both, and wh
 import asyncio
 import re
 import ssl
-import string
 from typing import Annotated, ClassVar, Literal, Self, assert_never
 from urllib.parse import urlsplit
 
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FilePath, mod
 
 from handlers.payload import run_document, run_json
 from handlers.publish.broker import Access, Broker, BrokerError, BrokerUnreachableError, Message, MessageRefusedError
+from handlers.template import RUN_IDS, FieldKind, Fields, Template
 from receiver.handler import (
     Answer,
     Context,
@@ -40,7 +40,7 @@ _SCHEMES: dict[str, tuple[Kind, bool, int]] = {
     "kafka+ssl": ("kafka", True, 9092),
 }
 _HOST = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?")
-_FIELDS = ("event", "status", "run_type", "technique_id", "workspace_id", "project_id", "run_id")
+_FIELDS: Fields = dict.fromkeys(("event", *RUN_IDS), FieldKind.TEXT)
 _NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
 _MAX_NAME = 249  # Kafka's limit
 _MAX_VALUE = 64
@@ -78,15 +78,8 @@ def _parts(url: str) -> tuple[Kind, bool, tuple[tuple[str, int], ...], str]:
 
 
 def _usable_name(template: str) -> str:
-    """Hold a template to fields that exist and to characters that every broker takes."""
-    for _, name, spec, conversion in string.Formatter().parse(template):
-        if name is None:
-            continue
-        if name not in _FIELDS:
-            raise ValueError(f"unknown field {{{name}}}; there are {', '.join(_FIELDS)}")
-        if spec or conversion:
-            raise ValueError(f"{{{name}}} takes no format")
-    if not _NAME.fullmatch(template.format(**dict.fromkeys(_FIELDS, "x"))):
+    """Check that a template has fields that exist, and characters that every broker takes."""
+    if not _NAME.fullmatch(Template(template, _FIELDS).fill(lambda _: "x")):
         raise ValueError("must be words of letters, digits, - and _, separated by dots; fields go in {}")
     return template
 
@@ -159,6 +152,7 @@ class Publish:
 
     def __init__(self, config: PublishConfig) -> None:
         self._config = config
+        self._to = Template(config.to, _FIELDS)
         kind, self._access = _access(config)
         self._broker = _broker(kind, self._access)
 
@@ -202,8 +196,9 @@ class Publish:
         await self._broker.close()
 
     def _name(self, run: SettledRun, context: Context) -> str:
-        values = {name: _word(getattr(run, name)) for name in _FIELDS if name != "event"}
-        return self._config.to.format(event=context.event.value, **values)
+        return self._to.fill(
+            lambda field: context.event.value if field.name == "event" else _word(getattr(run, field.name))
+        )
 
 
 def _word(value: str | None) -> str:

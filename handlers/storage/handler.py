@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
-from handlers.keys import KeyTemplate, LabelTemplate
 from handlers.storage.disk import LocalDisk
+from handlers.storage.keys import KeyTemplate, LabelTemplate
 from handlers.storage.manifest import Kept
 from handlers.storage.places import Place, PlaceUnreachableError
 from handlers.storage.thumbnails import require_pillow

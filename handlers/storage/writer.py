@@ -12,7 +12,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
-from handlers.keys import KeyTemplate, LabelTemplate, RunKeys, clean, extension
+from handlers.file_names import file_extension, to_file_name
+from handlers.storage.keys import KeyTemplate, LabelTemplate, RunKeys
 from handlers.storage.manifest import Kept, manifest
 from handlers.storage.places import Place, PlaceError, Stored, digest
 from handlers.storage.thumbnails import (
@@ -87,7 +88,7 @@ class Keeper:
 
     async def keep(self, output: Output) -> Kept | Retry | Reject:
         """Store one output unless it is safe; whatever goes wrong is an answer about this output alone."""
-        which = f"output {output.position} ({clean(output.output_id)})"
+        which = f"output {output.position} ({to_file_name(output.output_id)})"
         try:
             return await self._still_there(output) or await self._fetch(output)
         except (DownloadRefusedError, TooLargeError) as exc:
@@ -141,7 +142,7 @@ class Keeper:
         async with self._context.open(output) as download:
             self._within(download.content_length or 0)
             content_type = download.content_type
-            ext = extension(content_type, output)
+            ext = file_extension(content_type, output)
             key = self._keys.output(output, ext)
             location = self._place.locate(key)
             stored = await self._met(output, key, location, download)

@@ -1,4 +1,4 @@
-"""Names of stored outputs: harmless, distinct, and the same every time."""
+"""Keys of stored outputs: below their root, distinct, and the same every time."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handlers.keys import KeyTemplate, RunKeys, clean, extension
+from handlers.storage.keys import KeyTemplate, RunKeys
 from receiver.handler import Output
 from tests.support.handler_kit import RUN
 
@@ -19,23 +19,6 @@ def output(
     position: int = 0, output_id: str = "out", kind: str = "imageUrl", value: str = "https://x.test/a"
 ) -> Output:
     return Output(position=position, output_id=output_id, type=kind, value=value)
-
-
-@given(ANY_TEXT)
-def test_any_text_becomes_one_harmless_segment(text: str) -> None:
-    """Whatever metadata says, it names one entry of one directory on any file system."""
-    segment = clean(text)
-    assert 0 < len(segment.encode()) <= 120
-    assert segment not in {".", ".."}
-    assert not segment.startswith(".")
-    assert not segment.endswith((".", " "))
-    assert not set(segment) & set('/\\<>:"|?*\0\n')
-
-
-@given(ANY_TEXT, ANY_TEXT)
-def test_different_texts_stay_different(one: str, other: str) -> None:
-    """Cleaning must not make two names one; only nothing and `_` look the same."""
-    assert one == other or {one, other} == {"", "_"} or clean(one) != clean(other)
 
 
 @given(
@@ -65,32 +48,6 @@ def test_however_deep_a_key_is_buckets_take_it(depth: int) -> None:
     }
     assert len(keys) == 3
     assert all(len(key.encode()) <= 900 and len(key.split("/")) == depth for key in keys)
-
-
-@pytest.mark.parametrize(
-    ("text", "cleaned"),
-    [
-        ("spring sale", "spring sale"),
-        ("Größe-1.2", "Größe-1.2"),
-        ("", "_"),
-        ("..", "_-"),
-        ("../../etc/passwd", "_.._etc_passwd-"),
-        (".hidden", "hidden-"),
-        ("name. ", "name-"),
-        ("a\\b", "a_b-"),
-        ("a\0b", "a_b-"),
-        ("CON", "_CON-"),
-        ("nul.txt", "_nul.txt-"),
-        ("COM¹", "_COM¹-"),
-        ("conin$", "_conin$-"),
-        ("a\u200fb\u202ec", "a_b_c-"),
-        ("x" * 121, "x" * 111 + "-"),
-        ("ä" * 61, "ä" * 55 + "-"),
-    ],
-)
-def test_cleaning_by_example(text: str, cleaned: str) -> None:
-    """What is harmless stays; what was changed ends in a hash of eight digits."""
-    assert clean(text)[:-8] + "#" * 8 == cleaned + "#" * 8 if cleaned.endswith("-") else clean(text) == cleaned
 
 
 @pytest.mark.parametrize(
@@ -148,24 +105,6 @@ def test_templates_that_cannot_be_used(text: str) -> None:
     """A wrong template is found when the service starts, not when the first run ends."""
     with pytest.raises(ValueError, match=r".+"):
         KeyTemplate(text)
-
-
-@pytest.mark.parametrize(
-    ("content_type", "kind", "value", "ext"),
-    [
-        ("image/jpeg", "imageUrl", "https://x.test/a.png", ".jpg"),
-        ("IMAGE/WEBP; q=1", "imageUrl", "https://x.test/a", ".webp"),
-        ("application/octet-stream", "imageUrl", "https://x.test/a.TIFF?b=c.d", ".tiff"),
-        ("application/octet-stream", "documentUrl", "https://x.test/a.123", ".pdf"),
-        (None, "videoUrl", "https://x.test/a.b-c", ".mp4"),
-        (None, "audioUrl", "https://x.test/", ".mp3"),
-        (None, "modelUrl", "https://[x", ".bin"),
-        ("text/plain; charset=utf-8", "text", "see https://x.test/a.png", ".txt"),
-    ],
-)
-def test_extensions(content_type: str | None, kind: str, value: str, ext: str) -> None:
-    """The content type is believed first, then the URL, then FLORA's own word."""
-    assert extension(content_type, output(kind=kind, value=value)) == ext
 
 
 def keys_of(
