@@ -89,7 +89,7 @@ def demo(
     json: Json = False,
 ) -> None:
     """See it work: eight runs and their files."""
-    from receiver.cli.demo import run
+    from receiver.cli.demo.command import run
 
     run(keep=keep, outputs=outputs, json=json)
 

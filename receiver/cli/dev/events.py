@@ -9,8 +9,8 @@ from urllib.parse import unquote, urlsplit
 from sqlalchemy import Connection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from receiver.cli.demo import human
 from receiver.cli.dev.view import View
+from receiver.cli.output import format_size
 from receiver.model import Artifact, DispatchState, Event, RunState, StartState
 from receiver.service.service import Service
 from receiver.store import ledger, queries, starts
@@ -162,7 +162,7 @@ class LedgerEvents:
         )
 
     def _show_file(self, file: Artifact) -> None:
-        size = "" if file.size is None else f"  {human(file.size)}"
+        size = "" if file.size is None else f"  {format_size(file.size)}"
         path = _to_path(file.location)
         self._view.show(
             "file",

@@ -1,16 +1,14 @@
-"""The demo, once, for real: it is the first thing that anybody runs."""
+"""The demo, run once in full."""
 
 import json
 from pathlib import Path
 
-import pytest
-
-from receiver.cli.demo import SCENES, human
+from receiver.cli.demo.scenes import SCENES
 from tests.cli.conftest import Start
 
 
 def test_the_demo_settles_eight_runs_and_then_keeps_running(start: Start, tmp_path: Path) -> None:
-    """Every run ends as its scene says, its files are there, and SIGTERM ends what `--keep` left running."""
+    """Every run ends as its scene says, its files are stored, and SIGTERM ends what `--keep` keeps."""
     demo = start("demo", "--json", "--keep")
     found = json.loads("".join(demo.until(lambda line: line == "}\n")))
     assert found["ok"]
@@ -25,11 +23,3 @@ def test_the_demo_settles_eight_runs_and_then_keeps_running(start: Start, tmp_pa
             assert file.is_relative_to(tmp_path / "outputs")
             assert file.stat().st_size
     assert demo.stop() == 0
-
-
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (3 << 40, "3072.0 GiB")],
-)
-def test_sizes_are_written_for_people(size: int, words: str) -> None:
-    assert human(size) == words
