@@ -1,10 +1,15 @@
 """The documents as the tests read them: each page, its code blocks, its sections, its links."""
 
 import re
+import subprocess
+from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 
+from tests.cli.conftest import environment
 from tests.docs.generate import ROOT, documents
 
+PATIENCE_SECONDS = 120
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 
@@ -54,3 +59,18 @@ def without_code(text: str) -> str:
 def links(text: str) -> list[str]:
     """Return the targets of a page's links and pictures."""
     return re.findall(r"\]\(([^)\s]+)\)", without_code(text))
+
+
+def run_shell(script: str, cwd: Path, env: Mapping[str, str]) -> str:
+    """Run a script in a folder, hold that it succeeds, and return what it printed."""
+    done = subprocess.run(
+        ["sh", "-euc", script],
+        cwd=cwd,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+    return done.stdout

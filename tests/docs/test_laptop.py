@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cli.conftest import COMMAND, Running, environment
+from tests.cli.conftest import COMMAND, Running
 from tests.docs.generate import ROOT
-from tests.docs.pages import code_blocks, section
+from tests.docs.pages import code_blocks, run_shell, section
 from tests.support.sshd import sshd
 from tests.support.stage import free_port
 
@@ -35,19 +35,10 @@ def test_three_commands_lead_from_a_clone_to_a_stored_file(tmp_path: Path) -> No
         try:
             seen = running.until(lambda line: "callbacks arrive" in line)
             assert any(f"https://127.0.0.1:{remote_port}/callbacks/flora" in line for line in seen)
-            run_id, file = shell(run, tmp_path, env).split()
+            run_id, file = run_shell(run, tmp_path, env).split()
             told = running.until(lambda line: "output_1.png" in line)
         finally:
             assert running.stop() == 0
     assert Path(file).read_bytes().startswith(b"\x89PNG")
     assert sum(f"callback  {run_id}  completed  accepted" in line for line in told) == 1
     assert any("matched" in line for line in told)
-
-
-def shell(line: str, cwd: Path, env: dict[str, str]) -> str:
-    done = subprocess.run(
-        ["sh", "-euc", line], cwd=cwd, env=environment(**env), capture_output=True, text=True, check=False,
-        timeout=PATIENCE_SECONDS,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -135,6 +135,14 @@ def test_paths_that_are_named_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", ALL)
+def test_names_stand_in_the_files_that_they_are_said_to_be_in(page: str) -> None:
+    """As in `receiver/config/loader.py` (`load_settings`)."""
+    for path, names in re.findall(r"`([\w/.]+\.py)` \(((?:`\w+`(?:, )?)+)", without_code(ALL[page])):
+        text = (ROOT / path).read_text("utf-8")
+        assert [name for name in re.findall(r"\w+", names) if not re.search(rf"\b{name}\b", text)] == [], path
+
+
+@pytest.mark.parametrize("page", ALL)
 def test_modules_that_are_named_exist(page: str) -> None:
     for name in re.findall(r"`((?:receiver|handlers)(?:\.[a-z_]+)+)", without_code(ALL[page])):
         if not name.endswith((".toml", ".db")) and name not in FINDING_KINDS:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import shlex
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import pytest
 from starlette.routing import Route
 
 from receiver.service.service import Service
-from tests.docs.pages import code_blocks, read_page, section
+from tests.cli.conftest import Running
+from tests.docs.pages import code_blocks, read_page, run_shell, section
 from tests.support.stage import Stage, free_port, staged
 
 BIN = Path(sys.executable).parent
@@ -93,3 +95,53 @@ async def test_every_request_is_listed(desk: Desk) -> None:
         for method in (route.methods or set()) - {"HEAD"}
     }
     assert set(re.findall(r"^\| `((?:GET|POST) [^`]+)` \|", read_page("receiver/docs/api.md"), re.MULTILINE)) == there
+
+
+async def test_daily_use_is_as_shown(desk: Desk) -> None:
+    """The README's five examples, one after the other; `run_abc` is the run of the first."""
+    (block,) = examples("README.md", "Daily use", "sh")
+    (table,) = code_blocks(read_page("receiver/docs/batches.md"), "csv")
+    (desk.stage.directory / "spring.csv").write_text(table, "utf-8")
+    start, *others = block.splitlines()
+    run_id = (await desk.shell(start)).strip()
+    wait, batch, listing, explain = (line.replace("run_abc", run_id) for line in others)
+    assert size_of((await desk.shell(wait)).strip())
+    await desk.shell(batch.partition("#")[0] + " --yes")
+    assert len((desk.stage.directory / "results.csv").read_text("utf-8").splitlines()) == 3
+    assert (await desk.shell(listing)).count("run_") == 3
+    assert run_id in await desk.shell(explain)
+
+
+def test_the_first_minute_is_as_shown(tmp_path: Path) -> None:
+    """The README's receiver and its run, in two terminals; what `make demo` prints is the picture's test."""
+    (first, second) = examples("README.md", "Try it in a minute", "sh")
+    demo, dev = first.splitlines()
+    assert demo == "make demo"
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/bin").symlink_to(BIN)
+    env = {"RECEIVER_OPERATIONS__PORT": str(free_port()), "RECEIVER_PUBLIC__PORT": "0"}
+    running = Running(*shlex.split(dev)[1:], cwd=tmp_path, env=env, errors=False)
+    try:
+        running.until(lambda line: "the receiver works" in line)
+        run_id, file = run_shell(second, tmp_path, env).split()
+        assert size_of(file)
+        running.until(lambda line: run_id in line and "matched" in line)
+    finally:
+        assert running.stop() == 0
+
+
+def test_an_account_is_set_up_as_shown(tmp_path: Path) -> None:
+    """`init` writes what is to be filled in, and `check` accepts it; the environment is this one, and is not built."""
+    install, check, _ = examples("README.md", "With a FLORA account", "sh")
+    built = "python3() { mkdir -p .venv/bin; : > .venv/bin/activate; }; pip() { :; }\n"
+    env = {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    run_shell(built + install, tmp_path, env)
+    secrets = tmp_path / ".env"
+    given = secrets.read_text("utf-8").replace("FLORA_API_KEY=", "FLORA_API_KEY=sk_test_x")
+    secrets.write_text(given.replace("FLORA_WEBHOOK_SECRET=", "FLORA_WEBHOOK_SECRET=whsec_x"), "utf-8")
+    settings = tmp_path / "receiver.toml"
+    (line,) = re.findall(r"`(public_url = [^`]+)`", section("README.md", "With a FLORA account"))
+    settings.write_text(settings.read_text("utf-8").replace("# public_url = …", line), "utf-8")
+    *before, last = check.splitlines()
+    assert last == "flora-receiver serve"
+    run_shell("\n".join(before), tmp_path, env)
