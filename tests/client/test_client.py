@@ -1,4 +1,4 @@
-"""The Python client alone, against answers of our making: what it asks, what it makes of answers, when it asks again."""
+"""The Python client against prepared responses: what it sends, what it returns, when it retries."""
 
 import json
 from pathlib import Path
@@ -19,23 +19,23 @@ RUN = {
     "metadata": {"a": 1},
 }
 START = {"state": "started", "run_id": "run_1", "idempotency_key": "k", "token": "t", "error": None}
-Answer = httpx.Response | Exception
+Result = httpx.Response | Exception
 NAMES = ("RECEIVER_OPS_URL", "RECEIVER_OPS_TOKEN", "RECEIVER_OPS_TOKEN_FILE")
 
 
 class Service:
-    """Gives its answers one after the other, and keeps what it was asked."""
+    """Returns prepared responses one after the other, and keeps the requests."""
 
-    def __init__(self, *answers: Answer) -> None:
-        self.answers = iter(answers)
-        self.asked: list[httpx.Request] = []
+    def __init__(self, *results: Result) -> None:
+        self.results = iter(results)
+        self.requests: list[httpx.Request] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.asked.append(request)
-        answer = next(self.answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        self.requests.append(request)
+        result = next(self.results)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def client(self) -> ReceiverClient:
         client = ReceiverClient("http://127.0.0.1:8081", "tok")
@@ -44,26 +44,26 @@ class Service:
         return client
 
     def body(self, index: int = 0) -> Any:
-        return json.loads(self.asked[index].content)
+        return json.loads(self.requests[index].content)
 
 
 def ok(**data: Any) -> httpx.Response:
     return httpx.Response(200, json=data)
 
 
-def refused(status: int, code: str, **more: Any) -> httpx.Response:
+def refusal(status: int, code: str, **more: Any) -> httpx.Response:
     return httpx.Response(status, json={"error": {"code": code, "message": "no", **more}})
 
 
 @pytest.fixture(autouse=True)
-def _nothing_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _clear_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
 
 
 def test_a_start_carries_a_key_of_its_own() -> None:
-    """So that whoever repeats it after a cut connection can say which start was meant."""
+    """After a cut connection, a repeated request must name the same start."""
     service = Service(ok(start=START, run=RUN, repeated=True))
     start = service.client().start("tech", [{"id": "a"}], metadata={"m": 1}, wait_seconds=5)
     assert (start.run_id, start.repeated, start.run and start.run.metadata) == ("run_1", True, {"a": 1})
@@ -72,13 +72,13 @@ def test_a_start_carries_a_key_of_its_own() -> None:
     assert body == {
         "technique_id": "tech", "inputs": [{"id": "a"}], "mode": "async", "metadata": {"m": 1}, "wait_seconds": 5,
     }  # fmt: skip
-    assert service.asked[0].headers["authorization"] == "Bearer tok"
-    assert service.asked[0].extensions["timeout"]["read"] == 35
+    assert service.requests[0].headers["authorization"] == "Bearer tok"
+    assert service.requests[0].extensions["timeout"]["read"] == 35
 
 
 def test_a_refusal_is_an_error_with_its_reasons() -> None:
     fields = [{"field": "inputs.0", "message": "wrong"}]
-    service = Service(refused(400, "input_validation_error", fields=fields, request_id="req_1"))
+    service = Service(refusal(400, "input_validation_error", fields=fields, request_id="req_1"))
     with pytest.raises(ReceiverApiError, match="no") as caught:
         service.client().start("tech", [])
     error = caught.value
@@ -96,74 +96,74 @@ def test_an_older_and_a_newer_service_are_understood() -> None:
     assert (newer.state, newer.callback_status, newer.dispatches[0].state) == ("archived", "both", "paused")
 
 
-def test_a_response_without_its_fields_is_not_a_receivers() -> None:
+def test_a_response_without_required_fields_is_reported() -> None:
     with pytest.raises(ReceiverApiError) as caught:
         Service(ok(run={"run_id": "run_1"})).client().run("run_1")
     assert caught.value.code == "not_a_receiver"
 
 
-@pytest.mark.parametrize("answer", [httpx.Response(200, text="<html>"), httpx.Response(502, text="<html>")])
-def test_something_else_at_that_address_is_said(answer: httpx.Response) -> None:
+@pytest.mark.parametrize("result", [httpx.Response(200, text="<html>"), httpx.Response(502, text="<html>")])
+def test_another_server_at_the_address_is_reported(result: httpx.Response) -> None:
     with pytest.raises(ReceiverApiError) as caught:
-        Service(answer).client().run("run_1")
+        Service(result).client().run("run_1")
     assert caught.value.code == "not_a_receiver"
 
 
-def test_nothing_at_that_address_is_said_with_what_to_do() -> None:
+def test_no_server_at_the_address_is_reported_with_a_fix() -> None:
     with pytest.raises(ReceiverApiError, match="flora-receiver serve") as caught:
         Service(httpx.ConnectError("refused")).client().run("run_1")
     assert (caught.value.code, caught.value.status) == ("unreachable", None)
 
 
-def test_waiting_outlasts_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_continues_through_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that fail, or end with 502 to 504, are sent again after growing pauses."""
     pauses: list[float] = []
     monkeypatch.setattr("receiver.client.client.sleep", pauses.append)
     service = Service(
-        ok(run=RUN), httpx.ConnectError("gone"), httpx.ReadError("cut"), refused(503, "unavailable"),
+        ok(run=RUN), httpx.ConnectError("gone"), httpx.ReadError("cut"), refusal(503, "unavailable"),
         ok(run={**RUN, "state": "completed", "settled": True, "finished": True}),
     )  # fmt: skip
     run = service.client().wait("run_1")
     assert (run.state, run.finished, run.succeeded) == ("completed", True, True)
     assert pauses == [0.2, 0.5, 1.0]
-    assert [request.url.params["timeout"] for request in service.asked] == ["60.000"] * 5
+    assert [request.url.params["timeout"] for request in service.requests] == ["60.000"] * 5
 
 
 @pytest.mark.parametrize(("status", "code"), [(404, "not_found"), (401, "unauthorized"), (400, "invalid_request")])
-def test_waiting_does_not_outlast_a_refusal(status: int, code: str) -> None:
-    service = Service(refused(status, code))
+def test_a_refusal_ends_a_wait(status: int, code: str) -> None:
+    service = Service(refusal(status, code))
     with pytest.raises(ReceiverApiError) as caught:
         service.client().wait("run_1")
     assert caught.value.code == code
 
 
-def test_waiting_ends_with_its_time() -> None:
-    """With the run as it stands, or with why it could not be asked about."""
+def test_a_wait_ends_with_its_timeout() -> None:
+    """It returns the run as it is, or raises why it could not be read."""
     assert not Service(ok(run=RUN)).client().wait("run_1", timeout_seconds=0).finished
     with pytest.raises(ReceiverApiError):
         Service(httpx.ConnectError("gone")).client().wait("run_1", timeout_seconds=0)
 
 
 def test_lists_follow_their_cursors() -> None:
-    """A cursor that repeats ends the list instead of going round for ever."""
+    """A repeated cursor ends the list instead of repeating it without end."""
     service = Service(
         ok(runs=[RUN], next_cursor="a"),
         ok(runs=[{**RUN, "run_id": "run_2"}], next_cursor="b"),
         ok(runs=[], next_cursor="b"),
     )
     assert [run.run_id for run in service.client().runs("open", 1)] == ["run_1", "run_2"]
-    assert [request.url.params.get("cursor") for request in service.asked] == [None, "a", "b"]
-    assert service.asked[0].url.params["state"] == "open"
+    assert [request.url.params.get("cursor") for request in service.requests] == [None, "a", "b"]
+    assert service.requests[0].url.params["state"] == "open"
 
 
 def test_a_start_is_resolved_by_its_key_or_its_token() -> None:
     service = Service(ok(starts=[{"token": "t1"}], next_cursor=None), ok(start=START, run=None))
     service.client().resolve("a/key", "run_1")
-    assert service.asked[0].url.params["key"] == "a/key"
-    assert service.asked[1].url.path == "/api/starts/t1/resolve"
+    assert service.requests[0].url.params["key"] == "a/key"
+    assert service.requests[1].url.path == "/api/starts/t1/resolve"
     by_token = Service(ok(starts=[], next_cursor=None), ok(start=START, run=None))
     by_token.client().resolve("t9", None)
-    assert (by_token.asked[1].url.path, by_token.body(1)) == ("/api/starts/t9/resolve", {"run_id": None})
+    assert (by_token.requests[1].url.path, by_token.body(1)) == ("/api/starts/t9/resolve", {"run_id": None})
     ambiguous = Service(ok(starts=[{"token": "t1"}, {"token": "t2"}], next_cursor=None))
     with pytest.raises(ReceiverApiError) as caught:
         ambiguous.client().resolve("k", None)
@@ -173,7 +173,7 @@ def test_a_start_is_resolved_by_its_key_or_its_token() -> None:
 def test_ids_are_escaped() -> None:
     service = Service(ok(run=RUN))
     service.client().run("run_/../x?y")
-    assert service.asked[0].url.raw_path == b"/api/runs/run_%2F..%2Fx%3Fy"
+    assert service.requests[0].url.raw_path == b"/api/runs/run_%2F..%2Fx%3Fy"
 
 
 def test_files_are_the_stored_outputs_in_order() -> None:
@@ -212,21 +212,21 @@ def test_the_service_is_found_by_the_environment(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("url", ["localhost:8081", "ftp://h", "http://", "http://[::1"])
-def test_an_address_that_is_none_is_said(url: str) -> None:
+def test_an_invalid_address_is_reported(url: str) -> None:
     with pytest.raises(ReceiverApiError) as caught:
         ReceiverClient(url, "t")
     assert caught.value.code == "unusable_url"
 
 
-def test_the_token_stays_at_its_origin() -> None:
-    """A redirect is not followed, and no other host is asked."""
+def test_the_token_is_sent_to_its_origin_only() -> None:
+    """A redirect is not followed, and a request to another host is refused."""
     service = Service(httpx.Response(302, headers={"location": "http://evil.example/"}))
     with pytest.raises(ReceiverApiError) as caught:
         service.client().run("run_1")
-    assert (caught.value.code, len(service.asked)) == ("not_a_receiver", 1)
-    stay = service.client()._http.event_hooks["request"][0]
+    assert (caught.value.code, len(service.requests)) == ("not_a_receiver", 1)
+    hook = service.client()._http.event_hooks["request"][0]
     with pytest.raises(httpx.UnsupportedProtocol):
-        stay(httpx.Request("GET", "http://evil.example/"))
+        hook(httpx.Request("GET", "http://evil.example/"))
 
 
 def test_a_closed_client_is_closed() -> None:

@@ -1,4 +1,4 @@
-"""Who is let in: connections in their TLS handshake are counted too, and no more are let in than there is room for."""
+"""Accepting: TLS handshakes are counted, and no more connections are accepted than there are file descriptors."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from tests.web.test_connection_guard import hang_up
 
 
 class Greeter(asyncio.Protocol):
-    """Says hello to whoever has come through the handshake."""
+    """Sends `hello` after the handshake."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
@@ -27,7 +27,7 @@ class Greeter(asyncio.Protocol):
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """The two sides of a connection: the server's, and the one of who trusts it."""
+    """The TLS contexts of a server and of a client that trusts it."""
     directory = tmp_path_factory.mktemp("tls")
     authority = certificates.make_authority()
     cert, key = certificates.write(certificates.issue(authority, "127.0.0.1"), directory)
@@ -37,7 +37,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContex
 
 
 @contextlib.asynccontextmanager
-async def accepting(tls: ssl.SSLContext, at_once: int) -> AsyncIterator[int]:
+async def run_acceptor(tls: ssl.SSLContext, at_once: int) -> AsyncIterator[int]:
     """Accept, and yield the port."""
     (listener,) = bind("127.0.0.1", 0)
     acceptor = Acceptor(listener, Greeter, tls, at_once=at_once, handshake_seconds=60)
@@ -49,33 +49,33 @@ async def accepting(tls: ssl.SSLContext, at_once: int) -> AsyncIterator[int]:
         listener.close()
 
 
-async def heard(port: int, tls: ssl.SSLContext) -> bytes:
+async def read_greeting(port: int, tls: ssl.SSLContext) -> bytes:
     async with asyncio.timeout(20):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
-        said = await reader.read()
+        greeting = await reader.read()
         await hang_up(writer)
-        return said
+        return greeting
 
 
-async def test_the_oldest_handshake_gives_way(certificate: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
-    """Whoever connects and says nothing holds a place only until somebody else needs it."""
+async def test_the_oldest_handshake_is_ended(certificate: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    """A silent connection is kept only until another one needs its place."""
     server, client = certificate
-    async with accepting(server, at_once=5) as port:
+    async with run_acceptor(server, at_once=5) as port:
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
-        assert await heard(port, client) == b"hello"
+        assert await read_greeting(port, client) == b"hello"
         for reader, _ in silent[:15]:
             with contextlib.suppress(ConnectionError):
                 async with asyncio.timeout(20):
                     assert await reader.read() == b""
-        assert await heard(port, client) == b"hello"
+        assert await read_greeting(port, client) == b"hello"
         for _, writer in silent:
             await hang_up(writer)
 
 
-async def test_what_is_no_handshake_disturbs_nobody(certificate: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
-    """Plain HTTP, rubbish, hanging up, a client that does not trust us: each is on its own."""
+async def test_a_failed_handshake_affects_no_other(certificate: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    """Plain HTTP, random bytes, a closed connection, a client without trust."""
     server, client = certificate
-    async with accepting(server, at_once=5) as port:
+    async with run_acceptor(server, at_once=5) as port:
         for rubbish in (b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 100, b""):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(rubbish)
@@ -83,28 +83,28 @@ async def test_what_is_no_handshake_disturbs_nobody(certificate: tuple[ssl.SSLCo
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
         with pytest.raises(ssl.SSLError):
-            await heard(port, ssl.create_default_context())
-        assert await heard(port, client) == b"hello"
+            await read_greeting(port, ssl.create_default_context())
+        assert await read_greeting(port, client) == b"hello"
 
 
 @pytest.mark.parametrize(
-    ("soft", "hard", "room"),
+    ("soft", "hard", "possible"),
     [
         pytest.param(256, 8000, 2000, id="raised"),
         pytest.param(256, 1024, 341, id="raised as far as it may be"),
         pytest.param(64, 64, 21, id="hardly any"),
     ],
 )
-def test_no_more_are_let_in_than_there_are_files(soft: int, hard: int, room: int) -> None:
-    """Else the guard's own limit is never reached, and the database and the files go without."""
-    ask = f"""if True:
+def test_connections_fit_the_limit_of_open_files(soft: int, hard: int, possible: int) -> None:
+    """Otherwise the guard's limit is never reached, and the database and files get no descriptor."""
+    program = f"""if True:
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
         from receiver.web.accept_limits import fit_connections
         print(fit_connections(2000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     """
     done = subprocess.run(
-        [sys.executable, "-c", ask], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
     found, files = map(int, done.stdout.splitlines()[-1].split())
-    assert (found, files) == (room, min(hard, 2000 + max_handshakes(2000) + 512))
+    assert (found, files) == (possible, min(hard, 2000 + max_handshakes(2000) + 512))

@@ -1,4 +1,4 @@
-"""The guard of the public listener, on raw sockets: what it closes, what it leaves alone, and who is served meanwhile."""
+"""The guard of a listener, on raw sockets: what it closes, what it keeps, and that others are served meanwhile."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ HONEST = b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nhello"
 
 @dataclass
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that a test sets."""
 
     seconds: float = 0.0
 
@@ -37,14 +37,14 @@ class Stand:
     guard: Guard
     clock: Clock
     port: int
-    told: list[str]
+    reasons: list[str]
     """Why connections were closed."""
 
     async def connect(self) -> Streams:
         return await asyncio.open_connection("127.0.0.1", self.port)
 
-    async def after(self, seconds: float) -> None:
-        """Let time pass, and let the guard look."""
+    async def advance(self, seconds: float) -> None:
+        """Let time pass, then sweep."""
         self.clock.seconds += seconds
         self.guard.sweep()
 
@@ -54,27 +54,27 @@ async def _echo(request: Request) -> PlainTextResponse:
 
 
 @asynccontextmanager
-async def standing(
+async def run_stand(
     limits: Limits, app: Callable[[Request], Awaitable[PlainTextResponse]] = _echo
 ) -> AsyncIterator[Stand]:
-    clock, told = Clock(), list[str]()
-    guard = Guard(limits, clock=clock, on_close=told.append)
+    clock, reasons = Clock(), list[str]()
+    guard = Guard(limits, clock=clock, on_close=reasons.append)
     server = Server(Starlette(routes=[Route("/", app, methods=["POST"])]), bind("127.0.0.1", 0), guard=guard)
     await server.start()
     try:
-        yield Stand(guard, clock, server.port, told)
+        yield Stand(guard, clock, server.port, reasons)
     finally:
         await server.stop()
 
 
 @pytest.fixture
 async def stand() -> AsyncIterator[Stand]:
-    async with standing(Limits()) as stand:
+    async with run_stand(Limits()) as stand:
         yield stand
 
 
-async def closed(reader: asyncio.StreamReader) -> bool:
-    """Whether the server closes the connection without a word."""
+async def is_closed(reader: asyncio.StreamReader) -> bool:
+    """Return whether the server closes the connection without a response."""
     async with asyncio.timeout(10):
         try:
             return await reader.read() == b""
@@ -82,8 +82,8 @@ async def closed(reader: asyncio.StreamReader) -> bool:
             return True
 
 
-async def answer(streams: Streams, request: bytes = HONEST) -> bytes:
-    """Send a request and return the body of its answer."""
+async def send_request(streams: Streams, request: bytes = HONEST) -> bytes:
+    """Send a request and return the body of the response."""
     reader, writer = streams
     writer.write(request)
     async with asyncio.timeout(10):
@@ -93,30 +93,30 @@ async def answer(streams: Streams, request: bytes = HONEST) -> bytes:
 
 
 async def hang_up(writer: asyncio.StreamWriter) -> None:
-    """Close at once, whatever is still to be sent, and be done with it before the loop ends."""
+    """Close without sending the rest, and wait until that is done."""
     writer.transport.abort()
     with contextlib.suppress(ConnectionError):
         await writer.wait_closed()
 
 
-async def known(stand: Stand, waiting: Callable[[], int], count: int) -> None:
-    """Wait until the server has seen that many."""
+async def wait_for_count(stand: Stand, waiting: Callable[[], int], count: int) -> None:
+    """Wait until the guard knows that many connections."""
     async with asyncio.timeout(10):
-        while waiting() < count:  # noqa: ASYNC110 -- the server runs in this loop
+        while waiting() < count:  # noqa: ASYNC110  # the server runs in this loop
             await asyncio.sleep(0)
 
 
-async def test_honest_requests_pass_in_one_piece_and_in_many(stand: Stand) -> None:
+async def test_requests_pass_in_one_piece_and_in_many(stand: Stand) -> None:
     """One connection, three requests: whole, byte by byte, and two at once."""
     streams = await stand.connect()
-    assert await answer(streams) == b"5"
+    assert await send_request(streams) == b"5"
     for byte in HONEST[:-1]:
         streams[1].write(bytes([byte]))
         await streams[1].drain()
-    assert await answer(streams, HONEST[-1:]) == b"5"
+    assert await send_request(streams, HONEST[-1:]) == b"5"
     streams[1].write(HONEST)
-    assert await answer(streams) == b"5"
-    assert await answer(streams, b"") == b"5"
+    assert await send_request(streams) == b"5"
+    assert await send_request(streams, b"") == b"5"
     assert stand.guard.closed == 0
     assert not stand.guard.heads
     assert not stand.guard.bodies
@@ -133,42 +133,42 @@ async def test_honest_requests_pass_in_one_piece_and_in_many(stand: Stand) -> No
         pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel", id="half a chunk"),
     ],
 )
-async def test_what_is_never_finished_is_closed(stand: Stand, start: bytes) -> None:
-    """Slow loris: ten seconds are enough for a head, and ten more for a body."""
+async def test_an_unfinished_request_is_closed(stand: Stand, start: bytes) -> None:
+    """Slow loris: a head has ten seconds, a body ten more."""
     reader, writer = await stand.connect()
     writer.write(start)
-    await known(stand, lambda: len(stand.guard.heads) + len(stand.guard.bodies), 1)
-    await stand.after(9.9)
+    await wait_for_count(stand, lambda: len(stand.guard.heads) + len(stand.guard.bodies), 1)
+    await stand.advance(9.9)
     assert stand.guard.closed == 0
-    await stand.after(0.2)
-    assert await closed(reader)
+    await stand.advance(0.2)
+    assert await is_closed(reader)
     assert stand.guard.closed == 1
     await hang_up(writer)
 
 
-async def test_a_trickle_does_not_buy_time(stand: Stand) -> None:
-    """A header every nine seconds: the head is counted from its first byte."""
+async def test_a_trickle_does_not_extend_the_time(stand: Stand) -> None:
+    """With a header every nine seconds, the head is timed from its first byte."""
     reader, writer = await stand.connect()
     writer.write(b"POST / HTTP/1.1\r\n")
-    await known(stand, lambda: len(stand.guard.heads), 1)
-    await stand.after(9)
+    await wait_for_count(stand, lambda: len(stand.guard.heads), 1)
+    await stand.advance(9)
     writer.write(b"X-A: b\r\n")
     await writer.drain()
-    await stand.after(2)
-    assert await closed(reader)
+    await stand.advance(2)
+    assert await is_closed(reader)
     await hang_up(writer)
 
 
 async def test_a_second_request_is_timed_like_the_first(stand: Stand) -> None:
-    """Keep-alive is no licence: after a good request, half a head is closed too."""
+    """After a complete request on the same connection, half a head is closed too."""
     streams = await stand.connect()
-    assert await answer(streams) == b"5"
-    await stand.after(60)
-    assert stand.guard.closed == 0, "an idle connection is uvicorn's business"
+    assert await send_request(streams) == b"5"
+    await stand.advance(60)
+    assert stand.guard.closed == 0, "uvicorn closes idle connections"
     streams[1].write(b"POST / HT")
-    await known(stand, lambda: len(stand.guard.heads), 1)
-    await stand.after(10.1)
-    assert await closed(streams[0])
+    await wait_for_count(stand, lambda: len(stand.guard.heads), 1)
+    await stand.advance(10.1)
+    assert await is_closed(streams[0])
     await hang_up(streams[1])
 
 
@@ -188,8 +188,8 @@ async def test_a_second_request_is_timed_like_the_first(stand: Stand) -> None:
         ),
     ],
 )
-async def test_what_is_too_large_is_closed(stand: Stand, request_: bytes) -> None:
-    """Head 16 KiB, message 96 KiB and the piece in which that is exceeded, whatever the bytes are called."""
+async def test_a_message_that_is_too_large_is_closed(stand: Stand, request_: bytes) -> None:
+    """A head has 16 KiB, a message 96 KiB and the rest of a piece, framing included."""
     reader, writer = await stand.connect()
     writer.write(request_)
     async with asyncio.timeout(10):
@@ -200,104 +200,107 @@ async def test_what_is_too_large_is_closed(stand: Stand, request_: bytes) -> Non
     await hang_up(writer)
 
 
-async def test_honest_callers_get_through_a_crowd() -> None:
-    """500 connections that never finish their head fill every place: the oldest gives way, and the callback is answered."""
-    async with standing(Limits(connections=500)) as stand:
+async def test_callers_are_served_in_a_crowd() -> None:
+    """While 500 connections with unfinished heads take every place, the oldest is closed for each newcomer."""
+    async with run_stand(Limits(connections=500)) as stand:
         crowd = [await stand.connect() for _ in range(500)]
         for _, writer in crowd:
             writer.write(b"POST / HTTP/1.1\r\nX: ")
-        await known(stand, lambda: len(stand.guard.heads), 500)
+        await wait_for_count(stand, lambda: len(stand.guard.heads), 500)
         for _ in range(20):
             honest = await stand.connect()
-            assert await answer(honest) == b"5"
+            assert await send_request(honest) == b"5"
             await hang_up(honest[1])
-        assert await closed(crowd[0][0])
+        assert await is_closed(crowd[0][0])
         for _, writer in crowd:
             await hang_up(writer)
 
 
-async def test_odd_but_honest_requests_are_answered(stand: Stand) -> None:
-    """One connection: chunks with extensions and trailers, a body that waits to be asked for, one that was refused unread."""
+async def test_unusual_requests_are_served(stand: Stand) -> None:
+    """On one connection: chunk extensions and trailers, Expect: 100-continue, a body that is refused unread."""
     streams = await stand.connect()
     chunks = b"5;a=b\r\nhello\r\n0\r\nX-Trailer: 1\r\n\r\n"
-    assert await answer(streams, b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks) == b"5"
+    assert (
+        await send_request(streams, b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+        == b"5"
+    )
     streams[1].write(b"POST / HTTP/1.1\r\nHost: t\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
     async with asyncio.timeout(10):
         assert await streams[0].readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-    assert await answer(streams, b"hello") == b"5"
+    assert await send_request(streams, b"hello") == b"5"
     refused = b"POST /nowhere HTTP/1.1\r\nHost: t\r\nContent-Length: 300000\r\n\r\n" + b"a" * 300_000
-    assert await answer(streams, refused) == b"Not Found"
-    assert await answer(streams) == b"5"
+    assert await send_request(streams, refused) == b"Not Found"
+    assert await send_request(streams) == b"5"
     assert stand.guard.closed == 0
     await hang_up(streams[1])
 
 
-async def test_a_crowd_that_idles_keeps_nobody_out() -> None:
-    """One request on each of many connections, then nothing: keep-alive lasts two minutes, and honest callers do not wait."""
-    async with standing(Limits(connections=50)) as stand:
+async def test_callers_are_served_beside_an_idle_crowd() -> None:
+    """The longest idle connection is closed for each newcomer, although keep-alive lasts two minutes."""
+    async with run_stand(Limits(connections=50)) as stand:
         crowd = [await stand.connect() for _ in range(50)]
         for streams in crowd:
-            assert await answer(streams) == b"5"
-        assert await answer(crowd[0]) == b"5"
+            assert await send_request(streams) == b"5"
+        assert await send_request(crowd[0]) == b"5"
         for _ in range(20):
             honest = await stand.connect()
-            assert await answer(honest) == b"5"
+            assert await send_request(honest) == b"5"
             await hang_up(honest[1])
-        assert await closed(crowd[1][0])
-        assert await answer(crowd[0]) == b"5"  # it was not the one that had been quiet for longest
+        assert await is_closed(crowd[1][0])
+        assert await send_request(crowd[0]) == b"5"  # not the longest idle one
         for _, writer in crowd:
             await hang_up(writer)
 
 
-async def test_who_has_only_just_begun_does_not_give_way_to_who_idles() -> None:
-    """A request in two pieces is honest for a second; after that it goes first."""
-    async with standing(Limits(connections=2)) as stand:
+async def test_a_young_request_is_kept_and_an_idle_connection_closed() -> None:
+    """An unfinished request is young for one second; after that it is closed first."""
+    async with run_stand(Limits(connections=2)) as stand:
         idle, begun = await stand.connect(), await stand.connect()
-        assert await answer(idle) == b"5"
+        assert await send_request(idle) == b"5"
         begun[1].write(HONEST[:-3])
-        await known(stand, lambda: len(stand.guard.bodies), 1)
+        await wait_for_count(stand, lambda: len(stand.guard.bodies), 1)
         newcomer = await stand.connect()
-        assert await closed(idle[0])
-        assert await answer(newcomer) == b"5"
+        assert await is_closed(idle[0])
+        assert await send_request(newcomer) == b"5"
         stand.clock.seconds += 1.1
         other = await stand.connect()
-        assert await closed(begun[0])
+        assert await is_closed(begun[0])
         for streams in (newcomer, other):
-            assert await answer(streams) == b"5"
+            assert await send_request(streams) == b"5"
         for _, writer in (idle, begun, newcomer, other):
             await hang_up(writer)
 
 
-async def test_who_waits_for_an_answer_does_not_give_way() -> None:
-    """Where every connection is being worked for, the newcomer goes: the others are owed something."""
+async def test_a_connection_that_waits_for_a_response_is_kept() -> None:
+    """If all of them wait for a response, the newcomer is closed."""
     free = asyncio.Event()
 
     async def slow(_: Request) -> PlainTextResponse:
         await free.wait()
         return PlainTextResponse("done")
 
-    async with standing(Limits(connections=2), slow) as stand:
+    async with run_stand(Limits(connections=2), slow) as stand:
         waiting = [await stand.connect() for _ in range(2)]
-        calls = [asyncio.create_task(answer(streams)) for streams in waiting]
-        await known(stand, lambda: len(stand.guard.idle), 2)
+        calls = [asyncio.create_task(send_request(streams)) for streams in waiting]
+        await wait_for_count(stand, lambda: len(stand.guard.idle), 2)
         newcomer = await stand.connect()
-        assert await closed(newcomer[0])
+        assert await is_closed(newcomer[0])
         free.set()
         assert await asyncio.gather(*calls) == [b"done", b"done"]
         for _, writer in (*waiting, newcomer):
             await hang_up(writer)
 
 
-async def test_a_few_requests_may_be_sent_ahead_and_many_may_not(stand: Stand) -> None:
-    """A piece full of tiny requests, each of which costs a hundred times its bytes here, is not a way to fill memory."""
+async def test_a_few_requests_may_be_pipelined(stand: Stand) -> None:
+    """Many tiny ones in one piece would take a hundred times their bytes in memory: closed."""
     few = await stand.connect()
     few[1].write(HONEST * 17)
-    assert [await answer(few, b"") for _ in range(17)] == [b"5"] * 17
+    assert [await send_request(few, b"") for _ in range(17)] == [b"5"] * 17
     many = await stand.connect()
     many[1].write(HONEST * 5000)
-    assert await closed(many[0])
+    assert await is_closed(many[0])
     assert stand.guard.closed == 1
-    assert stand.told == ["too_many"]
-    assert await answer(few) == b"5"
+    assert stand.reasons == ["too_many"]
+    assert await send_request(few) == b"5"
     await hang_up(few[1])
     await hang_up(many[1])

@@ -1,4 +1,4 @@
-"""Who is said to have called: only a trusted proxy is believed, and only as far as it can know."""
+"""The caller's address: only what trusted proxies wrote counts."""
 
 import pytest
 
@@ -27,10 +27,10 @@ TRUSTED = ("127.0.0.1", "10.0.0.0/8", "::1")
         (None, b"198.51.100.9", None),
     ],
 )
-def test_who_called(peer: str | None, forwarded: bytes | None, remote: str | None) -> None:
-    """What stands left of the last untrusted address is anybody's invention."""
+def test_the_callers_address(peer: str | None, forwarded: bytes | None, remote: str | None) -> None:
+    """Entries before the last untrusted address may be forged."""
     assert make_remote_finder(TRUSTED)(peer, forwarded) == remote
 
 
-def test_nobody_is_believed_where_nobody_is_trusted() -> None:
+def test_without_trusted_proxies_the_peer_is_the_caller() -> None:
     assert make_remote_finder(())("127.0.0.1", b"198.51.100.9") == "127.0.0.1"

@@ -1,4 +1,4 @@
-"""The public listener: each answer has its status and its JSON, and there is nothing else to find."""
+"""The public listener: status and JSON of each response, and 404 for everything else."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,7 +19,7 @@ PATH = "/callbacks/flora"
 
 
 class PublicListener:
-    """The app behind a client, and what it says about being ready."""
+    """The app, a client of it, and the reason why it is not ready."""
 
     def __init__(self, core: Core, **options: Any) -> None:
         self.core = core
@@ -48,8 +48,8 @@ async def listener(core: Core) -> AsyncIterator[PublicListener]:
         yield listener
 
 
-def code(response: httpx.Response) -> str:
-    """Return a refusal's code, having checked its form."""
+def code_of(response: httpx.Response) -> str:
+    """Check the form of a refusal and return its code."""
     body = response.json()
     assert set(body) == {"error"}
     assert set(body["error"]) == {"code", "message"}
@@ -73,16 +73,16 @@ async def test_an_unknown_event_is_ignored(listener: PublicListener) -> None:
     assert (response.status_code, response.json()) == (200, {"status": "ignored"})
 
 
-async def test_a_canary_is_told_that_it_arrived(listener: PublicListener) -> None:
-    """It is counted as what it is, never as a callback."""
+async def test_a_canary_is_confirmed(listener: PublicListener) -> None:
+    """It is counted as a canary, not as a callback."""
     response = await listener.post(b"any bytes", (HEADER, signed(b"any bytes", secret=canary_key(SECRET))))
     assert (response.status_code, response.json()) == (200, {"status": "canary"})
     assert (listener.count_responses("canary"), listener.count_responses("accepted")) == (1, 0)
 
 
 @pytest.mark.parametrize("path", [PATH, PATH + "/", PATH + "?start=abc", PATH + "/?start=%00&start=b"])
-async def test_both_spellings_of_the_path_are_the_callbacks(listener: PublicListener, path: str) -> None:
-    """FLORA follows no redirect; a token that nobody knows is no reason to refuse."""
+async def test_the_path_may_end_in_a_slash(listener: PublicListener, path: str) -> None:
+    """FLORA follows no redirect. An unknown start token is no reason to refuse."""
     response = await listener.call(callback_body(), path=path)
     assert (response.status_code, response.json()) == (200, {"status": "accepted"})
 
@@ -101,52 +101,51 @@ async def test_both_spellings_of_the_path_are_the_callbacks(listener: PublicList
     ],
 )
 async def test_refusals(listener: PublicListener, body: bytes, headers: Any, status: int, expected: str) -> None:
-    """Each has its status and its code; none of them leaves a run behind, each leaves a note."""
+    """Each has its status and code, and is recorded; none creates a run."""
     response = await listener.post(body, *headers)
-    assert (response.status_code, code(response)) == (status, expected)
+    assert (response.status_code, code_of(response)) == (status, expected)
     assert listener.count_responses(expected) == 1
     assert [(note.code, note.remote) for note in listener.core.intake.rejections] == [(expected, "192.0.2.1")]
     assert await listener.core.count("runs") == 0
 
 
 async def test_a_doubled_header_is_malformed(listener: PublicListener) -> None:
-    """FLORA writes one; with two, one of them is somebody else's, even if they are equal."""
+    """FLORA sends one header; a second one is not FLORA's, even if they are equal."""
     body = callback_body()
     good, bad = signed(body), signed(body, secret="whsec_other")
     for pair in ((good, good), (bad, good), (good, bad)):
         response = await listener.post(body, *((HEADER, value) for value in pair))
-        assert code(response) == "malformed_signature"
+        assert code_of(response) == "malformed_signature"
 
 
-async def test_the_headers_name_has_no_case(listener: PublicListener) -> None:
+async def test_the_header_name_ignores_case(listener: PublicListener) -> None:
     body = callback_body()
     assert (await listener.post(body, ("FLORA-SIGNATURE", signed(body)))).status_code == 200
 
 
-async def test_a_header_that_is_not_ascii_is_refused_in_order(listener: PublicListener) -> None:
-    """Bytes that no decent client sends break nothing."""
+async def test_a_header_that_is_not_ascii_is_malformed(listener: PublicListener) -> None:
     response = await listener.client.post(PATH, content=callback_body(), headers={HEADER.encode(): b"t=1,v1=\xff\xfe"})
-    assert code(response) == "malformed_signature"
+    assert code_of(response) == "malformed_signature"
 
 
-async def test_a_secret_speaks_for_its_workspace_only(database: Database, clock: Clock) -> None:
+async def test_a_secret_is_valid_for_its_workspace_only(database: Database, clock: Clock) -> None:
     listener = PublicListener(a_core(database, clock, secrets=[Secret(SECRET, "ws_other")]))
     async with listener.client:
         response = await listener.call(callback_body())
-    assert (response.status_code, code(response)) == (401, "workspace_mismatch")
+    assert (response.status_code, code_of(response)) == (401, "workspace_mismatch")
 
 
 @pytest.mark.parametrize("size", [999, 1000])
 async def test_a_body_may_be_as_large_as_the_limit(listener: PublicListener, size: int) -> None:
-    """The limit itself is allowed, counted as bytes arrive."""
+    """The limit itself is allowed."""
     body = callback_body(pad="")
     body = callback_body(pad="x" * (size - len(body)))
     assert len(body) == size
     assert (await listener.call(body)).status_code == 200
 
 
-async def test_a_body_without_a_length_is_counted_as_it_comes(listener: PublicListener) -> None:
-    """Chunked, no announced length: reading stops at the limit, not at the end."""
+async def test_a_body_without_a_length_is_counted(listener: PublicListener) -> None:
+    """Reading a chunked body stops at the limit, not at its end."""
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -156,29 +155,27 @@ async def test_a_body_without_a_length_is_counted_as_it_comes(listener: PublicLi
             yield b"x" * 100
 
     response = await listener.post(endless(), (HEADER, "t=1,v1=00"))
-    assert code(response) == "body_too_large"
+    assert code_of(response) == "body_too_large"
     assert sent <= 1200
 
 
 @pytest.mark.parametrize("length", ["99999999999999999999999999", "1001"])
 async def test_an_announced_length_beyond_the_limit_is_refused_unread(listener: PublicListener, length: str) -> None:
     response = await listener.post(b"x", ("Content-Length", length))
-    assert code(response) == "body_too_large"
+    assert code_of(response) == "body_too_large"
 
 
-async def test_a_body_that_never_comes_is_given_up(listener: PublicListener) -> None:
-    """A connection that drips holds nobody up for ever."""
-
+async def test_an_unfinished_body_times_out(listener: PublicListener) -> None:
     async def stalled() -> AsyncIterator[bytes]:
         yield b"{"
         await anext(_never())
 
     response = await listener.post(stalled())
-    assert (response.status_code, code(response)) == (408, "body_timeout")
+    assert (response.status_code, code_of(response)) == (408, "body_timeout")
 
 
 async def test_each_body_has_its_own_time(listener: PublicListener) -> None:
-    """One timer looks after all of them: each is told of its own lateness, and who leaves is not told that he is late."""
+    """Bodies share one timer, and each that is late gets 408; a cancelled request does not."""
     reading: asyncio.Queue[None] = asyncio.Queue()
 
     async def stalled() -> AsyncIterator[bytes]:
@@ -193,9 +190,9 @@ async def test_each_body_has_its_own_time(listener: PublicListener) -> None:
     posts[0].cancel()
     with pytest.raises(asyncio.CancelledError):
         await posts[0]
-    assert [code(await post) for post in posts[1:]] == ["body_timeout", "body_timeout"]
+    assert [code_of(await post) for post in posts[1:]] == ["body_timeout", "body_timeout"]
     assert (await listener.call(callback_body())).status_code == 200
-    assert code(await listener.post(stalled())) == "body_timeout"
+    assert code_of(await listener.post(stalled())) == "body_timeout"
     assert listener.count_responses("body_timeout") == 3
 
 
@@ -204,11 +201,11 @@ async def _never() -> AsyncIterator[bytes]:
     yield b""
 
 
-async def test_our_own_faults_are_503(listener: PublicListener) -> None:
-    """Never 4xx, which FLORA might take for final; with a time to come again, and a retry is then accepted."""
+async def test_errors_of_the_service_are_503(listener: PublicListener) -> None:
+    """Never 4xx, which FLORA might take as final; with Retry-After, and the retry is accepted."""
     await writable(listener.core.database, False)
     response = await listener.call(callback_body())
-    assert (response.status_code, code(response)) == (503, "unavailable")
+    assert (response.status_code, code_of(response)) == (503, "unavailable")
     assert response.headers["retry-after"].isdecimal()
     assert listener.count_responses("unavailable") == 1
     await writable(listener.core.database, True)
@@ -218,7 +215,7 @@ async def test_our_own_faults_are_503(listener: PublicListener) -> None:
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS"])
 async def test_other_methods_are_405_in_json(listener: PublicListener, method: str) -> None:
     response = await listener.client.request(method, PATH)
-    assert (response.status_code, code(response)) == (405, "method_not_allowed")
+    assert (response.status_code, code_of(response)) == (405, "method_not_allowed")
     assert "POST" in response.headers["allow"]
 
 
@@ -226,39 +223,41 @@ async def test_other_methods_are_405_in_json(listener: PublicListener, method: s
     "path", ["/", "/callbacks", "/callbacks/flora/x", "/callbacks//flora", "/metrics", "/docs", "/openapi.json", "/%00"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_there_is_nothing_else(listener: PublicListener, method: str, path: str) -> None:
-    """404 in our JSON; no redirect, nothing of the operations side."""
+async def test_other_paths_are_404(listener: PublicListener, method: str, path: str) -> None:
+    """404 as JSON, without a redirect and without anything of the operations API."""
     response = await listener.client.request(method, path)
-    assert (response.status_code, code(response)) == (404, "not_found")
+    assert (response.status_code, code_of(response)) == (404, "not_found")
 
 
 async def test_health_and_readiness(listener: PublicListener) -> None:
-    """Alive is not ready: a process that cannot commit should get no callbacks, yet need not be killed."""
+    """A process that cannot commit is alive but not ready: it gets no callbacks and is not killed."""
     assert (await listener.client.get("/healthz")).json() == {"status": "ok"}
     assert (await listener.client.get("/readyz")).json() == {"status": "ready"}
     listener.not_ready = "stopping"
     response = await listener.client.get("/readyz")
-    assert (response.status_code, code(response)) == (503, "unavailable")
+    assert (response.status_code, code_of(response)) == (503, "unavailable")
     assert response.json()["error"]["message"] == "stopping"
     assert (await listener.client.get("/healthz")).status_code == 200
 
 
-async def test_the_token_of_a_start_reaches_the_door(listener: PublicListener, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The callback's own URL names the start that it belongs to."""
+async def test_the_token_of_a_start_reaches_the_intake(
+    listener: PublicListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The URL of a callback names the start that it belongs to."""
     seen: list[Any] = []
     accept = listener.core.intake.accept
 
-    async def note(*args: Any, **options: Any) -> Any:
+    async def record(*args: Any, **options: Any) -> Any:
         seen.append(options.get("start"))
         return await accept(*args, **options)
 
-    monkeypatch.setattr(listener.core.intake, "accept", note)
+    monkeypatch.setattr(listener.core.intake, "accept", record)
     await listener.call(callback_body(), path=f"{PATH}?start=abc")
     assert seen == ["abc"]
 
 
 def test_every_code_has_a_status() -> None:
-    """4xx for the sender's faults, 5xx for ours."""
+    """4xx for errors of the sender, 5xx for those of the service."""
     assert {code for code, status in STATUS.items() if status >= 500} == {"unavailable"}
     assert isinstance(StoreUnavailableError("x"), Exception)
     assert NOW.tzinfo is not None

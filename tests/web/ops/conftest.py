@@ -1,4 +1,4 @@
-"""The operations API of a running service beside a running emulator, both real servers on loopback."""
+"""The operations API of a running service, with an emulated FLORA; both are real servers on loopback."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ PROMPT = {"id": "prompt", "type": "text", "value": "a lighthouse"}
 
 @dataclass
 class Ops:
-    """A service, the token it made, and a client that uses it."""
+    """A service, the token that it created, and a client that uses it."""
 
     stage: Stage
     service: Service
@@ -34,45 +34,45 @@ class Ops:
         host, port = self.service.operations_address
         return f"http://{host}:{port}"
 
-    def break_it(self, **fault: Any) -> None:
-        """Let one of FLORA's next answers go wrong."""
+    def add_fault(self, **fault: Any) -> None:
+        """Let one of FLORA's next responses be a fault."""
         self.stage.emulator.faults.add(parse_faults({"next": 1, **fault}))
 
     async def get(self, path: str, status: int = 200, **params: Any) -> dict[str, Any]:
-        return _answer(await self.http.get(path, params=params or None), status)
+        return _check_response(await self.http.get(path, params=params or None), status)
 
     async def post(self, path: str, body: Any, status: int = 200) -> dict[str, Any]:
-        return _answer(await self.http.post(path, json=body), status)
+        return _check_response(await self.http.post(path, json=body), status)
 
     async def start(self, technique: str = "emu-image", status: int = 201, **more: Any) -> dict[str, Any]:
         return await self.post("/api/runs", {"technique_id": technique, "inputs": [PROMPT], **more}, status)
 
-    async def finished(self, technique: str = "emu-image", **more: Any) -> str:
+    async def run_to_end(self, technique: str = "emu-image", **more: Any) -> str:
         """Start a run, wait until its files are stored, and return its id."""
         run_id = str((await self.start(technique, **more))["run"]["run_id"])
         waited = await self.get(f"/api/runs/{run_id}/wait", timeout=30)
         assert waited["run"]["finished"], waited
         return run_id
 
-    async def ask(self, question: Callable[[ReceiverClient], T]) -> T:
-        """Ask by the Python client, in a thread of its own."""
+    async def call_client(self, call: Callable[[ReceiverClient], T]) -> T:
+        """Call the Python client in a thread of its own."""
 
-        def asked() -> T:
+        def run() -> T:
             with ReceiverClient(self.url, self.token) as receiver:
-                return question(receiver)
+                return call(receiver)
 
-        return await asyncio.to_thread(asked)
+        return await asyncio.to_thread(run)
 
 
-def _answer(response: httpx.Response, status: int) -> dict[str, Any]:
+def _check_response(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+    data: dict[str, Any] = response.json()
+    return data
 
 
 @contextlib.asynccontextmanager
-async def operating(stage: Stage, **sections: Any) -> AsyncIterator[Ops]:
-    """Run a service whose callbacks come to itself."""
+async def run_ops(stage: Stage, **sections: Any) -> AsyncIterator[Ops]:
+    """Run a service that FLORA sends its callbacks to."""
     stage.port = stage.port or free_port()
     async with stage.service(public_url=f"https://127.0.0.1:{stage.port}", **sections) as service:
         token = (stage.directory / "ops-token").read_text().strip()
@@ -92,7 +92,7 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
 
 @pytest.fixture
 async def ops(stage: Stage) -> AsyncIterator[Ops]:
-    async with operating(stage) as made:
+    async with run_ops(stage) as made:
         yield made
 
 

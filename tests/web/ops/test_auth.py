@@ -1,4 +1,4 @@
-"""Who gets in: a token always, names of ours only, nothing from other sites, changes as JSON alone."""
+"""Access: every request needs the token and a known Host; other sites and forms are refused."""
 
 import stat
 from collections.abc import Mapping
@@ -56,8 +56,8 @@ def code(headers: Mapping[str, str], method: str = "GET", access: Access | None 
         ({"sec-fetch-site": "cross-site"}, "403 cross_site"),
     ],
 )
-def test_who_gets_in(headers: Mapping[str, str], expected: str | None) -> None:
-    """On GET and on a JSON POST alike."""
+def test_access_is_decided_by_the_headers(headers: Mapping[str, str], expected: str | None) -> None:
+    """A GET and a JSON POST are treated alike."""
     assert code({**GOOD, **headers}) == expected
     assert code({**GOOD, **JSON, **headers}, "POST") == expected
 
@@ -80,7 +80,7 @@ def test_a_form_cannot_change_anything(content_type: str, expected: str | None) 
 
 
 @pytest.mark.parametrize(
-    ("host", "allowed", "called", "gets_in"),
+    ("host", "allowed", "called", "is_allowed"),
     [
         ("10.0.0.7", (), "10.0.0.7:8081", True),
         ("ops.example", (), "ops.example", True),
@@ -92,13 +92,13 @@ def test_a_form_cannot_change_anything(content_type: str, expected: str | None) 
         ("127.0.0.1", ("fe80::1",), "[fe80::1]:8081", True),
     ],
 )
-def test_names_that_are_ours(host: str, allowed: tuple[str, ...], called: str, gets_in: bool) -> None:
-    """Bound to every address, it may be called by any address; a name has to be listed: rebinding needs one."""
-    assert (code({**GOOD, "host": called}, access=Access(TOKEN, host, allowed)) is None) == gets_in
+def test_the_host_must_be_a_known_name(host: str, allowed: tuple[str, ...], called: str, is_allowed: bool) -> None:
+    """A listener on every address accepts any address as Host; names must be listed, since rebinding needs one."""
+    assert (code({**GOOD, "host": called}, access=Access(TOKEN, host, allowed)) is None) == is_allowed
 
 
 @pytest.mark.parametrize(("header", "name"), [("A:1", "a"), ("[::1]:1", "::1"), ("[", ""), (":", ""), ("a.", "a")])
-def test_host_headers_are_read(header: str, name: str) -> None:
+def test_the_name_in_a_host_header(header: str, name: str) -> None:
     assert host_name(header) == name
 
 
@@ -106,18 +106,18 @@ def test_the_token_is_not_shown() -> None:
     assert TOKEN not in repr(Access(TOKEN))
 
 
-async def test_every_route_asks_for_the_token(ops: Ops) -> None:
-    """Whatever is asked, known or not, by whatever method: without the token there is nothing to see."""
+async def test_every_route_needs_the_token(ops: Ops) -> None:
+    """Without the token, known and unknown paths give the same response to every method."""
     async with httpx.AsyncClient(base_url=ops.url, trust_env=False) as client:
         for path in ("/", "/healthz", "/metrics", "/api/runs", "/api/openapi.json", "/api/nothing", "/api/runs/run_1"):
             for method in ("GET", "POST", "DELETE", "OPTIONS"):
-                answer = await client.request(method, path, headers=JSON)
-                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
-                assert answer.headers["www-authenticate"] == "Bearer"
+                response = await client.request(method, path, headers=JSON)
+                assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")
+                assert response.headers["www-authenticate"] == "Bearer"
 
 
-async def test_a_page_in_a_browser_spends_no_money(ops: Ops) -> None:
-    """Neither a form, nor a cross-site fetch, nor a rebound name starts a run, though the token were right."""
+async def test_a_page_in_a_browser_starts_no_run(ops: Ops) -> None:
+    """A form, a cross-site fetch and a rebound name are refused even with the right token."""
     body = {"technique_id": "emu-image", "inputs": []}
     form = await ops.http.post("/api/runs", content=b"{}", headers={"Content-Type": "text/plain"})
     fetch = await ops.http.post("/api/runs", json=body, headers={"Origin": "https://evil.example"})
@@ -128,12 +128,12 @@ async def test_a_page_in_a_browser_spends_no_money(ops: Ops) -> None:
     assert ops.stage.emulator.gate.requests.total() == 0
 
 
-async def test_unknown_paths_and_methods_are_told_in_json(ops: Ops) -> None:
+async def test_unknown_paths_and_methods_get_json(ops: Ops) -> None:
     assert (await ops.get("/api/nothing", 404))["error"]["code"] == "not_found"
     assert (await ops.get("/api/runs/", 404))["error"]["code"] == "not_found"
-    answer = await ops.http.delete("/api/runs", headers=JSON)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
-    assert "POST" in answer.headers["allow"]
+    response = await ops.http.delete("/api/runs", headers=JSON)
+    assert (response.status_code, response.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert "POST" in response.headers["allow"]
 
 
 WRONG_BODIES = [
@@ -150,10 +150,10 @@ WRONG_BODIES = [
 ]
 
 
-async def test_bodies_that_cannot_be_read(ops: Ops) -> None:
+async def test_malformed_bodies_are_refused(ops: Ops) -> None:
     for body, status, code in WRONG_BODIES:
-        answer = await ops.http.post("/api/runs", content=body, headers=JSON)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        response = await ops.http.post("/api/runs", content=body, headers=JSON)
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
 
 
 async def test_a_body_without_a_length_is_counted(ops: Ops) -> None:
@@ -161,20 +161,22 @@ async def test_a_body_without_a_length_is_counted(ops: Ops) -> None:
         for _ in range(5):
             yield b" " * 1024 * 1024
 
-    answer = await ops.http.post("/api/runs", content=chunks(), headers=JSON)  # type: ignore[arg-type]
-    assert answer.status_code == 413
+    response = await ops.http.post("/api/runs", content=chunks(), headers=JSON)  # type: ignore[arg-type]
+    assert response.status_code == 413
 
 
-async def test_trouble_of_our_own_is_told_in_json() -> None:
-    """The database away: 503, and when to come back. A bug: 500, and its name alone."""
+async def test_errors_of_the_service_are_json() -> None:
+    """A database that is unavailable is 503 with Retry-After; a bug is 500 with its name alone."""
 
-    async def away(_: Request) -> Response:
+    async def unavailable_store(_: Request) -> Response:
         raise StoreUnavailableError("the database cannot be used now: locked")
 
     async def bug(_: Request) -> Response:
         raise KeyError("sk_live_secret")
 
-    app = ops_app(Access(TOKEN), [Route("/away", away), Route("/bug", bug), Route("/", lambda _: JSONResponse({}))])
+    app = ops_app(
+        Access(TOKEN), [Route("/away", unavailable_store), Route("/bug", bug), Route("/", lambda _: JSONResponse({}))]
+    )
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=GOOD) as client:
         unavailable, broken = await client.get("/away"), await client.get("/bug")
@@ -190,7 +192,7 @@ def settings_in(directory: Path, **operations: object) -> Settings:
     )
 
 
-def test_a_token_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
+def test_a_token_is_created_once_and_readable_by_its_owner_alone(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     token = ensure_token(settings)
     path = token_path(settings)
@@ -206,12 +208,12 @@ def test_a_token_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["ops-token"]
 
 
-def test_a_token_that_cannot_be_kept_is_a_problem_of_the_settings(tmp_path: Path) -> None:
+def test_a_token_that_cannot_be_stored_is_a_settings_error(tmp_path: Path) -> None:
     (tmp_path / "deep").write_text("a file where the directory should be")
     with pytest.raises(ConfigError, match="RECEIVER_OPS_TOKEN"):
         ensure_token(settings_in(tmp_path))
 
 
-def test_without_sqlite_it_is_in_var() -> None:
+def test_without_sqlite_the_token_is_in_var() -> None:
     settings = Settings.model_validate({"database": {"url": "postgresql://db/x"}})
     assert token_path(settings) == Path("var/ops-token")

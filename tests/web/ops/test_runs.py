@@ -1,4 +1,4 @@
-"""Start, track, look, wait, refresh, re-dispatch, resolve: each endpoint of runs, over real HTTP, against the emulator."""
+"""Runs: start, track, list, wait, refresh, dispatch again, resolve; over HTTP, against the emulator."""
 
 import asyncio
 import json
@@ -9,19 +9,19 @@ import pytest
 from receiver.model import StartState
 from receiver.store import starts
 from tests.support.stage import Stage, eventually
-from tests.web.ops.conftest import PROMPT, Ops, operating
+from tests.web.ops.conftest import PROMPT, Ops, run_ops
 
 
-async def test_a_start_is_answered_with_its_run(ops: Ops) -> None:
-    """201 with start and run; waited for, the run is finished and its files are listed."""
-    answer = await ops.start(metadata={"market": "de"}, idempotency_key="k")
-    assert (answer["start"]["state"], answer["start"]["idempotency_key"]) == ("started", "k")
-    assert not answer["repeated"]
-    run = answer["run"]
+async def test_a_start_returns_its_run(ops: Ops) -> None:
+    """201 with start and run; after the wait, the run is finished and its files are listed."""
+    response = await ops.start(metadata={"market": "de"}, idempotency_key="k")
+    assert (response["start"]["state"], response["start"]["idempotency_key"]) == ("started", "k")
+    assert not response["repeated"]
+    run = response["run"]
     assert (run["origin"], run["metadata"], run["settled"]) == ("started", {"market": "de"}, False)
     waited = (await ops.get(f"/api/runs/{run['run_id']}/wait", timeout=30))["run"]
     assert (waited["state"], waited["verdict"], waited["finished"]) == ("completed", "matched", True)
-    assert waited["start"]["token"] == answer["start"]["token"]
+    assert waited["start"]["token"] == response["start"]["token"]
     assert [output["type"] for output in waited["outputs"]] == ["imageUrl"]
     assert {row["position"] for row in waited["artifacts"]} == {-1, 0}
     assert all(row["sha256"] and row["location"].startswith("file://") for row in waited["artifacts"])
@@ -30,7 +30,7 @@ async def test_a_start_is_answered_with_its_run(ops: Ops) -> None:
 
 
 async def test_the_same_key_again_is_the_same_run(ops: Ops) -> None:
-    """200 the second time; another request under it is 422."""
+    """200 the second time; a different request with the same key is 422."""
     first = await ops.start(idempotency_key="k")
     again = await ops.start(idempotency_key="k", status=200)
     assert again["repeated"]
@@ -45,8 +45,8 @@ async def test_the_same_key_again_is_the_same_run(ops: Ops) -> None:
 
 async def test_a_generation_is_started_and_stored(ops: Ops) -> None:
     body = {"type": "image", "prompt": "a fox", "workspace_id": "ws_emulator", "project_id": "prj_emulator"}
-    answer = await ops.post("/api/runs", {"generate": body, "idempotency_key": "g"}, 201)
-    run_id = answer["run"]["run_id"]
+    response = await ops.post("/api/runs", {"generate": body, "idempotency_key": "g"}, 201)
+    run_id = response["run"]["run_id"]
     waited = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
     assert (waited["state"], waited["run_type"], waited["quoted_cost"]) == ("completed", "generation", 0.04)
     assert waited["verdict"] == "matched"
@@ -55,19 +55,19 @@ async def test_a_generation_is_started_and_stored(ops: Ops) -> None:
 
 
 async def test_a_callback_url_inside_generate_is_the_callers(ops: Ops) -> None:
-    """It is not written over by ours."""
+    """It is not replaced by that of the service."""
     url = "https://hooks.example.com/mine"
     body = {"type": "text", "prompt": "a", "workspace_id": "ws_emulator", "project_id": "prj_emulator"}
-    answer = await ops.post("/api/runs", {"generate": {**body, "callback_url": url}}, 201)
-    assert ops.stage.emulator.runs.get(answer["run"]["run_id"]).callback_url == url
-    assert not answer["run"]["callback_expected"]
+    response = await ops.post("/api/runs", {"generate": {**body, "callback_url": url}}, 201)
+    assert ops.stage.emulator.runs.get(response["run"]["run_id"]).callback_url == url
+    assert not response["run"]["callback_expected"]
 
 
 async def test_mode_stream_is_passed_on(ops: Ops) -> None:
-    answer = await ops.start(mode="stream")
+    response = await ops.start(mode="stream")
     request = ops.stage.rows("SELECT request FROM starts")[0]["request"]
     assert json.loads(request)["mode"] == "stream"
-    assert answer["start"]["state"] == "started"
+    assert response["start"]["state"] == "started"
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ async def test_mode_stream_is_passed_on(ops: Ops) -> None:
     ],
 )
 async def test_a_refusal_of_flora_is_passed_on(ops: Ops, fault: dict[str, Any], status: int, code: str) -> None:
-    """With its status where it concerns the caller; 502 where it is our key that FLORA does not take."""
-    ops.break_it(**fault, method="POST")
-    answer = await ops.start(idempotency_key="k", status=status)
-    assert answer["error"]["code"] == code
-    assert answer["error"]["request_id"].startswith("req_")
-    assert answer["start"]["state"] == "refused"
+    """With its status if it concerns the caller; 502 if FLORA refuses the service's key."""
+    ops.add_fault(**fault, method="POST")
+    response = await ops.start(idempotency_key="k", status=status)
+    assert response["error"]["code"] == code
+    assert response["error"]["request_id"].startswith("req_")
+    assert response["start"]["state"] == "refused"
     if status == 402:
         assert (await ops.start(idempotency_key="k"))["start"]["state"] == "started"
 
@@ -100,26 +100,26 @@ async def test_the_fields_that_flora_names_are_passed_on(ops: Ops) -> None:
     assert error["request_id"].startswith("req_")
 
 
-async def test_while_flora_is_silent_the_answer_is_202(ops: Ops) -> None:
-    """Asked again later by the service itself; the same key hears how it ended."""
-    ops.break_it(kind="service_unavailable", method="POST")
-    answer = await ops.start(idempotency_key="k", wait_seconds=0, status=202)
-    assert (answer["start"]["state"], answer["run"]) == ("asking", None)
+async def test_without_a_response_of_flora_a_start_is_202(ops: Ops) -> None:
+    """The service retries by itself; the same key gets the outcome."""
+    ops.add_fault(kind="service_unavailable", method="POST")
+    response = await ops.start(idempotency_key="k", wait_seconds=0, status=202)
+    assert (response["start"]["state"], response["run"]) == ("asking", None)
 
-    async def started() -> bool:
+    async def is_started() -> bool:
         response = await ops.http.post(
             "/api/runs", json={"technique_id": "emu-image", "inputs": [PROMPT], "idempotency_key": "k"}
         )
         return bool(response.json()["start"]["state"] == "started")
 
-    await eventually(started)
+    await eventually(is_started)
     assert len(ops.stage.rows("SELECT * FROM runs")) == 1
 
 
-async def test_an_unknown_outcome_is_said_and_resolved(ops: Ops) -> None:
-    """409 with what to do; an operator's word makes it a start like any other."""
-    answer = await ops.start(idempotency_key="k")
-    token, run_id = answer["start"]["token"], answer["run"]["run_id"]
+async def test_an_unknown_outcome_is_reported_and_resolved(ops: Ops) -> None:
+    """409 with what to do; once resolved, it is a start like any other."""
+    response = await ops.start(idempotency_key="k")
+    token, run_id = response["start"]["token"], response["run"]["run_id"]
 
     def forget(tx: Any) -> None:
         tx.exec_driver_sql("UPDATE starts SET state = 'unknown', run_id = NULL, error_message = 'use runs resolve'")
@@ -177,7 +177,7 @@ WRONG_STARTS = [
 ]
 
 
-async def test_a_start_that_is_wrong_reaches_nobody(ops: Ops) -> None:
+async def test_an_invalid_start_is_neither_stored_nor_sent(ops: Ops) -> None:
     for body, field in WRONG_STARTS:
         error = (await ops.post("/api/runs", body, 400))["error"]
         assert error["code"] == "invalid_request"
@@ -225,8 +225,8 @@ WRONG_TRACKS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-async def test_what_cannot_be_tracked_is_refused(ops: Ops) -> None:
-    """The API key goes to FLORA's base URL only, so a poll_url elsewhere is refused, and none is fetched."""
+async def test_an_invalid_run_is_not_tracked(ops: Ops) -> None:
+    """The API key is sent to FLORA's base URL only: a poll_url elsewhere is refused, and none is fetched."""
     for body, code in WRONG_TRACKS:
         base = ops.stage.emulator.base_url(ops.stage.origin)
         given = {key: value.replace("{base}", base) if isinstance(value, str) else value for key, value in body.items()}
@@ -235,7 +235,7 @@ async def test_what_cannot_be_tracked_is_refused(ops: Ops) -> None:
 
 
 async def test_runs_are_listed_page_by_page(ops: Ops) -> None:
-    """Newest first, none twice, none left out, though others come in between two pages."""
+    """Newest first, none twice and none left out, while others are added between two pages."""
     for number in range(7):
         await ops.post("/api/runs/track", {"run_id": f"run_{number}"})
     seen: list[str] = []
@@ -278,32 +278,32 @@ async def test_parameters_out_of_range_are_named(ops: Ops) -> None:
         assert [row["field"] for row in error["fields"]] == [field]
 
 
-async def test_a_run_nobody_knows_is_404_at_once(ops: Ops) -> None:
+async def test_an_unknown_run_is_404_at_once(ops: Ops) -> None:
     for path in ("", "/wait?timeout=120", "/timeline"):
         assert (await ops.get(f"/api/runs/run_nobody{path}", 404))["error"]["code"] == "not_found"
     for action in ("refresh", "redispatch"):
         await ops.post(f"/api/runs/run_nobody/{action}", {}, 404)
 
 
-async def test_waiting_ends_with_time(ops: Ops) -> None:
-    """An unfinished run is answered as it stands: 0 looks once."""
+async def test_a_wait_ends_with_its_timeout(ops: Ops) -> None:
+    """An unfinished run is returned as it is; a timeout of 0 reads it once."""
     await ops.post("/api/runs/track", {"run_id": "run_1"})
-    answer = await ops.get("/api/runs/run_1/wait", timeout=0)
-    assert not answer["run"]["finished"]
+    response = await ops.get("/api/runs/run_1/wait", timeout=0)
+    assert not response["run"]["finished"]
     assert not (await ops.get("/api/runs/run_1/wait", timeout=0.2))["run"]["finished"]
 
 
-async def test_many_may_wait_for_one_run(ops: Ops) -> None:
+async def test_many_requests_can_wait_for_one_run(ops: Ops) -> None:
     run_id = (await ops.start())["run"]["run_id"]
-    answers = await asyncio.gather(*(ops.get(f"/api/runs/{run_id}/wait", timeout=30) for _ in range(5)))
-    assert all(answer["run"]["finished"] for answer in answers)
+    responses = await asyncio.gather(*(ops.get(f"/api/runs/{run_id}/wait", timeout=30) for _ in range(5)))
+    assert all(response["run"]["finished"] for response in responses)
 
 
-async def test_waiting_ends_when_a_handler_gives_up(stage: Stage) -> None:
-    """Dead is over too: the wait says so instead of going on."""
+async def test_a_wait_ends_when_a_dispatch_is_dead(stage: Stage) -> None:
+    """A dead dispatch is over: the run is finished."""
     handlers = [{"use": "storage", "max_attempts": 1, "options": {"url": str(stage.outputs)}}]
-    async with operating(stage, handlers=handlers) as ops:
-        ops.break_it(kind="expired", status=404)
+    async with run_ops(stage, handlers=handlers) as ops:
+        ops.add_fault(kind="expired", status=404)
         run_id = (await ops.start())["run"]["run_id"]
         run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
         assert run["finished"]
@@ -319,8 +319,8 @@ async def test_waiting_ends_when_a_handler_gives_up(stage: Stage) -> None:
 
 
 async def test_a_run_is_dispatched_again(ops: Ops) -> None:
-    """Attempts count anew, and the handler's effect is applied once."""
-    run_id = await ops.finished("emu-two-images")
+    """Attempts are counted from zero, and the handler's effect is applied once."""
+    run_id = await ops.run_to_end("emu-two-images")
     before = ops.stage.files(run_id)
     armed = await ops.post(f"/api/runs/{run_id}/redispatch", {"handler": "storage"})
     assert {row["handler"] for row in armed["armed"]} == {"storage"}
@@ -333,23 +333,23 @@ async def test_a_run_is_dispatched_again(ops: Ops) -> None:
 
 
 async def test_a_refresh_reads_the_run_now(stage: Stage) -> None:
-    async with operating(stage, reconcile={"first_poll_seconds": 600, "max_gap_seconds": 600}) as ops:
+    async with run_ops(stage, reconcile={"first_poll_seconds": 600, "max_gap_seconds": 600}) as ops:
         run_id = stage.start(callback=False)
         known = {"run_id": run_id, "technique_id": "tech_emu_image", "callback_expected": True}
         await ops.post("/api/runs/track", known)
-        await eventually(lambda: _ended(stage, run_id))
+        await eventually(lambda: _has_ended(stage, run_id))
         await ops.post(f"/api/runs/{run_id}/refresh", {})
         assert (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]["finished"]
         await ops.post(f"/api/runs/{run_id}/refresh", {"force": True}, 400)
 
 
-async def _ended(stage: Stage, run_id: str) -> bool:
+async def _has_ended(stage: Stage, run_id: str) -> bool:
     emulator = stage.emulator
     return emulator.runs.get(run_id).status_at(emulator.runs.clock()) == "completed"
 
 
-async def test_the_timeline_tells_what_happened_in_order(ops: Ops) -> None:
-    run_id = await ops.finished(idempotency_key="k")
+async def test_the_timeline_lists_what_happened_in_order(ops: Ops) -> None:
+    run_id = await ops.run_to_end(idempotency_key="k")
     found = await ops.get(f"/api/runs/{run_id}/timeline")
     kinds = [entry["kind"] for entry in found["entries"]]
     assert {"asked", "first_seen", "callback", "settled", "attempt", "attempt_ended", "stored"} <= set(kinds)
@@ -359,21 +359,48 @@ async def test_the_timeline_tells_what_happened_in_order(ops: Ops) -> None:
     assert found["run"]["run_id"] == run_id
 
 
-async def test_a_wait_survives_a_restart(stage: Stage) -> None:
-    """The Python client goes on waiting while the service is away, and returns when the run is over."""
+async def test_a_wait_continues_through_a_restart(stage: Stage) -> None:
+    """The Python client keeps waiting while the service restarts, and returns when the run is over."""
     slow = [{"kind": "run_seconds", "seconds": 1.5}]
-    async with operating(stage) as ops:
+    async with run_ops(stage) as ops:
         run_id = stage.emulator.start_run("emu-image", callback_url=stage.url, faults=slow)
         await ops.post("/api/runs/track", {"run_id": run_id, "technique_id": "tech_emu_image"})
         port = ops.service.operations_address[1]
-        waiter = asyncio.create_task(ops.ask(lambda receiver: receiver.wait(run_id, timeout_seconds=40)))
-        await eventually(lambda: _listening(ops, run_id))
+        waiter = asyncio.create_task(ops.call_client(lambda receiver: receiver.wait(run_id, timeout_seconds=40)))
+        await eventually(lambda: _is_waited_for(ops, run_id))
     assert not waiter.done()
-    async with operating(stage, operations={"port": port}):
+    async with run_ops(stage, operations={"port": port}):
         run = await waiter
     assert (run.run_id, run.state, run.finished) == (run_id, "completed", True)
     stage.check_files(run_id)
 
 
-async def _listening(ops: Ops, run_id: str) -> bool:
+async def _is_waited_for(ops: Ops, run_id: str) -> bool:
     return run_id in ops.service.signals.changes._by_run
+
+
+async def test_a_technique_is_returned_as_flora_declares_it(ops: Ops) -> None:
+    technique = (await ops.get("/api/techniques/emu-two-images"))["technique"]
+    assert (technique["technique_id"], technique["slug"]) == ("tech_emu_two_images", "emu-two-images")
+    assert technique["run_cost"] == 0.08
+    assert technique["inputs"][0] == {"id": "prompt", "type": "text", "name": "Prompt", "optional": False}
+    assert {row["id"]: row["optional"] for row in technique["inputs"]} == {"prompt": False, "image": True, "size": True}
+    assert [row["type"] for row in technique["outputs"]] == ["imageUrl", "imageUrl"]
+
+
+FLORA_ERRORS = [
+    (None, 404, "not_found"),
+    ({"kind": "unauthorized"}, 502, "flora_unauthorized"),
+    ({"kind": "rate_limited", "retry_after": 0}, 503, "flora_rate_limited"),
+    ({"kind": "internal_error"}, 503, "flora_unavailable"),
+    ({"kind": "html"}, 502, "flora_refused"),
+]
+
+
+async def test_errors_of_flora_are_passed_on(ops: Ops) -> None:
+    for fault, status, code in FLORA_ERRORS:
+        if fault is not None:
+            ops.add_fault(**fault, path="/techniques")
+        response = await ops.http.get("/api/techniques/nobody")
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+        assert ("retry-after" in response.headers) == (status == 503)
