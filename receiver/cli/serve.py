@@ -13,8 +13,9 @@ import structlog
 
 from receiver.cli.output import report_errors
 from receiver.config import Settings, load_settings
-from receiver.service.service import Only, Service
-from receiver.service.systemd import Supervisor, listeners
+from receiver.service.service import Service
+from receiver.service.systemd import Supervisor, inherited_listeners
+from receiver.service.wiring import Only
 from receiver.telemetry import configure_logging
 
 log = structlog.get_logger("receiver.cli")
@@ -53,10 +54,10 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _serve(settings: Settings, only: Only | None) -> None:
-    service = Service(settings, only=only, listeners=listeners(os.environ, os.getpid()))
+    service = Service(settings, only=only, listeners=inherited_listeners(os.environ, os.getpid()))
     gc.freeze()  # what is loaded by now stays for good: no collection needs to look at it
     gc.set_threshold(_YOUNG, *gc.get_threshold()[1:])
-    await service.run_until_signal(Supervisor.of(os.environ, os.getpid()))
+    await service.run_until_signal(Supervisor.from_environment(os.environ, os.getpid()))
     leaving = threading.Timer(_LAST_SECONDS, _leave)
     leaving.daemon = True  # or the process would wait for it
     leaving.start()

@@ -38,10 +38,10 @@ _EXPIRED = frozenset({403, 404, 410})
 class DownloadLimits:
     """How much and how long. `stall_seconds` is the longest silence, `deadline_seconds` the whole of one download."""
 
-    max_bytes: int = 20 * 1024**3
+    max_bytes: int
+    stall_seconds: float
+    deadline_seconds: float
     connect_seconds: float = 10.0
-    stall_seconds: float = 30.0
-    deadline_seconds: float = 840.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,13 +74,13 @@ class Downloader:
     def __init__(
         self,
         *,
-        limits: DownloadLimits | None = None,
+        limits: DownloadLimits,
         allow_private_hosts: Iterable[str] = (),
         tls: ssl.SSLContext | None = None,
         resolve: Resolve = resolve,
         count_bytes: Callable[[int], None] | None = None,
     ) -> None:
-        self._limits = limits or DownloadLimits()
+        self._limits = limits
         self._count_bytes = count_bytes
         tls = tls or tls_context()
 

@@ -1,6 +1,6 @@
-"""What the service says to systemd, and what it is given: readiness, a watchdog, listening sockets. Used by `serve`.
+"""The protocols between systemd and the service: readiness, a watchdog, listening sockets. Used by `serve`.
 
-The protocols are sd_notify(3) and sd_listen_fds(3): datagrams of NAME=value lines, and file descriptors from 3 on.
+They are sd_notify(3), datagrams of NAME=value lines, and sd_listen_fds(3), file descriptors from 3 on.
 """
 
 import asyncio
@@ -10,58 +10,61 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-_FIRST = 3
+_FIRST_DESCRIPTOR = 3
 _NAMES = frozenset({"public", "operations"})
 
 
-def listeners(environ: Mapping[str, str], pid: int) -> dict[str, socket.socket]:
-    """Return the sockets that were handed over, by `FileDescriptorName=`; one without a name of ours is `public`."""
+def inherited_listeners(environ: Mapping[str, str], pid: int) -> dict[str, socket.socket]:
+    """Return the sockets that systemd passed, by their `FileDescriptorName=`; any other name counts as `public`."""
     if environ.get("LISTEN_PID") != str(pid):
         return {}
     names = environ.get("LISTEN_FDNAMES", "").split(":")
-    found = {}
+    listeners = {}
     for number in range(int(environ.get("LISTEN_FDS", "0"))):
-        os.set_inheritable(_FIRST + number, False)
-        given = names[number] if number < len(names) else ""
-        listener = socket.socket(fileno=_FIRST + number)
+        os.set_inheritable(_FIRST_DESCRIPTOR + number, False)
+        name = names[number] if number < len(names) else ""
+        listener = socket.socket(fileno=_FIRST_DESCRIPTOR + number)
         listener.setblocking(False)
-        found[given if given in _NAMES else "public"] = listener
-    return found
+        listeners[name if name in _NAMES else "public"] = listener
+    return listeners
 
 
 @dataclass(frozen=True, slots=True)
 class Supervisor:
-    """Who started us and wants to hear of us; `address` None: nobody does. `watchdog_seconds` None: there is no watchdog."""
+    """The service manager that started this process. `address` is its notification socket, None if there is none.
+
+    `watchdog_seconds` is the longest time between two signs of life that it accepts, None for any.
+    """
 
     address: str | None = None
     watchdog_seconds: float | None = None
 
     @classmethod
-    def of(cls, environ: Mapping[str, str], pid: int) -> "Supervisor":
+    def from_environment(cls, environ: Mapping[str, str], pid: int) -> "Supervisor":
         seconds = None
         if environ.get("WATCHDOG_PID", str(pid)) == str(pid) and environ.get("WATCHDOG_USEC", "").isdecimal():
             seconds = int(environ["WATCHDOG_USEC"]) / 1e6
         return cls(environ.get("NOTIFY_SOCKET") or None, seconds or None)
 
-    def tell(self, *words: str) -> None:
-        """Send words such as `READY=1`. Nobody to hear them is no error."""
+    def notify(self, *lines: str) -> None:
+        """Send notifications such as `READY=1`; does nothing without a notification socket."""
         if self.address is None:
             return
         address = "\0" + self.address[1:] if self.address.startswith("@") else self.address
         with (
             contextlib.suppress(OSError),
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as way,
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
         ):
-            way.sendto("\n".join(words).encode(), address)
+            channel.sendto("\n".join(lines).encode(), address)
 
-    async def watch(self, alive: Callable[[], Awaitable[None]]) -> None:
-        """Say that we live twice within the watchdog's time, for as long as `alive` returns.
+    async def run_watchdog(self, check_alive: Callable[[], Awaitable[None]]) -> None:
+        """Send a sign of life twice within the watchdog's time, each after `check_alive` has returned.
 
-        That is asked from the event loop and may take long or hang: then nothing is said, and systemd starts us anew.
+        If it hangs, no sign is sent, and systemd restarts the service.
         """
         if self.watchdog_seconds is None:
             return
         while True:
-            await alive()
-            self.tell("WATCHDOG=1")
+            await check_alive()
+            self.notify("WATCHDOG=1")
             await asyncio.sleep(self.watchdog_seconds / 2)

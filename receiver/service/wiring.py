@@ -1,30 +1,343 @@
-"""What the rooms are built with, as the settings have it: numbers, limits, API clients. Called by service and dev."""
+"""The composition root: builds everything that one process consists of from its settings. Nothing built here runs yet.
 
-from collections.abc import Callable, Mapping
+Called by `Service`, which starts and stops what is built. `dev` and the tests use single converters.
+"""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
+from typing import Any, Literal
 
 import httpx
+from starlette.types import ASGIApp
 
-from receiver.config import Settings
+from receiver.config import Settings, check_operations, ensure_token
 from receiver.decide import Policy
+from receiver.errors import ConfigError
 from receiver.flora.client import FloraClient
 from receiver.flora.rate_limit import RateLimit
-from receiver.net.download import DownloadLimits
+from receiver.intake.callbacks import Intake, Secret
+from receiver.model import Subscription
+from receiver.net.addresses import is_loopback
+from receiver.net.clients import api_client, tls_context
+from receiver.net.download import Downloader, DownloadLimits
+from receiver.plugins.loader import Loaded, load_handlers
+from receiver.store import Database, open_database
+from receiver.store.changes import Signals
 from receiver.telemetry import Metrics
 from receiver.web.accept_limits import fit_connections
 from receiver.web.connection_guard import Guard, Limits
-from receiver.web.public import CALLBACK_PATH
-from receiver.workers.janitor import Retention
-from receiver.workers.sweeper import Discovery
+from receiver.web.ops.app import ops_app
+from receiver.web.ops.auth import Access
+from receiver.web.ops.backup import BackupRoutes
+from receiver.web.ops.callbacks import CallbackRoutes
+from receiver.web.ops.dispatches import DispatchRoutes
+from receiver.web.ops.monitor import MonitorRoutes
+from receiver.web.ops.requests import MAX_BODY_BYTES
+from receiver.web.ops.runs import RunRoutes
+from receiver.web.public import CALLBACK_PATH, public_app
+from receiver.web.server import Server, bind
+from receiver.workers.dispatcher import Dispatcher
+from receiver.workers.janitor import Janitor, Retention
+from receiver.workers.leader import LeaderLease
+from receiver.workers.notifier import ChangeNotifier
+from receiver.workers.poller import Poller
+from receiver.workers.run_reader import RunReader
+from receiver.workers.starter import Starter
+from receiver.workers.sweeper import Discovery, Sweeper
+
+Only = Literal["door", "workers"]
+"""The part of the work that one process does: it takes callbacks, or it does everything else."""
+Loop = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
+"""Runs until the event is set."""
+
+_OPERATIONS_LIMITS = Limits(
+    # The app itself reads on beyond its own limit before it refuses a body.
+    message_bytes=5 * MAX_BODY_BYTES,
+    discard_bytes=5 * MAX_BODY_BYTES,
+    head_seconds=10.0,
+    body_seconds=60.0,
+    connections=1000,
+)
+_EAGER_POLL = timedelta(seconds=4)
+"""FLORA advises two to five seconds."""
+_HEAD_START = timedelta(seconds=45)
+"""Longer than a request to FLORA takes; see `Starter`."""
+_LONGEST_JANITOR_PAUSE_SECONDS = 5.0
 
 
-def policy(settings: Settings) -> Policy:
-    """Return the rules' numbers as the settings have them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything that one process consists of, apart from its two listeners."""
+
+    settings: Settings
+    clock: Callable[[], datetime]
+    handlers: tuple[Loaded, ...]
+    metrics: Metrics
+    signals: Signals
+    database: Database
+    intake: Intake
+    api: httpx.AsyncClient
+    """Connections to FLORA's API; closed by the service, as is `downloader`."""
+    downloader: Downloader
+    clients: Mapping[str | None, FloraClient]
+    poller: Poller
+    sweeper: Sweeper
+    starter: Starter
+    dispatcher: Dispatcher
+    janitor: Janitor
+    notifier: ChangeNotifier
+
+    @property
+    def subscriptions(self) -> tuple[Subscription, ...]:
+        return tuple(each.subscription for each in self.handlers)
+
+    @property
+    def handler_names(self) -> list[str]:
+        return [each.subscription.handler for each in self.handlers]
+
+
+def build_parts(settings: Settings, *, policy: Policy, clock: Callable[[], datetime]) -> Parts:
+    """Load the handlers, open the database, build what works on it. Raises ConfigError, StoreError."""
+    handlers = load_handlers(settings)
+    subscriptions = [each.subscription for each in handlers]
+    metrics, signals = Metrics(), Signals()
+    database = open_database(
+        settings.database.url, listen_url=settings.database.listen_url, pool_size=settings.database.pool_size
+    )
+    intake = build_intake(settings, database, subscriptions, policy, signals, metrics, clock)
+    flora = settings.flora
+    api = api_client(flora.base_url, timeout_seconds=flora.timeout_seconds, tls=tls_context(flora.ca_file))
+    clients = build_clients(settings, api, metrics, clock)
+    readers = {key: RunReader(key, client, metrics=metrics, clock=clock) for key, client in clients.items()}
+    downloader = build_downloader(settings, metrics)
+    return Parts(
+        settings=settings,
+        clock=clock,
+        handlers=handlers,
+        metrics=metrics,
+        signals=signals,
+        database=database,
+        intake=intake,
+        api=api,
+        downloader=downloader,
+        clients=clients,
+        poller=Poller(database, intake, readers, signals=signals, policy=policy, clock=clock),
+        sweeper=Sweeper(database, intake, readers, discovery=to_discovery(settings), clock=clock),
+        starter=Starter(
+            database,
+            intake,
+            clients,
+            signals=signals,
+            callback_url=to_callback_url(settings.public_url),
+            head_start=_HEAD_START if database.shared else timedelta(0),
+            clock=clock,
+        ),
+        dispatcher=build_dispatcher(settings, database, handlers, downloader, intake, signals, metrics, clock),
+        janitor=build_janitor(settings, database, intake, clock),
+        notifier=ChangeNotifier(database, signals),
+    )
+
+
+def build_intake(
+    settings: Settings,
+    database: Database,
+    subscriptions: Sequence[Subscription],
+    policy: Policy,
+    signals: Signals,
+    metrics: Metrics,
+    clock: Callable[[], datetime],
+) -> Intake:
+    return Intake(
+        database,
+        secrets=[Secret(value, workspace) for value, workspace in settings.secrets_by_workspace()],
+        subscriptions=subscriptions,
+        policy=policy,
+        signals=signals,
+        metrics=metrics,
+        tolerance_past=settings.flora.tolerance_past_seconds,
+        tolerance_future=settings.flora.tolerance_future_seconds,
+        clock=clock,
+    )
+
+
+def build_clients(
+    settings: Settings, http: httpx.AsyncClient, metrics: Metrics, clock: Callable[[], datetime]
+) -> Mapping[str | None, FloraClient]:
+    """Return the client of each workspace that has an API key; None is the client for every other workspace.
+
+    Clients with the same API key share a rate limit: FLORA counts by key.
+    """
+    clients: dict[str | None, FloraClient] = {}
+    limits: dict[str, RateLimit] = {}
+    for workspace_id in (None, *(workspace.id for workspace in settings.workspaces)):
+        key = settings.api_key_for(workspace_id)
+        if key is not None:
+            clients[workspace_id] = FloraClient(
+                http,
+                key,
+                limits.setdefault(key, RateLimit(settings.reconcile.concurrency, clock=clock)),
+                timeout_seconds=settings.flora.timeout_seconds,
+                on_response=metrics.count_api_request,
+            )
+    return clients
+
+
+def build_downloader(settings: Settings, metrics: Metrics) -> Downloader:
+    return Downloader(
+        limits=to_download_limits(settings),
+        allow_private_hosts=settings.downloads.allow_private_hosts,
+        tls=tls_context(settings.downloads.ca_file),
+        count_bytes=metrics.count_download,
+    )
+
+
+def build_dispatcher(
+    settings: Settings,
+    database: Database,
+    handlers: Sequence[Loaded],
+    downloader: Downloader,
+    intake: Intake,
+    signals: Signals,
+    metrics: Metrics,
+    clock: Callable[[], datetime],
+) -> Dispatcher:
+    return Dispatcher(
+        database,
+        [each.registration for each in handlers],
+        [each.subscription for each in handlers],
+        downloader=downloader,
+        signals=signals,
+        metrics=metrics,
+        apply=intake.apply,
+        lease=timedelta(seconds=settings.dispatch.lease_seconds),
+        takeover=database.shared,
+        clock=clock,
+    )
+
+
+def build_janitor(settings: Settings, database: Database, intake: Intake, clock: Callable[[], datetime]) -> Janitor:
+    pause = min(_LONGEST_JANITOR_PAUSE_SECONDS, settings.reconcile.callback_window_seconds / 4)
+    return Janitor(database, intake, retention=to_retention(settings), pause_seconds=pause, clock=clock)
+
+
+def build_loops(parts: Parts, only: Only | None) -> Mapping[str, Loop]:
+    """Return the loops of one process by name: all of them, or those of its part; shared work needs a lease."""
+    janitor, notifier = parts.janitor, parts.notifier
+    leased: dict[str, Loop] = {"poller": parts.poller.run, "janitor": janitor.run}
+    if parts.settings.discover.enabled:
+        leased["sweeper"] = parts.sweeper.run
+    if not parts.database.shared:
+        if only is not None:
+            return {"rejections": janitor.keep_rejections}
+        return {**leased, "dispatcher": parts.dispatcher.run, "starter": parts.starter.run}
+    loops: dict[str, Loop] = {
+        "notifier": notifier.run,
+        "listener": notifier.listen,
+        "rejections": janitor.keep_rejections,
+    }
+    if only == "door":
+        return loops
+    leased["starter"] = parts.starter.recover
+    loops |= {name: LeaderLease(parts.database, name, work).run for name, work in leased.items()}
+    return loops | {"dispatcher": parts.dispatcher.run, "own starts": parts.starter.ask_own}
+
+
+def build_public_server(
+    parts: Parts,
+    *,
+    ready: Callable[[], Awaitable[str | None]],
+    wrap: Callable[[ASGIApp], ASGIApp] | None,
+    listener: socket.socket | None,
+) -> Server:
+    """Build the listener that FLORA calls. `wrap` is put around its app; `listener` is bound already."""
+    settings, public = parts.settings, parts.settings.public
+    app = public_app(
+        parts.intake,
+        parts.metrics,
+        ready=ready,
+        max_body_bytes=public.max_body_bytes,
+        body_timeout_seconds=public.body_timeout_seconds,
+        trusted_proxies=public.trusted_proxies,
+    )
+    if wrap is not None:
+        app = wrap(app)
+    sockets = [listener] if listener else bind(public.host, public.port, setting="public")
+    guard = build_public_guard(settings, parts.metrics)
+    return Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key, guard=guard, name="public")
+
+
+def build_public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
+    """Return the guard of the public listener, for as many connections as files may be open; None: h11 has none."""
+    public = settings.public
+    if public.http == "h11":
+        return None
+    limits = Limits(
+        message_bytes=public.max_body_bytes + 32 * 1024,
+        head_seconds=public.head_timeout_seconds,
+        body_seconds=public.body_timeout_seconds + 1,  # the app's own limit comes first, with a 408
+        connections=fit_connections(public.max_connections),
+    )
+    return Guard(limits, on_close=partial(metrics.count_closed_connection, "public"))
+
+
+def build_operations_server(
+    parts: Parts, *, stopping: asyncio.Event, only_probes: bool, listener: socket.socket | None
+) -> Server:
+    """Build the listener for operators. Raises ConfigError if these settings would expose it."""
+    settings, operations = parts.settings, parts.settings.operations
+    if (problem := check_operations(settings)) is not None:
+        raise ConfigError([problem])
+    access = Access(ensure_token(settings), operations.host, operations.allowed_hosts)
+    app = build_operations_app(parts, access, stopping=stopping, only_probes=only_probes)
+    sockets = [listener] if listener else bind(operations.host, operations.port, setting="operations")
+    # On loopback nothing has to be hidden; elsewhere TLS is needed, unless a proxy does it.
+    is_plain = is_loopback(operations.host) or operations.allow_plaintext
+    cert, key = (None, None) if is_plain else (settings.tls.cert, settings.tls.key)
+    guard = Guard(_OPERATIONS_LIMITS, on_close=partial(parts.metrics.count_closed_connection, "operations"))
+    return Server(app, sockets, cert=cert, key=key, guard=guard, name="operations")
+
+
+def build_operations_app(parts: Parts, access: Access, *, stopping: asyncio.Event, only_probes: bool) -> ASGIApp:
+    monitor = MonitorRoutes(
+        parts.database,
+        parts.metrics,
+        signals=parts.signals,
+        stopping=stopping,
+        handlers=parts.handler_names,
+        clock=parts.clock,
+    )
+    if only_probes:
+        return ops_app(access, monitor.probes())
+    runs = RunRoutes(
+        parts.database,
+        parts.intake,
+        parts.starter,
+        signals=parts.signals,
+        stopping=stopping,
+        base_url=parts.settings.flora.base_url,
+        handlers=parts.handler_names,
+        clock=parts.clock,
+    )
+    return ops_app(
+        access,
+        DispatchRoutes(parts.database, parts.subscriptions, signals=parts.signals, clock=parts.clock).routes(),
+        runs.routes(),
+        BackupRoutes(parts.database).routes(),
+        CallbackRoutes(parts.database, clock=parts.clock).routes(),
+        monitor.routes(),
+    )
+
+
+def to_policy(settings: Settings) -> Policy:
+    """Return the numbers of the rules."""
     reconcile = settings.reconcile
     return Policy(
         first_poll=timedelta(seconds=reconcile.first_poll_seconds),
-        eager_poll=timedelta(seconds=4),  # FLORA advises 2 to 5 s
+        eager_poll=_EAGER_POLL,
         max_gap=timedelta(seconds=reconcile.max_gap_seconds),
         callback_window=timedelta(seconds=reconcile.callback_window_seconds),
         deadline=timedelta(hours=reconcile.deadline_hours),
@@ -33,33 +346,19 @@ def policy(settings: Settings) -> Policy:
     )
 
 
-def callback_url(public_url: str | None) -> str | None:
-    """Return what FLORA is told to call."""
+def to_callback_url(public_url: str | None) -> str | None:
+    """Return the URL that FLORA calls."""
     return None if public_url is None else public_url.rstrip("/") + CALLBACK_PATH
 
 
-def public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
-    """Return the public listener's guard, with no more places than there are files; None: h11 has none."""
-    public = settings.public
-    if public.http == "h11":
-        return None
-    limits = Limits(
-        message_bytes=public.max_body_bytes + 32 * 1024,
-        head_seconds=public.head_timeout_seconds,
-        body_seconds=public.body_timeout_seconds + 1,  # the app's own limit comes first: it answers 408
-        connections=fit_connections(public.max_connections),
-    )
-    return Guard(limits, on_close=partial(metrics.count_closed_connection, "public"))
-
-
-def retention(settings: Settings) -> Retention:
-    """Return how long the janitor keeps things."""
+def to_retention(settings: Settings) -> Retention:
+    """Return how long the janitor keeps rows."""
     keep = settings.retention
     return Retention(timedelta(days=keep.bodies_days), timedelta(days=keep.ledger_days), keep.rejections)
 
 
-def download_limits(settings: Settings) -> DownloadLimits:
-    """Return what one download may take."""
+def to_download_limits(settings: Settings) -> DownloadLimits:
+    """Return the limits of one download."""
     downloads = settings.downloads
     return DownloadLimits(
         max_bytes=downloads.max_bytes,
@@ -68,8 +367,8 @@ def download_limits(settings: Settings) -> DownloadLimits:
     )
 
 
-def discovery(settings: Settings) -> Discovery:
-    """Return what the sweeper looks through."""
+def to_discovery(settings: Settings) -> Discovery:
+    """Return what the sweeper searches."""
     discover = settings.discover
     return Discovery(
         every=timedelta(seconds=discover.every_seconds),
@@ -80,23 +379,3 @@ def discovery(settings: Settings) -> Discovery:
         technique_ids=discover.technique_ids,
         run_types=discover.run_types,
     )
-
-
-def clients(
-    settings: Settings, http: httpx.AsyncClient, metrics: Metrics, clock: Callable[[], datetime]
-) -> Mapping[str | None, FloraClient]:
-    """Return each workspace's client, as far as it has an API key; None is for every other workspace.
-
-    Clients with the same API key share a rate limit: FLORA counts by key.
-    """
-    made: dict[str | None, FloraClient] = {}
-    limits: dict[str, RateLimit] = {}
-    timeout = settings.flora.timeout_seconds
-    for workspace_id in (None, *(workspace.id for workspace in settings.workspaces)):
-        key = settings.api_key_for(workspace_id)
-        if key is not None:
-            limit = limits.setdefault(key, RateLimit(settings.reconcile.concurrency, clock=clock))
-            made[workspace_id] = FloraClient(
-                http, key, limit, timeout_seconds=timeout, on_response=metrics.count_api_request
-            )
-    return made

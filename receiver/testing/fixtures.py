@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from receiver.config import Settings
 from receiver.emulator.media import file_type, make_media
 from receiver.handler import Output, SettledRun
 from receiver.net.clients import tls_context
 from receiver.net.download import Downloader
+from receiver.service.wiring import to_download_limits
 from receiver.testing.context import MemoryContext
 from receiver.testing.downloads import MediaServer, page, serving
 from receiver.testing.runs import a_settled_run
@@ -43,7 +45,8 @@ def flora_run(flora_media: MediaServer) -> Callable[..., SettledRun]:
 @pytest_asyncio.fixture
 async def flora_context(flora_media: MediaServer) -> AsyncIterator[Callable[..., MemoryContext]]:
     """Make contexts, `flora_context(run)`; those of one test share their places, as the runs of a ledger do."""
-    downloader = Downloader(allow_private_hosts=[flora_media.authority], tls=tls_context())
+    limits = to_download_limits(Settings())
+    downloader = Downloader(limits=limits, allow_private_hosts=[flora_media.authority], tls=tls_context())
     places: dict[str, tuple[str, int]] = {}
 
     def make(run: SettledRun, **fields: Any) -> MemoryContext:

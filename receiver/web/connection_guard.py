@@ -48,16 +48,16 @@ Reason = Literal["slow_head", "slow_body", "too_large", "too_many", "crowded"]
 """Why a connection was closed."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Limits of a listener. A head is the request line and the headers; a message is head, body and framing."""
 
+    message_bytes: int
+    head_seconds: float
+    body_seconds: float
+    connections: int
     head_bytes: int = 16 * 1024
-    message_bytes: int = 96 * 1024
     discard_bytes: int = 2 * 1024 * 1024
-    head_seconds: float = 10.0
-    body_seconds: float = 10.0
-    connections: int = 2000
     pipelined: int = 16
     """Requests of one connection that wait for an earlier response. A megabyte of short ones takes a gigabyte here."""
 

@@ -12,8 +12,10 @@ from starlette.types import ASGIApp
 
 from receiver.errors import ConfigError, Problem
 from receiver.web.accept_limits import Acceptor, max_handshakes
-from receiver.web.connection_guard import Guard, Limits
+from receiver.web.connection_guard import Guard
 
+_UNGUARDED_CONNECTIONS = 2000
+"""How many connections a listener without a guard is prepared for."""
 _HANDSHAKE_SECONDS = 5.0
 
 
@@ -116,7 +118,7 @@ class Server(uvicorn.Server):
         if self.config.ssl is None:
             loop = asyncio.get_running_loop()
             return await loop.create_server(self._connection, sock=listener, backlog=self.config.backlog)
-        connections = Limits().connections if self._guard is None else self._guard.limits.connections
+        connections = _UNGUARDED_CONNECTIONS if self._guard is None else self._guard.limits.connections
         return Acceptor(
             listener,
             self._connection,

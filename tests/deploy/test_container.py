@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from receiver.config import environment_variables, load_settings
-from receiver.service.service import role_problem
+from receiver.service.service import check_role
 from tests.support.lives import served
 from tests.support.postgres import hand_over, unprivileged
 from tests.support.stage import Stage, eventually, free_port, staged, toml
@@ -244,7 +244,7 @@ def test_what_compose_sets_are_good_settings(name: str, tmp_path: Path) -> None:
         assert settings.database.url.startswith("postgresql" if "scale" in name else "sqlite")
         assert described["init"] is True, "handlers may leave processes behind, which somebody must wait for"
         only = described.get("command", ["serve"])[1:]
-        assert role_problem(settings, only[1] if only else None) is None
+        assert check_role(settings, only[1] if only else None) is None
 
 
 def _mounted(document: dict[str, Any]) -> list[str]:

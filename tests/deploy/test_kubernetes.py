@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from receiver.config import environment_variables, load_settings
-from receiver.service.service import role_problem
+from receiver.service.service import check_role
 
 HERE = Path(__file__).parents[2] / "deploy/kubernetes"
 FILES = sorted(path.name for path in HERE.glob("*.yaml") if path.name != "kustomization.yaml")
@@ -68,7 +68,7 @@ def test_what_pods_are_given_are_good_settings(deployment: dict[str, Any], tmp_p
         assert str(Path(each["value"]).parent) in places
         environ[each["name"]] = str(tmp_path / Path(each["value"]).name)
     settings = load_settings(None, environ)
-    assert role_problem(settings, container["args"][2]) is None
+    assert check_role(settings, container["args"][2]) is None
     assert settings.operations.host == "127.0.0.1"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from receiver.service.systemd import Supervisor, listeners
+from receiver.service.systemd import Supervisor, inherited_listeners
 from tests.support.lives import COMMAND
 from tests.support.stage import Stage, eventually, staged, toml
 
@@ -108,8 +108,8 @@ async def test_what_hangs_says_nothing() -> None:
     said: list[str] = []
 
     class Listening(Supervisor):
-        def tell(self, *words: str) -> None:
-            said.extend(words)
+        def notify(self, *lines: str) -> None:
+            said.extend(lines)
 
     hanging = asyncio.Event()
     lives = 3
@@ -120,7 +120,7 @@ async def test_what_hangs_says_nothing() -> None:
         if lives < 0:
             await hanging.wait()
 
-    watching = asyncio.create_task(Listening("@nobody", 0.002).watch(alive))
+    watching = asyncio.create_task(Listening("@nobody", 0.002).run_watchdog(alive))
 
     async def silent() -> bool:
         return lives < 0
@@ -132,12 +132,12 @@ async def test_what_hangs_says_nothing() -> None:
 
 def test_what_is_not_for_us_is_left_alone() -> None:
     """Sockets and a watchdog are for one process: a child of ours that inherits the names takes neither."""
-    assert listeners({"LISTEN_PID": "1", "LISTEN_FDS": "1"}, 2) == {}
-    assert listeners({}, 2) == {}
-    assert Supervisor.of({"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}, 2) == Supervisor()
-    assert Supervisor.of({"WATCHDOG_USEC": "1000000", "NOTIFY_SOCKET": "/x"}, 2) == Supervisor("/x", 1.0)
-    Supervisor().tell("READY=1")
-    Supervisor("/nowhere/at/all").tell("READY=1")
+    assert inherited_listeners({"LISTEN_PID": "1", "LISTEN_FDS": "1"}, 2) == {}
+    assert inherited_listeners({}, 2) == {}
+    assert Supervisor.from_environment({"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}, 2) == Supervisor()
+    assert Supervisor.from_environment({"WATCHDOG_USEC": "1000000", "NOTIFY_SOCKET": "/x"}, 2) == Supervisor("/x", 1.0)
+    Supervisor().notify("READY=1")
+    Supervisor("/nowhere/at/all").notify("READY=1")
 
 
 def test_the_unit_is_as_systemd_wants_it(tmp_path: Path) -> None:

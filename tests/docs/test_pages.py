@@ -28,6 +28,7 @@ from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
 from tests.docs.generate import ROOT, commands, options, to_anchor
 from tests.docs.pages import all_blocks, code_blocks, find_block, links, page_names, read_page, section, without_code
+from tests.support.defaults import download_limits
 from tests.support.handler_kit import RUN, MemoryContext
 
 README = read_page("README.md")
@@ -204,7 +205,7 @@ async def test_the_function_that_is_shown_works() -> None:
     shown: dict[str, Any] = {}
     exec(source, shown)  # noqa: S102  # our own page
     output = Output(position=0, output_id="words", type="text", value="Grüße")
-    context = MemoryContext(run_id="run_1", downloader=Downloader())
+    context = MemoryContext(run_id="run_1", downloader=Downloader(limits=download_limits()))
     answer = await FunctionHandler(shown["announce"]).handle(replace(RUN, outputs=(output,)), context)
     await context.downloader.aclose()
     assert answer == Done({"outputs": 1})

@@ -89,7 +89,7 @@ async def test_sigterm_during_a_download_gives_the_attempt_back(stage: Stage) ->
     async with served(stage) as receiver, stage.client() as client:
         await stage.over(run_id)
         assert await receiver.stop() == 0
-    assert b"leases_voided" not in receiver.said
+    assert b"leases_released" not in receiver.said
     assert stage.dispatches(run_id, "storage")[0]["attempts"] == 1
     stage.check_files(run_id)
 

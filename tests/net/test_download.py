@@ -14,10 +14,11 @@ from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedE
 from receiver.model import Output
 from receiver.net.clients import tls_context
 from receiver.net.download import CHUNK_BYTES, Downloader, DownloadLimits, save
+from tests.support.defaults import download_limits
 from tests.support.media import MediaServer, Page, certificate, page, redirect, serving
 
 TLS = tls_context()
-QUICK = DownloadLimits(stall_seconds=5, deadline_seconds=10, max_bytes=10_000_000)
+QUICK = download_limits(stall_seconds=5, deadline_seconds=10, max_bytes=10_000_000)
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ async def test_a_public_name_for_a_private_address_is_refused() -> None:
     async def resolve(host: str, port: int) -> Sequence[str]:
         return ["1.1.1.1", "192.168.0.1"]
 
-    downloader = Downloader(tls=TLS, resolve=resolve)
+    downloader = Downloader(limits=download_limits(), tls=TLS, resolve=resolve)
     output = Output(position=0, output_id="o", type="imageUrl", value="https://media.test/secret")
     error = await failure(downloader, output)
     assert isinstance(error, DownloadRefusedError)
@@ -180,7 +181,7 @@ async def test_redirects_to_nowhere_are_refused(media: MediaServer, downloader: 
 async def test_too_large_by_its_own_word(media: MediaServer) -> None:
     """A Content-Length above the limit is refused before the body is read."""
     output = media.output("/secret", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 1001\r\n\r\n", hold=True))
-    error = await failure(limited(media, DownloadLimits(max_bytes=1000)), output)
+    error = await failure(limited(media, download_limits(max_bytes=1000)), output)
     assert isinstance(error, DownloadRefusedError)
 
 
@@ -190,7 +191,7 @@ async def test_too_large_while_streaming(media: MediaServer, size: int) -> None:
     body = b"x" * size
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (size, body)
     output = media.output("/secret", Page(chunked))
-    downloader = limited(media, DownloadLimits(max_bytes=1000))
+    downloader = limited(media, download_limits(max_bytes=1000))
     if size == 1000:
         assert await read(downloader, output) == body
     else:
@@ -259,7 +260,7 @@ async def test_an_encoded_body_is_refused(media: MediaServer, downloader: Downlo
 async def test_silence_is_a_stall(media: MediaServer, raw: bytes) -> None:
     """A server that stops sending is given up after the stall time."""
     error = await failure(
-        limited(media, DownloadLimits(stall_seconds=0.05)), media.output("/secret", Page(raw, hold=True))
+        limited(media, download_limits(stall_seconds=0.05)), media.output("/secret", Page(raw, hold=True))
     )
     assert isinstance(error, DownloadFailedError)
     assert "stalled" in str(error)
@@ -268,7 +269,7 @@ async def test_silence_is_a_stall(media: MediaServer, raw: bytes) -> None:
 @pytest.mark.parametrize("raw", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort"])
 async def test_the_deadline_ends_any_download(media: MediaServer, raw: bytes) -> None:
     """However it is slow, a download is over when its time is."""
-    limits = DownloadLimits(stall_seconds=60, deadline_seconds=0.05)
+    limits = download_limits(stall_seconds=60, deadline_seconds=0.05)
     error = await failure(limited(media, limits), media.output("/secret", Page(raw, hold=True)))
     assert isinstance(error, DownloadFailedError)
     assert "time" in str(error)
@@ -281,7 +282,7 @@ async def test_names_that_do_not_resolve_may_resolve_later() -> None:
         raise socket.gaierror(socket.EAI_AGAIN, "try again")
 
     output = Output(position=0, output_id="o", type="imageUrl", value="https://media.test/secret")
-    error = await failure(Downloader(tls=TLS, resolve=resolve), output)
+    error = await failure(Downloader(limits=download_limits(), tls=TLS, resolve=resolve), output)
     assert isinstance(error, DownloadFailedError)
     assert "could not be resolved" in str(error)
 
@@ -290,7 +291,7 @@ async def test_nobody_listening_fails(media: MediaServer) -> None:
     """A refused connection may be accepted later."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         authority = f"127.0.0.1:{closed.getsockname()[1]}"
-    downloader = Downloader(allow_private_hosts=[authority], tls=TLS)
+    downloader = Downloader(limits=download_limits(), allow_private_hosts=[authority], tls=TLS)
     output = Output(position=0, output_id="o", type="imageUrl", value=f"http://{authority}/secret")
     assert isinstance(await failure(downloader, output), DownloadFailedError)
 
@@ -318,11 +319,14 @@ async def test_tls_is_verified_against_the_name_and_not_the_address(tmp_path: Pa
     async with serving("media.test", server_tls) as media, serving("other.test", server_tls) as wrong:
         output = media.output("/secret", page(b"safe"))
         downloader = Downloader(
-            allow_private_hosts=[media.authority, wrong.authority], tls=tls_context(ca), resolve=local
+            limits=download_limits(),
+            allow_private_hosts=[media.authority, wrong.authority],
+            tls=tls_context(ca),
+            resolve=local,
         )
         assert await read(downloader, output) == b"safe"
         assert isinstance(await failure(downloader, wrong.output("/secret", page(b"x"))), DownloadFailedError)
-        untrusting = Downloader(allow_private_hosts=[media.authority], tls=TLS, resolve=local)
+        untrusting = Downloader(limits=download_limits(), allow_private_hosts=[media.authority], tls=TLS, resolve=local)
         assert isinstance(await failure(untrusting, output), DownloadFailedError)
         await downloader.aclose()
         assert len(media.requests) == 1
@@ -334,7 +338,7 @@ async def test_redirects_in_public(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("receiver.net.clients.is_public", lambda _: True)  # loopback plays the internet
     server_tls, ca = certificate(tmp_path, "media.test")
     async with serving("media.test", server_tls) as media:
-        downloader = Downloader(tls=tls_context(ca), resolve=local)
+        downloader = Downloader(limits=download_limits(), tls=tls_context(ca), resolve=local)
         output = media.output("/0", redirect(media.url("/1")))
         media.pages |= {"/1": redirect("/2"), "/2": redirect("3"), "/3": page(b"there")}
         assert await read(downloader, output) == b"there"

@@ -8,8 +8,9 @@ import pytest
 from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedError
 from receiver.model import Output
 from receiver.net.clients import tls_context
-from receiver.net.download import MAX_RESUMES, Downloader, DownloadLimits
+from receiver.net.download import MAX_RESUMES, Downloader
 from receiver.net.ranges import ResumableBody, parse_resumable
+from tests.support.defaults import download_limits
 from tests.support.media import MediaServer, Page, page, redirect, serving
 
 BODY = bytes(range(256)) * 8_000
@@ -31,7 +32,7 @@ async def media() -> AsyncIterator[MediaServer]:
 @pytest.fixture
 async def downloader(media: MediaServer) -> AsyncIterator[Downloader]:
     made = Downloader(
-        limits=DownloadLimits(stall_seconds=5, deadline_seconds=10), allow_private_hosts=[media.authority], tls=TLS
+        limits=download_limits(stall_seconds=5, deadline_seconds=10), allow_private_hosts=[media.authority], tls=TLS
     )
     yield made
     await made.aclose()
@@ -175,7 +176,7 @@ async def test_the_guards_hold_for_the_rest(
 
 async def test_a_stall_is_continued_too(media: MediaServer) -> None:
     """Silence is a cut as well."""
-    limits = DownloadLimits(stall_seconds=0.05, deadline_seconds=10)
+    limits = download_limits(stall_seconds=0.05, deadline_seconds=10)
     downloader = Downloader(limits=limits, allow_private_hosts=[media.authority], tls=TLS)
     output = media.output("/secret", rest(1000, *STRONG))
     media.first["/secret"] = [Page(cut(1000, *STRONG).raw, hold=True)]

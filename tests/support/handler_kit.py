@@ -10,6 +10,7 @@ from receiver.net.clients import tls_context
 from receiver.net.download import Downloader
 from receiver.testing import SETTLED_AT as NOW
 from receiver.testing import Lines, MediaServer, MemoryContext, a_settled_run, serving
+from tests.support.defaults import download_limits
 
 __all__ = ["NOW", "RUN", "Lines", "MemoryContext"]
 
@@ -36,7 +37,7 @@ def tls() -> Any:
 @pytest.fixture
 async def context_of(media: MediaServer, tls: Any) -> AsyncIterator[Callable[..., MemoryContext]]:
     """Make contexts: `context_of(run_id, **fields)`."""
-    downloader = Downloader(allow_private_hosts=[media.authority], tls=tls)
+    downloader = Downloader(limits=download_limits(), allow_private_hosts=[media.authority], tls=tls)
     places: dict[str, tuple[str, int]] = {}
 
     def make(run_id: str = "run_1", **fields: Any) -> MemoryContext:

@@ -22,6 +22,7 @@ from receiver.handler import Artifact, Done, Output
 from receiver.net.clients import tls_context
 from receiver.net.download import Downloader
 from receiver.testing import MemoryContext, a_settled_run
+from tests.support.defaults import download_limits
 
 SMALL = "small"
 LARGE = "large " * 200_000  # three chunks
@@ -95,7 +96,9 @@ def attempt(root: Path, die_at: int) -> None:
 
     async def handled() -> object:
         handler = Storage(StorageConfig(url=str(root), key="{run_id}/{output_id}{ext}", outputs_at_once=1))
-        context = LastingContext("run_1", Downloader(tls=TLS), ledger=root.with_suffix(".ledger"), death=death)
+        context = LastingContext(
+            "run_1", Downloader(limits=download_limits(), tls=TLS), ledger=root.with_suffix(".ledger"), death=death
+        )
         return await handler.handle(run, context.load())
 
     if not isinstance(asyncio.run(handled()), Done):

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from receiver.web.connection_guard import Guard, Limits
 from receiver.web.server import Server, bind
+from tests.support.defaults import connection_limits
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -69,7 +70,7 @@ async def run_stand(
 
 @pytest.fixture
 async def stand() -> AsyncIterator[Stand]:
-    async with run_stand(Limits()) as stand:
+    async with run_stand(connection_limits()) as stand:
         yield stand
 
 
@@ -202,7 +203,7 @@ async def test_a_message_that_is_too_large_is_closed(stand: Stand, request_: byt
 
 async def test_callers_are_served_in_a_crowd() -> None:
     """While 500 connections with unfinished heads take every place, the oldest is closed for each newcomer."""
-    async with run_stand(Limits(connections=500)) as stand:
+    async with run_stand(connection_limits(connections=500)) as stand:
         crowd = [await stand.connect() for _ in range(500)]
         for _, writer in crowd:
             writer.write(b"POST / HTTP/1.1\r\nX: ")
@@ -237,7 +238,7 @@ async def test_unusual_requests_are_served(stand: Stand) -> None:
 
 async def test_callers_are_served_beside_an_idle_crowd() -> None:
     """The longest idle connection is closed for each newcomer, although keep-alive lasts two minutes."""
-    async with run_stand(Limits(connections=50)) as stand:
+    async with run_stand(connection_limits(connections=50)) as stand:
         crowd = [await stand.connect() for _ in range(50)]
         for streams in crowd:
             assert await send_request(streams) == b"5"
@@ -254,7 +255,7 @@ async def test_callers_are_served_beside_an_idle_crowd() -> None:
 
 async def test_a_young_request_is_kept_and_an_idle_connection_closed() -> None:
     """An unfinished request is young for one second; after that it is closed first."""
-    async with run_stand(Limits(connections=2)) as stand:
+    async with run_stand(connection_limits(connections=2)) as stand:
         idle, begun = await stand.connect(), await stand.connect()
         assert await send_request(idle) == b"5"
         begun[1].write(HONEST[:-3])
@@ -279,7 +280,7 @@ async def test_a_connection_that_waits_for_a_response_is_kept() -> None:
         await free.wait()
         return PlainTextResponse("done")
 
-    async with run_stand(Limits(connections=2), slow) as stand:
+    async with run_stand(connection_limits(connections=2), slow) as stand:
         waiting = [await stand.connect() for _ in range(2)]
         calls = [asyncio.create_task(send_request(streams)) for streams in waiting]
         await wait_for_count(stand, lambda: len(stand.guard.idle), 2)

@@ -22,6 +22,7 @@ from receiver.store import Database, queue, starts
 from receiver.workers import dispatcher as dispatcher_module
 from receiver.workers.dispatcher import Dispatcher
 from tests.support.core import NOW, OUTPUT, Clock, Core, a_core, a_read, registered_handler, until, writable
+from tests.support.defaults import download_limits
 
 Act = Callable[[SettledRun, Context], Awaitable[Any]]
 TLS = tls_context()
@@ -122,7 +123,7 @@ class Bench:
 
 @pytest.fixture
 async def bench(database: Database, clock: Clock) -> AsyncIterator[Bench]:
-    downloader = Downloader(tls=TLS)
+    downloader = Downloader(limits=download_limits(), tls=TLS)
     yield Bench(a_core(database, clock), downloader)
     await downloader.aclose()
 

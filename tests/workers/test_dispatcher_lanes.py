@@ -18,6 +18,7 @@ from receiver.net.download import Downloader
 from receiver.store import Database
 from receiver.workers.dispatcher import Dispatcher
 from tests.support.core import Clock, Core, a_core, registered_handler, until
+from tests.support.defaults import download_limits
 from tests.support.media import MediaServer, Page, page, serving
 
 TLS = tls_context()
@@ -100,7 +101,7 @@ class Bench:
 @pytest.fixture
 async def bench(database: Database, clock: Clock) -> AsyncIterator[Bench]:
     async with serving() as media:
-        downloader = Downloader(allow_private_hosts=[media.authority], tls=TLS)
+        downloader = Downloader(limits=download_limits(), allow_private_hosts=[media.authority], tls=TLS)
         bench = Bench(a_core(database, clock), media, downloader)
         yield bench
         await bench.stop()

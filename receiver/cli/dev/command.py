@@ -95,7 +95,7 @@ async def _run_session(settings: Settings, options: DevOptions) -> int:
             view.show("emulator", text, base_url=flora.base_url)
         tls = settings.tls.cert is not None
         provider = None if options.no_tunnel else choose_provider(options.tunnel, tls=tls)
-        policy = _with_fast_polling(wiring.policy(settings)) if provider is None else None
+        policy = _with_fast_polling(wiring.to_policy(settings)) if provider is None else None
         service = Service(settings, policy=policy, around=lambda app: CallbackEvents(app, view))
         stack.enter_context(view)
         await stack.enter_async_context(service.running())

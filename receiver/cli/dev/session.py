@@ -181,7 +181,7 @@ class DevSession:
 
     async def _handle_opened(self, url: str, *, moved: bool) -> None:
         was_open, self._url = self._url is not None, url
-        self._service.moved(url)
+        self._service.set_public_url(url)
         name = self._provider.name if self._provider else ""
         text = f"{name}  {url}{CALLBACK_PATH}"
         self._view.show("tunnel", text, provider=name, url=url, moved=moved)

@@ -9,7 +9,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from receiver.cli.serve import loop_factory
-from receiver.web.connection_guard import Guard, Limits
+from receiver.config import Settings
+from receiver.service.wiring import build_public_guard
+from receiver.telemetry import Metrics
 from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
 
@@ -21,7 +23,7 @@ async def _callback(request: Request) -> Response:
 
 async def _serve() -> None:
     app = Starlette(routes=[Route(CALLBACK_PATH, _callback, methods=["POST"])])
-    server = Server(app, bind("127.0.0.1", int(os.environ["PORT"])), guard=Guard(Limits()))
+    server = Server(app, bind("127.0.0.1", int(os.environ["PORT"])), guard=build_public_guard(Settings(), Metrics()))
     await server.start()
     await asyncio.Event().wait()
 
