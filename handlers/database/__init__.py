@@ -1,4 +1,4 @@
-"""Keeps runs in the user's own tables. The handler is in `handler`, the tables in `tables`."""
+"""Keeps runs in tables of the user's own. The handler is in `handler`, its tables in `tables`."""
 
 from handlers.database.handler import Database, DatabaseConfig
 

@@ -1,8 +1,8 @@
-"""The handler that keeps runs, outputs and artifacts in tables of the user's. Found by its entry point `database`.
+"""The handler `database`: keeps runs, outputs and artifacts in tables of the user's.
 
-One attempt is one transaction of upserts by primary key, which may be repeated, and which change nothing where the
-tables know newer facts already. So a crash anywhere, a stale worker and a late retry all end in the same rows.
-All database work happens in one thread of the handler's own; an attempt that is cancelled hangs up, and frees it.
+Each attempt is one transaction of upserts by primary key, which can be repeated, and which change
+nothing where the tables hold a newer version. A crash, a stale worker or a late retry therefore end
+in the same rows. All database work runs in the handler's own thread.
 """
 
 from datetime import UTC, datetime
@@ -13,10 +13,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from sqlalchemy import Connection, inspect
 from sqlalchemy.schema import CreateSchema
 
-from handlers.database.connections import Connections, address_of, dialect_of
-from handlers.database.errors import Refusal, Why
+from handlers.database.connections import Connections, dialect_of, to_url
+from handlers.database.errors import DatabaseFailedError, FailureKind
 from handlers.database.tables import Rows, Tables
-from handlers.dependencies import unfinished
+from handlers.dependencies import pending_handlers
 from receiver.handler import (
     Answer,
     Artifact,
@@ -32,11 +32,11 @@ from receiver.handler import (
     When,
 )
 
-_LOCK = 0x666C6F7261  # one replica makes the tables, the others wait for it
+_ADVISORY_LOCK = 0x666C6F7261  # one replica creates the tables, the others wait for it
 
 
 def _usable_url(secret: Secret) -> Secret:
-    address_of(secret)
+    to_url(secret)
     return secret
 
 
@@ -44,7 +44,7 @@ TableName = Annotated[str, Field(pattern=r"^([A-Za-z_][A-Za-z0-9_]{0,62}\.)?[A-Z
 
 
 class TableNames(BaseModel):
-    """What the tables are called."""
+    """The names of the tables."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -53,12 +53,12 @@ class TableNames(BaseModel):
     outputs: TableName = "flora_outputs"
     """One row for each output of a run."""
     artifacts: TableName = "flora_artifacts"
-    """One row for each thing that a handler has stored of a run."""
+    """One row for each file that a handler has stored of a run."""
 
     @model_validator(mode="after")
-    def _three(self) -> "TableNames":
+    def _check_names_differ(self) -> "TableNames":
         if len({name.lower() for name in (self.runs, self.outputs, self.artifacts)}) < 3:
-            raise ValueError("needs three different names")
+            raise ValueError("must be three different names")
         return self
 
 
@@ -68,22 +68,22 @@ class DatabaseConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     url: Annotated[Secret, AfterValidator(_usable_url)]
-    """`postgresql://user:password@host/name` or `sqlite:///path/to/file.db` (four slashes for an absolute path)."""
+    """`postgresql://user:password@host/name` or `sqlite:///path/to/file.db` (absolute: four slashes)."""
     tables: TableNames = TableNames()
-    """Names of the tables `runs`, `outputs` and `artifacts`; on PostgreSQL `schema.table` is fine, too."""
+    """Names of the tables `runs`, `outputs` and `artifacts`; on PostgreSQL also `schema.table`."""
     create: bool = False
-    """Whether to make the tables where they are missing."""
+    """Whether to create the tables where they do not exist."""
     text: bool = True
     """Whether to keep the text of text outputs."""
     wait_for: tuple[str, ...] = ()
-    """Names of handlers whose files must be in `artifacts` before a completed run is done; default: what is there."""
+    """Handlers whose files must be in `artifacts` before a completed run is done. Default: none."""
 
     @model_validator(mode="after")
     def _fits(self) -> "DatabaseConfig":
         names = (self.tables.runs, self.tables.outputs, self.tables.artifacts)
-        if dialect_of(address_of(self.url)) == "sqlite" and any("." in name for name in names):
+        if dialect_of(to_url(self.url)) == "sqlite" and any("." in name for name in names):
             raise ValueError("SQLite has no schemas: leave the dot out of the tables' names")
-        if dialect_of(address_of(self.url)) == "sqlite" and any(name.lower().startswith("sqlite_") for name in names):
+        if dialect_of(to_url(self.url)) == "sqlite" and any(name.lower().startswith("sqlite_") for name in names):
             raise ValueError("SQLite keeps names that begin with sqlite_ to itself")
         return self
 
@@ -97,79 +97,80 @@ class Database:
     timeout_seconds: ClassVar[float] = 60
 
     def __init__(self, config: DatabaseConfig) -> None:
-        """Connect to nothing yet. ValueError where the URL leads to a ledger of ours."""
+        """Does not connect yet. ValueError if the URL names a ledger of the receiver itself."""
         self._config = config
-        self._tables = tables_of(config)
-        self._connections = Connections(address_of(config.url), create=config.create)
-        self._made = not config.create
+        self._tables = to_tables(config)
+        self._connections = Connections(to_url(config.url), create=config.create)
+        self._are_tables_ready = not config.create
 
     @classmethod
     def schema(cls, config: DatabaseConfig) -> str:
-        """Return the DDL of the tables, as the configuration names them, in the dialect of its URL."""
-        return tables_of(config).ddl()
+        """Return the DDL of the tables, with the configured names, in the dialect of the URL."""
+        return to_tables(config).ddl()
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:
         artifacts = await context.stored()
         rows = self._tables.rows(run, artifacts, text=self._config.text)
         try:
-            newest = await self._connections.run(partial(self._write, rows=rows))
-        except Refusal as refusal:
-            self._made = not self._config.create  # somebody may have dropped them
-            return Reject(str(refusal)) if refusal.why is Why.VALUES else Retry(str(refusal))
-        awaited = unfinished(self._config.wait_for, run, artifacts)
-        if awaited:
-            return Retry(f"written; {', '.join(awaited)} has not stored every output yet")
-        return Done({"outputs": len(rows.outputs), "artifacts": len(rows.artifacts), "newest": newest})
+            is_newest = await self._connections.run(partial(self._write, rows=rows))
+        except DatabaseFailedError as error:
+            self._are_tables_ready = not self._config.create  # they may have been dropped
+            return Reject(str(error)) if error.kind is FailureKind.VALUES else Retry(str(error))
+        pending = pending_handlers(self._config.wait_for, run, artifacts)
+        if pending:
+            return Retry(f"written; {', '.join(pending)} has not stored every output yet")
+        return Done({"outputs": len(rows.outputs), "artifacts": len(rows.artifacts), "newest": is_newest})
 
     async def check(self) -> None:
-        """Write a run that does not exist, and take it back: whatever is missing, that finds it."""
+        """Write a sample run and roll it back, which finds any missing table, column or permission."""
         try:
-            await self._connections.run(self._try)
-        except Refusal as refusal:
-            if refusal.why in {Why.AWAY, Why.BUSY}:
-                raise TargetUnreachableError(str(refusal)) from refusal
-            if refusal.why is not Why.VALUES:  # rules of the user's own: a made-up run cannot know them
+            await self._connections.run(self._write_sample)
+        except DatabaseFailedError as error:
+            if error.kind in {FailureKind.UNREACHABLE, FailureKind.BUSY}:
+                raise TargetUnreachableError(str(error)) from error
+            if error.kind is not FailureKind.VALUES:  # constraints of the user's, which a sample cannot know
                 raise
 
     async def close(self) -> None:
         await self._connections.close()
 
     def _write(self, connection: Connection, rows: Rows) -> bool:
-        """Bring the tables up to date; return whether nothing newer was there already."""
-        self._make(connection)
+        """Bring the tables up to date; return whether this version is the newest."""
+        self._create_tables(connection)
         tables = self._tables
-        newest = connection.execute(tables.upsert_run, rows.run).first() is not None  # PostgreSQL locks the row, too
-        if newest:
+        # On PostgreSQL this also locks the row.
+        is_newest = connection.execute(tables.upsert_run, rows.run).first() is not None
+        if is_newest:
             if rows.outputs:
                 connection.execute(tables.upsert_output, rows.outputs)
-            kept = {"_run_id": rows.run["run_id"], "_positions": [row["position"] for row in rows.outputs]}
-            connection.execute(tables.drop_outputs, kept)
+            positions = [row["position"] for row in rows.outputs]
+            connection.execute(tables.drop_outputs, {"_run_id": rows.run["run_id"], "_positions": positions})
         if rows.artifacts:
             connection.execute(tables.upsert_artifact, rows.artifacts)
-        return newest
+        return is_newest
 
-    def _try(self, connection: Connection) -> None:
-        self._make(connection)
+    def _write_sample(self, connection: Connection) -> None:
+        self._create_tables(connection)
         connection.commit()
         self._write(connection, self._tables.rows(_SAMPLE_RUN, _SAMPLE_ARTIFACTS, text=True))
         connection.rollback()
 
-    def _make(self, connection: Connection) -> None:
-        if self._made:
+    def _create_tables(self, connection: Connection) -> None:
+        if self._are_tables_ready:
             return
         if self._tables.dialect == "postgresql":
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
             for name in self._tables.schemas():
                 if not inspect(connection).has_schema(name):
                     connection.execute(CreateSchema(name, if_not_exists=True))
         self._tables.metadata.create_all(connection)
         connection.commit()
-        self._made = True
+        self._are_tables_ready = True
 
 
-def tables_of(config: DatabaseConfig) -> Tables:
+def to_tables(config: DatabaseConfig) -> Tables:
     names = config.tables
-    return Tables(names.runs, names.outputs, names.artifacts, dialect_of(address_of(config.url)))
+    return Tables(names.runs, names.outputs, names.artifacts, dialect_of(to_url(config.url)))
 
 
 _SAMPLE_AT = datetime(2026, 1, 1, tzinfo=UTC)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from handlers.dependencies import unfinished
+from handlers.dependencies import pending_handlers
 from handlers.notify.messages import DEFAULTS, Message, MessageTemplate, Occasion, occasion, values_of, written
 from receiver.handler import Answer, Context, Done, Event, Retry, Secret, SettledRun, When, needs
 
@@ -92,7 +92,7 @@ class Notify:
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:
         artifacts = await context.stored()
-        awaited = unfinished(self._config.wait_for, run, artifacts) if context.event is Event.SETTLED else []
+        awaited = pending_handlers(self._config.wait_for, run, artifacts) if context.event is Event.SETTLED else []
         if awaited:
             return Retry(f"not told yet: {', '.join(awaited)} has not stored every output")
         chosen = occasion(context.event, run.status)

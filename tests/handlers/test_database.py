@@ -20,7 +20,7 @@ import pytest
 from pydantic import ValidationError
 
 from handlers.database import Database, DatabaseConfig
-from handlers.database.errors import Refusal
+from handlers.database.errors import DatabaseFailedError
 from handlers.database.tables import DialectName
 from receiver.errors import MissingExtraError
 from receiver.handler import (
@@ -323,7 +323,7 @@ async def test_a_missing_table_says_what_to_do(
     sql, word = MISSING[missing]
     place.program(sql + ";")
     handler = opened(place.url)
-    with pytest.raises(Refusal, match="handlers schema database") as caught:
+    with pytest.raises(DatabaseFailedError, match="handlers schema database") as caught:
         await handler.check()
     assert word in str(caught.value)
     run = replace(run, outputs=(media(0),))
@@ -348,7 +348,7 @@ async def test_a_key_that_is_missing_is_told(place: Place, opened: Opened) -> No
     place.program(
         sql.replace("PRIMARY KEY (run_id, handler, position),\n", "PRIMARY KEY (run_id, handler, position)\n")
     )
-    with pytest.raises(Refusal, match="handlers schema database"):
+    with pytest.raises(DatabaseFailedError, match="handlers schema database"):
         await opened(place.url).check()
 
 
@@ -383,7 +383,7 @@ async def test_a_login_without_rights_says_so(
     postgres_place.execute(f"CREATE ROLE {role} LOGIN")
     postgres_place.execute(f"GRANT SELECT, INSERT ON flora_runs, flora_outputs, flora_artifacts TO {role}")
     handler = opened(postgres_place.url.replace("flora@", f"{role}@"))
-    with pytest.raises(Refusal, match="permission denied"):
+    with pytest.raises(DatabaseFailedError, match="permission denied"):
         await handler.check()
     assert "permission denied" in reason(await handler.handle(run, context_of()))
 
@@ -397,7 +397,7 @@ async def test_schemas_and_their_making(
     await handler.check()
     assert isinstance(await handler.handle(replace(run, outputs=(media(0),)), context_of()), Done)
     assert postgres_place.execute('SELECT run_id FROM "Sales".runs') == [("run_1",)]
-    with pytest.raises(Refusal, match="handlers schema database"):
+    with pytest.raises(DatabaseFailedError, match="handlers schema database"):
         await opened(postgres_place.url, tables={"runs": "nowhere.runs"}).check()
 
 
@@ -407,7 +407,7 @@ async def test_a_database_that_is_away(
     """Nobody there: a warning of the check, a retry of a run, and never the password in it."""
     if place.dialect == "sqlite":
         handler = opened(f"sqlite:///{tmp_path}/nowhere/runs.db")
-        with pytest.raises(Refusal, match="create = true"):
+        with pytest.raises(DatabaseFailedError, match="create = true"):
             await handler.check()
         assert not (tmp_path / "nowhere").exists()
     else:
@@ -421,7 +421,7 @@ async def test_a_database_that_is_away(
 
 
 async def test_a_missing_database_is_no_passing_trouble(postgres_place: Place, opened: Opened) -> None:
-    with pytest.raises(Refusal, match="refuses the login"):
+    with pytest.raises(DatabaseFailedError, match="refuses the login"):
         await opened(postgres_place.url.replace("/user_", "/nobody_")).check()
 
 
@@ -495,7 +495,7 @@ async def test_a_locked_table_holds_an_attempt_only_for_a_while(
     place: Place, opened: Opened, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody's long transaction: the attempt gives up by itself, says so, and works afterwards."""
-    monkeypatch.setattr("handlers.database.connections.SECONDS", 0.2 if place.dialect == "sqlite" else 1)
+    monkeypatch.setattr("handlers.database.connections.STATEMENT_SECONDS", 0.2 if place.dialect == "sqlite" else 1)
     handler = opened(place.url, create=True)
     await handler.check()
     if place.dialect == "sqlite":
