@@ -203,7 +203,7 @@ class Run(msgspec.Struct, frozen=True):
     next_poll_at: datetime | None = None
     """When to read the run next; None: never again."""
     polls: int = 0
-    ladder: int = 0
+    unconfirmed_reads: int = 0
     """Reads since something first said that the run is terminal, without one that shows it."""
     failures: int = 0
     """Reads in a row that were not answered."""
@@ -307,7 +307,6 @@ class CallbackExpired(msgspec.Struct, frozen=True):
     """Report: FLORA has given up on delivering the callback of a run."""
 
     run_id: str
-    noticed_at: datetime
 
 
 Report = RunRegistered | CallbackReceived | RunRead | RunNotFound | ReadFailed | ReadRequested | CallbackExpired

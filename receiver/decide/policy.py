@@ -18,7 +18,7 @@ class Policy:
     """Time after a run's end until FLORA has given up on delivering its callback."""
     deadline: timedelta
     """Age at which a run that is still not terminal is given up."""
-    ladder: tuple[timedelta, ...]
+    confirmation_delays: tuple[timedelta, ...]
     """Pauses between reads after a report that a run is terminal: the API may lag behind its own callback."""
     cost_window: timedelta
     """Time after settling for which a missing cost is read again."""

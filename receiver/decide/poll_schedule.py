@@ -14,8 +14,10 @@ def next_poll(run: Run, policy: Policy, *, now: datetime, jitter: float = 0.5) -
     long it takes, at most `max_gap` apart.
     """
     age = max(now - (run.reported_at or run.first_seen_at), timedelta(0))
-    if run.ladder:
-        pause = policy.ladder[run.ladder] if run.ladder < len(policy.ladder) else max(policy.ladder[-1], age * 0.25)
+    delays = policy.confirmation_delays
+    if run.unconfirmed_reads:
+        is_past = run.unconfirmed_reads >= len(delays)
+        pause = max(delays[-1], age * 0.25) if is_past else delays[run.unconfirmed_reads]
     elif run.callback_expected:
         pause = max(policy.first_poll * 0.5, age * 0.5)
     else:

@@ -184,7 +184,7 @@ def _accept(case: _Case) -> Decision:
             run,
             state=RunState.REPORTED,
             next_poll_at=case.now,
-            ladder=0,
+            unconfirmed_reads=0,
             missing=0,
             missing_since=None,
             lost_reason=None,
@@ -236,7 +236,7 @@ def _note(case: _Case) -> Decision:
 def _wait(case: _Case) -> Decision:
     """The API shows an open run that is not terminal."""
     run = read_succeeded(with_snapshot(case.known, case.snapshot))
-    return _read_on_unless_overdue(replace(run, ladder=0), case)
+    return _read_on_unless_overdue(replace(run, unconfirmed_reads=0), case)
 
 
 def _confirm(case: _Case) -> Decision:
@@ -246,8 +246,8 @@ def _confirm(case: _Case) -> Decision:
     if isinstance(read, RunRead) and _is_stale(run, read.requested_at, case):
         return Changed(replace(run, polls=run.polls + 1))
     run = read_succeeded(with_snapshot(run, case.snapshot))
-    run = replace(run, ladder=run.ladder + 1)
-    past = run.ladder >= len(case.policy.ladder)
+    run = replace(run, unconfirmed_reads=run.unconfirmed_reads + 1)
+    past = run.unconfirmed_reads >= len(case.policy.confirmation_delays)
     if past and empty:
         return _lose(run, LostReason.NO_OUTPUTS)
     diverged = past and run.state is RunState.REPORTED and run.verdict is not Verdict.DIVERGED
@@ -267,7 +267,12 @@ def _miss(case: _Case) -> Decision:
         return Changed(replace(run, polls=run.polls + 1))
     since = min(run.missing_since or case.now, case.now)
     run = replace(
-        run, polls=run.polls + 1, ladder=run.ladder + 1, failures=0, missing=run.missing + 1, missing_since=since
+        run,
+        polls=run.polls + 1,
+        unconfirmed_reads=run.unconfirmed_reads + 1,
+        failures=0,
+        missing=run.missing + 1,
+        missing_since=since,
     )
     if run.missing >= _NOT_FOUND_READS and case.now - since >= _NOT_FOUND_SPAN:
         return _lose(run, LostReason.NOT_FOUND)
@@ -303,7 +308,7 @@ def _settle(case: _Case) -> Decision:
         run,
         state=state,
         settled_at=case.now,
-        ladder=0,
+        unconfirmed_reads=0,
         lost_reason=None,
         next_poll_at=None,
         verdict=None,
@@ -378,7 +383,7 @@ def _reopen(case: _Case) -> Decision:
             lost_reason=None,
             next_poll_at=case.now,
             deadline_at=deadline_at,
-            ladder=0,
+            unconfirmed_reads=0,
             missing=0,
             missing_since=None,
         )

@@ -341,7 +341,7 @@ def to_policy(settings: Settings) -> Policy:
         max_gap=timedelta(seconds=reconcile.max_gap_seconds),
         callback_window=timedelta(seconds=reconcile.callback_window_seconds),
         deadline=timedelta(hours=reconcile.deadline_hours),
-        ladder=tuple(timedelta(seconds=pause) for pause in reconcile.ladder_seconds),
+        confirmation_delays=tuple(timedelta(seconds=pause) for pause in reconcile.ladder_seconds),
         cost_window=timedelta(seconds=reconcile.cost_seconds),
     )
 

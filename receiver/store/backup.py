@@ -25,7 +25,8 @@ def copy(tx: Connection, target: Path) -> int:
         if target.exists():
             raise StoreUnavailableError(f"{target} is there already: a backup overwrites nothing")
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
-        source: sqlite3.Connection = tx.connection.driver_connection  # type: ignore[assignment]
+        source = tx.connection.driver_connection
+        assert isinstance(source, sqlite3.Connection)
         with contextlib.closing(sqlite3.connect(part)) as copied:
             source.backup(copied)
             copied.execute("PRAGMA journal_mode = DELETE")

@@ -52,7 +52,7 @@ class BulkInsert:
         else:
             row = tuple(bindparam(None, type_=each.type) for each in columns)
             given = values(*columns, name="given").data([row] * count).cte()
-        compiled: Any = self._make(given).compile(dialect=_positional(type(dialect), dialect.name))
+        compiled: Any = self._make(given).compile(dialect=_positional(dialect))
         return self._texts.setdefault((dialect.name, count), str(compiled))
 
 
@@ -72,9 +72,7 @@ class SelectByKeys:
 
     def _compile(self, dialect: Dialect, count: int) -> str:
         statement: Any = self._make(count)
-        compiled = statement.compile(
-            dialect=_positional(type(dialect), dialect.name), compile_kwargs={"render_postcompile": True}
-        )
+        compiled = statement.compile(dialect=_positional(dialect), compile_kwargs={"render_postcompile": True})
         return self._texts.setdefault((dialect.name, count), str(compiled))
 
 
@@ -82,5 +80,7 @@ def _round_up(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _positional(dialect: type[Dialect], name: str) -> Dialect:
-    return dialect(paramstyle=_STYLES[name])  # type: ignore[call-arg]
+def _positional(dialect: Dialect) -> Dialect:
+    make: Any = type(dialect)
+    positional: Dialect = make(paramstyle=_STYLES[dialect.name])
+    return positional

@@ -63,7 +63,7 @@ def open_database(url: str, *, listen_url: str | None = None, pool_size: int = 8
         raise StoreUnavailableError("[database] url is not a URL") from error
     if parsed.get_backend_name() == "postgresql":
         try:
-            from receiver.store.postgres import PostgresDatabase  # noqa: PLC0415 -- psycopg comes with an extra
+            from receiver.store.postgres import PostgresDatabase  # noqa: PLC0415  # psycopg comes with an extra
         except ImportError as error:
             raise StoreUnavailableError(NO_PSYCOPG) from error
         return PostgresDatabase.open(url, listen_url=listen_url, connections=pool_size)

@@ -231,9 +231,3 @@ def runs_past_callback(tx: Connection, *, now: datetime, limit: int) -> tuple[Ru
     """Return settled runs whose callback has not come in time."""
     statement = select(runs).where(runs.c.verdict_due_at <= to_ms(now)).order_by(runs.c.verdict_due_at).limit(limit)
     return tuple(to_run(row) for row in tx.execute(statement).mappings())
-
-
-def all_runs(tx: Connection, *, limit: int = 100) -> tuple[Run, ...]:
-    """Return the newest runs."""
-    statement = select(runs).order_by(runs.c.first_seen_at.desc()).limit(limit)
-    return tuple(to_run(row) for row in tx.execute(statement).mappings())

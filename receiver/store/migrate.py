@@ -1,12 +1,8 @@
 """Bring a database to this version's tables. Called by the service at start and by `flora-receiver migrate`."""
 
 import time
-from pathlib import Path
-from typing import Any
 
 from sqlalchemy import Connection, exc, inspect, text
-
-from receiver.errors import StoreUnavailableError
 
 HEAD = "0005"
 """The revision this version of the code works on; a test holds it against the migrations."""
@@ -60,22 +56,7 @@ def _upgrade_shared(connection: Connection) -> tuple[str | None, str]:
 
 
 def _upgrade(connection: Connection, before: str | None) -> None:
-    from alembic import command  # noqa: PLC0415 -- 150 ms, and almost every start finds nothing to do
-    from alembic.util import CommandError  # noqa: PLC0415
+    # Alembic takes 150 ms to import, and almost every start finds nothing to do.
+    from receiver.store.alembic_runner import run_migrations  # noqa: PLC0415  # see above
 
-    try:
-        command.upgrade(_alembic(connection), "head")
-    except CommandError as error:
-        raise StoreUnavailableError(
-            f"the database is at revision {before}, which this version ({HEAD}) does not know: it was made by a newer "
-            "flora-receiver, so run that one, or start with another database"
-        ) from error
-
-
-def _alembic(connection: Connection) -> Any:
-    from alembic.config import Config  # noqa: PLC0415 -- as above
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
-    config.attributes["connection"] = connection
-    return config
+    run_migrations(connection, before=before, head=HEAD)

@@ -166,7 +166,7 @@ class PostgresDatabase:
                 if attempt == _TRIES or not (lost or again):
                     raise _unavailable(error) from error
                 if again:
-                    time.sleep(_PAUSE_SECONDS * random.uniform(0.2, 1))  # noqa: S311 -- no secret
+                    time.sleep(_PAUSE_SECONDS * random.SystemRandom().uniform(0.2, 1))
         raise AssertionError("unreachable")
 
     def _look(self, job: Job[T]) -> T:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, exists, func, literal_column, or_, select, update
+from sqlalchemy import CTE, ColumnElement, Connection, and_, exists, func, literal_column, or_, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import IntegrityError
 
@@ -42,7 +42,7 @@ def claim(
     token: str,
     now: datetime,
     until: datetime,
-    lapsed: datetime | None = None,
+    expired_by: datetime | None = None,
     lanes: Collection[Lane] = tuple(Lane),
 ) -> tuple[Leased, ...]:
     """Lease up to `limit` due dispatches of a handler to `token`, those due longest, counting the attempt.
@@ -50,27 +50,7 @@ def claim(
     Dispatches of one run and handler are worked on one at a time, in the order they were made. One whose worker died on
     its last attempt is not handed out again: see `mark_exhausted`.
     """
-    earlier = dispatches.alias("earlier")
-    due = (
-        select(dispatches.c.seq)
-        .where(
-            dispatches.c.handler == handler,
-            dispatches.c.lane.in_(lanes),
-            _is_due(now, lapsed=lapsed),
-            dispatches.c.attempts < max_attempts,
-            ~exists().where(
-                earlier.c.run_id == dispatches.c.run_id,
-                earlier.c.handler == dispatches.c.handler,
-                earlier.c.seq < dispatches.c.seq,
-                earlier.c.state.in_(_UNFINISHED),
-            ),
-        )
-        .order_by(dispatches.c.due_at, dispatches.c.seq)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-        # A CTE, not a bare IN-subquery: PostgreSQL may run the latter again and claim more than LIMIT.
-        .cte("due")
-    )
+    due = _claimable(handler, lanes, limit, max_attempts, now=now, expired_by=expired_by)
     statement = (
         update(dispatches)
         .where(dispatches.c.seq.in_(select(due.c.seq)))
@@ -98,15 +78,42 @@ def claim(
     )
 
 
+def _claimable(
+    handler: str, lanes: Collection[Lane], limit: int, max_attempts: int, *, now: datetime, expired_by: datetime | None
+) -> CTE:
+    """Select the dispatches that `claim` may lease."""
+    earlier = dispatches.alias("earlier")
+    return (
+        select(dispatches.c.seq)
+        .where(
+            dispatches.c.handler == handler,
+            dispatches.c.lane.in_(lanes),
+            _is_due(now, expired_by=expired_by),
+            dispatches.c.attempts < max_attempts,
+            ~exists().where(
+                earlier.c.run_id == dispatches.c.run_id,
+                earlier.c.handler == dispatches.c.handler,
+                earlier.c.seq < dispatches.c.seq,
+                earlier.c.state.in_(_UNFINISHED),
+            ),
+        )
+        .order_by(dispatches.c.due_at, dispatches.c.seq)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        # A CTE, not a bare IN-subquery: PostgreSQL may run the latter again and claim more than LIMIT.
+        .cte("due")
+    )
+
+
 def mark_exhausted(
-    tx: Connection, handler: str, *, max_attempts: int, now: datetime, lapsed: datetime | None = None
+    tx: Connection, handler: str, *, max_attempts: int, now: datetime, expired_by: datetime | None = None
 ) -> tuple[Dispatch, ...]:
     """Mark dead what used up its attempts without ever answering: its workers died, or its limit was lowered."""
     statement = (
         update(dispatches)
         .where(
             dispatches.c.handler == handler,
-            _is_due(now, lapsed=lapsed),
+            _is_due(now, expired_by=expired_by),
             dispatches.c.attempts >= max_attempts,
         )
         .values(
@@ -217,10 +224,12 @@ def release_all(tx: Connection) -> int:
     ).rowcount
 
 
-def due_lanes(tx: Connection, handler: str, *, now: datetime, lapsed: datetime | None = None) -> frozenset[Lane]:
+def due_lanes(tx: Connection, handler: str, *, now: datetime, expired_by: datetime | None = None) -> frozenset[Lane]:
     """Return in which lanes a handler has anything to claim or bury."""
     due = [
-        exists().where(dispatches.c.handler == handler, dispatches.c.lane == lane.value, _is_due(now, lapsed=lapsed))
+        exists().where(
+            dispatches.c.handler == handler, dispatches.c.lane == lane.value, _is_due(now, expired_by=expired_by)
+        )
         for lane in Lane
     ]
     return frozenset(lane for lane, some in zip(Lane, tx.execute(select(*due)).one(), strict=True) if some)
@@ -310,11 +319,11 @@ def artifacts_of_run(tx: Connection, run_id: str) -> Sequence[Artifact]:
     return [to_artifact(row) for row in tx.execute(statement.order_by(artifacts.c.position)).mappings()]
 
 
-def _is_due(now: datetime, *, lapsed: datetime | None) -> Any:
-    """Ready and due; with `lapsed`, also leased by a worker whose lease had run out by then."""
+def _is_due(now: datetime, *, expired_by: datetime | None) -> Any:
+    """Ready and due; with `expired_by`, also leased by a worker whose lease had run out by then."""
     due = and_(dispatches.c.state == _READY, dispatches.c.due_at <= to_ms(now))
-    if lapsed is not None:
-        due = or_(due, and_(dispatches.c.state == _LEASED, dispatches.c.lease_until <= to_ms(lapsed)))
+    if expired_by is not None:
+        due = or_(due, and_(dispatches.c.state == _LEASED, dispatches.c.lease_until <= to_ms(expired_by)))
     return and_(dispatches.c.state.in_(_UNFINISHED), due)
 
 

@@ -42,7 +42,7 @@ def from_ms_or_none(value: int | None) -> datetime | None:
     return None if value is None else from_ms(value)
 
 
-_RENAMED = {"callback_status": "told"}
+_RENAMED = {"callback_status": "told", "unconfirmed_reads": "ladder"}
 """Fields that have another name than their column."""
 _RUN_FIELDS = tuple(field.name for field in fields(Run))
 RUN_COLUMNS = tuple(_RENAMED.get(name, name) for name in _RUN_FIELDS)

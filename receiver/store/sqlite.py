@@ -14,6 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -137,7 +138,7 @@ class SqliteDatabase:
             if isinstance(job, _Bare):
                 self._commit(together)
                 together = []
-                _run_into(future, lambda job=job: job(self._connection))  # type: ignore[misc]
+                _run_into(future, partial(job, self._connection))
                 self._end_transaction()
             else:
                 together.append((job, future))

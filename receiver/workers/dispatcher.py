@@ -104,8 +104,8 @@ class Dispatcher:
         free = [each for each in self._registrations.values() if busy[each.name].total() < each.concurrency]
 
         def look(tx: Any) -> tuple[dict[str, frozenset[Lane]], int | None]:
-            lapsed = self._lapsed(tx, now)
-            due = {each.name: queue.due_lanes(tx, each.name, now=now, lapsed=lapsed) for each in free}
+            expired_by = self._lapsed(tx, now)
+            due = {each.name: queue.due_lanes(tx, each.name, now=now, expired_by=expired_by) for each in free}
             return due, queue.next_dispatch_due_ms(tx, names, after=now)
 
         # One look for all of them: it is taken again after each answer of any handler.
@@ -182,9 +182,9 @@ class Dispatcher:
             return  # the common case costs no write
 
         def job(tx: Any) -> tuple[tuple[Leased, ...], tuple[Dispatch, ...]]:
-            lapsed = self._lapsed(tx, now)
+            expired_by = self._lapsed(tx, now)
             buried = queue.mark_exhausted(
-                tx, registration.name, max_attempts=registration.max_attempts, now=now, lapsed=lapsed
+                tx, registration.name, max_attempts=registration.max_attempts, now=now, expired_by=expired_by
             )
             for dispatch in buried:
                 self._alert(tx, dispatch.run_id, dispatch.event, now)
@@ -201,8 +201,8 @@ class Dispatcher:
                     max_attempts=registration.max_attempts,
                     token=token,
                     now=now,
-                    until=(lapsed or now) + self._lease,
-                    lapsed=lapsed,
+                    until=(expired_by or now) + self._lease,
+                    expired_by=expired_by,
                 )
             return tuple(claimed), buried
 

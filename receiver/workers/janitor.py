@@ -103,7 +103,7 @@ class Janitor:
         """Tell the door which callbacks have not come in time."""
         runs = await self._database.read(lambda tx: ledger.runs_past_callback(tx, now=now, limit=_PIECE))
         if runs:
-            await asyncio.gather(*(self._intake.apply(CallbackExpired(run.run_id, now)) for run in runs))
+            await asyncio.gather(*(self._intake.apply(CallbackExpired(run.run_id)) for run in runs))
             log.warning(
                 "callbacks.missed", runs=[run.run_id for run in runs[:20]], count=len(runs),
                 cure="their callbacks were expected and never came: see rejections, the tunnel, TLS",

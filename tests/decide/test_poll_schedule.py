@@ -14,15 +14,15 @@ def pause(seconds_old: float, policy: Policy = POLICY, *, jitter: float = 0.0, *
     return (next_poll(run, policy, now=NOW, jitter=jitter) - NOW).total_seconds()
 
 
-@pytest.mark.parametrize(("ladder", "seconds"), [(1, 1), (2, 2), (3, 4), (7, 60), (8, 60), (10**6, 60)])
-def test_on_the_ladder_the_pauses_are_its_own(ladder: int, seconds: float) -> None:
+@pytest.mark.parametrize(("unconfirmed_reads", "seconds"), [(1, 1), (2, 2), (3, 4), (7, 60), (8, 60), (10**6, 60)])
+def test_unconfirmed_reads_follow_the_configured_delays(unconfirmed_reads: int, seconds: float) -> None:
     """Short at first, since the API lags its own callback by seconds; past its end the last step stays."""
-    assert pause(0, ladder=ladder) == seconds
+    assert pause(0, unconfirmed_reads=unconfirmed_reads) == seconds
 
 
-def test_past_the_ladder_the_pause_grows_with_age() -> None:
-    assert pause(1000, ladder=50) == 250
-    assert pause(10**6, ladder=50) == POLICY.max_gap.total_seconds()
+def test_after_the_last_delay_the_pause_grows_with_age() -> None:
+    assert pause(1000, unconfirmed_reads=50) == 250
+    assert pause(10**6, unconfirmed_reads=50) == POLICY.max_gap.total_seconds()
 
 
 def test_a_run_whose_callback_is_expected_is_read_seldom() -> None:

@@ -39,7 +39,7 @@ REPORTS: dict[Kind, Report] = {
     Kind.NOT_FOUND: RunNotFound("run_1", LATER, conclusive=True),
     Kind.READ_FAILED: ReadFailed("run_1", LATER),
     Kind.READ_REQUESTED: ReadRequested("run_1", LATER),
-    Kind.CALLBACK_EXPIRED: CallbackExpired("run_1", LATER),
+    Kind.CALLBACK_EXPIRED: CallbackExpired("run_1"),
 }
 
 
@@ -128,7 +128,7 @@ def is_heard_of(state: RunState | None, kind: Kind) -> None:
 
 def waits(state: RunState | None, kind: Kind) -> None:
     run = after(in_state(state), REPORTS[kind])
-    assert (run.state, run.progress, run.polls, run.ladder) == (state, 40, 1, 0)
+    assert (run.state, run.progress, run.polls, run.unconfirmed_reads) == (state, 40, 1, 0)
     assert run.next_poll_at is not None
     assert run.next_poll_at > LATER
 
@@ -149,8 +149,8 @@ def settles(state: RunState | None, kind: Kind) -> None:
 
 def climbs(state: RunState | None, kind: Kind) -> None:
     decision = changed(in_state(state), REPORTS[kind])
-    assert (decision.run.state, decision.run.ladder, decision.run.polls) == (state, 1, 1)
-    assert decision.run.next_poll_at == LATER + POLICY.ladder[1]
+    assert (decision.run.state, decision.run.unconfirmed_reads, decision.run.polls) == (state, 1, 1)
+    assert decision.run.next_poll_at == LATER + POLICY.confirmation_delays[1]
     assert (decision.outputs, decision.events) == ((), ())
 
 
@@ -163,7 +163,7 @@ def misses(state: RunState | None, kind: Kind) -> None:
 
 def backs_off(state: RunState | None, kind: Kind) -> None:
     run = after(in_state(state), REPORTS[kind])
-    assert (run.state, run.failures, run.ladder, run.missing) == (state, 1, 0, 0)
+    assert (run.state, run.failures, run.unconfirmed_reads, run.missing) == (state, 1, 0, 0)
     assert run.next_poll_at == LATER + timedelta(seconds=1)
 
 
@@ -375,7 +375,7 @@ def test_a_callback_after_the_deadline_gets_its_ladder(read: Report) -> None:
     """The API may lag behind a callback: a run must not be lost on the first read that does not show its end yet."""
     run = after(a_run(deadline_at=NOW), a_callback_received(received_at=LATER - timedelta(seconds=1)), now=LATER)
     run = after(run, read)
-    assert (run.state, run.ladder) == (RunState.REPORTED, 1)
+    assert (run.state, run.unconfirmed_reads) == (RunState.REPORTED, 1)
 
 
 def climb(run: Run, status: str, times: int, **fields: Any) -> list[Changed]:
@@ -391,7 +391,7 @@ def climb(run: Run, status: str, times: int, **fields: Any) -> list[Changed]:
 @pytest.mark.parametrize("state", [RunState.OPEN, RunState.REPORTED])
 def test_completed_without_outputs_is_never_an_empty_success(state: RunState) -> None:
     """It climbs the ladder, and past its end it is lost, loudly, with its reason."""
-    steps = len(POLICY.ladder)
+    steps = len(POLICY.confirmation_delays)
     decisions = climb(a_run(state), "completed", steps, outputs=())
     assert {decision.run.state for decision in decisions[:-1]} == {state}
     assert all(decision.events == () for decision in decisions[:-1])
@@ -401,16 +401,16 @@ def test_completed_without_outputs_is_never_an_empty_success(state: RunState) ->
 
 
 def test_outputs_that_appear_on_the_ladder_settle_the_run() -> None:
-    decisions = climb(a_run(RunState.REPORTED), "completed", len(POLICY.ladder) - 1, outputs=())
+    decisions = climb(a_run(RunState.REPORTED), "completed", len(POLICY.confirmation_delays) - 1, outputs=())
     decision = changed(decisions[-1].run, a_read("completed", LATER))
     assert (decision.run.state, decision.outputs) == (RunState.COMPLETED, (OUTPUT,))
 
 
 def test_a_callback_that_the_api_never_confirms_diverges_once() -> None:
     """Past the ladder it is an alert and a verdict, no state: the run is read on, and the alert is not repeated."""
-    decisions = climb(a_run(RunState.REPORTED), "running", len(POLICY.ladder) + 5)
+    decisions = climb(a_run(RunState.REPORTED), "running", len(POLICY.confirmation_delays) + 5)
     events = [decision.events for decision in decisions]
-    place = len(POLICY.ladder) - 1
+    place = len(POLICY.confirmation_delays) - 1
     assert events[:place] == [()] * place
     assert events[place] == (Event.DIVERGED,)
     assert events[place + 1 :] == [()] * 5
@@ -420,13 +420,13 @@ def test_a_callback_that_the_api_never_confirms_diverges_once() -> None:
 
 def test_a_diverged_run_still_settles_and_is_judged_by_its_facts() -> None:
     """The API was slow after all: what counts is that callback and end agree."""
-    run = climb(a_run(RunState.REPORTED), "running", len(POLICY.ladder))[-1].run
+    run = climb(a_run(RunState.REPORTED), "running", len(POLICY.confirmation_delays))[-1].run
     assert after(run, a_read("completed", LATER)).verdict is Verdict.MATCHED
     assert after(run, a_read("failed", LATER)).verdict is Verdict.DIVERGED
 
 
 def test_a_diverged_run_is_lost_at_its_deadline() -> None:
-    run = climb(a_run(RunState.REPORTED), "running", len(POLICY.ladder))[-1].run
+    run = climb(a_run(RunState.REPORTED), "running", len(POLICY.confirmation_delays))[-1].run
     decision = changed(run, a_read("running", run.deadline_at), now=run.deadline_at)
     assert (decision.run.state, decision.events) == (RunState.LOST, (Event.LOST,))
 
@@ -462,12 +462,12 @@ def test_a_terminal_read_is_never_too_old() -> None:
 @pytest.mark.parametrize("reason", list(LostReason))
 def test_a_lost_run_comes_back(reason: LostReason) -> None:
     """By a callback, by a terminal read on its way, or by hand; lost again, it is a new loss."""
-    lost = a_run(RunState.LOST, lost_reason=reason, ladder=9, missing=5, missing_since=NOW, deadline_at=NOW)
+    lost = a_run(RunState.LOST, lost_reason=reason, unconfirmed_reads=9, missing=5, missing_since=NOW, deadline_at=NOW)
     heard = after(lost, a_callback_received(received_at=LATER))
     asked = after(lost, ReadRequested("run_1", LATER))
     assert (heard.state, asked.state) == (RunState.REPORTED, RunState.OPEN)
     for run in (heard, asked):
-        assert (run.ladder, run.missing, run.missing_since) == (0, 0, None)
+        assert (run.unconfirmed_reads, run.missing, run.missing_since) == (0, 0, None)
         assert (run.deadline_at, run.next_poll_at, run.losses) == (LATER + POLICY.deadline, LATER, 1)
         # Reads go on as for a new run: nothing of the old count loses it at once.
         assert after(run, a_read("running", LATER)).state is run.state
@@ -500,7 +500,7 @@ def test_a_poll_settles_without_a_verdict_at_first() -> None:
 
 def test_a_callback_that_never_comes_is_written_off() -> None:
     gone = NOW + POLICY.callback_window
-    run = after(by_poll(), CallbackExpired("run_1", gone), now=gone)
+    run = after(by_poll(), CallbackExpired("run_1"), now=gone)
     assert (run.verdict, run.verdict_due_at) == (Verdict.RECOVERED, None)
     late = after(run, a_callback_received(received_at=gone + timedelta(seconds=1)), now=gone + timedelta(seconds=1))
     assert late.verdict is Verdict.LATE
@@ -509,7 +509,7 @@ def test_a_callback_that_never_comes_is_written_off() -> None:
 def test_a_callback_in_time_matches_although_it_was_written_off_meanwhile() -> None:
     """The verdict follows from when it arrived, not from when we got round to it."""
     gone = NOW + POLICY.callback_window
-    run = after(by_poll(), CallbackExpired("run_1", gone), now=gone)
+    run = after(by_poll(), CallbackExpired("run_1"), now=gone)
     assert after(run, a_callback_received(received_at=gone), now=gone + timedelta(minutes=1)).verdict is Verdict.MATCHED
 
 
@@ -541,14 +541,14 @@ def test_a_contradiction_diverges_in_either_order(callback_status: CallbackStatu
         assert (decision.run.state.value, decision.run.verdict) == (status, Verdict.DIVERGED)
         assert decision.events.count(Event.DIVERGED) == 1
         assert decision.run.verdict_due_at is None
-        assert decide(decision.run, CallbackExpired("run_1", LATER), now=LATER + timedelta(days=1)) == Unchanged()
+        assert decide(decision.run, CallbackExpired("run_1"), now=LATER + timedelta(days=1)) == Unchanged()
 
 
 def test_an_alert_of_divergence_is_never_written_off() -> None:
     """A run that the API contradicted itself about stays diverged when its callback does not come."""
     run = after(by_poll(), a_read("failed", LATER))
     assert run.verdict is Verdict.DIVERGED
-    assert decide(run, CallbackExpired("run_1", LATER), now=NOW + timedelta(days=1)) == Unchanged()
+    assert decide(run, CallbackExpired("run_1"), now=NOW + timedelta(days=1)) == Unchanged()
 
 
 # --- costs -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, event, exc
 
 from receiver.errors import StoreError, StoreInUseError, StoreUnavailableError
 from receiver.store import SqliteDatabase, ledger, open_database
-from tests.support.core import a_run, until
+from tests.support.core import a_run, all_runs, until
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def insert(run_id: str, size: int = 0) -> Any:
 
 
 async def runs_of(database: SqliteDatabase) -> list[str]:
-    return sorted(run.run_id for run in await database.read(ledger.all_runs))
+    return sorted(run.run_id for run in await database.read(all_runs))
 
 
 @contextlib.contextmanager

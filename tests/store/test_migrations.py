@@ -16,6 +16,7 @@ from sqlalchemy.exc import IntegrityError
 
 from receiver.errors import StoreUnavailableError
 from receiver.store import migrate
+from receiver.store.alembic_runner import alembic_config
 from receiver.store.schema import metadata
 from tests.support.postgres import Postgres
 
@@ -80,7 +81,7 @@ def test_migrations_make_the_schema(connection: Connection, url: str) -> None:
 
 def test_head_is_the_newest_migration(connection: Connection) -> None:
     """And there is one newest: two branches would leave a database between them."""
-    scripts = ScriptDirectory.from_config(migrate._alembic(connection))
+    scripts = ScriptDirectory.from_config(alembic_config(connection))
     assert scripts.get_heads() == [migrate.HEAD]
 
 
@@ -105,13 +106,13 @@ def test_an_upgrade_leaves_no_transaction_open(connection: Connection) -> None:
 
 def test_a_downgrade_leaves_nothing_behind(connection: Connection) -> None:
     migrate.upgrade(connection)
-    command.downgrade(migrate._alembic(connection), "base")
+    command.downgrade(alembic_config(connection), "base")
     assert shape(connection) == {}
 
 
 def test_dispatches_from_before_the_lanes_are_light(connection: Connection) -> None:
     """They keep their attempts, and nothing odd can be written into the new column; the way back keeps them too."""
-    command.upgrade(migrate._alembic(connection), "0003")
+    command.upgrade(alembic_config(connection), "0003")
     connection.exec_driver_sql(
         "INSERT INTO runs (run_id, state, origin, first_seen_at, deadline_at, settled_at, metadata, callback_expected, "
         "losses, polls, ladder, failures, missing, version) "
@@ -128,14 +129,14 @@ def test_dispatches_from_before_the_lanes_are_light(connection: Connection) -> N
     with pytest.raises(IntegrityError):
         connection.exec_driver_sql("UPDATE dispatches SET lane = 'odd'")
     connection.rollback()
-    command.downgrade(migrate._alembic(connection), "0003")
+    command.downgrade(alembic_config(connection), "0003")
     assert connection.exec_driver_sql("SELECT count(*) FROM dispatches").scalar_one() == 1
     assert connection.exec_driver_sql("SELECT count(*) FROM dispatch_attempts").scalar_one() == 1
 
 
 def test_artifacts_survive_the_room_for_thumbnails(connection: Connection) -> None:
     """The table is made anew on SQLite: its rows stay, up and down, and only thumbnails are lost on the way back."""
-    alembic = migrate._alembic(connection)
+    alembic = alembic_config(connection)
     command.upgrade(alembic, "0003")
     connection.exec_driver_sql(
         "INSERT INTO runs (run_id, state, origin, callback_expected, first_seen_at, next_poll_at, deadline_at, metadata,"
@@ -170,7 +171,7 @@ def test_a_migration_takes_nothing_from_the_version_before(connection: Connectio
 
     Replicas of it go on while a new one migrates. Indexes may be exchanged, and rules loosened.
     """
-    alembic = migrate._alembic(connection)
+    alembic = alembic_config(connection)
     command.upgrade(alembic, before)
     old, old_rules = shape(connection), rules(connection)
     command.upgrade(alembic, after)
@@ -246,7 +247,7 @@ def test_a_migration_gives_way_to_who_is_at_work(
 
     try:
         with engine.connect() as connection:
-            command.upgrade(migrate._alembic(connection), "0003")
+            command.upgrade(alembic_config(connection), "0003")
             connection.commit()
         with ThreadPoolExecutor(1) as thread, psycopg.connect(url) as busy:
             busy.execute("SET deadlock_timeout = '100s'")  # so that it is not this one that ends a deadlock

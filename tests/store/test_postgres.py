@@ -19,7 +19,7 @@ from receiver.errors import StoreUnavailableError
 from receiver.intake.callbacks import Accepted, Duplicate
 from receiver.store import ledger, open_database, postgres
 from receiver.store.postgres import PostgresDatabase
-from tests.support.core import NOW, Clock, Core, a_core, a_read, a_run
+from tests.support.core import NOW, Clock, Core, a_core, a_read, a_run, all_runs
 from tests.support.postgres import Postgres, sweep
 from tests.support.severing_proxy import Moment, severing
 
@@ -111,7 +111,7 @@ async def test_connections_that_were_cut_are_replaced(database: PostgresDatabase
     assert await asyncio.to_thread(cut, postgres_server) > 0
     await database.write(insert("run_x"))
     await asyncio.to_thread(cut, postgres_server)
-    assert len(await database.read(ledger.all_runs)) == 7
+    assert len(await database.read(all_runs)) == 7
 
 
 async def test_a_connection_cut_within_a_job_begins_it_again(
@@ -129,7 +129,7 @@ async def test_a_connection_cut_within_a_job_begins_it_again(
         insert("run_2")(tx)
 
     await database.write(job)
-    assert (tries, len(await database.read(ledger.all_runs))) == (2, 2)
+    assert (tries, len(await database.read(all_runs))) == (2, 2)
 
 
 @pytest.mark.parametrize(("moment", "after"), [("before COMMIT", Accepted()), ("after COMMIT", Duplicate())])
@@ -206,10 +206,10 @@ async def test_readers_cannot_write_and_see_one_moment(database: PostgresDatabas
     begun, free = threading.Event(), threading.Event()
 
     def look(tx: Connection) -> tuple[int, int]:
-        before = len(ledger.all_runs(tx))
+        before = len(all_runs(tx))
         begun.set()
         free.wait(10)
-        return before, len(ledger.all_runs(tx))
+        return before, len(all_runs(tx))
 
     reading = asyncio.create_task(database.read(look))
     await asyncio.to_thread(begun.wait, 10)
@@ -222,7 +222,7 @@ async def test_a_jobs_own_error_is_its_own(database: PostgresDatabase) -> None:
     """Undone, whole, and not tried again; constraints are its own fault, too."""
     with pytest.raises(exc.IntegrityError):
         await database.write(lambda tx: (insert("run_1")(tx), insert("run_1")(tx)))
-    assert await database.read(ledger.all_runs) == ()
+    assert await database.read(all_runs) == ()
 
 
 async def test_a_closed_database_says_so(postgres_url: str) -> None:
@@ -278,7 +278,7 @@ async def test_a_server_that_takes_no_writes_is_unavailable(
     try:
         with pytest.raises(StoreUnavailableError, match="takes no writes"):
             await database.write(lambda _: None)
-        assert await database.read(ledger.all_runs) == ()
+        assert await database.read(all_runs) == ()
     finally:
         await asyncio.to_thread(postgres_server.execute, "ALTER DATABASE suite RESET default_transaction_read_only")
     # A session keeps what it was told at its beginning, and so does a connection to a server that was demoted.
@@ -290,7 +290,7 @@ async def test_reads_never_take_all_connections(database: PostgresDatabase) -> N
     begun, free = threading.Semaphore(0), threading.Event()
 
     def slow(tx: Connection) -> None:
-        ledger.all_runs(tx)
+        all_runs(tx)
         begun.release()
         free.wait(20)
 

@@ -131,9 +131,9 @@ async def test_looking_at_the_queue_costs_nothing_for_what_is_over(database: Dat
 
         event.listen(tx, "before_cursor_execute", note)
         queue.claim(
-            tx, "h", lanes=(Lane.LIGHT,), limit=1, max_attempts=3, token=TOKEN, now=NOW, until=UNTIL, lapsed=NOW
+            tx, "h", lanes=(Lane.LIGHT,), limit=1, max_attempts=3, token=TOKEN, now=NOW, until=UNTIL, expired_by=NOW
         )
-        queue.due_lanes(tx, "h", now=NOW, lapsed=NOW)
+        queue.due_lanes(tx, "h", now=NOW, expired_by=NOW)
         queue.next_dispatch_due_ms(tx, ["h"], after=NOW)
         event.remove(tx, "before_cursor_execute", note)
         explain = "EXPLAIN " if database.shared else "EXPLAIN QUERY PLAN "
@@ -200,7 +200,7 @@ async def test_a_stale_worker_changes_nothing(core: Core) -> None:
     await add(core.database, ("run_1", Event.SETTLED))
     (old,) = await claim(core.database)
     assert not await finish(core.database, old, token="t9")
-    (new,) = await claim(core.database, "t2", now=LATER, lapsed=LATER)
+    (new,) = await claim(core.database, "t2", now=LATER, expired_by=LATER)
     assert new.dispatch.attempts == 2
     assert not await finish(core.database, old)
     assert await core.database.write(lambda tx: queue.renew(tx, [old.seq], token="t1", until=LATER)) == frozenset()
@@ -218,10 +218,10 @@ async def test_leases_are_taken_over_only_where_allowed_and_run_out(database: Da
     far = NOW + timedelta(days=365)
     assert await claim(database, "t2", now=far) == ()
     assert (
-        await claim(database, "t2", now=UNTIL - timedelta(milliseconds=1), lapsed=UNTIL - timedelta(milliseconds=1))
+        await claim(database, "t2", now=UNTIL - timedelta(milliseconds=1), expired_by=UNTIL - timedelta(milliseconds=1))
         == ()
     )
-    assert len(await claim(database, "t2", now=UNTIL, lapsed=UNTIL)) == 1
+    assert len(await claim(database, "t2", now=UNTIL, expired_by=UNTIL)) == 1
 
 
 async def test_renewing_keeps_a_lease(database: Database) -> None:
@@ -229,7 +229,7 @@ async def test_renewing_keeps_a_lease(database: Database) -> None:
     seqs = [leased.seq for leased in await claim(database)]
     held = await database.write(lambda tx: queue.renew(tx, [*seqs, 999], token="t1", until=LATER))
     assert held == frozenset(seqs)
-    assert await claim(database, "t2", now=UNTIL, lapsed=UNTIL) == ()
+    assert await claim(database, "t2", now=UNTIL, expired_by=UNTIL) == ()
 
 
 async def test_what_is_given_back_was_never_tried(core: Core) -> None:

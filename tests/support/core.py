@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 from sqlalchemy.engine.base import OptionEngine
 
 from receiver.decide import Backoff, Policy
@@ -30,7 +30,7 @@ from receiver.model import (
     Subscription,
 )
 from receiver.plugins.attempt import Registration
-from receiver.store import Database, ledger, queue
+from receiver.store import Database, ledger, queries, queue
 from receiver.store.changes import Signals
 from receiver.store.postgres import PostgresDatabase
 from receiver.telemetry import Metrics
@@ -48,7 +48,7 @@ def a_policy(**fields: Any) -> Policy:
         "max_gap": timedelta(minutes=15),
         "callback_window": timedelta(seconds=420),
         "deadline": timedelta(hours=24),
-        "ladder": tuple(timedelta(seconds=pause) for pause in (0, 1, 2, 4, 8, 15, 30, 60)),
+        "confirmation_delays": tuple(timedelta(seconds=pause) for pause in (0, 1, 2, 4, 8, 15, 30, 60)),
         "cost_window": timedelta(minutes=10),
     }
     return Policy(**(given | fields))
@@ -161,6 +161,11 @@ def callback_body(
 def signed(body: bytes, at: datetime = NOW, secret: str = SECRET) -> str:
     """Return the header that goes with a body."""
     return sign(body, secret, timestamp=int(at.timestamp()))
+
+
+def all_runs(tx: Connection) -> tuple[Run, ...]:
+    """Return the runs of a small ledger, newest first."""
+    return queries.run_page(tx, limit=100)
 
 
 @dataclass

@@ -248,7 +248,7 @@ async def test_no_weather_loses_a_run_and_every_weather_passes(sky: Sky, fault: 
     sky.break_it(fault)
     assert await sky.poll() <= 2
     run = await sky.core.run(run_id)
-    assert (run.state, run.missing, run.ladder) == (RunState.OPEN, 0, 0)
+    assert (run.state, run.missing, run.unconfirmed_reads) == (RunState.OPEN, 0, 0)
     for _ in range(3):
         assert await sky.poll(24 * 3600) <= 2
     run = await sky.core.run(run_id)
