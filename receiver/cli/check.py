@@ -1,4 +1,4 @@
-"""`flora-receiver check`: would `serve` work? Settings, handlers, database; nothing is sent anywhere."""
+"""`flora-receiver check`: checks settings, handlers and database before `serve`; sends nothing."""
 
 import asyncio
 import os
@@ -9,7 +9,13 @@ import typer
 from receiver.cli.output import FAILED, print_result, report_errors
 from receiver.config import load_settings, redact
 from receiver.errors import Problem, ReceiverError, StoreInUseError
-from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers, mask_secrets
+from receiver.plugins.loader import (
+    Loaded,
+    check_handlers,
+    close_handlers,
+    load_handlers,
+    mask_secrets,
+)
 from receiver.store import open_database
 from receiver.store.database import probe_write
 from receiver.store.migrate import HEAD, current_revision
@@ -19,16 +25,16 @@ def run(config: Path | None, *, json: bool) -> None:
     with report_errors(as_json=json):
         settings = load_settings(config, os.environ)
         loaded = load_handlers(settings)
-        problems, unreachable = asyncio.run(_handlers(loaded))
-        state, trouble = asyncio.run(_database(settings.database.url))
-        problems += trouble
-        warnings = settings.warnings() + unreachable
+        problems, unreachable = asyncio.run(_check_and_close(loaded))
+        state, database_problems = asyncio.run(_check_database(settings.database.url))
+        problems += database_problems
+        warnings = settings.find_warnings() + unreachable
         names = ", ".join(each.registration.name for each in loaded)
-        lines = ["Settings: fine", f"Handlers: {names}", f"Database: {state}"]
-        lines += [f"Warning: {warning.path}: {warning.message}" for warning in warnings]
-        lines += [f"Wrong: {problem.path}: {problem.message}" for problem in problems]
+        lines = ["Settings: valid", f"Handlers: {names}", f"Database: {state}"]
+        lines += [f"Warning: {each.path}: {each.message}" for each in warnings]
+        lines += [f"Error: {each.path}: {each.message}" for each in problems]
         if not problems:
-            lines.append("Ready: start it with `flora-receiver serve`.")
+            lines.append("No problems found. Start the service with `flora-receiver serve`.")
         data = {
             "ok": not problems,
             "settings": redact(mask_secrets(settings, os.environ)),
@@ -41,16 +47,16 @@ def run(config: Path | None, *, json: bool) -> None:
             raise typer.Exit(FAILED)
 
 
-async def _handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[Problem]]:
-    """Return what is wrong with the handlers, and what may pass by itself."""
+async def _check_and_close(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[Problem]]:
+    """Return the handlers' problems, and those that may disappear by themselves."""
     try:
         return await check_handlers(loaded)
     finally:
         await close_handlers(loaded)
 
 
-async def _database(url: str) -> tuple[str, list[Problem]]:
-    """Return what state the database is in, and what is wrong with it. One in use by a running service is fine."""
+async def _check_database(url: str) -> tuple[str, list[Problem]]:
+    """Return the state of the database and its problems. Use by a running service is no problem."""
     try:
         database = await asyncio.to_thread(open_database, url)
     except StoreInUseError:
@@ -66,4 +72,6 @@ async def _database(url: str) -> tuple[str, list[Problem]]:
         await database.close()
     if revision == HEAD:
         return "up to date", []
-    return ("empty: serve will set it up" if revision is None else f"at {revision}: serve will migrate it"), []
+    if revision is None:
+        return "empty: `serve` will create its tables", []
+    return f"at revision {revision}: `serve` will migrate it", []

@@ -1,4 +1,4 @@
-"""`flora-receiver init`: writes a commented `receiver.toml` and a `.env` that nobody else can read."""
+"""`flora-receiver init`: writes a commented `receiver.toml`, and a `.env` that only its owner can read."""
 
 import os
 import tempfile
@@ -10,93 +10,107 @@ from receiver.cli.output import print_result, report_errors
 from receiver.config import Setting, describe, load_settings
 from receiver.errors import ConfigError, Problem
 
-_ENV = """# Secrets, for `set -a; . ./.env; set +a`, a container's env_file, or systemd. Never commit this file.
+_ENV = """# Secrets, for `set -a; . ./.env; set +a`, the env_file of a container, or systemd.
+# Never commit this file.
 FLORA_API_KEY=
 FLORA_WEBHOOK_SECRET=
 """
+_HEAD = """# Settings of flora-receiver. Lines that are commented out show the defaults.
+# Secrets belong into .env."""
+_TAIL = """
+# Several workspaces, each with its secrets:
+# [[workspaces]]
+# id = "ws_abc"
+# secrets = ["env:FLORA_WEBHOOK_SECRET_ABC"]
+
+# What to do with settled runs. `flora-receiver handlers show NAME` lists the options of a handler.
+[[handlers]]
+use = "storage"
+url = {storage}
+
+[[handlers]]
+use = "log"
+"""
 _OPTIONS = {"public_url": "--public-url", "database.url": "--database"}
-_LISTS = {
-    "workspaces": '# [[workspaces]]\n# id = "ws_abc"\n# secrets = ["env:FLORA_WEBHOOK_SECRET_ABC"]',
-    "handlers": "",
-}
 
 
 def run(
-    directory: Path, *, public_url: str | None, database: str | None, storage: str, force: bool, json: bool
+    directory: Path,
+    *,
+    public_url: str | None,
+    database: str | None,
+    storage: str,
+    force: bool,
+    json: bool,
 ) -> None:
     with report_errors(as_json=json):
-        given = {"public_url": public_url, "database.url": database}
-        text = "\n".join(_toml(given, storage)) + "\n"
+        text = _to_toml({"public_url": public_url, "database.url": database}, storage)
         _check(text)
-        files = {
-            directory / "receiver.toml": (text, 0o644),
-            directory / ".env": (_ENV, 0o600),
-        }
-        there = (
-            []
-            if force
-            else [Problem(str(path), "is there already: --force overwrites it") for path in files if path.exists()]
-        )
-        if there:
-            raise ConfigError(there)
-        for path, (text, mode) in files.items():
-            _write(path, text, mode)
-        told = (
-            f"Wrote {' and '.join(map(str, files))}.\nNext: put FLORA_API_KEY and FLORA_WEBHOOK_SECRET into .env, then\n\n"
+        toml, env = directory / "receiver.toml", directory / ".env"
+        existing = [] if force else [path for path in (toml, env) if path.exists()]
+        if existing:
+            message = "already exists; --force overwrites it"
+            raise ConfigError([Problem(str(path), message) for path in existing])
+        _write(toml, text, 0o644)
+        _write(env, _ENV, 0o600)
+        message = (
+            f"Wrote {toml} and {env}.\n"
+            "Next, set FLORA_API_KEY and FLORA_WEBHOOK_SECRET in .env. Then run:\n\n"
             "  set -a; . ./.env; set +a\n  flora-receiver check\n  flora-receiver serve"
         )
-        print_result({"files": [str(path) for path in files]}, told, as_json=json)
+        print_result({"files": [str(toml), str(env)]}, message, as_json=json)
 
 
 def _check(text: str) -> None:
-    """Read it as `serve` would. Raises ConfigError that names the option which cannot be used."""
+    """Load the file as `serve` would. Raises ConfigError for an option that cannot be used."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "receiver.toml")
         file.write_text(text, "utf-8")
         try:
             load_settings(file, os.environ, need_secrets=False)
         except ConfigError as error:
-            wrong = [Problem(_OPTIONS[each.path], each.message) for each in error.problems if each.path in _OPTIONS]
-            if wrong:  # what else is wrong stands in the environment
-                raise ConfigError(wrong) from error
+            problems = [Problem(_OPTIONS[each.path], each.message) for each in error.problems if each.path in _OPTIONS]
+            if problems:  # all others come from the environment, not from this file
+                raise ConfigError(problems) from error
 
 
 def _write(path: Path, text: str, mode: int) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # an older file would keep its wider mode
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        path.unlink(missing_ok=True)  # an existing file would keep its own mode
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise ConfigError([Problem(str(path), f"cannot be written: {error.strerror}")]) from error
+        message = f"cannot be written: {error.strerror}"
+        raise ConfigError([Problem(str(path), message)]) from error
 
 
-def _toml(given: dict[str, str | None], storage: str) -> Iterator[str]:
-    """Every setting with its help and default, commented out unless it is given: what is commented out holds anyway."""
-    yield "# Settings of flora-receiver. What is commented out is the default. Secrets belong into .env."
+def _to_toml(values: dict[str, str | None], storage: str) -> str:
+    """Return the file: every setting with its help, commented out unless `values` has it."""
+    return "\n".join([_HEAD, *_setting_lines(values), _TAIL.format(storage=_quote(storage))])
+
+
+def _setting_lines(values: dict[str, str | None]) -> Iterator[str]:
     section = ""
     for setting in describe():
         name, _, key = setting.path.rpartition(".")
-        if name.endswith("[]"):
+        if name.endswith("[]") or setting.path in {"workspaces", "handlers"}:
             continue
         if name != section:
             section = name
             yield f"\n[{section}]"
-        yield from _line(setting, key, given.get(setting.path))
-    yield "\n# Several workspaces, each with its secrets:"
-    yield _LISTS["workspaces"]
-    yield "\n# What becomes of settled runs; `flora-receiver handlers show NAME` lists a handler's options."
-    yield f'[[handlers]]\nuse = "storage"\nurl = {_quoted(storage)}\n\n[[handlers]]\nuse = "log"'
+        yield from _lines_of(setting, key, values.get(setting.path))
 
 
-def _line(setting: Setting, key: str, given: str | None) -> Iterator[str]:
+def _lines_of(setting: Setting, key: str, value: str | None) -> Iterator[str]:
     yield f"# {setting.help}"
-    if given is not None:
-        yield f"{key} = {_quoted(given)}"
+    if value is not None:
+        yield f"{key} = {_quote(value)}"
     else:
         yield f"# {key} = {setting.default or '…'}"
 
 
-def _quoted(text: str) -> str:
-    """Return a TOML string: it has JSON's escapes, and DEL must not stand in it as it is."""
+def _quote(text: str) -> str:
+    """Return a TOML string. TOML has the escapes of JSON, and also requires one for DEL."""
     return dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

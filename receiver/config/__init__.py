@@ -1,4 +1,7 @@
-"""The settings: where they come from, what they may be, what is wrong with them. A leaf: imports no other room."""
+"""The settings: where their values come from, what is allowed, and how mistakes are reported.
+
+Used by `cli`, `service` and `plugins`; imports only `net.addresses`, `model` and `errors`.
+"""
 
 from receiver.config.loader import check_operations, environment_variables, load_settings
 from receiver.config.ops_token import ensure_token, token_path

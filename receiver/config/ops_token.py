@@ -1,4 +1,4 @@
-"""Where the token of the operations listener is: in the settings, else in a file beside the ledger."""
+"""The token of the operations listener: a setting, or a generated one in a file beside the ledger."""
 
 import os
 import secrets
@@ -12,32 +12,35 @@ __all__ = ["ensure_token", "token_path"]
 
 
 def token_path(settings: Settings) -> Path:
-    """Return where a generated token lies: beside the SQLite file, else in `var`."""
+    """Return the file of a generated token: beside the SQLite file, else in `var`."""
     scheme, _, rest = settings.database.url.partition(":///")
     directory = Path(rest.partition("?")[0]).parent if scheme == "sqlite" else Path("var")
     return directory / "ops-token"
 
 
 def ensure_token(settings: Settings) -> str:
-    """Return the configured token, else the one in the file, which is made where there is none. Raises ConfigError."""
+    """Return the token from the settings or the file; generate it if there is none.
+
+    Raises ConfigError if the file cannot be used.
+    """
     if settings.operations.token is not None:
         return settings.operations.token.get_secret_value()
     path = token_path(settings)
     try:
-        if path.exists() and (found := path.read_text("utf-8").strip()):
+        if path.exists() and (token := path.read_text("utf-8").strip()):
             path.chmod(0o600)
-            return found
+            return token
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _written(path, secrets.token_urlsafe(32))
+        return _write_token(path, secrets.token_urlsafe(32))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        problem = f"cannot be kept in {path}: {reason}; set RECEIVER_OPS_TOKEN instead"
-        raise ConfigError([Problem("operations.token", problem)]) from error
+        message = f"cannot be stored in {path}: {reason}; set RECEIVER_OPS_TOKEN instead"
+        raise ConfigError([Problem("operations.token", message)]) from error
 
 
-def _written(path: Path, token: str) -> str:
-    """Write the token so that nobody else reads it, and nobody reads half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".ops-token.")  # mkstemp makes it 0600
+def _write_token(path: Path, token: str) -> str:
+    """Write the token atomically, readable by its owner only, and return it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".ops-token.")  # with mode 0600
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(f"{token}\n")
         file.flush()

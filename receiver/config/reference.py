@@ -1,4 +1,4 @@
-"""Settings in the words of whoever writes the file: path, type, default and help of each field of a model."""
+"""Describes the fields of a settings model for documentation: path, type, default and help."""
 
 import typing
 from collections.abc import Mapping
@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 
+__all__ = ["Setting", "describe_field", "describe_model"]
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting, for the documentation: `path` is `public.port` or `handlers[].name`; `default` is as in TOML."""
+    """A documented setting. `path` is `public.port` or `handlers[].name`; `default` is TOML."""
 
     path: str
     type: str
@@ -22,16 +24,20 @@ class Setting:
 
 
 def describe_model(model: type[BaseModel], prefix: str = "") -> list[Setting]:
-    """Return every field of a model, in its order."""
-    return [setting_of(f"{prefix}{name}", field) for name, field in model.model_fields.items()]
+    """Return every field of a model in order, each path with `prefix` before it."""
+    return [describe_field(f"{prefix}{name}", field) for name, field in model.model_fields.items()]
 
 
-def setting_of(path: str, field: FieldInfo) -> Setting:
-    default = "required" if field.is_required() else _as_toml(field.get_default(call_default_factory=True))
-    return Setting(path, _kind(field.annotation), default, " ".join((field.description or "").split()))
+def describe_field(path: str, field: FieldInfo) -> Setting:
+    """Return one field as a setting."""
+    default = "required"
+    if not field.is_required():
+        default = _to_toml(field.get_default(call_default_factory=True))
+    help_ = " ".join((field.description or "").split())
+    return Setting(path, _type_name(field.annotation), default, help_)
 
 
-_KINDS = {
+_TYPE_NAMES = {
     str: "text",
     int: "integer",
     float: "number",
@@ -42,23 +48,23 @@ _KINDS = {
 }
 
 
-def _kind(annotation: Any) -> str:
-    """Say a type in plain words."""
+def _type_name(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        return _kind(inner[0])
+        return _type_name(inner[0])
     if origin in {Union, UnionType}:
-        return " or ".join(dict.fromkeys(_kind(each) for each in inner if each is not NoneType))
+        names = (_type_name(each) for each in inner if each is not NoneType)
+        return " or ".join(dict.fromkeys(names))
     if origin is Literal:
         return " or ".join(f"`{each}`" for each in inner)
     if origin in {tuple, list, frozenset}:
-        return f"list of {_kind(inner[0])}"
-    if annotation in _KINDS:
-        return _KINDS[annotation]
+        return f"list of {_type_name(inner[0])}"
+    if annotation in _TYPE_NAMES:
+        return _TYPE_NAMES[annotation]
     return "text" if isinstance(annotation, type) and issubclass(annotation, str) else "table"
 
 
-def _as_toml(value: object) -> str:
+def _to_toml(value: object) -> str:
     match value:
         case None | "":
             return ""
@@ -67,13 +73,13 @@ def _as_toml(value: object) -> str:
         case str() | Path():
             return f'"{value}"'
         case frozenset():
-            return _as_toml(sorted(value))
+            return _to_toml(sorted(value))
         case tuple() | list():
-            return f"[{', '.join(_as_toml(each) for each in value)}]"
+            return f"[{', '.join(_to_toml(each) for each in value)}]"
         case BaseModel():
-            return _as_toml(value.model_dump(exclude_none=True))
+            return _to_toml(value.model_dump(exclude_none=True))
         case Mapping():
-            inner = ", ".join(f"{name} = {_as_toml(each)}" for name, each in value.items())
+            inner = ", ".join(f"{name} = {_to_toml(each)}" for name, each in value.items())
             return f"{{ {inner} }}" if inner else "{}"
         case float():
             return f"{value:g}"

@@ -1,6 +1,6 @@
-"""The sections of `receiver.toml`, one model each: keys, defaults, limits and help. Built by `config.py`.
+"""The sections of `receiver.toml`, one model each: keys, defaults, limits and help.
 
-Each field's description is what the README says about it; a value's problem is told without the value.
+The description of a field is its row in the documentation. `settings.py` puts the sections together.
 """
 
 from ipaddress import ip_network
@@ -20,19 +20,19 @@ from pydantic_core import core_schema
 from receiver.config.values import (
     Count,
     DatabaseUrl,
+    Duration,
+    DurationOrZero,
     ExistingFile,
     FloraUrl,
     Port,
     PostgresUrl,
-    Seconds,
     Secret,
     SecretList,
-    Span,
     Tolerance,
     Words,
-    listed,
-    lower_case,
-    not_empty,
+    check_not_empty,
+    to_lower_case,
+    to_tuple,
 )
 from receiver.model import Event, When
 
@@ -55,192 +55,217 @@ __all__ = [
 
 
 class Section(BaseModel):
-    """A table of settings: frozen, without room for a key that nobody reads."""
+    """A table of settings: immutable, with unknown keys forbidden."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, from_attributes=True)
 
 
-def _networks(values: tuple[str, ...]) -> tuple[str, ...]:
+def _check_networks(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         try:
             ip_network(value, strict=False)
         except ValueError:
-            raise ValueError("must be addresses or networks, as 10.0.0.0/8") from None
+            raise ValueError("must be IP addresses or networks such as 10.0.0.0/8") from None
     return values
 
 
 class Public(Section):
-    """The listener that FLORA reaches."""
+    """The public listener, which FLORA calls."""
 
-    host: str = Field("0.0.0.0", min_length=1, description="Address to bind.")  # noqa: S104  public by purpose
+    host: str = Field(
+        "0.0.0.0",  # noqa: S104  # this listener is public by design
+        min_length=1,
+        description="Address to bind.",
+    )
     port: Port = Field(8080, description="Port to bind.")
-    max_body_bytes: Count = Field(65_536, description="Largest callback body; beyond it the answer is 413.")
-    body_timeout_seconds: Span = Field(10, description="How long a callback's body may take to arrive.")
+    max_body_bytes: Count = Field(
+        65_536, description="Maximum size of a callback body; a larger one is refused with 413."
+    )
+    body_timeout_seconds: Duration = Field(10, description="Time within which the body of a callback must arrive.")
     http: Literal["httptools", "h11"] = Field(
         "httptools",
-        description="HTTP parser: `httptools` within the limits below, or `h11`, slower and without a limit on time.",
+        description="HTTP parser: `httptools`, which applies the two limits below, or `h11`, which "
+        "is slower and applies neither.",
     )
-    head_timeout_seconds: Span = Field(10, description="How long a request's head may take to arrive (`httptools`).")
+    head_timeout_seconds: Duration = Field(
+        10, description="Time within which the headers of a request must arrive (`httptools`)."
+    )
     max_connections: Count = Field(
         2000,
-        description="Open connections; beyond it the oldest unfinished request gives way, or the longest idle; fewer where "
-        "the limit of open files is too low (`httptools`).",
+        description="Maximum number of open connections; one more closes the oldest unfinished "
+        "request, or the longest idle connection (`httptools`). It is lower where the limit of open "
+        "files requires it.",
     )
-    trusted_proxies: Annotated[Words, AfterValidator(_networks)] = Field(
-        ("127.0.0.1", "::1"), description="Addresses or networks of proxies whose `X-Forwarded-For` is believed."
+    trusted_proxies: Annotated[Words, AfterValidator(_check_networks)] = Field(
+        ("127.0.0.1", "::1"),
+        description="Addresses or networks of proxies whose `X-Forwarded-For` is trusted.",
     )
 
 
 class Operations(Section):
-    """The listener for operators: API, dashboard, metrics."""
+    """The operations listener: API, dashboard and metrics."""
 
     host: str = Field("127.0.0.1", min_length=1, description="Address to bind.")
     port: Port = Field(8081, description="Port to bind.")
     token: Secret | None = Field(
-        None, description="Bearer token; without one it is generated into `var/ops-token` (loopback only)."
+        None,
+        description="Bearer token; without one, a token is generated into `var/ops-token` (loopback only).",
     )
     allow_plaintext: bool = Field(
-        default=False, description="Allow a non-loopback address without `[tls]`, behind a proxy that does TLS."
+        default=False,
+        description="Allow an address that is not loopback without `[tls]`, behind a proxy that ends TLS.",
     )
     allowed_hosts: Words = Field(
-        (), description="Names, besides `host` and this machine's own, by which the listener may be called."
+        (),
+        description="Host names by which the listener may be called, besides `host` and the names of this machine.",
     )
 
 
 class Tls(Section):
-    """Serve HTTPS directly instead of behind a proxy."""
+    """HTTPS without a proxy."""
 
     cert: ExistingFile | None = Field(None, description="PEM file with the certificate chain.")
     key: ExistingFile | None = Field(None, description="PEM file with the private key.")
 
     @model_validator(mode="after")
-    def _both_or_none(self) -> Self:
+    def _check_both(self) -> Self:
         if (self.cert is None) != (self.key is None):
-            raise ValueError("needs both `cert` and `key`, or neither")
+            raise ValueError("requires both `cert` and `key`, or neither")
         return self
 
 
 class Database(Section):
-    """Where the ledger is."""
+    """The ledger."""
 
     url: DatabaseUrl = Field(
-        "sqlite:///var/receiver.db", repr=False, description="`sqlite:///` with a path, or `postgresql://…`."
+        "sqlite:///var/receiver.db",
+        repr=False,
+        description="`sqlite:///` with a path, or `postgresql://…`.",
     )
     listen_url: PostgresUrl | None = Field(
-        None, repr=False, description="PostgreSQL past a pooler, for wake-ups; without one, `url` is tried."
+        None,
+        repr=False,
+        description="URL of PostgreSQL that bypasses a connection pooler, for `LISTEN`; default: `url`.",
     )
-    pool_size: Count = Field(8, description="Connections to PostgreSQL that one process keeps.")
+    pool_size: Count = Field(8, description="Connections to PostgreSQL that each process keeps open.")
 
 
 class Flora(Section):
-    """How to reach FLORA, and how to know its callbacks."""
+    """FLORA's API, and the verification of its callbacks."""
 
     base_url: FloraUrl = Field(
-        "https://app.flora.ai/api/v1", description="FLORA's API; the API key is sent to its origin only."
+        "https://app.flora.ai/api/v1",
+        description="Base URL of FLORA's API; the API key is sent to this origin only.",
     )
     api_key: Secret | None = Field(None, description="API key, `sk_live_…` or `sk_test_…`.")
-    webhook_secrets: SecretList = Field(
-        (), description="Signing secrets, `whsec_…`; several while one is being rotated."
-    )
+    webhook_secrets: SecretList = Field((), description="Signing secrets, `whsec_…`; several while one is rotated.")
     tolerance_past_seconds: Tolerance = Field(
-        900, description='Oldest signature accepted, in seconds; `"off"` accepts any age.'
+        900, description='Maximum age of a signature, in seconds; `"off"` accepts any age.'
     )
     tolerance_future_seconds: Tolerance = Field(
-        300, description='How far ahead of our clock a signature may be; `"off"` accepts any time.'
+        300,
+        description='Maximum time by which a signature may be ahead of the clock, in seconds; `"off"` accepts any.',
     )
-    timeout_seconds: Span = Field(30, description="Time limit of one API request.")
-    ca_file: ExistingFile | None = Field(None, description="PEM file with further CAs to trust for the API.")
+    timeout_seconds: Duration = Field(30, description="Time limit of one API request.")
+    ca_file: ExistingFile | None = Field(None, description="PEM file with additional CAs to trust for the API.")
 
 
 class Reconcile(Section):
-    """When runs are read from the API."""
+    """When runs are read from FLORA's API."""
 
-    first_poll_seconds: Seconds = Field(
-        60, description="First read of a run whose callback is expected, where FLORA gave no estimate."
+    first_poll_seconds: DurationOrZero = Field(
+        60,
+        description="Time until the first read of a run that expects a callback, if FLORA gave no estimate.",
     )
-    callback_window_seconds: Span = Field(
-        420, description="How long after a run's end its callback may come before the run counts as `recovered`."
+    callback_window_seconds: Duration = Field(
+        420,
+        description="Time after the end of a run within which its callback must arrive; then the run is `recovered`.",
     )
-    deadline_hours: Span = Field(24, description="Age at which a run that is still not terminal is given up.")
-    ladder_seconds: Annotated[tuple[Seconds, ...], AfterValidator(not_empty)] = Field(
-        (0, 1, 2, 4, 8, 15, 30, 60), description="Pauses between reads after a callback, while the API lags behind it."
+    deadline_hours: Duration = Field(24, description="Age at which a run that is not terminal is given up.")
+    ladder_seconds: Annotated[tuple[DurationOrZero, ...], AfterValidator(check_not_empty)] = Field(
+        (0, 1, 2, 4, 8, 15, 30, 60),
+        description="Pauses between reads after a callback, until the API confirms it.",
     )
-    max_gap_seconds: Span = Field(900, description="Longest pause between two reads of an open run.")
-    cost_seconds: Span = Field(600, description="How long after settling to wait for the final cost.")
-    concurrency: Count = Field(8, description="API requests at the same time.")
+    max_gap_seconds: Duration = Field(900, description="Maximum pause between two reads of an open run.")
+    cost_seconds: Duration = Field(600, description="Time to wait for the final cost after a run has settled.")
+    concurrency: Count = Field(8, description="Maximum number of concurrent API requests.")
 
 
 class Discover(Section):
-    """Whether FLORA's lists are looked through for runs that nobody registered."""
+    """Discovery of runs that were not registered, from FLORA's lists."""
 
-    enabled: bool = Field(default=False, description="Take up runs that FLORA lists and the ledger does not know.")
-    every_seconds: Span = Field(900, description="Pause between two sweeps; one is made at start.")
-    workspace_ids: Words = Field((), description="Only these workspaces; default: all that the API keys show.")
-    project_ids: Words = Field((), description="Only these projects; default: all.")
-    technique_ids: Words = Field((), description="Only runs of these techniques, and no generations; default: all.")
+    enabled: bool = Field(default=False, description="Add runs that FLORA lists and the ledger does not have.")
+    every_seconds: Duration = Field(900, description="Pause between two sweeps; the first one runs at start-up.")
+    workspace_ids: Words = Field((), description="Workspaces to search; default: all that the API keys can list.")
+    project_ids: Words = Field((), description="Projects to search; default: all.")
+    technique_ids: Words = Field((), description="Techniques to search, without any generations; default: all.")
     run_types: Annotated[
-        tuple[Literal["technique", "generation"], ...], BeforeValidator(listed), AfterValidator(not_empty)
-    ] = Field(("technique", "generation"), description="Which runs to look for: `technique`, `generation`.")
-    overlap_seconds: Seconds = Field(
-        600, description="How far a sweep goes back beyond the newest run that the last one saw."
+        tuple[Literal["technique", "generation"], ...],
+        BeforeValidator(to_tuple),
+        AfterValidator(check_not_empty),
+    ] = Field(("technique", "generation"), description="Types of runs to search: `technique`, `generation`.")
+    overlap_seconds: DurationOrZero = Field(
+        600,
+        description="How far a sweep goes back before the newest run that the previous one found.",
     )
-    first_hours: Span = Field(24, description="How far back the first sweep goes.")
+    first_hours: Duration = Field(24, description="How far back the first sweep goes.")
 
 
 class Dispatching(Section):
-    """How handlers are run."""
+    """How handlers are called."""
 
-    concurrency: Count = Field(16, description="Most calls of any one handler at the same time.")
-    timeout_seconds: Span = Field(900, description="Time limit of one handler call.")
-    max_attempts: Count = Field(12, description="Attempts before a dispatch is dead.")
+    concurrency: Count = Field(16, description="Maximum number of concurrent calls of any one handler.")
+    timeout_seconds: Duration = Field(900, description="Time limit of one call of a handler.")
+    max_attempts: Count = Field(12, description="Number of attempts before a dispatch is dead.")
     lease_seconds: Annotated[float, Field(ge=3)] = Field(
-        60, description="How long a worker owns a dispatch without renewing."
+        60, description="How long a worker holds a dispatch without renewing its lease."
     )
 
 
 class Downloads(Section):
-    """How output URLs are fetched."""
+    """How outputs are downloaded."""
 
     allow_private_hosts: Words = Field(
-        (), description="Exact `host:port` pairs that may be private and plain http; else public HTTPS only."
+        (),
+        description="Exact `host:port` pairs that may be private and plain http; all others must be public HTTPS.",
     )
-    max_bytes: Count = Field(20 * 1024**3, description="Largest output.")
-    stall_seconds: Span = Field(30, description="Give up when no byte arrives for this long.")
-    deadline_seconds: Span = Field(840, description="Time limit of one download.")
-    ca_file: ExistingFile | None = Field(None, description="PEM file with further CAs to trust for downloads.")
+    max_bytes: Count = Field(20 * 1024**3, description="Maximum size of an output.")
+    stall_seconds: Duration = Field(30, description="Time without a byte after which a download is aborted.")
+    deadline_seconds: Duration = Field(840, description="Time limit of one download.")
+    ca_file: ExistingFile | None = Field(None, description="PEM file with additional CAs to trust for downloads.")
 
 
 class Retention(Section):
-    """How long things are kept."""
+    """How long data is kept."""
 
-    bodies_days: Span = Field(30, description="Raw callback bodies.")
-    ledger_days: Span = Field(400, description="Settled runs, and deliveries for deduplication.")
-    rejections: Count = Field(1000, description="How many refused requests to remember.")
+    bodies_days: Duration = Field(30, description="Raw bodies of callbacks.")
+    ledger_days: Duration = Field(400, description="Settled runs, and deliveries for deduplication.")
+    rejections: Count = Field(1000, description="Number of refused requests to keep.")
 
 
 class Logging(Section):
-    """What is logged, and how."""
+    """What is logged, and in which format."""
 
-    level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(lower_case)] = Field(
-        "info", description="Least severe level shown: `debug`, `info`, `warning` or `error`."
+    level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(to_lower_case)] = Field(
+        "info", description="Lowest level that is logged: `debug`, `info`, `warning` or `error`."
     )
     format: Literal["auto", "console", "json"] = Field(
-        "auto", description="`console`, `json`, or `auto`: console on a terminal, else JSON."
+        "auto", description="`console`, `json`, or `auto`: `console` on a terminal, else `json`."
     )
 
 
 class Workspace(Section):
-    """One FLORA workspace, where there are several."""
+    """One of several FLORA workspaces."""
 
-    id: str = Field(min_length=1, description="FLORA's id of it, `ws_…`.")
-    secrets: Annotated[SecretList, AfterValidator(not_empty)] = Field(
-        description="Its signing secrets: the secret itself, `env:NAME` or `file:/path`."
+    id: str = Field(min_length=1, description="Id of the workspace in FLORA, `ws_…`.")
+    secrets: Annotated[SecretList, AfterValidator(check_not_empty)] = Field(
+        description="Signing secrets: each the secret itself, `env:NAME` or `file:/path`."
     )
-    api_key: Secret | None = Field(None, description="Its own API key; without one, `[flora] api_key`.")
+    api_key: Secret | None = Field(None, description="API key of this workspace; default: `flora.api_key`.")
 
 
-class _When(Section):
-    status: Annotated[tuple[Literal["completed", "failed", "lost"], ...] | None, BeforeValidator(listed)] = None
+class _WhenTable(Section):
+    status: Annotated[tuple[Literal["completed", "failed", "lost"], ...] | None, BeforeValidator(to_tuple)] = None
     run_type: Words | None = None
     technique_id: Words | None = None
     workspace_id: Words | None = None
@@ -248,69 +273,74 @@ class _When(Section):
     metadata: dict[str, Any] | None = None
 
 
-def _as_filter(checked: _When) -> When:
-    return When(**{name: getattr(checked, name) for name in _When.model_fields})
+def _to_when(table: _WhenTable) -> When:
+    return When(**{name: getattr(table, name) for name in _WhenTable.model_fields})
 
 
-# Typed as the model's own noun, checked by a model of ours, so that an unknown key is an error with its path.
+# The value is the model's own `When`; `_WhenTable` checks it, so that an unknown key has its path.
 Filter = Annotated[
     When,
     GetPydanticSchema(
-        lambda _, handler: core_schema.no_info_after_validator_function(_as_filter, handler.generate_schema(_When))
+        lambda _, handler: core_schema.no_info_after_validator_function(_to_when, handler.generate_schema(_WhenTable))
     ),
 ]
 
 
 class Pauses(Section):
-    """How long to wait between the attempts of a dispatch."""
+    """The pauses between the attempts of a dispatch."""
 
-    first_seconds: Span = 1
+    first_seconds: Duration = 1
     factor: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 2
     longest_seconds: Annotated[float, Field(gt=0, le=86_400)] = 1800
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _check_order(self) -> Self:
         if self.first_seconds > self.longest_seconds:
             raise ValueError("first_seconds must not be greater than longest_seconds")
         return self
 
 
 class HandlerEntry(Section):
-    """One configured handler. Keys not listed here are the handler's own and land in `options`."""
+    """One configured handler. Keys that are not listed here are its own, and become `options`."""
 
     use: str = Field(
-        min_length=1, description='Entry point name, or `"package.module:Class"`, or `"package.module:function"`.'
+        min_length=1,
+        description='Name of an entry point, or `"package.module:Class"`, or `"package.module:function"`.',
     )
     name: str = Field(
         "",
         pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$",
         validate_default=False,
-        description="Unique name, the key of its dispatches; default: `use`.",
+        description="Unique name, under which its dispatches are stored; default: `use`.",
     )
     when: Filter | None = Field(
-        None, description="Filter: `status`, `run_type`, `technique_id`, `workspace_id`, `output_type`, `metadata`."
-    )
-    on: Annotated[tuple[Event, ...] | None, BeforeValidator(listed), AfterValidator(not_empty)] = Field(
         None,
-        description="Events: `settled`, `cost_final`, `lost`, `diverged`, `dead`; default: the handler's own choice.",
+        description="Filter by `status`, `run_type`, `technique_id`, `workspace_id`, `output_type` or `metadata`.",
+    )
+    on: Annotated[tuple[Event, ...] | None, BeforeValidator(to_tuple), AfterValidator(check_not_empty)] = Field(
+        None,
+        description="Events: `settled`, `cost_final`, `lost`, `diverged`, `dead`; default: the handler's own.",
     )
     max_attempts: Count | None = Field(
-        None, description="Attempts before it is dead; default: the handler's own, else `[dispatch]`."
+        None,
+        description="Attempts before a dispatch is dead; default: the handler's own, else `dispatch.max_attempts`.",
     )
     backoff: Pauses | None = Field(
-        None, description="Pauses between attempts: `first_seconds` (1), `factor` (2), `longest_seconds` (1800)."
+        None,
+        description="Pauses between attempts: `first_seconds` (1), `factor` (2), `longest_seconds` (1800).",
     )
-    timeout_seconds: Span | None = Field(
-        None, description="Time limit of one call; default: the handler's own, else `[dispatch]`."
+    timeout_seconds: Duration | None = Field(
+        None,
+        description="Time limit of one call; default: the handler's own, else `dispatch.timeout_seconds`.",
     )
     concurrency: Count | None = Field(
-        None, description="Calls of this handler at the same time; default: the handler's own, else 8."
+        None, description="Maximum number of concurrent calls; default: the handler's own, else 8."
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="Every further key: the handler's own.")
+    options: dict[str, Any] = Field(default_factory=dict, description="All other keys, which are the handler's own.")
 
     @model_validator(mode="before")
     @classmethod
-    def _name_it(cls, data: object) -> object:
+    def _add_name(cls, data: object) -> object:
         if isinstance(data, dict) and isinstance(data.get("use"), str) and not data.get("name"):
             return {**data, "name": data["use"].lower().replace(":", ".")}
         return data

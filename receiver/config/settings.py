@@ -1,6 +1,6 @@
-"""`Settings`, the whole of what can be set, and two views of it: `describe` for documentation, `redact` for display.
+"""`Settings`, the model of everything that can be set, with `describe` for documents and `redact`.
 
-Built by `load_settings`; the rooms get the sections they need from the composition root.
+Built by `load_settings`; each part of the service gets the sections that it needs.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
 
-from receiver.config.reference import Setting, describe_model, setting_of
+from receiver.config.reference import Setting, describe_field, describe_model
 from receiver.config.sections import (
     Database,
     Discover,
@@ -36,39 +36,45 @@ __all__ = ["LISTS", "Setting", "Settings", "describe", "redact", "section_of"]
 LISTS: Mapping[str, type[BaseModel]] = MappingProxyType({"workspaces": Workspace, "handlers": HandlerEntry})
 """The settings that are lists of tables."""
 
-_KNOWN = {"output_type": [each.value for each in OutputType], "run_type": ["generation", "technique", "action"]}
-_LAST_RETRY_SECONDS = 400  # FLORA's last attempt: 10 s + 60 s + 300 s and three time-outs after the first
+_KNOWN_WORDS = {
+    "output_type": [each.value for each in OutputType],
+    "run_type": ["generation", "technique", "action"],
+}
+_LAST_RETRY_SECONDS = 400
+"""From signing to FLORA's last retry: pauses of 10 s, 60 s and 300 s, and three time-outs."""
 _SECRET_KEY = re.compile(
     r"secret|token|passw(or)?d|authorization|api_?key|access_?key|credential|private", re.IGNORECASE
 )
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
-def _distinct(handlers: tuple[HandlerEntry, ...]) -> tuple[HandlerEntry, ...]:
+def _check_names(handlers: tuple[HandlerEntry, ...]) -> tuple[HandlerEntry, ...]:
     names = [handler.name for handler in handlers]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two handlers are called {', '.join(twice)}: give each its own `name`")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        listed = ", ".join(duplicates)
+        raise ValueError(f"two handlers are called {listed}; give each a `name` of its own")
     return handlers
 
 
-def _own_secrets(workspaces: tuple[Workspace, ...]) -> tuple[Workspace, ...]:
+def _check_workspaces(workspaces: tuple[Workspace, ...]) -> tuple[Workspace, ...]:
     if len({workspace.id for workspace in workspaces}) < len(workspaces):
         raise ValueError("two workspaces have the same `id`")
-    secrets = [secret.get_secret_value() for workspace in workspaces for secret in workspace.secrets]
+    secrets = [each.get_secret_value() for workspace in workspaces for each in workspace.secrets]
     if len(set(secrets)) < len(secrets):
-        raise ValueError("the same secret is given twice, so that callbacks could not be told apart")
+        raise ValueError("two workspaces have the same secret, so their callbacks look alike")
     return workspaces
 
 
-def _defaulted(handlers: object) -> object:
+def _default_handlers(handlers: object) -> object:
     return handlers or [{"use": "storage", "options": {"url": "outputs"}}, {"use": "log"}]
 
 
 class Settings(Section):
-    """Everything that can be set. Build it with `load_settings`, or in tests from nested dicts."""
+    """Everything that can be set."""
 
     public_url: HttpUrl | None = Field(
-        None, description="What FLORA is told to call; `/callbacks/flora` is added. Must be public HTTPS."
+        None,
+        description="The URL that FLORA calls; `/callbacks/flora` is added. Must be public HTTPS.",
     )
     public: Public = Public()
     operations: Operations = Operations()
@@ -81,56 +87,40 @@ class Settings(Section):
     downloads: Downloads = Downloads()
     retention: Retention = Retention()
     log: Logging = Logging()
-    workspaces: Annotated[tuple[Workspace, ...], AfterValidator(_own_secrets)] = ()
-    handlers: Annotated[tuple[HandlerEntry, ...], AfterValidator(_distinct), BeforeValidator(_defaulted)] = Field(
-        (), validate_default=True
+    workspaces: Annotated[tuple[Workspace, ...], AfterValidator(_check_workspaces)] = ()
+    handlers: Annotated[tuple[HandlerEntry, ...], AfterValidator(_check_names), BeforeValidator(_default_handlers)] = (
+        Field((), validate_default=True)
     )
 
     def secrets_by_workspace(self) -> tuple[tuple[str, str | None], ...]:
-        """Return every signing secret, in the order to try them, with the workspace that it belongs to (None: any)."""
+        """Return every signing secret with its workspace (None: any), in the order to try them."""
         shared = {secret.get_secret_value(): None for secret in self.flora.webhook_secrets}
-        owned = {secret.get_secret_value(): each.id for each in self.workspaces for secret in each.secrets}
+        owned = {
+            secret.get_secret_value(): workspace.id for workspace in self.workspaces for secret in workspace.secrets
+        }
         return tuple({**shared, **owned}.items())
 
     def api_key_for(self, workspace_id: str | None) -> str | None:
-        """Return the API key to ask about a run of this workspace with."""
+        """Return the API key that reads runs of this workspace, if there is one."""
         own = next((each.api_key for each in self.workspaces if each.id == workspace_id), None)
         key = own or self.flora.api_key
         return key.get_secret_value() if key else None
 
-    def warnings(self) -> list[Problem]:
-        """Return what is odd without being wrong."""
+    def find_warnings(self) -> list[Problem]:
+        """Return what is allowed but probably a mistake."""
         found = [
-            Problem(path, f"does not start with {prefix}: is this the right value?")
-            for path, prefix, secret in self._prefixed()
+            Problem(path, f"does not start with {prefix}; check that this is the right value")
+            for path, prefix, secret in self._prefixed_secrets()
             if not secret.get_secret_value().startswith(prefix)
         ]
-        past = self.flora.tolerance_past_seconds
-        if past is not None and past < _LAST_RETRY_SECONDS:
-            late = f"FLORA's last retry may come {_LAST_RETRY_SECONDS} s after signing: it would be refused"
-            found.append(Problem("flora.tolerance_past_seconds", late))
-        return [*found, *self._never()]
+        tolerance = self.flora.tolerance_past_seconds
+        if tolerance is not None and tolerance < _LAST_RETRY_SECONDS:
+            message = f"refuses FLORA's last retry, which can arrive {_LAST_RETRY_SECONDS} s after signing"
+            found.append(Problem("flora.tolerance_past_seconds", message))
+        return [*found, *self._filter_warnings(), *self._wait_warnings()]
 
-    def _never(self) -> Iterator[Problem]:
-        """Find what a handler asks for and will never see: FLORA's words are open, so a slip is no error."""
-        names = {entry.name for entry in self.handlers}
-        for index, entry in enumerate(self.handlers):
-            asked = {
-                "output_type": entry.when and entry.when.output_type,
-                "run_type": entry.when and entry.when.run_type,
-            }
-            for name, words in asked.items():
-                for word in sorted(set(words or ()) - set(_KNOWN[name])):
-                    known = ", ".join(_KNOWN[name])
-                    yield Problem(f"handlers.{index}.when.{name}", f"{word!r} is not one that we know: {known}")
-            awaited = entry.options.get("wait_for")
-            for name in awaited if isinstance(awaited, list | tuple) else ():
-                if name not in names - {entry.name}:
-                    yield Problem(
-                        f"handlers.{index}.wait_for", f"no other handler is called {name!r}: it would wait in vain"
-                    )
-
-    def _prefixed(self) -> Iterator[tuple[str, str, SecretStr]]:
+    def _prefixed_secrets(self) -> Iterator[tuple[str, str, SecretStr]]:
+        """Yield each key and secret with its path and the prefix that FLORA gives it."""
         if self.flora.api_key:
             yield "flora.api_key", "sk_", self.flora.api_key
         for index, secret in enumerate(self.flora.webhook_secrets):
@@ -141,11 +131,34 @@ class Settings(Section):
             if workspace.api_key:
                 yield f"workspaces.{index}.api_key", "sk_", workspace.api_key
 
+    def _filter_warnings(self) -> Iterator[Problem]:
+        """Find filters that match nothing. FLORA may add words, so an unknown one is no error."""
+        for index, entry in enumerate(self.handlers):
+            if entry.when is None:
+                continue
+            filters = {"output_type": entry.when.output_type, "run_type": entry.when.run_type}
+            for name, words in filters.items():
+                for word in sorted(set(words or ()) - set(_KNOWN_WORDS[name])):
+                    known = ", ".join(_KNOWN_WORDS[name])
+                    path = f"handlers.{index}.when.{name}"
+                    yield Problem(path, f"{word!r} is not a known value; known are {known}")
+
+    def _wait_warnings(self) -> Iterator[Problem]:
+        """Find handlers that wait for a handler which does not exist."""
+        names = {entry.name for entry in self.handlers}
+        for index, entry in enumerate(self.handlers):
+            wait_for = entry.options.get("wait_for")
+            for name in wait_for if isinstance(wait_for, list | tuple) else ():
+                if name not in names - {entry.name}:
+                    message = f"no other handler is called {name!r}, so this one would wait forever"
+                    yield Problem(f"handlers.{index}.wait_for", message)
+
 
 def section_of(key: str) -> type[BaseModel] | None:
-    """Return the model of the table, or of each table in the list, called `key`; None for a plain value."""
+    """Return the model of a table, or of the tables in a list; None if `key` is a plain value."""
     annotation: Any = LISTS.get(key) or Settings.model_fields[key].annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation if is_model else None
 
 
 def describe() -> list[Setting]:
@@ -158,19 +171,19 @@ def _describe_key(key: str) -> Iterator[Setting]:
     if section is not None:
         yield from describe_model(section, f"{key}[]." if key in LISTS else f"{key}.")
     else:
-        yield setting_of(key, Settings.model_fields[key])
+        yield describe_field(key, Settings.model_fields[key])
 
 
 def redact(settings: Settings) -> dict[str, Any]:
-    """Return the settings as plain values for display, without a secret among them."""
-    return {key: _masked(value, key) for key, value in settings.model_dump(mode="json").items()}
+    """Return the settings as plain values for display, with secrets replaced by `***`."""
+    return {key: _mask(value, key) for key, value in settings.model_dump(mode="json").items()}
 
 
-def _masked(value: object, key: str) -> object:
+def _mask(value: object, key: str) -> object:
     if isinstance(value, dict):
-        return {name: _masked(each, str(name)) for name, each in value.items()}
+        return {name: _mask(each, str(name)) for name, each in value.items()}
     if isinstance(value, list):
-        return [_masked(each, key) for each in value]
+        return [_mask(each, key) for each in value]
     if isinstance(value, str):
         return "***" if _SECRET_KEY.search(key) else _USERINFO.sub("***", value)
     return value

@@ -1,4 +1,7 @@
-"""The kinds of value a setting can have, each with its checks. Used by `sections.py`; a check never tells the value."""
+"""The types of values that settings have, each with its checks. Used by `sections.py`.
+
+The message of a check never contains the value, which may be a secret.
+"""
 
 import os
 from pathlib import Path
@@ -13,27 +16,28 @@ from receiver.net.addresses import is_loopback
 __all__ = [
     "Count",
     "DatabaseUrl",
+    "Duration",
+    "DurationOrZero",
     "ExistingFile",
     "FloraUrl",
     "HttpUrl",
     "Port",
-    "Seconds",
+    "PostgresUrl",
     "Secret",
     "SecretList",
-    "Span",
     "Tolerance",
     "Words",
-    "listed",
-    "lower_case",
-    "not_empty",
+    "check_not_empty",
     "read_secret",
+    "to_lower_case",
+    "to_tuple",
 ]
 
 Values = TypeVar("Values", bound=tuple[Any, ...] | None)
 
 
-def _dereference(value: object, info: ValidationInfo) -> object:
-    """Replace `env:NAME` and `file:/path` by what they point to."""
+def _resolve_reference(value: object, info: ValidationInfo) -> object:
+    """Return what `env:NAME` or `file:/path` refers to; other values unchanged."""
     if not isinstance(value, str):
         return value
     kind, _, place = value.partition(":")
@@ -48,90 +52,94 @@ def _dereference(value: object, info: ValidationInfo) -> object:
 
 
 def read_secret(path: Path) -> str:
-    """Read a secret from a file, without its final newline; ValueError tells what is wrong with the file."""
+    """Return the text of a file without its final newline. Raises ValueError."""
     try:
         return path.read_text("utf-8").removesuffix("\n").removesuffix("\r")
-    except OSError as error:  # without the path: by mistake it is the secret itself
-        raise ValueError(f"names a file that cannot be read: {os.strerror(error.errno or 0)}") from None
+    except OSError as error:  # without the path: it may be the secret itself, by mistake
+        reason = os.strerror(error.errno or 0)
+        raise ValueError(f"names a file that cannot be read: {reason}") from None
     except UnicodeDecodeError:
         raise ValueError("names a file that is not UTF-8 text") from None
 
 
-def _whole(secret: SecretStr) -> SecretStr:
+def _check_secret(secret: SecretStr) -> SecretStr:
     value = secret.get_secret_value()
     if not value.strip():
         raise ValueError("is empty")
     if value != value.strip():
-        raise ValueError("has white space around it: a copied newline or blank makes every comparison fail")
+        raise ValueError("has white space around it; remove the newline or space that was copied")
     return secret
 
 
-def _http_url(value: str) -> str:
-    """Check an absolute http(s) URL and drop its final slash."""
+def _to_http_url(value: str) -> str:
     split_http_url(value)
     return value.rstrip("/")
 
 
-def _secure_url(value: str) -> str:
+def _check_secure_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
-        raise ValueError("must be https: the API key travels to it (http is for loopback only)")
+        raise ValueError("must be https unless it is on loopback, because the API key is sent to it")
     return value
 
 
-def _off(value: object) -> object:
+def _off_to_none(value: object) -> object:
     return None if value == "off" else value
 
 
-def listed(value: object) -> object:
+def to_tuple(value: object) -> object:
+    """Return a single text as a tuple; other values unchanged."""
     return (value,) if isinstance(value, str) else value
 
 
-def not_empty(values: Values) -> Values:
+def to_lower_case(value: object) -> object:
+    """Return a text in lower case; other values unchanged."""
+    return value.lower() if isinstance(value, str) else value
+
+
+def check_not_empty(values: Values) -> Values:
+    """Return the list unchanged. Raises ValueError if it is empty; None is allowed."""
     if values is not None and not values:
         raise ValueError("must not be empty")
     return values
 
 
-def lower_case(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
-
-
-def _file(value: Path) -> Path:
+def _check_file(value: Path) -> Path:
     try:
-        found = value.is_file()
+        exists = value.is_file()
     except (OSError, ValueError):
-        found = False
-    if not found:  # without the path: by mistake it is the key itself
+        exists = False
+    if not exists:  # without the path: it may be the key itself, by mistake
         raise ValueError("names a file that does not exist")
     return value
 
 
-def _database_url(value: str) -> str:
+def _check_database_url(value: str) -> str:
     scheme, separator, rest = value.partition("://")
     if not separator or scheme not in {"sqlite", "postgresql"}:
         raise ValueError("must be sqlite:///path/to/file.db or postgresql://…")
     if scheme == "sqlite" and (not rest.startswith("/") or rest == "/" or ":memory:" in rest):
-        raise ValueError("must name a file, as in sqlite:///var/receiver.db (four slashes for an absolute path)")
+        example = "sqlite:///var/receiver.db; an absolute path has four slashes"
+        raise ValueError(f"must name a file, for example {example}")
     return value
 
 
-def _postgres_url(value: str) -> str:
+def _check_postgres_url(value: str) -> str:
     if not value.startswith("postgresql://"):
-        raise ValueError("must be postgresql://…")
+        raise ValueError("must start with postgresql://")
     return value
 
 
-Secret = Annotated[SecretStr, BeforeValidator(_dereference), AfterValidator(_whole)]
-SecretList = Annotated[tuple[Secret, ...], BeforeValidator(listed)]
-Tolerance = Annotated[int | None, Field(ge=0), BeforeValidator(_off)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Span = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Secret = Annotated[SecretStr, BeforeValidator(_resolve_reference), AfterValidator(_check_secret)]
+SecretList = Annotated[tuple[Secret, ...], BeforeValidator(to_tuple)]
+Tolerance = Annotated[int | None, Field(ge=0), BeforeValidator(_off_to_none)]
+Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+DurationOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-ExistingFile = Annotated[Path, AfterValidator(_file)]
-Words = Annotated[tuple[str, ...], BeforeValidator(listed)]
-HttpUrl = Annotated[str, AfterValidator(_http_url)]
-FloraUrl = Annotated[HttpUrl, AfterValidator(_secure_url)]
-DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
-PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
+ExistingFile = Annotated[Path, AfterValidator(_check_file)]
+Words = Annotated[tuple[str, ...], BeforeValidator(to_tuple)]
+HttpUrl = Annotated[str, AfterValidator(_to_http_url)]
+FloraUrl = Annotated[HttpUrl, AfterValidator(_check_secure_url)]
+DatabaseUrl = Annotated[str, AfterValidator(_check_database_url)]
+PostgresUrl = Annotated[str, AfterValidator(_check_postgres_url)]

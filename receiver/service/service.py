@@ -182,7 +182,7 @@ class Service:
 
     async def _log_warnings(self) -> None:
         """Log what is odd in the settings, unhealthy in a handler, or waiting for a handler that is not configured."""
-        for problem in self._settings.warnings():
+        for problem in self._settings.find_warnings():
             log.warning("config.odd", setting=problem.path, reason=problem.message)
         problems, warnings = await check_handlers(self._parts.handlers)
         for problem in problems:

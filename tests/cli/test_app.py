@@ -59,9 +59,9 @@ def test_check_says_that_it_would_work(tmp_path: Path) -> None:
     """Two variables are enough; the second look finds the database as the first one left it."""
     done = run_command("check", cwd=tmp_path, env=KEYS)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Settings: fine" in done.stdout
+    assert "Settings: valid" in done.stdout
     assert "Handlers: storage, log" in done.stdout
-    assert "empty: serve will set it up" in done.stdout
+    assert "empty: `serve` will create its tables" in done.stdout
     run_command("migrate", cwd=tmp_path)
     assert "Database: up to date" in run_command("check", cwd=tmp_path, env=KEYS).stdout
 

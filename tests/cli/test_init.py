@@ -58,7 +58,7 @@ def test_what_is_given_to_init_is_written_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--public-url", "http://hooks.example.com"), "--public-url: FLORA only calls HTTPS URLs"),
+        (("--public-url", "http://hooks.example.com"), "--public-url: must start with https://"),
         (("--public-url", "hooks.example.com"), "--public-url: must be an absolute URL"),
         (("--database", "receiver.db"), "--database: must be sqlite:///path"),
     ],
@@ -129,6 +129,6 @@ def test_a_kept_authority_that_is_of_no_use_is_said(tmp_path: Path) -> None:
 def test_what_is_no_host_gets_no_certificate(host: str, tmp_path: Path) -> None:
     """It would be good for nobody: that is said, and nothing is written."""
     refused = run_command("dev-cert", "--host", host, cwd=tmp_path)
-    assert (refused.returncode, "is no host name or address" in refused.stderr) == (2, True)
+    assert (refused.returncode, "is not a host name or an address" in refused.stderr) == (2, True)
     assert list(tmp_path.iterdir()) == []
     assert run_command("dev-cert", "--host", "*.a-b.test", "--host", "::1", cwd=tmp_path).returncode == 0

@@ -46,7 +46,7 @@ def test_two_variables_are_enough() -> None:
     assert found.api_key_for(None) == found.api_key_for("ws_any") == KEY
     assert (found.public.host, found.public.port) == ("0.0.0.0", 8080)
     assert (found.operations.host, found.operations.port) == ("127.0.0.1", 8081)
-    assert found.warnings() == []
+    assert found.find_warnings() == []
 
 
 def test_the_file_is_the_argument_else_the_variable_else_in_the_working_directory() -> None:
@@ -153,7 +153,7 @@ WORKSPACE = '[[workspaces]]\nid = "ws_1"\nsecrets = ["whsec_1"]\n'
 @pytest.mark.parametrize(
     ("toml", "environ", "path", "words"),
     [
-        ("colour = 1", {}, "colour", "no setting"),
+        ("colour = 1", {}, "colour", "not a setting"),
         ("[public]\nprt = 1", {}, "public.prt", "did you mean port"),
         ("[publik]\nport = 1", {}, "publik", "did you mean public"),
         ("public = 1", {}, "public", "must be a table"),
@@ -180,7 +180,7 @@ WORKSPACE = '[[workspaces]]\nid = "ws_1"\nsecrets = ["whsec_1"]\n'
         ("[[handlers]]\nuse = 'log'\n[[handlers]]\nuse = 'log'", {}, "handlers", "two handlers are called log"),
         ("[[handlers]]\nuse = 'log'\non = 'done'", {}, "handlers.0.on.0", "settled"),
         ("[[handlers]]\nuse = 'log'\non = []", {}, "handlers.0.on", "empty"),
-        ("[[handlers]]\nuse = 'log'\nwhen = {state = 'x'}", {}, "handlers.0.when.state", "no setting"),
+        ("[[handlers]]\nuse = 'log'\nwhen = {state = 'x'}", {}, "handlers.0.when.state", "not a setting"),
         ("[[handlers]]\nuse = 'log'\nwhen = {status = 'done'}", {}, "handlers.0.when.status.0", "completed"),
         ("[[workspaces]]\nid = 'ws_1'", {}, "workspaces.0.secrets", "required"),
         ("[[workspaces]]\nid = 'ws_1'\nsecrets = []", {}, "workspaces.0.secrets", "empty"),
@@ -198,7 +198,7 @@ WORKSPACE = '[[workspaces]]\nid = "ws_1"\nsecrets = ["whsec_1"]\n'
         ("", {"RECEIVER_FLORA__API_KEY": KEY}, "flora.api_key", "set twice"),
         ("", {"RECEIVER_PUBLIC__PORT": "x"}, "public.port", "set by RECEIVER_PUBLIC__PORT"),
         ("", {"RECEIVER_PUBLIC__PRT": "1"}, "RECEIVER_PUBLIC__PRT", "did you mean RECEIVER_PUBLIC__PORT"),
-        ("", {"RECEIVER_NO__THING": "1"}, "RECEIVER_NO__THING", "no setting"),
+        ("", {"RECEIVER_NO__THING": "1"}, "RECEIVER_NO__THING", "not a setting"),
         ("", {"RECEIVER_PUBLIC_PORT": "1"}, "RECEIVER_PUBLIC_PORT", "did you mean RECEIVER_PUBLIC__PORT"),
         ("", {"RECEIVER_PUBLICURL": "x"}, "RECEIVER_PUBLICURL", "did you mean RECEIVER_PUBLIC_URL"),
         ("", {"FLORA_WEBHOOK_SECRETS": "x"}, "FLORA_WEBHOOK_SECRETS", "did you mean FLORA_WEBHOOK_SECRET?"),
@@ -275,7 +275,7 @@ def test_commands_that_do_not_talk_to_flora_need_no_secrets() -> None:
 
 def test_odd_but_usable_values_are_warnings() -> None:
     environ = {"FLORA_API_KEY": "live_x", "FLORA_WEBHOOK_SECRET": "whsec_a,b"}
-    found = settings("[flora]\ntolerance_past_seconds = 300", environ).warnings()
+    found = settings("[flora]\ntolerance_past_seconds = 300", environ).find_warnings()
     assert [problem.path for problem in found] == [
         "flora.api_key",
         "flora.webhook_secrets.1",
@@ -297,7 +297,7 @@ wait_for = ["storage", "storag", "notify"]
 use = "mine:Own"
 wait_for = 5
 """
-    assert [str(each.path) for each in settings(toml, BASE).warnings()] == [
+    assert [str(each.path) for each in settings(toml, BASE).find_warnings()] == [
         "handlers.0.when.output_type",
         "handlers.1.when.run_type",
         "handlers.1.wait_for",
