@@ -1,8 +1,10 @@
-"""Guarded fetching of output URLs, as bounded streams of bytes. The dispatcher and the handlers call it.
+"""Downloads of outputs, guarded and streamed in bounded chunks. Called by the dispatcher and by handlers.
 
-A body that is cut is continued where it ended, if its server offers that and the rest is surely of the same body.
+A body that is cut is resumed where it ended, if the server offers that and proves that the rest
+belongs to the same body.
 
-Whoever holds the URL of an output has the output: no message, log line or repr made here shows more than its host.
+The URL of an output is all it takes to fetch it: no message, log line or repr made here shows more
+than its host.
 """
 
 import asyncio
@@ -11,6 +13,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 
 import httpx
@@ -27,16 +30,15 @@ CHUNK_BYTES = 512 * 1024
 MAX_REDIRECTS = 3
 MAX_RESUMES = 5  # of one download
 
-_OK = 200
 _RESUME_SECONDS = 0.1  # before the first; each further one waits three times as long
-_TO_A_RANGE = frozenset({200, 206, 416})  # the rest, or word that there is no such rest
+_RANGE_STATUSES = frozenset({200, 206, 416})  # the rest, the whole, or that there is no such rest
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _EXPIRED = frozenset({403, 404, 410})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DownloadLimits:
-    """How much and how long. `stall_seconds` is the longest silence, `deadline_seconds` the whole of one download."""
+    """Limits of one download. A stall is the longest wait for further bytes."""
 
     max_bytes: int
     stall_seconds: float
@@ -46,30 +48,46 @@ class DownloadLimits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Download:
-    """An output being read: iterate over it once, for chunks of about half a MiB (the last one is shorter)."""
+    """An output that is being read.
+
+    Iterate over it once: `async for chunk in download`. Chunks have about half a MiB, the last one
+    less. Iterating raises DownloadFailedError or DownloadRefusedError.
+    """
 
     chunks: AsyncIterator[bytes] = field(repr=False)
+    """The bytes; the same as iterating over the download itself."""
     content_type: str | None
-    """As the server says, parameters included."""
+    """The server's `Content-Type` with its parameters, or None where it sends none."""
     content_length: int | None
-    """In bytes, where the server says; a body of another length raises DownloadFailedError at its end."""
+    """The announced size in bytes, or None where the server announces none.
+
+    A body of another size raises DownloadFailedError at its end.
+    """
 
     def __aiter__(self) -> AsyncIterator[bytes]:
+        """Return the chunks."""
         return self.chunks
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A file that holds an output. `size` in bytes; `sha256` as 64 lower-case hex digits."""
+    """A file that holds a whole output."""
 
     path: Path
+    """The path of the file."""
     size: int
+    """Its size in bytes."""
     sha256: str
+    """The SHA-256 of its bytes, as 64 lower-case hex digits."""
     content_type: str | None
+    """The server's `Content-Type`, or None where it sent none."""
 
 
 class Downloader:
-    """Opens outputs. Media comes over HTTPS from public addresses, `allow_private_hosts` (exact host:port) excepted."""
+    """Opens outputs: over HTTPS from public addresses, and from `allow_private_hosts` (exact host:port).
+
+    `count_bytes` is called with the number of bytes whenever some arrive.
+    """
 
     def __init__(
         self,
@@ -93,28 +111,30 @@ class Downloader:
                 stall_seconds=self._limits.stall_seconds,
             )
 
-        # Two pools: a redirect must not reach an allowed private host, not even over a connection that is open already.
-        self._first = client(allow_private_hosts)
-        self._further = client(())
+        # Two pools: a redirect must not reach an allowed private host, not even over a connection
+        # that is already open.
+        self._client = client(allow_private_hosts)
+        self._redirect_client = client(())
 
     async def aclose(self) -> None:
-        await self._first.aclose()
-        await self._further.aclose()
+        """Close the connections."""
+        await self._client.aclose()
+        await self._redirect_client.aclose()
 
     def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
-        """Read an output: its text, or what its URL answers. Raises DownloadRefusedError or DownloadFailedError."""
+        """Open an output: its inline text, or its URL. Raises DownloadRefusedError or DownloadFailedError."""
         return text_download(output.value) if output.is_text else self.fetch(output.value)
 
     @asynccontextmanager
     async def fetch(self, url: str) -> AsyncIterator[Download]:
-        """Read one URL; the deadline covers redirects and body, and is checked whenever bytes are waited for."""
+        """Open a URL. The deadline covers redirects and body, and is checked at every wait for bytes."""
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_seconds
         start = parse_media_url(url)
         response = await self._follow(start, deadline)
         body = _Body(start, response, parse_resumable(response.headers), deadline)
         try:
             yield Download(
-                chunks=self._chunks(body),
+                chunks=self._read(body),
                 content_type=_content_type(response),
                 content_length=_content_length(response),
             )
@@ -122,38 +142,38 @@ class Downloader:
             await body.response.aclose()
 
     async def _follow(self, url: httpx.URL, deadline: float, headers: dict[str, str] | None = None) -> httpx.Response:
-        """Send a request, through redirects, and return what it leads to."""
-        client = self._first
+        """Send a request, follow its redirects, and return the final response."""
+        client = self._client
         for _ in range(MAX_REDIRECTS + 1):
-            async with _watching(url.host, deadline):
+            async with _enforce_deadline(url.host, deadline):
                 try:
                     response = await client.send(client.build_request("GET", url, headers=headers), stream=True)
                 except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                    # Most likely an idle connection that the server was just closing: once more, on another.
+                    # Most likely the server was closing an idle connection: try once more on another.
                     response = await client.send(client.build_request("GET", url, headers=headers), stream=True)
             try:
                 if response.status_code not in _REDIRECTS:
-                    self._accept(response, partly=headers is not None)
+                    self._check_response(response, partial=headers is not None)
                     return response
                 target = redirect_target(response)
             except BaseException:
                 await response.aclose()
                 raise
             await response.aclose()
-            url, client = target, self._further
+            url, client = target, self._redirect_client
         raise DownloadRefusedError(f"{url.host}: more than {MAX_REDIRECTS} redirects")
 
-    def _accept(self, response: httpx.Response, *, partly: bool) -> None:
+    def _check_response(self, response: httpx.Response, *, partial: bool) -> None:
         host, status = response.url.host, response.status_code
         if status in _EXPIRED:
             raise DownloadFailedError(f"{host} answered {status}: the output is no longer there", expired=True)
-        if status not in (_TO_A_RANGE if partly else {_OK}):
+        if status not in (_RANGE_STATUSES if partial else {HTTPStatus.OK}):
             raise DownloadFailedError(f"{host} answered {status}")
         if response.headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
-            raise DownloadRefusedError(f"{host} sent an encoded body although none was asked for")
-        self._within_limit(host, _content_length(response) or 0)
+            raise DownloadRefusedError(f"{host} sent an encoded body although none was requested")
+        self._check_size(host, _content_length(response) or 0)
 
-    async def _chunks(self, body: "_Body") -> AsyncIterator[bytes]:
+    async def _read(self, body: "_Body") -> AsyncIterator[bytes]:
         received = 0
         while True:
             parts: list[bytes] = []
@@ -161,7 +181,7 @@ class Downloader:
             host = body.response.url.host
             while size < CHUNK_BYTES:
                 try:
-                    async with _watching(host, body.deadline):
+                    async with _enforce_deadline(host, body.deadline):
                         async for part in body.raw:
                             parts.append(part)
                             size += len(part)
@@ -169,25 +189,29 @@ class Downloader:
                                 self._count_bytes(len(part))
                             if size >= CHUNK_BYTES:
                                 break
-                    if size >= CHUNK_BYTES or body.whole is None or received + size >= body.whole.length:
+                    if size >= CHUNK_BYTES or body.resumable is None or received + size >= body.resumable.length:
                         break
-                    raise DownloadFailedError(f"{host}: cut")  # noqa: TRY301 - as the HTTP layer says of others
-                except DownloadFailedError as cut:
-                    await self._resume(body, received + size, cut)
+                    cut = DownloadFailedError(f"{host}: cut")
+                except DownloadFailedError as error:
+                    cut = error
+                await self._resume(body, received + size, cut)
             if not parts and not received:
                 raise DownloadFailedError(f"{host} answered with an empty body")
             if not parts:
                 return
             received += size
-            self._within_limit(host, received)
-            if body.whole is not None and received > body.whole.length:
+            self._check_size(host, received)
+            if body.resumable is not None and received > body.resumable.length:
                 raise DownloadFailedError(f"{host} sent more than it said it would")
             yield b"".join(parts)
 
     async def _resume(self, body: "_Body", offset: int, cut: DownloadFailedError) -> None:
-        """Go on from `offset` with another answer; where that cannot be, raise `cut`, or what came instead."""
+        """Continue the body from `offset` with another response.
+
+        Raises `cut` where that is not possible, or a DownloadFailedError that says the output has expired.
+        """
         loop = asyncio.get_running_loop()
-        if body.whole is None or not offset:
+        if body.resumable is None or not offset:
             raise cut
         await body.response.aclose()
         while body.resumes < MAX_RESUMES:
@@ -197,42 +221,46 @@ class Downloader:
             body.resumes += 1
             await asyncio.sleep(pause)
             try:
-                response = await self._follow(body.start, body.deadline, body.whole.range_headers(offset))
+                response = await self._follow(body.start, body.deadline, body.resumable.range_headers(offset))
             except DownloadFailedError as failure:
                 if failure.expired:
                     raise
                 continue
-            body.go_on_with(response)
-            if body.whole.is_continued_by(response.status_code, response.headers, offset):
+            body.switch_to(response)
+            if body.resumable.is_continued_by(response.status_code, response.headers, offset):
                 return
             await response.aclose()
             break
         raise cut
 
-    def _within_limit(self, host: str, size: int) -> None:
+    def _check_size(self, host: str, size: int) -> None:
         if size > self._limits.max_bytes:
             raise DownloadRefusedError(f"{host}: the output is larger than the limit of {self._limits.max_bytes} bytes")
 
 
 class _Body:
-    """What is being read: where it was asked for, the answer that it comes in now, and how to ask for its rest."""
+    """A body that is being read: its URL, its current response, and how to resume it, if it can be."""
 
     def __init__(
-        self, start: httpx.URL, response: httpx.Response, whole: ResumableBody | None, deadline: float
+        self,
+        start: httpx.URL,
+        response: httpx.Response,
+        resumable: ResumableBody | None,
+        deadline: float,
     ) -> None:
         self.start = start
-        self.whole = whole
+        self.resumable = resumable
         self.deadline = deadline
         self.resumes = 0
-        self.go_on_with(response)
+        self.switch_to(response)
 
-    def go_on_with(self, response: httpx.Response) -> None:
+    def switch_to(self, response: httpx.Response) -> None:
         self.response = response
         self.raw = response.aiter_raw()
 
 
 async def save(download: Download, path: Path) -> Saved:
-    """Write a download into a file that does not exist yet. Nothing is left of it when that fails; it is not synced."""
+    """Write a download into a new file, which is removed if that fails. The file is not synced."""
     digest, size = hashlib.sha256(), 0
     file = await asyncio.to_thread(path.open, "xb")
     try:
@@ -244,14 +272,19 @@ async def save(download: Download, path: Path) -> Saved:
         finally:
             await asyncio.to_thread(file.close)
     except BaseException:
-        path.unlink()  # noqa: ASYNC240 -- quick, and a thread could not be waited for while the attempt is being cancelled
+        _discard(path)
         raise
     return Saved(path, size, digest.hexdigest(), download.content_type)
 
 
+def _discard(path: Path) -> None:
+    # Not in a thread: while the attempt is being cancelled, it could not be waited for.
+    path.unlink()
+
+
 @asynccontextmanager
 async def text_download(text: str) -> AsyncIterator[Download]:
-    """Present a text output, which FLORA sends inline, as a download of its UTF-8 bytes."""
+    """Open a text output, which FLORA sends inline, as a download of its UTF-8 bytes."""
     body = text.encode("utf-8", errors="replace")
 
     async def chunks() -> AsyncIterator[bytes]:
@@ -262,20 +295,20 @@ async def text_download(text: str) -> AsyncIterator[Download]:
 
 
 @asynccontextmanager
-async def _watching(host: str, deadline: float) -> AsyncIterator[None]:
-    """Stop at the deadline (loop time), and turn httpx's errors into ours."""
+async def _enforce_deadline(host: str, deadline: float) -> AsyncIterator[None]:
+    """Raise DownloadFailedError at the deadline (loop time), and convert the errors of httpx."""
     try:
         async with asyncio.timeout_at(deadline):
             yield
     except TimeoutError:
         raise DownloadFailedError(f"{host}: not complete within the time for one download") from None
-    except httpx.HTTPError as exc:
-        # `from None`: messages of the HTTP layer can quote what was received, redirect targets included.
-        raise _translated(exc, host) from None
+    except httpx.HTTPError as error:
+        # `from None`: messages of the HTTP layer may quote what was received, redirects included.
+        raise _to_download_error(error, host) from None
 
 
-def _translated(exc: httpx.HTTPError, host: str) -> DownloadError:
-    match exc:
+def _to_download_error(error: httpx.HTTPError, host: str) -> DownloadError:
+    match error:
         case httpx.UnsupportedProtocol():
             return DownloadRefusedError(f"{host}: outputs are fetched over https only")
         case httpx.ConnectError(__cause__=PrivateAddressError() as cause):
@@ -283,11 +316,11 @@ def _translated(exc: httpx.HTTPError, host: str) -> DownloadError:
         case httpx.ConnectTimeout():
             return DownloadFailedError(f"{host}: no connection in time")
         case httpx.ConnectError():
-            return DownloadFailedError(f"{host}: no connection: {exc}")
+            return DownloadFailedError(f"{host}: no connection: {error}")
         case httpx.TimeoutException():
             return DownloadFailedError(f"{host}: stalled")
         case _:
-            return DownloadFailedError(f"{host}: cut, or not proper HTTP ({type(exc).__name__})")
+            return DownloadFailedError(f"{host}: cut, or not proper HTTP ({type(error).__name__})")
 
 
 def _content_type(response: httpx.Response) -> str | None:
@@ -297,5 +330,5 @@ def _content_type(response: httpx.Response) -> str | None:
 
 def _content_length(response: httpx.Response) -> int | None:
     value = response.headers.get("content-length", "")
-    chunked = "transfer-encoding" in response.headers  # then the length, if there is one, does not count
+    chunked = "transfer-encoding" in response.headers  # then a length does not count
     return int(value) if value.isdecimal() and not chunked else None

@@ -1,6 +1,6 @@
-"""Which URLs may be an output's at all: https or http, a host, a port, no credentials; and how they are kept unseen. Pure.
+"""Which URLs an output may have, and how they are concealed in texts. Pure.
 
-For `receiver.download` and `receiver.attempt`.
+For `receiver.net.download` and `receiver.plugins.attempt`.
 """
 
 import re
@@ -12,16 +12,16 @@ from receiver.errors import DownloadRefusedError
 
 
 def parse_media_url(text: str) -> httpx.URL:
-    """Read an output's URL, or raise DownloadRefusedError."""
+    """Parse an output's URL. Raises DownloadRefusedError."""
     try:
         url = httpx.URL(text)
     except (httpx.InvalidURL, UnicodeError, TypeError):
         raise DownloadRefusedError("the output's URL cannot be read") from None
-    return _clean(url)
+    return _check(url)
 
 
 def redirect_target(response: httpx.Response) -> httpx.URL:
-    """Return where an answer leads to, or raise DownloadRefusedError."""
+    """Return the URL that a response redirects to. Raises DownloadRefusedError."""
     location = response.headers.get("location")
     try:
         target = response.url.join(location) if location else None
@@ -29,10 +29,11 @@ def redirect_target(response: httpx.Response) -> httpx.URL:
         target = None
     if target is None:
         raise DownloadRefusedError(f"{response.url.host} redirects to something that is not a URL")
-    return _clean(target)
+    return _check(target)
 
 
-def _clean(url: httpx.URL) -> httpx.URL:
+def _check(url: httpx.URL) -> httpx.URL:
+    """Return a URL without its fragment: https or http, a host, a valid port, no credentials."""
     if url.scheme not in {"http", "https"} or not url.host:
         raise DownloadRefusedError(f"{url.host or 'the output'}: outputs are fetched over https only")
     if not 0 <= (url.port or 0) < 65536:
@@ -43,22 +44,25 @@ def _clean(url: httpx.URL) -> httpx.URL:
 
 
 _ORIGIN = re.compile(r"[^:/?#]+://[^/?#]*")
-_SHORTEST_PATH = 6
-"""Shorter paths are words like any other."""
+_MIN_PATH = 6
+"""Shorter paths are not concealed: they occur as ordinary words."""
 
 
 def conceal_urls(text: str, urls: Iterable[str]) -> str:
-    """Return a text in which media URLs show no more than their host, also where a library quotes the path alone."""
-    shown = {quoted: instead for url in urls for quoted, instead in _spellings(url).items()}
-    for quoted in sorted(shown, key=len, reverse=True):
-        text = text.replace(quoted, shown[quoted])
+    """Return a text in which these media URLs show no more than their host.
+
+    A path is concealed also where it stands alone, as libraries quote it.
+    """
+    replacements = {spelling: short for url in urls for spelling, short in _spellings(url).items()}
+    for spelling in sorted(replacements, key=len, reverse=True):
+        text = text.replace(spelling, replacements[spelling])
     return text
 
 
 def _spellings(text: str) -> Mapping[str, str]:
-    """Return what gives a URL away, and what is shown instead: the whole of it, and its path with and without query."""
+    """Return each spelling of a URL with its replacement: the whole, its path with and without query."""
     origin = _ORIGIN.match(text)
-    written = text[origin.end() :] if origin else text  # as FLORA spelled it; below, as it travels
+    written = text[origin.end() :] if origin else text  # as FLORA wrote it; below, as it is sent
     paths = {written}
     try:
         url = httpx.URL(text)
@@ -67,4 +71,4 @@ def _spellings(text: str) -> Mapping[str, str]:
         pass
     paths |= {path.partition("?")[0] for path in paths}
     whole = {text: f"{origin[0] if origin else ''}/…"} if len(written) > 1 else {}
-    return whole | {path: "/…" for path in paths if len(path) >= _SHORTEST_PATH}
+    return whole | {path: "/…" for path in paths if len(path) >= _MIN_PATH}
