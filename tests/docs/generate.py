@@ -1,4 +1,4 @@
-"""Fills the generated parts of the documents from the code: `python -m tests.docs.generate`, or `make docs`.
+"""Fills the generated parts of the documents from the code; `make docs` runs it.
 
 A generated part stands between `<!-- generated: NAME ARGUMENTS -->` and `<!-- end -->`; `PARTS` has
 the names. `test_generated.py` fails while a document is not what this module would write.
@@ -164,7 +164,7 @@ def _refusals() -> str:
 
 
 def _endpoints() -> str:
-    """Tabulate the operations API by its own OpenAPI document: each request, its parameters, its summary."""
+    """Tabulate the requests of the operations API by its own OpenAPI document."""
     document = openapi_document()
     schemas = document["components"]["schemas"]
     rows = []
@@ -206,7 +206,7 @@ def _fault_option(name: str, default: object) -> str:
 
 
 def _members(path: str) -> str:
-    """Tabulate the public fields and methods of a class by its source: the docstring below each is its meaning."""
+    """Tabulate the public fields and methods of a class, each with its docstring in the source."""
     module, _, name = path.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
@@ -246,7 +246,7 @@ def _text_of(node: ast.stmt | None) -> str:
 
 
 def _packages() -> str:
-    """Tabulate the packages of `receiver/` as `.importlinter` orders them, each by its first sentence."""
+    """Tabulate the packages of `receiver/` in the order of `.importlinter`."""
     contracts = ConfigParser()
     contracts.read(ROOT / ".importlinter", "utf-8")
     layers = contracts["importlinter:contract:layers"]["layers"].strip().split("\n")
@@ -269,7 +269,7 @@ def _sentence(module: str) -> str:
 
 
 def _modules(package: str) -> str:
-    """Tabulate the modules of a package, given by its folder, by the first sentence of each."""
+    """Tabulate the modules of a folder by the first sentence of each."""
     names = [
         each.stem if each.is_file() else each.name for each in sorted((ROOT / package).iterdir()) if _is_module(each)
     ]

@@ -1,15 +1,18 @@
-"""The meanings that the documents give and the code does not: of refusals, of trigger's cases, of the emulator's faults."""
+"""What refusals, the cases of `trigger` and the faults of the emulator mean.
+
+The generated tables show these texts beside the names that the code has.
+"""
 
 from collections.abc import Mapping
 
 REFUSAL_MEANINGS: Mapping[str, str] = {
     "malformed_signature": "The `Flora-Signature` header is not `t=…,v1=…`.",
-    "invalid_payload": "The body is signed but is not a callback as FLORA documents it. It is stored.",
+    "invalid_payload": "The body is signed, but is not a callback as FLORA documents it. It is stored.",
     "missing_signature": "There is no `Flora-Signature` header.",
     "signature_mismatch": "No configured secret made this signature: the secret is wrong, "
     "or the body was altered on the way.",
-    "timestamp_out_of_tolerance": "The signature is authentic but too old, or ahead of this machine's clock. "
-    "A run that is not settled is read anyway.",
+    "timestamp_out_of_tolerance": "The signature is authentic, but too old or ahead of this "
+    "machine's clock. A run that is not settled is read anyway.",
     "workspace_mismatch": "The callback is signed with the secret of another workspace than its run's.",
     "not_found": "The path does not exist.",
     "method_not_allowed": "Callbacks are `POST`; health checks are `GET`.",
@@ -49,9 +52,9 @@ FAULT_MEANINGS: Mapping[str, str] = {
     "not_found": "The API responds 404.",
     "insufficient_credits": "The API responds 402.",
     "html": "The API responds with a page of HTML in place of JSON.",
-    "slow": "The request is carried out; its response comes late.",
+    "slow": "The request is carried out; its response is late.",
     "truncated_json": "The request is carried out; its response is half of the JSON.",
-    "cut_answer": "The request is carried out; the connection is closed before the response is complete.",
+    "cut_answer": "The request is carried out; the connection is closed in the middle of its response.",
     "drop": "The callback is never sent.",
     "duplicate": "The callback is sent again, this many times more.",
     "delay": "The callback is sent late.",

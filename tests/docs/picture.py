@@ -38,7 +38,7 @@ def run_demo() -> list[str]:
 
 
 def render_screen(output: str) -> list[str]:
-    """Return what is left on a terminal: a table that is drawn while the demo runs is erased at its end."""
+    """Return the lines that stay on a terminal; the table drawn during the demo is erased."""
     lines, row = [""], 0
     for token in _TOKEN.finditer(output):
         if token["text"]:
@@ -76,7 +76,7 @@ def read_lines(picture: str) -> list[str]:
 
 
 def normalise(lines: list[str]) -> list[str]:
-    """Return lines without what differs with every run: ids, numbers, and the blanks that align them."""
+    """Return lines without ids, numbers and the blanks that align them."""
     plain = (Text.from_ansi(line).plain for line in lines)
     shapes = (re.sub(r"\d+", "0", re.sub(r"run_[0-9a-f]+", "run_ID", line)) for line in plain)
     return [" ".join(line.split()) for line in shapes if line.strip()]

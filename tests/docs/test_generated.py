@@ -1,4 +1,4 @@
-"""What the documents restate of the code is what the code says: `make docs` writes it."""
+"""The parts of the documents that restate the code are current; `make docs` writes them."""
 
 import re
 from importlib.metadata import entry_points
@@ -21,14 +21,14 @@ def test_page_is_current(page: str) -> None:
 
 
 def test_every_meaning_belongs_to_the_code() -> None:
-    """A new refusal, case or fault needs its meaning in tests/docs/meanings.py; one that is gone leaves none behind."""
+    """A new refusal, case or fault needs a text in tests/docs/meanings.py; none is left over."""
     assert REFUSAL_MEANINGS.keys() == STATUS.keys()
     assert CASE_MEANINGS.keys() == CASES.keys()
     assert FAULT_MEANINGS.keys() == KINDS.keys()
 
 
 def test_every_table_stands_somewhere() -> None:
-    """Nothing that can be documented is left out: each part, and the options of each handler that ships."""
+    """Each kind of table stands in a document, and so do the options of each shipped handler."""
     shown = {found for page in page_names() for found in re.findall(r"<!-- generated: ([^>]+?) -->", read_page(page))}
     needed = PARTS.keys() - {"options", "members", "packages", "modules"}
     needed |= {f"options {point.name}" for point in entry_points(group=GROUP) if point.name != "log"}

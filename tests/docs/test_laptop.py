@@ -1,4 +1,4 @@
-"""The three commands of "Through a tunnel" as they stand, in a folder of their own, with another host's name."""
+"""The three commands of "Through a tunnel" work as they stand, but for the host's name."""
 
 import shlex
 import subprocess
@@ -15,7 +15,7 @@ PATIENCE_SECONDS = 120
 
 
 def test_three_commands_lead_from_a_clone_to_a_stored_file(tmp_path: Path) -> None:
-    """By the page alone: FLORA's callback comes through sshd and TLS, and the file is where the last command says."""
+    """The callback arrives through sshd and TLS, and the file is where the last command says."""
     blocks = code_blocks(section("receiver/docs/laptop.md", "Through a tunnel"), "sh")
     install, dev, run = [line for block in blocks for line in block.splitlines()]
     subprocess.run(shlex.split(install), cwd=ROOT, check=True, timeout=PATIENCE_SECONDS)

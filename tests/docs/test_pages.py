@@ -1,4 +1,4 @@
-"""What the documents show works: each example, each command line, each link."""
+"""What the documents show and name exists: settings, command lines, links, paths, examples."""
 
 import asyncio
 import importlib
@@ -45,6 +45,24 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
 
 
+POLISHED = [name for name in ALL if not name.startswith(("handlers/", "deploy/", "tests/bench/"))]
+
+
+@pytest.mark.parametrize("page", POLISHED)
+def test_prose_is_100_columns_wide(page: str) -> None:
+    """Tables and code may be wider, and so may a line that is one link."""
+    prose = [line for line in without_code(ALL[page]).splitlines() if not line.startswith(("|", "!["))]
+    assert [line for line in prose if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("page", POLISHED)
+def test_the_glossary_is_kept(page: str) -> None:
+    """Words that stand for something else in these documents, or for nothing that can be looked up."""
+    prose = re.sub(r"<!-- generated.*?<!-- end -->|`[^`]*`", "", without_code(ALL[page]), flags=re.DOTALL)
+    avoided = r"tell|tells|told|asks|asked|answer|answers|answered|whoever|nobody|everyone|cure|desk|herald|door"
+    assert re.findall(rf"\b(?:{avoided})\b", prose, re.IGNORECASE) == []
+
+
 @pytest.mark.parametrize("word", [*RunState, *Verdict, "accepted", "duplicate", "ignored", "canary"])
 def test_every_word_of_the_ledger_is_explained(word: str) -> None:
     page = ALL["receiver/docs/callbacks.md"]
@@ -58,7 +76,7 @@ def test_reasons_for_lost_runs_are_as_many_as_said() -> None:
 
 @pytest.mark.parametrize("point", entry_points(group=GROUP), ids=lambda point: point.name)
 def test_every_handler_is_documented(point: Any) -> None:
-    """It has a section of its own and a row in the table of handlers/README.md, and a word in the README."""
+    """It has a section and a row in handlers/README.md, and is named in the README."""
     assert f"\n## {point.name}\n" in ALL["handlers/README.md"]
     assert f"| `{point.name}` | " in ALL["handlers/README.md"]
     assert f"`{point.name}`" in section("README.md", "Where the files go")
@@ -66,7 +84,7 @@ def test_every_handler_is_documented(point: Any) -> None:
 
 @pytest.mark.parametrize(("page", "block"), [found for found in all_blocks("toml") if "[project." not in found[1]])
 def test_settings_that_are_shown_load(page: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every page: a file with the block alone, and the secrets that it names in the environment."""
+    """Each block by itself is a file of settings; its secrets are in the environment."""
     monkeypatch.chdir(tmp_path)
     for name in ("cert.pem", "key.pem"):
         Path(name).touch()
@@ -129,7 +147,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", ALL)
 def test_paths_that_are_named_exist(page: str) -> None:
-    """What is written as code and begins with a folder of this repository is a file or a folder of it."""
+    """Code that begins with a folder of this repository is a path in it."""
     tops = r"receiver|handlers|tests|deploy|\.ci"
     named = re.findall(rf"`((?:{tops})/[\w./*-]*|(?:{tops})/)`", without_code(ALL[page]))
     assert [each for each in named if not list(ROOT.glob(each.rstrip("/")))] == []
@@ -152,7 +170,7 @@ def test_modules_that_are_named_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", ALL)
 def test_nothing_of_this_machine_is_in_it(page: str) -> None:
-    """Nor are there addresses beyond documentation's own, FLORA's, loopback, and those that the README compares."""
+    """Nor are there addresses but those for examples, FLORA's, and those that are compared."""
     assert not re.search(r"/(root|home|work|Users)/", ALL[page])
     hosts = set(re.findall(r"https?://([^/\s:`)\"'…,]+)", ALL[page]))
     compared = {"hookdeck.com", "getconvoy.io", "github.com", "img.shields.io"}
@@ -161,7 +179,7 @@ def test_nothing_of_this_machine_is_in_it(page: str) -> None:
 
 
 async def test_the_handler_that_is_shown_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved, named in the settings and run: its file is there when a run has gone from emulator to receiver to it."""
+    """Saved, named in the settings and called for a run of the emulator, it writes its file."""
     source = find_block("python", "class Checksums")
     toml = find_block("toml", 'use = "checksums:Checksums"')
     (tmp_path / "checksums.py").write_text(source, "utf-8")
@@ -200,7 +218,7 @@ async def test_the_handler_that_is_shown_works(tmp_path: Path, monkeypatch: pyte
 
 
 async def test_the_function_that_is_shown_works() -> None:
-    """As the text around it says: found by its name, called in a thread, with a context that it can block on."""
+    """It is called in a thread, with a context that it can block on."""
     source = find_block("python", "def announce")
     shown: dict[str, Any] = {}
     exec(source, shown)  # noqa: S102  # our own page

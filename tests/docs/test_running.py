@@ -1,4 +1,4 @@
-"""The README's examples on runs work as they stand: each is run against a service beside an emulator."""
+"""The examples of the documents work as they stand, against a service beside an emulator."""
 
 import asyncio
 import os
@@ -29,8 +29,8 @@ def size_of(file: str) -> int:
 
 
 @dataclass
-class Desk:
-    """A service that runs, and a shell that finds it as the README says."""
+class Terminal:
+    """A shell beside a running service, which it finds as the documents say."""
 
     stage: Stage
     service: Service
@@ -51,43 +51,43 @@ class Desk:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        told, errors = await process.communicate()
-        assert process.returncode == 0, f"{script}\n{told.decode()}{errors.decode()}"
-        return told.decode()
+        output, errors = await process.communicate()
+        assert process.returncode == 0, f"{script}\n{output.decode()}{errors.decode()}"
+        return output.decode()
 
 
 @pytest.fixture
-async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
+async def terminal(tmp_path: Path) -> AsyncIterator[Terminal]:
     async with staged(tmp_path) as stage:
         stage.port = free_port()
         async with stage.service(public_url=f"https://127.0.0.1:{stage.port}") as service:
-            yield Desk(stage, service)
+            yield Terminal(stage, service)
 
 
-async def test_runs_start_and_are_waited_for_as_shown(desk: Desk) -> None:
-    """The first example stores its file, the second's run is waited for; the start by FLORA's name is the same run."""
+async def test_runs_start_and_are_waited_for_as_shown(terminal: Terminal) -> None:
+    """Both examples store their files; a start under FLORA's name of the command is the same."""
     first, second = examples("receiver/docs/runs.md", "Starting runs", "sh")
-    run_id, file = (await desk.shell(first)).split()
+    run_id, file = (await terminal.shell(first)).split()
     assert size_of(file)
-    assert (await desk.shell(first.replace("runs start", "techniques:runs create"))).split()[0] == run_id
-    generated = (await desk.shell(second)).strip()
+    assert (await terminal.shell(first.replace("runs start", "techniques:runs create"))).split()[0] == run_id
+    generated = (await terminal.shell(second)).strip()
     (wait,) = examples("receiver/docs/runs.md", "Waiting", "sh")
-    assert size_of((await desk.shell(wait, RUN_ID=generated)).strip())
-    assert desk.stage.run(generated)["metadata"] == '{"market": "de"}'
+    assert size_of((await terminal.shell(wait, RUN_ID=generated)).strip())
+    assert terminal.stage.run(generated)["metadata"] == '{"market": "de"}'
 
 
-async def test_python_does_as_shown(desk: Desk) -> None:
+async def test_python_does_as_shown(terminal: Terminal) -> None:
     (source,) = examples("receiver/docs/python.md", "Python", "python")
-    (desk.stage.directory / "example.py").write_text(source, "utf-8")
-    path, size, sha256 = (await desk.shell(f"{sys.executable} example.py")).split()
+    (terminal.stage.directory / "example.py").write_text(source, "utf-8")
+    path, size, sha256 = (await terminal.shell(f"{sys.executable} example.py")).split()
     assert size_of(path) == int(size)
     assert len(sha256) == 64
 
 
-async def test_every_request_is_listed(desk: Desk) -> None:
-    """And none that is not there."""
-    assert desk.service._operations is not None
-    app = desk.service._operations.config.app
+async def test_every_request_is_listed(terminal: Terminal) -> None:
+    """The page lists the routes of the application, all of them and no other."""
+    assert terminal.service._operations is not None
+    app = terminal.service._operations.config.app
     there = {
         f"{method} {re.sub(r':[a-z]+}', '}', route.path)}"
         for route in app.routes  # type: ignore[union-attr]
@@ -97,23 +97,23 @@ async def test_every_request_is_listed(desk: Desk) -> None:
     assert set(re.findall(r"^\| `((?:GET|POST) [^`]+)` \|", read_page("receiver/docs/api.md"), re.MULTILINE)) == there
 
 
-async def test_daily_use_is_as_shown(desk: Desk) -> None:
+async def test_daily_use_is_as_shown(terminal: Terminal) -> None:
     """The README's five examples, one after the other; `run_abc` is the run of the first."""
     (block,) = examples("README.md", "Daily use", "sh")
     (table,) = code_blocks(read_page("receiver/docs/batches.md"), "csv")
-    (desk.stage.directory / "spring.csv").write_text(table, "utf-8")
+    (terminal.stage.directory / "spring.csv").write_text(table, "utf-8")
     start, *others = block.splitlines()
-    run_id = (await desk.shell(start)).strip()
+    run_id = (await terminal.shell(start)).strip()
     wait, batch, listing, explain = (line.replace("run_abc", run_id) for line in others)
-    assert size_of((await desk.shell(wait)).strip())
-    await desk.shell(batch.partition("#")[0] + " --yes")
-    assert len((desk.stage.directory / "results.csv").read_text("utf-8").splitlines()) == 3
-    assert (await desk.shell(listing)).count("run_") == 3
-    assert run_id in await desk.shell(explain)
+    assert size_of((await terminal.shell(wait)).strip())
+    await terminal.shell(batch.partition("#")[0] + " --yes")
+    assert len((terminal.stage.directory / "results.csv").read_text("utf-8").splitlines()) == 3
+    assert (await terminal.shell(listing)).count("run_") == 3
+    assert run_id in await terminal.shell(explain)
 
 
 def test_the_first_minute_is_as_shown(tmp_path: Path) -> None:
-    """The README's receiver and its run, in two terminals; what `make demo` prints is the picture's test."""
+    """A receiver and a run in two terminals; `make demo` is tested with the picture."""
     (first, second) = examples("README.md", "Try it in a minute", "sh")
     demo, dev = first.splitlines()
     assert demo == "make demo"
@@ -131,7 +131,7 @@ def test_the_first_minute_is_as_shown(tmp_path: Path) -> None:
 
 
 def test_an_account_is_set_up_as_shown(tmp_path: Path) -> None:
-    """`init` writes what is to be filled in, and `check` accepts it; the environment is this one, and is not built."""
+    """`check` accepts what `init` wrote, filled in; the environment is not built again."""
     install, check, _ = examples("README.md", "With a FLORA account", "sh")
     built = "python3() { mkdir -p .venv/bin; : > .venv/bin/activate; }; pip() { :; }\n"
     env = {"PATH": f"{BIN}:{os.environ['PATH']}"}
