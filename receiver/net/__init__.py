@@ -1,4 +1,4 @@
-"""HTTP clients for every way out of the process: the guard against private addresses, downloads, posts, certificates.
+"""HTTP clients for every request to another host: downloads, posts, the guard against private addresses.
 
 Called by everything that talks to another host. May import `model` and `errors` alone.
 """

@@ -1,6 +1,7 @@
-"""Throw-away certificates for `demo`, `dev-cert` and the tests: a CA of our own, and server certificates under it.
+"""Throw-away certificates for `demo`, `dev-cert` and the tests: a CA, and server certificates that it signs.
 
-Nothing here is installed anywhere: who wants to trust the CA is given its file. Imports nothing of ours.
+Nothing is installed: a client that shall trust the CA is given its file. Imports no other module of
+the receiver.
 """
 
 import os
@@ -27,31 +28,32 @@ __all__ = [
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _LIFE = timedelta(days=7)
-_SKEW = timedelta(days=1)  # a clock that is behind must not find the certificate "not yet valid"
+_SKEW = timedelta(days=1)  # a clock that is behind must not find a certificate "not yet valid"
 
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """A CA: its certificate as PEM, for whoever shall trust it, and what is needed to sign."""
+    """A certificate authority: its certificate, and the key that it signs with."""
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey = field(repr=False)
 
     @property
     def pem(self) -> bytes:
+        """The certificate as PEM, for clients that shall trust this CA."""
         return self.certificate.public_bytes(serialization.Encoding.PEM)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerCertificate:
-    """A server certificate and its private key, both PEM."""
+    """A server certificate and its private key, both as PEM."""
 
     certificate: bytes
     key: bytes = field(repr=False)
 
 
 def make_authority(name: str = "flora-receiver throw-away CA", *, life: timedelta = _LIFE) -> Authority:
-    """Make a CA that can sign server certificates and nothing else."""
+    """Make a CA that signs server certificates and nothing else."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _name(name)
     builder = (
@@ -64,7 +66,7 @@ def make_authority(name: str = "flora-receiver throw-away CA", *, life: timedelt
 
 
 def issue(authority: Authority, *hosts: str, life: timedelta = _LIFE) -> ServerCertificate:
-    """Issue a certificate for host names and IP addresses; without any, for this machine's own (`LOCAL_HOSTS`)."""
+    """Issue a certificate for host names and IP addresses, by default `LOCAL_HOSTS`."""
     hosts = hosts or LOCAL_HOSTS
     key = ec.generate_private_key(ec.SECP256R1())
     issuer_key = authority.key.public_key()
@@ -81,7 +83,7 @@ def issue(authority: Authority, *hosts: str, life: timedelta = _LIFE) -> ServerC
 
 
 def write(issued: ServerCertificate, directory: Path, name: str = "server") -> tuple[Path, Path]:
-    """Write `<name>.pem` and `<name>.key`, the key readable by its owner alone; return both paths."""
+    """Write `<name>.pem` and `<name>.key`, which only its owner can read; return both paths."""
     directory.mkdir(parents=True, exist_ok=True)
     certificate, key = directory / f"{name}.pem", directory / f"{name}.key"
     key.unlink(missing_ok=True)  # an older file would keep its wider mode
@@ -92,17 +94,17 @@ def write(issued: ServerCertificate, directory: Path, name: str = "server") -> t
 
 
 def save_authority(authority: Authority, directory: Path) -> Path:
-    """Write `ca.pem` and `ca.key`, the key readable by its owner alone; return the certificate's path."""
+    """Write `ca.pem` and `ca.key`, which only its owner can read; return the certificate's path."""
     return write(ServerCertificate(authority.pem, _private_pem(authority.key)), directory, "ca")[0]
 
 
 def load_authority(directory: Path) -> Authority | None:
-    """Return the CA that was kept there; None: there is none. ValueError where it is of no use, or its time is over."""
+    """Return the CA that was saved there, or None. Raises ValueError where it is invalid or has expired."""
     files = (directory / "ca.pem", directory / "ca.key")
     missing = [path.name for path in files if not path.exists()]
     if len(missing) == len(files):
         return None
-    if missing:  # somebody may trust the other half already
+    if missing:  # not made anew: a client may trust the remaining certificate
         raise ValueError(f"{missing[0]} is missing")
     try:
         certificate = x509.load_pem_x509_certificate(files[0].read_bytes())
@@ -112,7 +114,7 @@ def load_authority(directory: Path) -> Authority | None:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
         raise ValueError("ca.pem and ca.key do not belong together")
     if certificate.not_valid_after_utc < datetime.now(UTC) + _SKEW:
-        raise ValueError("the CA has ended")
+        raise ValueError("the CA has expired")
     return Authority(certificate, key)
 
 

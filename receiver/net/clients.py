@@ -1,8 +1,9 @@
-"""The one place that builds httpx clients: one for FLORA's API, one for media, and the guard that keeps media public.
+"""Builds every httpx client, and guards those for outside URLs against private addresses.
 
-Media URLs come from outside. The guard resolves their host itself, refuses unless every address is public, and connects
-to the address that it checked, so that no second look-up can answer differently; TLS still verifies the host's name.
-Plain clients would also read proxies from the environment, follow redirects and keep cookies: ours do none of it.
+Media URLs come from outside. The guard resolves their host itself, refuses it unless every address
+is public, and connects to the address that it checked, so that no second lookup can give another;
+TLS still verifies the host's name. Plain httpx clients also read proxies from the environment and
+keep cookies; these do neither, and follow no redirects.
 """
 
 import asyncio
@@ -20,14 +21,14 @@ import httpx
 from receiver.net.addresses import is_loopback
 
 USER_AGENT = "flora-receiver"
-MAX_ADDRESSES = 4  # tried per host, so that a long list of dead ones cannot use up the caller's time
+MAX_ADDRESSES = 4  # tried per host: a long list of dead ones must not use up the caller's time
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-"""(host, port) -> addresses as text; raises OSError when there are none."""
+"""(host, port) -> addresses as text. Raises OSError where there are none."""
 
 SocketOption = tuple[int, int, int] | tuple[int, int, bytes | bytearray] | tuple[int, int, None, int]
 
-# What `ipaddress` calls global although it leads, or can be made to lead, elsewhere.
+# Global according to `ipaddress`, although they lead, or can be made to lead, elsewhere.
 _NOT_PUBLIC = tuple(
     ipaddress.ip_network(network)
     for network in (
@@ -40,16 +41,16 @@ _NOT_PUBLIC = tuple(
         "3fff::/20",  # documentation
     )
 )
-# All public IPv6 there is; leaves out mapped and compatible IPv4, NAT64, site-local, multicast.
+# All public IPv6; excludes mapped and compatible IPv4, NAT64, site-local and multicast addresses.
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
 
 class PrivateAddressError(httpcore.ConnectError):
-    """A host that is, or resolves to, an address which is not public. httpx wraps it: look at `__cause__`."""
+    """A host that is, or resolves to, a private address. httpx raises it as a `__cause__`."""
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address, given as text, belongs to the public internet and to nothing else."""
+    """Return whether an IP address, as text, belongs to the public internet and to nothing else."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -64,13 +65,13 @@ def is_public(address: str) -> bool:
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:
-    """Ask the system's resolver; also turns odd spellings of an address (`127.1`, `0x7f000001`) into the address."""
+    """Return a host's addresses from the system's resolver, which also reads `127.1` and `0x7f000001`."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-def host_and_port(text: str) -> tuple[str, int]:
-    """Read `host:port` (IPv6 in brackets) of a setting; ValueError says what is wrong with it."""
+def parse_host_and_port(text: str) -> tuple[str, int]:
+    """Parse `host:port` (IPv6 in brackets) of a setting. Raises ValueError with the reason."""
     host, colon, port = text.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r} is not host:port")
@@ -82,7 +83,7 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 class GuardedBackend(httpcore.AsyncNetworkBackend):
-    """Opens connections to public addresses, and to the (host, port) pairs in `allowed` whatever their address is."""
+    """Connects to public addresses, and to the (host, port) pairs in `allowed` at any address."""
 
     def __init__(self, *, allowed: Collection[tuple[str, int]] = (), resolve: Resolve = resolve) -> None:
         self._allowed = frozenset(allowed)
@@ -99,16 +100,16 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         try:
             async with asyncio.timeout(timeout):
-                addresses = await self._checked(host, port)
+                addresses = await self._resolve_public(host, port)
                 return await self._connect(addresses, port, timeout, local_address, socket_options)
-        except TimeoutError as exc:
-            raise httpcore.ConnectTimeout(f"no connection within {timeout} s") from exc
+        except TimeoutError as error:
+            raise httpcore.ConnectTimeout(f"no connection within {timeout} s") from error
 
-    async def _checked(self, host: str, port: int) -> Sequence[str]:
+    async def _resolve_public(self, host: str, port: int) -> Sequence[str]:
         try:
             addresses = await self._resolve(host, port)
-        except (OSError, UnicodeError) as exc:
-            raise httpcore.ConnectError(f"the name {host} could not be resolved") from exc
+        except (OSError, UnicodeError) as error:
+            raise httpcore.ConnectError(f"the name {host} could not be resolved") from error
         if not addresses:
             raise httpcore.ConnectError(f"the name {host} could not be resolved")
         if (host.lower(), port) not in self._allowed:
@@ -130,8 +131,8 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         for address in addresses:
             try:
                 return _Stream(await self._backend.connect_tcp(address, port, share, local_address, socket_options))
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
-                failure = exc
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
         raise failure or httpcore.ConnectError("no address")
 
     async def connect_unix_socket(
@@ -147,7 +148,10 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
 
 
 class _Stream(httpcore.AsyncNetworkStream):
-    """A connection that is closed when its TLS handshake is cancelled: httpcore closes it after errors alone."""
+    """A connection that is also closed when its TLS handshake is cancelled.
+
+    httpcore closes it after errors alone.
+    """
 
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
@@ -178,7 +182,10 @@ class _Stream(httpcore.AsyncNetworkStream):
 
 
 class GuardedTransport(httpx.AsyncHTTPTransport):
-    """httpx over the guarded backend. Plain http passes for `allowed` hosts only; else httpx.UnsupportedProtocol."""
+    """The transport of httpx on the guarded backend.
+
+    Plain http is refused with httpx.UnsupportedProtocol, except for `allowed` hosts.
+    """
 
     def __init__(
         self,
@@ -190,7 +197,7 @@ class GuardedTransport(httpx.AsyncHTTPTransport):
     ) -> None:
         super().__init__(verify=tls, trust_env=False)
         self._allowed = frozenset(allowed)
-        # httpx offers no way to hand a network backend to its pool, so the pool it made (and never used) is replaced.
+        # httpx cannot pass a network backend to its pool, so its (unused) pool is replaced.
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=tls,
             max_connections=max_connections,
@@ -201,13 +208,14 @@ class GuardedTransport(httpx.AsyncHTTPTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
-        if url.scheme != "https" and (url.scheme != "http" or (url.host.lower(), url.port or 80) not in self._allowed):
+        is_allowed = url.scheme == "http" and (url.host.lower(), url.port or 80) in self._allowed
+        if url.scheme != "https" and not is_allowed:
             raise httpx.UnsupportedProtocol(f"{url.host}: only https is fetched")
         return await super().handle_async_request(request)
 
 
 def tls_context(ca: Path | None = None) -> ssl.SSLContext:
-    """Verify against the public roots, and against the certificates in the PEM file `ca` besides."""
+    """Return a context that trusts the public roots, and the certificates in the PEM file `ca`."""
     context = httpx.create_ssl_context(trust_env=False)
     if ca is not None:
         context.load_verify_locations(cafile=ca)
@@ -224,10 +232,10 @@ def media_client(
 ) -> httpx.AsyncClient:
     """Build a client for URLs from outside: guarded, no redirects, no cookies, no compression.
 
-    `allow_private_hosts` are exact `host:port`; ValueError where one is not. Use a client without them for redirects.
-    A refused address is an httpx.ConnectError caused by PrivateAddressError.
+    `allow_private_hosts` are exact `host:port`; another form raises ValueError. Redirects need a
+    client without them. A private address raises httpx.ConnectError, caused by PrivateAddressError.
     """
-    allowed = [host_and_port(entry) for entry in allow_private_hosts]
+    allowed = [parse_host_and_port(entry) for entry in allow_private_hosts]
     return httpx.AsyncClient(
         transport=GuardedTransport(tls=tls or tls_context(), allowed=allowed, resolve=resolve),
         headers={"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"},
@@ -248,16 +256,16 @@ def api_client(
     connect_seconds: float = 10.0,
     max_connections: int = 20,
 ) -> httpx.AsyncClient:
-    """Build a client for FLORA's API. `headers` (the API key) go to the origin of `base_url` and nowhere else.
+    """Build a client for FLORA's API, which sends `headers` to the origin of `base_url` alone.
 
-    ValueError where `base_url` is not https, or http on loopback.
+    Raises ValueError where `base_url` is neither https nor http on loopback.
     """
     base = httpx.URL(base_url)
     if not base.host or not (base.scheme == "https" or (base.scheme == "http" and is_loopback(base.host))):
         raise ValueError(f"must be an https URL, or http on loopback: {base.scheme}://{base.host}")
     origin = _origin(base)
 
-    async def stay(request: httpx.Request) -> None:
+    async def check_origin(request: httpx.Request) -> None:
         if _origin(request.url) != origin:
             raise httpx.UnsupportedProtocol(f"not an address of the API: {request.url.host}", request=request)
 
@@ -268,7 +276,7 @@ def api_client(
         timeout=httpx.Timeout(timeout_seconds, connect=connect_seconds),
         limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
         cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),
-        event_hooks={"request": [stay]},
+        event_hooks={"request": [check_origin]},
         follow_redirects=False,
         trust_env=False,
     )
@@ -281,7 +289,7 @@ def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
 def probe_client(
     *, ca: Path | None = None, timeout_seconds: float = 15.0, limits: httpx.Limits | None = None
 ) -> httpx.AsyncClient:
-    """Build a client for an address that the operator typed: any host, no redirects."""
+    """Build a client for a URL that the operator gives: any host, no redirects."""
     return httpx.AsyncClient(
         headers={"User-Agent": USER_AGENT},
         verify=tls_context(ca),
@@ -292,15 +300,15 @@ def probe_client(
 
 
 def own_client(*, bound: str | None = None, timeout_seconds: float = 5.0) -> httpx.AsyncClient:
-    """Build a client for a listener of this very machine: whatever name its certificate bears, it is our own.
+    """Build a client for a listener on this machine, which does not verify its certificate.
 
-    It stays on loopback, or goes to the address that our listener is `bound` to.
+    It connects to loopback, or to the host that the listener is `bound` to, and nowhere else.
     """
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     tls.check_hostname = False
     tls.verify_mode = ssl.CERT_NONE
 
-    async def stay(request: httpx.Request) -> None:
+    async def check_host(request: httpx.Request) -> None:
         if not is_loopback(request.url.host) and request.url.host != bound:
             raise httpx.UnsupportedProtocol(f"not on this machine: {request.url.host}", request=request)
 
@@ -308,34 +316,35 @@ def own_client(*, bound: str | None = None, timeout_seconds: float = 5.0) -> htt
         headers={"User-Agent": USER_AGENT},
         verify=tls,
         timeout=timeout_seconds,
-        event_hooks={"request": [stay]},
+        event_hooks={"request": [check_host]},
         trust_env=False,
     )
 
 
 def operations_client(url: str, token: str, *, timeout_seconds: float, ca: Path | None = None) -> httpx.Client:
-    """Build a client for a service's operations listener; the token goes to the origin of `url` and nowhere else.
+    """Build a client for an operations listener, which sends the token to the origin of `url` alone.
 
-    ValueError where `url` is no http or https URL, or the token no token.
+    Raises ValueError where `url` is not an http or https URL, or the token cannot be sent.
     """
     base = httpx.URL(url)
     if base.scheme not in {"http", "https"} or not base.host:
         raise ValueError("it is not an http or https URL")
     if not token.isascii() or not token.isprintable():
-        raise ValueError("the token holds what no header can")
+        raise ValueError("the token has characters that no header can hold")
+    is_https = base.scheme == "https"
 
-    def stay(request: httpx.Request) -> None:
+    def check_origin(request: httpx.Request) -> None:
         if _origin(request.url) != _origin(base):
             raise httpx.UnsupportedProtocol(f"not the operations listener: {request.url.host}", request=request)
 
     return httpx.Client(
         base_url=base,
         headers={"User-Agent": USER_AGENT, "Accept": "application/json", "Authorization": f"Bearer {token}"},
-        # Loading the public roots takes longer than a whole request to loopback does.
-        verify=tls_context(ca) if base.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        # Loading the public roots takes longer than a whole request to loopback.
+        verify=tls_context(ca) if is_https else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         timeout=httpx.Timeout(timeout_seconds, connect=min(10.0, timeout_seconds)),
         cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),
-        event_hooks={"request": [stay]},
+        event_hooks={"request": [check_origin]},
         follow_redirects=False,
         trust_env=False,
     )

@@ -1,7 +1,8 @@
-"""Guarded posting to one address that the operator configured: the way out for handlers, by `receiver.handler`.
+"""Posts to one address that the operator configured, guarded. Handlers use it through `receiver.handler`.
 
-Public HTTPS only unless allowed, no redirects, no cookies, no proxy from the environment, every wait bounded. An address
-may itself be a secret, as chat services make them: no message made here shows more than its host.
+HTTPS to public addresses unless configured otherwise, no redirects, no cookies, no proxy from the
+environment, every wait bounded. An address may itself be a secret, as those of chat services are:
+no message made here shows more than its host.
 """
 
 import asyncio
@@ -34,36 +35,49 @@ from receiver.net.clients import (
 
 __all__ = ["Posted", "Poster", "header_value", "target_url", "usable_headers"]
 
-MAX_ANSWER_BYTES = 64 * 1024
-EXCERPT = 200  # characters of an answer that may be shown
-ANSWER_SECONDS = 2.0  # for its body, once the status is known
+MAX_BODY_BYTES = 64 * 1024  # read of a response
+EXCERPT = 200  # characters of a response's body that may be shown
+BODY_SECONDS = 2.0  # for a response's body, once its status is known
 CONNECT_SECONDS = 10.0
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
 _URL = re.compile(r"https?(?::|%3A)(?:\\?/|%2F){2}[^\s\"'<>]+", re.IGNORECASE)
 _HOP_BY_HOP = frozenset(
-    {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
+    {
+        "connection",
+        "expect",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
 )
-_OURS = frozenset({"host", "content-length", "content-type", "content-encoding", "accept-encoding"})
-_MIN_SECRET = 6  # shorter words of a header (`Bearer`) are not hidden in what is shown
+_RESERVED = frozenset({"host", "content-length", "content-type", "content-encoding", "accept-encoding"})
+_MIN_SECRET = 6  # shorter words of a header may be shown
 
 
 @dataclass(frozen=True, slots=True)
 class Posted:
-    """The answer to a post, whatever its status is."""
+    """The response to a post, whatever its status."""
 
     status: int
+    """The HTTP status."""
     retry_after_seconds: float | None
-    """What `Retry-After` asks for, by seconds or by date; None where it asks for nothing."""
+    """The wait that `Retry-After` asks for, in seconds or as a date; None where there is none."""
     location: str | None
-    """Scheme and host of where a redirect leads. It is not followed."""
+    """Scheme and host of a redirect's target. Redirects are not followed."""
     excerpt: str
-    """The beginning of the body as one line, without addresses and without what `headers` holds."""
+    """The beginning of the body on one line, without URLs and without the values of `headers`."""
 
 
 def target_url(text: str, *, allow_private: bool) -> str:
-    """Return an address as it will be posted to; ValueError says, without the address, what is wrong with it."""
+    """Return a URL in the form in which it is posted to.
+
+    Raises ValueError with the reason, which does not show the URL.
+    """
     try:
         url = httpx.URL(text)
     except (httpx.InvalidURL, UnicodeError):
@@ -89,40 +103,43 @@ def target_url(text: str, *, allow_private: bool) -> str:
 
 
 def usable_headers(headers: Mapping[str, str], *, reserved: Iterable[str] = ()) -> dict[str, str]:
-    """Return headers in lower case; ValueError names the one that no request may carry, never its value.
+    """Return headers with lower-case names.
 
-    `reserved` are further names, or beginnings of names that end in `-`.
+    `reserved` are further names that are refused, or prefixes of names, which end in `-`. Raises
+    ValueError with the name of a header that no request may carry, never with its value.
     """
-    found: dict[str, str] = {}
-    refused = tuple(reserved)
+    usable: dict[str, str] = {}
+    names = _RESERVED | frozenset(reserved)
+    prefixes = tuple(name for name in names if name.endswith("-"))
     for name, value in headers.items():
         lower = name.lower()
         if not _TOKEN.fullmatch(name):
-            raise ValueError("holds a name that is no header's name")
+            raise ValueError("contains a name that is not a header's name")
         if lower in _HOP_BY_HOP:
             raise ValueError(f"{name} belongs to the connection and cannot be set")
-        if lower in _OURS or any(lower == each or (each.endswith("-") and lower.startswith(each)) for each in refused):
+        if lower in names or lower.startswith(prefixes):
             raise ValueError(f"{name} is set by the receiver itself")
-        if lower in found:
-            raise ValueError(f"{name} is there twice")
+        if lower in usable:
+            raise ValueError(f"{name} is given twice")
         if not _VALUE.fullmatch(value):
             raise ValueError(
                 f"{name} has a value that no header can hold: printable ASCII only, without blanks around it"
             )
-        found[lower] = value
-    return found
+        usable[lower] = value
+    return usable
 
 
 def header_value(text: str) -> str:
-    """Return a text as a header can hold it: what is not visible ASCII is percent-encoded, as CloudEvents has it."""
+    """Return a text for a header: all but visible ASCII is percent-encoded, as CloudEvents defines."""
     return quote(text.encode(errors="replace"), safe="!#$&'()*+,/:;=?@[]^`{|}~<>\\")
 
 
 class Poster:
-    """Posts to one URL, over connections that it keeps for a while.
+    """Posts to one URL and keeps its connections open for a while.
 
-    With `allow_private` the URL's own host and port may be private and plain http. `headers` go along with every
-    post and count as secret. ValueError where URL, headers or `ca_file` (a PEM file of further CAs) cannot be used.
+    `allow_private` permits a private address, and plain http, for the host and port of the URL.
+    `headers` are sent with every post and count as secret. `ca_file` is a PEM file of further CAs.
+    Raises ValueError where the URL, the headers or the file cannot be used.
     """
 
     def __init__(
@@ -141,7 +158,7 @@ class Poster:
         self._tls = _tls(ca_file)
         self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
         self._ascii_host = self._url.raw_host.decode("ascii")
-        self._secret = _hidden(self._url, self._headers)
+        self._secrets = _secret_spellings(self._url, self._headers)
         names = {self._url.host, self._ascii_host} if allow_private else set()
         self._backend = GuardedBackend(allowed=[(name.lower(), self._port) for name in names], resolve=resolve)
         self._client = media_client(
@@ -154,16 +171,18 @@ class Poster:
 
     @property
     def host(self) -> str:
-        """The host alone, which may be shown."""
+        """The host of the URL, which may be shown."""
         return self._url.host
 
     async def aclose(self) -> None:
+        """Close the connections."""
         await self._client.aclose()
 
     async def post(self, body: bytes, *, content_type: str, headers: Mapping[str, str] | None = None) -> Posted:
-        """Post once and return the answer; `headers` are of this post alone. PostError where there is no answer.
+        """Post once and return the response; `headers` are sent with this post only.
 
-        The status counts as soon as it is there: an answer whose body is slow, cut or endless is an answer.
+        A response counts once its status is known: its body may be slow, cut or endless. Raises
+        PostRefusedError or PostFailedError where no response comes.
         """
         request = self._client.build_request(
             "POST",
@@ -176,21 +195,21 @@ class Poster:
                 response = await self._client.send(request, stream=True)
         except TimeoutError:
             raise PostFailedError(f"{self.host}: no answer within {self._timeout_seconds:g} s") from None
-        except httpx.HTTPError as exc:  # `from None`: the HTTP layer quotes headers
-            raise self._translated(exc) from None
+        except httpx.HTTPError as error:  # `from None`: the HTTP layer quotes headers
+            raise self._to_post_error(error) from None
         try:
-            received = await _beginning(response)
+            received = await _read_beginning(response)
         finally:
             await response.aclose()
         return Posted(
             status=response.status_code,
             retry_after_seconds=_retry_after(response.headers.get("retry-after", ""), datetime.now(UTC)),
             location=_origin(response),
-            excerpt=_excerpt(received, self._secret),
+            excerpt=_excerpt(received, self._secrets),
         )
 
     async def connect(self) -> None:
-        """Connect, TLS included, and hang up without a request. PostError where that does not work."""
+        """Connect, TLS included, and close without a request. Raises PostRefusedError or PostFailedError."""
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 stream = await self._backend.connect_tcp(self._ascii_host, self._port, CONNECT_SECONDS)
@@ -201,32 +220,32 @@ class Poster:
                     await stream.aclose()
         except TimeoutError:
             raise PostFailedError(f"{self.host}: no connection within {self._timeout_seconds:g} s") from None
-        except (httpcore.NetworkError, httpcore.TimeoutException) as exc:
-            raise self._unconnected(exc) from None
+        except (httpcore.NetworkError, httpcore.TimeoutException) as error:
+            raise self._to_connect_error(error) from None
 
-    def _translated(self, exc: httpx.HTTPError) -> PostError:
-        match exc:
+    def _to_post_error(self, error: httpx.HTTPError) -> PostError:
+        match error:
             case httpx.ConnectError() | httpx.ConnectTimeout():
-                return self._unconnected(exc.__cause__ or exc)
+                return self._to_connect_error(error.__cause__ or error)
             case httpx.UnsupportedProtocol():
-                return PostRefusedError(f"{self.host}: only https is spoken")
+                return PostRefusedError(f"{self.host}: only https is supported")
             case httpx.TimeoutException():
                 return PostFailedError(f"{self.host}: no answer within {self._timeout_seconds:g} s")
             case _:
-                return PostFailedError(f"{self.host}: cut, or not proper HTTP ({type(exc).__name__})")
+                return PostFailedError(f"{self.host}: cut, or not proper HTTP ({type(error).__name__})")
 
-    def _unconnected(self, exc: BaseException) -> PostError:
-        match exc.__cause__ or exc.__context__:  # httpcore's pool raises anew, `from None`
-            case ssl.SSLCertVerificationError(verify_message=words):
+    def _to_connect_error(self, error: BaseException) -> PostError:
+        match error.__cause__ or error.__context__:  # httpcore's pool raises anew, `from None`
+            case ssl.SSLCertVerificationError(verify_message=reason):
                 return PostRefusedError(
-                    f"{self.host}: its certificate does not hold: {words} (own CAs go into `ca_file`)"
+                    f"{self.host}: its certificate is not valid: {reason} (own CAs go into `ca_file`)"
                 )
-            case _ if isinstance(exc, PrivateAddressError):
-                return PostRefusedError(f"{exc} (`allow_private = true` allows it)")
-            case _ if isinstance(exc, httpcore.ConnectTimeout | httpx.ConnectTimeout):
+            case _ if isinstance(error, PrivateAddressError):
+                return PostRefusedError(f"{error} (`allow_private = true` allows it)")
+            case _ if isinstance(error, httpcore.ConnectTimeout | httpx.ConnectTimeout):
                 return PostFailedError(f"{self.host}: no connection in time")
             case _:
-                return PostFailedError(f"{self.host}: no connection: {exc}")
+                return PostFailedError(f"{self.host}: no connection: {error}")
 
 
 def _tls(ca_file: Path | None) -> ssl.SSLContext:
@@ -236,24 +255,24 @@ def _tls(ca_file: Path | None) -> ssl.SSLContext:
         raise ValueError("`ca_file` cannot be read, or holds no certificates in PEM") from None
 
 
-async def _beginning(response: httpx.Response) -> bytes:
-    """Read some of the body; to its end if that is near, so that the connection can be used again."""
+async def _read_beginning(response: httpx.Response) -> bytes:
+    """Return the beginning of the body. A short one is read to its end: the connection can be reused."""
     received = bytearray()
     with suppress(TimeoutError, httpx.HTTPError):
-        async with asyncio.timeout(ANSWER_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS):
             async for part in response.aiter_raw():
-                received += part[: MAX_ANSWER_BYTES - len(received)]
-                if len(received) >= MAX_ANSWER_BYTES:
+                received += part[: MAX_BODY_BYTES - len(received)]
+                if len(received) >= MAX_BODY_BYTES:
                     break
     return bytes(received)
 
 
-def _hidden(url: httpx.URL, headers: Mapping[str, str]) -> list[str]:
-    """What a server may quote back and nobody may see, in the spellings that servers use; longest first."""
+def _secret_spellings(url: httpx.URL, headers: Mapping[str, str]) -> list[str]:
+    """Return the secrets that a server may quote, in every spelling that servers use, longest first."""
     words = {word for value in headers.values() for word in (value, *value.split()) if len(word) >= _MIN_SECRET}
     target = url.raw_path.decode("ascii")
     words |= {part for part in (target, url.path) if part != "/"}
-    spelled = {
+    spellings = {
         spelling
         for word in words
         for spelling in (
@@ -264,16 +283,16 @@ def _hidden(url: httpx.URL, headers: Mapping[str, str]) -> list[str]:
             json.dumps(word)[1:-1].replace("/", "\\/"),
         )
     }
-    return sorted(spelled, key=len, reverse=True)
+    return sorted(spellings, key=len, reverse=True)
 
 
-def _excerpt(received: bytes, secret: Iterable[str]) -> str:
+def _excerpt(received: bytes, secrets: Iterable[str]) -> str:
     text = received.decode("utf-8", errors="replace")
-    for word in secret:
+    for word in secrets:
         text = text.replace(word, "…")
     text = _URL.sub("…", text)
-    shown = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(shown.split())[:EXCERPT]
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(printable.split())[:EXCERPT]
 
 
 def _origin(response: httpx.Response) -> str | None:
@@ -285,7 +304,7 @@ def _origin(response: httpx.Response) -> str | None:
 
 
 def _retry_after(value: str, now: datetime) -> float | None:
-    """Read seconds or an HTTP date; None for what is past or unreadable."""
+    """Parse seconds or an HTTP date; None for a past or malformed value."""
     text = value.strip()
     if text.isascii() and text.isdecimal():
         return float(text[-9:]) or None if len(text) <= 9 else 1e9

@@ -13,9 +13,9 @@ from receiver.net.clients import (
     GuardedBackend,
     PrivateAddressError,
     api_client,
-    host_and_port,
     is_public,
     media_client,
+    parse_host_and_port,
     tls_context,
 )
 from tests.support.media import page, redirect, serving
@@ -180,13 +180,13 @@ async def test_unix_sockets_are_refused() -> None:
 def test_exceptions_must_be_exact_host_and_port(text: str) -> None:
     """A wildcard by mistake would open the network."""
     with pytest.raises(ValueError, match="is not host:port"):
-        host_and_port(text)
+        parse_host_and_port(text)
 
 
 def test_exceptions_are_read_as_urls_write_them() -> None:
     """Names are compared in lower case, IPv6 comes in brackets."""
-    assert host_and_port("LocalHost:9100") == ("localhost", 9100)
-    assert host_and_port("[::1]:9100") == ("::1", 9100)
+    assert parse_host_and_port("LocalHost:9100") == ("localhost", 9100)
+    assert parse_host_and_port("[::1]:9100") == ("::1", 9100)
 
 
 async def test_media_client_reaches_only_what_is_allowed() -> None:
