@@ -1,6 +1,7 @@
 """The Python client of the operations API. Public: programs import `ReceiverClient` from here.
 
-The commands use it too, and `web.ops` fills the messages that it reads. May import `net`, `model` and `errors`.
+The commands use it too, and `web.ops` fills the messages that it reads. May import `net`, `model`
+and `errors`.
 """
 
 from receiver.client.client import (

@@ -1,11 +1,12 @@
-"""A synchronous client of the operations API, for programs beside the service and for our own commands.
+"""A synchronous client of the operations API, for other programs and for our own commands.
 
     with ReceiverClient() as receiver:
-        start = receiver.start("cctv-cam", [{"id": "prompt", "type": "text", "value": "a lighthouse"}])
+        prompt = {"id": "prompt", "type": "text", "value": "a lighthouse"}
+        start = receiver.start("cctv-cam", [prompt])
         run = receiver.wait(start.run_id)
 
-The address is RECEIVER_OPS_URL, or http://127.0.0.1:8081; the token is RECEIVER_OPS_TOKEN, or the content of
-RECEIVER_OPS_TOKEN_FILE (`var/ops-token` by default). Every error is a ReceiverApiError.
+The address is RECEIVER_OPS_URL, or http://127.0.0.1:8081; the token is RECEIVER_OPS_TOKEN, or the
+content of RECEIVER_OPS_TOKEN_FILE (`var/ops-token` by default). Every error is a ReceiverApiError.
 """
 
 import json
@@ -62,7 +63,7 @@ T = TypeVar("T", bound=Message)
 class ReceiverClient:
     """A client of one service, with a connection pool. Close it, or use it as a context manager.
 
-    Not safe for use by several threads at once. `ca` is a PEM file of further certificates to trust.
+    Not safe for use by several threads at once. `ca` is a PEM file of further roots to trust.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ReceiverClient:
     def close(self) -> None:
         self._http.close()
 
-    # --- starting ------------------------------------------------------------------------------------
+    # --- starting -------------------------------------------------------------------------------
 
     def start(
         self,
@@ -105,11 +106,12 @@ class ReceiverClient:
         workspace_id: str | None = None,
         wait_seconds: float = 30.0,
     ) -> StartView:
-        """Start a technique run. The same `idempotency_key` again returns the same run and starts nothing.
+        """Start a technique run, or return the run that was started with this `idempotency_key`.
 
-        Returns once FLORA has responded, or after `wait_seconds` with state `asking`: the service keeps
-        retrying, so call again with the same key for the outcome. Raises ReceiverApiError with FLORA's
-        status, code and fields if it refuses, and with 409 `unknown_outcome` if a run may exist.
+        Returns once FLORA has responded, or after `wait_seconds` with state `asking`: the service
+        keeps retrying, so call again with the same key for the outcome. Raises ReceiverApiError with
+        FLORA's status, code and fields if it refuses, and with 409 `unknown_outcome` if it is not
+        known whether a run exists.
         """
         request = {"technique_id": technique_id, "inputs": list(inputs), "mode": mode, "callback_url": callback_url}
         return self._start(request, idempotency_key, metadata, workspace_id, wait_seconds)
@@ -124,7 +126,7 @@ class ReceiverClient:
         workspace_id: str | None = None,
         wait_seconds: float = 30.0,
     ) -> StartView:
-        """Start a single generation, otherwise like `start`. `body` is that of FLORA's `POST /generate`."""
+        """Start a single generation, like `start`. `body` is that of FLORA's `POST /generate`."""
         request = {"generate": dict(body), "callback_url": callback_url}
         return self._start(request, idempotency_key, metadata, workspace_id, wait_seconds)
 
@@ -149,7 +151,7 @@ class ReceiverClient:
             "callback_expected": callback_expected,
             "metadata": dict(metadata or {}),
         }
-        return self._run(self._post("/api/runs/track", body))
+        return self._to_run_view(self._post("/api/runs/track", body))
 
     def resolve(self, start: str, run_id: str | None) -> StartView:
         """Resolve a start of unknown outcome: it made the run `run_id`, or no run if that is None.
@@ -157,23 +159,24 @@ class ReceiverClient:
         `start` is its token or its idempotency key.
         """
         path = f"/api/starts/{_segment(self._token_of(start))}/resolve"
-        return self._started(self._post(path, {"run_id": run_id}))
+        return self._to_start_view(self._post(path, {"run_id": run_id}))
 
-    # --- runs ----------------------------------------------------------------------------------------
+    # --- runs -----------------------------------------------------------------------------------
 
     def run(self, run_id: str) -> RunView:
         """Return a run with its outputs, artifacts and dispatches."""
-        return self._run(self._get(f"/api/runs/{_segment(run_id)}"))
+        return self._to_run_view(self._get(f"/api/runs/{_segment(run_id)}"))
 
     def runs(self, state: str | None = None, limit: int = 100) -> Iterator[RunView]:
         """Yield every run, newest first; `limit` is the size of a page."""
         return (self._validate(RunView, row) for row in self._pages("/api/runs", "runs", limit, state=state))
 
     def wait(self, run_id: str, *, timeout_seconds: float | None = None) -> RunView:
-        """Return the run once it is settled and its dispatches are over, or as it is after `timeout_seconds`.
+        """Return the run once it is settled and its dispatches are over.
 
-        Continues through a restart of the service. Raises ReceiverApiError: 404 immediately for an unknown
-        run, `unreachable` if the service does not return in time.
+        After `timeout_seconds` the run is returned as it is. Continues through a restart of the
+        service. Raises ReceiverApiError: 404 at once for an unknown run, `unreachable` if the service
+        does not return in time.
         """
         deadline = None if timeout_seconds is None else monotonic() + timeout_seconds
         path = f"/api/runs/{_segment(run_id)}/wait"
@@ -182,7 +185,7 @@ class ReceiverClient:
             left = _LONGEST_POLL_SECONDS if deadline is None else max(0.0, deadline - monotonic())
             timeout = min(left, _LONGEST_POLL_SECONDS)
             try:
-                run = self._run(self._get(path, timeout=f"{timeout:.3f}"))
+                run = self._to_run_view(self._get(path, timeout=f"{timeout:.3f}"))
             except ReceiverApiError as error:
                 if error.status not in _RESTART_STATUSES or (deadline is not None and monotonic() >= deadline):
                     raise
@@ -198,10 +201,10 @@ class ReceiverClient:
 
         A lost run is tracked again, a completed one gets fresh output URLs.
         """
-        return self._run(self._post(f"/api/runs/{_segment(run_id)}/refresh", {}))
+        return self._to_run_view(self._post(f"/api/runs/{_segment(run_id)}/refresh", {}))
 
     def redispatch(self, run_id: str, handler: str | None = None, *, again: bool = False) -> int:
-        """Dispatch the run to its handlers again, or to one of them; return how many dispatches are due.
+        """Dispatch the run again, to all its handlers or to one; return how many dispatches are due.
 
         `again` opens a new round with new idempotency keys, so that effects are applied once more.
         """
@@ -209,7 +212,7 @@ class ReceiverClient:
         return int(self._post(f"/api/runs/{_segment(run_id)}/redispatch", body)["dispatches"])
 
     def redispatch_missing(self, handler: str, since: datetime) -> int:
-        """Dispatch the runs settled since an aware time to a handler that was added later; return how many."""
+        """Dispatch the runs settled since an aware time to a handler added later; return how many."""
         armed = 0
         while True:
             page = self._post("/api/runs/redispatch", {"handler": handler, "since": since.isoformat()})
@@ -218,15 +221,15 @@ class ReceiverClient:
                 return armed
 
     def timeline(self, run_id: str) -> dict[str, Any]:
-        """Return the history of a run, oldest entry first: `{"run_id", "entries": [{"at", "kind", …}]}`."""
+        """Return the history of a run, oldest first: `{"run_id", "entries": [{"at", "kind", …}]}`."""
         return self._get(f"/api/runs/{_segment(run_id)}/timeline")
 
-    # --- the rest ------------------------------------------------------------------------------------
+    # --- the rest -------------------------------------------------------------------------------
 
     def technique(self, technique_id: str, workspace_id: str | None = None) -> dict[str, Any]:
-        """Return a technique: `technique_id`, `name`, `inputs` (id, type, optional), `outputs`, `run_cost`.
+        """Return a technique: `technique_id`, `name`, `inputs`, `outputs`, `run_cost`.
 
-        `run_cost` is in US dollars, or None if FLORA does not name it.
+        An input has `id`, `type` and `optional`. `run_cost` is in US dollars, or None if unknown.
         """
         path = f"/api/techniques/{_segment(technique_id)}"
         technique: dict[str, Any] = self._get(path, workspace_id=workspace_id)["technique"]
@@ -237,7 +240,8 @@ class ReceiverClient:
     ) -> Iterator[dict[str, Any]]:
         """Yield the starts, newest first; `state` is `asking`, `started`, `refused` or `unknown`.
 
-        `key` is an idempotency key, `prefix` the beginning of one: `batch:spring:` is the batch `spring`.
+        `key` is an idempotency key, `prefix` the beginning of one (`batch:spring:` for the batch
+        `spring`).
         """
         return self._pages("/api/starts", "starts", limit, state=state, key=key, prefix=prefix)
 
@@ -268,17 +272,18 @@ class ReceiverClient:
         return int(self._post("/api/dispatches/retry", body)["dispatches"])
 
     def backup(self, path: Path) -> int:
-        """Copy the SQLite ledger into a new file on the service's machine; return its size in bytes."""
+        """Copy the SQLite ledger to a new file on the service's machine; return its size in bytes."""
         return int(self._post("/api/backup", {"path": str(path)})["size"])
 
     def channel(self) -> dict[str, Any]:
-        """Return the health of the callback channel over the last 24 hours, and its counts by hour."""
+        """Return the health of the callback channel in the last 24 hours, and counts by hour."""
         return self._get("/api/channel")
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yield changes as they happen: `{"kind", "run_id", "state", "detail"}`. Ends when the service stops.
+        """Yield changes as they happen: `{"kind", "run_id", "state", "detail"}`.
 
-        The kind `missed` means that changes were lost: read the ledger again.
+        The kind `missed` means that changes were lost: read the runs again. Ends when the service
+        stops.
         """
         request = self._http.build_request("GET", "/api/events", headers={"Accept": "text/event-stream"})
         request.extensions["timeout"] = {**request.extensions["timeout"], "read": None}
@@ -295,7 +300,7 @@ class ReceiverClient:
         finally:
             response.close()
 
-    # --- requests ------------------------------------------------------------------------------------
+    # --- requests -------------------------------------------------------------------------------
 
     def _start(
         self,
@@ -313,7 +318,7 @@ class ReceiverClient:
             "wait_seconds": wait_seconds,
         }
         given = {name: value for name, value in body.items() if value is not None}
-        return self._started(self._post("/api/runs", given, wait_seconds=wait_seconds))
+        return self._to_start_view(self._post("/api/runs", given, wait_seconds=wait_seconds))
 
     def _token_of(self, start: str) -> str:
         found = list(self.starts(key=start))
@@ -339,7 +344,7 @@ class ReceiverClient:
         return self._call(self._http.build_request("POST", path, json=body), wait_seconds)
 
     def _call(self, request: httpx.Request, wait_seconds: float) -> dict[str, Any]:
-        """Return a response's JSON; `wait_seconds` is how long the service itself may wait before it responds."""
+        """Return the JSON of the response, which may take `wait_seconds` longer than others."""
         timeouts = request.extensions["timeout"]
         request.extensions["timeout"] = {**timeouts, "read": self._timeout_seconds + wait_seconds}
         response = self._send(request)
@@ -361,12 +366,12 @@ class ReceiverClient:
                 code="unreachable",
             ) from error
 
-    # --- responses -----------------------------------------------------------------------------------
+    # --- responses ------------------------------------------------------------------------------
 
-    def _run(self, data: Any) -> RunView:
+    def _to_run_view(self, data: Any) -> RunView:
         return self._validate(OneRun, data).run
 
-    def _started(self, data: Any) -> StartView:
+    def _to_start_view(self, data: Any) -> StartView:
         started = self._validate(Started, data)
         return StartView(**dict(started.start), run=started.run, repeated=started.repeated)
 
@@ -381,7 +386,7 @@ class ReceiverClient:
 
 
 def _find_token() -> str:
-    """Return the token of this machine, or an empty one, so that the service's response explains what is missing."""
+    """Return this machine's token, or an empty one, which the service refuses with an explanation."""
     if token := os.environ.get("RECEIVER_OPS_TOKEN"):
         return token.strip()
     try:

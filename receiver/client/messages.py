@@ -1,7 +1,8 @@
 """The objects of the operations API, one model for each. Times are ISO 8601 in UTC.
 
-`web.ops` fills them, `ReceiverClient` reads them, and the OpenAPI document prints their schemas, where the suffix
-`View` is left out. Unknown fields are ignored; fields that an older service does not send have a default.
+`web.ops` fills them, `ReceiverClient` reads them, and the OpenAPI document prints their schemas,
+where the suffix `View` is left out. Unknown fields are ignored; fields that an older service does
+not send have a default.
 """
 
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ _FIELDS_SCHEMA = {
 }
 
 Time = Annotated[datetime, PlainSerializer(datetime.isoformat, when_used="json")]
-# A client must accept a state that a newer service has added: the schema lists the states, the type does not.
+# The schema lists the states, the type does not: a newer service may have added one.
 _RunState = Annotated[str, WithJsonSchema({"type": "string", "enum": [state.value for state in RunState]})]
 _DispatchState = Annotated[str, WithJsonSchema({"type": "string", "enum": [*DispatchState]})]
 _StartState = Annotated[str, WithJsonSchema({"type": "string", "enum": [*StartState]})]
@@ -166,7 +167,7 @@ class RunView(Message):
     finished: bool = False
     """Whether the run is over and no handler has any work left to do on it."""
     verdict: str | None = None
-    """How the callback compares with what was read: `matched`, `recovered`, `diverged` and so on."""
+    """How the callback compares with the run: `matched`, `recovered`, `diverged` and so on."""
     origin: str | None = None
     run_type: str | None = None
     technique_id: str | None = None
@@ -214,7 +215,10 @@ class RunView(Message):
 
 
 class StartView(Start):
-    """What came of a start: `started`, or `asking` while FLORA has not answered. Other states raise."""
+    """The outcome of a start: `started`, or `asking` while FLORA has not responded.
+
+    Other outcomes are raised as ReceiverApiError.
+    """
 
     run: RunView | None = None
     repeated: bool = False
@@ -321,7 +325,7 @@ class TimelineView(Message):
     entries: tuple[TimelineEntry, ...]
 
 
-# --- responses -------------------------------------------------------------------------------------------------------
+# --- responses ----------------------------------------------------------------------------------
 
 
 class OneRun(Message):
@@ -343,7 +347,7 @@ class OneDelivery(Message):
 
 
 class Started(Message):
-    """What came of a start."""
+    """The outcome of a start."""
 
     start: Start
     run: RunView | None = None

@@ -1,8 +1,8 @@
-"""Limits on accepting connections: how many this process can hold, and TLS handshakes in progress.
+"""Limits on accepting: how many connections the process can hold, and how many TLS handshakes.
 
-asyncio and uvloop report a connection only when its handshake is over. Until then it takes a file descriptor all the
-same, so that silent callers could leave none for honest ones, for the database and for files. `Acceptor` counts
-handshakes and ends the oldest one when there are too many.
+asyncio and uvloop report a connection only when its handshake is over. Until then it takes a file
+descriptor all the same, so that silent callers could leave none for honest ones, for the database
+and for files. `Acceptor` counts handshakes and ends the oldest one when there are too many.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ _RETRY_SECONDS = 0.2
 
 
 def fit_connections(connections: int) -> int:
-    """Return how many of these connections the limit of open files allows, after raising it as far as permitted.
+    """Raise the limit of open files as far as permitted; return how many connections fit into it.
 
-    Shells and service managers set it to 1,024 by default. That is less than the guard's limit, which would then
-    never apply.
+    Shells and service managers set it to 1,024 by default. That is less than the guard's limit on
+    connections, which would then never apply.
     """
     wanted = connections + max_handshakes(connections) + _RESERVE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -48,7 +48,7 @@ def max_handshakes(connections: int) -> int:
 
 
 class Acceptor:
-    """Accepts connections on one listening socket with TLS. Takes the place of `asyncio.Server` for uvicorn.
+    """Accepts TLS connections on one socket; takes the place of `asyncio.Server` for uvicorn.
 
     At most `at_once` handshakes are in progress; one more ends the oldest.
     """

@@ -1,33 +1,36 @@
 """Limits on connections: uvicorn's httptools protocol with bounds on bytes, time and number.
 
-httptools parses three times as fast as h11, but uvicorn on top of it accepts a request head of any size and waits for
-it without end. The listener is public, so anyone may hold its memory and its connections like that. `Guard` knows the
-connections of one listener, `GuardedProtocol` reports to it what each of them still has to send.
-
-What a connection has to send:
+httptools parses three times as fast as h11, but uvicorn on top of it accepts a request head of any
+size and waits for it without end. The listener is public, so anyone may take its memory and its
+connections like that. `Guard` knows the connections of one listener; `GuardedProtocol` reports to it
+what each of them still has to send:
 
     head ──────────────> body ──────────────> nothing ──> head (the next request)
-    since it was opened  since the head       a response may still be due; uvicorn's keep-alive
-    or the next request  was complete         timer ends the connection if no request follows
-    began
+    since the connection since the head       a response may still be due; uvicorn's
+    was opened, or the   was complete         keep-alive timer ends the connection
+    next request began                        if no request follows
 
-When a connection is closed, without a response:
+A connection is closed, without a response, for one of these reasons:
 
-    slow_head   the head took longer than `head_seconds`, counted from the first byte: a trickle buys no time
-    slow_body   the body took longer than `body_seconds`
-    too_large   the head exceeds `head_bytes`; or more comes although the message exceeds `message_bytes`, chunk
-                framing and trailers included: the app counts the bytes of the body alone
-    too_many    more than `pipelined` requests wait for the response to an earlier one
-    crowded     there are more connections than `connections`: see `Guard.evict`
+    slow_head   The head took longer than `head_seconds`, counted from its first byte.
+    slow_body   The body took longer than `body_seconds`.
+    too_large   The head exceeds `head_bytes`; or more comes although the message exceeds
+                `message_bytes`, with chunk framing and trailers, which the app does not count.
+    too_many    More than `pipelined` requests wait for the response to an earlier one.
+    crowded     There are more than `connections`: see `Guard.evict`.
 
-Three things are less obvious. A message that is too large is closed only when *more* comes: uvicorn stops reading
-until the app has consumed what there is, and the app refuses with 413 first. A client reads that response only once
-it has sent its body, so bytes after a response are read and dropped up to `discard_bytes`. And a request with
-`Upgrade` is refused: httptools takes its body for the other protocol, uvicorn takes it for the next request, which
-behind a proxy would be a request that no caller sent, and whose response another caller would get.
+Three things are less obvious:
 
-A request that arrives in one piece costs a few comparisons. `heads` and `bodies` are dicts in the order of their
-times, so `sweep` looks at the first entries only.
+- A message that is too large is closed only when *more* comes. uvicorn stops reading until the app
+  has consumed what there is, and the app refuses with 413 first.
+- A client may read that response only after it has sent its whole body. What comes after a response
+  is therefore read and dropped, up to `discard_bytes`.
+- A request with `Upgrade` is refused. httptools takes its body for the other protocol, uvicorn takes
+  it for the next request. Behind a proxy that would be a request that no caller has sent, and
+  another caller would get its response.
+
+A request that arrives in one piece costs a few comparisons. `heads` and `bodies` are dicts in the
+order of their times, so `sweep` looks at the first entries only.
 """
 
 import asyncio
@@ -50,7 +53,7 @@ Reason = Literal["slow_head", "slow_body", "too_large", "too_many", "crowded"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits of a listener. A head is the request line and the headers; a message is head, body and framing."""
+    """Limits of a listener. A head is request line and headers; a message is head, body and framing."""
 
     message_bytes: int
     head_seconds: float
@@ -59,7 +62,10 @@ class Limits:
     head_bytes: int = 16 * 1024
     discard_bytes: int = 2 * 1024 * 1024
     pipelined: int = 16
-    """Requests of one connection that wait for an earlier response. A megabyte of short ones takes a gigabyte here."""
+    """Requests of one connection that wait for an earlier response.
+
+    A megabyte of short ones takes a gigabyte of memory.
+    """
 
 
 class Guard:
@@ -81,7 +87,7 @@ class Guard:
         self.bodies: dict[GuardedProtocol, float] = {}
         """Connections whose body is incomplete, and since when; oldest first."""
         self.idle: dict[GuardedProtocol, None] = {}
-        """Connections that have nothing to send, the longest idle first. For some a response is still due."""
+        """Connections that have nothing to send, longest idle first; a response may still be due."""
         self.closed = 0
         """Connections closed by this guard."""
 
@@ -110,9 +116,10 @@ class Guard:
     def evict(self, newcomer: "GuardedProtocol", connections: int) -> None:
         """Close one connection if there are more than `limits.connections`.
 
-        The oldest unfinished request is closed first. If that is still young, the longest idle connection is closed
-        instead: otherwise one request on each of many connections would keep others out for as long as keep-alive
-        lasts. If all others wait for a response, the newcomer is closed.
+        The oldest unfinished request is closed first. If that is still young, the longest idle
+        connection is closed instead: otherwise one request on each of many connections would keep
+        others out for as long as keep-alive lasts. If all others wait for a response, the newcomer
+        is closed.
         """
         if connections <= self.limits.connections:
             return
@@ -171,7 +178,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._discards = False
         """Whether everything that comes is discarded until the connection is closed."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._guard.await_head(self)
         self._guard.evict(self, len(self.connections))
@@ -184,7 +191,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._discards:
             return
         guard, limits = self._guard, self._guard.limits
-        # Before this piece is counted: uvicorn stops reading until the app has consumed what came, and may refuse it.
+        # Before this piece is counted: uvicorn stops reading until the app has consumed what came.
         if self._bytes > limits.message_bytes and (not self.has_responded or self._bytes > limits.discard_bytes):
             guard.close(self, "too_large")
             return

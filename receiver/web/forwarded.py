@@ -1,4 +1,4 @@
-"""The address of the caller: the peer, or the one that a trusted proxy names. Used by the public listener."""
+"""The caller's address: the peer, or the one that a trusted proxy names. Used by `public.py`."""
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -8,10 +8,10 @@ FORWARDED = b"x-forwarded-for"
 
 
 def make_remote_finder(trusted_proxies: Iterable[str]) -> Callable[[str | None, bytes | None], str | None]:
-    """Return a function of the peer's address and its X-Forwarded-For that returns the caller's address.
+    """Return a function from the peer's address and its X-Forwarded-For to the caller's address.
 
-    Each proxy appends the address that it was called from. The last one that is not a trusted proxy is the caller:
-    what stands before it was not written by a trusted proxy.
+    Each proxy appends the address that it was called from. The last one that is not a trusted proxy
+    is the caller: what stands before it was not written by a trusted proxy.
     """
     networks = tuple(ip_network(each, strict=False) for each in trusted_proxies)
 

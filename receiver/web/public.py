@@ -1,8 +1,8 @@
 """The public listener: `POST /callbacks/flora`, `GET /healthz` and `GET /readyz`.
 
-Callbacks are handled by plain ASGI: the objects and middleware that Starlette creates for a request cost more
-than verifying the callback does. Starlette serves everything else. FLORA follows no redirect, so the path is routed
-with and without a slash at its end.
+Callbacks are handled by plain ASGI: the objects and middleware that Starlette creates for a request
+cost more than verifying the callback does. Starlette serves everything else. FLORA follows no
+redirect, so the path is routed with and without a slash at its end.
 """
 
 import asyncio
@@ -123,7 +123,7 @@ class CallbackEndpoint:
         query = scope["query_string"]
         start = QueryParams(query).get("start") if query else None
         try:
-            # FLORA sends one such header. Two are joined, and refused as malformed: they hold two times.
+            # FLORA sends one such header. Two are joined, and malformed: they hold two times.
             result = await intake.accept(body, ",".join(signatures) or None, remote=remote, start=start)
         except StoreUnavailableError as error:
             return Refused("unavailable", f"{error}; nothing was committed, please retry")
@@ -146,7 +146,7 @@ def _result_name(result: CallbackResult) -> str | Refused:
 
 
 class _BodyReader:
-    """Reads request bodies, each within `seconds`. They share one timer: a timer for each costs 3 us."""
+    """Reads bodies, each within `seconds`. They share one timer: one for each would cost 3 us."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -156,7 +156,10 @@ class _BodyReader:
         self._timer: asyncio.TimerHandle | None = None
 
     async def read(self, receive: Receive, limit: int) -> bytes | None:
-        """Return the body, or None if it is longer than `limit` bytes. Raises TimeoutError, ClientDisconnect."""
+        """Return the body, or None if it has more than `limit` bytes.
+
+        Raises TimeoutError, ClientDisconnect.
+        """
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None, "a coroutine runs in a task"
         self._due[task] = due = loop.time() + self._seconds

@@ -1,11 +1,14 @@
-"""uvicorn in the service's own event loop, on sockets that are bound already. Used by the service and the emulator."""
+"""uvicorn in an event loop of ours, on sockets that are bound already.
+
+Used by the service, and by commands for the emulator.
+"""
 
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -20,9 +23,9 @@ _HANDSHAKE_SECONDS = 5.0
 
 
 def bind(host: str, port: int, *, setting: str = "public") -> list[socket.socket]:
-    """Bind a listening socket; port 0 takes a free port. Raises ConfigError if the port is taken."""
+    """Bind a socket; port 0 takes a free port. Raises ConfigError if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named as TCP, since asyncio turns off Nagle's delay (40 ms a response) only for sockets that say so.
+    # asyncio turns off Nagle's delay (40 ms a response) only for sockets that are named as TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -49,22 +52,23 @@ class Server(uvicorn.Server):
         guard: Guard | None = None,
         name: str = "http",
     ) -> None:
-        """Configure uvicorn: httptools within the limits of `guard`, or else h11 with heads of at most 16 KiB.
+        """Configure uvicorn: httptools within the limits of `guard`, or else h11, which is slower.
 
-        h11 is three times slower. `name` is that of the listener's tasks.
+        `name` is that of the listener's tasks.
         """
         super().__init__(
             uvicorn.Config(
                 app,
                 lifespan="off",
-                http="h11" if guard is None else guard.protocol,  # type: ignore[arg-type]  # uvicorn accepts any callable
+                # uvicorn calls the class, so a function that returns a protocol serves as well.
+                http="h11" if guard is None else cast("type[asyncio.Protocol]", guard.protocol),
                 h11_max_incomplete_event_size=16 * 1024,
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,  # the public listener reads them itself, when it needs the address
-                timeout_keep_alive=120,  # longer than a proxy's, so that the proxy ends an idle connection
+                proxy_headers=False,  # the public listener reads them itself
+                timeout_keep_alive=120,  # longer than a proxy's, which ends an idle connection first
                 timeout_graceful_shutdown=5,
                 ssl_certfile=cert,
                 ssl_keyfile=key,
@@ -86,7 +90,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Do nothing: uvicorn would raise the signal again at its end, before the service has cleaned up."""
+        """Do nothing: uvicorn would raise the signal again before the service has cleaned up."""
         yield
 
     async def start(self) -> None:
@@ -128,12 +132,11 @@ class Server(uvicorn.Server):
         )
 
     def _connection(self) -> asyncio.Protocol:
-        return self.config.http_protocol_class(  # type: ignore[call-arg]
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
+        make: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop as uvicorn does, but do not wait for TLS peers to confirm the end: an idle one never does."""
+        """Stop as uvicorn does, but do not wait for TLS peers to confirm: an idle one never does."""
         abort_idle = asyncio.create_task(self._abort_closing(), name=f"{self._name}.abort_closing")
         try:
             await super().shutdown(sockets)

@@ -196,7 +196,7 @@ def token_of(client: ReceiverClient) -> str:
 
 
 def test_the_service_is_found_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Variables first, then a file they name, then var/ops-token; else the default address and no token."""
+    """Variables first, then the file they name, then var/ops-token; or no token."""
     assert (ReceiverClient().url, token_of(ReceiverClient())) == ("http://127.0.0.1:8081", "Bearer ")
     (tmp_path / "var").mkdir()
     (tmp_path / "var/ops-token").write_text("from-var\n")

@@ -1,4 +1,4 @@
-"""Accepting: TLS handshakes are counted, and no more connections are accepted than there are file descriptors."""
+"""Limits on accepting: TLS handshakes in progress, and the limit of open files."""
 
 import asyncio
 import contextlib
@@ -96,7 +96,7 @@ async def test_a_failed_handshake_affects_no_other(certificate: tuple[ssl.SSLCon
     ],
 )
 def test_connections_fit_the_limit_of_open_files(soft: int, hard: int, possible: int) -> None:
-    """Otherwise the guard's limit is never reached, and the database and files get no descriptor."""
+    """Otherwise the guard's limit is never reached, and files get no descriptor."""
     program = f"""if True:
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))

@@ -1,4 +1,4 @@
-"""The guard of a listener, on raw sockets: what it closes, what it keeps, and that others are served meanwhile."""
+"""The guard of a listener, on raw sockets: what it closes, what it keeps, who is served."""
 
 import asyncio
 import contextlib
@@ -202,7 +202,7 @@ async def test_a_message_that_is_too_large_is_closed(stand: Stand, request_: byt
 
 
 async def test_callers_are_served_in_a_crowd() -> None:
-    """While 500 connections with unfinished heads take every place, the oldest is closed for each newcomer."""
+    """500 connections with unfinished heads take every place; newcomers replace the oldest."""
     async with run_stand(connection_limits(connections=500)) as stand:
         crowd = [await stand.connect() for _ in range(500)]
         for _, writer in crowd:
@@ -218,7 +218,7 @@ async def test_callers_are_served_in_a_crowd() -> None:
 
 
 async def test_unusual_requests_are_served(stand: Stand) -> None:
-    """On one connection: chunk extensions and trailers, Expect: 100-continue, a body that is refused unread."""
+    """Chunk extensions, trailers, Expect: 100-continue, and a body that is refused unread."""
     streams = await stand.connect()
     chunks = b"5;a=b\r\nhello\r\n0\r\nX-Trailer: 1\r\n\r\n"
     assert (
@@ -237,7 +237,7 @@ async def test_unusual_requests_are_served(stand: Stand) -> None:
 
 
 async def test_callers_are_served_beside_an_idle_crowd() -> None:
-    """The longest idle connection is closed for each newcomer, although keep-alive lasts two minutes."""
+    """Newcomers replace the longest idle connection, although keep-alive lasts two minutes."""
     async with run_stand(connection_limits(connections=50)) as stand:
         crowd = [await stand.connect() for _ in range(50)]
         for streams in crowd:

@@ -230,7 +230,7 @@ async def test_other_paths_are_404(listener: PublicListener, method: str, path: 
 
 
 async def test_health_and_readiness(listener: PublicListener) -> None:
-    """A process that cannot commit is alive but not ready: it gets no callbacks and is not killed."""
+    """A process that cannot commit is alive but not ready: it gets no callbacks, and lives."""
     assert (await listener.client.get("/healthz")).json() == {"status": "ok"}
     assert (await listener.client.get("/readyz")).json() == {"status": "ready"}
     listener.not_ready = "stopping"

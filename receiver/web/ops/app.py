@@ -1,6 +1,7 @@
-"""The app of the operations listener: the API under `/api`, `/metrics` and `/healthz`, all behind one token.
+"""The app of the operations listener: the API, `/metrics` and `/healthz`, all behind one token.
 
-`auth.py` decides who may use it; the other modules here hold the endpoints, and `views.py` the messages they send.
+`auth.py` decides who may use it, `views.py` fills the messages, and the other modules hold the
+endpoints.
 """
 
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from receiver.web.ops.responses import handle_bug, handle_http_error, handle_rec
 
 
 class RequireToken:
-    """Middleware that refuses a request unless `Access` allows it, before any of its body is read."""
+    """Middleware that refuses a request, before its body is read, unless `Access` allows it."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app

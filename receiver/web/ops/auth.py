@@ -1,8 +1,8 @@
 """Access to the operations listener, decided from the headers alone. Pure.
 
-Every request needs the token. A page in the operator's browser must not reach the listener through loopback either:
-the Host must be one of its names (against DNS rebinding), a cross-site request is refused, and changes must be JSON,
-which a form cannot send.
+Every request needs the token. A page in the operator's browser must not reach the listener through
+loopback either: the Host must be one of its names (against DNS rebinding), a cross-site request is
+refused, and changes must be JSON, which a form cannot send.
 """
 
 import hmac
@@ -27,7 +27,7 @@ class Access:
     allowed_hosts: tuple[str, ...] = ()
 
     def refusal(self, method: str, headers: Mapping[str, str]) -> Refusal | None:
-        """Return the refusal of a request, or None. `headers` has lower-case names, or ignores case."""
+        """Return the refusal of a request, or None. `headers` has lower-case names or ignores case."""
         return (
             self._check_host(headers.get("host", ""))
             or _check_site(headers)
@@ -48,7 +48,10 @@ class Access:
         scheme, _, given = header.partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.token.encode()):
             return None
-        message = "the token is missing or wrong: send Authorization: Bearer with RECEIVER_OPS_TOKEN, or var/ops-token"
+        message = (
+            "the token is missing or wrong: send Authorization: Bearer with RECEIVER_OPS_TOKEN, "
+            "or the content of var/ops-token"
+        )
         return Refusal(HTTPStatus.UNAUTHORIZED, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
 
 

@@ -1,4 +1,4 @@
-"""The endpoint that copies the ledger. The service makes the copy, since no other process may open its file."""
+"""The endpoint that copies the ledger: no process but the service may open its file."""
 
 from collections.abc import Sequence
 from http import HTTPStatus

@@ -32,7 +32,7 @@ _SHOWN = 100
 
 
 class DispatchRoutes:
-    """`/api/dispatches` and the two `redispatch` paths; `subscriptions` are those of the configured handlers."""
+    """`/api/dispatches` and the `redispatch` paths; `subscriptions` are the configured handlers'."""
 
     def __init__(
         self,
@@ -95,7 +95,8 @@ class DispatchRoutes:
         body = await read_body(request, MissingBody)
         subscription, now = self._subscriptions.get(body.handler), self._clock()
         if subscription is None:
-            message = f"no handler of this name is configured; there are: {', '.join(sorted(self._subscriptions))}"
+            names = ", ".join(sorted(self._subscriptions))
+            message = f"no handler of this name is configured; there are: {names}"
             raise wrong_field("handler", message, code="unknown_handler")
         if Event.SETTLED not in subscription.on:
             raise wrong_field("handler", "this handler does not listen to `settled`", code="unknown_handler")
@@ -117,7 +118,7 @@ class DispatchRoutes:
         return self._respond(armed, more=len(run_ids) == body.limit)
 
     def _respond(self, armed: Sequence[Dispatch], **more: bool) -> Response:
-        """Wake the dispatcher, publish the changes, and return how many dispatches are due again."""
+        """Wake the dispatcher, publish the changes, and return how many dispatches are due."""
         if armed:
             self._signals.dispatch.set()
         for dispatch in armed:

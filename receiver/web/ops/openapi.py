@@ -1,6 +1,6 @@
 """The OpenAPI document of the operations API; a test compares it with the routes.
 
-The schemas are those of the models in `client.messages` and `requests`; the operations are listed here.
+The schemas are those of the models in `client.messages` and `requests`; operations are listed here.
 """
 
 from dataclasses import dataclass
@@ -10,36 +10,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
 from receiver import __version__
-from receiver.client.messages import (
-    Armed,
-    Backup,
-    ChannelView,
-    DeliveryPage,
-    DispatchPage,
-    OneDelivery,
-    OneRun,
-    OneTechnique,
-    Refused,
-    RejectionPage,
-    RunPage,
-    Started,
-    StartPage,
-    TimelineView,
-)
+from receiver.client import messages
 from receiver.model import DispatchState, RunState, StartState
-from receiver.web.ops.requests import (
-    LONGEST_WAIT_SECONDS,
-    MOST_ROWS,
-    BackupBody,
-    Body,
-    MissingBody,
-    RedispatchBody,
-    RefreshBody,
-    ResolveBody,
-    RetryBody,
-    StartBody,
-    TrackBody,
-)
+from receiver.web.ops import requests
 
 _Json = dict[str, Any]
 
@@ -53,12 +26,12 @@ class _Operation:
     summary: str
     responses: tuple[tuple[int, str, type[BaseModel] | None], ...]
     refusals: tuple[tuple[int, str], ...] = ()
-    body: type[Body] | None = None
+    body: type[requests.Body] | None = None
     query: tuple[tuple[str, _Json, str], ...] = ()
     media_type: str = "application/json"
 
 
-_LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": MOST_ROWS, "default": 100}, "Rows of a page.")
+_LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": requests.MOST_ROWS, "default": 100}, "Rows of a page.")
 _CURSOR = ("cursor", {"type": "string"}, "`next_cursor` of the page before.")
 _PAGE = (_LIMIT, _CURSOR)
 _UNKNOWN_RUN = ((404, "not_found: no such run in the ledger"),)
@@ -74,53 +47,53 @@ _OPERATIONS = (
         "/api/runs",
         "Start a run: the intent is committed, then sent to FLORA.",
         (
-            (200, "The key was used for the same request before: its outcome; nothing was started.", Started),
-            (201, "FLORA started the run.", Started),
-            (202, "FLORA has not responded within wait_seconds: the service keeps retrying.", Started),
+            (200, "The key was used for the same request before: its outcome; nothing was started.", messages.Started),
+            (201, "FLORA started the run.", messages.Started),
+            (202, "FLORA has not responded within wait_seconds: the service keeps retrying.", messages.Started),
         ),
         (
-            (400, "FLORA's refusal (input_validation_error, with fields), or the body is not as described here"),
+            (400, "FLORA's refusal (input_validation_error, with fields), or an invalid body"),
             (402, "FLORA's refusal: insufficient_credits"),
             (403, "FLORA's refusal: forbidden, paid_plan_required"),
             (404, "FLORA's refusal: not_found, no such technique"),
-            (409, "unknown_outcome: a run may exist; look it up, then POST /api/starts/{token}/resolve"),
+            (409, "unknown_outcome: a run may exist; see POST /api/starts/{token}/resolve"),
             (422, "idempotency_conflict: the key was used for another request"),
-            (502, "flora_unauthorized: FLORA refuses this service's API key; or another refusal of FLORA"),
+            (502, "flora_unauthorized: FLORA refuses the API key; or another refusal of FLORA"),
         ),
-        body=StartBody,
+        body=requests.StartBody,
     ),
     _Operation(
         "get",
         "/api/runs",
         "List runs, newest first.",
-        ((200, "A page.", RunPage),),
+        ((200, "A page.", messages.RunPage),),
         query=(_state(RunState), *_PAGE),
     ),
     _Operation(
         "post",
         "/api/runs/track",
         "Track a run that another program started.",
-        ((200, "The run.", OneRun),),
+        ((200, "The run.", messages.OneRun),),
         ((400, "foreign_poll_url: poll_url is not on FLORA's API; invalid_request"),),
-        body=TrackBody,
+        body=requests.TrackBody,
     ),
     _Operation(
         "get",
         "/api/runs/{run_id}",
         "Show a run with its outputs, artifacts and dispatches.",
-        ((200, "The run.", OneRun),),
+        ((200, "The run.", messages.OneRun),),
         _UNKNOWN_RUN,
     ),
     _Operation(
         "get",
         "/api/runs/{run_id}/wait",
         "Wait until the run and its dispatches are over, or `timeout` has passed.",
-        ((200, "The run, finished or not.", OneRun),),
+        ((200, "The run, finished or not.", messages.OneRun),),
         (*_UNKNOWN_RUN, (400, "timeout is not a number from 0 to 120")),
         query=(
             (
                 "timeout",
-                {"type": "number", "minimum": 0, "maximum": LONGEST_WAIT_SECONDS, "default": 30},
+                {"type": "number", "minimum": 0, "maximum": requests.LONGEST_WAIT_SECONDS, "default": 30},
                 "Seconds.",
             ),
         ),
@@ -129,38 +102,38 @@ _OPERATIONS = (
         "get",
         "/api/runs/{run_id}/timeline",
         "Show what happened to a run, in order.",
-        ((200, "The run, how often it was read, and the entries.", TimelineView),),
+        ((200, "The run, how often it was read, and the entries.", messages.TimelineView),),
         _UNKNOWN_RUN,
     ),
     _Operation(
         "post",
         "/api/runs/{run_id}/refresh",
         "Read the run from FLORA now; a lost one is tracked again.",
-        ((200, "The run as it was before; wait for it to get the newer state.", OneRun),),
+        ((200, "The run as it was before; wait for it to get the newer state.", messages.OneRun),),
         _UNKNOWN_RUN,
-        body=RefreshBody,
+        body=requests.RefreshBody,
     ),
     _Operation(
         "post",
         "/api/runs/{run_id}/redispatch",
         "Dispatch the run again, to all handlers or one; `again`: with new idempotency keys.",
-        ((200, "The dispatches that are due again.", Armed),),
+        ((200, "The dispatches that are due again.", messages.Armed),),
         _UNKNOWN_RUN,
-        body=RedispatchBody,
+        body=requests.RedispatchBody,
     ),
     _Operation(
         "post",
         "/api/runs/redispatch",
         "Dispatch the runs settled since a time to a handler added later; repeat while `more`.",
-        ((200, "The dispatches that are due.", Armed),),
-        ((400, "unknown_handler: no such handler is configured, or it does not listen to `settled`"),),
-        body=MissingBody,
+        ((200, "The dispatches that are due.", messages.Armed),),
+        ((400, "unknown_handler: it is not configured, or does not listen to `settled`"),),
+        body=requests.MissingBody,
     ),
     _Operation(
         "get",
         "/api/starts",
         "List intents to start a run, newest first.",
-        ((200, "A page.", StartPage),),
+        ((200, "A page.", messages.StartPage),),
         query=(
             _state(StartState),
             ("key", {"type": "string"}, "Only starts with this idempotency key."),
@@ -172,18 +145,18 @@ _OPERATIONS = (
         "post",
         "/api/starts/{token}/resolve",
         "Resolve a start of unknown outcome: it made a run, or none.",
-        ((200, "The start.", Started),),
+        ((200, "The start.", messages.Started),),
         (
             (404, "not_found: no such start"),
             (409, "already_started: it has a run; run_taken: the run is another start's"),
         ),
-        body=ResolveBody,
+        body=requests.ResolveBody,
     ),
     _Operation(
         "get",
         "/api/techniques/{technique_id}",
         "Read a technique from FLORA: its inputs, outputs and run_cost.",
-        ((200, "The technique.", OneTechnique),),
+        ((200, "The technique.", messages.OneTechnique),),
         (
             (404, "FLORA's refusal: not_found"),
             (502, "flora_unauthorized"),
@@ -195,28 +168,28 @@ _OPERATIONS = (
         "get",
         "/api/deliveries",
         "List the callbacks that were received, newest first.",
-        ((200, "A page.", DeliveryPage),),
+        ((200, "A page.", messages.DeliveryPage),),
         query=(("run_id", {"type": "string"}, "Only callbacks about this run."), *_PAGE),
     ),
     _Operation(
         "get",
         "/api/deliveries/{delivery_id}",
         "Show a callback, with its raw body until that is past its retention.",
-        ((200, "The callback.", OneDelivery),),
+        ((200, "The callback.", messages.OneDelivery),),
         ((404, "not_found: no such delivery"),),
     ),
     _Operation(
         "get",
         "/api/rejections",
         "List refused requests, newest first.",
-        ((200, "A page.", RejectionPage),),
+        ((200, "A page.", messages.RejectionPage),),
         query=_PAGE,
     ),
     _Operation(
         "get",
         "/api/dispatches",
         "List dispatches in a state (default: dead), newest first.",
-        ((200, "A page.", DispatchPage),),
+        ((200, "A page.", messages.DispatchPage),),
         query=(
             _state(DispatchState),
             ("orphaned", {"type": "boolean"}, "Instead: those that wait for handlers that are not configured."),
@@ -227,25 +200,25 @@ _OPERATIONS = (
         "post",
         "/api/dispatches/retry",
         "Retry dead dispatches: all, or those of a handler or a run.",
-        ((200, "The dispatches that are due again.", Armed),),
-        body=RetryBody,
+        ((200, "The dispatches that are due again.", messages.Armed),),
+        body=requests.RetryBody,
     ),
     _Operation(
         "post",
         "/api/backup",
         "Copy a SQLite ledger into a new file on the service's machine, checked and synced.",
-        ((200, "Its path, and its size in bytes.", Backup),),
+        ((200, "Its path, and its size in bytes.", messages.Backup),),
         (
             (400, "not_sqlite: PostgreSQL has pg_dump"),
             (503, "unavailable: the file exists already, or cannot be written"),
         ),
-        body=BackupBody,
+        body=requests.BackupBody,
     ),
     _Operation(
         "get",
         "/api/channel",
         "Show the health of the callback channel over the last 24 hours.",
-        ((200, "Health, and counts by hour.", ChannelView),),
+        ((200, "Health, and counts by hour.", messages.ChannelView),),
     ),
     _Operation(
         "get",
@@ -313,7 +286,7 @@ class _Schemas:
     def __init__(self) -> None:
         named = [model for operation in _OPERATIONS for _, _, model in operation.responses if model is not None]
         bodies = [operation.body for operation in _OPERATIONS if operation.body is not None]
-        models: list[type[BaseModel]] = [Refused, *named, *bodies]
+        models: list[type[BaseModel]] = [messages.Refused, *named, *bodies]
         references, found = models_json_schema(
             [(model, "validation") for model in models],
             ref_template="#/components/schemas/{model}",
@@ -332,7 +305,7 @@ def _describe(operation: _Operation, schemas: _Schemas) -> _Json:
     for status, text, model in operation.responses:
         content: _Json = {} if model is None else {"schema": schemas.reference(model)}
         responses[str(status)] = {"description": text, "content": {operation.media_type: content}}
-    refused = {"application/json": {"schema": schemas.reference(Refused)}}
+    refused = {"application/json": {"schema": schemas.reference(messages.Refused)}}
     common = (*_COMMON_REFUSALS, *(_CHANGE_REFUSALS if operation.method == "post" else ()))
     for status, text in (*operation.refusals, *common):
         responses.setdefault(str(status), {"description": text, "content": refused})

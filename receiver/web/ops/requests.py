@@ -1,4 +1,7 @@
-"""Requests to the operations API: bodies, query parameters and cursors. Each problem is reported with its field."""
+"""Requests to the operations API: bodies, query parameters and cursors.
+
+A request that cannot be used is refused with every problem and its field.
+"""
 
 import asyncio
 import base64
@@ -20,8 +23,8 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 LONGEST_WAIT_SECONDS = 120.0
 MOST_ROWS = 500
 _MOST_DISCARDED = 4 * MAX_BODY_BYTES
-"""A body that is too large is read and discarded up to this size: a client that is cut off while sending does not
-read the response."""
+"""A body that is too large is read and discarded up to this size: a client that is cut off while
+it sends does not read the response."""
 _BODY_SECONDS = 30.0
 _ID = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
 _RUN_ID = re.compile(r"run_[^\s\x00-\x1f\x7f/]{1,196}")
@@ -55,7 +58,7 @@ class Body(BaseModel):
 
 
 class StartBody(Body):
-    """`POST /api/runs`: `technique_id` with `inputs`, or `generate`, the body of FLORA's `POST /generate`."""
+    """`POST /api/runs`: `technique_id` with `inputs`, or `generate`, FLORA's own body."""
 
     technique_id: Id | None = None
     inputs: list[dict[str, Any]] = Field(default=[], max_length=1000)
@@ -99,14 +102,14 @@ class RefreshBody(Body):
 
 
 class RedispatchBody(Body):
-    """`POST /api/runs/{run_id}/redispatch`; `again` opens a new round, with idempotency keys of its own."""
+    """`POST /api/runs/{run_id}/redispatch`; `again` opens a round with new idempotency keys."""
 
     handler: str | None = Field(None, min_length=1, max_length=64)
     again: bool = False
 
 
 class MissingBody(Body):
-    """`POST /api/runs/redispatch`: the runs settled since a time that a handler added later has not received."""
+    """`POST /api/runs/redispatch`: the runs settled since a time, for a handler added later."""
 
     handler: str = Field(min_length=1, max_length=64)
     since: Annotated[AwareDatetime, Field(strict=False)]

@@ -1,4 +1,4 @@
-"""Responses of the operations listener: JSON, and refusals as `{"error": {"code", "message", …}}`."""
+"""Responses of the operations listener: JSON, refusals as `{"error": {"code", "message", …}}`."""
 
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -20,7 +20,7 @@ _RETRY_AFTER_SECONDS = 5
 
 
 class Refusal(HTTPException):
-    """Raised by an endpoint that does not carry the request out; `start` is sent beside the error."""
+    """Raised by an endpoint to refuse a request; `start` is sent beside the error."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ def unavailable(reason: str) -> Refusal:
 
 
 def flora_refusal(error: FloraError, *, start: messages.Start | None = None) -> Refusal:
-    """Return FLORA's refusal as ours: with its status, code, fields and request-id if they concern the caller."""
+    """Return FLORA's refusal as one of this API, with its own status if that concerns the caller."""
     status, code, message = error.status, error.code or "flora_refused", str(error)
     headers: dict[str, str] = {}
     if status not in _PASSED_ON:

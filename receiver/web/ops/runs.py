@@ -1,4 +1,4 @@
-"""Endpoints on runs and starts: start, track, list, show, wait, refresh, resolve; and on techniques."""
+"""Endpoints on runs (start, track, list, show, wait, refresh), starts and techniques."""
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
@@ -44,7 +44,7 @@ _OVER = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.LOST})
 class RunRoutes:
     """`/api/runs`, `/api/starts` and `/api/techniques`.
 
-    `base_url` is FLORA's, which a `poll_url` must belong to; `handlers` are the names of the configured ones.
+    A `poll_url` must belong to `base_url`, which is FLORA's; `handlers` are the configured ones' names.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class RunRoutes:
         return details
 
     def _ids_of(self, body: TrackBody) -> tuple[str, str | None]:
-        """Return (run_id, technique_id) as the body or its poll_url names them. The URL is parsed, never fetched."""
+        """Return (run_id, technique_id) from the body or its poll_url, which is parsed, never fetched."""
         if body.poll_url is None:
             return body.run_id or "", body.technique_id
         if _origin(body.poll_url) != self._origin:
@@ -273,7 +273,7 @@ def _start_request(body: StartBody) -> StartRequest:
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:
-    """Return scheme, host and port; of a URL that cannot be parsed, an origin that no other URL has."""
+    """Return scheme, host and port; empty ones if the URL cannot be parsed or holds a password."""
     try:
         parts = urlsplit(url)
         if parts.username is not None or parts.password is not None:

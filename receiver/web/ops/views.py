@@ -1,4 +1,4 @@
-"""What the ledger holds, as the messages of the operations API. Pure."""
+"""Rows of the ledger as messages of the operations API. Pure."""
 
 from collections.abc import Collection
 from typing import Any, TypeVar
@@ -13,13 +13,13 @@ M = TypeVar("M", bound=Message)
 
 
 def _fill(model: type[M], source: object, *, without: Collection[str] = (), **given: Any) -> M:
-    """Return a message with the attributes of `source` that have a field's name, and the fields given beside."""
+    """Return a message with the fields that are given, and the others from attributes of `source`."""
     names = model.model_fields.keys() - given.keys() - set(without)
     return model(**{name: getattr(source, name) for name in names if hasattr(source, name)}, **given)
 
 
 def to_run(run: Run, *, finished: bool, **given: Any) -> RunView:
-    """Return a run; lists have it without the outputs and whatever else is `given`."""
+    """Return a run as lists show it, with the further fields that are `given`."""
     return _fill(
         RunView,
         run,
@@ -32,7 +32,10 @@ def to_run(run: Run, *, finished: bool, **given: Any) -> RunView:
 
 
 def to_full_run(details: RunDetails, handlers: Collection[str]) -> RunView:
-    """Return a run with its outputs, artifacts, dispatches and start; `handlers` are the configured ones."""
+    """Return a run with its outputs, artifacts, dispatches and start.
+
+    `handlers` are the names of the configured ones.
+    """
     return to_run(
         details.run,
         finished=details.is_finished_for(handlers),
@@ -44,7 +47,7 @@ def to_full_run(details: RunDetails, handlers: Collection[str]) -> RunView:
 
 
 def to_dispatch(dispatch: Dispatch, handlers: Collection[str], **given: Any) -> DispatchView:
-    """Return a dispatch, without its result unless that is `given`; `handlers` are the configured ones."""
+    """Return a dispatch, without its result unless that is `given`."""
     waits = dispatch.state in {DispatchState.READY, DispatchState.LEASED}
     orphaned = waits and dispatch.handler not in handlers
     return _fill(DispatchView, dispatch, without=("result",), orphaned=orphaned, **given)

@@ -1,4 +1,4 @@
-"""Waits inside a request: for a run, for a response of FLORA, for the next change. All end when the service stops."""
+"""Waits inside a request, for a run or for the next change. They end when the service stops."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection
@@ -8,7 +8,7 @@ from receiver.store.changes import Change, Changes, Listener
 from receiver.workers.loop import run_until
 
 _READ_AGAIN_SECONDS = 5.0
-"""A change that another process committed is not published here, so the ledger is read again this often."""
+"""Another process may commit a change that is not published here: the ledger is read this often."""
 
 
 async def until_finished(
@@ -20,9 +20,9 @@ async def until_finished(
     handlers: Collection[str],
     timeout_seconds: float,
 ) -> bool | None:
-    """Return True once the run and these handlers' work on it are over, or False if the time is over first.
+    """Return True once the run is over and these handlers have no work left to do on it.
 
-    Returns False when the service stops, and None if there is no such run.
+    Returns False if the time is over or the service stops before that, None if there is no such run.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds

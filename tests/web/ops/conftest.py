@@ -1,4 +1,4 @@
-"""The operations API of a running service, with an emulated FLORA; both are real servers on loopback."""
+"""The operations API of a running service, with an emulated FLORA, both on loopback."""
 
 import asyncio
 import contextlib

@@ -1,7 +1,7 @@
 """Access: every request needs the token and a known Host; other sites and forms are refused."""
 
 import stat
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -93,7 +93,7 @@ def test_a_form_cannot_change_anything(content_type: str, expected: str | None) 
     ],
 )
 def test_the_host_must_be_a_known_name(host: str, allowed: tuple[str, ...], called: str, is_allowed: bool) -> None:
-    """A listener on every address accepts any address as Host; names must be listed, since rebinding needs one."""
+    """A listener on every address accepts any address as Host, but only names that are listed."""
     assert (code({**GOOD, "host": called}, access=Access(TOKEN, host, allowed)) is None) == is_allowed
 
 
@@ -157,11 +157,11 @@ async def test_malformed_bodies_are_refused(ops: Ops) -> None:
 
 
 async def test_a_body_without_a_length_is_counted(ops: Ops) -> None:
-    async def chunks() -> object:
+    async def chunks() -> AsyncIterator[bytes]:
         for _ in range(5):
             yield b" " * 1024 * 1024
 
-    response = await ops.http.post("/api/runs", content=chunks(), headers=JSON)  # type: ignore[arg-type]
+    response = await ops.http.post("/api/runs", content=chunks(), headers=JSON)
     assert response.status_code == 413
 
 

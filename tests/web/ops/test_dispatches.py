@@ -24,7 +24,7 @@ async def states(ops: Ops, run_id: str) -> dict[str, str]:
 
 
 async def test_dispatches_of_a_removed_handler_are_orphaned_and_kept(stage: Stage, tmp_path: Path) -> None:
-    """They delay no wait, are listed and counted as orphaned, and run once the handler is configured again."""
+    """They delay no wait, are listed as orphaned, and run once the handler is configured again."""
     async with run_ops(stage, handlers=[storage("gone", stage.outputs, backoff=PATIENT), LOG]) as ops:
         ops.add_fault(kind="expired", status=500)
         run_id = (await ops.start())["run"]["run_id"]

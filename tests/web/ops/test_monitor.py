@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 
+from receiver.client.client import ReceiverClient
 from receiver.store.changes import Change, Changes
 from receiver.web.ops.views import to_change
 from receiver.web.ops.wait import next_changes
@@ -38,8 +39,6 @@ async def test_the_python_client_follows_changes(ops: Ops) -> None:
     """Its stream ends when the service stops."""
 
     def follow() -> list[str]:
-        from receiver.client.client import ReceiverClient  # noqa: PLC0415
-
         with ReceiverClient(ops.url, ops.token) as receiver:
             return [change["state"] for change in receiver.events() if change["kind"] == "run"]
 

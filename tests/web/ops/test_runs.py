@@ -1,4 +1,4 @@
-"""Runs: start, track, list, wait, refresh, dispatch again, resolve; over HTTP, against the emulator."""
+"""Runs: start, track, list, wait, refresh, dispatch again, resolve; against the emulator."""
 
 import asyncio
 import json
@@ -226,7 +226,7 @@ WRONG_TRACKS: list[tuple[dict[str, Any], str]] = [
 
 
 async def test_an_invalid_run_is_not_tracked(ops: Ops) -> None:
-    """The API key is sent to FLORA's base URL only: a poll_url elsewhere is refused, and none is fetched."""
+    """The API key is sent to FLORA's base URL only: a poll_url elsewhere is refused."""
     for body, code in WRONG_TRACKS:
         base = ops.stage.emulator.base_url(ops.stage.origin)
         given = {key: value.replace("{base}", base) if isinstance(value, str) else value for key, value in body.items()}
@@ -360,7 +360,7 @@ async def test_the_timeline_lists_what_happened_in_order(ops: Ops) -> None:
 
 
 async def test_a_wait_continues_through_a_restart(stage: Stage) -> None:
-    """The Python client keeps waiting while the service restarts, and returns when the run is over."""
+    """The Python client waits while the service restarts, and returns when the run is over."""
     slow = [{"kind": "run_seconds", "seconds": 1.5}]
     async with run_ops(stage) as ops:
         run_id = stage.emulator.start_run("emu-image", callback_url=stage.url, faults=slow)
