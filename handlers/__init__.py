@@ -1,4 +1,5 @@
-"""The handlers that ship with flora-receiver, each in a room of its own; `payload`, `naming` and `waiting` serve several.
+"""The handlers that ship with flora-receiver. The service loads each by its entry point.
 
-Of the receiver they import `receiver.handler` only.
+Each has a module or folder of its own and knows no other. `payload`, `template`, `file_names` and
+`dependencies` serve several. Of the receiver they import `receiver.handler` only.
 """

@@ -1,4 +1,4 @@
-"""The handler that writes one log line for every run that ends. Found by its entry point `log`."""
+"""The handler `log`: writes one log line for every run that ends."""
 
 from typing import ClassVar
 
@@ -8,13 +8,13 @@ from receiver.handler import Answer, Context, Done, Event, SettledRun, When
 
 
 class LogConfig(BaseModel):
-    """Nothing to configure."""
+    """The handler has no options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Log:
-    """`run.completed` at info level; `run.failed` and `run.lost`, with their error code, as warnings."""
+    """Logs `run.completed` as info; `run.failed` and `run.lost`, with the error code, as warnings."""
 
     Config: ClassVar[type[BaseModel]] = LogConfig
     on: ClassVar[tuple[Event, ...]] = (Event.SETTLED,)

@@ -1,7 +1,7 @@
-"""The one JSON form in which a settled run leaves the service. Pure; for every handler that hands runs on.
+"""The run document: the JSON form in which settled runs leave the service. Pure; for any handler.
 
-`schema` is 1. Within it fields may be added and none changes its meaning or goes away, so readers ignore fields and
-words that they do not know. `run_schema()` is its JSON Schema.
+`schema` is 1. Within it, fields may be added; none changes its meaning or is removed. Readers ignore
+fields and values that they do not know. `run_schema()` returns its JSON Schema.
 """
 
 import json
@@ -22,18 +22,18 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RunError(BaseModel):
-    """Why a run failed, in FLORA's words."""
+    """Why a run failed, as FLORA reports it."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     code: str | None
-    """FLORA's code, an open list: `model_timeout`, `GENERATION_PROMPT_MODERATED`, …"""
+    """FLORA's code, from an open list: `model_timeout`, `GENERATION_PROMPT_MODERATED`, …"""
     message: str | None
     """FLORA's explanation."""
 
 
 class StoredFile(BaseModel):
-    """Where the bytes of an output are safe."""
+    """A stored copy of an output."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
@@ -44,20 +44,20 @@ class StoredFile(BaseModel):
     sha256: str | None
     """64 lower-case hex digits."""
     content_type: str | None
-    """As the media server said."""
+    """As sent by the media server."""
 
 
 class StoredArtifact(StoredFile):
-    """One thing that a handler has stored of this run."""
+    """One file that a handler has stored of this run."""
 
     handler: str
     """The configured name of the handler that stored it."""
     position: int
-    """The output it belongs to; -1 is the handler's own description of the run."""
+    """The output it belongs to; -1 for the handler's own description of the run."""
     output_id: str
-    """FLORA's name of the output, or the handler's name of its description."""
+    """FLORA's name of the output, or the handler's name for its description."""
     stored_at: datetime
-    """When its bytes were safe."""
+    """When it was stored safely."""
 
 
 class RunOutput(BaseModel):
@@ -66,30 +66,30 @@ class RunOutput(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     position: int
-    """Counts from 0 and is the key: `output_id` may repeat."""
+    """Counts from 0 and identifies the output: `output_id` may repeat."""
     output_id: str
     """FLORA's name of the output."""
     type: str
     """`imageUrl`, `videoUrl`, `audioUrl`, `documentUrl`, `text`, or a new one."""
     url: str | None
-    """FLORA's URL of the media: whoever has it has the media, and it does not live for ever. Null for text."""
+    """FLORA's URL of the media, null for text. It gives access to the media, and expires."""
     text: str | None
-    """The text itself. Null for media."""
+    """The text, null for media."""
     artifact: StoredFile | None
-    """The copy that was stored first; `artifacts` has all of them."""
+    """The copy that was stored first; `artifacts` has all copies."""
 
 
 class RunDocument(BaseModel):
-    """A settled run of FLORA, as flora-receiver hands it on."""
+    """A settled run of FLORA, as flora-receiver passes it on."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
     version: Literal[1] = Field(alias="schema")
-    """The version of this form."""
+    """The version of this document's format."""
     event: Event
-    """What is told about the run."""
+    """What happened to the run."""
     idempotency_key: str
-    """The same whenever the same is told again: act on it once."""
+    """The same on every repetition: act on it once."""
     run_id: str
     """FLORA's id of the run."""
     run_type: str
@@ -97,44 +97,44 @@ class RunDocument(BaseModel):
     status: str
     """`completed`, `failed` or `lost`."""
     technique_id: str | None
-    """The technique that ran."""
+    """The technique that was run."""
     workspace_id: str | None
     """The workspace that pays."""
     project_id: str | None
     """The project it belongs to."""
     metadata: dict[str, Any]
-    """Your own data about the run, given when it was started."""
+    """Your own data, given when the run was started."""
     charged_cost: float | None
-    """US dollars; null while not known."""
+    """US dollars; null if not known yet."""
     error: RunError | None
-    """Null where nothing went wrong."""
+    """Null if the run did not fail."""
     created_at: datetime | None
-    """When FLORA took it in."""
+    """When FLORA accepted it."""
     started_at: datetime | None
-    """When FLORA began it."""
+    """When FLORA started to work on it."""
     completed_at: datetime
     """When it ended."""
     settled_at: datetime
-    """When the receiver was sure that it had ended."""
+    """When the receiver had confirmed that it ended."""
     settled_by: str
-    """`callback`, or `poll` where the callback had not come by then."""
+    """`callback`, or `poll` if the callback had not arrived by then."""
     verdict: str | None
-    """What the run tells about the callback channel: `matched`, `recovered`, `late`, `diverged`; null while open."""
+    """How the callback fared: `matched`, `recovered`, `late`, `diverged`; null if not decided yet."""
     outputs: list[RunOutput]
     """In FLORA's order."""
     artifacts: list[StoredArtifact]
-    """Everything that handlers have stored of this run so far."""
+    """All files that handlers have stored of this run so far."""
 
 
 def run_document(
     run: SettledRun, *, event: Event, idempotency_key: str, artifacts: Sequence[Artifact] = ()
 ) -> dict[str, Any]:
-    """Describe a run as strict JSON values: what JSON cannot hold becomes null, text or U+FFFD.
+    """Return the run document as strict JSON values. What JSON cannot hold is null, text or U+FFFD.
 
-    `artifacts` is what `context.stored()` answers, or `context.artifacts`; places that are only reserved are left out.
+    `artifacts` comes from `context.stored()` or `context.artifacts`. Those not stored yet are left out.
     """
     stored = [(artifact, artifact.stored_at) for artifact in artifacts if artifact.stored_at is not None]
-    failed = run.error_code is not None or run.error_message is not None
+    has_failed = run.error_code is not None or run.error_message is not None
     content = {
         "schema": 1,
         "event": event.value,
@@ -147,41 +147,41 @@ def run_document(
         "project_id": run.project_id,
         "metadata": run.metadata,
         "charged_cost": run.charged_cost,
-        "error": {"code": run.error_code, "message": run.error_message} if failed else None,
+        "error": {"code": run.error_code, "message": run.error_message} if has_failed else None,
         "created_at": run.created_at,
         "started_at": run.started_at,
         "completed_at": run.completed_at,
         "settled_at": run.settled_at,
         "settled_by": run.settled_by,
         "verdict": run.verdict,
-        "outputs": [_output(output, stored) for output in run.outputs],
+        "outputs": [_output_document(output, stored) for output in run.outputs],
         "artifacts": [
             {
                 "handler": artifact.handler,
                 "position": artifact.position,
                 "output_id": artifact.output_id,
-                **_file(artifact),
+                **_file_document(artifact),
                 "stored_at": stored_at,
             }
             for artifact, stored_at in stored
         ],
     }
-    return {name: _strict(value) for name, value in content.items()}
+    return {name: _to_json_value(value) for name, value in content.items()}
 
 
 def run_json(document: Mapping[str, Any]) -> bytes:
-    """Write a document as JSON in UTF-8, without blanks. ValueError where it holds what JSON cannot."""
+    """Return a document as compact JSON in UTF-8. ValueError if it holds what JSON cannot."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode()
 
 
 def run_schema() -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of the document."""
+    """Return the JSON Schema (2020-12) of the run document."""
     schema = RunDocument.model_json_schema(mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _output(output: Output, stored: Sequence[tuple[Artifact, datetime]]) -> dict[str, Any]:
+def _output_document(output: Output, stored: Sequence[tuple[Artifact, datetime]]) -> dict[str, Any]:
     own = [
         (stored_at, artifact)
         for artifact, stored_at in stored
@@ -194,11 +194,11 @@ def _output(output: Output, stored: Sequence[tuple[Artifact, datetime]]) -> dict
         "type": output.type,
         "url": None if output.is_text else output.value,
         "text": output.value if output.is_text else None,
-        "artifact": first and _file(first[1]),
+        "artifact": first and _file_document(first[1]),
     }
 
 
-def _file(artifact: Artifact) -> dict[str, Any]:
+def _file_document(artifact: Artifact) -> dict[str, Any]:
     return {
         "location": artifact.location,
         "size": artifact.size,
@@ -207,8 +207,8 @@ def _file(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _strict(value: object, depth: int = 0) -> Any:
-    """Return the nearest thing that strict JSON can hold; nesting beyond MAX_DEPTH, which no reader takes, is cut."""
+def _to_json_value(value: object, depth: int = 0) -> Any:
+    """Return the closest value of strict JSON. Nesting beyond MAX_DEPTH is cut off."""
     match value:
         case None | bool():
             return value
@@ -225,8 +225,8 @@ def _strict(value: object, depth: int = 0) -> Any:
         case Mapping() | list() | tuple() if depth >= MAX_DEPTH:
             return None
         case Mapping():
-            return {_SURROGATE.sub("\ufffd", str(key)): _strict(each, depth + 1) for key, each in value.items()}
+            return {_SURROGATE.sub("\ufffd", str(key)): _to_json_value(each, depth + 1) for key, each in value.items()}
         case list() | tuple():
-            return [_strict(each, depth + 1) for each in value]
+            return [_to_json_value(each, depth + 1) for each in value]
         case _:
             return _SURROGATE.sub("\ufffd", str(value))

@@ -1,4 +1,4 @@
-"""Runs a program for each run. The handler is in `handler`, what a program is in `process`."""
+"""Runs a program for each run. The handler is in `handler`, the life of a program in `process`."""
 
 from handlers.command.handler import Command, CommandConfig
 

@@ -1,7 +1,8 @@
-"""What a program is told besides the JSON form of its run: arguments from templates, and its environment. Pure.
+"""A program's arguments, made from templates, and its environment variables. Pure.
 
-For `handlers.command`. Values come from outside: in arguments they are made safe for file names, as in storage's keys,
-and never begin one with a dash; in the environment they are whole, under names that mean nothing to any program.
+For the handler `command`. Values come from outside. In an argument each becomes a harmless file
+name, and the argument never starts with a dash because of one. In the environment they are complete,
+under names that mean nothing to other programs.
 """
 
 import re
@@ -12,9 +13,9 @@ from handlers.file_names import to_file_name
 from handlers.template import RUN_FIELDS, RUN_TIMES, FieldKind, Fields, Placeholder, Template, run_text, to_text
 from receiver.handler import SettledRun, storable_text
 
-VALUE_BYTES = 8 * 1024
-METADATA_BYTES = 64 * 1024
-"""Longer values, and metadata beyond this in all, stand in the JSON alone: a system takes only so much environment."""
+_MAX_VALUE = 8 * 1024
+_MAX_METADATA = 64 * 1024
+"""Bytes. Systems limit the environment: what is longer, in one value or in all, is in the JSON only."""
 
 _FIELDS: Fields = {**RUN_FIELDS, "run_file": FieldKind.TEXT, "outputs_dir": FieldKind.TEXT}
 
@@ -29,28 +30,31 @@ class ArgumentTemplate:
 
     def render(self, run: SettledRun, paths: Mapping[str, str]) -> str:
         """Return the argument for a run; `paths` holds `run_file` and `outputs_dir`."""
-        text = self._template.fill(
-            lambda field: paths[field.name] if field.name in paths else run_text(run, field, to_file_name)
-        )
+
+        def to_argument(field: Placeholder) -> str:
+            return paths[field.name] if field.name in paths else run_text(run, field, to_file_name)
+
+        text = self._template.fill(to_argument)
         starts_with_value = isinstance(next(iter(self._template.parts), ""), Placeholder)
         return f"_{text}" if starts_with_value and text.startswith("-") else text
 
 
-def variables(document: Mapping[str, Any]) -> dict[str, str]:
-    """Return the fields of a run's JSON form as `RUN_…`; what is null is empty, so that `set -u` is no trap."""
+def to_variables(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields of a run document as `RUN_…`. Null is empty, so that `set -u` does not fail."""
     error = document["error"] or {"code": None, "message": None}
-    found = {
+    values = {
         "RUN_ID": document["run_id"],
         "RUN_TYPE": document["run_type"],
-        **{f"RUN_{name.upper()}": document[name] for name in (*_NAMES, *sorted(RUN_TIMES))},
+        **{f"RUN_{name.upper()}": document[name] for name in (*_DOCUMENT_FIELDS, *sorted(RUN_TIMES))},
         "RUN_ERROR_CODE": error["code"],
         "RUN_ERROR_MESSAGE": error["message"],
     }
-    fields = {name: to_text(value)[:VALUE_BYTES] for name, value in found.items()}
-    return {name: storable_text(value) for name, value in {**_metadata(document["metadata"]), **fields}.items()}
+    fields = {name: to_text(value)[:_MAX_VALUE] for name, value in values.items()}
+    variables = {**_metadata_variables(document["metadata"]), **fields}
+    return {name: storable_text(value) for name, value in variables.items()}
 
 
-_NAMES = (
+_DOCUMENT_FIELDS = (
     "event",
     "idempotency_key",
     "status",
@@ -63,16 +67,16 @@ _NAMES = (
 )
 
 
-def _metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Name each value `RUN_METADATA_<KEY>`; keys that would share a name are left out, as is what is too long."""
+def _metadata_variables(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return `RUN_METADATA_<KEY>` variables, without keys that share a name and values too long."""
     named: dict[str, list[str]] = {}
     for key, value in metadata.items():
         name = "RUN_METADATA_" + re.sub(r"[^A-Za-z0-9]", "_", key).upper()
         named.setdefault(name, []).append(to_text(value))
-    found, room = {}, METADATA_BYTES
+    variables, free = {}, _MAX_METADATA
     for name, values in sorted(named.items()):
         size = len(name) + len(values[0].encode(errors="replace"))
-        if len(values) == 1 and size <= min(VALUE_BYTES, room):
-            found[name] = values[0]
-            room -= size
-    return found
+        if len(values) == 1 and size <= min(_MAX_VALUE, free):
+            variables[name] = values[0]
+            free -= size
+    return variables

@@ -1,39 +1,39 @@
-"""What a program has printed, as text that is fit for the record. Pure; for `handlers.command`."""
+"""The output of a program as text that can be recorded. Pure; for the handler `command`."""
 
 import re
 from collections.abc import Iterable
 
-SHORTEST_HIDDEN = 6  # shorter ones are words like any other, and not secrets
-HIDDEN = b"[hidden]"
-
+_MIN_HIDDEN = 6  # characters; what is shorter may be an ordinary word
+_HIDDEN = b"[hidden]"
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-class Printed:
-    """Knows what must not be kept although a program may print it: its secrets, and the URLs of media."""
+class OutputFilter:
+    """Removes from a program's output what must not be recorded: its secrets, and media URLs."""
 
     def __init__(self, hidden: Iterable[str], limit: int) -> None:
-        values = {value.encode(errors="replace") for value in hidden if len(value) >= SHORTEST_HIDDEN}
+        values = {value.encode(errors="replace") for value in hidden if len(value) >= _MIN_HIDDEN}
         self._hidden = sorted(values, key=lambda value: (-len(value), value))
         self._limit = limit
 
     @property
     def keep_bytes(self) -> int:
-        """How many of the last bytes `text` wants to see: with what is cut off, no part of a secret may stay."""
+        """How many of the last bytes `to_text` needs, so that no part of a cut secret can remain."""
         return self._limit + max(map(len, self._hidden), default=0)
 
-    def text(self, tail: bytes, *, size: int) -> str:
-        """Return the last part of an output of `size` bytes as plain text."""
+    def to_text(self, tail: bytes, *, size: int) -> str:
+        """Return `tail`, the end of an output of `size` bytes, as plain text."""
         if len(tail) < size:
-            tail = tail[max((_cut(value, tail) for value in self._hidden), default=0) :]
+            tail = tail[max((_count_partial(value, tail) for value in self._hidden), default=0) :]
         for value in self._hidden:
-            tail = tail.replace(value, HIDDEN)
+            tail = tail.replace(value, _HIDDEN)
         if len(tail) > self._limit or len(tail) < size:
-            tail = tail[-self._limit :].lstrip(bytes(range(0x80, 0xC0))) if self._limit else b""  # half a character
+            # The first character may be cut: its remaining bytes are continuation bytes.
+            tail = tail[-self._limit :].lstrip(bytes(range(0x80, 0xC0))) if self._limit else b""
         text = tail.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
         return _UNPRINTABLE.sub("\ufffd", text).strip()
 
 
-def _cut(value: bytes, tail: bytes) -> int:
-    """Return how many bytes of the end of `value` the tail begins with."""
+def _count_partial(value: bytes, tail: bytes) -> int:
+    """Return how many bytes at the start of `tail` are the end of `value`."""
     return next((size for size in range(len(value) - 1, 0, -1) if tail.startswith(value[-size:])), 0)

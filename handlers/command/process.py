@@ -1,7 +1,7 @@
-"""One program, from its start to the end of its last process. Blocks, so it runs in a thread; for `handlers.command`.
+"""One program, from its start to the end of its last process. Blocks; for the handler `command`.
 
-A program leads a session and a process group of its own. Nobody waits for the program's end by reaping it: while it is
-a zombie, the number of its group belongs to no other, and a signal to the group hits nobody else.
+A program leads its own session and process group. It is reaped last: as long as it is a zombie, no
+other group can have its number, and a signal to the group reaches no other process.
 """
 
 import os
@@ -15,29 +15,29 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-CHUNK_BYTES = 64 * 1024
-TICK_SECONDS = 0.1
-FLOOD_SECONDS = 0.001
-"""The pause after a chunk that was full: a program that floods must wait, not the service's other work."""
-LINGER_SECONDS = 1.0
-"""How long what a program has started may go on writing when the program itself has ended."""
-REAP_SECONDS = 10.0
-"""How long a killed program may take to be gone: one that is stuck in the kernel is left there."""
+_CHUNK_BYTES = 64 * 1024
+_TICK_SECONDS = 0.1
+_FLOOD_SECONDS = 0.001
+"""Pause after a full chunk: slows down a program that floods, in favour of the service's other work."""
+_LINGER_SECONDS = 1.0
+"""How long children of a program may go on writing after the program itself has ended."""
+_REAP_SECONDS = 10.0
+"""How long to wait for a killed program. One that is stuck in the kernel is left behind."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """How a program ended. `code` is negative for a signal, None where the system did not tell."""
+class Exit:
+    """How a program ended. `code` is negative for a signal, None if not known."""
 
     code: int | None
     tail: bytes
-    """The last bytes that it and its children wrote."""
+    """The last bytes that the program and its children wrote."""
     size: int
-    """How many they wrote in all."""
+    """How many bytes they wrote in total."""
 
 
 class Process:
-    """A program that is not started yet. `run` starts it and returns when it is gone; `stop` may come at any time."""
+    """A program to be run once. `run` returns when it is gone; `stop` may be called at any time."""
 
     def __init__(
         self,
@@ -55,17 +55,17 @@ class Process:
         self._stdin = stdin
         self._tail = _Tail(keep_bytes)
         self._grace_seconds = grace_seconds
-        self._stop = threading.Event()
+        self._stop_requested = threading.Event()
         self._code: int | None = None
 
     def stop(self) -> None:
-        """Have the program's group told to end, and killed after the grace."""
-        self._stop.set()
+        """Send SIGTERM to the program's group, and SIGKILL after the grace period."""
+        self._stop_requested.set()
 
-    def run(self, started: Callable[[int], None]) -> Ended:
-        """Run the program, once `started` has its number; OSError where it cannot be started.
+    def run(self, on_start: Callable[[int], None]) -> Exit:
+        """Run the program until no process of its group is left; `on_start` gets its process id.
 
-        Afterwards nothing of its group is left.
+        OSError if it cannot be started.
         """
         reader, writer = os.pipe()
         try:
@@ -74,19 +74,19 @@ class Process:
             finally:
                 os.close(writer)
             try:
-                started(child.pid)
+                on_start(child.pid)
                 self._watch(child, reader)
             finally:
                 self._finish(child, reader)
         finally:
             os.close(reader)
-        return Ended(self._code, self._tail.bytes(), self._tail.size)
+        return Exit(self._code, self._tail.bytes(), self._tail.size)
 
     def _start(self, output: int) -> subprocess.Popen[bytes]:
-        # The child inherits the mask of this thread: whoever started the service may have blocked SIGTERM.
-        before = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        # The child inherits this thread's signal mask, which may block SIGTERM.
+        mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
         try:
-            with self._stdin.open("rb") as source:  # a file, not a pipe: whoever does not read it hurts nobody
+            with self._stdin.open("rb") as source:  # not a pipe: the program need not read it
                 return subprocess.Popen(
                     self._arguments,
                     stdin=source,
@@ -99,87 +99,87 @@ class Process:
                     start_new_session=True,
                 )
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _watch(self, child: subprocess.Popen[bytes], reader: int) -> None:
-        """Collect output until the program has ended, or has been told to and the grace is over."""
-        until, asked, ended = float("inf"), False, False
+        """Collect output until the program has ended, or the grace period after `stop` is over."""
+        until, is_stopping, has_ended = float("inf"), False, False
         with selectors.DefaultSelector() as selector:
             selector.register(reader, selectors.EVENT_READ)
             while (now := time.monotonic()) < until:
-                if not asked and self._stop.is_set():
-                    _signal(child, signal.SIGTERM)
-                    asked, until = True, min(until, now + self._grace_seconds)
-                if not ended and self._has_ended(child):
-                    ended, until = True, min(until, now + LINGER_SECONDS)
-                if self._tail.ended:
-                    if ended:
+                if not is_stopping and self._stop_requested.is_set():
+                    _send_signal(child, signal.SIGTERM)
+                    is_stopping, until = True, min(until, now + self._grace_seconds)
+                if not has_ended and self._has_ended(child):
+                    has_ended, until = True, min(until, now + _LINGER_SECONDS)
+                if self._tail.at_end:
+                    if has_ended:
                         return
-                    self._pause(asked=asked)
+                    self._pause(is_stopping=is_stopping)
                     continue
-                wait = min(TICK_SECONDS, max(0.0, until - now))
-                if selector.select(wait) and self._tail.read(reader) == CHUNK_BYTES:
-                    time.sleep(FLOOD_SECONDS)
+                wait = min(_TICK_SECONDS, max(0.0, until - now))
+                if selector.select(wait) and self._tail.read(reader) == _CHUNK_BYTES:
+                    time.sleep(_FLOOD_SECONDS)
 
-    def _pause(self, *, asked: bool) -> None:
-        """Wait a moment for a program that has closed its output."""
-        if asked:
-            time.sleep(TICK_SECONDS / 10)
+    def _pause(self, *, is_stopping: bool) -> None:
+        """Wait briefly for a program that has closed its output."""
+        if is_stopping:
+            time.sleep(_TICK_SECONDS / 10)
         else:
-            self._stop.wait(TICK_SECONDS / 10)
+            self._stop_requested.wait(_TICK_SECONDS / 10)
 
     def _finish(self, child: subprocess.Popen[bytes], reader: int) -> None:
-        """Kill what is left of the group, keep what it had written, and reap the program."""
-        _signal(child, signal.SIGKILL)
-        until = time.monotonic() + LINGER_SECONDS
+        """Kill what is left of the group, read its last output, and reap the program."""
+        _send_signal(child, signal.SIGKILL)
+        until = time.monotonic() + _LINGER_SECONDS
         with selectors.DefaultSelector() as selector:
             selector.register(reader, selectors.EVENT_READ)
-            while not self._tail.ended and (left := until - time.monotonic()) > 0:
+            while not self._tail.at_end and (left := until - time.monotonic()) > 0:
                 if selector.select(left):
                     self._tail.read(reader)
-        until = time.monotonic() + REAP_SECONDS
+        until = time.monotonic() + _REAP_SECONDS
         while not self._has_ended(child) and time.monotonic() < until:
-            time.sleep(TICK_SECONDS / 10)
+            time.sleep(_TICK_SECONDS / 10)
         with suppress(subprocess.TimeoutExpired):
             child.wait(0)
 
     def _has_ended(self, child: subprocess.Popen[bytes]) -> bool:
-        """Look whether the program has ended, without reaping it where the system can do that (macOS before 3.13 not)."""
+        """Whether the program has ended. Reaps it only where waitid is missing (macOS, Python < 3.13)."""
         if not hasattr(os, "waitid"):
             self._code = child.poll()
             return self._code is not None
         try:
-            found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:  # somebody else has reaped it, or the service was started with SIGCHLD ignored
+            status = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # reaped elsewhere, or the service was started with SIGCHLD ignored
             return True
-        if found is None:
+        if status is None:
             return False
-        self._code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        self._code = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
         return True
 
 
 class _Tail:
     """The last bytes of a stream of any length."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, limit: int) -> None:
         self.size = 0
-        self.ended = False
-        self._keep = keep
-        self._kept = bytearray()
+        self.at_end = False
+        self._limit = limit
+        self._bytes = bytearray()
 
     def read(self, fd: int) -> int:
-        chunk = os.read(fd, CHUNK_BYTES)
-        self.ended = not chunk
+        chunk = os.read(fd, _CHUNK_BYTES)
+        self.at_end = not chunk
         self.size += len(chunk)
-        self._kept += chunk
-        if len(self._kept) > self._keep + CHUNK_BYTES:
-            del self._kept[: -self._keep or None]
+        self._bytes += chunk
+        if len(self._bytes) > self._limit + _CHUNK_BYTES:
+            del self._bytes[: -self._limit or None]
         return len(chunk)
 
     def bytes(self) -> bytes:
-        return bytes(self._kept[-self._keep :]) if self._keep else b""
+        return bytes(self._bytes[-self._limit :]) if self._limit else b""
 
 
-def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # gone already, or it has become another user
+def _send_signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):  # gone, or it runs as another user
         os.killpg(child.pid, number)

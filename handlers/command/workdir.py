@@ -1,7 +1,8 @@
-"""Private directories that last for one attempt, and go even if the service is killed. For `handlers.command`.
+"""Private directories, one for each attempt, removed even if the service is killed. For `command`.
 
-Each is locked by the service for as long as it is used. One that nobody locks is left over, and so is the program that
-still works in it: its attempt will be made again, and must not be under way twice.
+The service locks each directory while it is in use. One without a lock is left over from a killed
+service, and a program still running in it is killed: its attempt will be repeated, and must not run
+twice at a time.
 """
 
 import errno
@@ -14,81 +15,81 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-PREFIX = "attempt-"
-_PROGRAM = "program"
-_FILES = "files"
+_PREFIX = "attempt-"
+_PROGRAM_FILE = "program"
+_FILES_DIRECTORY = "files"
 
 
 def default_parent() -> Path:
-    """Where the directories of this user are made: `flora-receiver-<uid>` below TMPDIR."""
+    """Return the parent of this user's directories: `flora-receiver-<uid>` in TMPDIR."""
     return Path(tempfile.gettempdir()) / f"flora-receiver-{os.getuid()}"
 
 
 class Workdir:
-    """A fresh directory below `parent`, for nobody but this user. `remove` it; OSError where it cannot be made."""
+    """A new directory below `parent` that only this user can enter. OSError if it cannot be made."""
 
     def __init__(self, parent: Path) -> None:
-        prepare(parent)
+        ensure_parent(parent)
         while True:
-            self._root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+            self._root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             with suppress(FileNotFoundError):
                 self._lock = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                with suppress(OSError):  # a file system without locks: nobody will take it for left over, see `sweep`
+                with suppress(OSError):  # no locks on this file system: `sweep` fails likewise and removes nothing
                     fcntl.flock(self._lock, fcntl.LOCK_EX)
-                if self._root.exists():  # else a sweep was faster than our lock
+                if self._root.exists():  # else a sweep removed it before it was locked
                     break
                 os.close(self._lock)
-        self.path = self._root / _FILES
+        self.path = self._root / _FILES_DIRECTORY
         try:
             self.path.mkdir(mode=0o700)
         except OSError:
             self.remove()
             raise
 
-    def note(self, pid: int) -> None:
-        """Write down which program works here, where the system tells one process from the next of the same number."""
-        if identity := _identity(pid):
+    def record_program(self, pid: int) -> None:
+        """Record the program that runs here, if the system can identify it beyond its process id."""
+        if identity := _read_identity(pid):
             with suppress(OSError):
-                (self._root / _PROGRAM).write_text(f"{pid} {identity}")
+                (self._root / _PROGRAM_FILE).write_text(f"{pid} {identity}")
 
     def remove(self) -> None:
-        """Remove it with all that is in it. Where that fails, a later sweep finds it."""
+        """Remove the directory and its content. What cannot be removed is left to a later sweep."""
         _remove(self._root)
         os.close(self._lock)
 
 
-def prepare(parent: Path) -> None:
-    """Make the parent, or make sure that it is ours alone: in a shared /tmp anybody may have been there first."""
+def ensure_parent(parent: Path) -> None:
+    """Make the parent, or check that it is this user's alone: another may have made it in /tmp."""
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = parent.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    status = parent.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(
             errno.EPERM, "is not a directory that belongs to this user alone (mode 0700)", str(parent)
         )
 
 
 def sweep(parent: Path) -> None:
-    """End what killed services have left running, and remove their directories."""
-    for path in parent.glob(f"{PREFIX}*"):
+    """Kill programs that killed services have left running, and remove their directories."""
+    for path in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _kill(path / _PROGRAM)
+                _kill_program(path / _PROGRAM_FILE)
                 _remove(path)
             finally:
                 os.close(lock)
 
 
-def _kill(record: Path) -> None:
+def _kill_program(record: Path) -> None:
     with suppress(OSError, ValueError):
         pid, _, identity = record.read_text().partition(" ")
-        if identity and identity == _identity(int(pid)):
+        if identity and identity == _read_identity(int(pid)):
             os.killpg(int(pid), signal.SIGKILL)
 
 
-def _identity(pid: int) -> str | None:
-    """Tell a process from all others that had or will have its number: this boot, and when in it the process began."""
+def _read_identity(pid: int) -> str | None:
+    """Return what identifies a process beyond its number: the boot, and when in it it began."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -99,8 +100,8 @@ def _identity(pid: int) -> str | None:
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
-    if path.exists():  # the program has locked us out of a directory, or one of its processes was still dying
-        for directory, names, _ in os.walk(path):  # from the top, so that each is open before it is entered
+    if path.exists():  # a directory without permissions, or a process that was still ending
+        for directory, names, _ in os.walk(path):  # from the top, so that each can be entered
             for inner in (Path(directory, name) for name in names):
                 with suppress(OSError):
                     if not inner.is_symlink():

@@ -153,7 +153,7 @@ async def test_2xx_is_done(stand: Stand, run: SettledRun, context_of: ContextOf,
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [("410 Gone", "wants no more"), ("301 Moved", "redirects are not followed"), ("308 M", "`url`")],
+    [("410 Gone", "remove the handler"), ("301 Moved", "redirects are not followed"), ("308 M", "`url`")],
 )
 async def test_what_ends_it(stand: Stand, run: SettledRun, context_of: ContextOf, status: str, words: str) -> None:
     """Gone is gone; a redirect is not followed, and says what to do."""
@@ -172,7 +172,7 @@ async def test_what_is_tried_again(stand: Stand, run: SettledRun, context_of: Co
     found = await stand.forward(run, context_of())
     assert isinstance(found, Retry)
     assert found.after_seconds is None
-    assert found.reason.startswith(f"localhost answered {status}")
+    assert found.reason.startswith(f"localhost responded with {status}")
     assert found.reason.endswith(": because")
 
 
