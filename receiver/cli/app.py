@@ -31,7 +31,6 @@ app.add_typer(runs, name="runs")
 app.add_typer(techniques_runs, name="techniques:runs")
 app.add_typer(deliveries, name="deliveries")
 app.add_typer(dispatches, name="dispatches")
-app.command("channel")(channel)
 
 
 @app.callback(invoke_without_command=True)
@@ -57,7 +56,7 @@ def serve(
     ops_port: OpsPort = None,
     only: Annotated[
         Literal["door", "workers"] | None,
-        typer.Option(help="Take callbacks only, or do all but that; the rest is other processes' (PostgreSQL)."),
+        typer.Option(help="Only receive callbacks (door), or do everything else (workers) (PostgreSQL)."),
     ] = None,
 ) -> None:
     """Run the receiver until it is stopped."""
@@ -76,7 +75,7 @@ def check(config: Config = None, json: Json = False) -> None:
 
 @app.command()
 def migrate(config: Config = None, json: Json = False) -> None:
-    """Bring the database up to date (serve does it too)."""
+    """Create or upgrade the database (serve does it too)."""
     from receiver.cli.migrate import run
 
     run(config, json=json)
@@ -84,11 +83,13 @@ def migrate(config: Config = None, json: Json = False) -> None:
 
 @app.command()
 def demo(
-    keep: Annotated[bool, typer.Option("--keep", help="Keep emulator and receiver running at the end.")] = False,
-    outputs: Annotated[Path, typer.Option(help="Where the files land.")] = Path("outputs"),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the emulator and the receiver running at the end.")
+    ] = False,
+    outputs: Annotated[Path, typer.Option(help="Directory for the files.")] = Path("outputs"),
     json: Json = False,
 ) -> None:
-    """See it work: eight runs and their files."""
+    """Try it on this machine: eight runs and their files."""
     from receiver.cli.demo.command import run
 
     run(keep=keep, outputs=outputs, json=json)
@@ -117,7 +118,7 @@ def dev(
     ca: Ca = None,
     json: of_dev.JsonLines = False,
 ) -> None:
-    """Work on an integration: a public URL, and a live view."""
+    """Develop with a public URL and a live view of events."""
     from receiver.cli.dev.command import DevOptions, run
     from receiver.cli.dev.tunnel.choice import TunnelOptions
 
@@ -133,20 +134,24 @@ def dev(
 def emulator(
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind, 0 for a free one.")] = 9100,
-    api_key: Annotated[str | None, typer.Option(envvar="FLORA_API_KEY", help="Key that callers must send.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FLORA_API_KEY", help="API key that requests must have.")
+    ] = None,
     webhook_secret: Annotated[
         str | None,
-        typer.Option(envvar="FLORA_WEBHOOK_SECRET", help="Secret that signs callbacks; several with commas."),
+        typer.Option(envvar="FLORA_WEBHOOK_SECRET", help="Secrets that sign callbacks, separated by commas."),
     ] = None,
     workspace_id: Annotated[str, typer.Option(help="Workspace of the runs.")] = "ws_emulator",
-    run_seconds: Annotated[float, typer.Option(min=0, help="How long a run takes.")] = 5.0,
-    time_scale: Annotated[float, typer.Option(min=0.001, help="Divides the pauses between callback attempts.")] = 1.0,
+    run_seconds: Annotated[float, typer.Option(min=0, help="Duration of a run in seconds.")] = 5.0,
+    time_scale: Annotated[
+        float, typer.Option(min=0.001, help="Divisor of the pauses between callback attempts.")
+    ] = 1.0,
     allow_private_callbacks: Annotated[bool, typer.Option(help="Allow callback URLs on loopback.")] = False,
     callback_ca: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="The only CA trusted for callbacks (PEM)."),
+        typer.Option(exists=True, dir_okay=False, help="The only CA that is trusted for callbacks (PEM)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Makes ids, media and faults repeatable.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of ids, media and faults.")] = 0,
 ) -> None:
     """Run an emulated FLORA to test against."""
     from receiver.cli.emulator import run
@@ -163,32 +168,34 @@ def emulator(
 def trigger(
     url: Annotated[
         str,
-        typer.Argument(help="Where to send it, e.g. https://127.0.0.1:8080/callbacks/flora."),
+        typer.Argument(help="The callback URL, such as https://127.0.0.1:8080/callbacks/flora."),
     ],
     case: Annotated[
         str, typer.Option(help="completed, failed, duplicate, …, or the refusal to provoke.")
     ] = "completed",
-    run_id: Annotated[str | None, typer.Option(help="The run it is about; default: a made-up one.")] = None,
-    delivery_id: Annotated[str | None, typer.Option(help="The delivery's id; the same again is a duplicate.")] = None,
+    run_id: Annotated[str | None, typer.Option(help="The run's id; default: a random one.")] = None,
+    delivery_id: Annotated[str | None, typer.Option(help="The delivery's id; a repeated one is a duplicate.")] = None,
     secret: Annotated[str | None, typer.Option(help="Signing secret; default: FLORA_WEBHOOK_SECRET.")] = None,
     workspace_id: Annotated[
         str | None,
-        typer.Option(help="The run's workspace; default: the one that the configured secret belongs to."),
+        typer.Option(help="The run's workspace; default: that of the configured secret."),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many times.")] = 1,
+    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many times to send the case.")] = 1,
     rate: Annotated[
         float | None,
-        typer.Option(min=0.01, max=100_000, help="How many a second; default: as many as fit."),
+        typer.Option(min=0.01, max=100_000, help="Times per second; default: as fast as the receiver responds."),
     ] = None,
-    record: Annotated[Path | None, typer.Option(dir_okay=False, help="Keep what is sent, byte for byte.")] = None,
+    record: Annotated[Path | None, typer.Option(dir_okay=False, help="File to record the requests in.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", exists=True, dir_okay=False, help="Send what --record has kept."),
+        typer.Option(
+            "--from", exists=True, dir_okay=False, help="Send the requests in a file that --record has written."
+        ),
     ] = None,
     ca: Ca = None,
     json: Json = False,
 ) -> None:
-    """Send callbacks, good and spoiled ones, and judge answers."""
+    """Send valid or invalid callbacks and check the responses."""
     from receiver.cli.trigger.command import Options, run
 
     options = Options(
@@ -201,11 +208,11 @@ def trigger(
 
 @app.command()
 def backup(
-    file: Annotated[Path, typer.Argument(help="A file that does not exist yet.")],
+    file: Annotated[Path, typer.Argument(help="The file to create.")],
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Copy a SQLite ledger, also while the service runs."""
+    """Copy a SQLite ledger, even while the service runs."""
     from receiver.cli.backup import make_backup
 
     make_backup(config, file, json=json)
@@ -213,11 +220,11 @@ def backup(
 
 @app.command()
 def restore(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `backup` has written.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file that `backup` has written.")],
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Put a copy in its place, with the service stopped."""
+    """Restore a backup while the service is stopped."""
     from receiver.cli.backup import restore_backup
 
     restore_backup(config, file, json=json)
@@ -225,11 +232,11 @@ def restore(
 
 @app.command()
 def move(
-    to: Annotated[str, typer.Option(help="An empty database, postgresql://…; a password from ~/.pgpass.")],
+    to: Annotated[str, typer.Option(help="An empty database, postgresql://…; the password can be in ~/.pgpass.")],
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Copy a SQLite ledger to PostgreSQL, and compare."""
+    """Copy a SQLite ledger to PostgreSQL and compare the two."""
     from receiver.cli.move import run
 
     run(config, to, json=json)
@@ -237,13 +244,15 @@ def move(
 
 @app.command("dev-cert")
 def dev_cert(
-    host: Annotated[list[str] | None, typer.Option(help="A name or address; default: this machine's own.")] = None,
-    directory: Annotated[Path, typer.Option("--dir", file_okay=False, help="Where the files go.")] = Path("var/tls"),
-    days: Annotated[int, typer.Option(min=1, max=825, help="How long the certificate is good.")] = 90,
-    force: Annotated[bool, typer.Option("--force", help="Make a new CA too.")] = False,
+    host: Annotated[list[str] | None, typer.Option(help="Host name or address; default: this machine's own.")] = None,
+    directory: Annotated[Path, typer.Option("--dir", file_okay=False, help="Directory for the files.")] = Path(
+        "var/tls"
+    ),
+    days: Annotated[int, typer.Option(min=1, max=825, help="Days until the certificate expires.")] = 90,
+    force: Annotated[bool, typer.Option("--force", help="Create a new CA too.")] = False,
     json: Json = False,
 ) -> None:
-    """Make a local CA and a certificate; it installs nothing."""
+    """Create a local CA and a certificate; installs nothing."""
     from receiver.cli.dev_cert import run
 
     run(host or (), directory, days=days, force=force, json=json)
@@ -251,11 +260,11 @@ def dev_cert(
 
 @app.command()
 def init(
-    directory: Annotated[Path, typer.Option("--dir", file_okay=False, help="Where the files go.")] = Path(),
-    public_url: Annotated[str | None, typer.Option(help="What FLORA is told to call.")] = None,
+    directory: Annotated[Path, typer.Option("--dir", file_okay=False, help="Directory for the files.")] = Path(),
+    public_url: Annotated[str | None, typer.Option(help="Public URL of this service, which FLORA calls.")] = None,
     database: Annotated[str | None, typer.Option(help="sqlite:///… or postgresql://….")] = None,
-    storage: Annotated[str, typer.Option(help="Where outputs go: a directory, or s3://….")] = "outputs",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    storage: Annotated[str, typer.Option(help="Where outputs are stored: a directory, or s3://….")] = "outputs",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     json: Json = False,
 ) -> None:
     """Write a receiver.toml, and a .env for the secrets."""
@@ -266,10 +275,13 @@ def init(
 
 @app.command()
 def doctor(config: Config = None, ca: Ca = None, json: Json = False) -> None:
-    """Find what is wrong, from settings to the way in."""
+    """Find what is wrong, from the settings to the public URL."""
     from receiver.cli.doctor.command import run
 
     run(config, ca=ca, json=json)
+
+
+app.command("channel")(channel)
 
 
 def main() -> None:

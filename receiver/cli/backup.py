@@ -19,13 +19,13 @@ def make_backup(config: Path | None, file: Path, *, json: bool) -> None:
         target = file.absolute()
         try:
             size = asyncio.run(_copy(settings, target))
-        except StoreInUseError as error:  # a running service holds the file, and makes the copy
+        except StoreInUseError as error:  # a running service has the file open, so it makes the copy
             try:
                 with connect() as receiver:
                     size = receiver.backup(target)
             except ReceiverApiError as refused:
                 raise refused from error
-        text = f"{target}: {size} bytes, checked."
+        text = f"Wrote {target}: {size} bytes, verified."
         print_result({"path": str(target), "size": size}, text, as_json=json)
 
 
@@ -33,15 +33,15 @@ def restore_backup(config: Path | None, file: Path, *, json: bool) -> None:
     with report_errors(as_json=json):
         ledger = sqlite_path(load_settings(config, os.environ, need_secrets=False))
         aside = copies.restore(file.absolute(), ledger)
-        kept = f" What was there is {aside} now." if aside else ""
+        kept = f" The previous ledger is now {aside}." if aside else ""
         data = {"ledger": str(ledger), "aside": None if aside is None else str(aside)}
-        print_result(data, f"{ledger} is as it was when {file} was made.{kept}", as_json=json)
+        print_result(data, f"Restored {ledger} from {file}.{kept}", as_json=json)
 
 
 def sqlite_path(
-    settings: Settings, *, advice: str = "use pg_dump and pg_restore, which copy it while it is in use"
+    settings: Settings, *, advice: str = "use pg_dump and pg_restore, which work while it is in use"
 ) -> Path:
-    """Return the file of the ledger. Raises ConfigError with the advice if it is PostgreSQL."""
+    """Return the path of a SQLite ledger. Raises ConfigError with `advice` if it is PostgreSQL."""
     url = settings.database.url
     if not url.startswith("sqlite:///"):
         raise ConfigError([Problem("database.url", f"is PostgreSQL: {advice}")])

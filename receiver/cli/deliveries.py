@@ -9,16 +9,16 @@ from receiver.cli.connection import api_client
 from receiver.cli.options import Json, Limit
 from receiver.cli.output import format_table, print_result
 
-deliveries = typer.Typer(help="The callbacks that arrived.", no_args_is_help=True)
+deliveries = typer.Typer(help="Show the callbacks that were received.", no_args_is_help=True)
 
 
 @deliveries.command("list")
 def list_deliveries(
-    run_id: Annotated[str | None, typer.Option(help="Only those about this run.")] = None,
+    run_id: Annotated[str | None, typer.Option(help="Only callbacks about this run.")] = None,
     limit: Limit = 50,
     json: Json = False,
 ) -> None:
-    """List the callbacks that arrived, newest first."""
+    """List callbacks, newest first."""
     head = ("delivery", "event", "run", "again", "received")
     with api_client(json=json) as receiver:
         found = list(islice(receiver.deliveries(run_id, min(limit, 500)), limit))
@@ -36,12 +36,14 @@ def list_deliveries(
 
 
 @deliveries.command("show")
-def show_delivery(delivery_id: Annotated[str, typer.Argument(help="The delivery, whd_….")], json: Json = False) -> None:
+def show_delivery(
+    delivery_id: Annotated[str, typer.Argument(help="The delivery's id, whd_….")], json: Json = False
+) -> None:
     """Show a callback with its raw body."""
     with api_client(json=json) as receiver:
         found = receiver.delivery(delivery_id)
         lines = [f"{name:<18} {value}" for name, value in found.items() if name != "body" and value is not None]
         body = found["body"]
         if body is None:
-            body = "Its body is past its retention ([retention] bodies_days)."
+            body = "The body has been deleted ([retention] bodies_days)."
         print_result(found, "\n".join([*lines, "", body]), as_json=json)

@@ -9,16 +9,16 @@ from receiver.cli.connection import api_client
 from receiver.cli.options import Handler, Json, Limit
 from receiver.cli.output import format_table, print_result
 
-dispatches = typer.Typer(help="The handlers' work.", no_args_is_help=True)
+dispatches = typer.Typer(help="Show and retry the work of handlers.", no_args_is_help=True)
 
 
 @dispatches.command("list")
 def list_dispatches(
-    state: Annotated[str, typer.Option(help="ready, leased, done, dead, skipped, or orphaned.")] = "dead",
+    state: Annotated[str, typer.Option(help="ready, leased, done, dead, skipped or orphaned.")] = "dead",
     limit: Limit = 50,
     json: Json = False,
 ) -> None:
-    """List the handlers' work in a state, by default what is dead."""
+    """List dispatches in a state, by default the dead ones."""
     head = ("run", "handler", "event", "state", "attempts", "last error")
     with api_client(json=json) as receiver:
         found = list(islice(receiver.dispatches(state, min(limit, 500)), limit))
@@ -39,11 +39,11 @@ def list_dispatches(
 
 @dispatches.command("retry")
 def retry(
-    run_id: Annotated[str | None, typer.Option(help="Only those of this run.")] = None,
+    run_id: Annotated[str | None, typer.Option(help="Only dispatches of this run.")] = None,
     handler: Handler = None,
     json: Json = False,
 ) -> None:
-    """Try what is dead again."""
+    """Retry dead dispatches."""
     with api_client(json=json) as receiver:
         count = receiver.retry_dispatches(handler, run_id)
         print_result({"dispatches": count}, f"{count} dispatches are due again.", as_json=json)

@@ -1,4 +1,4 @@
-"""`flora-receiver emulator`: the emulated FLORA as a server of its own."""
+"""`flora-receiver emulator`: runs the emulated FLORA as a server."""
 
 import asyncio
 import signal
@@ -26,7 +26,7 @@ async def _serve(settings: EmulatorSettings) -> None:
     emulator = Emulator(settings)
     try:
         sockets = bind(settings.host, settings.port)
-    except ConfigError as error:  # it speaks of the receiver's settings; here they are options
+    except ConfigError as error:  # its problems name the receiver's settings; here they are options
         raise ConfigError([Problem("--host, --port", problem.message) for problem in error.problems]) from error
     server = Server(emulator.app, sockets)
     await server.start()
@@ -37,7 +37,7 @@ async def _serve(settings: EmulatorSettings) -> None:
         f"  export FLORA_API_KEY={settings.api_key}\n"
         f"  export FLORA_WEBHOOK_SECRET={','.join(settings.webhook_secrets)}\n"
         f"  export RECEIVER_DOWNLOADS__ALLOW_PRIVATE_HOSTS={settings.host}:{server.port}\n"
-        "Its techniques: GET /techniques; its faults: /_emulator/faults. Ctrl-C ends it.",
+        "Techniques: GET /techniques. Faults: /_emulator/faults. Press Ctrl-C to stop.",
         flush=True,
     )
     await stopping.wait()

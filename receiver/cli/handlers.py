@@ -12,12 +12,12 @@ import typer
 from receiver.cli.options import Config, Json
 from receiver.cli.output import format_table, print_result, report_errors
 
-handlers = typer.Typer(help="The handlers that bring settled runs somewhere.", no_args_is_help=True)
+handlers = typer.Typer(help="Show handlers, their options and their tables.", no_args_is_help=True)
 
 
 @handlers.command("list")
 def list_handlers(config: Config = None, json: Json = False) -> None:
-    """Show the installed handlers, and the ones that the settings use."""
+    """List the installed and the configured handlers."""
     from receiver.config import load_settings
     from receiver.plugins.loader import installed_handlers
 
@@ -32,23 +32,23 @@ def list_handlers(config: Config = None, json: Json = False) -> None:
 
 @handlers.command("show")
 def show_handler(
-    use: Annotated[str, typer.Argument(help="Its `use`: storage, forward, package.module:Class.")],
+    use: Annotated[str, typer.Argument(help="The handler's `use`: storage, forward or package.module:Class.")],
     json: Json = False,
 ) -> None:
-    """Show a handler's options."""
+    """Show the options of a handler."""
     from receiver.plugins.loader import options_of
 
     with report_errors(as_json=json):
         found = options_of(use)
         rows = [(each.path, each.type, each.default, each.help) for each in found]
-        table = format_table(("option", "type", "default", "means"), rows)
+        table = format_table(("option", "type", "default", "meaning"), rows)
         data = {"use": use, "options": [asdict(each) for each in found]}
         print_result(data, table if rows else f"{use} has no options.", as_json=json)
 
 
 @handlers.command("schema")
 def print_schema(
-    name: Annotated[str, typer.Argument(help="The handler's name, or its `use`: database.")],
+    name: Annotated[str, typer.Argument(help="The handler's name or its `use`.")],
     config: Config = None,
     json: Json = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`flora-receiver migrate`: creates the tables of the database or brings them up to date."""
+"""`flora-receiver migrate`: creates or upgrades the schema of the database."""
 
 import asyncio
 import os

@@ -22,12 +22,12 @@ def run(config: Path | None, to: str, *, json: bool) -> None:
             raise StoreUnavailableError(NO_PSYCOPG) from error
         moved = move(ledger, to)
         rows = [(name, str(copy.rows), copy.checksum) for name, copy in moved.tables.items()]
-        was = f"{ledger} is" if moved.copied else f"Nothing was copied: {ledger} was"
+        what = f"Copied {ledger} to" if moved.copied else f"Nothing was copied: {ledger} was already in"
         text = (
             f"{format_table(('table', 'rows', 'checksum'), rows)}\n"
-            f"{was} in {redact_url(to)}, every row of it, as counts and checksums of both sides say.\n"
-            "Name that in [database] url (RECEIVER_DATABASE__URL), then start the service. "
-            "Never start it on the file again."
+            f"{what} {redact_url(to)}. Row counts and checksums of every table are equal.\n"
+            "Set [database] url (RECEIVER_DATABASE__URL) to it, then start the service. "
+            "Do not start the service on the SQLite file again."
         )
         tables = {name: {"rows": copy.rows, "checksum": copy.checksum} for name, copy in moved.tables.items()}
         data = {"ledger": str(ledger), "copied": moved.copied, "tables": tables}

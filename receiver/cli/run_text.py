@@ -30,10 +30,10 @@ def describe_run(run: "RunView") -> Iterator[str]:
 
 
 def describe_end(run: "RunView") -> Iterator[str]:
-    """Yield the files of a run that was waited for, then what is wrong with it."""
+    """Yield the files of a run that was waited for, then what went wrong."""
     yield from (str(file.path or file.location) for file in run.files)
     if not run.finished:
-        yield f"Not finished yet: {run.state}. Wait on with: flora-receiver runs wait {run.run_id}"
+        yield f"Not finished yet: {run.state}. To keep waiting: flora-receiver runs wait {run.run_id}"
     elif not run.succeeded:
         reason = run.error_message or run.error_code or run.lost_reason or ""
         yield f"{run.state}{f': {reason}' if reason else ''}"
@@ -43,7 +43,7 @@ def describe_end(run: "RunView") -> Iterator[str]:
 
 
 def format_cost(run: "RunView") -> str:
-    """Return what a run has cost in USD, marked if FLORA may still change it."""
+    """Return the cost of a run in USD, marked unless it is final."""
     if run.charged_cost is None:
         return ""
     return f"${run.charged_cost:.2f}{'' if run.cost_final else ' so far'}"

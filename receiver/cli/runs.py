@@ -20,40 +20,40 @@ if TYPE_CHECKING:
 _PAGE = 500
 """Rows in one page of the API, at most."""
 
-runs = typer.Typer(help="Runs: start them, wait for them, look at them.", no_args_is_help=True)
+runs = typer.Typer(help="Start runs, follow them and repair them.", no_args_is_help=True)
 techniques_runs = typer.Typer(help="FLORA's own name for `runs start`.", no_args_is_help=True)
 
 
 @runs.command("start")
 @techniques_runs.command("create")
 def start(
-    technique_id: Annotated[str | None, typer.Option(help="The technique, tech_… or its slug.")] = None,
+    technique_id: Annotated[str | None, typer.Option(help="The technique: tech_… or its slug.")] = None,
     inputs: Annotated[
         list[str] | None,
-        typer.Option("--input", help="'{id: …, type: …, value: …}', JSON or YAML; once for each input."),
+        typer.Option("--input", help="'{id: …, type: …, value: …}' in JSON or YAML; repeat it for each input."),
     ] = None,
-    mode: Annotated[str, typer.Option(help="async or stream; FLORA gets it as it is.")] = "async",
+    mode: Annotated[str, typer.Option(help="async or stream; passed to FLORA unchanged.")] = "async",
     callback_url: Annotated[
         str | None,
-        typer.Option(help="Somebody else's; default: this service's. The run is polled then."),
+        typer.Option(help="URL of another receiver, so that the run is polled; default: this service's."),
     ] = None,
     idempotency_key: Annotated[
         str | None,
-        typer.Option(help="The same key again starts nothing and shows the same run."),
+        typer.Option(help="A repeated key starts nothing and returns the same run."),
     ] = None,
     generate: Annotated[
         str | None,
-        typer.Option(help="Instead of a technique: the body of POST /generate, JSON or YAML."),
+        typer.Option(help="Body of POST /generate in JSON or YAML, instead of a technique."),
     ] = None,
     metadata: Metadata = None,
     workspace_id: WorkspaceId = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until its files are stored, and list them.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the files are stored, and list them.")] = False,
     timeout: Timeout = 3600,
     json: Json = False,
 ) -> None:
-    """Start a run; prints its id, with --wait its files too."""
+    """Start a run and print its id, with --wait also its files."""
     if (technique_id is None) == (generate is None):
-        raise typer.BadParameter("give --technique-id with --input, or --generate")
+        raise typer.BadParameter("pass either --technique-id with --input, or --generate")
     given = parse_inputs(inputs or ())
     body = parse_object(generate, "--generate")
     data = parse_object(metadata, "--metadata")
@@ -81,16 +81,16 @@ def start(
 @runs.command("track")
 def track(
     run: Annotated[str, typer.Argument(help="The run's id, run_…, or its poll_url.")],
-    technique_id: Annotated[str | None, typer.Option(help="Its technique, where it is a technique's.")] = None,
+    technique_id: Annotated[str | None, typer.Option(help="The run's technique, if it has one.")] = None,
     run_type: Annotated[str | None, typer.Option(help="technique, generation or action.")] = None,
     callback_expected: Annotated[
-        bool, typer.Option("--callback-expected", help="Its callback_url is this service's.")
+        bool, typer.Option("--callback-expected", help="The run's callback_url is this service's.")
     ] = False,
     metadata: Metadata = None,
     workspace_id: WorkspaceId = None,
     json: Json = False,
 ) -> None:
-    """Take up a run that someone else started."""
+    """Track a run that was started elsewhere."""
     data = parse_object(metadata, "--metadata")
     run_id, poll_url = (None, run) if "://" in run else (run, None)
     with api_client(json=json) as receiver:
@@ -135,7 +135,7 @@ def list_runs(
 
 @runs.command("show")
 def show_run(run_id: RunId, json: Json = False) -> None:
-    """Show a run with its files and its handlers' work."""
+    """Show a run with its files and the work of its handlers."""
     with api_client(json=json) as receiver:
         run = receiver.run(run_id)
         print_result(to_plain(run), "\n".join(describe_run(run)), as_json=json)
@@ -143,7 +143,7 @@ def show_run(run_id: RunId, json: Json = False) -> None:
 
 @runs.command("explain")
 def explain(run_id: RunId, json: Json = False) -> None:
-    """Say why a run stands where it stands, and what happened."""
+    """Explain the state of a run and list what happened to it."""
     with api_client(json=json) as receiver:
         found = receiver.timeline(run_id)
         lines = explain_run(found)
@@ -152,41 +152,39 @@ def explain(run_id: RunId, json: Json = False) -> None:
 
 @runs.command("refresh")
 def refresh(run_id: RunId, json: Json = False) -> None:
-    """Read a run from FLORA now; take up a lost one again."""
+    """Read a run from FLORA now, also one that was lost."""
     with api_client(json=json) as receiver:
         run = receiver.refresh(run_id)
-        what = "is read once more, for the newest URLs" if run.settled else "is being read now"
-        print_result(to_plain(run), f"{run_id} {what}.", as_json=json)
+        when = "again for its newest URLs" if run.settled else "now"
+        print_result(to_plain(run), f"Reading {run_id} {when}.", as_json=json)
 
 
 @runs.command("redispatch")
 def redispatch(
-    run_id: Annotated[str | None, typer.Argument(help="The run; not with --missing.")] = None,
+    run_id: Annotated[str | None, typer.Argument(help="The run's id; not with --missing.")] = None,
     handler: Handler = None,
-    again: Annotated[
-        bool, typer.Option("--again", help="Apply effects once more, under new idempotency keys.")
-    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Repeat the effects, under new idempotency keys.")] = False,
     missing: Annotated[
         bool,
-        typer.Option("--missing", help="Tell a handler added later of the runs settled since --since."),
+        typer.Option("--missing", help="Dispatch the runs settled since --since to a handler that was added later."),
     ] = False,
     since: Annotated[
         datetime | None,
-        typer.Option(help="With --missing: a date or a time, UTC.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]),
+        typer.Option(help="With --missing: a date or a time in UTC.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Have handlers work on a run again, or new ones on old runs."""
+    """Dispatch a run again, or old runs to a new handler."""
     if missing:
         if run_id is not None or again or handler is None or since is None:
-            raise typer.BadParameter("--missing goes with --handler and --since, and with no run and no --again")
+            raise typer.BadParameter("--missing needs --handler and --since, and excludes a run and --again")
         with api_client(json=json) as receiver:
             count = receiver.redispatch_missing(handler, since.replace(tzinfo=UTC))
-            text = f"{handler} is due for {count} runs."
+            text = f"{count} runs are due for {handler}."
             print_result({"handler": handler, "dispatches": count}, text, as_json=json)
         return
     if run_id is None or since is not None:
-        raise typer.BadParameter("name a run, or give --missing, --handler and --since")
+        raise typer.BadParameter("pass a run, or --missing with --handler and --since")
     with api_client(json=json) as receiver:
         count = receiver.redispatch(run_id, handler, again=again)
         text = f"{count} dispatches are due again."
@@ -197,49 +195,49 @@ def redispatch(
 
 @runs.command("resolve")
 def resolve(
-    start: Annotated[str, typer.Argument(help="The start, by its idempotency key or its token.")],
-    run_id: Annotated[str | None, typer.Option(help="The run that it made.")] = None,
-    no_run: Annotated[bool, typer.Option("--no-run", help="It made none: it may be started again.")] = False,
+    start: Annotated[str, typer.Argument(help="The start's idempotency key or token.")],
+    run_id: Annotated[str | None, typer.Option(help="The run that was started.")] = None,
+    no_run: Annotated[bool, typer.Option("--no-run", help="No run was started; the start may be repeated.")] = False,
     json: Json = False,
 ) -> None:
-    """Say what became of a start whose outcome is unknown."""
+    """Resolve a start whose outcome is unknown."""
     if (run_id is None) != no_run:
-        raise typer.BadParameter("give --run-id, or --no-run")
+        raise typer.BadParameter("pass either --run-id or --no-run")
     with api_client(json=json) as receiver:
         begun = receiver.resolve(start, run_id)
-        what = f"made {begun.run_id}" if begun.run_id else "made no run: it may be started again"
-        text = f"Noted: the start {begun.idempotency_key} {what}."
+        what = f"started {begun.run_id}" if begun.run_id else "started no run and may be repeated"
+        text = f"Resolved: {begun.idempotency_key} {what}."
         print_result(to_plain(begun), text, as_json=json)
 
 
 @runs.command("batch")
 def batch(
-    file: Annotated[Path, typer.Argument(help="CSV or JSON Lines, UTF-8; - for standard input.")],
-    technique_id: Annotated[str, typer.Option(help="The technique, tech_… or its slug.")],
-    key: Annotated[str, typer.Option(help="What tells rows apart, such as '{market_code}'.")],
+    file: Annotated[Path, typer.Argument(help="CSV or JSON Lines in UTF-8; - for standard input.")],
+    technique_id: Annotated[str, typer.Option(help="The technique: tech_… or its slug.")],
+    key: Annotated[str, typer.Option(help="Template of a row's unique key, such as '{market_code}'.")],
     maps: Annotated[
         list[str],
         typer.Option(
             "--map",
-            help="An input of the technique from the row's columns: 'headline={headline}'.",
+            help="Template of an input, such as 'headline={headline}'; repeat it for each input.",
         ),
     ],
-    name: Annotated[str | None, typer.Option(help="The row's name for files; default: its key.")] = None,
-    batch: Annotated[str | None, typer.Option(help="The batch's name; default: the file's, without .csv.")] = None,
-    parallel: Annotated[int, typer.Option(min=1, max=256, help="Rows in hand at the same time, at most.")] = 8,
-    results: Annotated[Path, typer.Option(help="Where the results go.")] = Path("results.csv"),
+    name: Annotated[str | None, typer.Option(help="Template of a row's name in file names; default: its key.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Name of the batch; default: the file's name without its suffix.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Maximum number of rows in progress at once.")] = 8,
+    results: Annotated[Path, typer.Option(help="File for the results.")] = Path("results.csv"),
     patience: Annotated[
         float,
-        typer.Option(min=0, max=86400, help="Seconds to go on while the service does not answer."),
+        typer.Option(min=0, max=86400, help="Seconds to keep trying while the service does not respond."),
     ] = 120,
-    cost_wait: Annotated[
-        float, typer.Option(min=0, max=3600, help="Seconds to wait for final costs, at the end.")
-    ] = 90,
-    workspace_id: Annotated[str | None, typer.Option(help="Whose API key starts the runs.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending.")] = False,
+    cost_wait: Annotated[float, typer.Option(min=0, max=3600, help="Seconds to wait for final costs at the end.")] = 90,
+    workspace_id: Annotated[str | None, typer.Option(help="Workspace whose API key starts the runs.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     json: Json = False,
 ) -> None:
-    """Start one run for each row of a table and see all through."""
+    """Start a run for each row of a table and wait for all of them."""
     from receiver.cli.batch.command import Options, run
 
     options = Options(
@@ -253,7 +251,7 @@ def batch(
 def _print_pending(begun: "StartView", *, json: bool) -> None:
     why = f" ({begun.error.message})" if begun.error else ""
     text = (
-        f"FLORA has not answered yet{why}. The service goes on asking; to hear more, run the same "
+        f"FLORA has not responded yet{why}. The service keeps trying; to see the result, run the same "
         f"command with\n  --idempotency-key {begun.idempotency_key}"
     )
     print_result(to_plain(begun), text, as_json=json)
@@ -261,7 +259,7 @@ def _print_pending(begun: "StartView", *, json: bool) -> None:
 
 
 def _print_end(run: "RunView", *, json: bool) -> None:
-    """Print how a run ended, its files first; exit code 1 unless all went well."""
+    """Print how a run ended, its files first; the exit code is 1 unless it succeeded."""
     print_result(to_plain(run), "\n".join(describe_end(run)) or run.state, as_json=json)
     if not run.succeeded:
         raise typer.Exit(FAILED)

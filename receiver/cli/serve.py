@@ -1,4 +1,4 @@
-"""`flora-receiver serve`."""
+"""`flora-receiver serve`: runs the service until SIGTERM or Ctrl-C."""
 
 import asyncio
 import gc
@@ -20,11 +20,17 @@ from receiver.telemetry import configure_logging
 
 log = structlog.get_logger("receiver.cli")
 
-_LAST_SECONDS = 3.0
-"""How long a process that has stopped may take to be gone: tasks that swallow their cancellation would keep it for ever."""
-_YOUNG = 10_000
-"""Allocations between collections. What belongs to a callback lives until its commit: with Python's 700, each collection
-finds almost all of it alive, and that costs a twentieth of all."""
+_EXIT_SECONDS = 3.0
+"""How long the process may take to exit after the service has stopped.
+
+A task that suppresses its cancellation, or a thread that never ends, would keep it for ever.
+"""
+_GC_THRESHOLD = 10_000
+"""Allocations between garbage collections.
+
+The objects of a callback live until its commit. With Python's default of 700, each collection finds
+almost all of them alive, which costs a twentieth of the CPU time of the listener.
+"""
 
 
 def run(
@@ -37,15 +43,16 @@ def run(
     only: Only | None = None,
 ) -> None:
     with report_errors():
-        settings = _with(load_settings(config, os.environ), "public", host=host, port=port)
-        settings = _with(settings, "operations", host=ops_host, port=ops_port)
+        settings = load_settings(config, os.environ)
+        settings = _replace_address(settings, "public", host=host, port=port)
+        settings = _replace_address(settings, "operations", host=ops_host, port=ops_port)
         configure_logging(settings.log.level, settings.log.format)
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=find_loop_factory()) as runner:
             runner.run(_serve(settings, only))
 
 
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return uvloop's, if the extra `fast` is installed: the same answers from a lighter event loop."""
+def find_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's event loop if the extra `fast` is installed, None for asyncio's own."""
     try:
         uvloop = importlib.import_module("uvloop")
     except ImportError:
@@ -55,21 +62,22 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 async def _serve(settings: Settings, only: Only | None) -> None:
     service = Service(settings, only=only, listeners=inherited_listeners(os.environ, os.getpid()))
-    gc.freeze()  # what is loaded by now stays for good: no collection needs to look at it
-    gc.set_threshold(_YOUNG, *gc.get_threshold()[1:])
+    gc.freeze()  # what is loaded by now stays: no collection needs to visit it
+    gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
     await service.run_until_signal(Supervisor.from_environment(os.environ, os.getpid()))
-    leaving = threading.Timer(_LAST_SECONDS, _leave)
-    leaving.daemon = True  # or the process would wait for it
-    leaving.start()
+    timer = threading.Timer(_EXIT_SECONDS, _exit)
+    timer.daemon = True  # or the process would wait for it
+    timer.start()
 
 
-def _leave() -> None:
-    """End the process under the feet of code that will not end: the ledger is closed, nothing else matters any more."""
+def _exit() -> None:
+    """End the process although a task or a thread still runs; the ledger is closed by now."""
     log.warning("service.left_behind", reason="a handler's task or thread does not end")
     os._exit(0)
 
 
-def _with(settings: Settings, listener: str, *, host: str | None, port: int | None) -> Settings:
-    """Return the settings with the command line's word on a listener."""
+def _replace_address(settings: Settings, section: str, *, host: str | None, port: int | None) -> Settings:
+    """Return the settings with the host and port of a listener replaced, as far as they are given."""
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
-    return settings.model_copy(update={listener: getattr(settings, listener).model_copy(update=given)})
+    listener = getattr(settings, section).model_copy(update=given)
+    return settings.model_copy(update={section: listener})

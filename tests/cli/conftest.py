@@ -1,4 +1,4 @@
-"""The real command in processes of its own: run to the end, or kept running until its test is over."""
+"""The command in a process of its own, run to its end or until the test ends."""
 
 import json
 import os
@@ -24,7 +24,7 @@ KEYS = {"FLORA_API_KEY": API_KEY, "FLORA_WEBHOOK_SECRET": SECRET}
 
 
 def environment(**names: str) -> dict[str, str]:
-    """What a command sees of the environment: what Python needs, and what is given; warnings are errors there too."""
+    """Return the environment of a command: what Python needs, and `names`; warnings are errors."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     return {**kept, "PYTHONWARNINGS": "error", "COLUMNS": "200", **names}
 
@@ -43,7 +43,7 @@ def run_command(*arguments: object, cwd: Path, env: Mapping[str, str] = {}) -> s
 
 
 class Running:
-    """A command that runs; its lines on the one stream that matters are read as they come."""
+    """A running command, whose lines on one stream are read as they arrive."""
 
     def __init__(self, *arguments: object, cwd: Path, env: Mapping[str, str], errors: bool) -> None:
         self._process = subprocess.Popen(
@@ -62,11 +62,11 @@ class Running:
         self._reader.start()
 
     def until(self, wanted: Callable[[str], bool]) -> list[str]:
-        """Return its lines up to the first one that is `wanted`."""
+        """Return the lines up to the first that is `wanted`."""
         seen: list[str] = []
         while not (seen and wanted(seen[-1])):
             line = self._lines.get(timeout=PATIENCE_SECONDS)
-            assert line is not None, "it ended: " + "".join(seen)
+            assert line is not None, "the command ended: " + "".join(seen)
             seen.append(line)
         return seen
 
@@ -95,21 +95,21 @@ Start = Callable[..., Running]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start commands that run until the test is over."""
+    """Start commands that run until the test ends."""
     running: list[Running] = []
 
-    def starting(*arguments: object, errors: bool = False, **env: str) -> Running:
+    def start_command(*arguments: object, errors: bool = False, **env: str) -> Running:
         running.append(Running(*arguments, cwd=tmp_path, env=env, errors=errors))
         return running[-1]
 
-    yield starting
+    yield start_command
     for each in running:
         each.stop()
 
 
 @dataclass(frozen=True)
 class Served:
-    """A receiver that `serve` runs over HTTPS: where callbacks go, and the CA to trust."""
+    """A `serve` over HTTPS: its callback URL, and the CA to trust."""
 
     url: str
     ca: Path
@@ -118,7 +118,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """`serve` with a certificate of its own, beside `emulator`, for all tests of a module."""
+    """Run `serve` with a certificate and `emulator` for all tests of a module."""
     directory = tmp_path_factory.mktemp("served")
     authority = certificates.make_authority()
     ca = directory / "ca.pem"
@@ -147,6 +147,6 @@ def ready(server: Running) -> str:
 
 
 def exported(emulator: Running) -> dict[str, str]:
-    """Wait until the emulator accepts connections, and return the variables that it tells to set."""
+    """Wait until the emulator accepts connections, and return the variables that it prints."""
     lines = emulator.until(lambda line: "Ctrl-C" in line)
     return dict(line.split("export ")[1].strip().split("=", 1) for line in lines if "export " in line)

@@ -1,4 +1,4 @@
-"""The command line as operators meet it: help, what it prints, and that every mistake says what to do."""
+"""The command line: its help, its output, and advice for every usage error."""
 
 import json
 import signal
@@ -40,23 +40,23 @@ def test_every_command_has_help(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("group", ["", "runs", "handlers", "deliveries", "dispatches"])
-def test_in_80_columns_no_help_of_a_command_is_cut(group: str, tmp_path: Path) -> None:
+def test_no_help_of_a_command_is_cut_at_80_columns(group: str, tmp_path: Path) -> None:
     done = run_command(*group.split(), "--help", cwd=tmp_path, env={"COLUMNS": "80"})
     assert "..." not in done.stdout.split("Commands:")[1]
 
 
-def test_the_version_is_the_packages(tmp_path: Path) -> None:
+def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
     assert run_command("--version", cwd=tmp_path).stdout == f"{__version__}\n"
 
 
-def test_the_package_is_the_command_too(tmp_path: Path) -> None:
+def test_the_package_can_be_run_as_the_command(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "receiver", "--version"]
     done = subprocess.run(arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == f"{__version__}\n"
 
 
-def test_check_says_that_it_would_work(tmp_path: Path) -> None:
-    """Two variables are enough; the second look finds the database as the first one left it."""
+def test_check_passes_with_two_variables(tmp_path: Path) -> None:
+    """Before and after the database is created."""
     done = run_command("check", cwd=tmp_path, env=KEYS)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Settings: valid" in done.stdout
@@ -66,7 +66,7 @@ def test_check_says_that_it_would_work(tmp_path: Path) -> None:
     assert "Database: up to date" in run_command("check", cwd=tmp_path, env=KEYS).stdout
 
 
-def test_check_as_json_shows_no_secret(tmp_path: Path) -> None:
+def test_check_prints_no_secret_as_json(tmp_path: Path) -> None:
     done = run_command("check", "--json", cwd=tmp_path, env=KEYS)
     found = json.loads(done.stdout)
     assert (done.returncode, found["ok"], found["problems"]) == (0, True, [])
@@ -74,8 +74,8 @@ def test_check_as_json_shows_no_secret(tmp_path: Path) -> None:
     assert not any(value in done.stdout for value in KEYS.values())
 
 
-def test_check_as_json_shows_no_secret_of_a_handler(tmp_path: Path) -> None:
-    """Its own type says what is one: a chat's URL is, under whatever name, written out or taken from the environment."""
+def test_check_prints_no_secret_of_a_handler_as_json(tmp_path: Path) -> None:
+    """An option is a secret by its type, written in the file or taken from the environment."""
     toml = '[[handlers]]\nuse = "notify"\nurls = ["json://127.0.0.1/hunter2", "env:CHAT"]\nseconds = 5'
     (tmp_path / "receiver.toml").write_text(toml, "utf-8")
     done = run_command("check", "--json", cwd=tmp_path, env={**KEYS, "CHAT": "json://127.0.0.1/hunter3"})
@@ -102,7 +102,7 @@ def test_check_as_json_shows_no_secret_of_a_handler(tmp_path: Path) -> None:
         ("[[handlers]]\nuse = 'log'\nlevel = 'x'", {}, "handlers.0.level", "is no option of this handler"),
     ],
 )
-def test_settings_that_cannot_be_used_say_what_to_do(
+def test_wrong_settings_are_reported_with_advice(
     toml: str, env: dict[str, str], path: str, advice: str, tmp_path: Path
 ) -> None:
     """One line for each problem, on standard error, and exit code 2."""
@@ -115,8 +115,8 @@ def test_settings_that_cannot_be_used_say_what_to_do(
     assert advice in done.stderr
 
 
-def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
-    """Without any setting, `serve` and `check` name both that are missing; with `--json` as JSON."""
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    """Without settings, `serve` and `check` report both that are missing; with `--json` as JSON."""
     checked, served = (run_command(command, cwd=tmp_path) for command in ("check", "serve"))
     assert (served.returncode, served.stderr) == (checked.returncode, checked.stderr)
     assert "set FLORA_API_KEY" in served.stderr
@@ -135,7 +135,7 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
         ("postgresql://flora:hunter2@/x?host=/nowhere", "/nowhere"),
     ],
 )
-def test_a_database_that_cannot_be_used_is_told(url: str, words: str, tmp_path: Path) -> None:
+def test_an_unusable_database_is_reported(url: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "broken.db").write_text("hello " * 1000)
     env = KEYS | {"RECEIVER_DATABASE__URL": url}
     for command in ("check", "migrate", "serve"):
@@ -148,7 +148,7 @@ def test_a_database_that_cannot_be_used_is_told(url: str, words: str, tmp_path: 
     assert (found["ok"], [problem["path"] for problem in found["problems"]]) == (False, ["database.url"])
 
 
-def test_migrate_sets_up_once_and_then_changes_nothing(tmp_path: Path) -> None:
+def test_migrate_creates_the_tables_once(tmp_path: Path) -> None:
     first = run_command("migrate", cwd=tmp_path)
     assert (first.returncode, first.stderr) == (0, "")
     assert "migrated from an empty file" in first.stdout
@@ -164,8 +164,8 @@ def test_handlers_are_listed(tmp_path: Path) -> None:
     assert f"Installed: {', '.join(found['installed'])}" in run_command("handlers", "list", cwd=tmp_path).stdout
 
 
-def test_a_handlers_options_are_shown_as_its_model_has_them(tmp_path: Path) -> None:
-    """For shipped handlers and for anybody's own; what is none is said."""
+def test_the_options_of_a_handler_are_those_of_its_model(tmp_path: Path) -> None:
+    """An unknown handler is reported."""
     found = json.loads(run_command("handlers", "show", "storage", "--json", cwd=tmp_path).stdout)
     by_name = {option["path"]: option for option in found["options"]}
     assert (by_name["url"]["type"], by_name["url"]["default"]) == ("text", '"outputs"')
@@ -181,7 +181,7 @@ def test_a_handlers_options_are_shown_as_its_model_has_them(tmp_path: Path) -> N
     "arguments",
     [("serve", "--port", "70000"), ("emulator", "--port", "x"), ("emulator", "--callback-ca", "gone.pem"), ("sevre",)],
 )
-def test_wrong_options_are_refused_before_anything_happens(arguments: tuple[str, ...], tmp_path: Path) -> None:
+def test_wrong_options_are_refused_first(arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = run_command(*arguments, cwd=tmp_path, env=KEYS)
     assert done.returncode == 2
     assert "Error: " in done.stderr
@@ -190,21 +190,21 @@ def test_wrong_options_are_refused_before_anything_happens(arguments: tuple[str,
 
 
 def test_the_emulator_runs_until_it_is_stopped(start: Start) -> None:
-    """What it tells to export is what a caller needs; the default key and secret come from the environment."""
+    """The variables that it prints are what a client needs; its defaults come from the environment."""
     emulator = start("emulator", "--port", 0, **KEYS)
-    told = exported(emulator)
-    assert {name: told[name] for name in KEYS} == KEYS
-    headers = {"Authorization": f"Bearer {told['FLORA_API_KEY']}"}
+    variables = exported(emulator)
+    assert {name: variables[name] for name in KEYS} == KEYS
+    headers = {"Authorization": f"Bearer {variables['FLORA_API_KEY']}"}
     with httpx.Client(trust_env=False) as http:
-        answer = http.get(f"{told['FLORA_BASE_URL']}/techniques", headers=headers)
-        assert (answer.status_code, "emu-image" in answer.text) == (200, True)
-        assert http.get(f"{told['FLORA_BASE_URL']}/techniques").status_code == 401
+        response = http.get(f"{variables['FLORA_BASE_URL']}/techniques", headers=headers)
+        assert (response.status_code, "emu-image" in response.text) == (200, True)
+        assert http.get(f"{variables['FLORA_BASE_URL']}/techniques").status_code == 401
     assert emulator.stop() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_serve_ends_in_order(number: signal.Signals, start: Start) -> None:
-    """Either signal ends it with exit code 0, and it says that it stopped."""
+def test_serve_stops_on_a_signal(number: signal.Signals, start: Start) -> None:
+    """Either signal ends it with exit code 0, and it logs that it stopped."""
     server = start("serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, **KEYS)
     with httpx.Client(base_url=ready(server), trust_env=False) as http:
         assert http.get("/healthz").json() == {"status": "ok"}
@@ -221,8 +221,8 @@ def test_serve_ends_in_order(number: signal.Signals, start: Start) -> None:
     ],
     ids=["task", "thread"],
 )
-def test_serve_ends_whatever_a_handler_has_left_running(clings: str, start: Start, tmp_path: Path) -> None:
-    """A task that swallows its cancellation, a thread that waits for ever: the ledger is closed, and the process ends."""
+def test_serve_ends_although_a_handler_does_not(clings: str, start: Start, tmp_path: Path) -> None:
+    """With a task that suppresses its cancellation, or a thread that waits for ever."""
     (tmp_path / "clinging.py").write_text(
         f"""
 import asyncio, threading
@@ -255,8 +255,8 @@ class Clinging:
     assert "service.left_behind" in server.until(lambda line: "service.left_behind" in line)[-1]
 
 
-def test_a_second_serve_is_told_what_is_in_its_way(start: Start, tmp_path: Path) -> None:
-    """The same file, then the same port."""
+def test_a_second_serve_reports_the_conflict(start: Start, tmp_path: Path) -> None:
+    """Of the same database file, then of the same port."""
     server = start("serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, **KEYS)
     port = ready(server).rpartition(":")[2]
     done = run_command("serve", "--port", 0, cwd=tmp_path, env=KEYS)

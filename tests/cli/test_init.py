@@ -1,4 +1,4 @@
-"""`init` and `dev-cert`: files to begin with, never over what is there, secrets for their owner alone."""
+"""`init` and `dev-cert`: they overwrite nothing unless forced, and secrets are private."""
 
 import ssl
 import stat
@@ -17,8 +17,8 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_what_init_writes_is_what_serve_would_read(tmp_path: Path) -> None:
-    """It loads, checks, holds what was given and the defaults elsewhere; every setting stands in it with its help."""
+def test_init_writes_what_serve_reads(tmp_path: Path) -> None:
+    """The options and else the defaults, with the help of every setting."""
     done = run_command("init", "--public-url", "https://hooks.example.com", "--storage", "files", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "flora-receiver check" in done.stdout
@@ -34,8 +34,8 @@ def test_what_init_writes_is_what_serve_would_read(tmp_path: Path) -> None:
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
-def test_every_default_that_is_shown_holds(tmp_path: Path) -> None:
-    """Taking away the comment signs changes nothing."""
+def test_the_defaults_in_the_file_are_those_of_the_settings(tmp_path: Path) -> None:
+    """Removing the comment signs changes nothing."""
     run_command("init", cwd=tmp_path)
     lines = (tmp_path / "receiver.toml").read_text().splitlines()
     shown = [line.removeprefix("# ") if " = " in line and "…" not in line else line for line in lines]
@@ -45,8 +45,8 @@ def test_every_default_that_is_shown_holds(tmp_path: Path) -> None:
     assert loaded.model_copy(update={"handlers": ()}) == load_settings(None, KEYS).model_copy(update={"handlers": ()})
 
 
-def test_what_is_given_to_init_is_written_as_it_is(tmp_path: Path) -> None:
-    """Quotes, backslashes and signs that TOML knows: the settings have the very same text."""
+def test_init_quotes_what_it_writes(tmp_path: Path) -> None:
+    """Quotes, backslashes and control characters survive in TOML."""
     odd = 'C:\\out "of" {run_id}\x7f\t#é'
     database = "postgresql://me:a%22b@db.example/x"
     done = run_command("init", "--storage", odd, "--database", database, cwd=tmp_path)
@@ -56,21 +56,21 @@ def test_what_is_given_to_init_is_written_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--public-url", "http://hooks.example.com"), "--public-url: must start with https://"),
         (("--public-url", "hooks.example.com"), "--public-url: must be an absolute URL"),
         (("--database", "receiver.db"), "--database: must be sqlite:///path"),
     ],
 )
-def test_init_writes_nothing_that_serve_would_refuse(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
+def test_init_refuses_what_serve_would_refuse(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     done = run_command("init", *arguments, cwd=tmp_path)
-    assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert list(tmp_path.iterdir()) == []
     assert run_command("init", cwd=tmp_path, env={"RECEIVER_PUBLIC__PROT": "1"}).returncode == 0
 
 
-def test_init_overwrites_nothing_unasked(tmp_path: Path) -> None:
+def test_init_overwrites_nothing_unless_forced(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("FLORA_API_KEY=mine\n")
     refused = run_command("init", cwd=tmp_path)
     assert (refused.returncode, refused.stdout) == (2, "")
@@ -81,8 +81,8 @@ def test_init_overwrites_nothing_unasked(tmp_path: Path) -> None:
     assert mode(tmp_path / ".env") == 0o600
 
 
-def test_a_certificate_for_a_laptop(tmp_path: Path) -> None:
-    """Under a CA that is made once and kept; keys are their owner's; what to do with them is said."""
+def test_dev_cert_writes_a_certificate_of_a_local_ca(tmp_path: Path) -> None:
+    """The CA is created once and kept; private keys are readable by their owner only."""
     first = run_command("dev-cert", "--host", "receiver.test", "--host", "127.0.0.1", cwd=tmp_path)
     assert (first.returncode, first.stderr) == (0, "")
     assert "nothing was installed" in first.stdout
@@ -100,8 +100,8 @@ def test_a_certificate_for_a_laptop(tmp_path: Path) -> None:
     assert (directory / "ca.pem").read_bytes() != ca
 
 
-def test_a_kept_authority_that_is_of_no_use_is_said(tmp_path: Path) -> None:
-    """Not used, not overwritten: --force is the way."""
+def test_an_unusable_ca_is_reported(tmp_path: Path) -> None:
+    """It is neither used nor overwritten unless forced."""
     certificates.save_authority(certificates.make_authority(), tmp_path / "a")
     certificates.save_authority(certificates.make_authority(), tmp_path / "b")
     (tmp_path / "a/ca.key").write_bytes((tmp_path / "b/ca.key").read_bytes())
@@ -126,8 +126,8 @@ def test_a_kept_authority_that_is_of_no_use_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["https://hooks.test", "a b", "", "bücher.test", "hooks.test:8443", "a..b", "x" * 64])
-def test_what_is_no_host_gets_no_certificate(host: str, tmp_path: Path) -> None:
-    """It would be good for nobody: that is said, and nothing is written."""
+def test_a_malformed_host_gets_no_certificate(host: str, tmp_path: Path) -> None:
+    """It is refused, and nothing is written."""
     refused = run_command("dev-cert", "--host", host, cwd=tmp_path)
     assert (refused.returncode, "is not a host name or an address" in refused.stderr) == (2, True)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""`runs`, `deliveries`, `dispatches` and `channel`: the real command against a running `serve` and a running emulator."""
+"""`runs`, `deliveries`, `dispatches` and `channel` against a running `serve` and emulator."""
 
 import json
 import subprocess
@@ -17,8 +17,8 @@ PROMPT = "{id: prompt, type: text, value: a lighthouse}"
 
 
 @dataclass(frozen=True)
-class Desk:
-    """Where an operator sits: the directory in which `serve` runs, and how to reach it."""
+class Operator:
+    """Runs commands in the directory of a running `serve`."""
 
     directory: Path
     env: dict[str, str]
@@ -43,9 +43,9 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    """`serve` beside `emulator`; the commands find it by its log line, and its token in `var/ops-token`."""
-    directory = tmp_path_factory.mktemp("desk")
+def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    """Run `serve` and `emulator`; the URL is in the log, the token in `var/ops-token`."""
+    directory = tmp_path_factory.mktemp("served")
     authority = certificates.make_authority()
     (directory / "ca.pem").write_bytes(authority.pem)
     cert, key = certificates.write(certificates.issue(authority), directory)
@@ -66,122 +66,124 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         try:
             ready = json.loads(server.until(lambda line: "service.ready" in line)[-1])
             url = {"RECEIVER_OPS_URL": f"http://{ready['operations']}"}
-            yield Desk(directory, url, names["FLORA_BASE_URL"])
+            yield Operator(directory, url, names["FLORA_BASE_URL"])
         finally:
             assert server.stop() == 0
     finally:
         emulator.stop()
 
 
-def test_a_run_is_started_by_the_words_of_floras_own_command(desk: Desk) -> None:
-    """An existing command line works with our program's name; it prints the run's id."""
-    done = desk.text(
+def test_a_run_is_started_by_floras_own_command_line(operator: Operator) -> None:
+    """Only the program's name differs; it prints the run's id."""
+    done = operator.text(
         "techniques:runs", "create", "--technique-id", "emu-image", "--input", PROMPT, "--mode", "async",
         "--idempotency-key", "cli-1",
     )  # fmt: skip
     assert done.strip().startswith("run_")
-    assert desk.start("--idempotency-key", "cli-1") == done.strip()
+    assert operator.start("--idempotency-key", "cli-1") == done.strip()
 
 
-def test_waited_for_it_prints_the_stored_files(desk: Desk) -> None:
-    done = desk.text("runs", "start", "--technique-id", "emu-two-images", "--input", PROMPT, "--wait")
+def test_a_run_that_is_waited_for_prints_its_files(operator: Operator) -> None:
+    done = operator.text("runs", "start", "--technique-id", "emu-two-images", "--input", PROMPT, "--wait")
     run_id, *files = done.split("\n")
     assert [Path(file).suffix for file in files if file] == [".png", ".png"]
     assert all(Path(file).is_file() for file in files if file)
-    assert desk.text("runs", "wait", run_id).split("\n") == files
+    assert operator.text("runs", "wait", run_id).split("\n") == files
 
 
-def test_inputs_stay_the_text_that_was_written(desk: Desk) -> None:
-    """JSON or YAML, once or as a list; a number, a date or a yes in YAML stays text."""
+def test_inputs_stay_text(operator: Operator) -> None:
+    """JSON or YAML, one or a list; a number, a date or a yes in YAML stays text."""
     for given in (
         "{id: prompt, type: text, value: 2026-11-24}",
         '{"id": "prompt", "type": "text", "value": "yes: no"}',
         "[{id: prompt, type: text, value: 007}]",
     ):
-        run_id = desk.text("runs", "start", "--technique-id", "emu-text", "--input", given).strip()
-        assert desk.json("runs", "wait", run_id)["state"] == "completed"
+        run_id = operator.text("runs", "start", "--technique-id", "emu-text", "--input", given).strip()
+        assert operator.json("runs", "wait", run_id)["state"] == "completed"
 
 
-def test_a_generation_is_started(desk: Desk) -> None:
+def test_a_generation_is_started(operator: Operator) -> None:
     body = "{type: image, prompt: a fox, workspace_id: ws_emulator, project_id: prj_emulator, params: {size: 4096}}"
-    found = desk.json("runs", "start", "--generate", body, "--metadata", "{market: de}", "--wait")
+    found = operator.json("runs", "start", "--generate", body, "--metadata", "{market: de}", "--wait")
     assert (found["state"], found["run_type"], found["metadata"]) == ("completed", "generation", {"market": "de"})
 
 
-def test_a_refusal_tells_all_that_flora_tells(desk: Desk) -> None:
-    done = desk.run("runs", "start", "--technique-id", "emu-image", "--input", "{id: q, type: text, value: x}")
+def test_a_refusal_has_floras_fields_and_request_id(operator: Operator) -> None:
+    done = operator.run("runs", "start", "--technique-id", "emu-image", "--input", "{id: q, type: text, value: x}")
     assert done.returncode == 1
     assert "inputs.0.id" in done.stderr
     assert "req_" in done.stderr
-    found = desk.json("runs", "start", "--technique-id", "nope", "--input", PROMPT, code=1)
+    found = operator.json("runs", "start", "--technique-id", "nope", "--input", PROMPT, code=1)
     assert found["error"] == "not_found"
     assert found["request_id"].startswith("req_")
 
 
-def test_a_failed_run_is_a_failure(desk: Desk) -> None:
-    done = desk.run("runs", "start", "--technique-id", "emu-fail", "--input", PROMPT, "--wait")
+def test_a_failed_run_fails_the_command(operator: Operator) -> None:
+    done = operator.run("runs", "start", "--technique-id", "emu-fail", "--input", PROMPT, "--wait")
     assert done.returncode == 1
     assert "failed" in done.stdout
     run_id = done.stdout.split()[0]
-    told = desk.text("runs", "explain", run_id)
-    assert "GENERATION_PROMPT_MODERATED" in told
-    assert "It failed." in told
+    explanation = operator.text("runs", "explain", run_id)
+    assert "GENERATION_PROMPT_MODERATED" in explanation
+    assert "It failed." in explanation
 
 
-def test_a_run_is_shown_listed_and_explained(desk: Desk) -> None:
-    run_id = desk.start("--wait", "--metadata", '{"market": "de"}')
-    shown = desk.text("runs", "show", run_id)
+def test_a_run_is_shown_listed_and_explained(operator: Operator) -> None:
+    run_id = operator.start("--wait", "--metadata", '{"market": "de"}')
+    shown = operator.text("runs", "show", run_id)
     assert "completed (matched)" in shown
     assert '"market": "de"' in shown
-    assert run_id in desk.text("runs", "list", "--state", "completed")
-    assert [run["run_id"] for run in desk.json("runs", "list", "--limit", 1)] == [run_id]
-    told = desk.text("runs", "explain", run_id)
-    for words in ("Its callback came in time.", "we asked FLORA to start it", "storage: stored file://"):
-        assert words in told
-    results = [row["result"] for row in desk.json("runs", "show", run_id)["dispatches"] if row["handler"] == "storage"]
+    assert run_id in operator.text("runs", "list", "--state", "completed")
+    assert [run["run_id"] for run in operator.json("runs", "list", "--limit", 1)] == [run_id]
+    explanation = operator.text("runs", "explain", run_id)
+    for words in ("Its callback arrived in time.", "start requested from FLORA", "storage: stored file://"):
+        assert words in explanation
+    results = [
+        row["result"] for row in operator.json("runs", "show", run_id)["dispatches"] if row["handler"] == "storage"
+    ]
     assert results[0]["files"]
-    assert f"storage is done: {json.dumps(results[0])}" in told
-    assert desk.json("runs", "show", run_id)["finished"]
+    assert f"storage is done: {json.dumps(results[0])}" in explanation
+    assert operator.json("runs", "show", run_id)["finished"]
 
 
-def test_a_run_of_somebody_elses_is_tracked(desk: Desk) -> None:
-    """By its poll_url; an address elsewhere is refused."""
-    run_id = desk.start("--callback-url", "https://hooks.example.com/mine")
-    tracked = desk.text("runs", "track", f"{desk.flora}/techniques/emu-image/runs/{run_id}")
+def test_a_run_that_was_started_elsewhere_is_tracked(operator: Operator) -> None:
+    """By its poll_url; a URL of another host is refused."""
+    run_id = operator.start("--callback-url", "https://hooks.example.com/mine")
+    tracked = operator.text("runs", "track", f"{operator.flora}/techniques/emu-image/runs/{run_id}")
     assert f"{run_id} is tracked" in tracked
-    done = desk.run("runs", "track", "https://flora.example/api/v1/runs/run_1")
+    done = operator.run("runs", "track", "https://flora.example/api/v1/runs/run_1")
     assert (done.returncode, "base_url" in done.stderr) == (1, True)
-    assert desk.run("runs", "track", "nonsense").returncode == 1
+    assert operator.run("runs", "track", "nonsense").returncode == 1
 
 
-def test_a_run_is_refreshed_and_dispatched_again(desk: Desk) -> None:
-    run_id = desk.start("--wait")
-    assert "newest URLs" in desk.text("runs", "refresh", run_id)
-    assert desk.json("runs", "redispatch", run_id, "--handler", "storage")["dispatches"] >= 1
-    assert desk.json("runs", "wait", run_id)["state"] == "completed"
-    assert "0 dispatches" in desk.text("runs", "redispatch", run_id, "--handler", "nobody", code=1)
-    assert desk.json("runs", "redispatch", run_id, "--handler", "log", "--again")["dispatches"] == 1
-    assert "0 runs" in desk.text("runs", "redispatch", "--missing", "--handler", "log", "--since", "2026-11-01")
-    assert "--since" in desk.text("runs", "redispatch", "--missing", "--handler", "log", code=2)
-    assert "No dispatches are orphaned." in desk.text("dispatches", "list", "--state", "orphaned")
+def test_a_run_is_refreshed_and_dispatched_again(operator: Operator) -> None:
+    run_id = operator.start("--wait")
+    assert "newest URLs" in operator.text("runs", "refresh", run_id)
+    assert operator.json("runs", "redispatch", run_id, "--handler", "storage")["dispatches"] >= 1
+    assert operator.json("runs", "wait", run_id)["state"] == "completed"
+    assert "0 dispatches" in operator.text("runs", "redispatch", run_id, "--handler", "nobody", code=1)
+    assert operator.json("runs", "redispatch", run_id, "--handler", "log", "--again")["dispatches"] == 1
+    assert "0 runs" in operator.text("runs", "redispatch", "--missing", "--handler", "log", "--since", "2026-11-01")
+    assert "--since" in operator.text("runs", "redispatch", "--missing", "--handler", "log", code=2)
+    assert "No dispatches are orphaned." in operator.text("dispatches", "list", "--state", "orphaned")
 
 
-def test_callbacks_dispatches_and_the_channel_are_shown(desk: Desk) -> None:
-    run_id = desk.start("--wait")
-    [delivery] = desk.json("deliveries", "list", "--run-id", run_id)
-    assert delivery["delivery_id"] in desk.text("deliveries", "list")
-    assert run_id in desk.text("deliveries", "show", delivery["delivery_id"])
-    assert "No dispatches are dead." in desk.text("dispatches", "list")
-    assert run_id in desk.text("dispatches", "list", "--state", "done")
-    assert "0 dispatches" in desk.text("dispatches", "retry")
-    assert "matched" in desk.text("channel")
-    assert desk.json("channel")["health"]["ok"]
+def test_callbacks_dispatches_and_the_channel_are_shown(operator: Operator) -> None:
+    run_id = operator.start("--wait")
+    [delivery] = operator.json("deliveries", "list", "--run-id", run_id)
+    assert delivery["delivery_id"] in operator.text("deliveries", "list")
+    assert run_id in operator.text("deliveries", "show", delivery["delivery_id"])
+    assert "No dispatches are dead." in operator.text("dispatches", "list")
+    assert run_id in operator.text("dispatches", "list", "--state", "done")
+    assert "0 dispatches" in operator.text("dispatches", "retry")
+    assert "matched" in operator.text("channel")
+    assert operator.json("channel")["health"]["ok"]
 
 
-def test_what_is_unknown_is_said(desk: Desk) -> None:
+def test_an_unknown_id_is_reported(operator: Operator) -> None:
     for command in (("runs", "show"), ("runs", "wait"), ("runs", "explain"), ("deliveries", "show")):
-        assert "no such" in desk.text(*command, "run_nobody", code=1)
-    assert "no such start" in desk.text("runs", "resolve", "nobody", "--no-run", code=1)
+        assert "no such" in operator.text(*command, "run_nobody", code=1)
+    assert "no such start" in operator.text("runs", "resolve", "nobody", "--no-run", code=1)
 
 
 @pytest.mark.parametrize(
@@ -202,35 +204,35 @@ def test_what_is_unknown_is_said(desk: Desk) -> None:
     ],
 )
 def test_misuse_is_exit_code_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """Found before anything is asked: no service is needed for it."""
+    """Found before any request: no service is needed."""
     done = run_command(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_without_a_token_it_says_where_it_looked(tmp_path: Path) -> None:
+def test_a_missing_token_is_reported_with_its_file(tmp_path: Path) -> None:
     done = run_command("runs", "list", cwd=tmp_path)
     assert done.returncode == 2
     for words in ("RECEIVER_OPS_TOKEN", "var/ops-token", "flora-receiver serve"):
         assert words in done.stderr
 
 
-def test_without_a_service_it_says_how_to_start_it(tmp_path: Path) -> None:
+def test_a_missing_service_is_reported_with_advice(tmp_path: Path) -> None:
     env = {"RECEIVER_OPS_URL": f"http://127.0.0.1:{free_port()}", "RECEIVER_OPS_TOKEN": "t"}
     done = run_command("runs", "list", cwd=tmp_path, env=env)
     assert done.returncode == 1
     assert "flora-receiver serve" in done.stderr
-    asked = run_command("channel", "--json", cwd=tmp_path, env=env)
-    assert json.loads(asked.stdout)["error"] == "unreachable"
+    done = run_command("channel", "--json", cwd=tmp_path, env=env)
+    assert json.loads(done.stdout)["error"] == "unreachable"
 
 
-def test_a_wrong_token_is_said(desk: Desk) -> None:
-    done = desk.run("runs", "list", RECEIVER_OPS_TOKEN="wrong")
+def test_a_wrong_token_is_reported(operator: Operator) -> None:
+    done = operator.run("runs", "list", RECEIVER_OPS_TOKEN="wrong")
     assert (done.returncode, "RECEIVER_OPS_TOKEN" in done.stderr) == (1, True)
 
 
-def test_the_settings_tell_where_the_service_is(desk: Desk) -> None:
-    """Without RECEIVER_OPS_URL the address and the token come from the settings of this directory."""
-    port = desk.env["RECEIVER_OPS_URL"].rpartition(":")[2]
-    done = run_command("channel", cwd=desk.directory, env={"RECEIVER_OPERATIONS__PORT": port})
+def test_the_service_is_found_by_the_settings(operator: Operator) -> None:
+    """Without RECEIVER_OPS_URL, the address and the token come from the settings."""
+    port = operator.env["RECEIVER_OPS_URL"].rpartition(":")[2]
+    done = run_command("channel", cwd=operator.directory, env={"RECEIVER_OPERATIONS__PORT": port})
     assert done.returncode == 0, done.stderr

@@ -7,19 +7,19 @@ import typer
 
 Tunnel = Annotated[
     Literal["cloudflared", "ngrok", "ssh", "command"] | None,
-    typer.Option(help="The way to a public URL; default: the first that is there."),
+    typer.Option(help="The tunnel to use; default: the first that is installed."),
 ]
-NoTunnel = Annotated[bool, typer.Option("--no-tunnel", help="Poll, and play each settled run as a callback.")]
+NoTunnel = Annotated[bool, typer.Option("--no-tunnel", help="Poll, and simulate the callback of each settled run.")]
 PublicUrl = Annotated[
     str | None,
-    typer.Option(help="A URL that leads here already; with --ssh or --command: the URL of that tunnel."),
+    typer.Option(help="Public URL that already leads here; with --ssh or --command: the tunnel's URL."),
 ]
-WithEmulator = Annotated[bool, typer.Option("--emulator", help="With an emulated FLORA instead of the real one.")]
-SshHost = Annotated[str | None, typer.Option(help="user@host[:port] that can be reached from outside.")]
-RemotePort = Annotated[int, typer.Option(min=1, max=65535, help="The port that the ssh host listens on.")]
+WithEmulator = Annotated[bool, typer.Option("--emulator", help="Use an emulated FLORA instead of the real one.")]
+SshHost = Annotated[str | None, typer.Option(help="user@host[:port] of an ssh server that is reachable from outside.")]
+RemotePort = Annotated[int, typer.Option(min=1, max=65535, help="Port that the ssh server listens on.")]
 KnownHosts = Annotated[
     Path | None,
-    typer.Option(exists=True, dir_okay=False, help="Keys of ssh hosts; default: ~/.ssh/known_hosts."),
+    typer.Option(exists=True, dir_okay=False, help="Keys of ssh servers; default: ~/.ssh/known_hosts."),
 ]
 Identity = Annotated[
     Path | None,
@@ -27,12 +27,12 @@ Identity = Annotated[
 ]
 Program = Annotated[
     str | None,
-    typer.Option(help="Any tunnel program, run without a shell: {port}, {host} and {url} are filled in."),
+    typer.Option(help="Any tunnel program, run without a shell; {port}, {host} and {url} are replaced."),
 ]
 Pattern = Annotated[
     str | None,
     typer.Option(help="Regular expression for the URL that --command prints; default: the first https URL."),
 ]
-Domain = Annotated[str | None, typer.Option(help="A reserved ngrok domain.")]
-Host = Annotated[str, typer.Option(help="Address to bind: loopback, or 0.0.0.0.")]
+Domain = Annotated[str | None, typer.Option(help="Reserved ngrok domain.")]
+Host = Annotated[str, typer.Option(help="Address to bind: loopback, 0.0.0.0 or ::.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]

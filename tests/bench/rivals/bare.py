@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from receiver.cli.serve import loop_factory
+from receiver.cli.serve import find_loop_factory
 from receiver.config import Settings
 from receiver.service.wiring import build_public_guard
 from receiver.telemetry import Metrics
@@ -29,5 +29,5 @@ async def _serve() -> None:
 
 
 if __name__ == "__main__":
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=find_loop_factory()) as runner:
         runner.run(_serve())
