@@ -243,7 +243,7 @@ def build_loops(parts: Parts, only: Only | None) -> Mapping[str, Loop]:
         return loops
     leased["starter"] = parts.starter.recover
     loops |= {name: LeaderLease(parts.database, name, work).run for name, work in leased.items()}
-    return loops | {"dispatcher": parts.dispatcher.run, "own starts": parts.starter.ask_own}
+    return loops | {"dispatcher": parts.dispatcher.run, "own_starts": parts.starter.finish_own}
 
 
 def build_public_server(

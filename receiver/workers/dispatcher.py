@@ -1,4 +1,8 @@
-"""Brings settled runs to their handlers: leases due dispatches, calls, writes the answer down. `tick` works, `run` waits."""
+"""Calls handlers for settled runs: leases the dispatches that are due, runs an attempt of each, stores the result.
+
+Run by the service. A lease is renewed for as long as its attempt runs. Once a handler has returned, its effect
+is applied: from then on the attempt is never cancelled, and its result is stored however long that takes.
+"""
 
 import asyncio
 import random
@@ -28,7 +32,7 @@ from receiver.workers.loop import idle_seconds, run_loop
 
 log = structlog.get_logger("receiver.dispatcher")
 
-_WRITE_AGAIN_SECONDS = 1.0
+_RETRY_WRITE_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -40,15 +44,15 @@ class _Attempt:
     token: str
     progress: TransferProgress
     task: asyncio.Task[None] | None = None
-    answered: bool = False
-    """Its effect is applied: from here on it is written down, not stopped."""
+    has_returned: bool = False
+    """The handler's effect is applied: the result is stored, and the attempt is not cancelled any more."""
 
 
 class Dispatcher:
-    """Works on every registered handler's dispatches, each within its own limits: one that hangs delays no other.
+    """Runs the dispatches of all handlers, each within its own limits: a handler that hangs delays no other.
 
-    `takeover` lets it lease what another replica's lease has run out on; without it (SQLite) leases hold until the
-    process ends, whatever the clock does.
+    With `takeover`, dispatches whose lease has expired are leased again; without it (SQLite) a lease
+    lasts until the process ends, whatever the clock does.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Dispatcher:
         signals: Signals,
         metrics: Metrics,
         apply: Callable[[Report], Awaitable[object]],
-        lease: timedelta = timedelta(seconds=60),
+        lease: timedelta,
         takeover: bool = False,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         jitter: Callable[[], float] = random.random,
@@ -72,7 +76,7 @@ class Dispatcher:
         self._downloader = downloader
         self._signals = signals
         self._metrics = metrics
-        self._learn = apply
+        self._apply = apply
         self._lease = lease
         self._takeover = takeover
         self._idle_seconds = idle_seconds(shared=database.shared)
@@ -96,20 +100,20 @@ class Dispatcher:
         await self.release()
 
     async def tick(self, now: datetime) -> float:
-        """Start the due dispatches that fit, and return in how many seconds to look again."""
+        """Start the due dispatches for which there is a free slot; return the seconds until the next tick."""
         names = tuple(self._registrations)
         busy = {name: Counter[Lane]() for name in names}
         for attempt in self._running.values():
             busy[attempt.registration.name][attempt.progress.lane] += 1
         free = [each for each in self._registrations.values() if busy[each.name].total() < each.concurrency]
 
-        def look(tx: Any) -> tuple[dict[str, frozenset[Lane]], int | None]:
-            expired_by = self._lapsed(tx, now)
+        def read_due(tx: Any) -> tuple[dict[str, frozenset[Lane]], int | None]:
+            expired_by = self._expired_by(tx, now)
             due = {each.name: queue.due_lanes(tx, each.name, now=now, expired_by=expired_by) for each in free}
             return due, queue.next_dispatch_due_ms(tx, names, after=now)
 
-        # One look for all of them: it is taken again after each answer of any handler.
-        due, next_ms = await self._database.read(look)
+        # One read for all handlers: it is repeated after each attempt of any of them.
+        due, next_ms = await self._database.read(read_due)
         for registration in free:
             await self._claim(registration, busy[registration.name], due[registration.name], now)
         until = self._idle_seconds if next_ms is None else (from_ms(next_ms) - self._clock()).total_seconds()
@@ -122,26 +126,27 @@ class Dispatcher:
             await asyncio.sleep(0)
 
     async def release(self) -> None:
-        """Stop every attempt and return its lease, uncounted: we stop, the handler is not to blame.
+        """Cancel every attempt and release its lease without counting the attempt: the handler did not fail.
 
-        What is being written down is waited for: given back while another thread commits it, it would be done again.
+        Results that are being stored are waited for: released while another thread commits it, a
+        dispatch would be done again.
         """
         attempts = list(self._running.values())
         for attempt in attempts:
-            if attempt.task and not attempt.answered:
+            if attempt.task and not attempt.has_returned:
                 attempt.task.cancel()
         try:
             await self.drain()
-        finally:  # whoever stops us may not have the patience
+        finally:  # the wait itself may be cancelled
             for attempt in self._running.values():
                 if attempt.task:
                     attempt.task.cancel()
         for token in {attempt.token for attempt in attempts}:
             seqs = [attempt.leased.seq for attempt in attempts if attempt.token == token]
             try:
-                await self._database.write(lambda tx, seqs=seqs, token=token: queue.release(tx, seqs, token=token))  # type: ignore[misc]
+                await self._database.write(partial(queue.release, seqs=seqs, token=token))
             except StoreUnavailableError as error:
-                log.warning("dispatch.not_given_back", reason=str(error))
+                log.warning("dispatch.not_released", reason=str(error))
 
     async def renew(self) -> None:
         """Extend the leases of all running attempts; cancel those that were taken over."""
@@ -155,8 +160,8 @@ class Dispatcher:
             held = await self._database.write(partial(job, seqs=seqs, token=token))
             for seq in set(seqs) - held:
                 attempt = self._running.get(seq)
-                # Over by now, perhaps, and even begun anew: then it is not this lease that was lost.
-                if attempt and attempt.task and attempt.token == token and not attempt.answered:
+                # It may have ended by now, or even started again: then the lost lease is not its own.
+                if attempt and attempt.task and attempt.token == token and not attempt.has_returned:
                     log.warning("dispatch.taken_over", dispatch=attempt.leased.dispatch.idempotency_key)
                     attempt.task.cancel()
 
@@ -168,28 +173,28 @@ class Dispatcher:
             except StoreUnavailableError as error:
                 log.error("dispatch.not_renewed", reason=str(error))
 
-    def _lapsed(self, tx: Any, now: datetime) -> datetime | None:
-        """Return when a lease must have run out by now to be taken over; None: none is."""
+    def _expired_by(self, tx: Any, now: datetime) -> datetime | None:
+        """Return the time by which a lease must have expired to be taken over; None if none may be."""
         return self._database.now(tx, now) if self._takeover else None
 
     async def _claim(
         self, registration: Registration, running: Counter[Lane], due: frozenset[Lane], now: datetime
     ) -> None:
         token = secrets.token_hex(16)
-        limit, filling = registration.concurrency, fill_order(registration.concurrency)
-        with_room = {lane for turn in filling if free_slots(turn, running, limit) for lane in turn.lanes}
-        if due.isdisjoint(with_room):
+        limit, order = registration.concurrency, fill_order(registration.concurrency)
+        free_lanes = {lane for turn in order if free_slots(turn, running, limit) for lane in turn.lanes}
+        if due.isdisjoint(free_lanes):
             return  # the common case costs no write
 
         def job(tx: Any) -> tuple[tuple[Leased, ...], tuple[Dispatch, ...]]:
-            expired_by = self._lapsed(tx, now)
-            buried = queue.mark_exhausted(
+            expired_by = self._expired_by(tx, now)
+            exhausted = queue.mark_exhausted(
                 tx, registration.name, max_attempts=registration.max_attempts, now=now, expired_by=expired_by
             )
-            for dispatch in buried:
+            for dispatch in exhausted:
                 self._alert(tx, dispatch.run_id, dispatch.event, now)
             claimed: list[Leased] = []
-            for turn in filling:
+            for turn in order:
                 busy = running + Counter(leased.dispatch.lane for leased in claimed)
                 if due.isdisjoint(turn.lanes) or not free_slots(turn, busy, limit):
                     continue
@@ -204,13 +209,13 @@ class Dispatcher:
                     until=(expired_by or now) + self._lease,
                     expired_by=expired_by,
                 )
-            return tuple(claimed), buried
+            return tuple(claimed), exhausted
 
         name = registration.name
-        claimed, buried = await self._database.write(job)
-        if buried:
-            log.error("dispatch.dead", handler=name, reason="every worker that tried it stopped before it answered")
-            for dispatch in buried:
+        claimed, exhausted = await self._database.write(job)
+        if exhausted:
+            log.error("dispatch.dead", handler=name, reason="each worker that tried it was killed")
+            for dispatch in exhausted:
                 self._signals.changes.publish(Change("dispatch", dispatch.run_id, dispatch.state.value, name))
             self._signals.dispatch.set()
         for leased in claimed:
@@ -220,14 +225,14 @@ class Dispatcher:
             attempt.task = asyncio.create_task(
                 self._attempt(attempt), name=f"dispatch {leased.dispatch.idempotency_key}"
             )
-            attempt.task.add_done_callback(lambda _, seq=leased.seq: self._finished(seq))  # type: ignore[misc]
+            attempt.task.add_done_callback(partial(self._finish, leased.seq))
 
-    def _finished(self, seq: int) -> None:
+    def _finish(self, seq: int, _: asyncio.Task[None]) -> None:
         self._running.pop(seq, None)
         self._signals.dispatch.set()
 
     async def _attempt(self, attempt: _Attempt) -> None:
-        """Call the handler once and write its answer down."""
+        """Call the handler once and store its result."""
         leased, registration = attempt.leased, attempt.registration
         started_at = self._clock()
         deadline_at = started_at + timedelta(seconds=registration.timeout_seconds)
@@ -235,19 +240,19 @@ class Dispatcher:
             self._database, self._downloader, leased, registration, deadline_at, self._clock, attempt.progress
         )
         run = to_settled_run(leased.run, leased.outputs)
-        answer = await call_handler(registration.handler, run, context, registration.timeout_seconds)
-        attempt.answered = True
+        result = await call_handler(registration.handler, run, context, registration.timeout_seconds)
+        attempt.has_returned = True
         now = self._clock()
         outcome = conclude(
-            to_dispatch_state(answer),
+            to_dispatch_state(result),
             leased.dispatch.attempts,
             registration.max_attempts,
             backoff=registration.backoff,
-            after_seconds=answer.after_seconds if isinstance(answer, Retry) else None,
+            after_seconds=result.after_seconds if isinstance(result, Retry) else None,
             now=now,
             jitter=self._jitter(),
         )
-        reason = None if isinstance(answer, Done) else answer.reason
+        reason = None if isinstance(result, Done) else result.reason
 
         def job(tx: Any) -> bool:
             written = queue.finish(
@@ -257,48 +262,48 @@ class Dispatcher:
                 state=outcome.state,
                 due_at=outcome.due_at,
                 error=reason,
-                result=answer.result if isinstance(answer, Done) else None,
-                lane=None if isinstance(answer, Done) else attempt.progress.lane,
+                result=result.result if isinstance(result, Done) else None,
+                lane=None if isinstance(result, Done) else attempt.progress.lane,
                 now=now,
             )
             if written and outcome.state is DispatchState.DEAD:
                 self._alert(tx, leased.run.run_id, leased.dispatch.event, now)
-            # Not written now: an earlier try may have been committed, and only its answer lost.
+            # Not written now: an earlier try may have been committed, and only its response lost.
             return written or queue.is_attempt_recorded(tx, leased)
 
-        written = await self._write_down(leased, job)
-        self._tell(leased, outcome, reason, written=written, seconds=(now - started_at).total_seconds())
-        if isinstance(answer, Retry) and answer.reread:
+        written = await self._store(leased, job)
+        self._report(leased, outcome, reason, written=written, seconds=(now - started_at).total_seconds())
+        if isinstance(result, Retry) and result.reread:
             await self._reread(leased.run.run_id, now)
 
     async def _reread(self, run_id: str, now: datetime) -> None:
         """Have a run read again, for the URLs that its outputs have now."""
         try:
-            await self._learn(ReadRequested(run_id, now))
+            await self._apply(ReadRequested(run_id, now))
         except StoreUnavailableError as error:
-            log.warning("dispatch.not_reread", run_id=run_id, reason=str(error))  # the next attempt asks again
+            log.warning("dispatch.not_reread", run_id=run_id, reason=str(error))  # the next attempt requests it again
 
-    async def _write_down(self, leased: Leased, job: Callable[[Any], bool]) -> bool:
-        """Write an answer down as soon as the database lets us: the effect is applied, and nobody else takes the lease."""
+    async def _store(self, leased: Leased, job: Callable[[Any], bool]) -> bool:
+        """Store a result as soon as the database accepts it: the effect is applied, and the lease still held."""
         while True:
             try:
                 return await self._database.write(job)
             except StoreUnavailableError as error:
                 log.error("dispatch.not_written", dispatch=leased.dispatch.idempotency_key, reason=str(error))
-                await asyncio.sleep(_WRITE_AGAIN_SECONDS)
+                await asyncio.sleep(_RETRY_WRITE_SECONDS)
 
     def _alert(self, tx: Any, run_id: str, event: Event, now: datetime) -> None:
-        """Tell handlers that listen to `dead`. The death of an alert is not announced by another alert."""
+        """Add dispatches for the handlers of the `dead` event; a dead one of these causes no further alert."""
         if event is Event.DEAD or not any(Event.DEAD in row.on for row in self._subscriptions):
             return
-        # Locked, or two deaths at the same time would count the same round, and one of them would go untold.
+        # Locked, or two dead dispatches at the same time would get the same round, and one alert would be lost.
         run = ledger.runs_by_id(tx, [run_id], for_update=True)[run_id]
         outputs = ledger.outputs_of_runs(tx, [run_id])[run_id]
         round_ = queue.next_round(tx, run_id, Event.DEAD)
         rows = settle(run, outputs, [Event.DEAD], self._subscriptions, now=now, round_=round_)
         ledger.add_dispatches(tx, rows)
 
-    def _tell(self, leased: Leased, outcome: Outcome, reason: str | None, *, written: bool, seconds: float) -> None:
+    def _report(self, leased: Leased, outcome: Outcome, reason: str | None, *, written: bool, seconds: float) -> None:
         name = leased.dispatch.handler
         state = outcome.state if written else None
         if state is not None:

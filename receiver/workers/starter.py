@@ -1,7 +1,12 @@
-"""Starts runs at FLORA and takes up runs that others started. `start` and `track` are called by the API; `run` recovers.
+"""Starts runs at FLORA, and takes up runs that were started elsewhere. Called by the API; run by the service.
 
-The intent is committed before FLORA is asked, the answer after it. Whatever happens in between, the same bytes are asked
-again under the same key, and the token in the callback's URL names the run even if no answer is ever heard.
+A start is committed before FLORA is requested to start it, and the response after that. Whatever
+happens in between, the same bytes are sent again under the same idempotency key, and the token in
+the callback URL identifies the start even if no response ever arrives.
+
+`start` commits and sends at once. `recover` sends again what has no response: starts of this process
+that failed, and those of a process that is gone. Where several processes share a database, one of
+them recovers, and the others only finish what they have sent (`finish_own`).
 """
 
 import asyncio
@@ -11,6 +16,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import structlog
 from msgspec.structs import replace
@@ -44,37 +50,37 @@ from receiver.workers.loop import idle_seconds, run_loop
 
 log = structlog.get_logger("receiver.starter")
 
-_AT_ONCE = 64
+_BATCH = 64
 _MAX_PAGES = 20
 """Pages that are searched for the run of a start without a response: the newest two thousand."""
 _OPEN = (StartState.ASKING, StartState.UNKNOWN)
-_PAUSE_SECONDS = 1.0
-"""Between two tries to commit what FLORA answered."""
+_RETRY_COMMIT_SECONDS = 1.0
 _AFTER_BUG_SECONDS = 5.0
 _GRACE_SECONDS = 5.0
-"""How long a question that is on its way may take to be answered once we stop."""
+"""How long requests in flight may take to get a response once the service stops."""
 
 
 @dataclass(frozen=True, slots=True)
-class Intended:
-    """The intent is committed; `repeated`: it was before, and nothing is started now."""
+class Committed:
+    """The start is in the database. `is_repeat`: it was before, and nothing new is started."""
 
     start: Start
-    repeated: bool
+    is_repeat: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """The key was used before, for something else."""
+    """The idempotency key was used before, for another request: that of `start`."""
 
     start: Start
 
 
 class Starter:
-    """Starts and tracks. `callback_url` is ours as FLORA must call it; None: there is none, and runs are polled.
+    """Starts and tracks runs.
 
-    Whoever commits an intent asks FLORA at once. `head_start` is how long it has for that before the process that recovers
-    starts asks too; none is needed where there is one process.
+    `callback_url` is the receiver's own, as FLORA must call it; without one, runs are polled. The
+    process that commits a start sends it. It has `head_start` to do so before the process that
+    recovers starts sends it too; a single process needs none.
     """
 
     def __init__(
@@ -95,72 +101,38 @@ class Starter:
         self._clients = clients
         self._signals = signals
         self.callback_url = callback_url
-        """May change while we run: what is started from then on is told the new one."""
+        """May change at any time, for the starts that follow."""
         self._head_start = head_start
         self._clock = clock
         self._jitter = jitter
-        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._requests: dict[str, asyncio.Task[None]] = {}
+        """Requests in flight, by the token of their start."""
         self._wake = asyncio.Event()
         self._stopped = False
 
-    async def start(self, request: StartRequest) -> Intended | Conflict:
-        """Commit the intent and return it; FLORA is asked at once, see `settled` for its answer.
+    async def start(self, request: StartRequest) -> Committed | Conflict:
+        """Commit a start and send it to FLORA; see `wait_for_response` for the result.
 
-        The same key for the same request returns what became of it, and starts nothing; a refused one is asked again.
+        The same key with the same request returns the start of before, and starts nothing. One that
+        FLORA has refused is sent again.
         """
         now = self._clock()
         key = request.idempotency_key or f"auto-{secrets.token_hex(16)}"
-
-        def commit(tx: Connection) -> Intended | Conflict | None:
-            before = starts.by_key(
-                tx,
-                workspace_id=request.workspace_id,
-                operation=request.operation,
-                technique_id=request.technique_id,
-                idempotency_key=key,
-            )
-            if before is not None and before.request_hash != request.hash:
-                return Conflict(before)
-            if before is not None and before.state is not StartState.REFUSED:
-                return Intended(before, repeated=True)
-            token = secrets.token_hex(16)
-            body, expected = request.body(key, token, ours=self.callback_url)
-            if before is not None:
-                again = retry_refused(before, token=token, request=body, now=now)
-                again = replace(again, metadata=request.metadata, due_at=now + self._head_start)
-                replaced = starts.replace_refused(tx, before.token, again)
-                return Intended(again, repeated=False) if replaced else None
-            new = Start(
-                token=token,
-                workspace_id=request.workspace_id,
-                operation=request.operation,
-                technique_id=request.technique_id,
-                idempotency_key=key,
-                request=body,
-                request_hash=request.hash,
-                metadata=request.metadata,
-                callback_expected=expected,
-                state=StartState.ASKING,
-                created_at=now,
-                due_at=now + self._head_start,
-            )
-            starts.add_start(tx, new)
-            return Intended(new, repeated=False)
-
-        answer = None
-        while answer is None:
+        commit = partial(self._commit, request=request, key=key, now=now)
+        result = None
+        while result is None:
             try:
-                answer = await self._database.write(commit)
+                result = await self._database.write(commit)
             except IntegrityError:  # another process has just used the key: now its start is seen
-                answer = await self._database.write(commit)
-        if isinstance(answer, Conflict) or answer.start.state is not StartState.ASKING:
-            return answer
-        if not answer.repeated or answer.start.due_at <= now:
-            self._ask_soon(answer.start)
-        return answer
+                result = await self._database.write(commit)
+        if isinstance(result, Conflict) or result.start.state is not StartState.ASKING:
+            return result
+        if not result.is_repeat or result.start.due_at <= now:
+            self._send_soon(result.start)
+        return result
 
-    async def settled(self, token: str, *, timeout_seconds: float) -> Start | None:
-        """Return a start as soon as FLORA has answered it, or as it stands when the time is over."""
+    async def wait_for_response(self, token: str, *, timeout_seconds: float) -> Start | None:
+        """Return a start as soon as FLORA has responded to it, or as it is when the time is over."""
         with self._signals.changes.subscribe(token) as listener:
             try:
                 async with asyncio.timeout(timeout_seconds):
@@ -175,38 +147,38 @@ class Starter:
     async def find(self, token: str) -> Start | None:
         return (await self._database.read(lambda tx: starts.by_token(tx, [token]))).get(token)
 
-    async def technique(self, technique_id: str, *, workspace_id: str = "") -> Technique:
-        """Return what FLORA says about a technique. Raises FloraError."""
+    async def find_technique(self, technique_id: str, *, workspace_id: str = "") -> Technique:
+        """Return a technique as FLORA describes it. Raises FloraError."""
         return await self._client(workspace_id).technique(technique_id)
 
     async def track(self, registration: RunRegistered) -> Run:
-        """Take up a run that someone else started, before or after its callback came."""
+        """Take up a run that was started elsewhere, before or after its callback came."""
         await self._intake.apply(registration)
         run_id = registration.run_id
         return (await self._database.read(lambda tx: ledger.runs_by_id(tx, [run_id])))[run_id]
 
     async def resolve(self, token: str, run_id: str | None) -> Start | None:
-        """Take an operator's word for what became of a start: this run, or (None) no run at all."""
+        """Set what an operator says became of a start: this run, or (None) no run at all."""
         start = await self.find(token)
         if start is None or start.state is StartState.STARTED:
             return start
         if run_id is not None:
             await self._link(start, run_id)
         else:
-            gone = replace(
+            refused = replace(
                 start, state=StartState.REFUSED, error_code="resolved", error_message="no run, says an operator"
             )
-            await self._database.write(lambda tx: starts.update_start(tx, gone, only_in=_OPEN))
+            await self._database.write(lambda tx: starts.update_start(tx, refused, only_in=_OPEN))
         self._signals.changes.publish(Change("start", token, StartState.STARTED.value if run_id else "refused"))
         return await self.find(token)
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Ask again about what was not answered, until told to stop; then ask nothing more."""
+        """Recover starts until `stopping` is set; then finish."""
         await self.recover(stopping)
         await self.stop()
 
     async def recover(self, stopping: asyncio.Event) -> None:
-        """Ask again about what was not answered, by this process or by one that is gone, until told to stop."""
+        """Send starts without a response again, of this process and of others, until `stopping` is set."""
         await run_loop(
             "starter",
             lambda: self.tick(self._clock()),
@@ -215,68 +187,109 @@ class Starter:
             retry_seconds=self._idle_seconds,
         )
 
-    async def ask_own(self, stopping: asyncio.Event) -> None:
-        """Ask about what is started here, until told to stop: where another process recovers."""
+    async def finish_own(self, stopping: asyncio.Event) -> None:
+        """Wait for `stopping`, then finish: where another process recovers starts."""
         await stopping.wait()
         await self.stop()
 
     async def stop(self) -> None:
-        """Ask nothing more: what is asked for from here on is committed, and asked by the next process."""
+        """Wait a little for the requests in flight and send no further ones.
+
+        Starts from here on are committed, and sent by the next process.
+        """
         self._stopped = True
-        if self._asking:
-            await asyncio.wait(set(self._asking.values()), timeout=_GRACE_SECONDS)
-        for task in self._asking.values():
+        if self._requests:
+            await asyncio.wait(set(self._requests.values()), timeout=_GRACE_SECONDS)
+        for task in self._requests.values():
             task.cancel()
         await self.drain()
 
     async def tick(self, now: datetime) -> float:
-        """Ask about every start that is due, and return in how many seconds to look again."""
-        busy = set(self._asking)  # what these are answered while we read, the read may not show
-        for start in await self._database.read(lambda tx: starts.due_starts(tx, now=now, limit=_AT_ONCE + len(busy))):
-            if start.token not in busy:
-                self._ask_soon(start)
+        """Send every start that is due; return the seconds until the next tick."""
+        in_flight = set(self._requests)  # the read below may not show yet what these get as a response
+        limit = _BATCH + len(in_flight)
+        for start in await self._database.read(lambda tx: starts.due_starts(tx, now=now, limit=limit)):
+            if start.token not in in_flight:
+                self._send_soon(start)
         next_ms = await self._database.read(starts.next_attempt_due_ms)
         until = self._idle_seconds if next_ms is None else (from_ms(next_ms) - now).total_seconds()
         return min(self._idle_seconds, until) if until > 0 else self._idle_seconds
 
     async def drain(self) -> None:
-        """Wait until FLORA is being asked nothing."""
-        while self._asking:
-            await asyncio.wait(set(self._asking.values()))
+        """Wait until no request is in flight."""
+        while self._requests:
+            await asyncio.wait(set(self._requests.values()))
             await asyncio.sleep(0)
 
-    def _ask_soon(self, start: Start) -> None:
-        if start.token in self._asking or self._stopped:
-            return
-        task = asyncio.create_task(self._ask(start), name=f"start {start.idempotency_key}")
-        self._asking[start.token] = task
-        task.add_done_callback(lambda _: self._asked(start.token))
+    def _commit(self, tx: Connection, *, request: StartRequest, key: str, now: datetime) -> Committed | Conflict | None:
+        """Store a start, unless its key has one already; None: another process has just replaced that."""
+        before = starts.by_key(
+            tx,
+            workspace_id=request.workspace_id,
+            operation=request.operation,
+            technique_id=request.technique_id,
+            idempotency_key=key,
+        )
+        if before is not None and before.request_hash != request.hash:
+            return Conflict(before)
+        if before is not None and before.state is not StartState.REFUSED:
+            return Committed(before, is_repeat=True)
+        token = secrets.token_hex(16)
+        due_at = now + self._head_start
+        body, callback_expected = request.to_body(key, token, own_url=self.callback_url)
+        if before is not None:
+            start = retry_refused(before, token=token, request=body, now=now)
+            start = replace(start, metadata=request.metadata, due_at=due_at)
+            return Committed(start, is_repeat=False) if starts.replace_refused(tx, before.token, start) else None
+        start = Start(
+            token=token,
+            workspace_id=request.workspace_id,
+            operation=request.operation,
+            technique_id=request.technique_id,
+            idempotency_key=key,
+            request=body,
+            request_hash=request.hash,
+            metadata=request.metadata,
+            callback_expected=callback_expected,
+            state=StartState.ASKING,
+            created_at=now,
+            due_at=due_at,
+        )
+        starts.add_start(tx, start)
+        return Committed(start, is_repeat=False)
 
-    def _asked(self, token: str) -> None:
-        self._asking.pop(token, None)
+    def _send_soon(self, start: Start) -> None:
+        if start.token in self._requests or self._stopped:
+            return
+        task = asyncio.create_task(self._send(start), name=f"start {start.idempotency_key}")
+        self._requests[start.token] = task
+        task.add_done_callback(lambda _: self._finish(start.token))
+
+    def _finish(self, token: str) -> None:
+        self._requests.pop(token, None)
         self._wake.set()
 
-    async def _ask(self, start: Start) -> None:
-        """Ask FLORA once and commit what it answered."""
+    async def _send(self, start: Start) -> None:
+        """Send one request to FLORA and commit the response."""
         try:
             try:
-                answer = await self._post(start)
+                response = await self._post(start)
             except FloraError as error:
-                await self._refused(start, error)
+                await self._commit_error(start, error)
                 return
-            if answer is None:
-                await self._look_for(start)
+            if response is None:
+                await self._search(start)
                 return
-            await self._link_surely(start, answer)
+            await self._link_until_committed(start, response)
         except StoreUnavailableError as error:
             log.error("start.not_committed", key=start.idempotency_key, reason=str(error))
-            await asyncio.sleep(_PAUSE_SECONDS)  # it stays due: do not ask FLORA in circles
+            await asyncio.sleep(_RETRY_COMMIT_SECONDS)  # it stays due: do not send it in a tight loop
         except Exception:
             log.exception("start.broken", key=start.idempotency_key)
             await asyncio.sleep(_AFTER_BUG_SECONDS)
 
     async def _post(self, start: Start) -> StartedRun | None:
-        """Ask, or return None if asking again could start a second run by now."""
+        """Send the request, or return None if by now it could start a second run."""
         client, body = self._client(start.workspace_id), json.loads(start.request)
 
         def may_send() -> bool:  # the request may have waited long for a free slot
@@ -286,18 +299,18 @@ class Starter:
             return await client.start_technique_run(start.technique_id, body, may_send=may_send)
         return await client.generate(body, idempotency_key=start.idempotency_key, may_send=may_send)
 
-    async def _link_surely(self, start: Start, answer: StartedRun) -> None:
-        """Commit the answer however long that takes: once forgotten, it has to be guessed from a list."""
+    async def _link_until_committed(self, start: Start, response: StartedRun) -> None:
+        """Commit the response however long that takes: once lost, the run must be guessed from a list."""
         while True:
             try:
-                await self._link(start, answer.snapshot.run_id, answer)
+                await self._link(start, response.snapshot.run_id, response)
             except StoreUnavailableError as error:
                 log.error("start.not_committed", key=start.idempotency_key, reason=str(error))
-                await asyncio.sleep(_PAUSE_SECONDS)
+                await asyncio.sleep(_RETRY_COMMIT_SECONDS)
             else:
                 return
 
-    async def _refused(self, start: Start, error: FloraError) -> None:
+    async def _commit_error(self, start: Start, error: FloraError) -> None:
         now = self._clock()
         known = {
             "key": start.idempotency_key, "status": error.status, "code": error.code, "request_id": error.request_id,
@@ -305,7 +318,7 @@ class Starter:
         reply = reply_of(error)
         if reply is Reply.EXISTS:
             log.warning("start.exists", **known)
-            await self._look_for(start)
+            await self._search(start)
             return
         if reply is Reply.DENIED:
             log.error("start.refused", **known, reason=str(error))
@@ -317,31 +330,30 @@ class Starter:
         if after.state is not StartState.ASKING:
             self._signals.changes.publish(Change("start", start.token, after.state.value))
 
-    async def _link(self, start: Start, run_id: str, answer: StartedRun | None = None) -> None:
-        """Commit that this run is this start's, in the run's own transaction."""
-        now = self._clock()
-        report = to_registration(start, run_id, now)
-        if answer is not None:
+    async def _link(self, start: Start, run_id: str, response: StartedRun | None = None) -> None:
+        """Commit that the run belongs to the start, in the transaction that stores the run."""
+        report = to_registration(start, run_id, self._clock())
+        if response is not None:
             report = replace(
                 report,
-                project_id=answer.snapshot.project_id,
-                poll_url=answer.snapshot.poll_url,
-                quoted_cost=answer.quoted_cost,
-                estimated_seconds=answer.estimated_seconds,
+                project_id=response.snapshot.project_id,
+                poll_url=response.snapshot.poll_url,
+                quoted_cost=response.quoted_cost,
+                estimated_seconds=response.estimated_seconds,
             )
         await self._intake.apply(report, start=start.token)
         log.info("start.started", key=start.idempotency_key, run_id=run_id, technique_id=start.technique_id or None)
         self._signals.changes.publish(Change("start", start.token, StartState.STARTED.value, run_id))
 
-    async def _look_for(self, start: Start) -> None:
-        """FLORA has a run of this key and did not name it: link it if exactly one run and one start fit."""
+    async def _search(self, start: Start) -> None:
+        """Find the run of a start that FLORA has not named: link it if just one run and one start fit."""
         now = self._clock()
-        fitting: tuple[Snapshot, ...] = ()
+        runs: tuple[Snapshot, ...] = ()
         try:
-            fitting = await self._fitting(start, now)
+            runs = await self._list_candidates(start, now)
         except FloraError as error:
             if reply_of(error) is Reply.UNCLEAR and may_repeat(start, now=now):
-                await self._refused(start, error)
+                await self._commit_error(start, error)
                 return
             log.warning("start.not_searched", key=start.idempotency_key, reason=str(error))
         window = window_of(start, now=now)
@@ -350,21 +362,21 @@ class Starter:
         )
         current = await self.find(start.token)
         if current is None or current.state not in _OPEN:
-            return  # its callback named its run meanwhile
-        if len(fitting) == 1 and alike == 1:
-            await self._link(start, fitting[0].run_id)
+            return  # its callback has named the run meanwhile
+        if len(runs) == 1 and alike == 1:
+            await self._link(start, runs[0].run_id)
             return
         if (later := search_later(start, now=now, jitter=self._jitter())) is not None:
-            log.warning("start.not_found_yet", key=start.idempotency_key, candidates=len(fitting), alike=alike)
+            log.warning("start.not_found_yet", key=start.idempotency_key, candidates=len(runs), alike=alike)
             await self._database.write(lambda tx: starts.update_start(tx, later, only_in=_OPEN))
             return
         after = give_up_on(start)
-        log.error("start.unknown", key=start.idempotency_key, candidates=len(fitting), cure=after.error_message)
+        log.error("start.unknown", key=start.idempotency_key, candidates=len(runs), fix=after.error_message)
         await self._database.write(lambda tx: starts.update_start(tx, after, only_in=_OPEN))
         self._signals.changes.publish(Change("start", start.token, after.state.value))
 
-    async def _fitting(self, start: Start, now: datetime) -> tuple[Snapshot, ...]:
-        """Return the listed runs that could be this start's and that the ledger does not know."""
+    async def _list_candidates(self, start: Start, now: datetime) -> tuple[Snapshot, ...]:
+        """Return the listed runs that fit the start and that the database does not know."""
         if start.operation is Operation.TECHNIQUE_RUN:
             scope = Scope(Listing.TECHNIQUE_RUNS, start.workspace_id or None, start.technique_id)
         else:

@@ -84,7 +84,7 @@ class Replicas:
         lines = (
             line for log in sorted(self.stage.directory.glob("log*")) for line in log.read_bytes().splitlines(True)
         )
-        told = (json.loads(line) for line in lines if b'"election.won"' in line and line.endswith(b"\n"))
+        told = (json.loads(line) for line in lines if b'"lease.acquired"' in line and line.endswith(b"\n"))
         return Counter(each["name"] for each in told)
 
     async def kill(self, number: int) -> None:

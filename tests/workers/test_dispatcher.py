@@ -98,7 +98,7 @@ class Bench:
             apply=self.core.intake.apply,
             clock=self.core.clock,
             jitter=lambda: 0.0,
-            **options,
+            **{"lease": timedelta(seconds=60), **options},
         )
         self.made.append(made)
         return made
@@ -606,7 +606,7 @@ async def test_stopping_does_not_wait_for_a_database_that_is_gone(bench: Bench) 
     await dispatcher.tick(NOW)
     await writable(bench.core.database, False)
     free.set()
-    await until(lambda: all(attempt.answered for attempt in dispatcher._running.values()))
+    await until(lambda: all(attempt.has_returned for attempt in dispatcher._running.values()))
     stopping = asyncio.create_task(dispatcher.release())
     await asyncio.sleep(0)
     stopping.cancel()

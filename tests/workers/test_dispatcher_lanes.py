@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
 
@@ -77,6 +78,7 @@ class Bench:
             signals=self.core.signals,
             metrics=self.core.metrics,
             apply=self.core.intake.apply,
+            lease=timedelta(seconds=60),
             clock=self.core.clock,
             jitter=lambda: 0.0,
         )

@@ -11,7 +11,7 @@ from receiver.store import Database
 from receiver.store.changes import Change, Signals
 from receiver.store.postgres import PostgresDatabase
 from receiver.workers.leader import LEASE, LeaderLease
-from receiver.workers.notifier import ChangeNotifier, _written
+from receiver.workers.notifier import ChangeNotifier, _to_notice
 from tests.support.core import Clock, until, writable
 
 
@@ -26,26 +26,26 @@ def candidate(database: Database, clock: Clock, name: str = "poller", work: Any 
 async def test_one_holds_a_lease_until_it_runs_out(database: Database, clock: Clock) -> None:
     """Its holder extends it; another gets it at its end, not before, and then the first has lost it."""
     one, other = candidate(database, clock), candidate(database, clock)
-    assert await one.take()
-    assert not await other.take()
+    assert await one.acquire()
+    assert not await other.acquire()
     clock.forward(10)
-    assert await one.take()
+    assert await one.acquire()
     clock.forward(LEASE.total_seconds() - 0.001)
-    assert not await other.take()
+    assert not await other.acquire()
     clock.forward(0.001)
-    assert await other.take()
-    assert not await one.take()
-    assert await candidate(database, clock, "janitor").take()
+    assert await other.acquire()
+    assert not await one.acquire()
+    assert await candidate(database, clock, "janitor").acquire()
 
 
 async def test_many_stand_at_once_and_one_wins(database: Database, clock: Clock) -> None:
-    assert sum(await asyncio.gather(*(candidate(database, clock).take() for _ in range(10)))) == 1
+    assert sum(await asyncio.gather(*(candidate(database, clock).acquire() for _ in range(10)))) == 1
 
 
 async def test_who_waits_tries_again_when_the_lease_ends(database: Database, clock: Clock) -> None:
     """Not a third of a lease later: what a dead process did is taken over within its lease."""
     lease = timedelta(hours=1)
-    assert await candidate(database, clock, lease=lease).take()
+    assert await candidate(database, clock, lease=lease).acquire()
     clock.forward(3599.99)
     begun, stopping = asyncio.Event(), asyncio.Event()
 
@@ -84,11 +84,11 @@ async def test_who_stops_resigns(database: Database, clock: Clock) -> None:
     stopping = asyncio.Event()
     running = asyncio.create_task(candidate(database, clock, work=work).run(stopping))
     await begun.wait()
-    assert not await candidate(database, clock).take()
+    assert not await candidate(database, clock).acquire()
     stopping.set()
     await running
     assert ended.is_set()
-    assert await candidate(database, clock).take()
+    assert await candidate(database, clock).acquire()
 
 
 async def test_who_cannot_renew_stops_before_its_lease_ends(database: Database, clock: Clock) -> None:
@@ -191,9 +191,9 @@ async def test_notices_of_others_are_read_with_care(
     pair: tuple[PostgresDatabase, PostgresDatabase], notice: str
 ) -> None:
     signals = Signals()
-    ChangeNotifier(pair[0], signals)._heard(notice)
+    ChangeNotifier(pair[0], signals)._apply(notice)
     assert not signals.poll.is_set()
 
 
 def test_a_notice_fits_what_postgres_takes() -> None:
-    assert len(_written("me", [Change("run", "\u00e9" * 400, "open")] * 500)) < 8000
+    assert len(_to_notice("me", [Change("run", "\u00e9" * 400, "open")] * 500)) < 8000

@@ -14,12 +14,12 @@ from receiver.emulator import Emulator, EmulatorSettings, parse_faults
 from receiver.emulator.runs import Run as Emulated
 from receiver.flora.client import FloraClient
 from receiver.flora.rate_limit import RateLimit
-from receiver.flora.start_request import StartRequest, same_address, with_token
+from receiver.flora.start_request import StartRequest, add_token, is_same_address
 from receiver.intake.callbacks import Accepted
 from receiver.model import Origin, RunState, Start, StartState
 from receiver.net.clients import api_client
 from receiver.web.server import Server, bind
-from receiver.workers.starter import Conflict, Intended, Starter
+from receiver.workers.starter import Committed, Conflict, Starter
 from tests.support.core import Core, a_read, a_registration, callback_body, signed
 
 OURS = "https://hooks.example.com/callbacks/flora"
@@ -59,7 +59,7 @@ class Scene:
     async def start(self, starter: Starter, request: StartRequest = REQUEST) -> Start:
         """Start, wait for FLORA's answer if there is one, and return what the ledger says."""
         begun = await starter.start(request)
-        assert isinstance(begun, Intended)
+        assert isinstance(begun, Committed)
         await starter.drain()
         return await self.found(begun.start)
 
@@ -137,8 +137,8 @@ async def test_the_same_key_again_starts_nothing(scene: Scene) -> None:
     first = await scene.start(scene.process())
     for starter in (scene.starters[0], scene.process()):
         begun = await starter.start(StartRequest(technique_id="emu-image", inputs=(PROMPT,), idempotency_key="k"))
-        assert isinstance(begun, Intended)
-        assert begun.repeated
+        assert isinstance(begun, Committed)
+        assert begun.is_repeat
         assert begun.start == first
     assert scene.posts == 1
     await scene.is_known(first)
@@ -147,10 +147,10 @@ async def test_the_same_key_again_starts_nothing(scene: Scene) -> None:
 async def test_two_at_once_with_one_key_start_one_run(scene: Scene) -> None:
     starter = scene.process()
     one, two = await asyncio.gather(starter.start(REQUEST), starter.start(REQUEST))
-    assert isinstance(one, Intended)
-    assert isinstance(two, Intended)
+    assert isinstance(one, Committed)
+    assert isinstance(two, Committed)
     assert one.start.token == two.start.token
-    assert {one.repeated, two.repeated} == {True, False}
+    assert {one.is_repeat, two.is_repeat} == {True, False}
     await starter.drain()
     await scene.is_known(await scene.found(one.start))
 
@@ -409,7 +409,7 @@ async def test_another_address_counts_from_the_next_start_on(scene: Scene) -> No
     before = await scene.start(starter)
     starter.callback_url = OURS
     after = await scene.start(starter, replace(REQUEST, idempotency_key="other"))
-    assert [run.callback_url for run in scene.runs] == [with_token(OURS, after.token), None]
+    assert [run.callback_url for run in scene.runs] == [add_token(OURS, after.token), None]
     assert (after.callback_expected, before.callback_expected) == (True, False)
     assert (await scene.start(starter)).run_id == before.run_id
     assert len(scene.runs) == 2
@@ -433,14 +433,14 @@ async def test_an_operator_settles_what_is_unknown(scene: Scene, to_a_run: bool)
 async def test_waiting_for_an_answer_ends_with_it_or_with_time(scene: Scene) -> None:
     starter = scene.process()
     begun = await starter.start(REQUEST)
-    assert isinstance(begun, Intended)
-    answered = await starter.settled(begun.start.token, timeout_seconds=10)
+    assert isinstance(begun, Committed)
+    answered = await starter.wait_for_response(begun.start.token, timeout_seconds=10)
     assert answered is not None
     assert answered.state is StartState.STARTED
     silent = await scene.start(
         scene.process(asks=False), StartRequest(technique_id="emu-text", inputs=(PROMPT,), idempotency_key="s")
     )
-    waited = await starter.settled(silent.token, timeout_seconds=0)
+    waited = await starter.wait_for_response(silent.token, timeout_seconds=0)
     assert waited is not None
     assert waited.state is StartState.ASKING
 
@@ -450,7 +450,7 @@ async def test_stopping_lets_flora_finish_its_answer(scene: Scene) -> None:
     scene.break_it(kind="slow", seconds=0.2)
     starter = scene.process()
     begun = await starter.start(REQUEST)
-    assert isinstance(begun, Intended)
+    assert isinstance(begun, Committed)
     stopping = asyncio.Event()
     loop = asyncio.create_task(starter.run(stopping))
     stopping.set()
@@ -478,6 +478,6 @@ async def test_a_tracked_run_meets_its_early_callback(scene: Scene) -> None:
 
 
 def test_a_token_takes_the_place_of_another() -> None:
-    assert with_token("https://h.example/c?start=1&b=2", "T") == "https://h.example/c?b=2&start=T"
-    assert same_address("https://H.example/c/?x=1", "https://h.example/c")
-    assert not same_address("https://h.example/c", "http://h.example/c")
+    assert add_token("https://h.example/c?start=1&b=2", "T") == "https://h.example/c?b=2&start=T"
+    assert is_same_address("https://H.example/c/?x=1", "https://h.example/c")
+    assert not is_same_address("https://h.example/c", "http://h.example/c")

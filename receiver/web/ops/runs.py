@@ -94,10 +94,10 @@ class RunRoutes:
             )
         start, token = result.start, result.start.token
         if start.state is StartState.ASKING:
-            wait = self._starter.settled(token, timeout_seconds=body.wait_seconds)
+            wait = self._starter.wait_for_response(token, timeout_seconds=body.wait_seconds)
             settled = await run_until(self._stopping, wait)
             start = settled or await self._starter.find(token) or start
-        return await self._start_response(start, repeated=result.repeated)
+        return await self._start_response(start, repeated=result.is_repeat)
 
     async def track(self, request: Request) -> Response:
         body = await read_body(request, TrackBody)
@@ -197,7 +197,7 @@ class RunRoutes:
 
     async def technique(self, request: Request) -> Response:
         workspace_id = request.query_params.get("workspace_id") or ""
-        found = await self._starter.technique(request.path_params["technique_id"], workspace_id=workspace_id)
+        found = await self._starter.find_technique(request.path_params["technique_id"], workspace_id=workspace_id)
         return json_response(OneTechnique(technique=found))
 
     async def _start_response(self, start: Start, *, repeated: bool) -> Response:

@@ -24,7 +24,7 @@ from receiver.config import Settings
 from receiver.emulator import parse_faults
 from receiver.flora.start_request import StartRequest
 from receiver.service.service import Service
-from receiver.workers.starter import Intended
+from receiver.workers.starter import Committed
 from tests.support.stage import Stage, eventually
 from tests.support.tunnel_programs import FORWARDER, gone, written
 
@@ -61,8 +61,8 @@ class Session:
         """Start a run and return its id."""
         inputs = ({"id": "prompt", "type": "text", "value": "a lighthouse"},)
         intended = await self.service.starter.start(StartRequest(technique_id="emu-image", inputs=inputs))
-        assert isinstance(intended, Intended)
-        start = await self.service.starter.settled(intended.start.token, timeout_seconds=20)
+        assert isinstance(intended, Committed)
+        start = await self.service.starter.wait_for_response(intended.start.token, timeout_seconds=20)
         assert start is not None
         assert start.run_id is not None
         return start.run_id
