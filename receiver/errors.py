@@ -1,27 +1,27 @@
-"""Every error this service raises on purpose, in one tree. Anyone may import it; it imports nothing of ours.
+"""All errors that the service raises on purpose, in one tree. This module imports no other.
 
 ReceiverError
-├── ConfigError               the settings cannot be used; carries every problem found, each with its path
-├── SignatureError            a callback that does not verify; carries its refusal code
-├── PayloadError              bytes from FLORA, pushed or read, that are not what it documents
+├── ConfigError               the settings are invalid; has all problems found
+├── SignatureError            a callback does not verify; has the code of the refusal
+├── PayloadError              a body from FLORA is not what FLORA documents
 ├── StoreError                the database cannot do this
-│   ├── StoreUnavailableError    locked, full, read-only or unreachable: nothing was committed, the same call may work later
+│   ├── StoreUnavailableError    it is locked, full, read-only or unreachable; may work later
 │   └── StoreInUseError          another process owns this SQLite file
-├── FloraError                an API call that was not answered as asked; carries status, code and request-id
-├── DownloadError             an output that could not be fetched
-│   ├── DownloadRefusedError     and never will be: private address, too large, not HTTPS
-│   └── DownloadFailedError      but may be later: cut, stalled, 5xx, expired
-├── PostError                 something that could not be posted, or to which no answer came
-│   ├── PostRefusedError         nothing was sent, nor will be before someone changes something: private address, certificate
-│   └── PostFailedError          but may be later: nobody there, cut, no answer in time; it may have arrived all the same
-├── AttemptOverError          a function that was left behind wants something of its context
-├── ReceiverApiError          the operations API refused, or cannot be reached; raised by `receiver.client` alone
-├── TunnelError               a tunnel that did not open; carries what its program printed
-├── TableError                a batch's file that is no table at all
-├── LocationTakenError        another run's output already owns this place in a handler's storage
-├── TargetUnreachableError    a handler's own check: nobody answers there now; a warning, since that may pass
-└── HandlerLoadError          a configured handler that cannot be imported or built
-    └── MissingExtraError        because a library that it needs is not installed
+├── FloraError                a call of FLORA's API failed; has status, code and request id
+├── DownloadError             an output could not be downloaded
+│   ├── DownloadRefusedError     permanently: private address, too large, not HTTPS
+│   └── DownloadFailedError      may work later: cut off, stalled, 5xx, expired
+├── PostError                 a POST failed, or its response never came
+│   ├── PostRefusedError         nothing was sent: private address, certificate
+│   └── PostFailedError          may work later; the request may have arrived all the same
+├── AttemptOverError          a handler called its context after its attempt had ended
+├── ReceiverApiError          the operations API refused or is unreachable (`receiver.client`)
+├── TunnelError               a tunnel did not open; has the output of its program
+├── TableError                the file of a batch is not a table
+├── LocationTakenError        another run's output owns this location in a handler's storage
+├── TargetUnreachableError    a handler's `check` cannot reach its target now; a warning
+└── HandlerLoadError          a configured handler cannot be imported or built
+    └── MissingExtraError        a library that it needs is not installed
 """
 
 from collections.abc import Sequence
@@ -35,14 +35,14 @@ class ReceiverError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with the settings: where (`handlers.0.max_attempts`) and what to do about it."""
+    """One problem of the settings: its path (`handlers.0.max_attempts`) and what to do about it."""
 
     path: str
     message: str
 
 
 class ConfigError(ReceiverError):
-    """The settings cannot be used. `problems` holds everything found, never a secret's value."""
+    """The settings are invalid. `problems` has everything found, never the value of a secret."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -50,7 +50,7 @@ class ConfigError(ReceiverError):
 
 
 class SignatureProblem(StrEnum):
-    """Why a callback does not verify; the values are the codes of the public answer."""
+    """Why a callback does not verify. The values are the error codes of the response."""
 
     MISSING_SIGNATURE = "missing_signature"
     MALFORMED_SIGNATURE = "malformed_signature"
@@ -59,9 +59,9 @@ class SignatureProblem(StrEnum):
 
 
 class SignatureError(ReceiverError):
-    """A callback that does not verify.
+    """A callback does not verify.
 
-    `secret` is the index of the secret that made the signature when only the time is wrong: the body is authentic then.
+    If only the timestamp is wrong, the body is authentic and `secret` is the index of its secret.
     """
 
     def __init__(self, problem: SignatureProblem, message: str, *, secret: int | None = None) -> None:
@@ -71,7 +71,7 @@ class SignatureError(ReceiverError):
 
 
 class PayloadError(ReceiverError):
-    """Bytes from FLORA, pushed or read, that are not what it documents."""
+    """A callback or a response of FLORA's API is not what FLORA documents."""
 
 
 class StoreError(ReceiverError):
@@ -79,7 +79,10 @@ class StoreError(ReceiverError):
 
 
 class StoreUnavailableError(StoreError):
-    """Locked, full, read-only or unreachable: nothing was committed, the same call may work later."""
+    """The database is locked, full, read-only or unreachable; nothing was committed.
+
+    The same call may work later.
+    """
 
 
 class StoreInUseError(StoreError):
@@ -87,9 +90,9 @@ class StoreInUseError(StoreError):
 
 
 class FloraError(ReceiverError):
-    """An API call that was not answered as asked.
+    """A call of FLORA's API failed.
 
-    `status` is None when no HTTP answer came at all; `retry_after` is in seconds, when FLORA named one.
+    `status` is None if there was no HTTP response; `retry_after` is in seconds, if FLORA named one.
     """
 
     def __init__(
@@ -111,17 +114,17 @@ class FloraError(ReceiverError):
 
 
 class DownloadError(ReceiverError):
-    """An output that could not be fetched."""
+    """An output could not be downloaded."""
 
 
 class DownloadRefusedError(DownloadError):
-    """An output that will never be fetched: private address, too large, not HTTPS."""
+    """The download is not permitted and will not be: private address, too large, not HTTPS."""
 
 
 class DownloadFailedError(DownloadError):
-    """An output that may be fetched later: cut, stalled, 5xx, expired.
+    """The download may work later: cut off, stalled, 5xx, expired.
 
-    `expired` tells that the URL itself answered 403, 404 or 410: the run should be read again for a fresh one.
+    `expired` means that the URL answered 403, 404 or 410: a read of the run returns a fresh one.
     """
 
     def __init__(self, message: str, *, expired: bool = False) -> None:
@@ -130,25 +133,25 @@ class DownloadFailedError(DownloadError):
 
 
 class PostError(ReceiverError):
-    """Something that could not be posted, or to which no answer came."""
+    """A POST failed, or its response never came."""
 
 
 class PostRefusedError(PostError):
-    """Nothing was sent, and will not be before someone changes something: private address, certificate."""
+    """Nothing was sent, and retrying does not help: private address, invalid certificate."""
 
 
 class PostFailedError(PostError):
-    """It may work later: nobody there, cut, no answer in time. It may have arrived all the same."""
+    """The POST may work later: unreachable, cut off, timed out. It may have arrived anyway."""
 
 
 class AttemptOverError(ReceiverError):
-    """A plain function calls its context after its attempt has ended: it should end, too."""
+    """The handler called its context after its attempt had ended."""
 
 
 class ReceiverApiError(ReceiverError):
-    """The operations API refused, or cannot be reached (`status` None, code `unreachable`).
+    """The operations API refused a request, or is unreachable (`status` None, code `unreachable`).
 
-    `fields` are (field, message); `request_id` is FLORA's, where it was FLORA that refused.
+    `fields` has pairs of field and message; `request_id` is FLORA's, if FLORA refused.
     """
 
     def __init__(
@@ -169,7 +172,7 @@ class ReceiverApiError(ReceiverError):
 
 
 class TunnelError(ReceiverError):
-    """A tunnel that did not open: what to do about it, and the last lines that its program printed."""
+    """A tunnel did not open. `printed` has the last lines of its program's output."""
 
     def __init__(self, message: str, *, printed: Sequence[str] = ()) -> None:
         self.printed = tuple(printed)
@@ -177,20 +180,20 @@ class TunnelError(ReceiverError):
 
 
 class TableError(ReceiverError):
-    """A batch's file that is no table at all; what is wrong with single rows is told as values."""
+    """The file of a batch is not a table. Problems of single rows are returned as values."""
 
 
 class LocationTakenError(ReceiverError):
-    """Another run's output already owns this place in a handler's storage."""
+    """Another run's output owns this location in a handler's storage."""
 
 
 class TargetUnreachableError(ReceiverError):
-    """Raised by a handler's own `check`: its target does not answer now. A warning, since that may pass."""
+    """Raised by a handler's `check` if its target is unreachable now. A warning: it may recover."""
 
 
 class HandlerLoadError(ReceiverError):
-    """A configured handler that cannot be imported or built."""
+    """A configured handler cannot be imported or built."""
 
 
 class MissingExtraError(HandlerLoadError):
-    """A configured handler needs a library that is not installed; says which extra brings it."""
+    """A configured handler needs a library that is not installed; the message names the extra."""

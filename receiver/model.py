@@ -17,22 +17,24 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class RunState(StrEnum):
-    """Where a run stands in our ledger. Who enters and who leaves is the table in `decide.py`."""
+    """The state of a run in the ledger. Transitions are the table in `decide/reconcile.py`."""
 
     OPEN = "open"
-    """Known and not terminal. Entered when a run is started, tracked or discovered; left by any terminal report."""
+    """Known and not terminal. Entered when a run is started, tracked or discovered; left when a
+    terminal status is reported."""
     REPORTED = "reported"
-    """A verified callback says terminal, not read yet. Entered by a callback; left by a conclusive read."""
+    """A verified callback reports the end, and no read has confirmed it. Left by a conclusive
+    read."""
     COMPLETED = "completed"
-    """Read as completed, with outputs; dispatches exist. Never left."""
+    """Read as completed, with outputs; its dispatches exist. Final."""
     FAILED = "failed"
-    """Read as failed; dispatches exist. Never left."""
+    """Read as failed; its dispatches exist. Final."""
     LOST = "lost"
-    """Given up, with a reason. Left by a later callback, a terminal read or a manual refresh."""
+    """Given up for a reason. Left by a later callback, a terminal read or a manual refresh."""
 
 
 class Origin(StrEnum):
-    """How we first heard of a run."""
+    """How a run first became known."""
 
     STARTED = "started"
     TRACKED = "tracked"
@@ -41,20 +43,20 @@ class Origin(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What a run tells about the callback channel."""
+    """What a run shows about the callback channel."""
 
     MATCHED = "matched"
-    """Its callback came in time and agreed with the API."""
+    """Its callback arrived in time and agreed with the API."""
     RECOVERED = "recovered"
-    """Its callback was expected and never came in time: polling settled it."""
+    """Its callback was expected and did not arrive in time: polling settled the run."""
     LATE = "late"
-    """Its callback came after it had been written off as recovered."""
+    """Its callback arrived after the run had been judged as recovered."""
     DIVERGED = "diverged"
-    """Callback and API contradict each other, or two callbacks do."""
+    """Its callback and the API contradict each other, or two callbacks do."""
 
 
 class CallbackStatus(StrEnum):
-    """What the callbacks of a run have said so far."""
+    """The status that the callbacks of a run have reported so far."""
 
     COMPLETED = "completed"
     FAILED = "failed"
@@ -66,15 +68,15 @@ class LostReason(StrEnum):
     """Why a run was given up."""
 
     DEADLINE = "deadline"
-    """Past its deadline, and a read after it said that it is still not terminal."""
+    """A read after its deadline showed that it is still not terminal."""
     NOT_FOUND = "not_found"
-    """Its own route answered 404 again and again."""
+    """Its own route has repeatedly answered 404."""
     NO_OUTPUTS = "no_outputs"
-    """It completed, and its outputs never appeared."""
+    """It completed, but its outputs never appeared."""
 
 
 class Event(StrEnum):
-    """What a handler can be told about a run."""
+    """What handlers can subscribe to."""
 
     SETTLED = "settled"
     COST_FINAL = "cost_final"
@@ -84,29 +86,31 @@ class Event(StrEnum):
 
 
 class DispatchState(StrEnum):
-    """Where one handler's work on one event of one run stands."""
+    """The state of one handler's work on one event of one run."""
 
     READY = "ready"
-    """Waiting for its `due_at`. Entered at settling, after a retry, and when a lease is given back."""
+    """Waiting for its `due_at`. Entered at settling, after a retry, and when a lease is
+    released."""
     LEASED = "leased"
-    """A worker is on it until `lease_until`. Left by the worker's answer, or by anyone once the lease ran out."""
+    """A worker holds it until `lease_until`. Left when the handler answers, or after the lease has
+    expired."""
     DONE = "done"
     """The handler answered Done. Left only by a manual re-dispatch."""
     DEAD = "dead"
-    """The handler rejected it, or its attempts are used up. Left only by a manual retry."""
+    """The handler rejected it, or its attempts are exhausted. Left only by a manual retry."""
     SKIPPED = "skipped"
-    """The handler's filter did not match; `last_error` says which part. Never left."""
+    """The handler's filter did not match; `last_error` names the part. Final."""
 
 
 class Lane(StrEnum):
-    """How much a dispatch has to fetch, so that small outputs do not wait behind large ones; see `decide/lanes.py`."""
+    """How much a dispatch has to download; see `decide/lanes.py`."""
 
     LIGHT = "light"
     HEAVY = "heavy"
 
 
 class OutputType(StrEnum):
-    """FLORA's output types. Stored as open strings: an unknown one is kept and treated as a file."""
+    """FLORA's output types. An unknown type is kept as it is and treated as a file."""
 
     IMAGE = "imageUrl"
     VIDEO = "videoUrl"
@@ -122,20 +126,20 @@ _LIKELY_BYTES: Mapping[str, int] = {
     OutputType.AUDIO: 8 * _MIB,
     OutputType.VIDEO: 128 * _MIB,
 }
-"""FLORA names no sizes: what an output of a type may well have."""
+"""Typical sizes, since FLORA reports none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
     """One output of a run. `position` counts from 0 and is the key, since `output_id` may repeat.
 
-    `value` is the URL of the media, or, where `type` is `text`, the text itself.
+    `value` is the URL of the media or, if `type` is `text`, the text itself.
     """
 
     position: int
     output_id: str
     type: str
-    value: str = field(repr=False)  # media URLs are public: whoever reads a log must not get one
+    value: str = field(repr=False)  # a media URL needs no credentials, so it must not be logged
 
     @property
     def is_text(self) -> bool:
@@ -143,7 +147,7 @@ class Output:
 
     @property
     def likely_bytes(self) -> int:
-        """A guess before anything is fetched: exact for text, and a type that we do not know may be as large as a video."""
+        """The expected size before any download. Exact for text; unknown types count as videos."""
         if self.is_text:
             return len(self.value)
         return _LIKELY_BYTES.get(self.type, _LIKELY_BYTES[OutputType.VIDEO])
@@ -151,7 +155,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """One stored output: where a handler put it. `position` -1 is the handler's own manifest of the run."""
+    """One output that a handler stored. `position` -1 is the handler's own manifest of the run."""
 
     run_id: str
     handler: str
@@ -162,11 +166,11 @@ class Artifact:
     sha256: str | None
     content_type: str | None
     stored_at: datetime | None
-    """None: the place is reserved, the bytes are not safe yet."""
+    """None while the location is reserved and the bytes are not stored yet."""
 
 
 class Run(msgspec.Struct, frozen=True):
-    """One row of the run ledger. FLORA's own fields first, then what we know about them."""
+    """One row of the run ledger: FLORA's own fields first, then those of the receiver."""
 
     run_id: str
     state: RunState
@@ -195,33 +199,33 @@ class Run(msgspec.Struct, frozen=True):
     settled_at: datetime | None = None
     verdict: Verdict | None = None
     verdict_due_at: datetime | None = None
-    """While set, the run was settled without its callback; past it the callback is written off."""
+    """Set while a settled run still waits for its callback; after it, the callback has expired."""
     lost_reason: LostReason | None = None
     losses: int = 0
-    """How often the run was given up; the round of its `lost` dispatches."""
+    """How often the run was given up; numbers the rounds of its `lost` dispatches."""
 
     next_poll_at: datetime | None = None
-    """When to read the run next; None: never again."""
+    """When to read the run next; None if it need not be read again."""
     polls: int = 0
     unconfirmed_reads: int = 0
-    """Reads since something first said that the run is terminal, without one that shows it."""
+    """Reads since the run was first reported as terminal that did not confirm it."""
     failures: int = 0
-    """Reads in a row that were not answered."""
+    """Consecutive reads that failed."""
     missing: int = 0
-    """404s in a row on the run's right route."""
+    """Consecutive 404s on a route that must know the run."""
     missing_since: datetime | None = None
     cost_due_at: datetime | None = None
-    """While set, the run is settled but its cost is not known; past it we stop asking."""
+    """Set while the cost of a settled run is unknown; after it, the cost is not read again."""
     version: int = 0
-    """Guards every write: a row that changed meanwhile is decided about again."""
+    """Guards every write: if a row has changed in the meantime, the decision is made again."""
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """What the API shows of a run in one answer."""
+    """A run as one response of the API shows it."""
 
     run_id: str
     status: str
-    """FLORA's word: `pending`, `running`, `completed` or `failed`; anything else counts as not terminal."""
+    """FLORA's own: `pending`, `running`, `completed` or `failed`; others count as not terminal."""
     run_type: str | None = None
     technique_id: str | None = None
     workspace_id: str | None = None
@@ -238,7 +242,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class CallbackReceived(msgspec.Struct, frozen=True):
-    """Report: a verified callback says that a run is terminal."""
+    """Report: a verified callback said that a run is terminal."""
 
     run_id: str
     callback_status: CallbackStatus
@@ -250,12 +254,12 @@ class CallbackReceived(msgspec.Struct, frozen=True):
 
 
 class RunRead(msgspec.Struct, frozen=True):
-    """Report: the API showed the run. `requested_at` is when the request was sent."""
+    """Report: the API returned the run. `requested_at` is when the request was sent."""
 
     snapshot: Snapshot
     requested_at: datetime
     origin: Origin | None = None
-    """Set where a list shows a run that nobody registered and that we want to adopt."""
+    """Set if the run is to be added to the ledger, should it be unknown."""
 
     @property
     def run_id(self) -> str:
@@ -263,7 +267,7 @@ class RunRead(msgspec.Struct, frozen=True):
 
 
 class RunNotFound(msgspec.Struct, frozen=True):
-    """Report: the API answered 404. It counts against the run only if asked on the run's `conclusive`."""
+    """Report: the API answered 404. Counts only if `conclusive`: the route must know the run."""
 
     run_id: str
     requested_at: datetime
@@ -271,16 +275,16 @@ class RunNotFound(msgspec.Struct, frozen=True):
 
 
 class ReadFailed(msgspec.Struct, frozen=True):
-    """Report: the API did not tell (401, 403, 429, 5xx, time-out, garbage, absent from a list)."""
+    """Report: a read had no result (401, 403, 429, 5xx, timeout, invalid body, not in the list)."""
 
     run_id: str
     requested_at: datetime
     retry_after: float | None = None
-    """Seconds, when FLORA named them."""
+    """In seconds, if FLORA named one."""
 
 
 class RunRegistered(msgspec.Struct, frozen=True):
-    """Report: a run exists, says whoever started or tracks it. Fills in what callbacks do not carry."""
+    """Report: a run was started or is to be tracked. Has the fields that callbacks do not carry."""
 
     run_id: str
     origin: Origin
@@ -297,14 +301,14 @@ class RunRegistered(msgspec.Struct, frozen=True):
 
 
 class ReadRequested(msgspec.Struct, frozen=True):
-    """Report: an operator, or an authentic callback at a wrong time, wants the run read now."""
+    """Report: a read is requested, by an operator or after a callback with a wrong timestamp."""
 
     run_id: str
     requested_at: datetime
 
 
 class CallbackExpired(msgspec.Struct, frozen=True):
-    """Report: FLORA has given up on delivering the callback of a run."""
+    """Report: FLORA no longer tries to deliver the callback of a run."""
 
     run_id: str
 
@@ -313,21 +317,21 @@ Report = RunRegistered | CallbackReceived | RunRead | RunNotFound | ReadFailed |
 
 
 class Delivery(msgspec.Struct, frozen=True):
-    """One verified callback, as it came. `delivery_id` is FLORA's, the same on every retry."""
+    """One verified callback as received. `delivery_id` is FLORA's, the same on every retry."""
 
     delivery_id: str
     body: bytes
     signature: str
     received_at: datetime
     age: int
-    """Seconds between signing and arrival; negative when signed ahead of our clock."""
+    """Seconds between signing and arrival; negative if FLORA's clock is ahead."""
     secret: int
     """Index of the configured secret that verified it."""
     event: str | None = None
     api_version: str | None = None
     run_id: str | None = None
     readable: bool = True
-    """False: the signature holds, the body does not parse; kept under an id made from its hash."""
+    """False if the body could not be parsed; `delivery_id` is then made from its hash."""
 
     def __repr__(self) -> str:
         return _repr_without(self, "body")
@@ -335,7 +339,10 @@ class Delivery(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """A handler's filter: every given field must match, a tuple means any of; `output_type` asks for one."""
+    """A handler's filter. Every given field must match; a tuple matches any of its values.
+
+    `output_type` matches a run that has at least one such output.
+    """
 
     status: tuple[str, ...] | None = None
     run_type: tuple[str, ...] | None = None
@@ -347,7 +354,7 @@ class When:
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """One configured handler, as far as the rules need it: its name, its events, its filter."""
+    """The name, events and filter of one configured handler."""
 
     handler: str
     on: tuple[Event, ...] = (Event.SETTLED,)
@@ -355,7 +362,7 @@ class Subscription:
 
 
 class Dispatch(msgspec.Struct, frozen=True):
-    """One handler's work on one event of one run; `round` counts re-dispatches made with `--again`."""
+    """One handler's work on one event of one run; `round` counts re-dispatches with `--again`."""
 
     run_id: str
     handler: str
@@ -369,7 +376,7 @@ class Dispatch(msgspec.Struct, frozen=True):
     lease_until: datetime | None = None
     lane: Lane = Lane.LIGHT
     result: Mapping[str, Any] | None = None
-    """What its handler said about itself when it was done."""
+    """The details that the handler gave with `Done`."""
 
     @property
     def idempotency_key(self) -> str:
@@ -377,16 +384,18 @@ class Dispatch(msgspec.Struct, frozen=True):
 
 
 class StartState(StrEnum):
-    """Where an intent to start a run stands."""
+    """The state of an intent to start a run."""
 
     ASKING = "asking"
-    """Committed; FLORA is being asked, or will be again. Left by FLORA's answer, or by the run's own callback."""
+    """Committed; the request is being sent to FLORA, or will be repeated. Left by FLORA's response
+    or the run's own callback."""
     STARTED = "started"
-    """`run_id` names the run. Never left."""
+    """`run_id` names the run. Final."""
     REFUSED = "refused"
-    """FLORA said no, and why. Left by asking again with the same key."""
+    """FLORA refused the start. Left by a new request with the same key."""
     UNKNOWN = "unknown"
-    """FLORA may have a run and we cannot tell which. Left by its callback, or by an operator's word."""
+    """FLORA may have started a run, and it is not known which. Left by its callback or by an
+    operator."""
 
 
 class Operation(StrEnum):
@@ -399,23 +408,23 @@ class Operation(StrEnum):
 
 
 class Start(msgspec.Struct, frozen=True):
-    """The intent to start a run, committed before FLORA is asked.
+    """The intent to start a run, committed before the request is sent to FLORA.
 
-    The key is (workspace_id, operation, technique_id, idempotency_key); `token` is in the callback's URL and links a
-    callback to its start even when the answer to the start was never heard.
+    The key is (workspace_id, operation, technique_id, idempotency_key). `token` is part of the
+    callback's URL and links a callback to its start even if FLORA's response never arrived.
     """
 
     token: str
     workspace_id: str
-    """Whose API key asks; empty: the default one."""
+    """The workspace whose API key is used; empty for the default key."""
     operation: Operation
     technique_id: str
     """Empty for `generate`."""
     idempotency_key: str
     request: str
-    """The JSON body that FLORA gets, byte for byte on every attempt."""
+    """The JSON body sent to FLORA, byte for byte the same on every attempt."""
     request_hash: str
-    """SHA-256 of what the caller asked for: the same key with another one is a conflict."""
+    """SHA-256 of the caller's request: the same key with another request is a conflict."""
     metadata: Mapping[str, Any]
     callback_expected: bool
     state: StartState
@@ -428,7 +437,7 @@ class Start(msgspec.Struct, frozen=True):
     error_message: str | None = None
     error_fields: tuple[tuple[str, str], ...] = ()
     request_id: str | None = None
-    """FLORA's `request-id` of the last answer: its support asks for it."""
+    """FLORA's `request-id` of the last response, for inquiries to its support."""
 
     def __repr__(self) -> str:
         return _repr_without(self, "token", "request")
@@ -444,12 +453,15 @@ class Rejection(msgspec.Struct, frozen=True):
 
 
 def storable_text(text: str) -> str:
-    """Replace what no database stores as text, NUL and lone surrogates, by U+FFFD."""
+    """Replace NUL and lone surrogates, which no database stores as text, by U+FFFD."""
     return _UNSTORABLE.sub("\ufffd", text)
 
 
 def parse_strict_json(text: str) -> Any:
-    """Return the value of a JSON text; ValueError or RecursionError if it is none. NaN and Infinity are refused."""
+    """Return the value of a JSON text. NaN and Infinity are refused.
+
+    Raises ValueError or RecursionError if the text is not JSON.
+    """
     return json.loads(text, parse_constant=_refuse_constant)
 
 
@@ -458,6 +470,6 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _repr_without(value: msgspec.Struct, *hidden: str) -> str:
-    """Return what `repr` shows of a value that may be logged, without the fields that must not be."""
+    """Return the usual `repr` of a value without fields that must not be logged."""
     shown = (f"{name}={getattr(value, name)!r}" for name in value.__struct_fields__ if name not in hidden)
     return f"{type(value).__name__}({', '.join(shown)})"

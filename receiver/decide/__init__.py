@@ -1,4 +1,4 @@
-"""The rules of the service, pure: no clock, no I/O, no log. The state table is in `reconcile.py`."""
+"""The rules of the service. Pure: no clock, no I/O, no logs. `reconcile` has the state table."""
 
 from receiver.decide.attempts import Backoff, Outcome, conclude
 from receiver.decide.channel import ChannelHealth, channel_health

@@ -1,4 +1,4 @@
-"""What follows from one attempt of a handler. Pure."""
+"""The outcome of one attempt of a handler: done, dead, or retried after a pause. Pure."""
 
 import math
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from datetime import datetime, timedelta
 from receiver.model import DispatchState
 
 _LONGEST_ASKED = 86_400.0
-"""Seconds; a handler may ask for any number of them."""
+"""Limit of the pause in seconds that a handler may request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How pauses between attempts grow: `first`, then each `factor` times the one before, up to `longest`."""
+    """Pauses between attempts: `first`, then each `factor` times the previous, up to `longest`."""
 
     first: timedelta
     factor: float
@@ -28,7 +28,7 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A dispatch's next state, and when it is due if that is `ready`."""
+    """The next state of a dispatch, and when it is due if that state is `ready`."""
 
     state: DispatchState
     due_at: datetime | None = None
@@ -44,7 +44,11 @@ def conclude(
     after_seconds: float | None = None,
     jitter: float = 0.5,
 ) -> Outcome:
-    """Return what becomes of a dispatch whose `attempts`-th attempt was answered with a state: done, dead or ready."""
+    """Return the outcome of a dispatch whose latest attempt ended with `state`.
+
+    `ready` means that the handler asked for a retry, `after_seconds` from now if it named a pause.
+    `attempts` counts the attempts so far; `jitter` is a random number in [0, 1).
+    """
     if state is not DispatchState.READY:
         return Outcome(state)
     if attempts >= max_attempts:

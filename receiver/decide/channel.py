@@ -1,4 +1,4 @@
-"""What the ledger's counts say about the callback channel, and the likely cause of trouble. Pure."""
+"""The health of the callback channel, judged from the ledger's counts. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ _BROKEN = ("recovered", "late")
 
 @dataclass(frozen=True, slots=True)
 class ChannelHealth:
-    """`ok`, and if not, the likely cause and what to do about it."""
+    """Whether callbacks arrive as they should; if not, the likely cause and its fix."""
 
     ok: bool
     matched: int = 0
@@ -20,7 +20,7 @@ class ChannelHealth:
 
 
 def channel_health(outcomes: Mapping[str, int], *, arrivals: int, refusals: Mapping[str, int]) -> ChannelHealth:
-    """Judge a span of time: outcomes of runs, callbacks that arrived, requests refused by code."""
+    """Judge a period by its outcomes of runs, its callbacks, and its refusals by code."""
     missed = sum(outcomes.get(name, 0) for name in _BROKEN)
     cause, cure = _cause(arrivals, refusals) if missed else (None, None)
     diverged, lost = outcomes.get("diverged", 0), outcomes.get("lost", 0)
@@ -49,7 +49,10 @@ def _cause(arrivals: int, refusals: Mapping[str, int]) -> tuple[str, str]:
             "a proxy may drop or rewrite the Flora-Signature header: pass it through unchanged",
         )
     if refusals.get("body_too_large", 0) or refusals.get("body_timeout", 0):
-        return "bodies arrive too large or too slowly", "see [public] max_body_bytes, and what the proxy does to bodies"
+        return (
+            "bodies arrive too large or too slowly",
+            "check [public] max_body_bytes, and how the proxy forwards bodies",
+        )
     if arrivals == 0:
         return (
             "no callback reaches this listener at all",

@@ -1,4 +1,4 @@
-"""What a rule decides, as a value: the shell carries it out in one transaction. Pure."""
+"""The decision of a rule, as a value: the intake carries it out in one transaction. Pure."""
 
 import msgspec
 
@@ -10,9 +10,9 @@ class Unchanged(msgspec.Struct, frozen=True):
 
 
 class Changed(msgspec.Struct, frozen=True):
-    """The run's new row; its outputs, if this report brought them; what happened, for handlers that listen.
+    """The new row of the run, the outputs that the report has, and the events for handlers.
 
-    `refreshed` are the outputs of a run settled before, as they are shown now: the same ones, perhaps under other URLs.
+    `refreshed` has the outputs of a run that was settled before, perhaps with new URLs.
     """
 
     run: Run

@@ -1,16 +1,16 @@
-"""Which dispatches are light and which heavy, and how a handler's slots are shared between the two. Pure.
+"""Which dispatches are light or heavy, and how a handler's slots are shared between them. Pure.
 
-Small outputs must not wait behind large ones, and large ones must come through an endless stream of small ones. So each
-lane has a part of the slots that the other cannot keep from it, and what is left goes to light work first:
+Small outputs must not wait behind large ones, and a steady stream of small ones must not hold up
+the large. So each lane has slots that the other cannot take, and light work gets the rest first:
 
-    slots   heavy work's own   kept free of heavy work   heavy work at most
-    1       one lane: whatever has been due longest
+    slots   reserved for heavy   kept free of heavy       heavy at most
+    1       one lane: the dispatch that has been due longest
     2       1                  1                         1
     4       1                  1                         3
     8       2                  2                         6
     16      4                  4                         12
 
-Light work may take every slot, since it is over soon; the next slot that it leaves is heavy work's own.
+Light work may take every slot, since it ends soon; heavy work then gets the next slot that is free.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from receiver.model import Event, Lane, Output
 
 HEAVY_BYTES = 64 * 1024**2
-"""What a dispatch may have left to fetch and still be light."""
+"""Bytes that a light dispatch may have left to download."""
 _SHARE = 4
-"""Each lane's own part of the slots is one in this many, and at least one."""
+"""One slot in this many is reserved for each lane, and at least one."""
 
 
 @dataclass(frozen=True, slots=True)
 class FillStep:
-    """One step of filling free slots: these lanes, until `ceiling` of their dispatches are running."""
+    """A step of filling free slots: claim from `lanes` until `ceiling` of their dispatches run."""
 
     lanes: tuple[Lane, ...]
     ceiling: int
@@ -39,10 +39,11 @@ def lane_of(
     sizes: Mapping[int, int] | None = None,
     stored: Collection[int] = (),
 ) -> Lane:
-    """Return the lane of a dispatch, by the bytes it has left to fetch: as measured, else as its outputs' types let expect.
+    """Return the lane of a dispatch by the bytes it has left to download.
 
-    `sizes` are those that an attempt has learned, `stored` the outputs whose bytes are safe, both by position. Events
-    after `settled` find the outputs stored as a rule: only what is measured counts.
+    `sizes` has the sizes measured by earlier attempts and `stored` the outputs already stored, both
+    by position. Other sizes are guessed from the type, for `settled` only: at later events the
+    outputs are usually stored.
     """
     known = sizes or {}
     left = 0
@@ -54,7 +55,7 @@ def lane_of(
 
 
 def fill_order(concurrency: int) -> tuple[FillStep, ...]:
-    """Return in which order free slots are filled; the same lane may come again, up to a higher ceiling."""
+    """Return the steps in which free slots are filled; a lane may recur with a higher ceiling."""
     if concurrency <= 1:
         return (FillStep(tuple(Lane), 1),)
     own = max(1, concurrency // _SHARE)
@@ -66,6 +67,9 @@ def fill_order(concurrency: int) -> tuple[FillStep, ...]:
 
 
 def free_slots(turn: FillStep, running: Mapping[Lane, int], concurrency: int) -> int:
-    """Return how many more dispatches a turn may start. More may run than its ceiling: light work can turn out heavy."""
+    """Return how many more dispatches a step may start.
+
+    More than its ceiling may be running: a light dispatch can turn out to be heavy.
+    """
     free = concurrency - sum(running.values())
     return max(0, min(free, turn.ceiling - sum(running.get(lane, 0) for lane in turn.lanes)))

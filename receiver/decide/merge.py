@@ -1,16 +1,16 @@
-"""How a row takes over what a report says about a run. Pure steps, shared by the rules."""
+"""Merges what a report contains into the row of its run. Pure steps that the rules share."""
 
 from msgspec.structs import replace
 
 from receiver.decide.poll_schedule import route
 from receiver.model import CallbackReceived, CallbackStatus, Origin, Run, RunRegistered, RunState, Snapshot
 
-# Who tells of a run, from the one who knows least about it to the one who knows most.
+# From the origin that knows least about a run to the one that knows most.
 _RANKS = (Origin.DISCOVERED, Origin.CALLBACK, Origin.TRACKED, Origin.STARTED)
 
 
 def _with_origin(run: Run, origin: Origin, *, callback_expected: bool) -> Run:
-    """Let the best-informed teller name a run's origin, and say whether a callback is to be expected."""
+    """Take over the origin, and whether to expect a callback, from a better informed report."""
     if _RANKS.index(origin) <= _RANKS.index(run.origin):
         return run
     return replace(run, origin=origin, callback_expected=callback_expected)
@@ -41,7 +41,7 @@ def with_callback(run: Run, report: CallbackReceived) -> Run:
 
 
 def with_snapshot(run: Run, snapshot: Snapshot) -> Run:
-    """Take over what a read shows; what it leaves out stays as it was."""
+    """Take over the fields of a read; those that it lacks stay as they are."""
     return replace(
         run,
         run_type=snapshot.run_type or run.run_type,

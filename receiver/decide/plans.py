@@ -1,11 +1,12 @@
-"""Which calls of the API show the runs that are due, with the fewest requests. Pure; for the poller and the sweeper.
+"""Plans the API calls that read due runs with the fewest requests. Pure; used by poller and sweeper.
 
-A page of a list shows a hundred runs, newest first; a single read shows one. What lies between two of our runs in a list
-is unknown, so a scan is a bet: it is made when it looks cheaper than single reads, and looked at again after each page.
-Absence from a list never counts against a run: a run that a scan has passed without seeing is read alone.
+A page of a list has a hundred runs, newest first; a single read has one. How many other runs lie
+between two of ours in a list is unknown, so a scan is a bet: it is made if it looks cheaper than
+single reads, and judged again after each page. Absence from a list never counts against a run: if a
+scan has passed a run without finding it, the run is read alone.
 
-Lists are asked for without their `status` filter: a run that has just ended would be missing from `running`, and
-`completed` shows mostly what was settled long ago.
+Lists are requested without a `status` filter: a run that has just ended would be missing from
+`running`, and `completed` contains mostly runs that were settled long ago.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,17 +22,17 @@ from receiver.decide.settlement import SETTLED_STATES
 from receiver.model import Origin, Run, RunState, Snapshot
 
 LOOKAHEAD = timedelta(minutes=4)
-"""A scan for runs that are due also reads those due soon: jitter spreads out runs that one page could show together."""
+"""A scan for due runs also reads those due within this time: jitter has spread out their reads."""
 
 _PAGE = 100
 _URGENT_SINGLES = 8
-"""Runs that a callback has just named are read alone, for speed, as long as they are no more than this."""
+"""Up to this many runs with a new callback are read alone, which is faster."""
 _SOON = 0.25
-"""The last part of its pause in which a run may be read early: as far as jitter spreads runs."""
+"""The last part of its pause in which a run may be read early: as much as jitter adds."""
 _SOON_WORTH = 0.5
-"""What reading a run early is worth, in requests: it spares a later one, not quite a whole one."""
+"""The value of an early read, in requests: it makes a later one likely, not surely, needless."""
 _LISTED_PAGES = 10
-"""Pages that are spent on runs which no single read can show, at most."""
+"""Limit of pages read for runs that no single read can return."""
 _DEPTH_HOLDS = timedelta(minutes=10)
 _STARTED_SLACK = timedelta(minutes=5)
 _HEARD_SLACK = timedelta(hours=1)
@@ -65,9 +66,9 @@ class Single:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """Plan: page through a list from the newest run on. `due` and `soon` are newest first; `requests` is an estimate.
+    """Plan: page through a list from its newest run. `due` and `soon` are newest first.
 
-    `place` is the `list_of` of its runs; `scope` may be narrower.
+    `requests` is an estimate. `place` is the `list_of` its runs; `scope` may be narrower.
     """
 
     place: Scope
@@ -82,7 +83,7 @@ Plan = Single | Scan
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """What pages of a list have shown: so many rows from the newest down to the one created at `boundary`."""
+    """A measurement of a list: how many rows it has down to the one created at `boundary`."""
 
     rows: int
     boundary: datetime
@@ -95,7 +96,7 @@ class Depth:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a scan has come: pages asked for, rows shown, `useful` ones among them, the creation of the oldest."""
+    """The progress of a scan: pages and rows read, `useful` pages, creation of the oldest row."""
 
     pages: int = 0
     rows: int = 0
@@ -122,11 +123,11 @@ def plan_polls(
     busy: Collection[Scope] = (),
     depths: Mapping[Scope, Depth] | None = None,
 ) -> tuple[Plan, ...]:
-    """Return how to read the due runs of one API key, most urgent first: every due run is in exactly one plan.
+    """Return the plans for the due runs of one API key, most urgent first; each run is in one plan.
 
-    `soon` are runs due within LOOKAHEAD: those close enough ride along. `alone` are ids that a scan has just passed
-    without seeing. Of a scope that is being scanned already (`busy`, as `list_of` names it) only runs with a callback are
-    planned. `depths` is what the last scans met.
+    `soon` has runs due within LOOKAHEAD: those due soonest are added to scans. `alone` has ids that
+    a scan has just passed without finding them. For lists that are being scanned (`busy`, by
+    `list_of`), only runs with a callback are planned. `depths` has measurements of earlier scans.
     """
     plans: list[Plan] = []
     groups: dict[Scope, list[Run]] = {}
@@ -147,7 +148,7 @@ def plan_polls(
 
 
 def list_of(run: Run) -> Scope | None:
-    """Return the list in which a run can be found with others; None: it is in none that we know of."""
+    """Return the list that contains a run, or None if no known list does."""
     match route(run):
         case Route.TECHNIQUE_RUN | Route.LISTED:
             return Scope(Listing.TECHNIQUE_RUNS, run.workspace_id)
@@ -158,10 +159,10 @@ def list_of(run: Run) -> Scope | None:
 def is_worth_another_page(
     scan: Scan, left: Collection[str], progress: Progress, *, now: datetime, more: bool = True
 ) -> bool:
-    """Return whether to turn the page. `left` are the ids not seen yet, `more` whether there is a next page.
+    """Return whether to read the next page. `left` are the ids not found yet; `more`: there is one.
 
-    Stops at the end, when the oldest due run is passed, and when the runs that are left have become cheaper to read
-    one by one: by what the pages so far let expect, and in any case when too many of them showed nothing of use.
+    A scan stops at the end of the list, after the oldest due run, and when the remaining runs are
+    cheaper to read one by one: as the pages so far suggest, or if too many of them were useless.
     """
     ahead = [run for run in scan.due if run.run_id in left and not is_passed(run, progress.boundary)]
     if not more or not ahead:
@@ -178,12 +179,12 @@ def is_worth_another_page(
 
 
 def is_passed(run: Run, boundary: datetime | None) -> bool:
-    """Return whether a list that has come down to `boundary` should have shown a run by now."""
+    """Return whether a list read down to `boundary` should have contained a run."""
     return boundary is not None and boundary < _created_after(run)
 
 
 def is_news(run: Run, snapshot: Snapshot) -> bool:
-    """Return whether a listed row says anything new about a run of the ledger: if not, it is not worth a commit."""
+    """Return whether a listed row has anything new about a known run, and so is worth a commit."""
     if run.state in SETTLED_STATES:
         return run.cost_due_at is not None and snapshot.charged_cost is not None
     return run.state is not RunState.LOST or snapshot.status in {"completed", "failed"}
@@ -213,7 +214,7 @@ def _plan_scope(
     queue = _newest_first(others, soon)
     reach, pages = _reach(queue, since=now, depth=depth, least=1.0)
     listed = [place for place, each in enumerate(queue, 1) if each.due and route(each.run) is Route.LISTED]
-    if listed and listed[-1] > reach:  # there is no other way to read these
+    if listed and listed[-1] > reach:  # no other call returns these
         reach, pages = listed[-1], max(pages, 1)
     yield from (Single(each.run) for each in queue[reach:] if each.due)
     if reach:
@@ -228,7 +229,7 @@ def _plan_scope(
 
 
 def _soon_enough(run: Run, policy: Policy, now: datetime) -> bool:
-    """Return whether a run is so close to its next read that reading it now spares that one."""
+    """Return whether a run is so close to its next read that an early read can replace it."""
     if run.next_poll_at is None:
         return False
     pause = next_poll(run, policy, now=now, jitter=0.0) - now
@@ -236,7 +237,10 @@ def _soon_enough(run: Run, policy: Policy, now: datetime) -> bool:
 
 
 def _narrow(scope: Scope, runs: Sequence[Run]) -> Scope:
-    """Let the list show one technique alone where all the runs are of it (by id: whether it filters by slug is unknown)."""
+    """Filter a list by technique, if all runs are of one.
+
+    By id only: whether FLORA filters by slug is not documented.
+    """
     techniques = {run.technique_id for run in runs}
     only = techniques.pop() if len(techniques) == 1 else None
     if scope.listing is Listing.TECHNIQUE_RUNS and only is not None and only.startswith("tech_"):
@@ -246,7 +250,7 @@ def _narrow(scope: Scope, runs: Sequence[Run]) -> Scope:
 
 @dataclass(frozen=True, slots=True)
 class _Queued:
-    """A run that a scan could read, and what that is worth in requests."""
+    """A run that a scan could read, and the value of that in requests."""
 
     run: Run
     due: bool
@@ -266,10 +270,10 @@ def _newest_first(due: Iterable[Run], soon: Iterable[Run]) -> list[_Queued]:
 
 
 def _reach(queue: Sequence[_Queued], *, since: datetime, depth: Depth | None, least: float) -> tuple[int, int]:
-    """Return how many of these runs, newest first, paging on from `since` should read, and in how many pages.
+    """Return how many of these runs, newest first, to read by paging from `since`, and the pages.
 
-    The best prefix is the one that spares the most requests; none if that is fewer than `least`. Only runs that are due
-    justify a scan: the others ride along.
+    The best prefix saves the most requests; it is empty if that is fewer than `least`. Only due runs
+    justify a scan; the others are read along with them.
     """
     best, reach, cost = least, 0, 0
     for place, spared in enumerate(accumulate(each.worth for each in queue), 1):
@@ -283,7 +287,7 @@ def _reach(queue: Sequence[_Queued], *, since: datetime, depth: Depth | None, le
 
 
 def _created_after(run: Run) -> datetime:
-    """Return a time after which FLORA created a run: it may have been there for long before we heard of it."""
+    """Return a time after which a run was created: it may be much older than its row."""
     if run.created_at is not None:
         return run.created_at
     if route(run) is Route.LISTED:
@@ -292,7 +296,7 @@ def _created_after(run: Run) -> datetime:
 
 
 def _urgency(plan: Plan) -> tuple[int, datetime]:
-    """Callbacks first, missing costs last; then whatever is due for longest."""
+    """Runs with callbacks first, missing costs last; within these, the longest due first."""
     runs = plan.due if isinstance(plan, Scan) else (plan.run,)
     rank = min(0 if run.state is RunState.REPORTED else 2 if run.state in SETTLED_STATES else 1 for run in runs)
     return rank, min(run.next_poll_at or run.first_seen_at for run in runs)

@@ -1,4 +1,4 @@
-"""The numbers behind the rules. Pure; `receiver.service.wiring` fills them in from `[reconcile]` of the settings."""
+"""The parameters of the rules. Pure; `receiver.service` fills them in from `[reconcile]`."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,7 +9,8 @@ class Policy:
     """How long to wait for callbacks, and how often to read runs."""
 
     first_poll: timedelta
-    """Time to the first read of a run whose callback is expected and whose duration FLORA did not estimate."""
+    """Time to the first read of a run whose callback is expected and whose duration FLORA did not
+    estimate."""
     eager_poll: timedelta
     """Pause between the first reads of a run for which no callback is expected."""
     max_gap: timedelta
@@ -19,6 +20,7 @@ class Policy:
     deadline: timedelta
     """Age at which a run that is still not terminal is given up."""
     confirmation_delays: tuple[timedelta, ...]
-    """Pauses between reads after a report that a run is terminal: the API may lag behind its own callback."""
+    """Pauses between reads after a report that a run is terminal: the API may lag behind its own
+    callback."""
     cost_window: timedelta
     """Time after settling for which a missing cost is read again."""

@@ -8,10 +8,11 @@ from receiver.model import Run
 
 
 def next_poll(run: Run, policy: Policy, *, now: datetime, jitter: float = 0.5) -> datetime:
-    """Return when to read an unsettled run next, given that a read was just answered.
+    """Return when to read an unsettled run next, given that a read has just succeeded.
 
-    On the ladder: its pauses. Else the pause grows with the run's age, so that a run is read some ten times however
-    long it takes, at most `max_gap` apart.
+    While its end awaits confirmation, the delays are those of the policy. Otherwise the pause grows
+    with the age of the run, so that it is read about ten times however long it takes, with pauses
+    of at most `max_gap`.
     """
     age = max(now - (run.reported_at or run.first_seen_at), timedelta(0))
     delays = policy.confirmation_delays
@@ -26,23 +27,23 @@ def next_poll(run: Run, policy: Policy, *, now: datetime, jitter: float = 0.5) -
 
 
 def failure_pause(failures: int) -> timedelta:
-    """Return how long to leave a run alone after `failures` unanswered reads in a row: 1, 2, 4 … 256, 300 s."""
+    """Return the pause after `failures` consecutive failed reads: 1, 2, 4 … 256, 300 s."""
     return timedelta(seconds=min(2 ** min(failures - 1, 9), 300))
 
 
 class Route(StrEnum):
-    """Which call of the API shows a run (FLORA contract, section 3)."""
+    """The API call that returns a run (FLORA contract, section 3)."""
 
     TECHNIQUE_RUN = "technique_run"
     """`GET /techniques/{technique_id}/runs/{run_id}`; a 404 here counts."""
     RUN = "run"
     """`GET /runs/{run_id}`; a 404 counts for generations and actions only."""
     LISTED = "listed"
-    """`GET /technique-runs`: a technique run whose technique nobody told us; absence never counts."""
+    """`GET /technique-runs`: a technique run of unknown technique; absence never counts."""
 
 
 def route(run: Run) -> Route:
-    """Return how to read a run, from what is known of it."""
+    """Return the route by which to read a run, as far as it is known."""
     if run.technique_id is not None and run.run_type in {"technique", None}:
         return Route.TECHNIQUE_RUN
     if run.run_type == "technique":
@@ -53,5 +54,5 @@ def route(run: Run) -> Route:
 
 
 def is_404_conclusive(run: Run) -> bool:
-    """Return whether a 404 on `route(run)` says that FLORA does not know the run."""
+    """Return whether a 404 on `route(run)` means that FLORA does not know the run."""
     return route(run) is Route.TECHNIQUE_RUN or run.run_type in {"generation", "action"}

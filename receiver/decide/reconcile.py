@@ -1,14 +1,16 @@
-"""What a report does to a run. Pure. The only file with a theory.
+"""Decides what a report does to a run. Pure; called by the intake's recorder.
 
-A run is a row. A report is one fact about it: a callback arrived (`CallbackReceived`), FLORA's API was read (`RunRead`,
-`RunNotFound`, `ReadFailed`), the run was started or tracked (`RunRegistered`), a read was requested (`ReadRequested`), or
-the time for its callback has passed (`CallbackExpired`). `reconcile` looks up the pair (state, kind of report) in `TABLE`
-and applies that one rule. The table is closed: every pair has a cell, and an illegal pair changes nothing.
+A run is a row. A report is one fact about it: a callback arrived (`CallbackReceived`), FLORA's API
+was read (`RunRead`, `RunNotFound`, `ReadFailed`), the run was started or tracked (`RunRegistered`),
+a read was requested (`ReadRequested`), or the time for its callback has passed (`CallbackExpired`).
+`reconcile` looks up the pair of state and kind of report in `TABLE` and applies that one rule. The
+table is closed: every pair has a rule, and an illegal pair changes nothing.
 
-Why it holds in any order: a state only moves towards an end (open → reported → completed | failed), the callbacks are kept
-as a set (`CallbackStatus`), outputs come from reads alone, and the verdict is computed from facts in the row, not from the
-path that led there. So the same reports, in any order and any number, end in the same row and the same dispatches, as
-long as the reads agree among themselves.
+The order of reports does not matter: a state only moves towards an end (open → reported → completed
+| failed), callbacks are merged as a set (`CallbackStatus`), outputs come from reads alone, and the
+verdict is computed from facts in the row, not from the path that led there. So the same reports, in
+any order and any number, end in the same row and the same dispatches, as long as the reads agree
+with each other.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,14 +50,14 @@ _NOT_FOUND_SPAN = timedelta(minutes=10)
 
 
 class Kind(StrEnum):
-    """A report, as far as the table cares."""
+    """The kind of a report: a row of the table."""
 
     REGISTERED = "registered"
     CALLBACK_RECEIVED = "callback_received"
     RUNNING = "running"
     COMPLETED = "completed"
     EMPTY = "empty"
-    """Completed, says the API, but shows no outputs."""
+    """A read as completed, but without outputs."""
     FAILED = "failed"
     NOT_FOUND = "not_found"
     READ_FAILED = "read_failed"
@@ -78,7 +80,8 @@ def kind_of(report: Report) -> Kind:
         case CallbackExpired():
             return Kind.CALLBACK_EXPIRED
         case RunRead(snapshot=snapshot):
-            # Key on `status` alone: a failed run also shows progress 100 and a completed_at (FLORA contract, section 3).
+            # Key on `status` alone: a failed run also shows progress 100 and a completed_at (FLORA
+            # contract, section 3).
             if snapshot.status == "completed":
                 return Kind.COMPLETED if snapshot.outputs else Kind.EMPTY
             return Kind.FAILED if snapshot.status == "failed" else Kind.RUNNING
@@ -86,16 +89,19 @@ def kind_of(report: Report) -> Kind:
 
 
 def reconcile(run: Run | None, report: Report, policy: Policy, *, now: datetime, jitter: float = 0.5) -> Decision:
-    """Return what `report` does to `run` (None: not in the ledger). `jitter` is a random number in [0, 1)."""
+    """Return what `report` does to `run`, which is None if the ledger does not have it.
+
+    `jitter` is a random number in [0, 1).
+    """
     rule = TABLE[run.state if run else None, kind_of(report)]
     return rule(_Case(run, report, policy, now, jitter))
 
 
-# --- the rules ---------------------------------------------------------------------------------------------------
+# --- the rules ---
 
 
 class _Case(msgspec.Struct, frozen=True):
-    """What a rule looks at. `known` and `snapshot` are for cells where the table guarantees them."""
+    """The arguments of a rule. `known` and `snapshot` are for cells of the table that have them."""
 
     run: Run | None
     report: Report
@@ -114,7 +120,7 @@ class _Case(msgspec.Struct, frozen=True):
         return self.report.snapshot
 
     def after(self, pause: timedelta) -> datetime:
-        """Return a time `pause` from now, up to 25 % later, so that runs started together are not read together."""
+        """Return the time after a pause plus up to 25 %: runs started together are spread out."""
         return self.now + pause * (1 + 0.25 * self.jitter)
 
 
@@ -126,7 +132,7 @@ def _ignore(_: _Case) -> Decision:
 
 
 def _enter(case: _Case) -> Decision:
-    """A run enters the ledger as open: registered, or shown by a list that we adopt from."""
+    """Add a run as open: it was registered, or discovered in a list."""
     match case.report:
         case RunRegistered() as report:
             run = with_registration(
@@ -148,18 +154,18 @@ def _enter(case: _Case) -> Decision:
 
 
 def _enrich(case: _Case) -> Decision:
-    """A start or a track fills in what a callback, a list or an earlier track could not know."""
+    """Fill in what a registration knows and earlier reports did not."""
     if not isinstance(case.report, RunRegistered):
         return Unchanged()
     run = with_registration(case.known, case.report)
     if run == case.known:
         return Unchanged()
-    # Whoever knows better may also say that a callback was to be expected after all.
+    # The registration may also say that a callback was to be expected.
     return Changed(run) if run.settled_at is None else _judge(run, case)
 
 
 def _accept(case: _Case) -> Decision:
-    """A verified callback: go and read the run now. Also brings a lost run back."""
+    """Mark the run as reported and due for a read now; a lost run is reopened."""
     report = case.report
     if not isinstance(report, CallbackReceived):
         return Unchanged()
@@ -194,7 +200,10 @@ def _accept(case: _Case) -> Decision:
 
 
 def _new_reported_run(case: _Case, report: CallbackReceived) -> Run:
-    """Return the row of a run that nobody told us of before its callback. Made in one piece: this is the busiest rule."""
+    """Return the row of a run first known by its callback.
+
+    This is the most frequent rule, so the row is made in one piece.
+    """
     return Run(
         run_id=report.run_id,
         state=RunState.REPORTED,
@@ -212,7 +221,7 @@ def _new_reported_run(case: _Case, report: CallbackReceived) -> Run:
 
 
 def _note(case: _Case) -> Decision:
-    """A callback for a settled run: nothing to do, but it tells about the channel."""
+    """Merge the callback of a settled run: it changes no state, but the verdict."""
     report = case.report
     if not isinstance(report, CallbackReceived):
         return Unchanged()
@@ -234,13 +243,13 @@ def _note(case: _Case) -> Decision:
 
 
 def _wait(case: _Case) -> Decision:
-    """The API shows an open run that is not terminal."""
+    """Plan the next read of a run that is not terminal yet."""
     run = read_succeeded(with_snapshot(case.known, case.snapshot))
     return _read_on_unless_overdue(replace(run, unconfirmed_reads=0), case)
 
 
 def _confirm(case: _Case) -> Decision:
-    """The API does not show yet what a callback, or its own `completed`, promised: climb the ladder."""
+    """Read again soon: the API does not confirm yet what a callback or a read has reported."""
     run, read = case.known, case.report
     empty = case.snapshot.status == "completed"
     if isinstance(read, RunRead) and _is_stale(run, read.requested_at, case):
@@ -253,13 +262,13 @@ def _confirm(case: _Case) -> Decision:
     diverged = past and run.state is RunState.REPORTED and run.verdict is not Verdict.DIVERGED
     if diverged:
         run = replace(run, verdict=Verdict.DIVERGED)
-    # On the ladder the API may still lag behind: not conclusive, so the deadline does not count yet.
+    # During the confirmation delays the API may lag behind: not conclusive, so the deadline waits.
     decision = _read_on_unless_overdue(run, case) if past else _read_on(run, case)
     return replace(decision, events=(Event.DIVERGED, *decision.events)) if diverged else decision
 
 
 def _miss(case: _Case) -> Decision:
-    """404. It counts only on the run's own route: a technique run may answer 404 on `/runs/{id}`."""
+    """Count a 404 on a conclusive route; a technique run may answer 404 on `/runs/{id}`."""
     run, report = case.known, case.report
     if not isinstance(report, RunNotFound) or not report.conclusive:
         return _back_off(case)
@@ -280,7 +289,7 @@ def _miss(case: _Case) -> Decision:
 
 
 def _back_off(case: _Case) -> Decision:
-    """The API did not tell. Never counts against the run: our outage, or FLORA's, must not lose it."""
+    """Read again later. A failed read never counts against the run: an outage must not lose it."""
     run, report = case.known, case.report
     if isinstance(report, RunNotFound | ReadFailed) and _is_stale(run, report.requested_at, case):
         return Changed(replace(run, polls=run.polls + 1))
@@ -292,7 +301,7 @@ def _back_off(case: _Case) -> Decision:
 
 
 def _settle(case: _Case) -> Decision:
-    """The API shows the end: the run is settled, with its outputs, once."""
+    """Settle the run with its outputs: the API shows its end."""
     report = case.report
     if not isinstance(report, RunRead):
         return Unchanged()
@@ -326,7 +335,7 @@ def _settle(case: _Case) -> Decision:
 
 
 def _set_cost(case: _Case) -> Decision:
-    """A settled run read again, and it agrees: its cost may still be filled in, and its outputs have their newest URLs."""
+    """Set the cost of a settled run, if the read has it, and refresh the URLs of its outputs."""
     run = case.known
     if run.cost_due_at is None or case.snapshot.charged_cost is None:
         asked = _await_cost(case)
@@ -338,7 +347,7 @@ def _set_cost(case: _Case) -> Decision:
 
 
 def _await_cost(case: _Case) -> Decision:
-    """The cost is still unknown: ask again for a while, then say that it stays unknown."""
+    """Read a settled run again for its missing cost, or declare the cost final once time is up."""
     run = case.known
     if run.cost_due_at is None:
         return _end_reread(case)
@@ -350,18 +359,18 @@ def _await_cost(case: _Case) -> Decision:
 
 
 def _end_reread(case: _Case) -> Decision:
-    """A settled run was read once more because somebody asked for it; without an answer it is read again."""
+    """End a requested read of a settled run; a failed one is repeated."""
     run = case.known
     if run.next_poll_at is None:
-        return Unchanged()  # nobody asked: a list showed it in passing
+        return Unchanged()  # no read was requested: a list contained it
     if isinstance(case.report, ReadFailed):
         return _back_off(case)
     return Changed(replace(run, polls=run.polls + 1, failures=0, next_poll_at=None))
 
 
 def _dispute(case: _Case) -> Decision:
-    """The API shows another end than the one it showed before. The first stays; say so."""
-    asked = _await_cost(case)  # this read was due because the cost is missing, and the next one must not be due at once
+    """Mark the run as diverged: the API shows another end than before. The first end stays."""
+    asked = _await_cost(case)  # if the cost is missing, the next read must not be due at once
     if case.known.verdict is Verdict.DIVERGED:
         return asked
     run, events = (asked.run, asked.events) if isinstance(asked, Changed) else (case.known, ())
@@ -369,12 +378,12 @@ def _dispute(case: _Case) -> Decision:
 
 
 def _read_now(case: _Case) -> Decision:
-    """Somebody wants to know now."""
+    """Make the run due for a read now."""
     return Changed(replace(case.known, next_poll_at=case.now))
 
 
 def _reopen(case: _Case) -> Decision:
-    """Somebody asks about a run that was given up."""
+    """Reopen a lost run for which a read was requested."""
     deadline_at = case.now + case.policy.deadline
     return Changed(
         replace(
@@ -391,7 +400,7 @@ def _reopen(case: _Case) -> Decision:
 
 
 def _expire(case: _Case) -> Decision:
-    """The callback of a settled run is written off: polling recovered what the channel lost."""
+    """Judge a settled run as recovered: its callback has expired."""
     run = case.known
     if run.verdict_due_at is None or case.now < run.verdict_due_at:
         return Unchanged()
@@ -420,7 +429,7 @@ TABLE: Mapping[tuple[RunState | None, Kind], _Rule] = {
 }
 
 
-# --- small steps the rules share ---------------------------------------------------------------------------------
+# --- steps that rules share ---
 
 
 def _new_run(case: _Case, run_id: str, origin: Origin, *, callback_expected: bool) -> Run:
@@ -435,15 +444,15 @@ def _new_run(case: _Case, run_id: str, origin: Origin, *, callback_expected: boo
 
 
 def _is_stale(run: Run, requested_at: datetime, case: _Case) -> bool:
-    """Return whether a read was asked for before the callback came: it could not know, and the read after it is due.
+    """Return whether a read was requested before the callback arrived, and so could not know of it.
 
-    A callback's time that is still to come was told by a clock that has been set back since: it says nothing.
+    A time of arrival in the future is ignored: the clock has been set back since.
     """
     return run.reported_at is not None and requested_at < run.reported_at <= case.now
 
 
 def _seconds(number: float, *, at_most: timedelta) -> timedelta:
-    """Return a pause that FLORA named, which may be any number."""
+    """Return a pause that FLORA named, limited."""
     return timedelta(seconds=min(number, at_most.total_seconds()))
 
 
@@ -452,7 +461,7 @@ def _read_on(run: Run, case: _Case) -> Changed:
 
 
 def _read_on_unless_overdue(run: Run, case: _Case) -> Changed:
-    """Plan the next read, or give the run up if this read was conclusive and past the deadline."""
+    """Plan the next read, or give the run up if this conclusive read is past its deadline."""
     return _lose(run, LostReason.DEADLINE) if case.now >= run.deadline_at else _read_on(run, case)
 
 
@@ -462,13 +471,16 @@ def _lose(run: Run, reason: LostReason) -> Changed:
 
 
 def _next_cost_read(run: Run, case: _Case) -> datetime:
-    """Ask for a missing cost after 5 s, then ever slower: it takes up to a minute (FLORA contract, section 3)."""
+    """Return when to read a missing cost: after 5 s, then with growing pauses.
+
+    FLORA takes up to a minute to bill a run (FLORA contract, section 3).
+    """
     since = case.now - (run.settled_at or case.now)
     return case.after(min(max(timedelta(seconds=5), since * 0.5), timedelta(minutes=2)))
 
 
 def _judge(run: Run, case: _Case) -> Changed:
-    """Give a settled run the verdict that its facts call for, or the time when its callback is written off."""
+    """Give a settled run its verdict, or the time at which its callback expires."""
     verdict = run.verdict
     if run.callback_status is not None and verdict is not Verdict.DIVERGED:
         if run.callback_status.value != run.state.value:

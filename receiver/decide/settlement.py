@@ -1,4 +1,4 @@
-"""What follows once a run is settled: its dispatches, the handlers' filters, and the verdict on its callback. Pure."""
+"""Dispatches of a settled run, the filters of handlers, and the expiry of its callback. Pure."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -20,9 +20,10 @@ def settle(
     now: datetime,
     round_: int = 0,
 ) -> tuple[Dispatch, ...]:
-    """Return the dispatches that follow from what happened: for each event, one per handler that listens to it.
+    """Return the dispatches for the events of a run: one for each handler that subscribes to one.
 
-    Filters are judged here, once: a handler whose filter does not match gets a skipped row that says why.
+    Filters are evaluated here, once. If a filter does not match, the dispatch is skipped, with the
+    reason.
     """
     rows = []
     for event in events:
@@ -51,7 +52,7 @@ def settle(
 
 
 def filter_reason(run: Run, outputs: Sequence[Output], when: When) -> str | None:
-    """Return which part of a filter does not match the run, or None."""
+    """Return which part of a filter does not match the run, or None if all of it does."""
     for name, wanted, actual in (
         ("status", when.status, run.state.value),
         ("run_type", when.run_type, run.run_type),
@@ -69,12 +70,12 @@ def filter_reason(run: Run, outputs: Sequence[Output], when: When) -> str | None
 
 
 def callback_expires_at(run: Run, policy: Policy) -> datetime:
-    """Return when FLORA has given up on delivering the callback of a settled run."""
+    """Return when FLORA stops trying to deliver the callback of a settled run."""
     return ended_at(run) + policy.callback_window
 
 
 def ended_at(run: Run) -> datetime:
-    """Return when the run ended, as far as the channel is concerned: never later than we saw it."""
+    """Return when the run ended by FLORA's clock, limited to the time in which it was observed."""
     settled_at = run.settled_at or run.first_seen_at
     return max(min(run.completed_at or settled_at, settled_at), run.first_seen_at)
 

@@ -1,7 +1,7 @@
-"""What an answer to a start means, and what to do about a start that was not answered. Pure.
+"""What FLORA's response to a start means, and what to do if there is none. Pure.
 
-FLORA's idempotency key makes asking again safe for two hours: a repeated key never makes a second run (FLORA contract,
-section 4). After that nothing does, so we stop asking before.
+FLORA's idempotency key makes repeating a start safe for two hours: a repeated key never makes a
+second run (FLORA contract, section 4). Starts are not repeated after that.
 """
 
 from collections.abc import Sequence
@@ -15,35 +15,35 @@ from receiver.errors import FloraError
 from receiver.model import Origin, RunRegistered, Snapshot, Start, StartState
 
 SAFE_TO_REPEAT = timedelta(minutes=100)
-"""FLORA's key lives two hours (its site says 24): we trust it for less."""
+"""FLORA keeps a key for two hours (its site says 24); a margin is left."""
 
 SEARCH_FOR = timedelta(minutes=10)
-"""How long a run that exists is searched for before its start is called unknown: callbacks and other starts sort it out."""
+"""How long the run of a start is searched for before the start is marked as unknown."""
 
 _SKEW = timedelta(seconds=30)
-"""How far apart the clocks of FLORA, and of several receivers, may be."""
+"""Tolerated difference between the clocks of FLORA and of several receivers."""
 _YOUNG = timedelta(minutes=2)
-"""How long a start that FLORA has not answered may still be about to name its run."""
+"""How long the response to a start may take."""
 _LONGEST_PAUSE_SECONDS = 30.0
 _UNKNOWN = (
-    "FLORA may have started this run and we could not tell which it is: look it up in FLORA, then say so with "
-    "`flora-receiver runs resolve`; its callback settles the question by itself"
+    "FLORA may have started a run for this, and it is not known which: look it up in FLORA, then name it with "
+    "`flora-receiver runs resolve`; its callback also resolves the start"
 )
 
 
 class Reply(StrEnum):
-    """What FLORA's refusal of a start means."""
+    """The meaning of a failed start request."""
 
     DENIED = "denied"
-    """It said no: nothing was started, and the same question gets the same answer."""
+    """FLORA refused: nothing was started, and repeating the request does not help."""
     EXISTS = "exists"
-    """The key was used before: the run exists, and this answer does not name it."""
+    """The key was used before: a run exists, and the response does not name it."""
     UNCLEAR = "again"
-    """It did not say: ask again with the same key."""
+    """Whether a run was started is unknown: repeat the request with the same key."""
 
 
 def reply_of(error: FloraError) -> Reply:
-    """Return what a failed start means, by FLORA's table of errors."""
+    """Return the meaning of a failed start request, by FLORA's table of errors."""
     if error.status == 409:
         return Reply.EXISTS
     if error.status is None or error.status == 429 or error.status >= 500 or error.status < 400:
@@ -52,17 +52,17 @@ def reply_of(error: FloraError) -> Reply:
 
 
 def may_repeat(start: Start, *, now: datetime) -> bool:
-    """Return whether asking again cannot start a second run."""
+    """Return whether repeating the request is sure not to start a second run."""
     return now - start.created_at < SAFE_TO_REPEAT
 
 
 def refuse_start(start: Start, error: FloraError) -> Start:
-    """Return the start as FLORA refused it, with its reasons kept."""
+    """Return the start as refused, with FLORA's reasons."""
     return replace(_with_error(start, error), state=StartState.REFUSED)
 
 
 def defer_start(start: Start, error: FloraError, *, now: datetime, jitter: float = 0.5) -> Start:
-    """Return the start to be asked about again: after what FLORA named, else 1, 2, 4 … 30 s."""
+    """Return the start to be repeated after the pause that FLORA named, else 1, 2, 4 … 30 s."""
     pause = error.retry_after
     if pause is None:
         pause = 5.0 if error.status == 429 else min(2.0 ** min(start.attempts, 5), _LONGEST_PAUSE_SECONDS)
@@ -72,27 +72,27 @@ def defer_start(start: Start, error: FloraError, *, now: datetime, jitter: float
 
 
 def search_later(start: Start, *, now: datetime, jitter: float = 0.5) -> Start | None:
-    """Return the start to be searched for again a little later, or None once that has gone on for long enough.
+    """Return the start with its next search for a run, or None after `SEARCH_FOR`.
 
-    Right after a crash there are often several starts without a run and several runs without a start. Callbacks name
-    most of them within a run's length; what is left is told apart by being the only one.
+    After a crash there are often several starts without a run and several runs without a start.
+    Callbacks link most of them while the runs take; the last one left is then unambiguous.
     """
     if now - start.created_at >= SEARCH_FOR:
         return None
     exists = FloraError(
-        "FLORA has a run of this key; which one is not clear yet: waiting for its callback, and searching the list",
+        "FLORA has a run of this key, and it is not known which yet: waiting for its callback, searching the list",
         status=409, code="idempotency_duplicate", request_id=start.request_id,
     )  # fmt: skip
     return defer_start(start, exists, now=now, jitter=jitter)
 
 
 def give_up_on(start: Start) -> Start:
-    """Return the start as one that only its callback, or an operator, can resolve."""
+    """Return the start as unknown: only its callback, or an operator, can resolve it."""
     return replace(start, state=StartState.UNKNOWN, error_code="unknown_outcome", error_message=_UNKNOWN)
 
 
 def retry_refused(start: Start, *, token: str, request: str, now: datetime) -> Start:
-    """Return a refused start as a fresh intent: its key was released when FLORA refused it."""
+    """Return a refused start as a new intent: FLORA released its key when it refused."""
     return replace(
         start,
         token=token,
@@ -110,15 +110,15 @@ def retry_refused(start: Start, *, token: str, request: str, now: datetime) -> S
 
 
 def young_since(now: datetime) -> datetime:
-    """Return when a start that may still be about to name its run can have been made at the earliest."""
+    """Return the earliest time of a start whose response may still come."""
     return now - _YOUNG
 
 
 def may_be_of_start(seen_at: datetime | None, oldest_start: datetime | None) -> bool:
-    """Return whether a run may be that of an unanswered start, so that its start should name it first.
+    """Return whether a run may be that of a start whose response has not come yet.
 
-    `seen_at` is when the run was created or first seen (None: unknown), `oldest_start` when the oldest unanswered start
-    that is still young was made (None: there is none). A run that was there before that start is somebody else's.
+    `seen_at` is when the run was created or first seen (None: unknown); `oldest_start` is when the
+    oldest such start was made (None: there is none). A run that is older than it is not its run.
     """
     if oldest_start is None:
         return False
@@ -127,7 +127,7 @@ def may_be_of_start(seen_at: datetime | None, oldest_start: datetime | None) -> 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """When the run of a start must have been created, by FLORA's clock, allowing for ours."""
+    """The period in which the run of a start must have been created, by FLORA's clock."""
 
     since: datetime
     until: datetime
@@ -138,7 +138,7 @@ def window_of(start: Start, *, now: datetime) -> Window:
 
 
 def candidates(snapshots: Sequence[Snapshot], start: Start, *, now: datetime) -> tuple[Snapshot, ...]:
-    """Return the listed runs that could be this start's: its technique, created while it was being asked for."""
+    """Return the runs of its technique's list that were created while a start was in progress."""
     window = window_of(start, now=now)
     return tuple(
         snapshot
@@ -159,7 +159,7 @@ def _with_error(start: Start, error: FloraError) -> Start:
 
 
 def to_registration(start: Start, run_id: str, now: datetime) -> RunRegistered:
-    """Return what a start knows about the run that it made."""
+    """Return the registration of the run that a start made."""
     return RunRegistered(
         run_id=run_id,
         origin=Origin.STARTED,
