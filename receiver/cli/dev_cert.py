@@ -1,4 +1,4 @@
-"""`flora-receiver dev-cert`: creates a CA and a certificate for local tests. It installs nothing."""
+"""`flora-receiver dev-cert`: creates a CA and a certificate for tests; installs nothing."""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from receiver.net.certificates import (
 _CA_LIFE = timedelta(days=3650)
 _MAX_NAME_LENGTH = 253
 _NAME = re.compile(r"(\*\.)?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*", re.IGNORECASE)
-_NOT_A_HOST = "is not a host name or an address; omit https://, port and path, and write other letters as xn--…"
+_NOT_A_HOST = "is not a host name or an address; omit https://, port and path; write ü as xn--…"
 
 
 def run(hosts: Sequence[str], directory: Path, *, days: int, force: bool, json: bool) -> None:
@@ -77,4 +77,4 @@ and keep ca.key private:
                      -k /Library/Keychains/System.keychain {ca}
   Firefox            Settings, Certificates, Authorities, Import
 
-FLORA itself trusts public certificates only. Use this one with the emulator and in your own tests."""
+FLORA itself trusts public certificates only. This one is for the emulator and your own tests."""

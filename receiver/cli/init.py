@@ -1,4 +1,4 @@
-"""`flora-receiver init`: writes a commented `receiver.toml`, and a `.env` that only its owner can read."""
+"""`flora-receiver init`: writes a commented `receiver.toml`, and a `.env` with mode 0600."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""FLORA's rules for the URLs that it calls, as its documentation of `callback_url` states them. Pure.
+"""FLORA's rules for the URLs that it calls, from its documentation of `callback_url`. Pure.
 
 FLORA requires HTTPS. It refuses localhost, `*.local`, `*.internal`, the names of cloud metadata
 services, and private, loopback and link-local IP addresses.

@@ -38,7 +38,7 @@ class Variable:
 
 @dataclass(slots=True)
 class Sources:
-    """What the sources contain: nested values, the variable behind each dotted path, and problems."""
+    """Nested values, the variable that set each dotted path, and problems."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def _read_file(path: Path | None, environ: Mapping[str, str], sources: Sources) 
 
 
 def _read_variable(name: str, environ: Mapping[str, str], sources: Sources) -> str | None:
-    """Return the text of a variable, or of the file that `<name>_FILE` names; "" counts as not set."""
+    """Return the text of a variable or of its `<name>_FILE`; an empty one counts as not set."""
     text, file = environ.get(name) or None, environ.get(f"{name}_FILE")
     if not file:
         return text
@@ -111,7 +111,7 @@ def _set_value(sources: Sources, name: str, variable: Variable, text: str) -> No
 
 
 def _parse_list(text: str) -> object:
-    """Parse a JSON list, or values separated by commas; white space is removed around commas only."""
+    """Parse a JSON list, or values between commas, without the white space around commas."""
     if text.lstrip().startswith("["):
         try:
             return json.loads(text)
@@ -134,7 +134,7 @@ def _check_names(environ: Mapping[str, str], variables: Mapping[str, Variable]) 
 
 
 def _is_foreign(name: str, value: str, known: Iterable[str]) -> bool:
-    """Return whether Kubernetes set this variable, or a setting may refer to it (`env:FLORA_API_KEY_2`)."""
+    """Return whether Kubernetes set it, or a setting may refer to it (`env:FLORA_API_KEY_2`)."""
     if _KUBERNETES.search(name) and (not name.endswith("_PORT") or "://" in value):
         return True
     return any(name.startswith(f"{each}_") for each in known if each.startswith("FLORA_"))

@@ -66,9 +66,7 @@ def check_operations(settings: Settings) -> Problem | None:
         message = "is required on an address that is not loopback: set RECEIVER_OPS_TOKEN"
         return Problem("operations.token", message)
     if settings.tls.cert is None and not operations.allow_plaintext:
-        message = (
-            "requires [tls] on an address that is not loopback, or allow_plaintext = true behind a proxy that ends TLS"
-        )
+        message = "requires [tls] unless it is loopback, or allow_plaintext = true behind a proxy"
         return Problem("operations.host", message)
     return None
 
@@ -183,7 +181,7 @@ def _to_problem(detail: ErrorDetails, sources: Sources) -> Problem:
 
 
 def _remove(values: dict[str, Any], location: tuple[int | str, ...]) -> None:
-    """Remove a wrong value, a key of a section or a whole list, so that the rest can be validated."""
+    """Remove a wrong value, which is a key of a section or a whole list."""
     key, *rest = (str(part) for part in location)
     section = values.get(key)
     if rest and isinstance(section, dict):

@@ -1,4 +1,4 @@
-"""The token of the operations listener: a setting, or a generated one in a file beside the ledger."""
+"""The token of the operations listener: a setting, or generated into a file by the ledger."""
 
 import os
 import secrets

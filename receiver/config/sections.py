@@ -1,6 +1,6 @@
 """The sections of `receiver.toml`, one model each: keys, defaults, limits and help.
 
-The description of a field is its row in the documentation. `settings.py` puts the sections together.
+The description of a field is its row in the documentation. `settings.py` combines the sections.
 """
 
 from ipaddress import ip_network
@@ -93,8 +93,8 @@ class Public(Section):
     max_connections: Count = Field(
         2000,
         description="Maximum number of open connections; one more closes the oldest unfinished "
-        "request, or the longest idle connection (`httptools`). It is lower where the limit of open "
-        "files requires it.",
+        "request, or the longest idle connection (`httptools`). The limit of open files may "
+        "lower it.",
     )
     trusted_proxies: Annotated[Words, AfterValidator(_check_networks)] = Field(
         ("127.0.0.1", "::1"),
@@ -109,15 +109,15 @@ class Operations(Section):
     port: Port = Field(8081, description="Port to bind.")
     token: Secret | None = Field(
         None,
-        description="Bearer token; without one, a token is generated into `var/ops-token` (loopback only).",
+        description="Bearer token; default: generated into `var/ops-token` (loopback only).",
     )
     allow_plaintext: bool = Field(
         default=False,
-        description="Allow an address that is not loopback without `[tls]`, behind a proxy that ends TLS.",
+        description="Allow non-loopback addresses without `[tls]`, behind a proxy that ends TLS.",
     )
     allowed_hosts: Words = Field(
         (),
-        description="Host names by which the listener may be called, besides `host` and the names of this machine.",
+        description="Names accepted in `Host`, besides `host` and the names of this machine.",
     )
 
 
@@ -145,7 +145,7 @@ class Database(Section):
     listen_url: PostgresUrl | None = Field(
         None,
         repr=False,
-        description="URL of PostgreSQL that bypasses a connection pooler, for `LISTEN`; default: `url`.",
+        description="PostgreSQL URL for `LISTEN`, bypassing a connection pooler; default: `url`.",
     )
     pool_size: Count = Field(8, description="Connections to PostgreSQL that each process keeps open.")
 
@@ -160,11 +160,11 @@ class Flora(Section):
     api_key: Secret | None = Field(None, description="API key, `sk_live_…` or `sk_test_…`.")
     webhook_secrets: SecretList = Field((), description="Signing secrets, `whsec_…`; several while one is rotated.")
     tolerance_past_seconds: Tolerance = Field(
-        900, description='Maximum age of a signature, in seconds; `"off"` accepts any age.'
+        900, description='Maximum age of a signature in seconds; `"off"` accepts any.'
     )
     tolerance_future_seconds: Tolerance = Field(
         300,
-        description='Maximum time by which a signature may be ahead of the clock, in seconds; `"off"` accepts any.',
+        description='Maximum seconds a signature may be ahead of the clock; `"off"` accepts any.',
     )
     timeout_seconds: Duration = Field(30, description="Time limit of one API request.")
     ca_file: ExistingFile | None = Field(None, description="PEM file with additional CAs to trust for the API.")
@@ -175,11 +175,11 @@ class Reconcile(Section):
 
     first_poll_seconds: DurationOrZero = Field(
         60,
-        description="Time until the first read of a run that expects a callback, if FLORA gave no estimate.",
+        description="Pause before the first read of a run, unless FLORA estimated its duration.",
     )
     callback_window_seconds: Duration = Field(
         420,
-        description="Time after the end of a run within which its callback must arrive; then the run is `recovered`.",
+        description="Time after the end of a run until its missing callback makes it `recovered`.",
     )
     deadline_hours: Duration = Field(24, description="Age at which a run that is not terminal is given up.")
     ladder_seconds: Annotated[tuple[DurationOrZero, ...], AfterValidator(check_not_empty)] = Field(
@@ -227,7 +227,7 @@ class Downloads(Section):
 
     allow_private_hosts: Words = Field(
         (),
-        description="Exact `host:port` pairs that may be private and plain http; all others must be public HTTPS.",
+        description="Exact `host:port` pairs allowed to be private and http; default: public HTTPS.",
     )
     max_bytes: Count = Field(20 * 1024**3, description="Maximum size of an output.")
     stall_seconds: Duration = Field(30, description="Time without a byte after which a download is aborted.")
@@ -305,7 +305,7 @@ class HandlerEntry(Section):
 
     use: str = Field(
         min_length=1,
-        description='Name of an entry point, or `"package.module:Class"`, or `"package.module:function"`.',
+        description='Entry point name, `"package.module:Class"` or `"package.module:function"`.',
     )
     name: str = Field(
         "",
@@ -315,26 +315,26 @@ class HandlerEntry(Section):
     )
     when: Filter | None = Field(
         None,
-        description="Filter by `status`, `run_type`, `technique_id`, `workspace_id`, `output_type` or `metadata`.",
+        description="Filter: `status`, `run_type`, `technique_id`, `workspace_id`, `output_type`, `metadata`.",
     )
     on: Annotated[tuple[Event, ...] | None, BeforeValidator(to_tuple), AfterValidator(check_not_empty)] = Field(
         None,
-        description="Events: `settled`, `cost_final`, `lost`, `diverged`, `dead`; default: the handler's own.",
+        description="Events: `settled`, `cost_final`, `lost`, `diverged`, `dead`; default: its own.",
     )
     max_attempts: Count | None = Field(
         None,
-        description="Attempts before a dispatch is dead; default: the handler's own, else `dispatch.max_attempts`.",
+        description="Attempts before a dispatch is dead; default: the handler's, else `[dispatch]`.",
     )
     backoff: Pauses | None = Field(
         None,
-        description="Pauses between attempts: `first_seconds` (1), `factor` (2), `longest_seconds` (1800).",
+        description="Pauses: `first_seconds` (1), `factor` (2), `longest_seconds` (1800).",
     )
     timeout_seconds: Duration | None = Field(
         None,
-        description="Time limit of one call; default: the handler's own, else `dispatch.timeout_seconds`.",
+        description="Time limit of one call; default: the handler's, else `[dispatch]`.",
     )
     concurrency: Count | None = Field(
-        None, description="Maximum number of concurrent calls; default: the handler's own, else 8."
+        None, description="Maximum number of concurrent calls; default: the handler's, else 8."
     )
     options: dict[str, Any] = Field(default_factory=dict, description="All other keys, which are the handler's own.")
 

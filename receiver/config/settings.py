@@ -115,7 +115,7 @@ class Settings(Section):
         ]
         tolerance = self.flora.tolerance_past_seconds
         if tolerance is not None and tolerance < _LAST_RETRY_SECONDS:
-            message = f"refuses FLORA's last retry, which can arrive {_LAST_RETRY_SECONDS} s after signing"
+            message = f"refuses FLORA's last retry, up to {_LAST_RETRY_SECONDS} s after signing"
             found.append(Problem("flora.tolerance_past_seconds", message))
         return [*found, *self._filter_warnings(), *self._wait_warnings()]
 

@@ -1,1 +1,4 @@
-"""`flora-receiver dev`: the service on a laptop, behind a tunnel. Called by `cli.app`; may import `service`."""
+"""`flora-receiver dev`: the service on a laptop, behind a tunnel.
+
+Called by `cli.app`; imports `service` and `cli.doctor.probe`.
+"""

@@ -1,4 +1,4 @@
-"""`flora-receiver dev`: the receiver on a laptop, with a public URL through a tunnel and a live view."""
+"""`flora-receiver dev`: the receiver on a laptop, with a tunnel and a live view."""
 
 import asyncio
 import contextlib

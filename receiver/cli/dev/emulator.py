@@ -20,7 +20,7 @@ __all__ = ["EmulatedFlora", "replace_settings", "run_emulator"]
 
 @dataclass(frozen=True, slots=True)
 class EmulatedFlora:
-    """A running emulator: its API, the settings that use it, and a PEM file that callers must trust."""
+    """A running emulator: its API, the settings that use it, and the CA that canaries trust."""
 
     base_url: str
     settings: Settings
@@ -33,8 +33,8 @@ async def run_emulator(
 ) -> AsyncIterator[EmulatedFlora]:
     """Run an emulator until the block ends; its settings have its keys and a ledger in `directory`.
 
-    With `tls_host`, the receiver gets a certificate for that host by a CA that is made here and that
-    only the emulator trusts.
+    With `tls_host`, the receiver gets a certificate for that host, by a new CA that only the
+    emulator trusts.
     """
     tls: dict[str, Any] = {}
     if tls_host is not None:
@@ -67,7 +67,7 @@ def _use_emulator(
     settings: Settings, emulator: Emulator, origin: str, directory: Path, tls: dict[str, Any]
 ) -> Settings:
     """Return the settings with the emulator in place of FLORA, and with a ledger in `directory`."""
-    # The token stays in its usual file, although the ledger is elsewhere: other commands read it there.
+    # The token stays in its usual file, where other commands read it.
     token = ensure_token(settings)
     media_host = urlsplit(origin).netloc
     values: dict[str, dict[str, Any]] = {

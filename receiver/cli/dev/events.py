@@ -1,4 +1,4 @@
-"""The events that `dev` shows: each callback that arrives, and each change of a run, a file or a start."""
+"""The sources of the events that `dev` shows: callbacks, and changes in the ledger."""
 
 import json
 from collections.abc import Awaitable, Callable
@@ -24,7 +24,7 @@ _MAX_BODY_BYTES = 65_536
 
 
 class CallbackEvents:
-    """ASGI middleware around the public app: shows each callback with its response, except canaries."""
+    """ASGI middleware that shows each callback with its response, except canaries."""
 
     def __init__(self, app: ASGIApp, view: View) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Checks the route of a callback with two canaries: one through the public URL, one on this machine."""
+"""Checks the route of a callback with two canaries: through the public URL and on loopback."""
 
 import asyncio
 from dataclasses import replace
@@ -38,7 +38,7 @@ class RouteCheck:
         self.latest: Diagnosis | None = None
 
     async def check(self, url: str | None) -> Diagnosis:
-        """Send both canaries and return the diagnosis. `url` is the public URL without the path, if any."""
+        """Send both canaries and return the diagnosis. `url` is the public URL without its path."""
         inside = probe(self._local_url, self._secret, client=self._inside)
         if url is None:
             far, near = None, await inside

@@ -1,4 +1,4 @@
-"""One session of `dev`: runs the tunnel beside the service, shows what happens, and reacts to it."""
+"""One session of `dev`: runs the tunnel beside the service, shows events and reacts to them."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -45,8 +45,8 @@ _STATUS_SECONDS = 1.0
 class DevSession:
     """Runs until stopped, with a tunnel or, if `provider` is None, with simulated callbacks.
 
-    `ca` is a PEM file that the canary through the public URL trusts besides the public CAs. A canary may
-    take `canary_seconds`; runs whose callbacks go to a lost URL are read every `stranded_seconds`.
+    `ca` is a PEM file that the outside canary trusts besides the public CAs. A canary may take
+    `canary_seconds`; runs whose callbacks go to a lost URL are read every `stranded_seconds`.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class DevSession:
         return await _run_all(work, stopping)
 
     def _check_url(self, url: str) -> None:
-        """Raise TunnelError if FLORA would refuse the URL; an emulator on this machine accepts any."""
+        """Raise TunnelError if FLORA would refuse the URL; a local emulator accepts any."""
         if is_loopback(urlsplit(self._settings.flora.base_url).hostname or ""):
             return
         if (problem := check_callback_url(url + CALLBACK_PATH)) is not None:
@@ -240,7 +240,7 @@ def _count(number: int, noun: str) -> str:
 
 
 async def _run_all(work: list[Coroutine[Any, Any, None]], stopping: asyncio.Event) -> int:
-    """Run everything until `stopping` is set or something fails; cancel the rest. Returns exit code 0."""
+    """Run everything until `stopping` is set or something fails; return exit code 0."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
         await wait_for_any(stopping, *tasks)

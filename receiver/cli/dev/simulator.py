@@ -1,4 +1,4 @@
-"""Simulates FLORA's callbacks where there is no public URL: real runs, signed here, sent to the receiver."""
+"""Sends simulated callbacks about real runs to the receiver, where FLORA has no URL to call."""
 
 import asyncio
 import json

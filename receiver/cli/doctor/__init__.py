@@ -1,1 +1,4 @@
-"""`flora-receiver doctor`: checks a set-up from its settings to its public URL; every finding has a fix."""
+"""`flora-receiver doctor`: checks a set-up from its settings to its public URL.
+
+Every finding names a likely cause and a fix. Called by `cli.app`; `dev` uses `probe.py` too.
+"""

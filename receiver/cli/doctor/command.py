@@ -1,4 +1,4 @@
-"""`flora-receiver doctor`: checks the whole set-up and prints each finding with its cause and its fix."""
+"""`flora-receiver doctor`: checks the whole set-up and prints every finding with a fix."""
 
 import asyncio
 import os

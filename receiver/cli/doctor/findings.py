@@ -132,8 +132,8 @@ FINDING_KINDS: Mapping[str, FindingKind] = {
         _ERROR,
         "A service holds the ledger and does not confirm that it can commit.",
         "It is starting or stopping, cannot write, or listens elsewhere than [public] says.",
-        "Read its log. If it was started with --port or --host, run `doctor` with RECEIVER_PUBLIC__PORT "
-        "or RECEIVER_PUBLIC__HOST set to the same.",
+        "Read its log. If it was started with --port or --host, set RECEIVER_PUBLIC__PORT or "
+        "RECEIVER_PUBLIC__HOST to the same value for `doctor`.",
     ),
     # Handlers
     "handler.broken": FindingKind(
@@ -183,13 +183,13 @@ FINDING_KINDS: Mapping[str, FindingKind] = {
         _WARNING,
         "The public URL cannot be checked: this machine does not reach its own public address.",
         "The router does not route it back inside, or a firewall blocks it, for FLORA too.",
-        "From another network, run `flora-receiver trigger URL --case signature_mismatch`: 401 is right.",
+        "From another network: `flora-receiver trigger URL --case signature_mismatch`; expect 401.",
     ),
     "public.certificate": FindingKind(
         _ERROR,
         "The certificate has expired, is for another name, or is not trusted.",
         "It was not renewed, belongs to another host, or lacks its chain.",
-        "Install a certificate for this host with its full chain. --ca trusts a CA of your own; FLORA does not.",
+        "Install a certificate for this host with its full chain; FLORA trusts no --ca of yours.",
     ),
     "public.certificate_ends": FindingKind(
         _WARNING,

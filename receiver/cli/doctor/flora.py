@@ -1,4 +1,4 @@
-"""Checks FLORA's API with one request per API key: whether the key is valid, and what time it is there."""
+"""Checks each API key with one request to FLORA, and this machine's clock by its response."""
 
 import ssl
 from collections.abc import Set as AbstractSet
@@ -62,7 +62,7 @@ def interpret_response(
 ) -> list[Finding]:
     """Return what a response to a list request says about the API key. Pure.
 
-    `workspace` is the owner of the key (None: any workspace), `others` the workspaces with other keys.
+    `workspace` is the owner of the key (None: any), `others` the workspaces with other keys.
     """
     whose = "FLORA_API_KEY" if workspace is None else f"the API key of {workspace}"
     request_id = response.headers.get("request-id", "none")

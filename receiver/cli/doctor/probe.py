@@ -1,7 +1,7 @@
 """Sends a canary to a callback URL and describes what happened to it. Called by `dev` and `doctor`.
 
-A canary is signed with a key that is derived from the signing secret. The receiver responds after an
-empty write, and records neither a callback nor a run.
+A canary is signed with a key that is derived from the signing secret. The receiver responds after
+an empty write, and records neither a callback nor a run.
 """
 
 import json
@@ -75,7 +75,7 @@ async def probe(
         # Like FLORA, use a new connection: one that is still open would prove nothing.
         "Connection": "close",
         HEADER: sign(body, canary_key(secret), timestamp=int(clock())),
-        # Without this, ngrok's free plan shows visitors a page of its own; FLORA's POSTs never see it.
+        # Without this, ngrok's free plan responds with a page of its own, which FLORA never gets.
         "ngrok-skip-browser-warning": "1",
     }
     began = time.perf_counter()

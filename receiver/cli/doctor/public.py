@@ -1,4 +1,4 @@
-"""Checks the public URL the way FLORA calls it: with canaries, and by the date of its certificate."""
+"""Checks the public URL the way FLORA calls it, with canaries, and its certificate."""
 
 import asyncio
 import contextlib
@@ -85,8 +85,8 @@ def diagnose_route(
 ) -> Finding | None:
     """Return what is wrong between the public URL and the receiver, or None. Pure.
 
-    `is_ours` says that the public address belongs to this machine. The address of a router may refuse
-    connections from inside its own network only, so that nothing follows from a refusal.
+    `is_ours` says that the public address belongs to this machine. A router's address may refuse
+    connections from inside its own network only, so that a refusal proves nothing.
     """
     if outside.has_arrived:
         what = f"a canary took {outside.seconds:.1f} s"
@@ -128,7 +128,7 @@ def _is_own_address(host: str) -> bool:
 
 
 async def _check_expiry(public_url: str, ca: Path | None) -> list[Finding]:
-    """Return a finding if the certificate expires soon. Other faults of it are found by the canary."""
+    """Return a finding if the certificate expires soon; canaries find its other faults."""
     parts = urlsplit(public_url)
     if parts.scheme != "https":
         return []

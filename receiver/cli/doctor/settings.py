@@ -26,7 +26,7 @@ def findings_from_problems(problems: Sequence[Problem]) -> Iterator[Finding]:
 
 
 def check_settings(settings: Settings) -> Iterator[Finding]:
-    """Return odd values, swapped keys and secrets, and a public URL that FLORA would refuse to call."""
+    """Find odd values, swapped keys and secrets, and a public URL that FLORA would refuse."""
     for problem in settings.find_warnings():
         yield _to_finding(problem, default="settings.odd")
     secrets = [value for value, _ in settings.secrets_by_workspace()]

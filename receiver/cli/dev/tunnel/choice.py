@@ -24,9 +24,9 @@ _NO_TUNNEL = """no tunnel to a public URL is available. The simplest ways to get
     --ssh you@host: through a machine of yours that the internet can reach
     --no-tunnel: no callbacks from FLORA; runs are polled, and a callback is simulated for each"""
 _NO_TLS = (
-    "FLORA calls HTTPS URLs only, and ssh forwards bytes unchanged; either give this receiver a certificate "
-    "for that host ([tls] cert and key), or run a proxy there that ends TLS and forwards to its own "
-    "localhost:{port}, and name its URL with --public-url"
+    "FLORA calls HTTPS URLs only, and ssh forwards bytes unchanged; either give this receiver a "
+    "certificate for that host ([tls] cert and key), or run a proxy there that ends TLS and "
+    "forwards to its own localhost:{port}, and name its URL with --public-url"
 )
 
 

@@ -1,4 +1,4 @@
-"""Cloudflare's quick tunnel, run by `cloudflared` on the PATH: no account, a new host name each time."""
+"""Cloudflare's quick tunnel, by `cloudflared`: no account, a new host name each time."""
 
 import contextlib
 import re

@@ -80,7 +80,7 @@ def diagnose(
 
 
 def compare_request_counts(before: Mapping[str, float], after: Mapping[str, float]) -> FloraState:
-    """Return how FLORA responded between two counts of requests by HTTP status (`none`: no response)."""
+    """Return how FLORA responded between two counts by HTTP status (`none`: no response)."""
     statuses = {status for status, count in after.items() if count > before.get(status, 0)}
     if not statuses:
         return FloraState.UNKNOWN
@@ -140,8 +140,8 @@ def _diagnose_other_response(outside: ProbeResult, *, is_ours: bool) -> Diagnosi
         return Diagnosis(Fault.TUNNEL, "redirected", reason)
     if outside.code == "signature_mismatch":
         reason = (
-            "the canary was refused through the public URL and accepted on this machine: it was altered "
-            "on the way, or the URL leads to another receiver"
+            "the canary was refused through the public URL and accepted on this machine: it was "
+            "altered on the way, or the URL leads to another receiver"
         )
         return Diagnosis(Fault.TUNNEL, "altered", reason)
     if outside.code is not None:

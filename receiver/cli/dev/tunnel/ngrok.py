@@ -1,4 +1,4 @@
-"""ngrok's agent, run inside this process (extra `ngrok`). It reads its token from NGROK_AUTHTOKEN."""
+"""ngrok's agent inside this process (extra `ngrok`); its token comes from NGROK_AUTHTOKEN."""
 
 import asyncio
 import contextlib
@@ -51,7 +51,7 @@ class Ngrok:
         return str(self._listener.url())
 
     async def wait_closed(self) -> str:
-        """Never return: the agent reconnects by itself, and a canary finds a tunnel that stays closed."""
+        """Never return: the agent reconnects by itself, and canaries find a closed tunnel."""
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await never
 

@@ -1,7 +1,7 @@
-"""Runs a tunnel program: in its own process group, with its output read line by line, and always ended.
+"""Runs a tunnel program in a process group of its own, reads its output, and always ends it.
 
-The leader of the group is a shell that reads from a pipe to this process. When the pipe closes, even
-because this process was killed, the shell ends the whole group.
+The leader of the group is a shell that reads from a pipe to this process. When the pipe closes,
+even because this process was killed, the shell ends the whole group.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class Program:
     async def start(cls, arguments: Sequence[str]) -> "Program":
         """Start the program. Raises TunnelError if it is not installed or cannot be started."""
         if shutil.which(arguments[0]) is None:
-            message = f"there is no program {arguments[0]!r} on the PATH; install it, or use another tunnel"
+            message = f"there is no program {arguments[0]!r} on the PATH; install it"
             raise TunnelError(message)
         theirs, ours = os.pipe()
         try:
@@ -107,7 +107,7 @@ class Program:
         return f"{self._name} ended{await self._exit_code()}"
 
     async def stop(self) -> None:
-        """End the group with SIGTERM, then with SIGKILL: a stopped process does not receive the first."""
+        """End the group with SIGTERM, then SIGKILL: a stopped process does not handle the first."""
         if self._lifeline is None:
             return
         self._signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The protocol that every tunnel provider implements, and the simplest provider: a URL that exists already."""
+"""The protocol of tunnel providers, and the simplest one: a URL that exists already."""
 
 import asyncio
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class LocalEndpoint:
 
 
 class Provider(Protocol):
-    """One way to get a public URL. It can be reopened after it was closed; its URL may then differ."""
+    """One way to get a public URL. It can be reopened after `close`, maybe with another URL."""
 
     name: str
     hint: str

@@ -1,4 +1,4 @@
-"""`ssh -R` to any host with asyncssh (extra `ssh`). TLS ends at this machine, or at a proxy on the host.
+"""`ssh -R` to any host, by asyncssh (extra `ssh`). TLS ends here, or at a proxy on that host.
 
 The host's key is always checked against known_hosts; this cannot be turned off.
 """
@@ -52,7 +52,7 @@ class Ssh:
     """
 
     name = "ssh"
-    hint = 'check that its sshd has "GatewayPorts clientspecified" and that its firewall allows the port'
+    hint = 'check that its sshd has "GatewayPorts clientspecified", and that its firewall is open'
 
     def __init__(
         self,
@@ -126,17 +126,17 @@ class Ssh:
         host = self._where.host
         if isinstance(error, asyncssh.HostKeyNotVerifiable):
             return (
-                f"the key of {host} is not in {self._known_hosts}; log in once with `ssh`, which shows "
-                "the fingerprint and adds the key, or name another file with --known-hosts"
+                f"the key of {host} is not in {self._known_hosts}; log in once with `ssh`, which "
+                "shows its fingerprint and adds it, or name another file with --known-hosts"
             )
         if isinstance(error, asyncssh.PermissionDenied):
             reason = error.reason
-            return f"{host} refused the login ({reason}); check the user name, and the key with --identity"
+            return f"{host} refused the login ({reason}); check the user name and --identity"
         if isinstance(error, asyncssh.ChannelListenError):
             return (
-                f"{host} did not open port {self._remote_port}; the port may be in use, be below 1024, or "
-                "be held by an earlier connection (ClientAliveInterval 15 in its sshd ends those sooner), "
-                "or its sshd may not allow it (AllowTcpForwarding)"
+                f"{host} did not open port {self._remote_port}; the port may be in use, be below "
+                "1024, be held by an earlier connection (ClientAliveInterval 15 in its sshd ends "
+                "those sooner), or be forbidden by its sshd (AllowTcpForwarding)"
             )
         if isinstance(error, TimeoutError):
             return f"{host} did not answer within {_CONNECT_SECONDS:g} s"

@@ -1,7 +1,7 @@
 """Keeps a tunnel open: checks it every 30 seconds and reopens it when that may help.
 
-Everything that happens is reported as a `TunnelEvent`. `DevSession` shows the events, uses the new URL
-for later runs, and reads the runs whose callbacks may have been missed.
+Everything that happens is reported as a `TunnelEvent`. `DevSession` shows the events, uses the new
+URL for later runs, and reads the runs whose callbacks may have been missed.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ _JUMP_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class TunnelOpened:
-    """The tunnel is open. `moved` says that its URL changed: earlier runs call a URL that is gone."""
+    """The tunnel is open. `moved`: its URL changed, and earlier runs call a URL that is gone."""
 
     url: str
     moved: bool = False
@@ -93,8 +93,8 @@ class Timing:
 class TunnelSupervisor:
     """Opens, checks, reopens and closes one tunnel.
 
-    `check` sends the canaries to a URL and returns the diagnosis; `report` receives every event and is
-    awaited before the supervisor goes on.
+    `check` sends the canaries to a URL and returns the diagnosis; `report` receives every event and
+    is awaited before the supervisor goes on.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class TunnelSupervisor:
         return url
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Check the open tunnel and replace it when it fails, until `stopping` is set; then close it."""
+        """Check the tunnel and replace it when it fails; close it once `stopping` is set."""
         try:
             while not stopping.is_set():
                 if (reason := await self._watch(stopping)) is not None:
@@ -137,7 +137,7 @@ class TunnelSupervisor:
             await self._provider.close()
 
     async def _watch(self, stopping: asyncio.Event) -> str | None:
-        """Check repeatedly; return why the tunnel must be reopened, or None if `stopping` is set."""
+        """Check repeatedly; return why the tunnel must be reopened, or None to stop."""
         closed = asyncio.create_task(self._provider.wait_closed(), name="tunnel closed")
         try:
             pause = 0.0
@@ -196,7 +196,7 @@ class TunnelSupervisor:
                 return
 
     async def _sleep(self, seconds: float, stopping: asyncio.Event, closed: asyncio.Task[str] | None = None) -> None:
-        """Wait; return early if `stopping` is set, the tunnel closes, or the machine was suspended."""
+        """Wait; return early to stop, if the tunnel closes, or if the machine was suspended."""
         left = seconds
         while left > 0:
             part, began = min(left, _SLICE_SECONDS), self._clock()
