@@ -132,7 +132,7 @@ async def bench(database: Database, clock: Clock) -> AsyncIterator[Bench]:
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits in these tests."""
     monkeypatch.setattr(attempt_module, "_GRACE_SECONDS", 0.01)
-    monkeypatch.setattr(dispatcher_module, "_WRITE_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(dispatcher_module, "_RETRY_WRITE_SECONDS", 0.0)
 
 
 # --- answers -----------------------------------------------------------------------------------------------------
