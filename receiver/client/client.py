@@ -10,36 +10,35 @@ content of RECEIVER_OPS_TOKEN_FILE (`var/ops-token` by default). Every error is 
 """
 
 import json
-import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from time import monotonic, sleep
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
-from pydantic import ValidationError
 
+from receiver.client.connection import DEFAULT_URL, TOKEN_FILE, Connection
 from receiver.client.messages import (
     ArtifactView,
     DispatchView,
     ErrorView,
-    Message,
     OneRun,
     OutputView,
-    Refused,
     RunView,
     Started,
     StartView,
 )
 from receiver.errors import ReceiverApiError
-from receiver.net.clients import operations_client
 
 __all__ = [
+    "DEFAULT_URL",
+    "TOKEN_FILE",
     "ArtifactView",
     "DispatchView",
     "ErrorView",
@@ -50,14 +49,10 @@ __all__ = [
     "StartView",
 ]
 
-DEFAULT_URL = "http://127.0.0.1:8081"
-TOKEN_FILE = Path("var/ops-token")
 _LONGEST_POLL_SECONDS = 60.0
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
 _RESTART_STATUSES = (None, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 """Statuses that are explained by a restart of the service; None: no response."""
-
-T = TypeVar("T", bound=Message)
 
 
 class ReceiverClient:
@@ -74,12 +69,8 @@ class ReceiverClient:
         timeout_seconds: float = 30.0,
         ca: Path | None = None,
     ) -> None:
-        self.url = (url or os.environ.get("RECEIVER_OPS_URL") or DEFAULT_URL).rstrip("/")
-        self._timeout_seconds = timeout_seconds
-        try:
-            self._http = operations_client(self.url, token or _find_token(), timeout_seconds=timeout_seconds, ca=ca)
-        except (ValueError, OSError, httpx.InvalidURL) as error:
-            raise ReceiverApiError(f"{self.url} cannot be used: {error}", code="unusable_url") from error
+        self._connection = Connection(url, token, timeout_seconds=timeout_seconds, ca=ca)
+        self.url = self._connection.url
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +81,7 @@ class ReceiverClient:
         self.close()
 
     def close(self) -> None:
-        self._http.close()
+        self._connection.http.close()
 
     # --- starting -------------------------------------------------------------------------------
 
@@ -109,8 +100,8 @@ class ReceiverClient:
         """Start a technique run, or return the run that was started with this `idempotency_key`.
 
         Returns once FLORA has responded, or after `wait_seconds` with state `asking`: the service
-        keeps retrying, so call again with the same key for the outcome. Raises ReceiverApiError with
-        FLORA's status, code and fields if it refuses, and with 409 `unknown_outcome` if it is not
+        keeps retrying, so call again with the same key for the outcome. Raises ReceiverApiError
+        with FLORA's status, code and fields if it refuses, and with 409 `unknown_outcome` if it is not
         known whether a run exists.
         """
         request = {"technique_id": technique_id, "inputs": list(inputs), "mode": mode, "callback_url": callback_url}
@@ -151,7 +142,7 @@ class ReceiverClient:
             "callback_expected": callback_expected,
             "metadata": dict(metadata or {}),
         }
-        return self._to_run_view(self._post("/api/runs/track", body))
+        return self._to_run_view(self._connection.post("/api/runs/track", body))
 
     def resolve(self, start: str, run_id: str | None) -> StartView:
         """Resolve a start of unknown outcome: it made the run `run_id`, or no run if that is None.
@@ -159,24 +150,27 @@ class ReceiverClient:
         `start` is its token or its idempotency key.
         """
         path = f"/api/starts/{_segment(self._token_of(start))}/resolve"
-        return self._to_start_view(self._post(path, {"run_id": run_id}))
+        return self._to_start_view(self._connection.post(path, {"run_id": run_id}))
 
     # --- runs -----------------------------------------------------------------------------------
 
     def run(self, run_id: str) -> RunView:
         """Return a run with its outputs, artifacts and dispatches."""
-        return self._to_run_view(self._get(f"/api/runs/{_segment(run_id)}"))
+        return self._to_run_view(self._connection.get(f"/api/runs/{_segment(run_id)}"))
 
     def runs(self, state: str | None = None, limit: int = 100) -> Iterator[RunView]:
         """Yield every run, newest first; `limit` is the size of a page."""
-        return (self._validate(RunView, row) for row in self._pages("/api/runs", "runs", limit, state=state))
+        return (
+            self._connection.validate(RunView, row)
+            for row in self._connection.pages("/api/runs", "runs", limit, state=state)
+        )
 
     def wait(self, run_id: str, *, timeout_seconds: float | None = None) -> RunView:
         """Return the run once it is settled and its dispatches are over.
 
         After `timeout_seconds` the run is returned as it is. Continues through a restart of the
-        service. Raises ReceiverApiError: 404 at once for an unknown run, `unreachable` if the service
-        does not return in time.
+        service. Raises ReceiverApiError: 404 at once for an unknown run, `unreachable` if the
+        service does not return in time.
         """
         deadline = None if timeout_seconds is None else monotonic() + timeout_seconds
         path = f"/api/runs/{_segment(run_id)}/wait"
@@ -185,7 +179,7 @@ class ReceiverClient:
             left = _LONGEST_POLL_SECONDS if deadline is None else max(0.0, deadline - monotonic())
             timeout = min(left, _LONGEST_POLL_SECONDS)
             try:
-                run = self._to_run_view(self._get(path, timeout=f"{timeout:.3f}"))
+                run = self._to_run_view(self._connection.get(path, timeout=f"{timeout:.3f}"))
             except ReceiverApiError as error:
                 if error.status not in _RESTART_STATUSES or (deadline is not None and monotonic() >= deadline):
                     raise
@@ -201,28 +195,28 @@ class ReceiverClient:
 
         A lost run is tracked again, a completed one gets fresh output URLs.
         """
-        return self._to_run_view(self._post(f"/api/runs/{_segment(run_id)}/refresh", {}))
+        return self._to_run_view(self._connection.post(f"/api/runs/{_segment(run_id)}/refresh", {}))
 
     def redispatch(self, run_id: str, handler: str | None = None, *, again: bool = False) -> int:
-        """Dispatch the run again, to all its handlers or to one; return how many dispatches are due.
+        """Dispatch the run again, to all its handlers or one; return how many dispatches are due.
 
         `again` opens a new round with new idempotency keys, so that effects are applied once more.
         """
         body: dict[str, Any] = {"again": again} if handler is None else {"handler": handler, "again": again}
-        return int(self._post(f"/api/runs/{_segment(run_id)}/redispatch", body)["dispatches"])
+        return int(self._connection.post(f"/api/runs/{_segment(run_id)}/redispatch", body)["dispatches"])
 
     def redispatch_missing(self, handler: str, since: datetime) -> int:
-        """Dispatch the runs settled since an aware time to a handler added later; return how many."""
+        """Dispatch runs settled since an aware time to a handler added later; return how many."""
         armed = 0
         while True:
-            page = self._post("/api/runs/redispatch", {"handler": handler, "since": since.isoformat()})
+            page = self._connection.post("/api/runs/redispatch", {"handler": handler, "since": since.isoformat()})
             armed += int(page["dispatches"])
             if not page["more"]:
                 return armed
 
     def timeline(self, run_id: str) -> dict[str, Any]:
-        """Return the history of a run, oldest first: `{"run_id", "entries": [{"at", "kind", …}]}`."""
-        return self._get(f"/api/runs/{_segment(run_id)}/timeline")
+        """Return a run's history, oldest first: `{"run_id", "entries": [{"at", "kind", …}]}`."""
+        return self._connection.get(f"/api/runs/{_segment(run_id)}/timeline")
 
     # --- the rest -------------------------------------------------------------------------------
 
@@ -232,7 +226,7 @@ class ReceiverClient:
         An input has `id`, `type` and `optional`. `run_cost` is in US dollars, or None if unknown.
         """
         path = f"/api/techniques/{_segment(technique_id)}"
-        technique: dict[str, Any] = self._get(path, workspace_id=workspace_id)["technique"]
+        technique: dict[str, Any] = self._connection.get(path, workspace_id=workspace_id)["technique"]
         return technique
 
     def starts(
@@ -243,20 +237,20 @@ class ReceiverClient:
         `key` is an idempotency key, `prefix` the beginning of one (`batch:spring:` for the batch
         `spring`).
         """
-        return self._pages("/api/starts", "starts", limit, state=state, key=key, prefix=prefix)
+        return self._connection.pages("/api/starts", "starts", limit, state=state, key=key, prefix=prefix)
 
     def deliveries(self, run_id: str | None = None, limit: int = 100) -> Iterator[dict[str, Any]]:
         """Yield the callbacks that were received, newest first."""
-        return self._pages("/api/deliveries", "deliveries", limit, run_id=run_id)
+        return self._connection.pages("/api/deliveries", "deliveries", limit, run_id=run_id)
 
     def delivery(self, delivery_id: str) -> dict[str, Any]:
         """Return one callback with its raw body."""
-        delivery: dict[str, Any] = self._get(f"/api/deliveries/{_segment(delivery_id)}")["delivery"]
+        delivery: dict[str, Any] = self._connection.get(f"/api/deliveries/{_segment(delivery_id)}")["delivery"]
         return delivery
 
     def rejections(self, limit: int = 100) -> Iterator[dict[str, Any]]:
         """Yield the refused requests on record, newest first."""
-        return self._pages("/api/rejections", "rejections", limit)
+        return self._connection.pages("/api/rejections", "rejections", limit)
 
     def dispatches(self, state: str = "dead", limit: int = 100) -> Iterator[dict[str, Any]]:
         """Yield the dispatches in a state, newest first.
@@ -264,20 +258,20 @@ class ReceiverClient:
         The state `orphaned` yields those that wait for handlers that are not configured.
         """
         only = {"orphaned": "true"} if state == "orphaned" else {"state": state}
-        return self._pages("/api/dispatches", "dispatches", limit, **only)
+        return self._connection.pages("/api/dispatches", "dispatches", limit, **only)
 
     def retry_dispatches(self, handler: str | None = None, run_id: str | None = None) -> int:
         """Retry dead dispatches: all, or those of a handler or a run; return how many."""
         body = {name: value for name, value in (("handler", handler), ("run_id", run_id)) if value is not None}
-        return int(self._post("/api/dispatches/retry", body)["dispatches"])
+        return int(self._connection.post("/api/dispatches/retry", body)["dispatches"])
 
     def backup(self, path: Path) -> int:
-        """Copy the SQLite ledger to a new file on the service's machine; return its size in bytes."""
-        return int(self._post("/api/backup", {"path": str(path)})["size"])
+        """Copy the SQLite ledger to a new file on the service's machine; return its bytes."""
+        return int(self._connection.post("/api/backup", {"path": str(path)})["size"])
 
     def channel(self) -> dict[str, Any]:
         """Return the health of the callback channel in the last 24 hours, and counts by hour."""
-        return self._get("/api/channel")
+        return self._connection.get("/api/channel")
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield changes as they happen: `{"kind", "run_id", "state", "detail"}`.
@@ -285,20 +279,10 @@ class ReceiverClient:
         The kind `missed` means that changes were lost: read the runs again. Ends when the service
         stops.
         """
-        request = self._http.build_request("GET", "/api/events", headers={"Accept": "text/event-stream"})
-        request.extensions["timeout"] = {**request.extensions["timeout"], "read": None}
-        response = self._send(request, stream=True)
-        try:
-            if not response.is_success:
-                response.read()
-                raise _to_error(response)
+        with suppress(httpx.TransportError), self._connection.stream("/api/events") as response:
             for line in response.iter_lines():
                 if line.startswith("data:"):
                     yield json.loads(line.removeprefix("data:"))
-        except httpx.TransportError:
-            return
-        finally:
-            response.close()
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -318,7 +302,7 @@ class ReceiverClient:
             "wait_seconds": wait_seconds,
         }
         given = {name: value for name, value in body.items() if value is not None}
-        return self._to_start_view(self._post("/api/runs", given, wait_seconds=wait_seconds))
+        return self._to_start_view(self._connection.post("/api/runs", given, wait_seconds=wait_seconds))
 
     def _token_of(self, start: str) -> str:
         found = list(self.starts(key=start))
@@ -327,88 +311,14 @@ class ReceiverClient:
             raise ReceiverApiError(message, status=HTTPStatus.CONFLICT, code="ambiguous_key")
         return str(found[0]["token"]) if found else start
 
-    def _pages(self, path: str, name: str, limit: int, **params: str | None) -> Iterator[Any]:
-        cursor: str | None = None
-        while True:
-            page = self._get(path, limit=str(limit), cursor=cursor, **params)
-            yield from page[name]
-            if page.get("next_cursor") in {None, cursor}:
-                return
-            cursor = page["next_cursor"]
-
-    def _get(self, path: str, *, timeout: str | None = None, **params: str | None) -> dict[str, Any]:
-        given = {name: value for name, value in (*params.items(), ("timeout", timeout)) if value is not None}
-        return self._call(self._http.build_request("GET", path, params=given), float(timeout or 0))
-
-    def _post(self, path: str, body: Mapping[str, Any], *, wait_seconds: float = 0.0) -> dict[str, Any]:
-        return self._call(self._http.build_request("POST", path, json=body), wait_seconds)
-
-    def _call(self, request: httpx.Request, wait_seconds: float) -> dict[str, Any]:
-        """Return the JSON of the response, which may take `wait_seconds` longer than others."""
-        timeouts = request.extensions["timeout"]
-        request.extensions["timeout"] = {**timeouts, "read": self._timeout_seconds + wait_seconds}
-        response = self._send(request)
-        if not response.is_success:
-            raise _to_error(response)
-        try:
-            data: dict[str, Any] = response.json()
-        except ValueError as error:
-            raise self._not_a_receiver() from error
-        return data
-
-    def _send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
-        try:
-            return self._http.send(request, stream=stream)
-        except httpx.TransportError as error:
-            raise ReceiverApiError(
-                f"no response from {self.url} ({type(error).__name__}): is the service running? Start it with "
-                "`flora-receiver serve`, or set RECEIVER_OPS_URL to its operations address",
-                code="unreachable",
-            ) from error
-
     # --- responses ------------------------------------------------------------------------------
 
     def _to_run_view(self, data: Any) -> RunView:
-        return self._validate(OneRun, data).run
+        return self._connection.validate(OneRun, data).run
 
     def _to_start_view(self, data: Any) -> StartView:
-        started = self._validate(Started, data)
+        started = self._connection.validate(Started, data)
         return StartView(**dict(started.start), run=started.run, repeated=started.repeated)
-
-    def _validate(self, model: type[T], data: Any) -> T:
-        try:
-            return model.model_validate(data)
-        except ValidationError as error:
-            raise self._not_a_receiver() from error
-
-    def _not_a_receiver(self) -> ReceiverApiError:
-        return ReceiverApiError(f"{self.url} does not respond as flora-receiver does", code="not_a_receiver")
-
-
-def _find_token() -> str:
-    """Return this machine's token, or an empty one, which the service refuses with an explanation."""
-    if token := os.environ.get("RECEIVER_OPS_TOKEN"):
-        return token.strip()
-    try:
-        return Path(os.environ.get("RECEIVER_OPS_TOKEN_FILE") or TOKEN_FILE).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _to_error(response: httpx.Response) -> ReceiverApiError:
-    """Return the error that a refusal carries, whatever its body is."""
-    try:
-        found = Refused.model_validate(response.json()).error
-    except ValueError:
-        message = f"flora-receiver does not respond like this, with status {response.status_code}"
-        found = ErrorView(code="not_a_receiver", message=message)
-    return ReceiverApiError(
-        found.message,
-        status=response.status_code,
-        code=found.code,
-        fields=found.fields,
-        request_id=found.request_id,
-    )
 
 
 def _segment(identifier: str) -> str:

@@ -2,8 +2,8 @@
 
 httptools parses three times as fast as h11, but uvicorn on top of it accepts a request head of any
 size and waits for it without end. The listener is public, so anyone may take its memory and its
-connections like that. `Guard` knows the connections of one listener; `GuardedProtocol` reports to it
-what each of them still has to send:
+connections like that. `Guard` knows the connections of one listener; `GuardedProtocol` reports to
+it what each of them still has to send:
 
     head ──────────────> body ──────────────> nothing ──> head (the next request)
     since the connection since the head       a response may still be due; uvicorn's
@@ -25,9 +25,9 @@ Three things are less obvious:
   has consumed what there is, and the app refuses with 413 first.
 - A client may read that response only after it has sent its whole body. What comes after a response
   is therefore read and dropped, up to `discard_bytes`.
-- A request with `Upgrade` is refused. httptools takes its body for the other protocol, uvicorn takes
-  it for the next request. Behind a proxy that would be a request that no caller has sent, and
-  another caller would get its response.
+- A request with `Upgrade` is refused. httptools takes its body for the other protocol, uvicorn
+  takes it for the next request. Behind a proxy that would be a request that no caller has sent,
+  and another caller would get its response.
 
 A request that arrives in one piece costs a few comparisons. `heads` and `bodies` are dicts in the
 order of their times, so `sweep` looks at the first entries only.
@@ -46,14 +46,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 _SWEEP_SECONDS = 0.5
 _PROMPT_SECONDS = 1.0
-"""Honest requests are complete within this time, so younger ones are evicted last."""
+"""Proper requests are complete within this time, so younger ones are evicted last."""
 Reason = Literal["slow_head", "slow_body", "too_large", "too_many", "crowded"]
 """Why a connection was closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits of a listener. A head is request line and headers; a message is head, body and framing."""
+    """Limits of a listener. A head has request line and headers, a message also body and framing."""
 
     message_bytes: int
     head_seconds: float
@@ -87,7 +87,7 @@ class Guard:
         self.bodies: dict[GuardedProtocol, float] = {}
         """Connections whose body is incomplete, and since when; oldest first."""
         self.idle: dict[GuardedProtocol, None] = {}
-        """Connections that have nothing to send, longest idle first; a response may still be due."""
+        """Connections with nothing to send, longest idle first; a response may still be due."""
         self.closed = 0
         """Connections closed by this guard."""
 

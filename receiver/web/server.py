@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,  # the public listener reads them itself
-                timeout_keep_alive=120,  # longer than a proxy's, which ends an idle connection first
+                timeout_keep_alive=120,  # longer than a proxy's, which then ends idle ones
                 timeout_graceful_shutdown=5,
                 ssl_certfile=cert,
                 ssl_keyfile=key,
@@ -136,7 +136,7 @@ class Server(uvicorn.Server):
         return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop as uvicorn does, but do not wait for TLS peers to confirm: an idle one never does."""
+        """Stop as uvicorn does, without waiting for TLS peers to confirm: idle ones never do."""
         abort_idle = asyncio.create_task(self._abort_closing(), name=f"{self._name}.abort_closing")
         try:
             await super().shutdown(sockets)

@@ -39,8 +39,8 @@ class Service:
 
     def client(self) -> ReceiverClient:
         client = ReceiverClient("http://127.0.0.1:8081", "tok")
-        client._http._transport = httpx.MockTransport(self)
-        client._http._mounts = {}
+        client._connection.http._transport = httpx.MockTransport(self)
+        client._connection.http._mounts = {}
         return client
 
     def body(self, index: int = 0) -> Any:
@@ -192,7 +192,7 @@ def test_files_are_the_stored_outputs_in_order() -> None:
 
 
 def token_of(client: ReceiverClient) -> str:
-    return client._http.headers["authorization"]
+    return client._connection.http.headers["authorization"]
 
 
 def test_the_service_is_found_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_the_token_is_sent_to_its_origin_only() -> None:
     with pytest.raises(ReceiverApiError) as caught:
         service.client().run("run_1")
     assert (caught.value.code, len(service.requests)) == ("not_a_receiver", 1)
-    hook = service.client()._http.event_hooks["request"][0]
+    hook = service.client()._connection.http.event_hooks["request"][0]
     with pytest.raises(httpx.UnsupportedProtocol):
         hook(httpx.Request("GET", "http://evil.example/"))
 
@@ -232,4 +232,4 @@ def test_the_token_is_sent_to_its_origin_only() -> None:
 def test_a_closed_client_is_closed() -> None:
     with ReceiverClient(token="t") as client:
         pass
-    assert client._http.is_closed
+    assert client._connection.http.is_closed

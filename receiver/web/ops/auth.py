@@ -27,7 +27,7 @@ class Access:
     allowed_hosts: tuple[str, ...] = ()
 
     def refusal(self, method: str, headers: Mapping[str, str]) -> Refusal | None:
-        """Return the refusal of a request, or None. `headers` has lower-case names or ignores case."""
+        """Return the refusal of a request, or None. Names in `headers` are lower-case."""
         return (
             self._check_host(headers.get("host", ""))
             or _check_site(headers)

@@ -32,7 +32,7 @@ _SHOWN = 100
 
 
 class DispatchRoutes:
-    """`/api/dispatches` and the `redispatch` paths; `subscriptions` are the configured handlers'."""
+    """`/api/dispatches` and `redispatch`; `subscriptions` are the configured handlers'."""
 
     def __init__(
         self,

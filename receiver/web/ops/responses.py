@@ -72,7 +72,7 @@ def unavailable(reason: str) -> Refusal:
 
 
 def flora_refusal(error: FloraError, *, start: messages.Start | None = None) -> Refusal:
-    """Return FLORA's refusal as one of this API, with its own status if that concerns the caller."""
+    """Return FLORA's refusal as one of this API; its status stays if it concerns the caller."""
     status, code, message = error.status, error.code or "flora_refused", str(error)
     headers: dict[str, str] = {}
     if status not in _PASSED_ON:
@@ -122,7 +122,7 @@ async def handle_http_error(request: Request, error: Exception) -> Response:
 
 
 async def handle_receiver_error(_: Request, error: Exception) -> Response:
-    """Send FLORA's refusals as such, and other errors of ours as `unavailable`."""
+    """Send FLORA's refusals as such, and other errors of the service as `unavailable`."""
     if isinstance(error, FloraError):
         return flora_refusal(error).response()
     reason = str(error) if isinstance(error, ReceiverError) else "the service cannot do this now"

@@ -44,7 +44,7 @@ _OVER = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.LOST})
 class RunRoutes:
     """`/api/runs`, `/api/starts` and `/api/techniques`.
 
-    A `poll_url` must belong to `base_url`, which is FLORA's; `handlers` are the configured ones' names.
+    A `poll_url` must belong to `base_url`, which is FLORA's. `handlers` names the configured ones.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class RunRoutes:
         return details
 
     def _ids_of(self, body: TrackBody) -> tuple[str, str | None]:
-        """Return (run_id, technique_id) from the body or its poll_url, which is parsed, never fetched."""
+        """Return (run_id, technique_id) of the body or its poll_url, which is never fetched."""
         if body.poll_url is None:
             return body.run_id or "", body.technique_id
         if _origin(body.poll_url) != self._origin:

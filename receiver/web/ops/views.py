@@ -13,7 +13,7 @@ M = TypeVar("M", bound=Message)
 
 
 def _fill(model: type[M], source: object, *, without: Collection[str] = (), **given: Any) -> M:
-    """Return a message with the fields that are given, and the others from attributes of `source`."""
+    """Return a message with the given fields, and the others from attributes of `source`."""
     names = model.model_fields.keys() - given.keys() - set(without)
     return model(**{name: getattr(source, name) for name in names if hasattr(source, name)}, **given)
 

@@ -22,7 +22,7 @@ async def until_finished(
 ) -> bool | None:
     """Return True once the run is over and these handlers have no work left to do on it.
 
-    Returns False if the time is over or the service stops before that, None if there is no such run.
+    Returns False if the time is over or the service stops, and None if there is no such run.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
