@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from tests.cli.conftest import environment
-from tests.docs.generate import ROOT, documents
+from tests.docs.generate import documents
+from tests.docs.source_parts import ROOT
 
 PATIENCE_SECONDS = 120
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
@@ -54,6 +55,11 @@ def section(page: str, title: str) -> str:
 def without_code(text: str) -> str:
     """Return a page's prose and tables."""
     return BLOCK.sub("", text)
+
+
+def without_generated(text: str, part: str = "") -> str:
+    """Return a page without its generated parts, or without those of one name."""
+    return re.sub(rf"<!-- generated: {part}.*?<!-- end -->", "", text, flags=re.DOTALL)
 
 
 def links(text: str) -> list[str]:

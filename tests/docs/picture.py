@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.terminal_theme import DIMMED_MONOKAI
 from rich.text import Text
 
-from tests.docs.generate import ROOT
+from tests.docs.source_parts import ROOT
 
 PICTURE = ROOT / "receiver/docs/demo.svg"
 COMMAND = "make demo"

@@ -23,8 +23,8 @@ from receiver.plugins.loader import load_handlers
 from receiver.service.service import Service
 from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
-from tests.docs.generate import commands, options
-from tests.docs.pages import all_blocks, code_blocks, find_block, page_names, read_page, without_code
+from tests.docs.command_parts import commands, options
+from tests.docs.pages import all_blocks, code_blocks, find_block, page_names, read_page, without_code, without_generated
 from tests.support.defaults import download_limits
 from tests.support.handler_kit import RUN, MemoryContext
 
@@ -61,7 +61,8 @@ def _lines(text: str) -> Iterator[str]:
         yield from block.replace("\\\n", " ").splitlines()
     for session in code_blocks(text, "console"):
         yield from (line.removeprefix("$ ") for line in session.splitlines() if line.startswith("$ "))
-    yield from re.findall(r"`((?:\.venv/bin/)?flora-receiver [^`]*)`", without_code(text))
+    prose = without_code(without_generated(text, "modules"))  # there `flora-receiver runs …` is a group
+    yield from re.findall(r"`((?:\.venv/bin/)?flora-receiver [^`]*)`", prose)
 
 
 @pytest.mark.parametrize("line", command_lines())

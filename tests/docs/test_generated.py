@@ -30,7 +30,7 @@ def test_every_meaning_belongs_to_the_code() -> None:
 def test_every_table_stands_somewhere() -> None:
     """Each kind of table stands in a document, and so do the options of each shipped handler."""
     shown = {found for page in page_names() for found in re.findall(r"<!-- generated: ([^>]+?) -->", read_page(page))}
-    needed = PARTS.keys() - {"options", "members", "packages", "modules"}
+    needed = PARTS.keys() - {"options", "members"}
     needed |= {f"options {point.name}" for point in entry_points(group=GROUP) if point.name != "log"}
     assert needed <= shown
 

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from tests.cli.conftest import COMMAND, Running
-from tests.docs.generate import ROOT
 from tests.docs.pages import code_blocks, run_shell, section
+from tests.docs.source_parts import ROOT
 from tests.support.sshd import sshd
 from tests.support.stage import free_port
 

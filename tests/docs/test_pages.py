@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from receiver.cli.doctor.findings import FINDING_KINDS
 from receiver.model import LostReason, RunState, Verdict
 from receiver.plugins.loader import GROUP
-from tests.docs.generate import ROOT, to_anchor
-from tests.docs.pages import links, page_names, read_page, section, without_code
+from tests.docs.markdown import to_anchor
+from tests.docs.pages import links, page_names, read_page, section, without_code, without_generated
+from tests.docs.source_parts import ROOT
 
 README = read_page("README.md")
 ALL = {name: read_page(name) for name in page_names()}
@@ -38,7 +38,7 @@ def test_prose_is_100_columns_wide(page: str) -> None:
 @pytest.mark.parametrize("page", POLISHED)
 def test_the_glossary_is_kept(page: str) -> None:
     """Words that stand for something else in these documents, or for nothing that can be looked up."""
-    prose = re.sub(r"<!-- generated.*?<!-- end -->|`[^`]*`", "", without_code(ALL[page]), flags=re.DOTALL)
+    prose = re.sub(r"`[^`]*`", "", without_generated(without_code(ALL[page])))
     avoided = r"tell|tells|told|asks|asked|answer|answers|answered|whoever|nobody|everyone|cure|desk|herald|door"
     assert re.findall(rf"\b(?:{avoided})\b", prose, re.IGNORECASE) == []
 
@@ -99,8 +99,8 @@ def test_names_stand_in_the_files_that_they_are_said_to_be_in(page: str) -> None
 
 @pytest.mark.parametrize("page", ALL)
 def test_modules_that_are_named_exist(page: str) -> None:
-    for name in re.findall(r"`((?:receiver|handlers)(?:\.[a-z_]+)+)", without_code(ALL[page])):
-        if not name.endswith((".toml", ".db")) and name not in FINDING_KINDS:
+    for name in re.findall(r"`((?:receiver|handlers)(?:\.[a-z_]+)+)", without_generated(without_code(ALL[page]))):
+        if not name.endswith((".toml", ".db")):
             pkgutil.resolve_name(name)
 
 
