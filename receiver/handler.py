@@ -1,11 +1,9 @@
-"""The contract of a handler plug-in. Handlers import this module and nothing else of the receiver.
+"""The contract of handlers: everything that a handler imports from the receiver.
 
-A handler is a class with a pydantic `Config` and `async def handle(self, run, context) -> Done | Retry | Reject`; it is
-built as `cls(config)`. Delivery is at least once with a stable `context.idempotency_key`: make the effect idempotent.
-An exception out of `handle` means Retry. It runs on the service's event loop: what blocks goes into a thread.
-Optional: `async def check(self)` raises with a message when the handler cannot work (wrong directory, wrong
-credentials), `async def close(self)` runs at shutdown. Every field of `Config` has a description, which
-`flora-receiver handlers show` prints. `handlers/WRITING.md` leads through writing one.
+A handler is a class with a pydantic model `Config`, of which it is built as `cls(config)`, and
+`async def handle(self, run, context) -> Done | Retry | Reject`. Delivery is at least once with a
+stable `context.idempotency_key`, so the effect must be idempotent. `handle` runs on the service's
+event loop: blocking calls belong in a thread. `handlers/WRITING.md` is the guide.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,180 +75,220 @@ __all__ = [
 ]
 
 MANIFEST = -1
-"""The position under which a handler stores its own description of a run."""
+"""The position of the artifact that describes a run as a whole."""
 
 THUMBNAIL = -2
-"""The position of the thumbnail of the output at position 0; that of output n is at `THUMBNAIL - n`."""
+"""The position of the thumbnail of output 0; the thumbnail of output n is at `THUMBNAIL - n`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The effect is applied. `result` is kept with the dispatch and shown to operators (small, JSON)."""
+    """The answer of a handler whose effect is applied."""
 
     result: Mapping[str, Any] = field(default_factory=dict)
+    """A small JSON object, stored with the dispatch and shown to operators."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Not now: try again after `after_seconds`, or after the usual growing pause.
-
-    `reread` has the run read again from FLORA before that, for fresh output URLs where the known ones have expired.
-    """
+    """The answer of a handler that cannot work now. The dispatch is attempted again."""
 
     reason: str
+    """The reason for operators, shown without secrets and media URLs."""
     after_seconds: float | None = None
+    """The pause before the next attempt; None stands for the growing pause of the settings."""
     reread: bool = False
+    """Whether the run is first read from FLORA again, for new URLs of outputs that have expired."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Never: trying again cannot help. The dispatch is dead, loudly."""
+    """The answer of a handler that can never succeed. The dispatch is dead, and an error is logged."""
 
     reason: str
+    """The reason for operators, shown without secrets and media URLs."""
 
 
 Answer = Done | Retry | Reject
+"""What `Handler.handle` returns. An exception means Retry."""
 
 
 @dataclass(frozen=True, slots=True)
 class SettledRun:
-    """A run as handlers see it. Times are aware UTC, `charged_cost` is in US dollars (None: not known yet)."""
+    """A run as handlers see it. Times are timezone-aware and in UTC."""
 
     run_id: str
+    """FLORA's id of the run."""
     run_type: str
-    """`generation`, `technique` or `action`; `unknown` where FLORA did not say."""
+    """`generation`, `technique` or `action`; `unknown` where FLORA does not say."""
     status: str
     """`completed`, `failed` or `lost`."""
     technique_id: str | None
+    """The technique that ran, or None for other runs."""
     workspace_id: str | None
+    """The workspace that the run belongs to, where known."""
     project_id: str | None
+    """The project that the run belongs to, where known."""
     outputs: tuple[Output, ...]
+    """The outputs by position; empty unless the run completed."""
     metadata: Mapping[str, Any]
+    """The JSON object that was given when the run was started or tracked; else empty."""
     charged_cost: float | None
+    """The cost in US dollars, or None while FLORA does not state it."""
     error_code: str | None
+    """FLORA's code for the failure, or None for other runs."""
     error_message: str | None
+    """FLORA's message about the failure, or None for other runs."""
     created_at: datetime | None
+    """When the run was created, by FLORA's clock."""
     started_at: datetime | None
+    """When the run started, by FLORA's clock."""
     completed_at: datetime
-    """FLORA's time of the end; ours of the settling where FLORA names none."""
+    """When the run ended, by FLORA's clock; `settled_at` where FLORA does not say."""
     settled_at: datetime
+    """When the receiver settled the run, by its own clock."""
     settled_by: str
-    """`callback` if its callback came before we read it as terminal, else `poll`."""
+    """`callback` where a callback came before the run was read as ended, else `poll`."""
     verdict: str | None
-    """`matched`, `diverged`, …; None while the callback of a polled run may still come."""
+    """The verdict on the callback: `matched`, `recovered`, `late` or `diverged`.
+
+    None while the callback of a polled run may still come.
+    """
     version: int = 0
-    """Grows with every change of the run: of two views of one run, the higher is the newer."""
+    """A number that grows with every change: of two views of one run, the higher is newer."""
 
 
 class Log(Protocol):
-    """A bound structlog logger, as far as handlers need it. Never log a media URL."""
+    """A structlog logger that is bound to the attempt. Never log the URL of an output."""
 
-    def debug(self, event: str, **values: Any) -> Any: ...
-    def info(self, event: str, **values: Any) -> Any: ...
-    def warning(self, event: str, **values: Any) -> Any: ...
-    def error(self, event: str, **values: Any) -> Any: ...
+    def debug(self, event: str, **values: Any) -> Any:
+        """Log an event at level debug."""
+
+    def info(self, event: str, **values: Any) -> Any:
+        """Log an event at level info."""
+
+    def warning(self, event: str, **values: Any) -> Any:
+        """Log an event at level warning."""
+
+    def error(self, event: str, **values: Any) -> Any:
+        """Log an event at level error."""
 
 
 class Context(Protocol):
-    """What a handler gets besides the run: its key, its limits, guarded downloads, and the record of what it stored."""
+    """The context of one attempt: its key, its limits, guarded downloads and the artifacts of its run."""
 
     @property
     def handler(self) -> str:
-        """The name under which this handler is configured."""
+        """The name under which the handler is configured."""
 
     @property
     def idempotency_key(self) -> str:
-        """`run_id:handler:event:round`, the same on every attempt."""
+        """`run_id:handler:event:round`, the same for every attempt of a dispatch."""
 
     @property
-    def event(self) -> Event: ...
+    def event(self) -> Event:
+        """The event that the handler is called for."""
+
     @property
     def attempt(self) -> int:
-        """Counts from 1."""
+        """The number of this attempt, from 1."""
 
     @property
-    def max_attempts(self) -> int: ...
+    def max_attempts(self) -> int:
+        """The number of attempts after which the dispatch is dead."""
+
     @property
     def deadline_at(self) -> datetime:
-        """When this attempt will be cancelled."""
+        """When this attempt is cancelled."""
 
     @property
     def artifacts(self) -> Sequence[Artifact]:
-        """What this handler has reserved or stored for this run so far."""
+        """The artifacts that this handler had reserved or stored for the run before this attempt."""
 
     @property
-    def log(self) -> Log: ...
+    def log(self) -> Log:
+        """A logger whose lines carry the run, the handler and the attempt."""
 
     def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
-        """Fetch an output, guarded: `async with context.open(output) as download: async for chunk in download: …`.
+        """Open an output: `async with context.open(output) as download: async for chunk in download: …`.
 
-        Raises DownloadRefusedError (never will work) or DownloadFailedError (may work later), on entry or on the way.
+        Raises DownloadRefusedError (it can never be fetched) or DownloadFailedError (it may be later),
+        when it is opened or while it is read.
         """
 
     async def save(self, output: Output, path: Path) -> Saved:
-        """Fetch an output into a file that does not exist yet; nothing is left of it when that fails. Raises as `open`."""
+        """Fetch an output into a new file, which is removed if that fails. Raises as `open` does."""
 
     async def stored(self) -> Sequence[Artifact]:
-        """Return what all handlers have stored of this run so far, in order of position."""
+        """Return the artifacts that any handler has stored for the run, by position."""
 
     async def request(self) -> Mapping[str, Any] | None:
-        """Return what FLORA was asked for, without our key and callback URL; None: the run was not started here.
+        """Return the request that started the run, or None if it was not started by the receiver.
 
-        `inputs` of a technique, each with `id`, `type` and `value`; of a generation `prompt`, `type`, `model`, `params`, …
+        That of a technique has `inputs`, each with `id`, `type` and `value`; that of a generation has
+        `prompt`, `type`, `model`, `params` and so on. The callback URL and the key are left out.
         """
 
     async def reserve(self, position: int, output_id: str, location: str) -> None:
-        """Claim a place for good before writing to it; committed on return.
+        """Claim a location before writing to it; committed on return.
 
-        Reserving again for the same (run, position) moves the claim. Raises LocationTakenError if it is another's.
+        A further call for the same position moves the claim. Raises LocationTakenError where another
+        run or position holds the location.
         """
 
     async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
-        """Record that the bytes at the reserved place are safe; committed on return."""
+        """Record that the bytes at the reserved location are durable; committed on return."""
 
 
 @runtime_checkable
 class Handler(Protocol):
-    """What every handler has.
+    """A handler.
 
-    A class may also set its configuration's defaults: `on: tuple[Event, ...]`, `when: When`, `timeout_seconds: float`,
-    `max_attempts: int`, `concurrency: int`.
+    Its class may define defaults for its entry in the settings: `on: tuple[Event, ...]`,
+    `when: When`, `timeout_seconds: float`, `max_attempts: int` and `concurrency: int`.
     """
 
     Config: ClassVar[type[BaseModel]]
+    """The model of the handler's options. Each field has a description, which the command shows."""
 
-    async def handle(self, run: SettledRun, context: Context) -> Answer: ...
+    async def handle(self, run: SettledRun, context: Context) -> Answer:
+        """Apply the effect for a run and return the answer. An exception means Retry."""
 
 
 @runtime_checkable
 class Checks(Protocol):
-    """A handler that can tell whether it would work."""
+    """A handler that can check its configuration and its target."""
 
     async def check(self) -> None:
-        """Raise with a message when it would not; TargetUnreachableError where that may pass by itself (a warning)."""
+        """Raise an exception with a message for operators where the handler cannot work.
+
+        TargetUnreachableError is for what may pass by itself, and is shown as a warning.
+        """
 
 
 @runtime_checkable
 class Closes(Protocol):
-    """A handler that holds something to let go of."""
+    """A handler that holds resources."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Release the resources; called when the service stops."""
 
 
 @runtime_checkable
 class DescribesSchema(Protocol):
-    """A handler class that keeps its data in tables of the user's; `flora-receiver handlers schema` prints them."""
+    """A handler class that needs tables; `flora-receiver handlers schema` prints their SQL."""
 
     @classmethod
     def schema(cls, config: Any) -> str:
-        """Return the SQL that makes what the handler needs, for a configuration of it."""
+        """Return the SQL that creates the tables for this configuration."""
 
 
 @contextmanager
 def needs(requirement: str) -> Iterator[None]:
-    """Guard the import of a library that not everybody has; used where a handler is built.
+    """Guard the import of an optional library where a handler is built.
 
-    `with needs("flora-receiver[nats]"): import nats`. Raises MissingExtraError, which tells what to install.
+    `with needs("flora-receiver[nats]"): import nats`. Raises MissingExtraError, which names the
+    requirement to install.
     """
     try:
         yield

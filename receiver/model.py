@@ -76,13 +76,18 @@ class LostReason(StrEnum):
 
 
 class Event(StrEnum):
-    """What handlers can subscribe to."""
+    """What a handler can subscribe to."""
 
     SETTLED = "settled"
+    """The run has completed or failed."""
     COST_FINAL = "cost_final"
+    """The cost of a settled run is final: FLORA has stated it, or has not within the time for it."""
     LOST = "lost"
+    """The run was given up: it did not end before its deadline, was not found, or has no outputs."""
     DIVERGED = "diverged"
+    """The callback and the API contradict each other."""
     DEAD = "dead"
+    """A handler has rejected the run, or has used up its attempts."""
 
 
 class DispatchState(StrEnum):
@@ -110,13 +115,18 @@ class Lane(StrEnum):
 
 
 class OutputType(StrEnum):
-    """FLORA's output types. An unknown type is kept as it is and treated as a file."""
+    """FLORA's types of outputs. An unknown type is kept as it is and treated as a file."""
 
     IMAGE = "imageUrl"
+    """A picture, by URL."""
     VIDEO = "videoUrl"
+    """A video, by URL."""
     AUDIO = "audioUrl"
+    """A sound, by URL."""
     DOCUMENT = "documentUrl"
+    """A document, by URL."""
     TEXT = "text"
+    """A text, which stands in the output itself."""
 
 
 _MIB = 1024**2
@@ -131,23 +141,25 @@ _LIKELY_BYTES: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output of a run. `position` counts from 0 and is the key, since `output_id` may repeat.
-
-    `value` is the URL of the media or, if `type` is `text`, the text itself.
-    """
+    """One output of a run."""
 
     position: int
+    """The place among the run's outputs, from 0. It identifies the output; `output_id` may repeat."""
     output_id: str
+    """FLORA's id of the output."""
     type: str
-    value: str = field(repr=False)  # a media URL needs no credentials, so it must not be logged
+    """An `OutputType`, or a type that FLORA has added since."""
+    value: str = field(repr=False)  # media URLs are public: a log line must not contain one
+    """The URL of the media; the text itself where `type` is `text`."""
 
     @property
     def is_text(self) -> bool:
+        """Whether `value` is the text itself."""
         return self.type == OutputType.TEXT
 
     @property
     def likely_bytes(self) -> int:
-        """The expected size before any download. Exact for text; unknown types count as videos."""
+        """The size to expect before anything is fetched, in bytes: exact for text, else by type."""
         if self.is_text:
             return len(self.value)
         return _LIKELY_BYTES.get(self.type, _LIKELY_BYTES[OutputType.VIDEO])
@@ -155,18 +167,26 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """One output that a handler stored. `position` -1 is the handler's own manifest of the run."""
+    """Something that a handler has stored for a run, or has reserved a location for."""
 
     run_id: str
+    """The run that it belongs to."""
     handler: str
+    """The name of the handler that stored it."""
     position: int
+    """The position of the output, or a negative number for a manifest or a thumbnail."""
     output_id: str
+    """FLORA's id of the output."""
     location: str
+    """Where it is stored, in the form that the handler uses."""
     size: int | None
+    """Its size in bytes; None until it is stored."""
     sha256: str | None
+    """The SHA-256 of its bytes as lower-case hex digits; None until it is stored."""
     content_type: str | None
+    """The content type, where the server of the output stated one."""
     stored_at: datetime | None
-    """None while the location is reserved and the bytes are not stored yet."""
+    """When it was stored; None while the location is only reserved."""
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -339,17 +359,20 @@ class Delivery(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """A handler's filter. Every given field must match; a tuple matches any of its values.
-
-    `output_type` matches a run that has at least one such output.
-    """
+    """A handler's filter. Every field that is given must match; None matches every run."""
 
     status: tuple[str, ...] | None = None
+    """Any of these statuses."""
     run_type: tuple[str, ...] | None = None
+    """Any of these run types."""
     technique_id: tuple[str, ...] | None = None
+    """Any of these techniques."""
     workspace_id: tuple[str, ...] | None = None
+    """Any of these workspaces."""
     output_type: tuple[str, ...] | None = None
+    """At least one output has any of these types."""
     metadata: Mapping[str, Any] | None = None
+    """The run's metadata contains all of these keys with these values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,7 +476,7 @@ class Rejection(msgspec.Struct, frozen=True):
 
 
 def storable_text(text: str) -> str:
-    """Replace NUL and lone surrogates, which no database stores as text, by U+FFFD."""
+    """Return a text with U+FFFD in place of NUL and lone surrogates, which no database stores."""
     return _UNSTORABLE.sub("\ufffd", text)
 
 

@@ -1,4 +1,4 @@
-"""A context as the dispatcher gives it, held in memory: what a handler reserved, stored and logged can be looked at."""
+"""A context in memory, which records what a handler reserves, stores and logs."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -14,67 +14,89 @@ from receiver.testing.runs import SETTLED_AT
 
 @dataclass
 class Lines:
-    """A logger that keeps its lines as (level, event, values)."""
+    """A logger that keeps its lines."""
 
     lines: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
+    """The lines so far, each as (level, event, values)."""
 
     def debug(self, event: str, **values: Any) -> None:
+        """Keep a line of level debug."""
         self.lines.append(("debug", event, values))
 
     def info(self, event: str, **values: Any) -> None:
+        """Keep a line of level info."""
         self.lines.append(("info", event, values))
 
     def warning(self, event: str, **values: Any) -> None:
+        """Keep a line of level warning."""
         self.lines.append(("warning", event, values))
 
     def error(self, event: str, **values: Any) -> None:
+        """Keep a line of level error."""
         self.lines.append(("error", event, values))
 
 
 @dataclass
 class MemoryContext:
-    """One run's context; `places` (location -> run_id, position) is shared between the runs of a test."""
+    """The context of one run; implements `receiver.handler.Context`."""
 
     run_id: str
+    """The run that the context belongs to."""
     downloader: Downloader
+    """Fetches the outputs."""
     places: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """The reserved locations with their (run_id, position); share it between the runs of a test."""
     records: dict[int, Artifact] = field(default_factory=dict)
+    """The artifacts that the handler has reserved or stored, by position."""
     stores: int = 0
-    """How often something was recorded as stored."""
+    """The number of calls of `store_artifact`."""
     log: Lines = field(default_factory=Lines)
+    """Keeps the lines that the handler logs."""
     event: Event = Event.SETTLED
+    """The event that the handler is called for."""
     attempt: int = 1
+    """The number of the attempt, from 1."""
     max_attempts: int = 5
+    """The number of attempts after which the dispatch is dead."""
     deadline_at: datetime = SETTLED_AT + timedelta(minutes=15)
+    """When the attempt would be cancelled."""
     handler: str = "test"
+    """The name of the handler."""
     others: tuple[Artifact, ...] = ()
-    """What other handlers have stored of this run."""
+    """The artifacts that other handlers have stored for the run."""
     asked: Mapping[str, Any] | None = None
-    """What FLORA was asked for; None: the run was not started here."""
+    """The request that `request` returns; None for a run that was not started by the receiver."""
 
     @property
     def idempotency_key(self) -> str:
+        """`run_id:handler:event:0`."""
         return f"{self.run_id}:{self.handler}:{self.event}:0"
 
     @property
     def artifacts(self) -> Sequence[Artifact]:
+        """The artifacts that the handler has reserved or stored."""
         return tuple(self.records.values())
 
     def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
+        """Open an output as the service does."""
         return self.downloader.open(output)
 
     async def save(self, output: Output, path: Path) -> Saved:
+        """Fetch an output into a new file."""
         async with self.open(output) as download:
             return await save(download, path)
 
     async def stored(self) -> Sequence[Artifact]:
+        """Return the artifacts that are stored, those of `others` included, by position."""
         found = [*self.others, *self.records.values()]
         return sorted((each for each in found if each.stored_at is not None), key=lambda each: each.position)
 
     async def request(self) -> Mapping[str, Any] | None:
+        """Return `asked`."""
         return self.asked
 
     async def reserve(self, position: int, output_id: str, location: str) -> None:
+        """Claim a location. Raises LocationTakenError where another run or position holds it."""
         if self.places.setdefault(location, (self.run_id, position)) != (self.run_id, position):
             raise LocationTakenError(f"{location} is taken by another run")
         known = self.records.get(position)
@@ -95,6 +117,7 @@ class MemoryContext:
         )
 
     async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
+        """Record that the artifact at `position` is stored."""
         self.stores += 1
         self.records[position] = replace(
             self.records[position], size=size, sha256=sha256, content_type=content_type, stored_at=SETTLED_AT

@@ -1,4 +1,4 @@
-"""The kit as pytest fixtures: `pytest_plugins = ["receiver.testing.fixtures"]` in your `conftest.py` brings them."""
+"""The kit as pytest fixtures. `pytest_plugins = ["receiver.testing.fixtures"]` in `conftest.py` loads them."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -16,24 +16,27 @@ from receiver.net.clients import tls_context
 from receiver.net.download import Downloader
 from receiver.service.wiring import to_download_limits
 from receiver.testing.context import MemoryContext
-from receiver.testing.downloads import MediaServer, page, serving
+from receiver.testing.downloads import MediaServer, page, serve_media
 from receiver.testing.runs import a_settled_run
-from receiver.testing.stand import Stand, standing
+from receiver.testing.stand import Stand, run_stand
 
 MEDIA_TYPES = ("imageUrl", "videoUrl", "audioUrl", "documentUrl")
-"""Every type of output but `text`, which comes inline."""
+"""Every type of output except `text`, which is inline."""
 
 
 @pytest_asyncio.fixture
 async def flora_media() -> AsyncIterator[MediaServer]:
-    """A download server on loopback."""
-    async with serving() as server:
+    """Run a download server on loopback."""
+    async with serve_media() as server:
         yield server
 
 
 @pytest.fixture
 def flora_run(flora_media: MediaServer) -> Callable[..., SettledRun]:
-    """Make settled runs: `flora_run("imageUrl", "text")` has two real outputs, `flora_run()` one of each type."""
+    """Return a maker of settled runs: `flora_run("imageUrl", "text")`, or `flora_run()` with every type.
+
+    The outputs are real files, which `flora_media` serves.
+    """
 
     def make(*types: str, **fields: Any) -> SettledRun:
         kinds = types or (() if fields.get("status", "completed") != "completed" else (*MEDIA_TYPES, "text"))
@@ -44,7 +47,7 @@ def flora_run(flora_media: MediaServer) -> Callable[..., SettledRun]:
 
 @pytest_asyncio.fixture
 async def flora_context(flora_media: MediaServer) -> AsyncIterator[Callable[..., MemoryContext]]:
-    """Make contexts, `flora_context(run)`; those of one test share their places, as the runs of a ledger do."""
+    """Return a maker of contexts, `flora_context(run)`. Those of one test share their locations."""
     limits = to_download_limits(Settings())
     downloader = Downloader(limits=limits, allow_private_hosts=[flora_media.authority], tls=tls_context())
     places: dict[str, tuple[str, int]] = {}
@@ -58,11 +61,11 @@ async def flora_context(flora_media: MediaServer) -> AsyncIterator[Callable[...,
 
 @pytest.fixture
 def flora_stand(tmp_path: Path) -> Callable[..., AbstractAsyncContextManager[Stand]]:
-    """Run a receiver beside an emulated FLORA.
+    """Return a maker of stands: a receiver beside an emulated FLORA.
 
     `async with flora_stand([{"use": "my_package:MyHandler"}]) as stand: run = await stand.run("emu-image")`.
     """
-    return partial(standing, tmp_path)
+    return partial(run_stand, tmp_path)
 
 
 def _output(media: MediaServer, kind: str, position: int) -> Output:

@@ -10,11 +10,11 @@ from receiver.flora.signature import HEADER, sign
 from receiver.handler import Output, SettledRun
 
 SETTLED_AT = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
-"""When the runs made here ended."""
+"""When the runs made here ended, by FLORA's clock."""
 
 
 def a_settled_run(*outputs: Output, **fields: Any) -> SettledRun:
-    """Return a completed technique run with these outputs; `fields` replace what it has."""
+    """Return a completed technique run with these outputs. `fields` replace other fields of it."""
     given: dict[str, Any] = {
         "run_id": "run_1",
         "run_type": "technique",
@@ -46,9 +46,9 @@ def signed_callback(
     age_seconds: int = 0,
     secrets_too: Sequence[str] = (),
 ) -> tuple[bytes, dict[str, str]]:
-    """Return body and headers of a callback as FLORA sends it, signed `age_seconds` ago.
+    """Return the body and the headers of a callback as FLORA sends it, signed `age_seconds` ago.
 
-    `secrets_too` sign as well, as while a secret is being rotated.
+    `secrets_too` sign it as well, as FLORA does while a secret is rotated.
     """
     delivery_id = delivery_id or f"whd_{run_id}"
     message = {

@@ -1,4 +1,4 @@
-"""An emulated FLORA and a receiver beside it, both real servers in this process: a handler in its natural surroundings."""
+"""An emulated FLORA and a receiver beside it, both real servers in this process."""
 
 import asyncio
 import secrets
@@ -23,63 +23,73 @@ from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
 
 _PROMPT = {"id": "prompt", "type": "text", "value": "a lighthouse"}
-_PATIENCE_SECONDS = 60.0
+_WAIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Stand:
-    """A running receiver; `secret` signs its callbacks, `ca` vouches for its HTTPS address, `url` is where they go."""
+    """A running receiver beside a running emulator."""
 
     emulator: Emulator
+    """The emulated FLORA."""
     service: Service
+    """The receiver."""
     secret: str
+    """The secret that signs callbacks."""
     ca: Path
+    """The PEM file of the CA behind the receiver's certificate."""
     token: str
+    """The token of the operations API."""
 
     @property
     def url(self) -> str:
+        """The callback URL of the receiver."""
         return f"https://127.0.0.1:{self.service.address[1]}{CALLBACK_PATH}"
 
     async def run(
         self, technique: str = "emu-image", *, metadata: Mapping[str, Any] | None = None, wait: bool = True
     ) -> RunView:
-        """Start a run of one of the emulator's techniques; return it once its handlers are done, or dead.
+        """Start a run of one of the emulator's techniques; return it once its handlers are done or dead.
 
-        `emu-image`, `emu-two-images`, `emu-video`, `emu-audio`, `emu-document`, `emu-text`, `emu-everything`, `emu-fail`.
+        The techniques are `emu-image`, `emu-two-images`, `emu-video`, `emu-audio`, `emu-document`,
+        `emu-text`, `emu-everything` and `emu-fail`. Without `wait` it is returned as it was started.
         """
 
-        def ask() -> RunView:
+        def start() -> RunView:
             with self.client() as receiver:
                 started = receiver.start(technique, [_PROMPT], metadata=metadata)
                 assert started.run_id is not None, started
-                return receiver.wait(started.run_id, timeout_seconds=_PATIENCE_SECONDS if wait else 0)
+                return receiver.wait(started.run_id, timeout_seconds=_WAIT_SECONDS if wait else 0)
 
-        return await asyncio.to_thread(ask)
+        return await asyncio.to_thread(start)
 
     async def look(self, run_id: str) -> RunView:
-        """Return a run as it stands."""
+        """Return a run as it is now."""
 
-        def ask() -> RunView:
+        def read() -> RunView:
             with self.client() as receiver:
                 return receiver.run(run_id)
 
-        return await asyncio.to_thread(ask)
+        return await asyncio.to_thread(read)
 
     async def callback(self, run_id: str, **options: Any) -> httpx.Response:
-        """Send a callback as FLORA would; `options` as of `signed_callback`."""
+        """Send a callback as FLORA does and return the response; `options` as of `signed_callback`."""
         body, headers = signed_callback(run_id, self.secret, **options)
         async with probe_client(ca=self.ca) as client:
             return await client.post(self.url, content=body, headers=headers)
 
     def client(self) -> ReceiverClient:
-        """Return a client of the operations API; it blocks, so call it in a thread."""
+        """Return a client of the operations API. It blocks: call it in a thread."""
         host, port = self.service.operations_address
         return ReceiverClient(f"http://{host}:{port}", self.token)
 
 
 @asynccontextmanager
-async def standing(directory: Path, handlers: Sequence[Mapping[str, Any]], **sections: Any) -> AsyncIterator[Stand]:
-    """Run both, with files below `directory`. `handlers` are entries as in receiver.toml, `sections` further settings."""
+async def run_stand(directory: Path, handlers: Sequence[Mapping[str, Any]], **sections: Any) -> AsyncIterator[Stand]:
+    """Run an emulated FLORA and a receiver, with their files in `directory`.
+
+    `handlers` are entries as in receiver.toml, `sections` further settings.
+    """
     authority = certificates.make_authority()
     ca = directory / "ca.pem"
     ca.write_bytes(authority.pem)
@@ -122,7 +132,11 @@ async def standing(directory: Path, handlers: Sequence[Mapping[str, Any]], **sec
 
 
 def _entry(handler: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an entry with the handler's own keys in `options`, where they may stand already."""
+    """Return an entry whose handler's own options stand in `options`."""
     own = {name: value for name, value in handler.items() if name not in HandlerEntry.model_fields}
     general = {name: value for name, value in handler.items() if name not in own}
     return {**general, "options": {**handler.get("options", {}), **own}}
+
+
+standing = run_stand
+"""The former name of `run_stand`."""
