@@ -1,4 +1,4 @@
-"""Tells people by chat or mail. The handler is in `handler`, what they are told in `messages`."""
+"""Notifies people by chat or mail. The handler is in `handler`, the texts in `messages`."""
 
 from handlers.notify.handler import Notify, NotifyConfig
 

@@ -1,8 +1,8 @@
-"""The handler that tells people, by chat or mail, through Apprise (extra `notify`). Found by its entry point `notify`.
+"""The handler `notify`: sends messages to people by chat or mail, through Apprise (extra `notify`).
 
-A message cannot be taken back and has no key by which a chat would know it again: it comes at least once. What each
-target has taken is kept in memory, so that a retry for one does not repeat the message to the others; after a crash in
-between, or a target that took it and did not say so in time, it may come twice. It always names its run.
+A message is sent at least once: chats cannot recognise a repeated one. What each target has accepted
+is kept in memory, so that a retry for one target does not repeat the message to the others. After a
+crash, or if a target accepted a message but did not confirm it in time, it may arrive twice.
 """
 
 import asyncio
@@ -17,58 +17,58 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from handlers.dependencies import pending_handlers
-from handlers.notify.messages import DEFAULTS, Message, MessageTemplate, Occasion, occasion, values_of, written
+from handlers.notify.messages import DEFAULTS, Message, MessageTemplate, Occasion, choose_occasion, compose, to_values
 from receiver.handler import Answer, Context, Done, Event, Retry, Secret, SettledRun, When, needs
 
-REMEMBERED = 1000
-"""Messages per target that are not sent again."""
+_MAX_ACCEPTED = 1000
+"""How many accepted messages are kept per target."""
 _STATUS = re.compile(r"error=(\d{3})\b")
 
 
-def _usable(text: str) -> str:
+def _check_template(text: str) -> str:
     MessageTemplate(text)
     return text
 
 
-TemplateText = Annotated[str, AfterValidator(_usable)]
+TemplateText = Annotated[str, AfterValidator(_check_template)]
 
 
-class Words(BaseModel):
-    """The words of one occasion; what is left out stays as it is by default."""
+class Texts(BaseModel):
+    """The texts of one kind of message; an omitted one keeps its default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     title: TemplateText | None = None
     """One line."""
     body: TemplateText | None = None
-    """Plain text; each target makes of it what it can show."""
+    """Plain text; each target displays it in its own way."""
 
 
 class NotifyConfig(BaseModel):
-    """Whom to tell, and in which words."""
+    """Whom to notify, and in which words."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     urls: Annotated[tuple[Secret, ...], Field(min_length=1)]
-    """Apprise's URLs, one for each target: `slack://…`, `mailto://…`, `json://…`; `env:NAME` or `file:/path` is better."""
-    completed: Words = Words()
+    """Apprise URLs, one per target: `slack://…`, `mailto://…`; better as `env:NAME` or `file:/path`."""
+    completed: Texts = Texts()
     """`title` and `body` for a run that completed."""
-    failed: Words = Words()
+    failed: Texts = Texts()
     """The same for a run that failed."""
-    lost: Words = Words()
-    """The same for a run that was given up."""
-    diverged: Words = Words()
-    """The same for a run about which callback and API contradict each other."""
-    dead: Words = Words()
+    lost: Texts = Texts()
+    """The same for a run that is lost."""
+    diverged: Texts = Texts()
+    """The same for a run about which callback and API disagree."""
+    dead: Texts = Texts()
     """The same for a run on which another handler gave up."""
     seconds: Annotated[float, Field(gt=0, le=600, allow_inf_nan=False)] = 30
-    """How long one target may take, in seconds."""
+    """Timeout for each target, in seconds."""
     wait_for: tuple[str, ...] = ()
-    """Names of handlers that must have stored every output of a completed run before it is told, for `{outputs}`."""
+    """Handlers that must have stored all outputs of a completed run first, for `{outputs}`."""
 
 
 class Notify:
-    """Tells every target about every run that ends, and about what needs a person; one message at a time."""
+    """Notifies every target of each run that ends, and of what needs attention; one run at a time."""
 
     Config: ClassVar[type[BaseModel]] = NotifyConfig
     on: ClassVar[tuple[Event, ...]] = (Event.SETTLED, Event.LOST, Event.DIVERGED, Event.DEAD)
@@ -76,44 +76,47 @@ class Notify:
     concurrency: ClassVar[int] = 1
 
     def __init__(self, config: NotifyConfig) -> None:
-        """Build the targets; ValueError, without the URL in it, where Apprise cannot read one."""
+        """Does not connect. ValueError, without the URL in it, if Apprise cannot use a URL."""
         with needs("flora-receiver[notify]"):
-            import apprise  # noqa: PLC0415 - only who notifies waits for it
-        _listen()
+            import apprise  # noqa: PLC0415  # an extra, and slow to import
+        _capture_logs()
         self._config = config
         self._targets = [
             Target(apprise, secret.get_secret_value(), number) for number, secret in enumerate(config.urls, 1)
         ]
         self._templates: dict[Occasion, tuple[MessageTemplate, MessageTemplate]] = {}
         for name, (title, body) in DEFAULTS.items():
-            words: Words = getattr(config, name)
-            chosen = (title if words.title is None else words.title, body if words.body is None else words.body)
-            self._templates[name] = (MessageTemplate(chosen[0]), MessageTemplate(chosen[1]))
+            texts: Texts = getattr(config, name)
+            self._templates[name] = (
+                MessageTemplate(title if texts.title is None else texts.title),
+                MessageTemplate(body if texts.body is None else texts.body),
+            )
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:
         artifacts = await context.stored()
-        awaited = pending_handlers(self._config.wait_for, run, artifacts) if context.event is Event.SETTLED else []
-        if awaited:
-            return Retry(f"not told yet: {', '.join(awaited)} has not stored every output")
-        chosen = occasion(context.event, run.status)
-        values = values_of(run, context.event, context.handler, artifacts)
-        message = written(chosen, *self._templates[chosen], values)
+        if context.event is Event.SETTLED:
+            pending = pending_handlers(self._config.wait_for, run, artifacts)
+            if pending:
+                return Retry(f"not sent yet: {', '.join(pending)} has not stored every output")
+        occasion = choose_occasion(context.event, run.status)
+        values = to_values(run, context.event, context.handler, artifacts)
+        message = compose(occasion, *self._templates[occasion], values)
         key, seconds = context.idempotency_key, self._config.seconds
-        troubles = await asyncio.gather(*(target.send(message, key, seconds) for target in self._targets))
-        told = [trouble for trouble in troubles if trouble is not None]
-        return Retry("; ".join(told)) if told else Done({"targets": len(self._targets)})
+        results = await asyncio.gather(*(target.send(message, key, seconds) for target in self._targets))
+        failures = [failure for failure in results if failure is not None]
+        return Retry("; ".join(failures)) if failures else Done({"targets": len(self._targets)})
 
 
 class Target:
-    """One of Apprise's services. It is called in a thread that nothing waits for: a target that hangs holds up itself."""
+    """One Apprise service, called in a daemon thread, so that one that hangs delays nothing else."""
 
     def __init__(self, apprise: Any, url: str, number: int) -> None:
-        with warnings.catch_warnings():  # it loads every service that there is, old modules among them
+        with warnings.catch_warnings():  # it imports every service, some with deprecated modules
             warnings.simplefilter("ignore", DeprecationWarning)
             service = apprise.Apprise.instantiate(url)
         if service is None:
-            raise ValueError(f"urls: number {number} is no URL that Apprise can use; see its page on that service")
-        if "overflow=" not in url:  # by default a text that is too long would be refused, again and again
+            raise ValueError(f"urls: number {number} is not a URL that Apprise can use; see its page on that service")
+        if "overflow=" not in url:  # by default, a text that is too long would be refused on every attempt
             service.overflow_mode = apprise.OverflowMode.TRUNCATE
         self._name = f"target {number} ({service.service_name})"
         self._service = service
@@ -125,44 +128,44 @@ class Target:
             "dead": apprise.NotifyType.FAILURE,
         }
         self._format = apprise.NotifyFormat.TEXT
-        self._taken: OrderedDict[str, None] = OrderedDict()
-        self._busy = False
+        self._accepted: OrderedDict[str, None] = OrderedDict()
+        self._is_busy = False
 
     async def send(self, message: Message, key: str, seconds: float) -> str | None:
-        """Send a message that was not sent under this key before; return what went wrong."""
-        if key in self._taken:
+        """Send a message unless it was accepted under this key before; return what failed, if anything."""
+        if key in self._accepted:
             return None
-        if self._busy:
-            return f"{self._name} still hangs on an earlier message"
+        if self._is_busy:
+            return f"{self._name} is still busy with an earlier message"
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[str | None] = loop.create_future()
+        result: asyncio.Future[str | None] = loop.create_future()
 
-        def tell(trouble: str | None) -> None:
-            self._busy = False
-            if not answer.done():
-                answer.set_result(trouble)
+        def finish(failure: str | None) -> None:
+            self._is_busy = False
+            if not result.done():
+                result.set_result(failure)
 
-        def work() -> None:
-            trouble = self._send(message, key)
-            with suppress(RuntimeError):  # the loop is closed: nobody wants to know any more
-                loop.call_soon_threadsafe(tell, trouble)
+        def send() -> None:
+            failure = self._send(message, key)
+            with suppress(RuntimeError):  # the loop is closed: the service has stopped
+                loop.call_soon_threadsafe(finish, failure)
 
-        self._busy = True
+        self._is_busy = True
         try:
-            threading.Thread(target=work, name=f"notify {self._name}", daemon=True).start()
+            threading.Thread(target=send, name=f"notify {self._name}", daemon=True).start()
         except RuntimeError:
-            self._busy = False
-            return f"{self._name}: no thread could be started"
+            self._is_busy = False
+            return f"{self._name}: cannot start a thread"
         try:
             async with asyncio.timeout(seconds):
-                return await answer
+                return await result
         except TimeoutError:
             return f"{self._name} did not answer within {seconds:g} s"
 
     def _send(self, message: Message, key: str) -> str | None:
-        _heard.forget()
+        _last_response.clear()
         try:
-            taken = self._service.notify(
+            is_accepted = self._service.notify(
                 title=message.title,
                 body=message.body,
                 notify_type=self._types[message.occasion],
@@ -170,39 +173,39 @@ class Target:
             )
         except BaseException as error:
             return f"{self._name} failed: {type(error).__name__}"
-        if not taken:
-            status = f" with HTTP {_heard.status}" if _heard.status else ""
-            return f"{self._name} did not take it{status}: check that it is reachable, and its URL"
-        self._taken[key] = None
-        while len(self._taken) > REMEMBERED:
-            self._taken.popitem(last=False)
+        if not is_accepted:
+            status = f" with HTTP {_last_response.status}" if _last_response.status else ""
+            return f"{self._name} did not accept it{status}: check its URL, and that it is reachable"
+        self._accepted[key] = None
+        while len(self._accepted) > _MAX_ACCEPTED:
+            self._accepted.popitem(last=False)
         return None
 
 
-class _Ear(logging.Filter):
-    """Hears what Apprise would log, keeps the HTTP status alone and lets nothing pass: lines may hold tokens."""
+class _StatusFilter(logging.Filter):
+    """Keeps the HTTP status of what Apprise would log, and drops the line, which may hold tokens."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         with suppress(Exception):
             match = _STATUS.search(record.getMessage())
-            _heard.status = match[1] if match else _heard.status
+            _last_response.status = match[1] if match else _last_response.status
         return False
 
 
-class _Heard(threading.local):
+class _Response(threading.local):
     status: str | None = None
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self.status = None
 
 
-_heard = _Heard()
+_last_response = _Response()
 
 
-def _listen() -> None:
-    """Take over Apprise's logger, and keep urllib3 from logging paths, which are the secrets of many chats."""
+def _capture_logs() -> None:
+    """Filter Apprise's logger, and keep urllib3 from logging paths, which are secret for many chats."""
     logger = logging.getLogger("apprise")
-    if not any(isinstance(each, _Ear) for each in logger.filters):
-        logger.addFilter(_Ear())
+    if not any(isinstance(each, _StatusFilter) for each in logger.filters):
+        logger.addFilter(_StatusFilter())
     logger.setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.WARNING)

@@ -1,6 +1,7 @@
-"""What people are told about a run: templates, and the values that go into them. Pure; for `handlers.notify`.
+"""Notifications: their default texts, templates and values. Pure; for the handler `notify`.
 
-No field is a media URL: whoever can read a chat or a mail would have the media. `{outputs}` names stored files.
+No field is a media URL, which would give all readers of a chat or mail the media. `{outputs}` lists
+the locations of stored files.
 """
 
 import re
@@ -14,10 +15,10 @@ from receiver.handler import Artifact, Event, SettledRun
 
 Occasion = Literal["completed", "failed", "lost", "diverged", "dead"]
 
-TITLE_LENGTH = 200
-VALUE_LENGTH = 500
-FILES = 20
-"""How many stored files a message names at most."""
+_MAX_TITLE = 200
+_MAX_VALUE = 500
+_MAX_FILES = 20
+"""How many stored files a message lists at most."""
 
 _OWN_FIELDS = ("charged_cost", "error_code", "error_message", "verdict", "settled_by")
 _FIELDS: Fields = {
@@ -38,48 +39,48 @@ DEFAULTS: Mapping[Occasion, tuple[str, str]] = {
     "lost": (
         "FLORA run lost: {run_id}",
         (
-            "{technique_id} in workspace {workspace_id} did not end in time, or not at all.\n"
-            "Ask why: flora-receiver runs explain {run_id}"
+            "{technique_id} in workspace {workspace_id} did not end in time.\n"
+            "Find out why: flora-receiver runs explain {run_id}"
         ),
     ),
     "diverged": (
-        "FLORA contradicts itself: {run_id}",
+        "FLORA run diverged: {run_id}",
         (
-            "Callback and API do not agree about this run; it counts as {status}.\n"
-            "Look into it: flora-receiver runs explain {run_id}"
+            "Callback and API disagree about this run. It is recorded as {status}.\n"
+            "Investigate: flora-receiver runs explain {run_id}"
         ),
     ),
     "dead": (
-        "A handler gave up on {run_id}",
+        "Handler gave up on {run_id}",
         (
-            "What should be done with this run ({status}) is not done.\n"
-            "See which: flora-receiver runs show {run_id}\nTry again: flora-receiver dispatches retry --run-id {run_id}"
+            "A dispatch of this run ({status}) is dead.\n"
+            "See which: flora-receiver runs show {run_id}\nRetry: flora-receiver dispatches retry --run-id {run_id}"
         ),
     ),
 }
 
 
 class MessageTemplate:
-    """A parsed text such as `{run_id} cost {charged_cost}`. ValueError if it is wrong."""
+    """A template such as `{run_id} cost {charged_cost}`. ValueError if it is wrong."""
 
     def __init__(self, text: str) -> None:
         self._template = Template(text, _FIELDS)
 
     def render(self, values: Mapping[str, Any]) -> str:
-        return self._template.fill(lambda field: _text(field, values))
+        return self._template.fill(lambda field: _to_text(field, values))
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message, ready to send."""
+    """A message that is ready to send."""
 
     occasion: Occasion
     title: str
     body: str
 
 
-def occasion(event: Event, status: str) -> Occasion:
-    """Choose which message an event of a run is worth."""
+def choose_occasion(event: Event, status: str) -> Occasion:
+    """Return which message to send for an event of a run."""
     if event is Event.DEAD:
         return "dead"
     if event is Event.DIVERGED:
@@ -89,38 +90,38 @@ def occasion(event: Event, status: str) -> Occasion:
     return "lost" if status == "lost" else "failed"
 
 
-def values_of(run: SettledRun, event: Event, handler: str, artifacts: Sequence[Artifact]) -> Mapping[str, Any]:
-    """Gather what templates may use."""
-    own = {name: getattr(run, name) for name in (*RUN_IDS, *RUN_TIMES, *_OWN_FIELDS)}
+def to_values(run: SettledRun, event: Event, handler: str, artifacts: Sequence[Artifact]) -> Mapping[str, Any]:
+    """Return the values of all fields."""
+    fields = {name: getattr(run, name) for name in (*RUN_IDS, *RUN_TIMES, *_OWN_FIELDS)}
     files = [each.location for each in artifacts if each.position >= 0 and each.stored_at is not None]
-    listed = [_FORBIDDEN.sub(" ", location)[:VALUE_LENGTH] for location in files[:FILES]]
-    if len(files) > FILES:
-        listed.append(f"… and {len(files) - FILES} more")
+    locations = [_FORBIDDEN.sub(" ", location)[:_MAX_VALUE] for location in files[:_MAX_FILES]]
+    if len(files) > _MAX_FILES:
+        locations.append(f"… and {len(files) - _MAX_FILES} more")
     return {
-        **own,
+        **fields,
         "metadata": run.metadata,
         "event": event.value,
         "handler": handler,
         "output_count": len(run.outputs),
-        "outputs": "\n".join(listed),
+        "outputs": "\n".join(locations),
     }
 
 
-def written(occasion: Occasion, title: MessageTemplate, body: MessageTemplate, values: Mapping[str, Any]) -> Message:
-    """Fill in a message: the title on one line, the body never empty, since many targets refuse that."""
-    line = " ".join(title.render(values).split())[:TITLE_LENGTH]
+def compose(occasion: Occasion, title: MessageTemplate, body: MessageTemplate, values: Mapping[str, Any]) -> Message:
+    """Fill in a message. Its title is one line; its body is not empty, which many targets refuse."""
+    line = " ".join(title.render(values).split())[:_MAX_TITLE]
     text = body.render(values).strip()
     return Message(occasion, line, text or line or occasion)
 
 
-def _text(field: Placeholder, values: Mapping[str, Any]) -> str:
+def _to_text(field: Placeholder, values: Mapping[str, Any]) -> str:
     value = values[field.name].get(field.key) if field.kind is FieldKind.MAPPING else values[field.name]
     if field.name == "outputs":
         return str(value)
-    return _FORBIDDEN.sub(" ", _readable(value, field.spec))[:VALUE_LENGTH]
+    return _FORBIDDEN.sub(" ", _to_readable(value, field.spec))[:_MAX_VALUE]
 
 
-def _readable(value: Any, spec: str) -> str:
+def _to_readable(value: Any, spec: str) -> str:
     match value:
         case None:
             return "–"

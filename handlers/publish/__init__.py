@@ -1,4 +1,4 @@
-"""Publishes runs to a message broker. The handler is in `handler`, each broker in a module of its own."""
+"""Publishes runs to a message broker. The handler is in `handler`, each broker in its own module."""
 
 from handlers.publish.handler import Publish, PublishConfig
 

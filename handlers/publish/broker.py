@@ -1,10 +1,11 @@
-"""What every message broker offers the handler `publish`: one message out, acknowledged, or an error that says why not.
+"""The interface of message brokers for the handler `publish`, and what their implementations share.
 
-`broker_nats`, `broker_redis` and `broker_kafka` implement it; each needs an extra, so only `publish` imports them, and late.
+`broker_nats`, `broker_redis` and `broker_kafka` implement it. Each needs an extra, so the handler
+imports only the one that is configured.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,52 +13,52 @@ from ssl import SSLContext
 from typing import Any, Generic, Protocol, TypeVar
 
 Connection = TypeVar("Connection")
-_EXCERPT = 200
+_MAX_EXCERPT = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What is published. `id` is the same on every attempt: what a broker, or who reads from it, dedupes on."""
+    """A message. `id` is the same on every attempt, so that the broker or a consumer can deduplicate."""
 
     to: str
     id: str
     key: str
     body: bytes = field(repr=False)
     attributes: Mapping[str, str] = field(default_factory=dict)
-    """CloudEvents attributes by their names; empty where none are wanted."""
+    """CloudEvents attributes by name; empty if not configured."""
 
 
 class BrokerError(Exception):
-    """Not now: somebody has to repair something, then the same message can go out. The text says what."""
+    """Publishing failed, but may work once something is repaired. The message says what."""
 
 
 class BrokerUnreachableError(BrokerError):
-    """Nobody answers there now, which may pass by itself."""
+    """The broker does not answer. This may pass."""
 
 
 class MessageRefusedError(Exception):
-    """This message will never be taken. The text says why."""
+    """The broker will never accept this message. The text says why."""
 
 
 class Broker(Protocol):
-    """A connection to one broker, made when it is first needed."""
+    """A client of one broker, which connects when first used."""
 
     async def publish(self, message: Message) -> Mapping[str, Any]:
-        """Return, with what the broker said, once it has acknowledged the message.
+        """Publish a message and return the broker's receipt, once it has acknowledged it.
 
-        Raises BrokerError and MessageRefusedError. Whoever loses patience cancels: nothing is sent on behind its back
-        but what the operating system already holds.
+        Raises BrokerError or MessageRefusedError. After cancellation nothing more is sent, except what
+        the operating system already holds.
         """
 
     async def check(self, to: str | None) -> None:
-        """Connect, and see whether there is a place called `to` (None: its name is not known yet). Raises BrokerError."""
+        """Connect, and check that `to` exists (None: not known before a run). Raises BrokerError."""
 
     async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Where a broker is and how to get in."""
+    """The address of a broker, credentials and limits."""
 
     url: str
     hosts: tuple[tuple[str, int], ...]
@@ -77,72 +78,74 @@ class Access:
 
     @property
     def connect_seconds(self) -> float:
-        """Less than the whole patience, so that who cannot connect says so."""
+        """Less than the whole timeout, so that a failure to connect is reported as such."""
         return self.answer_seconds * 0.8
 
 
 def excerpt(error: object) -> str:
-    """Return what a broker or its library says, on one line and short enough for a reason."""
+    """Return the message of an error on one line, short enough for a reason."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _EXCERPT else f"{text[: _EXCERPT - 1]}…"
+    return text if len(text) <= _MAX_EXCERPT else f"{text[: _MAX_EXCERPT - 1]}…"
 
 
-class Link(Generic[Connection]):
-    """One connection that everybody shares: made when first asked for, again when it was dropped.
+class SharedConnection(Generic[Connection]):
+    """One shared connection, made when first needed and again after it was dropped.
 
-    It is made in a task of its own, so that who gives up waiting leaves neither the others alone nor half a connection.
+    It is made in its own task: a caller that is cancelled affects neither other callers nor the
+    connection.
     """
 
     def __init__(
         self,
-        connect: Callable[[], Awaitable[Connection]],
+        connect: Callable[[], Coroutine[Any, Any, Connection]],
         disconnect: Callable[[Connection], Awaitable[None]],
     ) -> None:
         self._connect = connect
         self._disconnect = disconnect
-        self._making: asyncio.Task[Connection] | None = None
-        self._leaving: set[asyncio.Task[None]] = set()
-        self._closed = False
+        self._connecting: asyncio.Task[Connection] | None = None
+        self._disconnecting: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     async def get(self) -> Connection:
-        if self._closed:
+        if self._is_closed:
             raise BrokerUnreachableError("the handler is closed")
-        if self._making is None:
-            self._making = asyncio.create_task(self._made())
-            self._making.add_done_callback(self._forget_failure)
-        return await asyncio.shield(self._making)
+        if self._connecting is None:
+            self._connecting = asyncio.create_task(self._connect())
+            self._connecting.add_done_callback(self._forget_failure)
+        return await asyncio.shield(self._connecting)
 
     def drop(self, connection: Connection) -> None:
-        """Trust this connection no more; the next one who asks gets a new one."""
-        making = self._making
-        if making is not None and making.done() and not making.cancelled() and not making.exception():
-            if making.result() is not connection:
-                return  # somebody else has dropped it already
-            self._making = None
-            leaving = asyncio.create_task(self._left(connection))
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
+        """Give up a connection that failed; the next caller gets a new one."""
+        if self._connected() is not connection:
+            return  # it was dropped before
+        self._connecting = None
+        task = asyncio.create_task(self._disconnect_quietly(connection))
+        self._disconnecting.add(task)
+        task.add_done_callback(self._disconnecting.discard)
 
     async def close(self) -> None:
-        self._closed = True
-        if self._making is not None and not self._making.done():
-            self._making.cancel()
-            await asyncio.wait({self._making})
-        if self._making is not None and not self._making.cancelled() and not self._making.exception():
-            self.drop(self._making.result())
-        if self._leaving:
-            await asyncio.wait(self._leaving)
+        self._is_closed = True
+        if self._connecting is not None and not self._connecting.done():
+            self._connecting.cancel()
+            await asyncio.wait({self._connecting})
+        if (connection := self._connected()) is not None:
+            self.drop(connection)
+        if self._disconnecting:
+            await asyncio.wait(self._disconnecting)
 
-    async def _made(self) -> Connection:
-        return await self._connect()
+    def _connected(self) -> Connection | None:
+        task = self._connecting
+        if task is None or not task.done() or task.cancelled() or task.exception():
+            return None
+        return task.result()
 
-    async def _left(self, connection: Connection) -> None:
+    async def _disconnect_quietly(self, connection: Connection) -> None:
         with suppress(Exception):  # it is given up anyway
             await self._disconnect(connection)
 
-    def _forget_failure(self, making: asyncio.Task[Connection]) -> None:
-        """Let the next one try anew; looking at the exception also keeps asyncio from complaining that nobody did."""
-        if (making.cancelled() or making.exception()) and self._making is making:
-            self._making = None
+    def _forget_failure(self, task: asyncio.Task[Connection]) -> None:
+        """Let the next caller connect anew. Reading the exception also keeps asyncio from logging it."""
+        if (task.cancelled() or task.exception()) and self._connecting is task:
+            self._connecting = None

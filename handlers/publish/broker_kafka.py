@@ -1,7 +1,7 @@
-"""Kafka for the handler `publish`: acknowledged by all in-sync replicas; the run's id is the key, the message's a header.
+"""Kafka for the handler `publish`. All in-sync replicas acknowledge; the key is the run's id.
 
-Kafka does not know an id again across attempts: who reads dedupes on the header `idempotency-key`. The producer is
-idempotent, so that what it repeats by itself within an attempt is written once.
+Kafka does not deduplicate across attempts: consumers do, on the header `idempotency-key`. The producer
+is idempotent, so what it repeats by itself within an attempt is written once.
 """
 
 import asyncio
@@ -30,28 +30,28 @@ from handlers.publish.broker import (
     Access,
     BrokerError,
     BrokerUnreachableError,
-    Link,
     Message,
     MessageRefusedError,
+    SharedConnection,
     excerpt,
 )
 
-_CREDENTIALS = (
+_CREDENTIAL_ERRORS = (
     AuthenticationFailedError,
     IllegalSaslStateError,
     SaslAuthenticationFailed,
     UnsupportedSaslMechanismError,
 )
 _ABANDON_SECONDS = 1.0
-_REQUEST_BYTES = 64 * 1024 * 1024  # what a topic takes is the broker's to say
+_MAX_REQUEST_BYTES = 64 * 1024 * 1024  # the broker decides what a topic accepts
 
 
 class KafkaBroker:
-    """Produces to a topic, in the partition that the run's id chooses."""
+    """Produces to a topic, in the partition of the run's id."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._link: Link[Any] = Link(self._connect, self._abandon)
+        self._producers: SharedConnection[Any] = SharedConnection(self._connect, self._abandon)
         protocol = "SSL" if access.tls else "PLAINTEXT"
         self._security: dict[str, Any] = {"security_protocol": protocol, "ssl_context": access.tls}
         if access.user is not None:
@@ -66,37 +66,37 @@ class KafkaBroker:
     async def publish(self, message: Message) -> Mapping[str, Any]:
         headers = [("idempotency-key", message.id.encode()), ("content-type", b"application/json")]
         headers += [(f"ce_{name}", value.encode()) for name, value in message.attributes.items()]
-        producer = await self._link.get()
+        producer = await self._producers.get()
         try:
             place = await producer.send_and_wait(message.to, message.body, key=message.key.encode(), headers=headers)
         except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
             raise MessageRefusedError(
-                f"the message has {len(message.body)} bytes, more than the topic {message.to!r} takes: "
+                f"the message has {len(message.body)} bytes, more than the topic {message.to!r} accepts: "
                 "raise its max.message.bytes"
             ) from error
         except InvalidTopicError as error:
-            raise MessageRefusedError(f"Kafka takes no topic of the name {message.to!r}") from error
-        except BaseException as error:  # also when the wait was cancelled: a producer never gives up on what it holds
-            self._link.drop(producer)
+            raise MessageRefusedError(f"Kafka does not accept the topic name {message.to!r}") from error
+        except BaseException as error:  # also after cancellation: a producer never gives up a message
+            self._producers.drop(producer)
             if isinstance(error, KafkaError | OSError):
-                raise self._explained(error, message.to) from error
+                raise self._to_broker_error(error, message.to) from error
             raise
         return {"topic": place.topic, "partition": place.partition, "offset": place.offset}
 
     async def check(self, to: str | None) -> None:
-        producer = await self._link.get()
+        producer = await self._producers.get()
         if to is None:
             return
         try:
-            cluster = await producer.client.fetch_all_metadata()  # of all topics: asking for one may make it
+            cluster = await producer.client.fetch_all_metadata()  # of all topics: a request for one may create it
         except KafkaError as error:
-            self._link.drop(producer)
-            raise self._explained(error, to) from error
+            self._producers.drop(producer)
+            raise self._to_broker_error(error, to) from error
         if to not in cluster.topics(exclude_internal_topics=False):
-            raise BrokerUnreachableError(_no_topic(to))  # a warning: many clusters make topics when they are first used
+            raise BrokerUnreachableError(_no_topic(to))  # a warning: many clusters create topics on first use
 
     async def close(self) -> None:
-        await self._link.close()
+        await self._producers.close()
 
     async def _connect(self) -> Any:
         producer = AIOKafkaProducer(
@@ -104,7 +104,7 @@ class KafkaBroker:
             client_id="flora-receiver",
             acks="all",
             enable_idempotence=True,
-            max_request_size=_REQUEST_BYTES,
+            max_request_size=_MAX_REQUEST_BYTES,
             request_timeout_ms=self._request_ms,
             **self._security,
         )
@@ -114,9 +114,9 @@ class KafkaBroker:
         except BaseException as error:
             await self._abandon(producer)
             if isinstance(error, KafkaConnectionError):
-                raise await self._why() from error
+                raise await self._diagnose() from error
             if isinstance(error, KafkaError | OSError) and not isinstance(error, TimeoutError):
-                raise self._explained(error, None) from error
+                raise self._to_broker_error(error, None) from error
             if isinstance(error, TimeoutError):
                 raise BrokerUnreachableError(f"{self._access.url} cannot be reached: {excerpt(error)}") from error
             raise
@@ -124,33 +124,34 @@ class KafkaBroker:
 
     @property
     def _request_ms(self) -> int:
-        """Time of one request: half of our patience, so that one that is lost can be repeated."""
+        """Timeout of one request: half of the whole, so that a lost one can be repeated."""
         return max(1, round(self._access.answer_seconds * 500))
 
-    async def _why(self) -> BrokerError:
-        """Ask the first broker once more: that its bootstrap failed is all that aiokafka says."""
+    async def _diagnose(self) -> BrokerError:
+        """Connect to the first broker to find out what failed: aiokafka does not report it."""
         (host, port), *_ = self._access.hosts
         options = {**self._security, "request_timeout_ms": self._request_ms}
         try:
             connection = await create_conn(host, port, **options)
         except (KafkaError, OSError) as error:
-            return self._explained(error, None)
+            return self._to_broker_error(error, None)
         connection.close()
-        return BrokerUnreachableError(f"{self._access.url} cannot be reached: it did not answer the first request")
+        return BrokerUnreachableError(f"{self._access.url} cannot be reached: it did not respond to the first request")
 
     async def _abandon(self, producer: Any) -> None:
-        """Stop a producer without delivering: its own `stop` waits for ever for a broker that is away.
+        """Stop a producer without delivering its messages.
 
-        An idempotent producer of aiokafka never lets a message expire. So the task that sends and its connections go
-        first, then what is left in its hands, and only then is it told to stop.
+        Its own `stop` waits for ever for an unreachable broker, since an idempotent producer of aiokafka
+        never lets a message expire. So its sender and connections are closed and its messages failed
+        first.
         """
-        sender = producer._sender  # noqa: SLF001 - there is no public way
-        # Told to end before the connections go, or it would open new ones for what it could not send.
+        sender, messages = producer._sender, producer._message_accumulator  # noqa: SLF001  # no public way
+        # The sender ends before the connections, or it would open new ones for unsent messages.
         ending = asyncio.ensure_future(sender.close())
         await asyncio.sleep(0)
         with suppress(Exception):
             await producer.client.close()
-        producer._message_accumulator.fail_all(KafkaError("given up"))  # noqa: SLF001 - there is no public way
+        messages.fail_all(KafkaError("given up"))
         await asyncio.wait({ending}, timeout=_ABANDON_SECONDS)
         if not ending.done():
             ending.cancel()
@@ -158,9 +159,9 @@ class KafkaBroker:
             async with asyncio.timeout(_ABANDON_SECONDS):
                 await producer.stop()
 
-    def _explained(self, error: Exception, topic: str | None) -> BrokerError:
+    def _to_broker_error(self, error: Exception, topic: str | None) -> BrokerError:
         url = self._access.url
-        if isinstance(error, _CREDENTIALS):
+        if isinstance(error, _CREDENTIAL_ERRORS):
             return BrokerError(f"{url} refuses our credentials: {excerpt(error)}")
         if isinstance(error, UnknownTopicOrPartitionError) and topic:
             return BrokerError(_no_topic(topic))
@@ -168,8 +169,11 @@ class KafkaBroker:
             return BrokerError(f"{url} does not allow it: {excerpt(error)}; the user needs Write and IdempotentWrite")
         if isinstance(error, KafkaConnectionError | OSError):
             return BrokerUnreachableError(f"{url} cannot be reached: {excerpt(error)}")
-        return BrokerError(f"{url} did not take it: {excerpt(error)}")
+        return BrokerError(f"{url} did not accept it: {excerpt(error)}")
 
 
 def _no_topic(topic: str) -> str:
-    return f"there is no topic {topic!r}: kafka-topics.sh --create --topic {topic}, unless the cluster makes it itself"
+    return (
+        f"the topic {topic!r} does not exist: create it with kafka-topics.sh --create --topic {topic}, "
+        "unless the cluster creates topics itself"
+    )

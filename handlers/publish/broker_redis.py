@@ -1,17 +1,17 @@
-"""Redis streams for the handler `publish`. A script adds the message and remembers its id in one step: twice is once.
+"""Redis streams for the handler `publish`. A script adds a message and its id in one step, once.
 
-The memory of an id is a key beside the stream, `{stream}:published:id`, which expires. In that form a cluster would
-keep both on one node. An id is remembered before the message is added, empty, and filled in afterwards: a user who may
-write to the stream but not to these keys thus fails before anything is doubled.
+An id is remembered in a key beside the stream, `{stream}:published:id`, which expires. The braces keep
+both on one node of a cluster. The key is set before the message is added, and gets the entry's id
+afterwards: a user without permission for these keys fails before anything is published twice.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, ConnectionError, NoPermissionError, RedisError, TimeoutError  # noqa: A004
 
 from handlers.publish.broker import Access, BrokerError, BrokerUnreachableError, Message, excerpt
 
@@ -32,27 +32,27 @@ return {id, 0}
 
 
 class RedisBroker:
-    """Adds entries to a stream, which is made by the first."""
+    """Adds entries to a stream; the first creates it."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._redis = Redis(connection_pool=_pool(access))
+        self._redis = Redis(connection_pool=_create_pool(access))
 
     async def publish(self, message: Message) -> Mapping[str, Any]:
         fields = {"idempotency_key": message.id, "run_id": message.key, "data": message.body}
         fields |= {f"ce_{name}": value for name, value in message.attributes.items()}
-        words = [part for pair in fields.items() for part in pair]
+        parts = [part for pair in fields.items() for part in pair]
         seconds = self._access.remember_hours * 3600
-        seen = f"{{{message.to}}}:published:{message.id}"
+        id_key = f"{{{message.to}}}:published:{message.id}"
         maxlen = self._access.maxlen or ""
-        entry, duplicate = await self._asked(_PUBLISH, message.to, seen, arguments=[seconds, maxlen, *words])
+        entry, duplicate = await self._run_script(_PUBLISH, message.to, id_key, arguments=[seconds, maxlen, *parts])
         return {"entry": entry.decode(), "duplicate": bool(duplicate)}
 
     async def check(self, to: str | None) -> None:
         if to is None:
-            await self._asked("return 1")
+            await self._run_script("return 1")
             return
-        kind = await self._asked("return redis.pcall('TYPE', KEYS[1])['ok'] or 'unknown'", to)
+        kind = await self._run_script("return redis.pcall('TYPE', KEYS[1])['ok'] or 'unknown'", to)
         if kind.decode() not in {"none", "stream", "unknown"}:
             raise BrokerError(f"{to!r} is a {kind.decode()}, not a stream: choose another name in `to`")
 
@@ -60,39 +60,39 @@ class RedisBroker:
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
 
-    async def _asked(self, script: str, *keys: str, arguments: list[Any] | None = None) -> Any:
+    async def _run_script(self, script: str, *keys: str, arguments: list[Any] | None = None) -> Any:
         url = self._access.url
         try:
             return await self._redis.eval(script, len(keys), *keys, *(arguments or []))
-        except AuthenticationError as error:
+        except exceptions.AuthenticationError as error:
             raise BrokerError(f"{url} refuses our credentials: {excerpt(error)}") from error
-        except NoPermissionError as error:
+        except exceptions.NoPermissionError as error:
             raise BrokerError(
                 f"{url} does not allow it: {excerpt(error)}; the user needs +eval +get +set +xadd on these keys"
             ) from error
-        except (ConnectionError, TimeoutError, OSError) as error:
+        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
             raise BrokerUnreachableError(f"{url} cannot be reached: {excerpt(error)}") from error
-        except RedisError as error:
-            raise BrokerError(f"{url} did not take it: {excerpt(error)}{_advice(str(error))}") from error
+        except exceptions.RedisError as error:
+            raise BrokerError(f"{url} did not accept it: {excerpt(error)}{_hint(str(error))}") from error
 
 
-def _advice(error: str) -> str:
-    """Tell what to do about the errors that an operator meets."""
+def _hint(error: str) -> str:
+    """Return what an operator can do about an error."""
     if "NOAUTH" in error:
         return "; set `password`"
     if "WRONGTYPE" in error:
         return "; choose another name in `to`"
     if "READONLY" in error:
-        return "; it is a replica: name the primary"
+        return "; it is a replica: use the primary"
     if error.startswith("MOVED") or "CLUSTERDOWN" in error:
-        return "; a Redis Cluster: name the node that holds the stream"
+        return "; it is a Redis Cluster: use the node that holds the stream"
     if "OOM" in error:
-        return "; it is full: set `maxlen`, or give it memory"
+        return "; it is full: set `maxlen`, or give it more memory"
     return ""
 
 
-def _pool(access: Access) -> BlockingConnectionPool:
-    """Make the pool, of one connection: those who wait for it wait no longer than for an answer."""
+def _create_pool(access: Access) -> BlockingConnectionPool:
+    """Create a pool of one connection. Waiting for it counts towards the timeout of an attempt."""
     (host, port), *_ = access.hosts
     options: dict[str, Any] = {
         "host": host,

@@ -1,8 +1,9 @@
-"""The handler that publishes each run to a message broker: NATS JetStream, Redis streams, Kafka. Entry point `publish`.
+"""The handler `publish`: sends each run to a message broker (NATS JetStream, Redis streams or Kafka).
 
-The message carries the idempotency key as its id and is acknowledged before the answer is `Done`. After a crash between
-the two it is published again under the same id: JetStream and Redis know it again and keep one (for as long as the
-stream's duplicate window, or `remember_hours`, lasts); Kafka keeps both, and who reads dedupes on the id.
+The id of the message is the idempotency key, and the broker acknowledges it before the handler
+returns `Done`. After a crash in between it is published again with the same id. JetStream and Redis
+then keep one message (within the stream's duplicate window, or `remember_hours`); Kafka keeps both,
+and consumers deduplicate on the id.
 """
 
 import asyncio
@@ -39,95 +40,95 @@ _SCHEMES: dict[str, tuple[Kind, bool, int]] = {
     "kafka": ("kafka", False, 9092),
     "kafka+ssl": ("kafka", True, 9092),
 }
-_HOST = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?")
+_HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?")
 _FIELDS: Fields = dict.fromkeys(("event", *RUN_IDS), FieldKind.TEXT)
 _NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
 _MAX_NAME = 249  # Kafka's limit
 _MAX_VALUE = 64
-_CHECK_SECONDS = 8.0  # `check` as a whole has ten
+_CHECK_SECONDS = 8.0  # less than the ten that the service allows
 
 
-def _usable_url(url: str) -> str:
-    _parts(url)
+def _check_url(url: str) -> str:
+    _parse_url(url)
     return url
 
 
-def _parts(url: str) -> tuple[Kind, bool, tuple[tuple[str, int], ...], str]:
-    """Return kind, TLS, hosts and path of a broker's URL; ValueError without the URL: a password may be in it."""
+def _parse_url(url: str) -> tuple[Kind, bool, tuple[tuple[str, int], ...], str]:
+    """Return kind, TLS, hosts and path. ValueError without the URL, which may hold a password."""
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise ValueError("is no URL") from None
+        raise ValueError("is not a URL") from None
     if parts.scheme not in _SCHEMES:
-        raise ValueError(f"must begin with {', '.join(f'{scheme}://' for scheme in _SCHEMES)}")
+        raise ValueError(f"must start with {', '.join(f'{scheme}://' for scheme in _SCHEMES)}")
     if "@" in parts.netloc:
-        raise ValueError("must hold no credentials: they go into `user` and `password`, or `token`")
+        raise ValueError("must not contain credentials: use `user` and `password`, or `token`")
     if parts.query or parts.fragment:
-        raise ValueError("must end after the hosts (for Redis: after the number of the database)")
+        raise ValueError("must end after the hosts (for Redis: after the database number)")
     kind, tls, port = _SCHEMES[parts.scheme]
-    found = [_HOST.fullmatch(host) for host in parts.netloc.split(",")]
+    found = [_HOST_AND_PORT.fullmatch(host) for host in parts.netloc.split(",")]
     hosts = tuple((each["host"].strip("[]"), int(each["port"] or port)) for each in found if each)
     if len(hosts) < len(found) or not all(0 < number < 65536 for _, number in hosts):
-        raise ValueError("must name hosts as host:port, separated by commas")
+        raise ValueError("must list hosts as host:port, separated by commas")
     if kind == "redis":
         if len(hosts) > 1 or not re.fullmatch(r"/?[0-9]{0,4}", parts.path):
             raise ValueError("must be redis://host:port or redis://host:port/0")
     elif parts.path not in {"", "/"}:
-        raise ValueError("must have no path")
+        raise ValueError("must not have a path")
     return kind, tls, hosts, parts.path
 
 
-def _usable_name(template: str) -> str:
-    """Check that a template has fields that exist, and characters that every broker takes."""
+def _check_name(template: str) -> str:
+    """Check that a template has fields that exist, and characters that every broker accepts."""
     if not _NAME.fullmatch(Template(template, _FIELDS).fill(lambda _: "x")):
-        raise ValueError("must be words of letters, digits, - and _, separated by dots; fields go in {}")
+        raise ValueError("must be words of letters, digits, - and _, separated by dots; fields are in {}")
     return template
 
 
 class PublishConfig(BaseModel):
-    """Which broker, and where in it."""
+    """The broker, and where in it messages go."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    url: Annotated[str, AfterValidator(_usable_url)]
-    """`nats://`, `tls://` (NATS), `redis://`, `rediss://`, `kafka://` or `kafka+ssl://`, and `host:port`, …"""
-    to: Annotated[str, Field(max_length=_MAX_NAME), AfterValidator(_usable_name)] = "flora.runs"
-    """The subject, stream or topic; may have fields of the run, as in `flora.{workspace_id}.{status}`."""
+    url: Annotated[str, AfterValidator(_check_url)]
+    """`nats://`, `tls://` (NATS), `redis://`, `rediss://`, `kafka://` or `kafka+ssl://` and `host:port,…`"""
+    to: Annotated[str, Field(max_length=_MAX_NAME), AfterValidator(_check_name)] = "flora.runs"
+    """Subject, stream or topic; may contain fields, as in `flora.{workspace_id}.{status}`."""
     cloudevents: bool = False
     """Whether to add CloudEvents attributes, in binary mode: `ce-…` (NATS), `ce_…` (Redis, Kafka)."""
     user: str | None = None
-    """User name, for a broker that wants one."""
+    """User name, if the broker requires one."""
     password: Secret | None = None
-    """The user's password; Redis also takes one without a user."""
+    """Password of `user`; Redis also accepts one without a user."""
     token: Secret | None = None
-    """NATS: a token in place of user and password."""
+    """NATS: a token instead of user and password."""
     credentials: Secret | None = None
-    """NATS: the content of a `.creds` file, as `file:/path/to/user.creds`."""
+    """NATS: content of a `.creds` file, as `file:/path/to/user.creds`."""
     sasl: Literal["plain", "scram-sha-256", "scram-sha-512"] = "plain"
-    """Kafka: how user and password are presented."""
+    """Kafka: SASL mechanism for user and password."""
     ca_file: FilePath | None = None
-    """PEM file with the CA to trust in place of the system's."""
+    """PEM file with the CA to trust instead of the system's."""
     cert_file: FilePath | None = None
-    """PEM file with our own certificate, for a broker that wants one."""
+    """PEM file with a client certificate, if the broker requires one."""
     key_file: FilePath | None = None
-    """PEM file with the key of `cert_file`."""
+    """PEM file with the private key of `cert_file`."""
     answer_seconds: Annotated[float, Field(gt=0, le=300, allow_inf_nan=False)] = 10.0
-    """How long connecting and the acknowledgement may take together."""
+    """Timeout in seconds for connecting and the acknowledgement together."""
     maxlen: Annotated[int, Field(ge=1)] | None = None
-    """Redis: about how many entries the stream keeps; default: all."""
+    """Redis: approximate number of entries that the stream keeps. Default: all."""
     remember_hours: Annotated[int, Field(ge=1, le=9600)] = 168
-    """Redis: how long an id is remembered, within which a repetition changes nothing."""
+    """Redis: how many hours an id is remembered, in which it is not published again."""
 
     @model_validator(mode="after")
-    def _fits_the_broker(self) -> Self:
-        kind, tls, _, _ = _parts(self.url)
+    def _check_fits_broker(self) -> Self:
+        kind, tls, _, _ = _parse_url(self.url)
         only = {"token": "nats", "credentials": "nats", "sasl": "kafka", "maxlen": "redis", "remember_hours": "redis"}
         for name in sorted(only.keys() & self.model_fields_set):
             if only[name] != kind:
-                raise ValueError(f"`{name}` is for {only[name]} alone")
+                raise ValueError(f"`{name}` is for {only[name]} only")
         if "{run_id}" in self.to and kind != "nats":
             raise ValueError(
-                "`to` may have {run_id} in NATS alone: elsewhere each run would leave a stream or topic behind"
+                "`to` may contain {run_id} with NATS only: elsewhere each run would create a stream or topic"
             )
         if not tls and (self.ca_file or self.cert_file):
             raise ValueError("`ca_file` and `cert_file` need tls://, rediss:// or kafka+ssl://")
@@ -138,12 +139,12 @@ class PublishConfig(BaseModel):
         if self.password is not None and self.user is None and kind != "redis":
             raise ValueError("`password` needs `user`")
         if sum(each is not None for each in (self.user, self.token, self.credentials)) > 1:
-            raise ValueError("give one of `user`, `token` and `credentials`")
+            raise ValueError("use only one of `user`, `token` and `credentials`")
         return self
 
 
 class Publish:
-    """One message for each settled run, acknowledged by the broker."""
+    """Publishes one message for each settled run."""
 
     Config: ClassVar[type[BaseModel]] = PublishConfig
     on: ClassVar[tuple[Event, ...]] = (Event.SETTLED,)
@@ -153,13 +154,15 @@ class Publish:
     def __init__(self, config: PublishConfig) -> None:
         self._config = config
         self._to = Template(config.to, _FIELDS)
-        kind, self._access = _access(config)
-        self._broker = _broker(kind, self._access)
+        kind, self._access = _to_access(config)
+        self._broker = _create_broker(kind, self._access)
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:
-        to = self._name(run, context)
+        to = self._fill_name(run, context)
         if len(to) > _MAX_NAME:
-            return Reject(f"`to` becomes {len(to)} characters long, {_MAX_NAME} are possible: use fewer fields")
+            return Reject(
+                f"`to` is {len(to)} characters long with its fields, the limit is {_MAX_NAME}: use fewer fields"
+            )
         document = run_document(
             run, event=context.event, idempotency_key=context.idempotency_key, artifacts=await context.stored()
         )
@@ -168,7 +171,7 @@ class Publish:
             id=context.idempotency_key,
             key=run.run_id,
             body=run_json(document),
-            attributes=_attributes(run, context) if self._config.cloudevents else {},
+            attributes=_cloudevents(run, context) if self._config.cloudevents else {},
         )
         seconds = self._config.answer_seconds
         try:
@@ -179,7 +182,7 @@ class Publish:
         except BrokerError as error:
             return Retry(str(error))
         except TimeoutError:
-            return Retry(f"{self._access.url} did not acknowledge within {seconds:g} s: is it overloaded, or frozen?")
+            return Retry(f"{self._access.url} did not acknowledge within {seconds:g} s: is it overloaded?")
         return Done({"to": to, **receipt})
 
     async def check(self) -> None:
@@ -195,19 +198,19 @@ class Publish:
     async def close(self) -> None:
         await self._broker.close()
 
-    def _name(self, run: SettledRun, context: Context) -> str:
+    def _fill_name(self, run: SettledRun, context: Context) -> str:
         return self._to.fill(
-            lambda field: context.event.value if field.name == "event" else _word(getattr(run, field.name))
+            lambda field: context.event.value if field.name == "event" else _to_word(getattr(run, field.name))
         )
 
 
-def _word(value: str | None) -> str:
-    """Make a value one word of a name: what comes from outside must not choose levels, wildcards or control characters."""
+def _to_word(value: str | None) -> str:
+    """Return a value as one word of a name: it cannot add levels, wildcards or control characters."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", value or "")[:_MAX_VALUE] or "_"
 
 
-def _attributes(run: SettledRun, context: Context) -> dict[str, str]:
-    """Describe the message as CloudEvents 1.0 asks; source and id together are unique."""
+def _cloudevents(run: SettledRun, context: Context) -> dict[str, str]:
+    """Return the CloudEvents 1.0 attributes; source and id together are unique."""
     return {
         "specversion": "1.0",
         "id": context.idempotency_key,
@@ -219,58 +222,58 @@ def _attributes(run: SettledRun, context: Context) -> dict[str, str]:
     }
 
 
-def _access(config: PublishConfig) -> tuple[Kind, Access]:
-    kind, tls, hosts, path = _parts(config.url)
+def _to_access(config: PublishConfig) -> tuple[Kind, Access]:
+    kind, tls, hosts, path = _parse_url(config.url)
     return kind, Access(
         url=config.url,
         hosts=hosts,
         path=path,
         answer_seconds=config.answer_seconds,
-        tls=_trust(config) if tls else None,
+        tls=_create_tls_context(config) if tls else None,
         ca_file=config.ca_file,
         cert_file=config.cert_file,
         key_file=config.key_file,
         user=config.user,
-        password=_plain(config.password),
-        token=_plain(config.token),
-        credentials=_plain(config.credentials),
+        password=_reveal(config.password),
+        token=_reveal(config.token),
+        credentials=_reveal(config.credentials),
         sasl=config.sasl,
         maxlen=config.maxlen,
         remember_hours=config.remember_hours,
     )
 
 
-def _plain(secret: Secret | None) -> str | None:
+def _reveal(secret: Secret | None) -> str | None:
     return None if secret is None else secret.get_secret_value()
 
 
-def _trust(config: PublishConfig) -> ssl.SSLContext:
-    """Build the TLS context, so that a file that holds no certificate is an error of the configuration."""
+def _create_tls_context(config: PublishConfig) -> ssl.SSLContext:
+    """Create the TLS context. ValueError if a configured file holds no certificate."""
     try:
         context = ssl.create_default_context(cafile=config.ca_file)
     except ssl.SSLError as error:
-        raise ValueError(f"`ca_file` holds no certificate in PEM: {error.reason}") from error
+        raise ValueError(f"`ca_file` contains no PEM certificate: {error.reason}") from error
     if config.cert_file:
         try:
             context.load_cert_chain(config.cert_file, config.key_file)
         except ssl.SSLError as error:
-            raise ValueError(f"`cert_file` and `key_file` do not fit together: {error.reason}") from error
+            raise ValueError(f"`cert_file` and `key_file` do not match: {error.reason}") from error
     return context
 
 
-def _broker(kind: Kind, access: Access) -> Broker:
-    """Build the broker of a kind; only who uses one needs its library."""
+def _create_broker(kind: Kind, access: Access) -> Broker:
+    """Create a client of the configured broker. MissingExtraError if its library is not installed."""
     match kind:
         case "nats":
             with needs("flora-receiver[nats]"):
-                from handlers.publish.broker_nats import NatsBroker  # noqa: PLC0415
+                from handlers.publish.broker_nats import NatsBroker  # noqa: PLC0415  # an extra
             return NatsBroker(access)
         case "redis":
             with needs("flora-receiver[redis]"):
-                from handlers.publish.broker_redis import RedisBroker  # noqa: PLC0415
+                from handlers.publish.broker_redis import RedisBroker  # noqa: PLC0415  # an extra
             return RedisBroker(access)
         case "kafka":
             with needs("flora-receiver[kafka]"):
-                from handlers.publish.broker_kafka import KafkaBroker  # noqa: PLC0415
+                from handlers.publish.broker_kafka import KafkaBroker  # noqa: PLC0415  # an extra
             return KafkaBroker(access)
     assert_never(kind)

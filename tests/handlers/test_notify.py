@@ -115,7 +115,7 @@ def notify(*urls: str, **options: Any) -> Notify:
 
 async def free(handler: Notify) -> None:
     """Wait until the first target's thread has come back."""
-    while handler._targets[0]._busy:  # noqa: ASYNC110 - a thread of which nobody else is to know
+    while handler._targets[0]._is_busy:  # noqa: ASYNC110  # the thread has no event to wait for
         await asyncio.sleep(0)
 
 
@@ -147,8 +147,8 @@ async def test_a_completed_run_is_told(chat: Chat, run: SettledRun, context_of: 
     [
         (Event.SETTLED, "failed", "FLORA run failed: run_1", "failure"),
         (Event.LOST, "lost", "FLORA run lost: run_1", "failure"),
-        (Event.DIVERGED, "completed", "FLORA contradicts itself: run_1", "warning"),
-        (Event.DEAD, "completed", "A handler gave up on run_1", "failure"),
+        (Event.DIVERGED, "completed", "FLORA run diverged: run_1", "warning"),
+        (Event.DEAD, "completed", "Handler gave up on run_1", "failure"),
     ],
 )
 async def test_each_occasion_has_words(
@@ -191,7 +191,7 @@ async def test_a_mail_is_a_mail(post: Post, run: SettledRun, context_of: Context
     assert "&lt;b&gt;é&lt;/b&gt;" in body.get_content()
     post.refuses = True
     answer = await notify(url).handle(run, context_of())
-    assert re.match(r"target 1 \(E-?[Mm]ail\) did not take it", reason(answer))
+    assert re.match(r"target 1 \(E-?[Mm]ail\) did not accept it", reason(answer))
     assert TOKEN not in reason(answer)
 
 
@@ -199,7 +199,7 @@ async def test_a_retry_goes_only_where_it_failed(chat: Chat, run: SettledRun, co
     """Two of three took it: they do not get it again, the third does; another run is another message."""
     handler = notify(chat.url("?method=PUT"), chat.url(), "json://127.0.0.1:1/closed")
     answer = await handler.handle(run, context_of())
-    assert reason(answer).startswith("target 3 (JSON) did not take it")
+    assert reason(answer).startswith("target 3 (JSON) did not accept it")
     assert isinstance(await handler.handle(run, context_of()), Retry)
     assert len(chat.messages) == 2
     await handler.handle(replace(run, run_id="run_2"), context_of("run_2"))
@@ -210,7 +210,7 @@ async def test_a_refusal_names_the_status_and_no_token(chat: Chat, run: SettledR
     chat.statuses = [404]
     handler = notify(chat.url())
     answer = await handler.handle(run, context_of())
-    assert "target 1 (JSON) did not take it with HTTP 404" in reason(answer)
+    assert "target 1 (JSON) did not accept it with HTTP 404" in reason(answer)
     assert TOKEN not in reason(answer)
     assert isinstance(await handler.handle(run, context_of()), Done)
 
@@ -242,7 +242,7 @@ async def test_a_target_that_hangs_holds_up_itself(chat: Chat, run: SettledRun, 
         handler = notify(chat.url("?rto=60"), other.url(), seconds=0.2)
         assert "did not answer within 0.2 s" in reason(await handler.handle(run, context_of()))
         assert len(other.messages) == 1
-        assert "still hangs" in reason(await handler.handle(replace(run, run_id="run_2"), context_of("run_2")))
+        assert "still busy" in reason(await handler.handle(replace(run, run_id="run_2"), context_of("run_2")))
         assert len(other.messages) == 2
         chat.gate.set()
         await free(handler)

@@ -11,7 +11,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from handlers.publish import Publish, PublishConfig
-from handlers.publish.broker import BrokerUnreachableError, Link
+from handlers.publish.broker import BrokerUnreachableError, SharedConnection
 from receiver.handler import (
     Checks,
     Closes,
@@ -39,18 +39,18 @@ def refusal(**options: Any) -> str:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("amqp://host", "must begin with nats://, tls://"),
-        ("host:4222", "must begin with"),
-        ("nats://", "must name hosts"),
-        ("nats://host:99999", "must name hosts"),
-        ("nats://host:0", "must name hosts"),
-        ("nats://a,,b", "must name hosts"),
-        ("nats://ho st", "must name hosts"),
-        ("nats://host/path", "must have no path"),
+        ("amqp://host", "must start with nats://, tls://"),
+        ("host:4222", "must start with"),
+        ("nats://", "must list hosts"),
+        ("nats://host:99999", "must list hosts"),
+        ("nats://host:0", "must list hosts"),
+        ("nats://a,,b", "must list hosts"),
+        ("nats://ho st", "must list hosts"),
+        ("nats://host/path", "must not have a path"),
         ("redis://a,b", "must be redis://host:port"),
         ("redis://a/name", "must be redis://host:port"),
         ("kafka://a?acks=0", "must end after the hosts"),
-        ("redis://[::1", "is no URL"),
+        ("redis://[::1", "is not a URL"),
     ],
 )
 def test_a_url_that_names_no_broker_is_refused(url: str, words: str) -> None:
@@ -92,13 +92,13 @@ def test_a_name_that_no_broker_takes_is_refused(to: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"url": "redis://h", "token": "t"}, "`token` is for nats alone"),
-        ({"url": "kafka://h", "maxlen": 5}, "`maxlen` is for redis alone"),
-        ({"url": "nats://h", "sasl": "plain"}, "`sasl` is for kafka alone"),
-        ({"url": "redis://h", "to": "flora.{run_id}"}, "in NATS alone"),
+        ({"url": "redis://h", "token": "t"}, "`token` is for nats only"),
+        ({"url": "kafka://h", "maxlen": 5}, "`maxlen` is for redis only"),
+        ({"url": "nats://h", "sasl": "plain"}, "`sasl` is for kafka only"),
+        ({"url": "redis://h", "to": "flora.{run_id}"}, "with NATS only"),
         ({"url": "nats://h", "user": "u"}, "`user` needs `password`"),
         ({"url": "kafka://h", "password": "p"}, "`password` needs `user`"),
-        ({"url": "nats://h", "user": "u", "password": "p", "token": "t"}, "give one of"),
+        ({"url": "nats://h", "user": "u", "password": "p", "token": "t"}, "use only one of"),
         ({"url": "tls://h", "key_file": __file__}, "`key_file` needs `cert_file`"),
         ({"url": "nats://h", "ca_file": __file__}, "need tls://"),
         ({"url": "tls://h", "ca_file": "/nowhere/ca.pem"}, "Path does not point to a file"),
@@ -244,7 +244,7 @@ class Doors:
 async def test_a_link_is_made_once_for_all_who_wait() -> None:
     """One who gives up does not take it from the others."""
     doors = Doors()
-    link = Link(doors.open, doors.shut)
+    link = SharedConnection(doors.open, doors.shut)
     waiting = [asyncio.create_task(link.get()) for _ in range(3)]
     await asyncio.wait(waiting, timeout=0)
     waiting[0].cancel()
@@ -274,7 +274,7 @@ async def test_a_link_that_failed_is_tried_again() -> None:
     async def disconnect(connection: object) -> None:
         left.append(connection)
 
-    link = Link(connect, disconnect)
+    link = SharedConnection(connect, disconnect)
     with pytest.raises(OSError, match="down"):
         await link.get()
     assert await link.get() == "connection"
@@ -286,7 +286,7 @@ async def test_a_link_that_failed_is_tried_again() -> None:
 
 async def test_a_link_that_is_being_made_is_not_left_behind() -> None:
     doors = Doors()
-    link = Link(doors.open, doors.shut)
+    link = SharedConnection(doors.open, doors.shut)
     waiting = asyncio.create_task(link.get())
     await asyncio.wait({waiting}, timeout=0)
     await link.close()
