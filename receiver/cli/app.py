@@ -17,6 +17,7 @@ from receiver.cli.dispatches import dispatches
 from receiver.cli.handlers import handlers
 from receiver.cli.options import Ca, Config, Json, OpsPort
 from receiver.cli.runs import runs, techniques_runs
+from receiver.cli.trigger import options as of_trigger
 
 app = typer.Typer(
     name="flora-receiver",
@@ -166,32 +167,16 @@ def emulator(
 
 @app.command()
 def trigger(
-    url: Annotated[
-        str,
-        typer.Argument(help="The callback URL, such as https://127.0.0.1:8080/callbacks/flora."),
-    ],
-    case: Annotated[
-        str, typer.Option(help="completed, failed, duplicate, …, or the refusal to provoke.")
-    ] = "completed",
-    run_id: Annotated[str | None, typer.Option(help="The run's id; default: a random one.")] = None,
-    delivery_id: Annotated[str | None, typer.Option(help="The delivery's id; a repeated one is a duplicate.")] = None,
-    secret: Annotated[str | None, typer.Option(help="Signing secret; default: FLORA_WEBHOOK_SECRET.")] = None,
-    workspace_id: Annotated[
-        str | None,
-        typer.Option(help="The run's workspace; default: that of the configured secret."),
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many times to send the case.")] = 1,
-    rate: Annotated[
-        float | None,
-        typer.Option(min=0.01, max=100_000, help="Times per second; default: as fast as the receiver responds."),
-    ] = None,
-    record: Annotated[Path | None, typer.Option(dir_okay=False, help="File to record the requests in.")] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from", exists=True, dir_okay=False, help="Send the requests in a file that --record has written."
-        ),
-    ] = None,
+    url: of_trigger.Url,
+    case: of_trigger.Case = "completed",
+    run_id: of_trigger.RunId = None,
+    delivery_id: of_trigger.DeliveryId = None,
+    secret: of_trigger.Secret = None,
+    workspace_id: of_trigger.WorkspaceId = None,
+    count: of_trigger.Count = 1,
+    rate: of_trigger.Rate = None,
+    record: of_trigger.Record = None,
+    source: of_trigger.Source = None,
     ca: Ca = None,
     json: Json = False,
 ) -> None:

@@ -41,7 +41,7 @@ def _parse_input(text: str) -> list[Mapping[str, Any]]:
 
 
 def _parse(text: str, option: str, *, keep_text: bool = False) -> Any:
-    """Return the value; with `keep_text`, YAML's numbers and dates stay the text that was written."""
+    """Return the value; with `keep_text`, numbers and dates in YAML stay text."""
     import yaml
 
     try:

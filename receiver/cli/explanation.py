@@ -1,4 +1,4 @@
-"""The explanation of a run's state, from the response of `GET /api/runs/{run_id}/timeline`. Pure."""
+"""The explanation of a run's state, from its timeline in the operations API. Pure."""
 
 import json
 from collections.abc import Iterator, Mapping

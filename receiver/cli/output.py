@@ -1,4 +1,4 @@
-"""Output of commands: results on standard output as text or JSON, errors on standard error, exit codes."""
+"""Output of commands: results as text or JSON, errors with advice, exit codes."""
 
 import json
 import sys

@@ -33,7 +33,8 @@ def describe_end(run: "RunView") -> Iterator[str]:
     """Yield the files of a run that was waited for, then what went wrong."""
     yield from (str(file.path or file.location) for file in run.files)
     if not run.finished:
-        yield f"Not finished yet: {run.state}. To keep waiting: flora-receiver runs wait {run.run_id}"
+        command = f"flora-receiver runs wait {run.run_id}"
+        yield f"Not finished yet: {run.state}. To keep waiting: {command}"
     elif not run.succeeded:
         reason = run.error_message or run.error_code or run.lost_reason or ""
         yield f"{run.state}{f': {reason}' if reason else ''}"

@@ -20,6 +20,26 @@ if TYPE_CHECKING:
 _PAGE = 500
 """Rows in one page of the API, at most."""
 
+TechniqueId = Annotated[str | None, typer.Option(help="The technique: tech_… or its slug.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="'{id: …, type: …, value: …}' in JSON or YAML; repeat it for each input.",
+    ),
+]
+Mode = Annotated[str, typer.Option(help="async or stream; passed to FLORA unchanged.")]
+CallbackUrl = Annotated[
+    str | None,
+    typer.Option(help="URL of another receiver, so that the run is polled; default: this service's."),
+]
+IdempotencyKey = Annotated[str | None, typer.Option(help="A repeated key starts nothing and returns the same run.")]
+Generate = Annotated[
+    str | None,
+    typer.Option(help="Body of POST /generate in JSON or YAML, instead of a technique."),
+]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait until the files are stored, and list them.")]
+
 runs = typer.Typer(help="Start runs, follow them and repair them.", no_args_is_help=True)
 techniques_runs = typer.Typer(help="FLORA's own name for `runs start`.", no_args_is_help=True)
 
@@ -27,27 +47,15 @@ techniques_runs = typer.Typer(help="FLORA's own name for `runs start`.", no_args
 @runs.command("start")
 @techniques_runs.command("create")
 def start(
-    technique_id: Annotated[str | None, typer.Option(help="The technique: tech_… or its slug.")] = None,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", help="'{id: …, type: …, value: …}' in JSON or YAML; repeat it for each input."),
-    ] = None,
-    mode: Annotated[str, typer.Option(help="async or stream; passed to FLORA unchanged.")] = "async",
-    callback_url: Annotated[
-        str | None,
-        typer.Option(help="URL of another receiver, so that the run is polled; default: this service's."),
-    ] = None,
-    idempotency_key: Annotated[
-        str | None,
-        typer.Option(help="A repeated key starts nothing and returns the same run."),
-    ] = None,
-    generate: Annotated[
-        str | None,
-        typer.Option(help="Body of POST /generate in JSON or YAML, instead of a technique."),
-    ] = None,
+    technique_id: TechniqueId = None,
+    inputs: Inputs = None,
+    mode: Mode = "async",
+    callback_url: CallbackUrl = None,
+    idempotency_key: IdempotencyKey = None,
+    generate: Generate = None,
     metadata: Metadata = None,
     workspace_id: WorkspaceId = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until the files are stored, and list them.")] = False,
+    wait: Wait = False,
     timeout: Timeout = 3600,
     json: Json = False,
 ) -> None:
@@ -251,8 +259,8 @@ def batch(
 def _print_pending(begun: "StartView", *, json: bool) -> None:
     why = f" ({begun.error.message})" if begun.error else ""
     text = (
-        f"FLORA has not responded yet{why}. The service keeps trying; to see the result, run the same "
-        f"command with\n  --idempotency-key {begun.idempotency_key}"
+        f"FLORA has not responded yet{why}. The service keeps trying; to see the result, run the "
+        f"same command with\n  --idempotency-key {begun.idempotency_key}"
     )
     print_result(to_plain(begun), text, as_json=json)
     raise typer.Exit(FAILED)

@@ -77,7 +77,7 @@ def _exit() -> None:
 
 
 def _replace_address(settings: Settings, section: str, *, host: str | None, port: int | None) -> Settings:
-    """Return the settings with the host and port of a listener replaced, as far as they are given."""
+    """Return the settings with the host and port of a listener replaced, if they are given."""
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     listener = getattr(settings, section).model_copy(update=given)
     return settings.model_copy(update={section: listener})

@@ -190,7 +190,7 @@ def test_wrong_options_are_refused_first(arguments: tuple[str, ...], tmp_path: P
 
 
 def test_the_emulator_runs_until_it_is_stopped(start: Start) -> None:
-    """The variables that it prints are what a client needs; its defaults come from the environment."""
+    """It prints the variables that a client needs; defaults come from the environment."""
     emulator = start("emulator", "--port", 0, **KEYS)
     variables = exported(emulator)
     assert {name: variables[name] for name in KEYS} == KEYS

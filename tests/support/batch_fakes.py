@@ -61,7 +61,7 @@ def a_run(run_id: str, **given: Any) -> RunView:
 
 
 def some_jobs(count: int) -> list[Job]:
-    """Return jobs with the keys `row-0`, `row-1` and so on, whose runs are `run_row-0` and so on."""
+    """Return jobs with the keys `row-0`, `row-1`, and so on; their runs are `run_row-0`, …."""
     return [
         Job(number, number + 2, f"row-{number}", f"batch:b:row-{number}", ({"id": "prompt", "value": "x"},), {})
         for number in range(count)
@@ -70,7 +70,7 @@ def some_jobs(count: int) -> list[Job]:
 
 @dataclass
 class FakeReceiver:
-    """Each start of a row takes its next of `errors` first; its run is that of `runs`, or completed."""
+    """A start takes the next of the row's `errors`; else its run is that of `runs`, or completed."""
 
     errors: dict[str, list[StartError]] = field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as ProgressBar
 
 from receiver.cli.batch.report import format_dollars, print_report
-from receiver.cli.batch.results import Spool, summarize, write_results
-from receiver.cli.batch.runner import Halt, Jobs, Progress, Runner, call_with_retries
+from receiver.cli.batch.results import Spool, open_spool, summarize, write_results
+from receiver.cli.batch.retries import call_with_retries
+from receiver.cli.batch.runner import Halt, Jobs, Progress, Runner
 from receiver.cli.batch.table import RowProblem, Source, Table, open_source
 from receiver.cli.batch.validation import Check, Plan, check_rows, make_jobs, make_plan, to_technique
 from receiver.cli.connection import connect
@@ -89,7 +90,7 @@ def _run(options: Options, source: Source) -> None:
             _refuse(options, check.problems, check.wrong)
         count = partial(_count_known, options, receiver, plan, check)
         _confirm(options, plan, check, known=call_with_retries(count, seconds=patience))
-        with Spool() as outcomes:
+        with open_spool() as outcomes:
             _execute(options, plan, table, receiver, outcomes, rows=check.jobs)
 
 

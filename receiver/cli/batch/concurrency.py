@@ -14,9 +14,9 @@ class ConcurrencyLimit:
     """A semaphore of at most `maximum` slots that adapts to FLORA's rate limit. Thread-safe.
 
     The service itself obeys FLORA's 429: the rate limit of an API key, shared by all its starts and
-    polls, delays each call and reduces their number. A batch only has to avoid piling up rows behind
-    it. So the limit halves when a start still waits behind a 429 after several seconds, or when the
-    operations API itself responds with 429.
+    polls, delays each call and reduces their number. A batch only has to avoid piling up rows
+    behind it. So the limit halves when a start still waits behind a 429 after several seconds, or
+    when the operations API itself responds with 429.
     """
 
     def __init__(self, maximum: int, *, clock: Callable[[], float] = time.monotonic) -> None:

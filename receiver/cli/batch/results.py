@@ -8,10 +8,10 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import IO
 
 from receiver.client.messages import RunView
 
@@ -25,9 +25,9 @@ Not requested; refused by FLORA; possibly started, with no way to find the run; 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of one row.
+    """The outcome of one row; `cost` is in USD.
 
-    `state` is the run's (`completed`, `failed`, `lost`), or one of the four above; `cost` is in USD.
+    `state` is the run's (`completed`, `failed`, `lost`) or one of the four above.
     """
 
     row: int
@@ -87,23 +87,12 @@ class Summary:
 
 
 class Spool:
-    """Outcomes on disk, by the row's position; each takes eight bytes of memory. Thread-safe."""
+    """Outcomes in a file, by the row's position; each takes eight bytes of memory. Thread-safe."""
 
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="flora-receiver-results-")  # noqa: SIM115  # closed by __exit__
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
         self._offsets = array("q")
         self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
 
     def store(self, position: int, outcome: Outcome) -> None:
         """Store an outcome, replacing an earlier one of the same position."""
@@ -128,6 +117,13 @@ class Spool:
             self._file.seek(self._offsets[position])
             data = json.loads(self._file.readline())
         return replace(Outcome(**data), files=tuple(data["files"]))
+
+
+@contextmanager
+def open_spool() -> Iterator[Spool]:
+    """Yield an empty spool in a temporary file."""
+    with tempfile.TemporaryFile(prefix="flora-receiver-results-") as file:
+        yield Spool(file)
 
 
 def summarize(outcomes: Spool) -> Summary:

@@ -1,4 +1,4 @@
-"""The worker threads of a batch: each starts a row, waits until its run is finished, stores the outcome.
+"""The worker threads of a batch: each starts a row, waits for its run and stores the outcome.
 
 No state survives a crash, because the service knows every start by its key: the same jobs again
 start nothing twice.
@@ -23,6 +23,7 @@ from receiver.cli.batch.results import (
     Spool,
     to_outcome,
 )  # fmt: skip
+from receiver.cli.batch.retries import is_transient, pause_seconds
 from receiver.cli.batch.table import RowProblem
 from receiver.cli.batch.validation import Job
 from receiver.client.messages import RunView, StartView
@@ -33,10 +34,8 @@ Jobs = Iterable[Job | tuple[int, RowProblem]]
 """Rows to start; a row that has an error only now comes with its position."""
 
 _START_SECONDS = 8.0
-"""How long one call waits for FLORA's response to a start; longer than its usual `retry-after` of 5 s."""
+"""How long a call waits for FLORA's response to a start; its `retry-after` is usually 5 s."""
 _WAIT_SECONDS = 30.0
-_PAUSES_SECONDS = (0.2, 0.5, 1.0, 2.0)
-"""Pauses before the retries of a call; the last one repeats."""
 _HALTING = frozenset({"insufficient_credits", "paid_plan_required", "unauthorized", "flora_unauthorized"})
 """Refusals that every further row would get as well."""
 _UNKNOWN_OUTCOME = "unknown_outcome"
@@ -64,7 +63,7 @@ class Receiver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """Why no further row is started; `code` is FLORA's, `unreachable`, `interrupted` or `broken`."""
+    """Why no row is started any more; `code` is FLORA's, `unreachable`, `interrupted` or `broken`."""
 
     code: str
     message: str
@@ -80,31 +79,6 @@ class Progress:
     active: int
     limit: int
     cost: float
-
-
-def is_transient(error: ReceiverApiError) -> bool:
-    """Return whether the same call may succeed later, once the service or its database is back."""
-    if error.status == HTTPStatus.BAD_GATEWAY:
-        # The service passes on a refusal by FLORA that a caller cannot fix; others are a proxy's.
-        return error.code == "not_a_receiver"
-    return error.status is None or error.status == HTTPStatus.TOO_MANY_REQUESTS or error.status >= 500
-
-
-def call_with_retries(call: Callable[[], T], *, seconds: float) -> T:
-    """Return the result of `call`, retrying transient errors for `seconds`. Raises ReceiverApiError."""
-    until, failures = time.monotonic() + seconds, 0
-    while True:
-        try:
-            return call()
-        except ReceiverApiError as error:
-            if not is_transient(error) or time.monotonic() >= until:
-                raise
-        time.sleep(_pause_seconds(failures))
-        failures += 1
-
-
-def _pause_seconds(failures: int) -> float:
-    return _PAUSES_SECONDS[min(failures, len(_PAUSES_SECONDS) - 1)]
 
 
 class Runner:
@@ -146,7 +120,7 @@ class Runner:
     def run(self, jobs: Jobs, watch: Callable[[Progress], None]) -> None:
         """Run every job, calling `watch` ten times a second; `halt` says if rows were left out.
 
-        KeyboardInterrupt propagates at once, after every row has an outcome; runs continue at FLORA.
+        KeyboardInterrupt propagates at once, when every row has an outcome; runs continue at FLORA.
         """
         self._jobs = iter(jobs)
         # Daemons, because a thread in a long wait must not keep an interrupted command from ending.
@@ -279,7 +253,7 @@ class Runner:
                 if is_over:
                     self._stop(Halt("unreachable", error.message))
                     return Outcome(job.row, job.key, UNFINISHED, error_code=error.code, error_message=error.message)
-                self._stopping.wait(_pause_seconds(failures))
+                self._stopping.wait(pause_seconds(failures))
                 failures += 1
                 continue
             if found is not None:
@@ -287,7 +261,7 @@ class Runner:
             responded_at, failures = time.monotonic(), 0
 
     def _refuse(self, job: Job, error: ReceiverApiError) -> Outcome:
-        """Return the outcome of a refused row; halt the batch if all others would be refused too."""
+        """Return the outcome of a refused row; halt the batch if every row would be refused."""
         if error.status == HTTPStatus.PAYMENT_REQUIRED or error.code in _HALTING:
             self._stop(Halt(error.code, error.message))
         state = UNKNOWN if error.code == _UNKNOWN_OUTCOME else REFUSED

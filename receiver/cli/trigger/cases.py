@@ -17,7 +17,7 @@ _LAST_RETRY_SECONDS = 400
 
 @dataclass(frozen=True, slots=True)
 class CallbackRequest:
-    """A request, and the expected result: `accepted`, `duplicate`, `ignored` or a refusal's code."""
+    """A request, and its expected result: `accepted`, `duplicate`, `ignored` or an error code."""
 
     body: bytes
     headers: Mapping[str, str]

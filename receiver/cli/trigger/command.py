@@ -1,4 +1,4 @@
-"""`flora-receiver trigger`: sends valid and invalid callbacks to a receiver and checks the responses."""
+"""`flora-receiver trigger`: sends valid and invalid callbacks and checks the responses."""
 
 import asyncio
 import os

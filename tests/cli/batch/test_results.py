@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from receiver.cli.batch.results import COLUMNS, Outcome, Spool, summarize, to_outcome, write_results
+from receiver.cli.batch.results import COLUMNS, Outcome, open_spool, summarize, to_outcome, write_results
 from tests.support.batch_fakes import a_dispatch, a_run
 
 
@@ -13,7 +13,7 @@ def test_results_are_written_in_the_order_of_the_file(tmp_path: Path) -> None:
     """Quotes, line breaks and separators in FLORA's messages survive."""
     path = tmp_path / "results.csv"
     path.write_text("old")
-    with Spool() as spool:
+    with open_spool() as spool:
         spool.store(2, Outcome(4, "c", "refused", error_code="bad", error_message='no "x",\nnever'))
         spool.store(0, to_outcome(a_run("run_a"), row=2, key="ä"))
         spool.store(1, Outcome(3, "b", "unfinished"))
@@ -32,7 +32,7 @@ def test_results_are_written_in_the_order_of_the_file(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     path.mkdir()
-    with Spool() as spool:
+    with open_spool() as spool:
         spool.store(0, Outcome(2, "a", "completed"))
         with pytest.raises(OSError, match="directory"):
             write_results(path, spool)
@@ -40,7 +40,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
 
 
 def test_a_batch_is_summarized() -> None:
-    with Spool() as spool:
+    with open_spool() as spool:
         spool.store(0, to_outcome(a_run("run_a"), row=2, key="a"))
         spool.store(1, to_outcome(a_run("run_b", charged_cost=None, cost_final=False), row=3, key="b"))
         spool.store(2, Outcome(4, "c", "not_started"))
@@ -51,7 +51,7 @@ def test_a_batch_is_summarized() -> None:
 
 
 def test_a_completed_run_that_was_not_stored_fails_its_row() -> None:
-    """A dead dispatch fails the row; one that was skipped, or is only about the final cost, does not."""
+    """A dead dispatch fails the row; one that is skipped, or about the final cost, does not."""
     dead = a_dispatch("dead", 12, "no space")
     skipped = a_dispatch("skipped", 0, "status is failed")
     leased = a_dispatch("leased", 1, event="cost_final")

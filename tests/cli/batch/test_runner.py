@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from receiver.cli.batch.concurrency import ConcurrencyLimit
-from receiver.cli.batch.results import Outcome, Spool
-from receiver.cli.batch.runner import Progress, Runner, call_with_retries, is_transient
+from receiver.cli.batch.results import Outcome, Spool, open_spool
+from receiver.cli.batch.runner import Progress, Runner
 from receiver.cli.batch.table import RowProblem
 from receiver.client.messages import ErrorView
 from receiver.errors import ReceiverApiError
@@ -16,7 +16,7 @@ from tests.support.batch_fakes import FakeReceiver, a_dispatch, some_jobs
 
 @pytest.fixture
 def spool() -> Iterator[Spool]:
-    with Spool() as spool:
+    with open_spool() as spool:
         yield spool
 
 
@@ -119,7 +119,7 @@ def test_retries_end_with_patience(spool: Spool) -> None:
 
 
 def test_active_rows_halve_while_flora_limits(spool: Spool) -> None:
-    """A start that still waits behind a 429 halves the limit once; successes raise it one by one."""
+    """A start that waits behind a 429 halves the limit once; successes raise it one by one."""
     waiting = ErrorView(code="rate_limited", message="slow down", status=429)
     receiver = FakeReceiver(errors={"row-0": [waiting, waiting], "row-1": [waiting]})
     runner = a_runner(receiver, spool, parallel=8)
@@ -207,31 +207,3 @@ def test_costs_are_read_again_until_they_are_final(spool: Spool) -> None:
     runner.read_final_costs(receiver, seconds=5, watch=lambda _: None)
     assert [(outcome.cost, outcome.verdict) for outcome in spool] == [(0.04, "matched")] * 3
     assert receiver.reads == 1
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "expected"),
-    [
-        (None, "unreachable", True), (503, "flora_rate_limited", True), (500, "internal_error", True),
-        (429, "rate_limited", True), (502, "not_a_receiver", True), (502, "flora_unauthorized", False),
-        (401, "unauthorized", False), (404, "not_found", False), (409, "unknown_outcome", False),
-    ],
-)  # fmt: skip
-def test_transient_errors_are_retried(status: int | None, code: str, expected: bool) -> None:
-    assert is_transient(ReceiverApiError("x", status=status, code=code)) is expected
-
-
-def test_a_lasting_error_is_not_retried() -> None:
-    def refuse() -> None:
-        raise refusal(404, "not_found")
-
-    with pytest.raises(ReceiverApiError):
-        call_with_retries(refuse, seconds=60)
-    results = iter([ReceiverApiError("gone", code="unreachable"), None])
-
-    def succeed_later() -> str:
-        if (error := next(results)) is not None:
-            raise error
-        return "here"
-
-    assert call_with_retries(succeed_later, seconds=60) == "here"

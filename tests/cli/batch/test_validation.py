@@ -114,7 +114,7 @@ def test_a_row_without_a_column_is_refused() -> None:
 
 
 def test_all_errors_are_reported_at_once() -> None:
-    """In the order of rows, with unreadable and duplicate ones; errors over the limit are counted."""
+    """In the order of rows, unreadable and duplicate ones too; more than `keep` are counted."""
     rows: list[Row | RowProblem] = [
         row(2),
         row(3, code="fr", headline="", url="ftp://x"),

@@ -8,7 +8,7 @@ from tests.cli.conftest import Start
 
 
 def test_the_demo_settles_eight_runs_and_then_keeps_running(start: Start, tmp_path: Path) -> None:
-    """Every run ends as its scene says, its files are stored, and SIGTERM ends what `--keep` keeps."""
+    """Every run ends as its scene says and stores its files; SIGTERM ends `--keep`."""
     demo = start("demo", "--json", "--keep")
     found = json.loads("".join(demo.until(lambda line: line == "}\n")))
     assert found["ok"]

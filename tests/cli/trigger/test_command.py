@@ -17,7 +17,7 @@ from tests.cli.conftest import KEYS, OWN_SECRET, OWN_WORKSPACE, SECRET, Served, 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_gets_its_response(case: str, served: Served, tmp_path: Path) -> None:
-    """As each of its requests expects, one after the other; a refusal with its documented status."""
+    """As each request of the case expects; a refusal with its documented status."""
     secret = OWN_SECRET if case == "workspace_mismatch" else SECRET
     command = ("trigger", served.url, "--case", case, "--ca", served.ca, "--secret", secret, "--json")
     done = run_command(*command, cwd=tmp_path)
