@@ -1,1 +1,1 @@
-"""How FLORA speaks: signatures, wire messages, the API client."""
+"""FLORA's protocol: signatures, messages, the API client with its rate limit."""

@@ -1,7 +1,7 @@
-"""The one module that does HTTP to FLORA. Called by the poller and the starter.
+"""All HTTP requests to FLORA. Called by the run reader and the starter.
 
-Answers become our nouns; whatever is not a good answer becomes one FloraError. The API key goes to the base URL's origin
-only: redirects are not followed, and a `poll_url` is never fetched.
+Responses become values of the model, and failures of any kind one FloraError. The API key is sent to
+the base URL's origin only: redirects are not followed, and a `poll_url` is never fetched.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 PAGE_LIMIT = 100
 """The most rows that FLORA lists at once."""
-_MAX_ANSWER = 64 * 1024 * 1024
+_MAX_RESPONSE = 64 * 1024 * 1024
 """Bytes. A page holds a hundred runs, whose text outputs stand in it in full."""
 
 
@@ -41,7 +41,10 @@ def _always() -> bool:
 
 
 class FloraClient:
-    """FLORA's API as one workspace's key sees it. `http` carries base URL and time-outs; `timeout` bounds a whole call."""
+    """FLORA's API as one workspace's key sees it.
+
+    `http` carries base URL and time-outs; `timeout` bounds a whole call.
+    """
 
     def __init__(
         self,
@@ -52,7 +55,7 @@ class FloraClient:
         timeout_seconds: float = 30.0,
         on_response: Callable[[int | None], None] = lambda _: None,
     ) -> None:
-        """`on_response` is called with the status of each response, and with None if there was none: for metrics."""
+        """`on_response` gets the status of each response, and None where none came."""
         self.rate_limit = rate_limit
         """Shared by all clients with this API key: FLORA counts by key."""
         self._http = http
@@ -71,7 +74,7 @@ class FloraClient:
         return _same_run(await self._get(f"runs/{_segment(run_id)}", parse=parse_run), run_id)
 
     async def pages(self, scope: Scope, *, limit: int = PAGE_LIMIT) -> AsyncIterator[Page]:
-        """Yield the pages of `GET /technique-runs` or `GET /generations`, newest run first, one request each.
+        """Yield the pages of `GET /technique-runs` or `GET /generations`, newest run first.
 
         Ends with the last page, and where FLORA repeats a cursor: that one leads nowhere.
         """
@@ -96,9 +99,11 @@ class FloraClient:
     async def start_technique_run(
         self, technique_id: str, request: Mapping[str, Any], *, may_send: Callable[[], bool] = _always
     ) -> StartedRun | None:
-        """`POST /techniques/{technique_id}/runs`, its body: inputs, mode, callback_url, idempotency_key.
+        """`POST /techniques/{technique_id}/runs`.
 
-        None: `may_send` returned False when a slot was free, and nothing was sent.
+        Its body has inputs, mode, callback_url, idempotency_key.
+
+        Returns None if `may_send` was False once a slot was free; then nothing was sent.
         """
         parse = partial(parse_start, technique_id=technique_id)
         async with self.rate_limit.request():
@@ -113,7 +118,10 @@ class FloraClient:
         idempotency_key: str | None = None,
         may_send: Callable[[], bool] = _always,
     ) -> StartedRun | None:
-        """`POST /generate`; its idempotency key is a header. Returns None as `start_technique_run` does."""
+        """`POST /generate`; its idempotency key is a header.
+
+        Returns None as `start_technique_run` does.
+        """
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         parse = partial(parse_start, technique_id=None)
         async with self.rate_limit.request():
@@ -140,28 +148,28 @@ class FloraClient:
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> T:
-        """Return what `parse` makes of the JSON of a 2xx answer, or raise FloraError."""
+        """Return what `parse` makes of the JSON of a 2xx response. Raises FloraError."""
         request = self._http.build_request(
             method, path, json=json, params=params, headers={**self._headers, **(headers or {})}
         )
         try:
-            # httpx's own time-outs are per read: an answer that drips a byte at a time needs this one.
+            # httpx's time-outs are per read, and do not end a response of a byte at a time.
             async with asyncio.timeout(self._timeout_seconds):
-                status, body, answer_headers = await self._send(request)
+                status, body, response_headers = await self._send(request)
         except TimeoutError as error:
             self._on_response(None)
-            raise FloraError(f"FLORA did not answer within {self._timeout_seconds:g} s") from error
+            raise FloraError(f"FLORA did not respond within {self._timeout_seconds:g} s") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
             self._on_response(None)
             raise FloraError(f"FLORA cannot be reached: {type(error).__name__}") from error
         self._on_response(status)
         if not 200 <= status < 300:
-            raise parse_error(status, body, answer_headers)
+            raise parse_error(status, body, response_headers)
         try:
             return parse(parse_json(body))
         except PayloadError as error:
-            request_id = answer_headers.get("request-id")
-            raise FloraError(f"FLORA's answer cannot be read: {error}", status=status, request_id=request_id) from error
+            request_id = response_headers.get("request-id")
+            raise FloraError(f"FLORA's response cannot be read: {error}", status=status, request_id=request_id) from error
 
     async def _send(self, request: httpx.Request) -> tuple[int, bytes, httpx.Headers]:
         response = await self._http.send(request, stream=True)
@@ -169,8 +177,8 @@ class FloraClient:
             body = bytearray()
             async for chunk in response.aiter_bytes():
                 body += chunk
-                if len(body) > _MAX_ANSWER:
-                    raise FloraError(f"FLORA's answer is larger than {_MAX_ANSWER} bytes", status=response.status_code)
+                if len(body) > _MAX_RESPONSE:
+                    raise FloraError(f"FLORA's response is larger than {_MAX_RESPONSE} bytes", status=response.status_code)
             return response.status_code, bytes(body), response.headers
         finally:
             await response.aclose()
@@ -182,5 +190,5 @@ def _segment(identifier: str) -> str:
 
 def _same_run(snapshot: Snapshot, run_id: str) -> Snapshot:
     if snapshot.run_id != run_id:
-        raise FloraError("FLORA answered with another run than the one asked for")
+        raise FloraError("FLORA responded with another run than the requested one")
     return snapshot

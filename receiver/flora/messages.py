@@ -1,8 +1,9 @@
-"""FLORA's wire messages, pure: JSON bytes in, our nouns out. This is the parse door: past it, every value is clean.
+"""FLORA's messages, pure: JSON bytes in, values of the model out. Behind it, every value is clean.
 
-Clean means: text holds no NUL and no lone surrogate (PostgreSQL stores neither), integers fit 64 bits, ids are short and
-have no white space. Only `id` and `data.run_id` of a callback are required; everything else may be absent or odd.
-Both snake_case and the camelCase of FLORA's older pages are read.
+Clean means: text holds no NUL and no lone surrogate (PostgreSQL stores neither), integers fit 64
+bits, ids are short and have no white space. Only `id` and `data.run_id` of a callback are required;
+everything else may be absent or odd. Both snake_case and the camelCase of FLORA's older pages are
+read.
 """
 
 import json
@@ -24,12 +25,15 @@ _ID = re.compile(rf"[^\s\x00-\x1f\x7f]{{1,{_MAX_ID}}}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST_MS = 253_402_300_799_999  # the end of the year 9999
 _MAX_TEXT = 4_000
-"""Longest error message, name or status that is kept, in characters. Output values are never shortened."""
-_TOLD = {"run.completed": CallbackStatus.COMPLETED, "run.failed": CallbackStatus.FAILED}
+"""Longest error message, name or status that is kept, in characters.
+
+Output values are never shortened.
+"""
+_STATUS_BY_EVENT = {"run.completed": CallbackStatus.COMPLETED, "run.failed": CallbackStatus.FAILED}
 
 
 class Callback(msgspec.Struct, frozen=True):
-    """A parsed callback body. `told` is None for an event type that we do not know."""
+    """A parsed callback body. `callback_status` is None for an unknown type of event."""
 
     delivery_id: str
     run_id: str
@@ -52,7 +56,10 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class StartedRun:
-    """The answer to a start. `estimated_seconds` and `quoted_cost` (USD, a quote, not the bill) where FLORA names them."""
+    """The response to a start.
+
+    `estimated_seconds` and `quoted_cost` (USD, a quote, not the bill) where FLORA names them.
+    """
 
     snapshot: Snapshot
     estimated_seconds: float | None
@@ -120,7 +127,7 @@ def parse_callback(body: bytes) -> Callback:
         run_id=run_id,
         event=event,
         api_version=_text(message, "api_version", "apiVersion"),
-        callback_status=_told(event, _text(data, "status")),
+        callback_status=_callback_status(event, _text(data, "status")),
         run_type=_text(data, "run_type", "runType"),
         workspace_id=_identifier(data, "workspace_id", "workspaceId"),
         error_code=_text(data, "error_code", "errorCode"),
@@ -128,15 +135,18 @@ def parse_callback(body: bytes) -> Callback:
     )
 
 
-def _told(event: str | None, status: str | None) -> CallbackStatus | None:
-    by_event = _TOLD.get(event or "")
+def _callback_status(event: str | None, status: str | None) -> CallbackStatus | None:
+    by_event = _STATUS_BY_EVENT.get(event or "")
     if by_event is None or status not in {"completed", "failed"}:
         return by_event
     return by_event if by_event == status else CallbackStatus.CONFLICTING
 
 
 def parse_run(payload: Any, *, technique_id: str | None = None) -> Snapshot:
-    """Return the run in a single read's answer. `technique_id` is the one asked for: the answer does not repeat it."""
+    """Return the run of a single read.
+
+    `technique_id` is the requested one: the response does not repeat it.
+    """
     if not isinstance(payload, Mapping):
         raise PayloadError("the run is not a JSON object")
     run_id = _identifier(payload, "run_id", "runId", "technique_run_id", "generation_id")
@@ -166,16 +176,22 @@ def parse_run(payload: Any, *, technique_id: str | None = None) -> Snapshot:
 
 
 def parse_start(payload: Any, *, technique_id: str | None) -> StartedRun:
-    """Return the run that a start made. `POST /generate` answers without a status: it is pending then."""
+    """Return the run that a start made.
+
+    The response of `POST /generate` has no status: the run is pending.
+    """
     if not isinstance(payload, Mapping):
-        raise PayloadError("the answer is not a JSON object")
+        raise PayloadError("the response is not a JSON object")
     snapshot = parse_run({"status": "pending", **payload}, technique_id=technique_id)
     estimated = _money(_get(payload, "estimated_seconds", "estimatedSeconds"))
     return StartedRun(snapshot, estimated, snapshot.charged_cost)
 
 
 def parse_page(payload: Any) -> Page:
-    """Return one page of `GET /technique-runs` or `GET /generations`; rows that cannot be read are left out."""
+    """Return one page of `GET /technique-runs` or `GET /generations`.
+
+    Rows that cannot be read are left out.
+    """
     if not isinstance(payload, Mapping):
         raise PayloadError("the list is not a JSON object")
     rows = next((payload[key] for key in ("technique_runs", "generations") if key in payload), None)
@@ -193,7 +209,7 @@ def parse_page(payload: Any) -> Page:
 
 
 def parse_technique(payload: Any, *, technique_id: str) -> Technique:
-    """Return a technique. `technique_id` is what was asked for: an id or a slug."""
+    """Return a technique. `technique_id` is the requested id or slug."""
     if not isinstance(payload, Mapping):
         raise PayloadError("the technique is not a JSON object")
     return Technique(
@@ -232,12 +248,12 @@ def parse_error(status: int, body: bytes, headers: Mapping[str, str]) -> FloraEr
     detail = payload.get("error") if isinstance(payload, Mapping) else None
     if not isinstance(detail, Mapping):
         return FloraError(
-            f"FLORA answered {status} without an error object", status=status, request_id=request_id,
+            f"FLORA responded with {status} without an error object", status=status, request_id=request_id,
             retry_after=retry_after,
         )  # fmt: skip
     fields = detail.get("fields")
     return FloraError(
-        _text(detail, "message") or f"FLORA answered {status}",
+        _text(detail, "message") or f"FLORA responded with {status}",
         status=status,
         code=_text(detail, "code"),
         fields=[
@@ -251,7 +267,10 @@ def parse_error(status: int, body: bytes, headers: Mapping[str, str]) -> FloraEr
 
 
 def ids_of_poll_url(poll_url: str) -> tuple[str | None, str | None]:
-    """Return (technique_id, run_id) as named by a `poll_url`'s path. The URL itself is never fetched."""
+    """Return (technique_id, run_id) as named by a `poll_url`'s path.
+
+    The URL itself is never fetched.
+    """
     try:
         path = urlsplit(poll_url).path
     except ValueError:  # `http://[`
@@ -280,7 +299,7 @@ def _run_type(payload: Mapping[str, Any], technique_id: str | None) -> str | Non
 
 
 def _outputs(rows: Any) -> tuple[Output, ...]:
-    """Return the outputs, or none at all if one of them cannot be fetched yet: a run is not done by halves."""
+    """Return the outputs, or none at all while one of them cannot be fetched yet."""
     if not isinstance(rows, list):
         return ()
     outputs = []
@@ -329,7 +348,8 @@ def _identifier(payload: Mapping[str, Any], *names: str) -> str | None:
 def _clean_id(value: str) -> str | None:
     if value in {".", ".."}:  # they would change the path of the read that follows
         return None
-    if value.isascii() and value.isprintable():  # as good as every id, and told without the patterns
+    # Almost every id, checked without the patterns.
+    if value.isascii() and value.isprintable():
         return value if 0 < len(value) <= _MAX_ID and " " not in value else None
     return value if _ID.fullmatch(value) and storable_text(value) == value else None
 
@@ -369,5 +389,6 @@ def _time(value: Any) -> datetime | None:
     try:
         parsed = datetime.fromisoformat(value)
         return parsed.replace(tzinfo=UTC) if parsed.tzinfo is None else parsed.astimezone(UTC)
-    except (ValueError, OverflowError):  # in the first or the last hours of the calendar, UTC may lie outside of it
+    # In the first or last hours of the calendar, UTC may lie outside of it.
+    except (ValueError, OverflowError):
         return None

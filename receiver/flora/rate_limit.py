@@ -1,6 +1,9 @@
-"""How many requests one API key may have in flight, and when the next may start. Owned by `FloraClient`.
+"""How many requests one API key may have in flight, and when the next may start.
 
-A 429 halves the number of requests in flight and holds all of them for a while; successes raise it again, one by one.
+Owned by `FloraClient`.
+
+A 429 halves the number of requests in flight and holds all of them for a while; successes raise it
+again, one by one.
 """
 
 import asyncio
@@ -17,7 +20,10 @@ _LONGEST_HOLD = timedelta(hours=1)
 
 
 class AdaptiveLimit:
-    """A number of slots that is halved by a refusal, and raised by one after `grow_after` successes in a row."""
+    """A number of slots that each refusal halves.
+
+    `grow_after` successes in a row raise it by one.
+    """
 
     def __init__(self, maximum: int, *, grow_after: int) -> None:
         self._maximum = maximum
@@ -32,7 +38,10 @@ class AdaptiveLimit:
             self.allowed += 1
 
     def count_refusal(self, *, is_repeat: bool) -> None:
-        """Halve the limit. `is_repeat`: the refusal belongs to a burst that has halved it already."""
+        """Halve the limit.
+
+        `is_repeat`: the refusal belongs to a burst that has halved it already.
+        """
         self._successes = 0
         if not is_repeat:
             self.allowed = max(1, self.allowed // 2)
@@ -59,7 +68,7 @@ class Hold:
 
 
 class RateLimit:
-    """The requests of one API key: at most `limit` in flight, fewer after a 429, none during its pause."""
+    """The requests of one API key: `limit` in flight, fewer after a 429, none during its pause."""
 
     def __init__(self, limit: int, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._limit = AdaptiveLimit(limit, grow_after=_GROW_AFTER)
@@ -84,7 +93,10 @@ class RateLimit:
 
     @asynccontextmanager
     async def request(self) -> AsyncIterator[None]:
-        """Wait for a slot and hold it inside the block. A FloraError that leaves it with status 429 slows down."""
+        """Wait for a slot and hold it inside the block.
+
+        A FloraError that leaves it with status 429 slows down.
+        """
         await self._acquire()
         try:
             yield
@@ -99,7 +111,10 @@ class RateLimit:
                 self._freed.notify_all()
 
     def slow_down(self, seconds: float) -> None:
-        """Start no request for `seconds`, and then half as many at once. A burst of 429s counts once."""
+        """Start no request for `seconds`, and then half as many at once.
+
+        A burst of 429s counts once.
+        """
         self._limit.count_refusal(is_repeat=self.held_seconds > 0)
         self._hold.extend(seconds)
 

@@ -1,7 +1,8 @@
 """FLORA's callback signature, pure: bytes and a time in, a verdict out.
 
-`Flora-Signature: t=<unix seconds>,v1=<hex>[,v1=<hex>…]`, where v1 is HMAC-SHA256 over `"{t}." + body` and the key is the
-whole secret string, its `whsec_` prefix included. Called by the intake (verify), the emulator and `trigger` (sign).
+`Flora-Signature: t=<unix seconds>,v1=<hex>[,v1=<hex>…]`, where v1 is HMAC-SHA256 over `"{t}." +
+body` and the key is the whole secret string, its `whsec_` prefix included. Called by the intake
+(verify), the emulator and `trigger` (sign).
 """
 
 import hashlib
@@ -17,28 +18,30 @@ __all__ = ["HEADER", "Verified", "canary_key", "sign", "verify"]
 
 HEADER = "Flora-Signature"
 
-# FLORA sends some 80 bytes, some 150 while a secret is rotated; a header beyond this was not written by FLORA.
+# FLORA sends some 80 bytes, some 150 while a secret is rotated; a header beyond this was not
+# written by FLORA.
 _MAX_HEADER = 4096
 _MAX_CANDIDATES = 16
 _CANARY = b"flora-receiver/canary/1"
-# ASCII digits only: int() would also take full-width digits, "1_0" and "+1", which FLORA's own SDK never signs.
+# ASCII digits only: int() would also take full-width digits, "1_0" and "+1", which FLORA's own SDK
+# never signs.
 _SECONDS = re.compile(r"[0-9]{1,15}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _USUAL = re.compile(r"t=([0-9]{1,15}),v1=([0-9a-f]{64})", re.ASCII)
-"""What FLORA sends unless a secret is being rotated: read at once, with the same result as piece by piece."""
+"""A header with one signature, read at once. The result is the same as part by part."""
 
 
 class Verified(msgspec.Struct, frozen=True):
-    """A signature that holds: its secret (index into `secrets`) and its age in seconds (negative: ahead)."""
+    """A valid signature: the index of its secret, and its age in seconds (negative: ahead)."""
 
     secret: int
     age: int
 
 
 def canary_key(secret: str) -> str:
-    """Return the key of our own canaries, which prove the way from outside to us and are good for nothing else.
+    """Return the key that signs canaries, the probes of the way from outside to the receiver.
 
-    Whoever has it can sign no callback: it cannot be led back to the webhook secret that it is derived from.
+    It signs no callback, and the webhook secret cannot be derived from it.
     """
     return hmac.digest(secret.encode("utf-8", "surrogatepass"), _CANARY, hashlib.sha256).hex()
 
@@ -59,8 +62,9 @@ def verify(
 ) -> Verified:
     """Return which of `secrets` signed `body`, or raise `SignatureError`, whatever the bytes are.
 
-    `now` and the tolerances are seconds; a tolerance of None turns that check off (0 does not). A body that is signed
-    well at the wrong time raises `timestamp_out_of_tolerance` with `secret` set on the error, since it is authentic.
+    `now` and the tolerances are seconds; a tolerance of None turns that check off (0 does not). A
+    body that is signed well at the wrong time raises `timestamp_out_of_tolerance` with `secret` set
+    on the error, since it is authentic.
     """
     if header is None or not header.strip():
         raise SignatureError(SignatureProblem.MISSING_SIGNATURE, f"there is no {HEADER} header")
@@ -84,11 +88,11 @@ def verify(
 
 
 def _parse(header: str) -> tuple[str, list[bytes]]:
-    """Split a header into its time, as text since that is what was signed, and its v1 digests (32 bytes each)."""
+    """Split a header into its time, as the text that was signed, and its v1 digests."""
     if usual := _USUAL.fullmatch(header):
         return usual[1], [bytes.fromhex(usual[2])]
     if len(header) > _MAX_HEADER:
-        raise _malformed(f"it is longer than {_MAX_HEADER} characters")
+        raise _malformed_header(f"it is longer than {_MAX_HEADER} characters")
     times: list[str] = []
     digests: list[str] = []
     for part in header.split(","):
@@ -98,19 +102,22 @@ def _parse(header: str) -> tuple[str, list[bytes]]:
         elif separator and key == "v1":
             digests.append(value)
     if len(times) != 1 or not _SECONDS.fullmatch(times[0]):
-        raise _malformed("it needs exactly one t=<unix seconds>")
+        raise _malformed_header("it needs exactly one t=<unix seconds>")
     if not digests:
-        raise _malformed("it has no v1=<hex>")
+        raise _malformed_header("it has no v1=<hex>")
     if len(digests) > _MAX_CANDIDATES:
-        raise _malformed(f"it has more than {_MAX_CANDIDATES} v1 values")
+        raise _malformed_header(f"it has more than {_MAX_CANDIDATES} v1 values")
     candidates = [bytes.fromhex(digest) for digest in digests if _DIGEST.fullmatch(digest)]
     if not candidates:
-        raise _malformed("no v1 value is 64 lower-case hex digits")
+        raise _malformed_header("no v1 value is 64 lower-case hex digits")
     return times[0], candidates
 
 
 def _match(body: bytes, seconds: str, candidates: Sequence[bytes], secrets: Sequence[str]) -> int | None:
-    """Return the index of the first secret that made a candidate; every pair is compared, so time tells nothing."""
+    """Return the index of the first secret that made a candidate.
+
+    Every pair is compared, so that the time taken reveals nothing.
+    """
     found: int | None = None
     for index, secret in enumerate(secrets):
         expected = _digest(secret, seconds, body)
@@ -125,5 +132,5 @@ def _digest(secret: str, seconds: str, body: bytes) -> bytes:
     return hmac.digest(secret.encode("utf-8", "surrogatepass"), seconds.encode("ascii") + b"." + body, hashlib.sha256)
 
 
-def _malformed(why: str) -> SignatureError:
+def _malformed_header(why: str) -> SignatureError:
     return SignatureError(SignatureProblem.MALFORMED_SIGNATURE, f"the {HEADER} header cannot be read: {why}")

@@ -1,4 +1,6 @@
-"""A requested start, and what it sends to FLORA: body, idempotency key, callback URL with token. Pure.
+"""A requested start, and what it sends to FLORA: body, idempotency key, callback URL with token.
+
+Pure.
 
 Built by the API from its requests; sent by the starter.
 """
@@ -15,7 +17,7 @@ from receiver.model import Operation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartRequest:
-    """A run to start: of the technique `technique_id`, or by `generate`, the body of `POST /generate`."""
+    """A run to start: of a technique, or by `generate`, the body of `POST /generate`."""
 
     technique_id: str = ""
     inputs: tuple[Mapping[str, Any], ...] = ()
@@ -38,7 +40,7 @@ class StartRequest:
         return hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
     def to_body(self, key: str, token: str, *, own_url: str | None) -> tuple[str, bool]:
-        """Return the JSON that FLORA gets, and whether its callback will come to `own_url`, the receiver's."""
+        """Return the JSON for FLORA, and whether its callback comes to the receiver's `own_url`."""
         is_own = own_url is not None and (self.callback_url is None or is_same_address(self.callback_url, own_url))
         url = add_token(self.callback_url or own_url or "", token) if is_own else self.callback_url
         if self.generate is None:

@@ -1,4 +1,4 @@
-"""The life cycle of one receiver process: start, run, report whether it is well, and stop in order."""
+"""The life cycle of one receiver process: start, run, report its health, stop in order."""
 
 import asyncio
 import contextlib
@@ -37,15 +37,18 @@ log = structlog.get_logger("receiver.service")
 _LOOPS_SECONDS = 10.0
 """How long the loops may take to end."""
 _COMMIT_SECONDS = 5.0
-"""How long the callbacks in progress may take to be committed: a database that hangs must not delay the stop."""
+"""How long the callbacks in progress may take to be committed once the service stops."""
 _PROBE_SECONDS = 5.0
 _READY_FOR = timedelta(seconds=1)
-"""How long a successful probe of the database stands: /readyz is public, and must not let anyone load the writer."""
+"""How long a probe of the database holds: /readyz is public, and must not load the writer."""
 _RESTART_SECONDS = 1.0
 
 
 class Service:
-    """One receiver process. `async with Service(settings).running() as service: …`, or `run_until_signal`."""
+    """One receiver process.
+
+    `async with Service(settings).running() as service: …`, or `run_until_signal`.
+    """
 
     def __init__(
         self,
@@ -57,11 +60,14 @@ class Service:
         around: Callable[[ASGIApp], ASGIApp] | None = None,
         listeners: Mapping[str, socket.socket] | None = None,
     ) -> None:
-        """Load the handlers and open the database; nothing runs yet. Raises ConfigError, StoreError.
+        """Load the handlers and open the database; nothing runs yet.
 
-        `only` leaves a part of the work to other processes: `door` accepts callbacks, `workers` does everything else.
-        `policy` replaces the numbers of the settings. `around` wraps the app of the public listener. `listeners` are
-        sockets that are bound already, by the name of their section: `public`, `operations`.
+        Raises ConfigError, StoreError.
+
+        `only` leaves a part of the work to other processes: `door` accepts callbacks, `workers`
+        does everything else. `policy` replaces the numbers of the settings. `around` wraps the app
+        of the public listener. `listeners` are sockets that are bound already, by the name of their
+        section: `public`, `operations`.
         """
         if (problem := check_role(settings, only)) is not None:
             raise ConfigError([problem])
@@ -92,7 +98,10 @@ class Service:
         return _address(self._operations)
 
     def set_public_url(self, public_url: str) -> None:
-        """Give FLORA this URL with every further start; runs started before call back the old one."""
+        """Give FLORA this URL with every further start.
+
+        Runs started before call back the old one.
+        """
         self.starter.callback_url = to_callback_url(public_url)
 
     @contextlib.asynccontextmanager
@@ -105,7 +114,10 @@ class Service:
             await self._stop()
 
     async def run_until_signal(self, supervisor: Supervisor | None = None) -> None:
-        """Run until SIGTERM or SIGINT, and notify the supervisor, if any, of the start, the stop and good health."""
+        """Run until SIGTERM or SIGINT.
+
+        The supervisor, if any, is notified of start, stop and good health.
+        """
         supervisor = supervisor or Supervisor()
         received = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -125,18 +137,22 @@ class Service:
             return "stopping"
         now = self._clock()
         if self._probed_at is None or not timedelta(0) <= now - self._probed_at < _READY_FOR:
-            if self._probe is None or self._probe.done():  # requests share a probe that is in progress
+            # Requests share a probe that is in progress.
+            if self._probe is None or self._probe.done():
                 self._probe = asyncio.ensure_future(self.database.write(check_writable))
             try:
                 async with asyncio.timeout(_PROBE_SECONDS):
                     await asyncio.shield(self._probe)
             except (StoreUnavailableError, TimeoutError) as error:
-                return str(error) or "the database does not answer"
+                return str(error) or "the database does not respond"
             self._probed_at = now
         return None
 
     async def _check_alive(self) -> None:
-        """Return if the event loop and the database's threads work; a database server that fails does not count."""
+        """Return if the event loop and the database's threads work.
+
+        A database server that fails does not count.
+        """
         if self.database.shared:
             await self.ready()
             return
@@ -172,7 +188,8 @@ class Service:
     async def _prepare_database(self) -> None:
         """Bring the schema up to date; release leases of a process that was killed.
 
-        In a shared database leases may belong to processes that still run: those expire by themselves.
+        In a shared database leases may belong to processes that still run: those expire by
+        themselves.
         """
         before, after = await self.database.run(upgrade)
         if before != after:
@@ -181,7 +198,7 @@ class Service:
             log.warning("dispatch.leases_released", count=count, reason="the process that held them was killed")
 
     async def _log_warnings(self) -> None:
-        """Log what is odd in the settings, unhealthy in a handler, or waiting for a handler that is not configured."""
+        """Log odd settings, unhealthy handlers, and dispatches of handlers that are not configured."""
         for problem in self._settings.find_warnings():
             log.warning("config.odd", setting=problem.path, reason=problem.message)
         problems, warnings = await check_handlers(self._parts.handlers)
@@ -206,7 +223,10 @@ class Service:
                     await asyncio.wait_for(self._stopping.wait(), _RESTART_SECONDS)
 
     async def _stop(self) -> None:
-        """Stop in the order of dependence; each step has a time limit, and no step needs the one before to succeed."""
+        """Stop in the order of dependence.
+
+        Each step has a time limit, and none needs the one before to succeed.
+        """
         self._stopping.set()  # /readyz responds with 503 from here on
         for server in (self._public, self._operations):
             if server is not None:
@@ -215,7 +235,8 @@ class Service:
             await asyncio.wait(self._tasks, timeout=_LOOPS_SECONDS)
         for task in self._tasks:
             task.cancel()
-        with contextlib.suppress(TimeoutError):  # a callback that is dropped here was not acknowledged
+        # A callback that is dropped here was not acknowledged.
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.intake.close(), _COMMIT_SECONDS)
         await close_handlers(self._parts.handlers)
         self._threads.release_handlers()
@@ -230,7 +251,8 @@ def check_role(settings: Settings, only: Only | None) -> Problem | None:
     if only is None or not settings.database.url.startswith("sqlite"):
         return None
     if only == "door" and os.environ.get("RECEIVER_BENCH_DOOR") == "1":
-        return None  # tests/bench measures the callback listener alone; this is no setting for users
+        # tests/bench measures the callback listener alone; this is no setting for users.
+        return None
     return Problem("--only", "a SQLite file belongs to one process that does everything: use a postgresql:// url")
 
 

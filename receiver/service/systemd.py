@@ -1,6 +1,9 @@
-"""The protocols between systemd and the service: readiness, a watchdog, listening sockets. Used by `serve`.
+"""The protocols between systemd and the service: readiness, a watchdog, listening sockets.
 
-They are sd_notify(3), datagrams of NAME=value lines, and sd_listen_fds(3), file descriptors from 3 on.
+Used by `serve`.
+
+They are sd_notify(3), datagrams of NAME=value lines, and sd_listen_fds(3), file descriptors from 3
+on.
 """
 
 import asyncio
@@ -15,7 +18,10 @@ _NAMES = frozenset({"public", "operations"})
 
 
 def inherited_listeners(environ: Mapping[str, str], pid: int) -> dict[str, socket.socket]:
-    """Return the sockets that systemd passed, by their `FileDescriptorName=`; any other name counts as `public`."""
+    """Return the sockets that systemd passed, by their `FileDescriptorName=`.
+
+    Any other name counts as `public`.
+    """
     if environ.get("LISTEN_PID") != str(pid):
         return {}
     names = environ.get("LISTEN_FDNAMES", "").split(":")
@@ -31,7 +37,9 @@ def inherited_listeners(environ: Mapping[str, str], pid: int) -> dict[str, socke
 
 @dataclass(frozen=True, slots=True)
 class Supervisor:
-    """The service manager that started this process. `address` is its notification socket, None if there is none.
+    """The service manager that started this process.
+
+    `address` is its notification socket, None if there is none.
 
     `watchdog_seconds` is the longest time between two signs of life that it accepts, None for any.
     """
@@ -58,7 +66,7 @@ class Supervisor:
             channel.sendto("\n".join(lines).encode(), address)
 
     async def run_watchdog(self, check_alive: Callable[[], Awaitable[None]]) -> None:
-        """Send a sign of life twice within the watchdog's time, each after `check_alive` has returned.
+        """Send two signs of life within the watchdog's time, each after `check_alive`.
 
         If it hangs, no sign is sent, and systemd restarts the service.
         """

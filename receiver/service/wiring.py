@@ -1,6 +1,9 @@
-"""The composition root: builds everything that one process consists of from its settings. Nothing built here runs yet.
+"""The composition root: builds everything that one process consists of from its settings.
 
-Called by `Service`, which starts and stops what is built. `dev` and the tests use single converters.
+Nothing built here runs yet.
+
+Called by `Service`, which starts and stops what is built. `dev` and the tests use single
+converters.
 """
 
 import asyncio
@@ -101,7 +104,10 @@ class Parts:
 
 
 def build_parts(settings: Settings, *, policy: Policy, clock: Callable[[], datetime]) -> Parts:
-    """Load the handlers, open the database, build what works on it. Raises ConfigError, StoreError."""
+    """Load the handlers, open the database, build what works on it.
+
+    Raises ConfigError, StoreError.
+    """
     handlers = load_handlers(settings)
     subscriptions = [each.subscription for each in handlers]
     metrics, signals = Metrics(), Signals()
@@ -167,7 +173,7 @@ def build_intake(
 def build_clients(
     settings: Settings, http: httpx.AsyncClient, metrics: Metrics, clock: Callable[[], datetime]
 ) -> Mapping[str | None, FloraClient]:
-    """Return the client of each workspace that has an API key; None is the client for every other workspace.
+    """Return the client of each workspace that has an API key; None is for all others.
 
     Clients with the same API key share a rate limit: FLORA counts by key.
     """
@@ -225,7 +231,10 @@ def build_janitor(settings: Settings, database: Database, intake: Intake, clock:
 
 
 def build_loops(parts: Parts, only: Only | None) -> Mapping[str, Loop]:
-    """Return the loops of one process by name: all of them, or those of its part; shared work needs a lease."""
+    """Return the loops of one process by name: all of them, or those of its part.
+
+    Work that only one process may do needs a lease.
+    """
     janitor, notifier = parts.janitor, parts.notifier
     leased: dict[str, Loop] = {"poller": parts.poller.run, "janitor": janitor.run}
     if parts.settings.discover.enabled:
@@ -253,7 +262,10 @@ def build_public_server(
     wrap: Callable[[ASGIApp], ASGIApp] | None,
     listener: socket.socket | None,
 ) -> Server:
-    """Build the listener that FLORA calls. `wrap` is put around its app; `listener` is bound already."""
+    """Build the listener that FLORA calls.
+
+    `wrap` is put around its app; `listener` is bound already.
+    """
     settings, public = parts.settings, parts.settings.public
     app = public_app(
         parts.intake,
@@ -271,7 +283,10 @@ def build_public_server(
 
 
 def build_public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
-    """Return the guard of the public listener, for as many connections as files may be open; None: h11 has none."""
+    """Return the guard of the public listener.
+
+    It allows as many connections as files may be open. None: h11 has no guard.
+    """
     public = settings.public
     if public.http == "h11":
         return None

@@ -1,7 +1,8 @@
-"""Calls handlers for settled runs: leases the dispatches that are due, runs an attempt of each, stores the result.
+"""Calls handlers: leases the dispatches that are due, runs them, stores their results.
 
-Run by the service. A lease is renewed for as long as its attempt runs. Once a handler has returned, its effect
-is applied: from then on the attempt is never cancelled, and its result is stored however long that takes.
+Run by the service. A lease is renewed for as long as its attempt runs. Once a handler has returned,
+its effect is applied: from then on the attempt is never cancelled, and its result is stored however
+long that takes.
 """
 
 import asyncio
@@ -45,14 +46,16 @@ class _Attempt:
     progress: TransferProgress
     task: asyncio.Task[None] | None = None
     has_returned: bool = False
-    """The handler's effect is applied: the result is stored, and the attempt is not cancelled any more."""
+    """The handler's effect is applied: the attempt must not be cancelled any more."""
 
 
 class Dispatcher:
-    """Runs the dispatches of all handlers, each within its own limits: a handler that hangs delays no other.
+    """Runs the dispatches of all handlers, each within its own limits.
 
-    With `takeover`, dispatches whose lease has expired are leased again; without it (SQLite) a lease
-    lasts until the process ends, whatever the clock does.
+    A handler that hangs delays no other.
+
+    With `takeover`, dispatches whose lease has expired are leased again; without it (SQLite) a
+    lease lasts until the process ends, whatever the clock does.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class Dispatcher:
         await self.release()
 
     async def tick(self, now: datetime) -> float:
-        """Start the due dispatches for which there is a free slot; return the seconds until the next tick."""
+        """Start due dispatches where a slot is free; return the seconds until the next tick."""
         names = tuple(self._registrations)
         busy = {name: Counter[Lane]() for name in names}
         for attempt in self._running.values():
@@ -126,7 +129,7 @@ class Dispatcher:
             await asyncio.sleep(0)
 
     async def release(self) -> None:
-        """Cancel every attempt and release its lease without counting the attempt: the handler did not fail.
+        """Cancel every attempt and release its lease, without counting the attempt.
 
         Results that are being stored are waited for: released while another thread commits it, a
         dispatch would be done again.
@@ -160,7 +163,8 @@ class Dispatcher:
             held = await self._database.write(partial(job, seqs=seqs, token=token))
             for seq in set(seqs) - held:
                 attempt = self._running.get(seq)
-                # It may have ended by now, or even started again: then the lost lease is not its own.
+                # It may have ended by now, or even started again: then the lost lease is not its
+                # own.
                 if attempt and attempt.task and attempt.token == token and not attempt.has_returned:
                     log.warning("dispatch.taken_over", dispatch=attempt.leased.dispatch.idempotency_key)
                     attempt.task.cancel()
@@ -174,7 +178,7 @@ class Dispatcher:
                 log.error("dispatch.not_renewed", reason=str(error))
 
     def _expired_by(self, tx: Any, now: datetime) -> datetime | None:
-        """Return the time by which a lease must have expired to be taken over; None if none may be."""
+        """Return when a lease must have expired to be taken over; None if none may be."""
         return self._database.now(tx, now) if self._takeover else None
 
     async def _claim(
@@ -281,10 +285,14 @@ class Dispatcher:
         try:
             await self._apply(ReadRequested(run_id, now))
         except StoreUnavailableError as error:
-            log.warning("dispatch.not_reread", run_id=run_id, reason=str(error))  # the next attempt requests it again
+            # The next attempt requests it again.
+            log.warning("dispatch.not_reread", run_id=run_id, reason=str(error))
 
     async def _store(self, leased: Leased, job: Callable[[Any], bool]) -> bool:
-        """Store a result as soon as the database accepts it: the effect is applied, and the lease still held."""
+        """Store a result as soon as the database accepts it.
+
+        The effect is applied, and the lease is still held.
+        """
         while True:
             try:
                 return await self._database.write(job)
@@ -293,10 +301,11 @@ class Dispatcher:
                 await asyncio.sleep(_RETRY_WRITE_SECONDS)
 
     def _alert(self, tx: Any, run_id: str, event: Event, now: datetime) -> None:
-        """Add dispatches for the handlers of the `dead` event; a dead one of these causes no further alert."""
+        """Add dispatches for the handlers of `dead`; a dead one of these adds no more."""
         if event is Event.DEAD or not any(Event.DEAD in row.on for row in self._subscriptions):
             return
-        # Locked, or two dead dispatches at the same time would get the same round, and one alert would be lost.
+        # Locked, or two dead dispatches at the same time would get the same round, and one alert
+        # would be lost.
         run = ledger.runs_by_id(tx, [run_id], for_update=True)[run_id]
         outputs = ledger.outputs_of_runs(tx, [run_id])[run_id]
         round_ = queue.next_round(tx, run_id, Event.DEAD)

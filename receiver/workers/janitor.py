@@ -1,4 +1,4 @@
-"""Keeps the database tidy: gives up missing callbacks, deletes old rows, repairs due times that a wrong clock set.
+"""Keeps the database tidy: expires callbacks, deletes old rows, repairs due times.
 
 Each step handles at most 100 rows in a transaction of its own: callbacks share the writer, and must
 not wait for it.
@@ -24,7 +24,7 @@ _NEXT_BATCH_SECONDS = 0.05
 _LATEST_DUE = timedelta(days=2)
 """Further ahead than any work is ever postponed: only a wrong clock does that."""
 _LONGEST_QUIET = timedelta(days=7)
-"""The clock may be this far ahead of the newest row before that row, not the clock, decides what is old."""
+"""How far ahead of the newest row the clock may be before that row decides what is old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Janitor:
         await self._store_last_rejections()
 
     async def keep_rejections(self, stopping: asyncio.Event) -> None:
-        """Only store what this process has rejected, until `stopping` is set: where another process runs `run`."""
+        """Store the rejections of this process until `stopping` is set; another one does `run`."""
 
         async def tick() -> float:
             await self._store_rejections()
@@ -93,7 +93,7 @@ class Janitor:
         return max(sizes)
 
     async def _present(self, now: datetime) -> datetime:
-        """Return the time by which rows are old: a clock that is years ahead must not delete new ones."""
+        """Return the time for the age of rows: a clock years ahead must not delete new ones."""
         newest = await self._database.read(retention.newest_record_at)
         return now if newest is None else min(now, newest + _LONGEST_QUIET)
 
@@ -123,5 +123,6 @@ class Janitor:
                     lambda tx: retention.add_rejections(tx, rows, keep=self._retention.rejections)
                 )
             except StoreUnavailableError:
-                queue.extendleft(reversed(rows[-(queue.maxlen or len(rows)) :]))  # for the next tick
+                # For the next tick.
+                queue.extendleft(reversed(rows[-(queue.maxlen or len(rows)) :]))
                 raise

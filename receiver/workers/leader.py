@@ -1,8 +1,8 @@
 """Lets one process at a time run a loop, by a lease in the shared database.
 
-The lease ends by the database's clock. A holder that cannot renew it stops its work well before that,
-by its own clock. So two processes never work at the same time, unless one is frozen for longer than
-its lease: then the guarded writes of the database keep the results right.
+The lease ends by the database's clock. A holder that cannot renew it stops its work well before
+that, by its own clock. So two processes never work at the same time, unless one is frozen for
+longer than its lease: then the guarded writes of the database keep the results right.
 """
 
 import asyncio
@@ -65,7 +65,10 @@ class LeaderLease:
         await run_loop(f"lease {self._name}", tick, stopping)
 
     async def acquire(self, *, within: float | None = None) -> bool:
-        """Acquire or extend the lease; False if another process holds it, or on no response `within` seconds."""
+        """Acquire or extend the lease.
+
+        False: another process holds it, or the database did not respond `within` seconds.
+        """
 
         def job(tx: Connection) -> bool:
             now = self._database.now(tx, self._clock())
@@ -84,7 +87,7 @@ class LeaderLease:
             return False
 
     async def _serve(self, stopping: asyncio.Event, *, since: float) -> None:
-        """Run `work` until `stopping` is set or the lease may have ended; the lease counts from `since`."""
+        """Run `work` until `stopping` is set or the lease, which began at `since`, may end."""
         loop = asyncio.get_running_loop()
         log.info("lease.acquired", name=self._name)
         stop_work = asyncio.Event()

@@ -1,4 +1,7 @@
-"""How a worker runs: call `tick`, wait, call it again. Used by every loop of the service, and by waits elsewhere."""
+"""How a worker runs: call `tick`, wait, call it again.
+
+Used by every loop of the service, and by waits elsewhere.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
@@ -17,7 +20,10 @@ _SHARED_IDLE_SECONDS = 1.0
 
 
 def idle_seconds(*, shared: bool) -> float:
-    """Return the longest wait between two ticks; `shared`: other processes write to the same database."""
+    """Return the longest wait between two ticks.
+
+    `shared`: other processes write to the database, too.
+    """
     return _SHARED_IDLE_SECONDS if shared else _IDLE_SECONDS
 
 
@@ -29,9 +35,12 @@ async def run_loop(
     wake: asyncio.Event | None = None,
     retry_seconds: float = _IDLE_SECONDS,
 ) -> None:
-    """Call `tick` until `stopping` is set. It returns the seconds until the next call; `wake` cuts the wait short.
+    """Call `tick` until `stopping` is set.
 
-    While the database is unavailable, `tick` is called every `retry_seconds`. Any other exception ends the loop.
+    It returns the seconds until the next call; `wake` cuts the wait short.
+
+    While the database is unavailable, `tick` is called every `retry_seconds`. Any other exception
+    ends the loop.
     """
     wake = wake or asyncio.Event()
     while not stopping.is_set():
@@ -45,7 +54,10 @@ async def run_loop(
 
 
 async def wait_for_any(*waits: asyncio.Event | asyncio.Future[Any], timeout: float | None = None) -> None:
-    """Wait for an event to be set or a future to be done, at most `timeout` seconds. Cancels none of the futures."""
+    """Wait for an event to be set or a future to be done, at most `timeout` seconds.
+
+    Cancels none of the futures.
+    """
     events = [asyncio.create_task(wait.wait()) for wait in waits if isinstance(wait, asyncio.Event)]
     futures = [wait for wait in waits if not isinstance(wait, asyncio.Event)]
     try:

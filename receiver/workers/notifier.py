@@ -41,7 +41,7 @@ class ChangeNotifier:
                     await self._database.notify(_to_notice(self._process_id, changes))
 
     async def listen(self, stopping: asyncio.Event) -> None:
-        """Receive changes of other processes until `stopping` is set; a lost connection is opened again."""
+        """Receive changes of other processes until `stopping` is set, over any reconnects."""
 
         async def tick() -> float:
             await run_until(stopping, self._receive())
@@ -54,7 +54,10 @@ class ChangeNotifier:
             self._apply(notice)
 
     def _apply(self, notice: str) -> None:
-        """Wake the loops and publish the changes of a notice; an empty one, after a reconnect, only wakes."""
+        """Wake the loops and publish the changes of a notice.
+
+        The empty one after a reconnect only wakes.
+        """
         try:
             message = json.loads(notice) if notice else {"by": "", "changes": []}
             if message["by"] == self._process_id:
@@ -69,7 +72,7 @@ class ChangeNotifier:
 
 
 async def _gather(listener: Listener, stopping: asyncio.Event) -> list[Change]:
-    """Wait for a change and return it with those that follow closely; none once `stopping` is set."""
+    """Wait for a change; return it with those that follow closely, none when stopping."""
     first = await run_until(stopping, listener.next())
     if first is None:
         return []

@@ -1,18 +1,21 @@
-"""The polling fallback: reads the runs that are due and reports what FLORA shows. Run by the service.
+"""The polling fallback: reads due runs from FLORA and reports them. Run by the service.
 
-Each tick asks the database which runs are due, lets `decide.plans` choose how to read them with the fewest requests,
-and starts one task for each plan, as far as the API key has free slots. A plan is either
+Each tick reads from the database which runs are due, lets `decide.plans` choose how to read them
+with the fewest requests, and starts one task for each plan, as far as the API key has free slots.
+A plan is either
 
   * a single read: one request for one run on its own route; or
-  * a scan: pages of a list, newest run first, until the due runs have been seen or another page costs more than
-    reading the rest one by one.
+  * a scan: pages of a list, newest run first, until the due runs have been seen or another page
+    costs more than reading the rest one by one.
 
-Three sets keep the plans of one API key apart (`_KeyState`). `single_ids` are runs being read alone. `scanned` are runs
-that a scan is looking for, with the row version that it was planned for: a callback that arrives during the scan makes
-a newer version, and that run may be read at once, beside the scan. `passed_ids` are runs that a scan has passed without
-seeing: they are read alone next, and never lost between two scans.
+Three sets keep the plans of one API key apart (`_KeyState`). `single_ids` are runs being read alone.
+`scanned` are runs that a scan is looking for, with the row version that it was planned for: a
+callback that arrives during the scan makes a newer version, and that run may be read at once, beside
+the scan. `passed_ids` are runs that a scan has passed without seeing: they are read alone next, and
+never lost between two scans.
 
-A run stays due in the database until a report about it is committed, so a crash or a dropped task costs one more read.
+A run stays due in the database until a report about it is committed, so a crash or a cancelled task
+costs one more read.
 """
 
 import asyncio
@@ -78,7 +81,10 @@ class _KeyState:
         return 0 if self.reader.held_seconds > 0 else max(0, self.reader.rate_limit.allowed - len(self.tasks))
 
     def is_being_read(self, run: Run) -> bool:
-        """Return whether a read in progress covers the run; one planned before its callback came does not."""
+        """Return whether a read in progress covers the run.
+
+        A scan planned before its callback came does not.
+        """
         if run.run_id in self.single_ids:
             return True
         planned = self.scanned.get(run.run_id)
@@ -110,7 +116,8 @@ class _KeyState:
 class Poller:
     """Reads due runs with as few requests as it can; no API key waits for another.
 
-    `readers` maps a workspace id to the reader of its API key; None is the reader for every other workspace.
+    `readers` maps a workspace id to the reader of its API key; None is the reader for every other
+    workspace.
     """
 
     def __init__(
@@ -149,7 +156,8 @@ class Poller:
 
     async def tick(self, now: datetime) -> float:
         """Start reading the runs that are due; return the seconds until the next tick."""
-        # Runs being read are still due, and come on top. Each key has its own share: one that is held starves no other.
+        # Runs being read are still due, and come on top. Each key has its own share: one that is
+        # held starves no other.
         limits = {
             key: _BATCH + len(state.single_ids) + len(state.scanned)
             for key, state in self._keys.items()
@@ -169,10 +177,14 @@ class Poller:
         ]
         if next_ms is not None:
             waits.append((from_ms(next_ms) - now).total_seconds())
-        return min(waits)  # what is due by now is being read, and wakes this loop when it ends, or its key is held
+        # What is due by now is being read, and wakes this loop when it ends, or its key is held.
+        return min(waits)
 
     async def read_now(self, only: Collection[str] | None = None) -> frozenset[str]:
-        """Make every unsettled run due, or those of `only`, and return them: their callbacks may have been missed."""
+        """Make unsettled runs due, all or those of `only`; return their ids.
+
+        Their callbacks may have been missed.
+        """
         found = await self._database.read(ledger.unsettled_ids)
         ids = found if only is None else found & frozenset(only)
         await asyncio.gather(*(self._intake.apply(ReadRequested(run_id, self._clock())) for run_id in sorted(ids)))
@@ -190,7 +202,7 @@ class Poller:
         return ledger.due_runs(tx, now=now, limit=limit, after=after, only=key, without=self._workspaces)
 
     async def _start_plans(self, key: str | None, due: Sequence[Run], now: datetime) -> None:
-        """Plan the due runs of one API key and start the most urgent plans, one for each free slot."""
+        """Plan the due runs of one API key and start a plan for each free slot."""
         state = self._keys[key]
         soon: Sequence[Run] = ()
         if any(run.state is not RunState.REPORTED and list_of(run) is not None for run in due):
@@ -229,7 +241,7 @@ class Poller:
                 assert_never(plan)
 
     async def _scan(self, state: _KeyState, scan: Scan) -> None:
-        """Read pages until another one is not worth its request; runs not seen by then are read alone."""
+        """Read pages while they are worth their request; runs not seen then are read alone."""
         unseen = {run.run_id for run in (*scan.due, *scan.soon)}
         progress, requested_at = Progress(), self._clock()
         async for page in state.reader.pages(scan.scope):
@@ -256,7 +268,7 @@ class Poller:
     async def _apply_rows(
         self, state: _KeyState, snapshots: Sequence[Snapshot], requested_at: datetime, due: Collection[str]
     ) -> int:
-        """Report each row of a page that changes what the database knows of its run; return how many did.
+        """Report each row that changes what is known of its run; return how many did.
 
         A run that was due is reported in any case: without a report it would be due again at once.
         """
@@ -281,7 +293,8 @@ class Poller:
         for result in results:
             if isinstance(result, StoreUnavailableError):
                 log.error("poll.not_committed", runs=len(reports), reason=str(result))
-                state.reader.hold(_NOT_COMMITTED_SECONDS)  # the runs stay due: do not read them in a tight loop
+                # The runs stay due: do not read them in a tight loop.
+                state.reader.hold(_NOT_COMMITTED_SECONDS)
                 return
             if isinstance(result, BaseException):
                 raise result

@@ -1,4 +1,7 @@
-"""Reads runs from FLORA with one API key and turns responses into reports. Called by the poller and the sweeper."""
+"""Reads runs from FLORA with one API key and turns responses into reports.
+
+Called by the poller and the sweeper.
+"""
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -35,7 +38,10 @@ class PageFailed:
 
 
 class RunReader:
-    """Reads runs with one API key. `key` is the workspace it is configured for, or None for all others."""
+    """Reads runs with one API key.
+
+    `key` is the workspace it is configured for, or None for all others.
+    """
 
     def __init__(
         self,
@@ -55,11 +61,17 @@ class RunReader:
 
     @property
     def held_seconds(self) -> float:
-        """Seconds until runs may be read: FLORA limits the rate or refuses the key, or the database takes no writes."""
+        """Seconds until runs may be read.
+
+        FLORA limits the rate or refuses the key, or the database takes no writes.
+        """
         return max(self._hold.seconds_left, self.rate_limit.held_seconds)
 
     def hold(self, seconds: float) -> None:
-        """Read nothing for `seconds`. Starts are not held: each of them waits for its own response."""
+        """Read nothing for `seconds`.
+
+        Starts are not held: each of them waits for its own response.
+        """
         self._hold.extend(seconds)
 
     async def read(self, run: Run) -> Report:
@@ -91,13 +103,14 @@ class RunReader:
         self._metrics.count_poll("terminal" if snapshot.status in {"completed", "failed"} else "running")
 
     def report_unlisted(self, run: Run, requested_at: datetime) -> Report:
-        """Return the report of a run that only lists can show and that its list did not show: nothing is known."""
+        """Return the report of a run that only its list can show, and that it did not show."""
         self._metrics.count_poll("unlisted")
         log.info("poll.unlisted", run_id=run.run_id)
         return ReadFailed(run.run_id, requested_at)
 
     async def _read(self, run: Run) -> Snapshot:
-        # A run of Route.LISTED is in lists alone; that route's own single read would need the technique.
+        # A run of Route.LISTED is in lists alone; that route's own single read would need the
+        # technique.
         if route(run) is Route.TECHNIQUE_RUN:
             return await self._client.technique_run(run.technique_id or "", run.run_id)
         return await self._client.run(run.run_id)
@@ -113,12 +126,13 @@ class RunReader:
         return ReadFailed(run.run_id, requested_at, retry_after=self._react_to(error, run_id=run.run_id))
 
     def _react_to(self, error: FloraError, **about: str | None) -> float | None:
-        """Hold the reads if the error calls for it; return the seconds until the same may be read again."""
+        """Hold the reads if the error calls for it; return the pause before the next try."""
         known = {**about, "status": error.status, "code": error.code, "request_id": error.request_id}
         match error.status:
             case 401 | 403:
                 self.hold(_KEY_REFUSED_SECONDS)
-                if not self._is_refused:  # logged once: callbacks are still accepted, but no run can be read
+                # Logged once: callbacks are still accepted, but no run can be read.
+                if not self._is_refused:
                     self._is_refused = True
                     log.critical("flora.key_refused", **known, fix="check FLORA_API_KEY; polling waits until it works")
                 return _KEY_REFUSED_SECONDS

@@ -1,12 +1,14 @@
-"""Starts runs at FLORA, and takes up runs that were started elsewhere. Called by the API; run by the service.
+"""Starts runs at FLORA, and takes up runs that were started elsewhere.
+
+Called by the API; run by the service.
 
 A start is committed before FLORA is requested to start it, and the response after that. Whatever
 happens in between, the same bytes are sent again under the same idempotency key, and the token in
 the callback URL identifies the start even if no response ever arrives.
 
-`start` commits and sends at once. `recover` sends again what has no response: starts of this process
-that failed, and those of a process that is gone. Where several processes share a database, one of
-them recovers, and the others only finish what they have sent (`finish_own`).
+`start` commits and sends at once. `recover` sends again what has no response: starts of this
+process that failed, and those of a process that is gone. Where several processes share a database,
+one of them recovers, and the others only finish what they have sent (`finish_own`).
 """
 
 import asyncio
@@ -132,7 +134,7 @@ class Starter:
         return result
 
     async def wait_for_response(self, token: str, *, timeout_seconds: float) -> Start | None:
-        """Return a start as soon as FLORA has responded to it, or as it is when the time is over."""
+        """Return a start once FLORA has responded to it, or as it is when the time is over."""
         with self._signals.changes.subscribe(token) as listener:
             try:
                 async with asyncio.timeout(timeout_seconds):
@@ -178,7 +180,7 @@ class Starter:
         await self.stop()
 
     async def recover(self, stopping: asyncio.Event) -> None:
-        """Send starts without a response again, of this process and of others, until `stopping` is set."""
+        """Send the starts that have no response again, until `stopping` is set."""
         await run_loop(
             "starter",
             lambda: self.tick(self._clock()),
@@ -206,7 +208,8 @@ class Starter:
 
     async def tick(self, now: datetime) -> float:
         """Send every start that is due; return the seconds until the next tick."""
-        in_flight = set(self._requests)  # the read below may not show yet what these get as a response
+        # The read below may not show yet what these get as a response.
+        in_flight = set(self._requests)
         limit = _BATCH + len(in_flight)
         for start in await self._database.read(lambda tx: starts.due_starts(tx, now=now, limit=limit)):
             if start.token not in in_flight:
@@ -222,7 +225,10 @@ class Starter:
             await asyncio.sleep(0)
 
     def _commit(self, tx: Connection, *, request: StartRequest, key: str, now: datetime) -> Committed | Conflict | None:
-        """Store a start, unless its key has one already; None: another process has just replaced that."""
+        """Store a start, unless its key has one.
+
+        None: another process has just replaced that one.
+        """
         before = starts.by_key(
             tx,
             workspace_id=request.workspace_id,
@@ -283,7 +289,8 @@ class Starter:
             await self._link_until_committed(start, response)
         except StoreUnavailableError as error:
             log.error("start.not_committed", key=start.idempotency_key, reason=str(error))
-            await asyncio.sleep(_RETRY_COMMIT_SECONDS)  # it stays due: do not send it in a tight loop
+            # It stays due: do not send it in a tight loop.
+            await asyncio.sleep(_RETRY_COMMIT_SECONDS)
         except Exception:
             log.exception("start.broken", key=start.idempotency_key)
             await asyncio.sleep(_AFTER_BUG_SECONDS)
@@ -300,7 +307,10 @@ class Starter:
         return await client.generate(body, idempotency_key=start.idempotency_key, may_send=may_send)
 
     async def _link_until_committed(self, start: Start, response: StartedRun) -> None:
-        """Commit the response however long that takes: once lost, the run must be guessed from a list."""
+        """Commit the response however long it takes.
+
+        Once it is lost, the run has to be guessed from a list.
+        """
         while True:
             try:
                 await self._link(start, response.snapshot.run_id, response)
@@ -346,7 +356,7 @@ class Starter:
         self._signals.changes.publish(Change("start", start.token, StartState.STARTED.value, run_id))
 
     async def _search(self, start: Start) -> None:
-        """Find the run of a start that FLORA has not named: link it if just one run and one start fit."""
+        """Find the run of a start in a list, and link them if only this run and start fit."""
         now = self._clock()
         runs: tuple[Snapshot, ...] = ()
         try:

@@ -1,7 +1,10 @@
-"""Searches FLORA's lists for runs that were never registered, and takes them up. Run by the service if so configured.
+"""Searches FLORA's lists for runs that were never registered, and takes them up.
 
-A sweep pages from the newest run down to its watermark: the creation time, by FLORA's clock, of the newest run that the
-last whole sweep saw, less an overlap. The first tick of a process always sweeps: it may have been down for long.
+Run by the service if so configured.
+
+A sweep pages from the newest run down to its watermark: the creation time, by FLORA's clock, of the
+newest run that the last whole sweep saw, less an overlap. The first tick of a process always
+sweeps: it may have been down for long.
 """
 
 import asyncio
@@ -48,7 +51,8 @@ class Discovery:
 class Sweeper:
     """Sweeps one list after the other.
 
-    `readers` maps a workspace id to the reader of its API key; None is the reader for every other workspace.
+    `readers` maps a workspace id to the reader of its API key; None is the reader for every other
+    workspace.
     """
 
     def __init__(
@@ -68,7 +72,10 @@ class Sweeper:
         self._due_at: dict[Scope, datetime] = {}
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Tick until `stopping` is set; a sweep in progress is dropped, and the next process starts it again."""
+        """Tick until `stopping` is set.
+
+        A sweep in progress is dropped, and the next process starts it again.
+        """
         loop = run_loop("sweeper", lambda: self.tick(self._clock()), stopping, retry_seconds=_RETRY_SECONDS)
         await run_until(stopping, loop)
 
@@ -109,7 +116,7 @@ class Sweeper:
         return self._discovery.every
 
     async def _apply(self, scope: Scope, rows: Sequence[Snapshot], requested_at: datetime) -> int:
-        """Report the rows that the database does not know yet; return how many runs are new to it."""
+        """Report the rows that are news to the database; return how many runs are new."""
         reports, unknown = await self._database.read(
             partial(_reports_of, scope=scope, rows=rows, requested_at=requested_at)
         )
@@ -118,7 +125,10 @@ class Sweeper:
 
 
 def scopes(discovery: Discovery, keys: Collection[str | None]) -> tuple[Scope, ...]:
-    """Return the lists to sweep: every combination of the filters, for every API key where no workspace is named."""
+    """Return the lists to sweep: every combination of the filters.
+
+    Without workspaces, those of every API key.
+    """
     listings: list[tuple[Listing, str | None]] = []
     workspaces: Collection[str | None] = discovery.workspace_ids or keys
     if "technique" in discovery.run_types:
@@ -141,7 +151,8 @@ def _reports_of(
     unknown = [row for row in listed.values() if row.run_id not in known]
     since = young_since(requested_at)
     if unknown and starts.oldest_unanswered_at(tx, workspace_id=scope.workspace_id, since=since) is not None:
-        # A row may be the run of a start without a response yet. It is left to the next sweep, by way of the overlap.
+        # A row may be the run of a start without a response yet. It is left to the next sweep, by
+        # way of the overlap.
         unknown = [row for row in unknown if not may_be_of_start(row.created_at, since)]
     return [*reports, *(RunRead(row, requested_at, origin=Origin.DISCOVERED) for row in unknown)], len(unknown)
 
