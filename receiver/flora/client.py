@@ -169,7 +169,9 @@ class FloraClient:
             return parse(parse_json(body))
         except PayloadError as error:
             request_id = response_headers.get("request-id")
-            raise FloraError(f"FLORA's response cannot be read: {error}", status=status, request_id=request_id) from error
+            raise FloraError(
+                f"FLORA's response cannot be read: {error}", status=status, request_id=request_id
+            ) from error
 
     async def _send(self, request: httpx.Request) -> tuple[int, bytes, httpx.Headers]:
         response = await self._http.send(request, stream=True)
@@ -178,7 +180,9 @@ class FloraClient:
             async for chunk in response.aiter_bytes():
                 body += chunk
                 if len(body) > _MAX_RESPONSE:
-                    raise FloraError(f"FLORA's response is larger than {_MAX_RESPONSE} bytes", status=response.status_code)
+                    raise FloraError(
+                        f"FLORA's response is larger than {_MAX_RESPONSE} bytes", status=response.status_code
+                    )
             return response.status_code, bytes(body), response.headers
         finally:
             await response.aclose()

@@ -4,6 +4,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from receiver.flora.rate_limit import AdaptiveLimit
+
 _GROW_AFTER = 10
 """Rows that start without a 429 before the limit grows by one."""
 _BURST_SECONDS = 5.0
@@ -20,22 +22,20 @@ class ConcurrencyLimit:
     """
 
     def __init__(self, maximum: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._maximum = maximum
-        self._limit = maximum
+        self._limit = AdaptiveLimit(maximum, grow_after=_GROW_AFTER)
         self._used = 0
-        self._successes = 0
         self._halved_at: float | None = None
         self._clock = clock
         self._changed = threading.Condition()
 
     @property
     def limit(self) -> int:
-        return self._limit
+        return self._limit.allowed
 
     def acquire(self) -> None:
         """Acquire a slot, waiting until one is free."""
         with self._changed:
-            self._changed.wait_for(lambda: self._used < self._limit)
+            self._changed.wait_for(lambda: self._used < self._limit.allowed)
             self._used += 1
 
     def release(self) -> None:
@@ -47,16 +47,13 @@ class ConcurrencyLimit:
         """Halve the limit after a 429, once for each burst."""
         with self._changed:
             now = self._clock()
-            if self._halved_at is None or now - self._halved_at >= _BURST_SECONDS:
+            is_repeat = self._halved_at is not None and now - self._halved_at < _BURST_SECONDS
+            if not is_repeat:
                 self._halved_at = now
-                self._limit = max(1, self._limit // 2)
-            self._successes = 0
+            self._limit.count_refusal(is_repeat=is_repeat)
 
     def record_success(self) -> None:
         """Count a row that started without a 429; ten in a row raise the limit by one."""
         with self._changed:
-            self._successes += 1
-            if self._successes >= _GROW_AFTER and self._limit < self._maximum:
-                self._successes = 0
-                self._limit += 1
-                self._changed.notify_all()
+            self._limit.count_success()
+            self._changed.notify_all()
