@@ -1,4 +1,4 @@
-"""What `load_settings` must accept, what it must refuse, and in which words; and that no secret ever shows."""
+"""What `load_settings` accepts, what it refuses and how, and that no secret is shown."""
 
 import re
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ BASE = {"FLORA_API_KEY": KEY, "FLORA_WEBHOOK_SECRET": SECRET}
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run where there is no receiver.toml by accident."""
+def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where there is no receiver.toml."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -35,7 +35,7 @@ def problems(toml: str = "", environ: Mapping[str, str] = BASE) -> dict[str, str
 
 
 def test_two_variables_are_enough() -> None:
-    """With only FLORA's two variables everything else has a default that works."""
+    """With FLORA's two variables, everything else has a default."""
     found = load_settings(None, BASE)
     assert found.database.url == "sqlite:///var/receiver.db"
     assert [(handler.name, handler.options) for handler in found.handlers] == [
@@ -49,7 +49,7 @@ def test_two_variables_are_enough() -> None:
     assert found.find_warnings() == []
 
 
-def test_the_file_is_the_argument_else_the_variable_else_in_the_working_directory() -> None:
+def test_the_file_is_the_argument_else_the_variable_else_receiver_toml() -> None:
     for name, port in (("argument.toml", 1), ("variable.toml", 2), ("receiver.toml", 3)):
         Path(name).write_text(f"[public]\nport = {port}", "utf-8")
     named = BASE | {"RECEIVER_CONFIG": "variable.toml"}
@@ -59,7 +59,7 @@ def test_the_file_is_the_argument_else_the_variable_else_in_the_working_director
 
 
 def test_the_documented_file_is_accepted() -> None:
-    """The example of the design reads as it says, a handler's own keys apart."""
+    """It has every kind of table; a handler's own keys become its options."""
     found = settings(
         """
         public_url = "https://hooks.example.com/"
@@ -134,7 +134,7 @@ def test_a_secret_is_read_from_a_file_without_its_newline() -> None:
     assert found.api_key_for(None) == KEY
 
 
-def test_a_workspace_brings_its_own_secrets_and_key() -> None:
+def test_a_workspace_has_its_own_secrets_and_key() -> None:
     Path("two").write_text("whsec_two\n")
     toml = """
         [[workspaces]]
@@ -205,17 +205,15 @@ WORKSPACE = '[[workspaces]]\nid = "ws_1"\nsecrets = ["whsec_1"]\n'
         ("a = ]", {}, "given.toml", "not valid TOML (at line 1, column 5)"),
     ],
 )
-def test_a_mistake_is_told_with_its_place_and_nothing_else(
-    toml: str, environ: Mapping[str, str], path: str, words: str
-) -> None:
-    """One mistake gives exactly one problem: no echo of it in another rule."""
+def test_a_mistake_is_one_problem_with_its_path(toml: str, environ: Mapping[str, str], path: str, words: str) -> None:
+    """No other rule repeats it."""
     found = problems(toml, {**BASE, **environ})
     assert list(found) == [path]
     assert words in found[path]
 
 
-def test_every_mistake_is_told_at_once() -> None:
-    """Sources, sections and the rules between sections report together."""
+def test_every_mistake_is_reported_at_once() -> None:
+    """Those of the sources, of sections and between sections."""
     found = problems(
         "public_url = 'https://x.local'\n[public]\nport = 'a'\n[dispatch]\nconcurrency = 0\n[log]\nlevel = 'loud'",
         {"RECEIVER_OPERATIONS__HOST": "0.0.0.0", "RECEIVER_PUBLIC__HOSTS": "x"},
@@ -246,7 +244,7 @@ def test_every_mistake_is_told_at_once() -> None:
         ("FLORA", "x"),
     ],
 )
-def test_names_that_others_set_are_left_alone(name: str, value: str) -> None:
+def test_variables_of_other_programs_are_ignored(name: str, value: str) -> None:
     assert load_settings(None, {**BASE, name: value}) == load_settings(None, BASE)
 
 
@@ -265,11 +263,11 @@ def test_an_emulator_on_loopback_may_call_any_address(host: str) -> None:
         ("token = 't'\n[tls]\ncert = 'given.toml'\nkey = 'given.toml'", {}),
     ],
 )
-def test_operations_may_leave_loopback_when_guarded(toml: str, environ: Mapping[str, str]) -> None:
+def test_operations_may_leave_loopback_with_token_and_tls(toml: str, environ: Mapping[str, str]) -> None:
     assert settings(f"[operations]\nhost = '0.0.0.0'\n{toml}", {**BASE, **environ}).operations.token
 
 
-def test_commands_that_do_not_talk_to_flora_need_no_secrets() -> None:
+def test_commands_that_do_not_use_flora_need_no_secrets() -> None:
     assert load_settings(None, {}, need_secrets=False).flora.api_key is None
 
 
@@ -283,8 +281,8 @@ def test_odd_but_usable_values_are_warnings() -> None:
     ]
 
 
-def test_what_a_handler_will_never_see_is_a_warning() -> None:
-    """A filter on a word that FLORA does not use matches nothing, and waiting for nobody has no end: both in silence."""
+def test_filters_and_waits_that_never_match_are_warnings() -> None:
+    """They are allowed, and would have no effect that is visible."""
     toml = """
 [[handlers]]
 use = "storage"
@@ -338,7 +336,7 @@ def test_a_mistake_never_shows_the_value(toml: str, environ: Mapping[str, str]) 
     assert caught.value.__cause__ is None
 
 
-def test_neither_repr_nor_the_redacted_view_shows_a_secret() -> None:
+def test_neither_repr_nor_redact_shows_a_secret() -> None:
     found = settings(
         f"""
         [operations]
@@ -369,7 +367,7 @@ def test_every_setting_has_a_help_text() -> None:
 
 
 def test_every_setting_of_a_section_can_come_from_the_environment() -> None:
-    """A new setting gets its variable by itself, and the rule for its name holds."""
+    """Also every new one, by the same rule for its name."""
     paths = {".".join(variable.path) for variable in environment_variables().values()}
     assert {setting.path for setting in describe() if "[]" not in setting.path} <= paths
     assert all(re.fullmatch(r"(RECEIVER|FLORA)_[A-Z_]+", name) for name in environment_variables())

@@ -15,7 +15,7 @@ import pytest
 
 from tests.cli.conftest import Running, environment, run_command
 from tests.support.stage import free_port
-from tests.support.tunnel_programs import FORWARDER, written
+from tests.support.tunnel_programs import FORWARDER, write_program
 
 LIMIT_SECONDS = 60.0
 Line = dict[str, Any]
@@ -27,7 +27,7 @@ class Dev:
     def __init__(self, directory: Path, *more: object) -> None:
         self._directory = directory
         source = f"open({str(directory / 'pid')!r}, 'w').write(str(os.getpid()))\n" + FORWARDER
-        program = written(directory, "forwarder", source.replace("https://127", "http://127"))
+        program = write_program(directory, "forwarder", source.replace("https://127", "http://127"))
         self.ops_port = free_port()
         self.running = Running(
             "dev", "--emulator", "--json", "--port", 0, "--ops-port", self.ops_port,

@@ -1,4 +1,4 @@
-"""Debian's sshd on loopback, for one test: its own host key, one user's key, its configuration in a temporary folder."""
+"""OpenSSH's sshd on loopback, with keys and configuration in a temporary directory."""
 
 import getpass
 import os
@@ -47,7 +47,7 @@ class Sshd:
 
 @contextmanager
 def sshd(directory: Path) -> Iterator[Sshd]:
-    """Run a server until the block is left."""
+    """Run a server until the block ends."""
     program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
     assert program is not None, "sshd is missing; on Debian and Ubuntu: apt-get install openssh-server"
     for name in ("host_key", "client_key"):
@@ -58,19 +58,19 @@ def sshd(directory: Path) -> Iterator[Sshd]:
     host_key = (directory / "host_key.pub").read_text()
     (directory / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key}")
     if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where it shuts itself in
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # its privilege separation directory
     with (directory / "sshd.log").open("wb") as log:
         command = [program, "-D", "-e", "-f", str(directory / "sshd_config")]
         process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL)
         try:
-            _wait(directory / "sshd.log", process)
+            _wait_until_listening(directory / "sshd.log", process)
             yield Sshd(port, getpass.getuser(), directory / "client_key", directory / "known_hosts", process)
         finally:
             process.terminate()
             process.wait(PATIENCE_SECONDS)
 
 
-def _wait(log: Path, process: "subprocess.Popen[bytes]") -> None:
+def _wait_until_listening(log: Path, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while "Server listening" not in log.read_text():
         assert process.poll() is None, log.read_text()

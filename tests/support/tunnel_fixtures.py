@@ -1,4 +1,4 @@
-"""A receiver to lead to, and ways to it."""
+"""Fixtures: a receiver, and an sshd for tunnels."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path

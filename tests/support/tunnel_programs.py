@@ -1,4 +1,4 @@
-"""Stand-ins for tunnel programs: they print what the real ones print, and really forward bytes to the port they are given."""
+"""Stand-ins for tunnel programs: they print what the real ones print, and forward bytes."""
 
 import sys
 from pathlib import Path
@@ -56,23 +56,23 @@ def say(text):
 """
 
 
-def written(directory: Path, name: str, body: str) -> Path:
-    """Write a program that can be run by its path."""
+def write_program(directory: Path, name: str, body: str) -> Path:
+    """Write an executable program and return its path."""
     path = directory / name
     path.write_text(_HEAD.format(python=sys.executable) + body)
     path.chmod(0o755)
     return path
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-async def gone(pid: int) -> None:
+async def wait_until_gone(pid: int) -> None:
     async def look() -> bool:
-        return not alive(pid)
+        return not is_alive(pid)
 
     await eventually(look)

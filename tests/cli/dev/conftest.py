@@ -1,4 +1,4 @@
-"""A receiver that a tunnel leads to, and an SSH server to open one through."""
+"""Fixtures: a receiver, and an sshd for tunnels."""
 
 from tests.support.tunnel_fixtures import ssh_server, stage
 

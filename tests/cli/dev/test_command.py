@@ -1,4 +1,4 @@
-"""`dev` as a developer runs it: the real command, with the emulated FLORA, a real tunnel program, a real sshd."""
+"""The real command `dev`, with an emulated FLORA, tunnel programs and sshd."""
 
 import json
 import os
@@ -14,14 +14,14 @@ import pytest
 from tests.cli.conftest import KEYS, Running, Start, run_command
 from tests.support.sshd import sshd
 from tests.support.stage import eventually, free_port
-from tests.support.tunnel_programs import CLOUDFLARED, FORWARDER, gone, written
+from tests.support.tunnel_programs import CLOUDFLARED, FORWARDER, wait_until_gone, write_program
 
 Line = dict[str, Any]
 EMULATED = ("--emulator", "--json", "--port", 0)
 
 
 def until(running: Running, wanted: Callable[[Line], bool]) -> list[Line]:
-    """Return what was told, up to the first line that is wanted."""
+    """Return the lines up to the first that is wanted."""
     return [json.loads(line) for line in running.until(lambda line: wanted(json.loads(line)))]
 
 
@@ -29,35 +29,35 @@ def is_kind(kind: str, **fields: Any) -> Callable[[Line], bool]:
     return lambda line: line["kind"] == kind and all(line[name] == value for name, value in fields.items())
 
 
-def started(cwd: Path, port: int) -> str:
-    """Start a run as another terminal would, and return its id."""
+def start_run(cwd: Path, port: int) -> str:
+    """Start a run with the command, and return its id."""
     inputs = ["--technique-id", "emu-image", "--input", "{id: prompt, type: text, value: a lighthouse}"]
     done = run_command("runs", "start", *inputs, cwd=cwd, env={"RECEIVER_OPERATIONS__PORT": str(port)})
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[0]
 
 
-def test_without_a_tunnel_each_settled_run_is_played_as_a_callback(start: Start, tmp_path: Path) -> None:
-    """Polled, settled, then called back by ourselves through the real door: the verdict is a real one, the file too."""
+def test_without_a_tunnel_a_callback_is_simulated_for_each_settled_run(start: Start, tmp_path: Path) -> None:
+    """The run is polled and settles; then its callback reaches the real endpoint, and it is matched."""
     port = free_port()
     dev = start("dev", *EMULATED, "--no-tunnel", "--ops-port", port)
     until(dev, is_kind("canary", code="open"))
-    run_id = started(tmp_path, port)
-    told = until(dev, is_kind("file", run_id=run_id))
-    told += until(dev, is_kind("file", run_id=run_id))
-    words = [(line["kind"], line.get("state") or line.get("answer"), line.get("verdict")) for line in told]
-    of_run = [word for word, line in zip(words, told, strict=True) if line.get("run_id") == run_id]
+    run_id = start_run(tmp_path, port)
+    lines = until(dev, is_kind("file", run_id=run_id))
+    lines += until(dev, is_kind("file", run_id=run_id))
+    words = [(line["kind"], line.get("state") or line.get("answer"), line.get("verdict")) for line in lines]
+    of_run = [word for word, line in zip(words, lines, strict=True) if line.get("run_id") == run_id]
     assert ("run", "completed", None) in of_run
     assert of_run.index(("callback", "accepted", None)) > of_run.index(("run", "completed", None))
     assert ("run", "completed", "matched") in of_run
-    files = [tmp_path / line["file"] for line in told if line["kind"] == "file"]
+    files = [tmp_path / line["file"] for line in lines if line["kind"] == "file"]
     assert {file.name for file in files} == {"output_1.png", "run.json"}
     assert all(file.stat().st_size for file in files)
     assert dev.stop() == 0
 
 
-async def test_a_callback_comes_through_ssh_and_tls(start: Start, tmp_path: Path) -> None:
-    """FLORA calls the ssh host by HTTPS; the run is matched, so its callback was the one that came; Ctrl-C frees the port."""
+async def test_a_callback_arrives_through_ssh_and_tls(start: Start, tmp_path: Path) -> None:
+    """FLORA calls the ssh host by HTTPS, the run is matched, and stopping frees the remote port."""
     directory = tmp_path / "sshd"
     directory.mkdir()
     ops_port, remote_port = free_port(), free_port()
@@ -67,9 +67,9 @@ async def test_a_callback_comes_through_ssh_and_tls(start: Start, tmp_path: Path
         opened = until(dev, is_kind("tunnel"))[-1]
         assert opened["url"] == f"https://127.0.0.1:{remote_port}"
         until(dev, is_kind("canary", code="open"))
-        run_id = started(tmp_path, ops_port)
-        told = until(dev, is_kind("run", run_id=run_id, verdict="matched"))
-        assert any(line["kind"] == "callback" and line["answer"] == "accepted" for line in told)
+        run_id = start_run(tmp_path, ops_port)
+        lines = until(dev, is_kind("run", run_id=run_id, verdict="matched"))
+        assert any(line["kind"] == "callback" and line["answer"] == "accepted" for line in lines)
         until(dev, is_kind("file", run_id=run_id))
         assert dev.stop() == 0
 
@@ -80,9 +80,9 @@ async def test_a_callback_comes_through_ssh_and_tls(start: Start, tmp_path: Path
         await eventually(free)
 
 
-async def test_a_tunnels_program_ends_with_dev(start: Start, tmp_path: Path) -> None:
-    """Its URL is what FLORA is told; a canary that is lost is no word at first; SIGTERM leaves no process behind."""
-    program = written(
+async def test_the_tunnel_program_ends_with_dev(start: Start, tmp_path: Path) -> None:
+    """Its URL is shown, a canary lost at first is not reported, and SIGTERM leaves no process."""
+    program = write_program(
         tmp_path, "cloudflared", f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n" + CLOUDFLARED
     )
     dev = start("dev", *EMULATED, "--ops-port", 0, PATH=f"{program.parent}:{os.environ['PATH']}")
@@ -90,12 +90,12 @@ async def test_a_tunnels_program_ends_with_dev(start: Start, tmp_path: Path) -> 
     assert (opened["provider"], opened["url"]) == ("cloudflared", "https://four-plain-made-words.trycloudflare.com")
     pid = int((tmp_path / "pid").read_text())
     assert dev.stop() == 0
-    await gone(pid)
+    await wait_until_gone(pid)
 
 
 def test_a_forged_callback_is_shown_with_its_refusal(start: Start, tmp_path: Path) -> None:
-    """And nothing of what a stranger wrote."""
-    program = written(tmp_path, "forwarder", FORWARDER.replace("https://127", "http://127"))
+    """Nothing of its unverified body is shown."""
+    program = write_program(tmp_path, "forwarder", FORWARDER.replace("https://127", "http://127"))
     command = f"{shlex.quote(str(program))} {{port}}"
     dev = start("dev", *EMULATED, "--ops-port", 0, "--command", command, "--pattern", r"listening at (\S+)")
     url = until(dev, is_kind("tunnel"))[-1]["url"]
@@ -107,7 +107,7 @@ def test_a_forged_callback_is_shown_with_its_refusal(start: Start, tmp_path: Pat
 
 
 def test_a_tunnel_that_does_not_open_is_shown_with_its_output(tmp_path: Path) -> None:
-    program = written(tmp_path, "broken", 'say("ERR no route to the edge"); sys.exit(5)')
+    program = write_program(tmp_path, "broken", 'say("ERR no route to the edge"); sys.exit(5)')
     done = run_command("dev", "--emulator", "--port", 0, "--ops-port", 0, "--command", program, cwd=tmp_path)
     assert done.returncode == 1
     assert "ended with exit code 5" in done.stdout
@@ -116,7 +116,7 @@ def test_a_tunnel_that_does_not_open_is_shown_with_its_output(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((), "--no-tunnel"),
         (("--ssh", "me@host"), "FLORA calls HTTPS URLs only"),
@@ -126,9 +126,9 @@ def test_a_tunnel_that_does_not_open_is_shown_with_its_output(tmp_path: Path) ->
         (("--no-tunnel", "--ca", "/dev/null"), "--ca: /dev/null holds no certificate"),
     ],
 )
-def test_what_cannot_be_used_is_told(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
-    """With exit code 2, before anything is opened."""
+def test_unusable_options_are_refused(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    """The exit code is 2, before a tunnel is opened."""
     path = str(Path(sys.executable).parent)
     done = run_command("dev", "--port", 0, "--ops-port", 0, *arguments, cwd=tmp_path, env={**KEYS, "PATH": path})
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr

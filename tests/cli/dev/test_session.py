@@ -1,4 +1,4 @@
-"""A session of `dev` inside the test: who is at fault is said, and what was missed while a tunnel was down is caught up."""
+"""A session of `dev` in the test's own process: diagnoses, replaced tunnels, missed callbacks."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ from receiver.flora.start_request import StartRequest
 from receiver.service.service import Service
 from receiver.workers.starter import Committed
 from tests.support.stage import Stage, eventually
-from tests.support.tunnel_programs import FORWARDER, gone, written
+from tests.support.tunnel_programs import FORWARDER, wait_until_gone, write_program
 
 QUICK = Timing(check=0.1, confirm=0.01, settle=0.0, max_retry=0.1)
 Line = dict[str, Any]
@@ -34,7 +34,7 @@ Line = dict[str, Any]
 
 @dataclass
 class Session:
-    """What the desk told, and the service that it works with."""
+    """The output of a session, and the service that it runs beside."""
 
     service: Service
     screen: io.StringIO
@@ -44,7 +44,7 @@ class Session:
         return [json.loads(line) for line in self.screen.getvalue().splitlines()]
 
     async def until(self, wanted: Callable[[Line], bool]) -> Line:
-        """Return the first line that is wanted, beyond those that were returned before."""
+        """Return the next line that is wanted."""
 
         async def look() -> Line | None:
             for place, line in enumerate(self.lines()[self._read :], self._read):
@@ -69,17 +69,17 @@ class Session:
 
 
 @contextlib.asynccontextmanager
-async def at_desk(stage: Stage, provider: Provider, **sections: Any) -> AsyncIterator[Session]:
+async def run_session(stage: Stage, provider: Provider, **sections: Any) -> AsyncIterator[Session]:
     settings = Settings.model_validate(stage.document(**sections))
     screen = io.StringIO()
     view = View(as_json=True, stream=screen)
     service = Service(settings, around=lambda app: CallbackEvents(app, view))
     stopping = asyncio.Event()
     async with service.running():
-        desk = DevSession(
+        dev = DevSession(
             service, settings, view, provider, ca=stage.ca, timing=QUICK, canary_seconds=1.0, stranded_seconds=0.3
         )
-        working = asyncio.create_task(desk.run(stopping))
+        working = asyncio.create_task(dev.run(stopping))
         try:
             yield Session(service, screen)
         finally:
@@ -89,7 +89,7 @@ async def at_desk(stage: Stage, provider: Provider, **sections: Any) -> AsyncIte
 
 @pytest.fixture
 def forwarder(tmp_path: Path) -> Command:
-    program = written(tmp_path, "forwarder", FORWARDER)
+    program = write_program(tmp_path, "forwarder", FORWARDER)
     return Command(f"{shlex.quote(str(program))} {{port}}", r"listening at (https://\S+)")
 
 
@@ -97,18 +97,18 @@ def is_canary(code: str) -> Callable[[Line], bool]:
     return lambda line: line["kind"] == "canary" and line["code"] == code
 
 
-def opened(line: Line) -> bool:
+def is_opened(line: Line) -> bool:
     return line["kind"] == "tunnel" and bool(line.get("url"))
 
 
 async def test_a_stopped_tunnel_is_replaced_and_its_runs_are_caught_up(stage: Stage, forwarder: Command) -> None:
-    """Polling settles a run whose callback goes to an address that is gone; the next one is called back by the new one.
+    """A run whose callback goes to the old URL settles by polling; the next one uses the new URL.
 
-    The first one is still running when the tunnel is open again, and by the policy it would not be read for ten minutes.
+    The first run is open when the tunnel is reopened; the policy alone would not read it for ten minutes.
     """
     reconcile = {"first_poll_seconds": 600, "max_gap_seconds": 600}
-    async with at_desk(stage, forwarder, reconcile=reconcile) as session:
-        first = (await session.until(opened))["url"]
+    async with run_session(stage, forwarder, reconcile=reconcile) as session:
+        first = (await session.until(is_opened))["url"]
         await session.until(is_canary("open"))
         assert forwarder._program is not None
         pid = next(int(line.split()[1]) for line in forwarder._program.printed if line.startswith("pid "))
@@ -117,7 +117,7 @@ async def test_a_stopped_tunnel_is_replaced_and_its_runs_are_caught_up(stage: St
         stranded = await session.start()
         fault = await session.until(lambda line: line.get("fault") == "tunnel")
         assert fault["kind"] == "canary"
-        second = await session.until(opened)
+        second = await session.until(is_opened)
         assert second["url"] != first
         assert second["moved"]
         caught = await session.until(lambda line: line["kind"] == "catch-up")
@@ -131,51 +131,51 @@ async def test_a_stopped_tunnel_is_replaced_and_its_runs_are_caught_up(stage: St
         assert (shown["run_id"], shown["answer"]) == (after, "accepted")
 
 
-async def test_the_receivers_fault(stage: Stage, forwarder: Command) -> None:
-    """Its listener is gone: the tunnel is not blamed, nor replaced."""
-    async with at_desk(stage, forwarder) as session:
+async def test_a_receiver_that_does_not_respond_is_at_fault(stage: Stage, forwarder: Command) -> None:
+    """Its listener is stopped; the tunnel is not replaced."""
+    async with run_session(stage, forwarder) as session:
         await session.until(is_canary("open"))
         assert session.service._public is not None
         await session.service._public.stop()
-        told = await session.until(is_canary("receiver_silent"))
-        assert told["fault"] == "receiver"
-        assert sum(opened(line) for line in session.lines()) == 1
+        line = await session.until(is_canary("receiver_silent"))
+        assert line["fault"] == "receiver"
+        assert sum(is_opened(line) for line in session.lines()) == 1
 
 
-async def test_floras_fault(stage: Stage, forwarder: Command) -> None:
-    """Its API answers with errors of its own, while callbacks would come through; and then well again."""
-    async with at_desk(stage, forwarder) as session:
+async def test_an_api_with_server_errors_is_at_fault(stage: Stage, forwarder: Command) -> None:
+    """FLORA's API returns 5xx while callbacks would arrive; then it recovers."""
+    async with run_session(stage, forwarder) as session:
         await session.until(is_canary("open"))
         run_id = await session.start()
         stage.emulator.faults.add(parse_faults([{"kind": "service_unavailable", "next": 3}]))
-        told = await session.until(is_canary("flora_fails"))
-        assert told["fault"] == "flora"
+        line = await session.until(is_canary("flora_fails"))
+        assert line["fault"] == "flora"
         await session.until(is_canary("open"))
         await stage.at(run_id, state="completed")
 
 
-async def test_a_url_that_is_not_ours(stage: Stage) -> None:
-    """Nobody answers there, seen from here: that cannot be told from a router that does not lead back in."""
-    async with at_desk(stage, FixedUrl("https://127.0.0.1:1")) as session:
-        told = await session.until(is_canary("unchecked"))
-        assert told["fault"] is None
-        assert "cannot be checked from here" in told["reason"]
+async def test_a_fixed_url_that_does_not_respond_is_unchecked(stage: Stage) -> None:
+    """A router that does not route its own address back inside looks the same."""
+    async with run_session(stage, FixedUrl("https://127.0.0.1:1")) as session:
+        line = await session.until(is_canary("unchecked"))
+        assert line["fault"] is None
+        assert "cannot be checked from here" in line["reason"]
 
 
-async def test_floras_rules_hold_for_a_tunnels_url(stage: Stage) -> None:
-    """With the real FLORA, a private address is refused before any run is told of it."""
+async def test_floras_rules_apply_to_the_url_of_a_tunnel(stage: Stage) -> None:
+    """With the real FLORA, a private address is refused before a run uses it."""
     settings = Settings.model_validate(stage.document(flora={"base_url": "https://app.flora.ai/api/v1"}))
     screen = io.StringIO()
     view = View(as_json=True, stream=screen)
     async with Service(settings).running() as service:
-        desk = DevSession(service, settings, view, FixedUrl("https://192.168.1.7"))
-        assert await desk.run(asyncio.Event()) == 1
+        dev = DevSession(service, settings, view, FixedUrl("https://192.168.1.7"))
+        assert await dev.run(asyncio.Event()) == 1
     assert "FLORA refuses private addresses" in screen.getvalue()
 
 
-async def test_stopping_while_a_tunnel_opens(stage: Stage, tmp_path: Path) -> None:
-    """It may take half a minute: nobody waits for that, and its program is ended."""
-    program = written(
+async def test_dev_stops_while_a_tunnel_opens(stage: Stage, tmp_path: Path) -> None:
+    """Opening can take 30 seconds; stopping does not wait, and ends the program."""
+    program = write_program(
         tmp_path, "slow", f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(3600)"
     )
     settings = Settings.model_validate(stage.document())
@@ -192,10 +192,10 @@ async def test_stopping_while_a_tunnel_opens(stage: Stage, tmp_path: Path) -> No
         pid = await eventually(begun)
         stopping.set()
         assert await working == 0
-        await gone(pid)
+        await wait_until_gone(pid)
 
 
-def test_people_get_plain_lines_without_a_terminal() -> None:
+def test_output_that_is_no_terminal_gets_plain_lines() -> None:
     screen = io.StringIO()
     with View(as_json=False, stream=screen) as view:
         view.show_status("nothing of this", is_healthy=True)

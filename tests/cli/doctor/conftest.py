@@ -1,5 +1,5 @@
-"""A receiver that a tunnel leads to, and an SSH server to open one through."""
+"""Fixture: a receiver."""
 
-from tests.support.tunnel_fixtures import ssh_server, stage
+from tests.support.tunnel_fixtures import stage
 
-__all__ = ["ssh_server", "stage"]
+__all__ = ["stage"]

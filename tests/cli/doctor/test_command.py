@@ -1,4 +1,4 @@
-"""The doctor finds each illness under its own id, by real servers on loopback, and is silent about a healthy set-up."""
+"""Each fault is found under its own id, with real servers on loopback; a healthy set-up has none."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ from tests.cli.conftest import KEYS, run_command
 from tests.support.stage import Stage, free_port, staged
 
 OLD = "database.old_sqlite"
-Answer = Callable[[bytes], Awaitable[bytes]]
+Respond = Callable[[bytes], Awaitable[bytes]]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def settings(stage: Stage, **sections: Any) -> Settings:
 
 
 def ids(found: list[Finding]) -> set[str]:
-    """What a person would have to do something about."""
+    """Return the ids of the warnings and errors."""
     return {each.id for each in found if each.kind.severity is not Severity.OK}
 
 
@@ -62,8 +62,8 @@ def reply(status: str, body: bytes = b"", *headers: str) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def before(stage: Stage, answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """Something that stands before the receiver; `answer` makes a whole answer of a whole request. Yields its origin."""
+async def run_proxy(stage: Stage, respond: Respond, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """Run a server in front of the receiver; `respond` turns a request into a response, as bytes."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -71,7 +71,7 @@ async def before(stage: Stage, answer: Answer, tls: ssl.SSLContext | None = None
             length = next(
                 (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
             )
-            writer.write(await answer(head + await reader.readexactly(length)))
+            writer.write(await respond(head + await reader.readexactly(length)))
             await writer.drain()
         writer.close()
 
@@ -85,29 +85,29 @@ async def before(stage: Stage, answer: Answer, tls: ssl.SSLContext | None = None
         server.close()
 
 
-def handing_on(stage: Stage, change: Callable[[bytes], bytes]) -> Answer:
-    """A proxy that changes requests before the receiver sees them."""
+def forward(stage: Stage, change: Callable[[bytes], bytes]) -> Respond:
+    """Return a function that changes a request and forwards it to the receiver."""
 
-    async def answer(request: bytes) -> bytes:
+    async def respond(request: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", stage.port, ssl=stage.tls())
         writer.write(change(request))
         await writer.drain()
-        answer = await reader.read(65_536)
+        response = await reader.read(65_536)
         writer.transport.abort()
-        return answer
+        return response
 
-    return answer
-
-
-def always(whole: bytes) -> Answer:
-    async def answer(_: bytes) -> bytes:
-        return whole
-
-    return answer
+    return respond
 
 
-async def test_a_healthy_set_up_is_no_alarm(stage: Stage, tmp_path: Path) -> None:
-    """Beside the running service, whose ledger is its own; and without it, from the settings alone."""
+def always(response: bytes) -> Respond:
+    async def respond(_: bytes) -> bytes:
+        return response
+
+    return respond
+
+
+async def test_a_healthy_set_up_has_no_findings(stage: Stage, tmp_path: Path) -> None:
+    """Both beside a running service that holds the ledger, and without one."""
     stage.port = free_port()
     authority = certificates.make_authority()
     ca = tmp_path / "quarter-ca.pem"
@@ -123,16 +123,16 @@ async def test_a_healthy_set_up_is_no_alarm(stage: Stage, tmp_path: Path) -> Non
     assert ids(await check_database(settings(stage), free_bytes=lambda _: 10**12)) == set()
 
 
-async def test_what_is_not_there_yet_is_not_made(stage: Stage, tmp_path: Path) -> None:
-    """A look by root before the first start must not leave files that the service cannot write."""
+async def test_a_ledger_that_does_not_exist_is_not_created(stage: Stage, tmp_path: Path) -> None:
+    """Run as root before the first start, it must leave no files that the service cannot write."""
     url = f"sqlite:///{tmp_path}/not/yet/receiver.db"
     assert ids(await check_database(settings(stage, database={"url": url}))) == set()
     assert not (tmp_path / "not").exists()
     assert not any("doctor" in name for name in names(tmp_path))
 
 
-async def test_a_receiver_on_another_address_than_loopback(stage: Stage) -> None:
-    """What it is bound to is this machine too: it is asked there, whatever name its certificate bears."""
+async def test_a_receiver_that_is_not_on_loopback_is_reached(stage: Stage) -> None:
+    """The address it is bound to counts as this machine, whatever its certificate says."""
     async with own_client(bound="192.0.2.1") as client:
         with pytest.raises(httpx.UnsupportedProtocol):
             await client.get("https://192.0.2.2/")
@@ -141,7 +141,7 @@ async def test_a_receiver_on_another_address_than_loopback(stage: Stage) -> None
 
 
 @pytest.mark.parametrize(
-    ("answer", "found"),
+    ("response", "found"),
     [
         (reply("301 Moved", b"", "Location: https://elsewhere.example/"), "public.redirect"),
         (reply("200 OK", b"<html>Sign in</html>", "Content-Type: text/html"), "public.someone_else"),
@@ -151,15 +151,15 @@ async def test_a_receiver_on_another_address_than_loopback(stage: Stage) -> None
         (b"SSH-2.0-OpenSSH_9.2\r\n", "public.someone_else"),
     ],
 )
-async def test_who_answers_in_place_of_the_receiver(stage: Stage, answer: bytes, found: str) -> None:
-    """A redirect, a login page, a lost path, a receiver that cannot commit, no HTTP at all: each by its own id."""
-    async with stage.service(), before(stage, always(answer)) as origin:
-        told = await check_public_url(settings(stage, public_url=origin), ca=stage.ca)
-    assert ids(told) - {"public.certificate_ends"} == {found}
+async def test_other_responses_than_the_receivers(stage: Stage, response: bytes, found: str) -> None:
+    """A redirect, a login page, another path, a receiver that cannot commit, no HTTP."""
+    async with stage.service(), run_proxy(stage, always(response)) as origin:
+        findings = await check_public_url(settings(stage, public_url=origin), ca=stage.ca)
+    assert ids(findings) - {"public.certificate_ends"} == {found}
 
 
-async def test_what_a_proxy_changes_is_told_apart(stage: Stage) -> None:
-    """The path, the bytes, or nothing: the receiver behind it is the same."""
+async def test_changes_by_a_proxy_are_distinguished(stage: Stage) -> None:
+    """It changes nothing, the path or the body, in front of the same receiver."""
     changes: dict[str | None, Callable[[bytes], bytes]] = {
         None: lambda request: request,
         "public.rewritten": lambda request: request.replace(b"/callbacks/flora", b"/hooks/callbacks/flora"),
@@ -169,13 +169,13 @@ async def test_what_a_proxy_changes_is_told_apart(stage: Stage) -> None:
     }
     async with stage.service():
         for wanted, change in changes.items():
-            async with before(stage, handing_on(stage, change)) as origin:
-                told = await check_public_url(settings(stage, public_url=origin), ca=stage.ca)
-            assert ids(told) - {"public.certificate_ends"} == ({wanted} if wanted else set())
+            async with run_proxy(stage, forward(stage, change)) as origin:
+                findings = await check_public_url(settings(stage, public_url=origin), ca=stage.ca)
+            assert ids(findings) - {"public.certificate_ends"} == ({wanted} if wanted else set())
 
 
-async def test_a_slow_way_is_told(stage: Stage) -> None:
-    """By what a canary took: no test waits for it."""
+async def test_a_slow_or_broken_route_is_diagnosed(stage: Stage) -> None:
+    """The duration of a canary decides; the test does not wait."""
     slow, quick = ProbeResult("u", 7.5, 200, "canary"), ProbeResult("u", 0.1, 200, "canary")
     finding = diagnose_route(slow, quick)
     assert finding is not None
@@ -191,33 +191,33 @@ async def test_a_slow_way_is_told(stage: Stage) -> None:
         assert stuck.id == wanted
 
 
-async def test_a_way_that_takes_its_time(stage: Stage) -> None:
-    """A real proxy that holds the canary for longer than the limit, which is a short one here."""
+async def test_a_slow_proxy_is_found(stage: Stage) -> None:
+    """A real proxy holds the canary for longer than the limit, which is short here."""
 
     async def hold(request: bytes) -> bytes:
         await asyncio.sleep(0.2)
-        return await handing_on(stage, lambda same: same)(request)
+        return await forward(stage, lambda same: same)(request)
 
-    async with stage.service(), before(stage, hold) as origin:
-        told = await check_public_url(settings(stage, public_url=origin), ca=stage.ca, slow_seconds=0.1)
-    assert ids(told) - {"public.certificate_ends"} == {"public.slow"}
+    async with stage.service(), run_proxy(stage, hold) as origin:
+        findings = await check_public_url(settings(stage, public_url=origin), ca=stage.ca, slow_seconds=0.1)
+    assert ids(findings) - {"public.certificate_ends"} == {"public.slow"}
 
 
-async def test_nobody_there(stage: Stage) -> None:
-    """Without a receiver that is what is said; with one, at an address of this machine, the way to it is missing."""
+async def test_a_public_url_without_a_receiver(stage: Stage) -> None:
+    """With a receiver on this machine the route is missing, without one the receiver."""
     async with stage.service():
-        told = await check_public_url(settings(stage, public_url=f"https://127.0.0.1:{free_port()}"), ca=stage.ca)
-        assert ids(told) == {"public.unreachable"}
+        findings = await check_public_url(settings(stage, public_url=f"https://127.0.0.1:{free_port()}"), ca=stage.ca)
+        assert ids(findings) == {"public.unreachable"}
     stage.port = free_port()
-    for answer in (None, reply("502 Bad Gateway", b"nobody behind")):
-        async with before(stage, always(answer or b"")) as origin:
-            url = origin if answer else f"https://127.0.0.1:{free_port()}"
-            told = await check_public_url(settings(stage, public_url=url), ca=stage.ca)
-        assert ids(told) - {"public.certificate_ends"} == {"receiver.silent"}
+    for response in (None, reply("502 Bad Gateway", b"nobody behind")):
+        async with run_proxy(stage, always(response or b"")) as origin:
+            url = origin if response else f"https://127.0.0.1:{free_port()}"
+            findings = await check_public_url(settings(stage, public_url=url), ca=stage.ca)
+        assert ids(findings) - {"public.certificate_ends"} == {"receiver.silent"}
 
 
-def test_a_router_that_does_not_lead_back_inside() -> None:
-    """Nobody answers at an address that is not this machine's, while the receiver is well: no alarm, a warning."""
+def test_a_router_that_does_not_route_back_inside() -> None:
+    """A refusal at an address of another machine is a warning while the receiver works."""
     here, refused = (
         ProbeResult("u", 0.1, 200, "canary"),
         ProbeResult("u", 0.1, failure=ProbeFailure.REFUSED, message="why"),
@@ -229,8 +229,8 @@ def test_a_router_that_does_not_lead_back_inside() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["expired", "another host", "another authority"])
-async def test_a_certificate_that_flora_would_not_take(stage: Stage, tmp_path: Path, wrong: str) -> None:
-    """Whatever else answers behind it."""
+async def test_a_certificate_that_flora_would_not_trust(stage: Stage, tmp_path: Path, wrong: str) -> None:
+    """It is the only finding, whatever responds behind it."""
     authority = certificates.make_authority()
     ca = tmp_path / "own-ca.pem"
     ca.write_bytes(authority.pem)
@@ -239,40 +239,42 @@ async def test_a_certificate_that_flora_would_not_take(stage: Stage, tmp_path: P
     cert, key = certificates.write(certificates.issue(authority, host, life=life), tmp_path, "other")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
-    async with stage.service(), before(stage, always(reply("200 OK")), context) as origin:
+    async with stage.service(), run_proxy(stage, always(reply("200 OK")), context) as origin:
         trusted = stage.ca if wrong == "another authority" else ca
-        told = await check_public_url(settings(stage, public_url=origin), ca=trusted)
-    assert ids(told) == {"public.certificate"}
+        findings = await check_public_url(settings(stage, public_url=origin), ca=trusted)
+    assert ids(findings) == {"public.certificate"}
 
 
 async def test_a_receiver_with_another_secret(stage: Stage) -> None:
-    """Refused from outside and on this machine alike: nobody alters anything."""
+    """It refuses the canary outside and on this machine, so the body is not altered."""
     async with stage.service():
         flora = {"webhook_secrets": ["whsec_another"]}
-        told = await check_public_url(
+        findings = await check_public_url(
             settings(stage, public_url=f"https://127.0.0.1:{stage.port}", flora=flora), ca=stage.ca
         )
-    assert ids(told) - {"public.certificate_ends"} == {"public.wrong_secret"}
+    assert ids(findings) - {"public.certificate_ends"} == {"public.wrong_secret"}
 
 
-async def test_a_receiver_that_does_not_know_every_secret(stage: Stage) -> None:
-    """It was started before a secret was rotated, or a workspace was added: each secret is tried."""
+async def test_a_receiver_without_some_of_the_secrets(stage: Stage) -> None:
+    """It was started before a secret or a workspace was added; each secret is tried."""
     stage.port = free_port()
     public_url = f"https://127.0.0.1:{stage.port}"
     flora = {"webhook_secrets": [stage.secret, "whsec_new"]}
     workspaces = [{"id": "ws_new", "secrets": ["whsec_of_ws_new"]}]
     with_all = settings(stage, public_url=public_url, flora=flora, workspaces=workspaces)
     async with stage.service():
-        told = [each for each in await check_public_url(with_all, ca=stage.ca) if each.id != "public.certificate_ends"]
-    assert [each.id for each in told] == ["public.wrong_secret"] * 2
-    assert "number 2" in told[0].what
-    assert "ws_new" in told[1].what
+        findings = [
+            each for each in await check_public_url(with_all, ca=stage.ca) if each.id != "public.certificate_ends"
+        ]
+    assert [each.id for each in findings] == ["public.wrong_secret"] * 2
+    assert "number 2" in findings[0].what
+    assert "ws_new" in findings[1].what
     async with stage.service(flora=flora, workspaces=workspaces):
         assert ids(await check_public_url(with_all, ca=stage.ca)) == {"public.certificate_ends"}
 
 
-async def test_keys_that_flora_refuses_are_told_apart(stage: Stage) -> None:
-    """Revoked is not forbidden, and no answer is neither."""
+async def test_refused_keys_are_distinguished(stage: Stage) -> None:
+    """Revoked, forbidden, failing and unreachable have findings of their own."""
     assert ids(await check_flora(settings(stage))) == set()
     revoked = settings(stage, flora={"api_key": "sk_test_revoked"})
     assert ids(await check_flora(revoked)) == {"flora.key_refused"}
@@ -295,8 +297,8 @@ async def test_keys_that_flora_refuses_are_told_apart(stage: Stage) -> None:
         assert stage.emulator.settings.api_key not in finding.what
 
 
-async def test_a_clock_that_is_wrong(stage: Stage) -> None:
-    """Held against FLORA's own `Date`."""
+async def test_a_clock_that_differs_from_floras(stage: Stage) -> None:
+    """The `Date` header of FLORA's response decides."""
     for minutes, word in ((10, "ahead"), (-10, "behind")):
         [finding] = await check_flora(settings(stage), datetime.now(UTC) + timedelta(minutes=minutes))
         assert finding.id == "clock.skewed"
@@ -304,8 +306,8 @@ async def test_a_clock_that_is_wrong(stage: Stage) -> None:
     assert await check_flora(settings(stage), datetime.now(UTC) + timedelta(seconds=30)) == []
 
 
-async def test_a_ledger_that_cannot_be_written(stage: Stage, tmp_path: Path) -> None:
-    """Read-only, no directory, no server: unusable; little room: full; a service that does not answer: that."""
+async def test_an_unusable_ledger(stage: Stage, tmp_path: Path) -> None:
+    """No directory and no server, no space, and a service that does not respond."""
     file = tmp_path / "a file"
     file.write_text("in the way")
     nowhere = settings(stage, database={"url": f"sqlite:///{file}/receiver.db"})
@@ -313,7 +315,7 @@ async def test_a_ledger_that_cannot_be_written(stage: Stage, tmp_path: Path) -> 
     away = settings(stage, database={"url": f"postgresql://nobody@127.0.0.1:{free_port()}/x"})
     assert ids(await check_database(away)) == {"database.unusable"}
     assert ids(await check_database(settings(stage), free_bytes=lambda _: 5 * 1024**2)) == {"database.full"}
-    assert ids(await check_database(settings(stage), free_bytes=no_room)) == {"database.full"}
+    assert ids(await check_database(settings(stage), free_bytes=no_space)) == {"database.full"}
     async with stage.service():
         here, stage.port = stage.port, free_port()
         assert ids(await check_database(settings(stage))) == {"database.unanswered"}
@@ -321,13 +323,13 @@ async def test_a_ledger_that_cannot_be_written(stage: Stage, tmp_path: Path) -> 
         assert ids(await check_database(settings(stage))) == set()
 
 
-def no_room(_: Path) -> int:
+def no_space(_: Path) -> int:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextlib.contextmanager
-def somebody() -> Iterator[None]:
-    """Be a user for whom there are files that cannot be written: as root, become nobody for a while."""
+def unprivileged() -> Iterator[None]:
+    """Run as a user who cannot write every file: as root, become `nobody` for the block."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(pwd.getpwnam("nobody").pw_uid)
@@ -339,12 +341,12 @@ def somebody() -> Iterator[None]:
 
 
 async def test_a_ledger_that_is_read_only(stage: Stage) -> None:
-    """The file alone, in a directory that can be written: SQLite begins an empty transaction there without a word."""
+    """Only the file is read-only; SQLite begins an empty transaction in it without an error."""
     with tempfile.TemporaryDirectory() as made:
         file = Path(made) / "receiver.db"
         file.parent.chmod(0o777)
         here = settings(stage, database={"url": f"sqlite:///{file}"})
-        with somebody():
+        with unprivileged():
             database = open_database(here.database.url)
             await database.close()
             assert ids(await check_database(here)) == set()
@@ -355,7 +357,7 @@ async def test_a_ledger_that_is_read_only(stage: Stage) -> None:
 
 
 def test_probe_write_syncs_and_changes_nothing(tmp_path: Path) -> None:
-    """The commit writes to the log, unlike that of an empty transaction; the file says the same as before."""
+    """The commit writes to the log, unlike an empty transaction; the content stays the same."""
     log = tmp_path / "a.db-wal"
     engine = create_engine(f"sqlite:///{tmp_path}/a.db")
     with engine.connect() as connection:
@@ -371,7 +373,7 @@ def test_probe_write_syncs_and_changes_nothing(tmp_path: Path) -> None:
 
 
 async def test_a_postgresql_that_is_read_only(postgres_url: str, stage: Stage) -> None:
-    """A standby, or one that an administrator has closed for writing."""
+    """For example a standby, or a server in read-only mode."""
     database = open_database(postgres_url)
     await database.run(upgrade)
     await database.close()
@@ -383,14 +385,14 @@ async def test_a_postgresql_that_is_read_only(postgres_url: str, stage: Stage) -
 
 
 async def test_a_read_only_file_system(stage: Stage) -> None:
-    """One that is so even for root: the kernel's own."""
+    """/sys is read-only even for root."""
     assert ids(await check_database(settings(stage, database={"url": "sqlite:////sys/receiver.db"}))) == {
         "database.unusable"
     }
 
 
-async def test_handlers_that_cannot_work(stage: Stage, tmp_path: Path) -> None:
-    """Their own check fails, or they cannot be built at all: then the rest is looked at all the same."""
+async def test_broken_handlers(stage: Stage, tmp_path: Path) -> None:
+    """Their check fails, or they cannot be built; the other checks run all the same."""
     file = tmp_path / "a file"
     file.write_text("in the way")
     handlers = [{"use": "storage", "options": {"url": str(file)}}]
@@ -426,8 +428,8 @@ secrets = ["{secret}"]
         ({}, TWO.format(secret="whsec_1"), {"secrets.shared"}),
     ],
 )
-def test_settings_that_cannot_be_used(env: dict[str, str], toml: str, wanted: set[str], tmp_path: Path) -> None:
-    """Each problem of theirs is a finding with its id as well, with the exit code of unusable settings."""
+def test_unusable_settings(env: dict[str, str], toml: str, wanted: set[str], tmp_path: Path) -> None:
+    """Each problem is a finding; the exit code is 2; no secret is printed."""
     (tmp_path / "receiver.toml").write_text(toml)
     done = run_command("doctor", "--json", cwd=tmp_path, env=(KEYS | env) if env or toml else {})
     found = json.loads(done.stdout)
@@ -437,7 +439,7 @@ def test_settings_that_cannot_be_used(env: dict[str, str], toml: str, wanted: se
 
 
 def test_secrets_in_the_wrong_place(stage: Stage) -> None:
-    """Exchanged, or something else altogether."""
+    """They are swapped, or have no known prefix."""
     swapped = settings(stage, flora={"api_key": "whsec_x", "webhook_secrets": ["sk_live_x"]})
     assert ids(list(check_settings(swapped))) == {"secrets.swapped", "secrets.prefix", "public.missing"}
     other = settings(stage, flora={"webhook_secrets": ["a part of it"]})
@@ -470,15 +472,15 @@ ROW = {"run_id": "run_1", "status": "completed", "progress": 100, "created_at": 
         (503, None, None, {"flora.failing"}),
     ],
 )
-def test_what_answers_in_the_place_of_flora(status: int, body: Any, workspace: str | None, wanted: set[str]) -> None:
-    """FLORA's own words are told from a proxy's, and a workspace's key from another one's."""
+def test_responses_of_flora_and_of_others(status: int, body: Any, workspace: str | None, wanted: set[str]) -> None:
+    """FLORA's errors differ from those of a proxy, a workspace's key from another's."""
     content = b"<html>Welcome to the hotel</html>" if body is None else json.dumps(body).encode()
     request = httpx.Request("GET", "https://app.flora.ai/api/v1/technique-runs")
-    answer = httpx.Response(status, content=content, request=request)
-    assert ids(interpret_response(answer, workspace, {"ws_1", "ws_2"} - {workspace or ""})) == wanted
+    response = httpx.Response(status, content=content, request=request)
+    assert ids(interpret_response(response, workspace, {"ws_1", "ws_2"} - {workspace or ""})) == wanted
 
 
-async def test_a_ca_file_that_holds_nothing(stage: Stage, tmp_path: Path) -> None:
+async def test_a_ca_file_without_a_certificate(stage: Stage, tmp_path: Path) -> None:
     (tmp_path / "empty.pem").touch()
     [finding] = await check_flora(settings(stage, flora={"ca_file": str(tmp_path / "empty.pem")}))
     assert (finding.id, "holds no certificate" in finding.what) == ("flora.unreachable", True)

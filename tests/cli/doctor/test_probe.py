@@ -1,4 +1,4 @@
-"""A canary against a real receiver, and against all that may stand in its way."""
+"""A canary is sent to a real receiver, and to servers that are none."""
 
 import asyncio
 import socket
@@ -19,7 +19,7 @@ SECRET = "whsec_probe"
 
 
 async def test_a_canary_arrives_and_leaves_no_trace(stage: Stage) -> None:
-    """By TLS with the CA's trust, and on loopback without: our own certificate needs no trust of ours."""
+    """Through TLS with a trusted CA, and on loopback without a check of the certificate."""
     async with stage.service(), probe_client(ca=stage.ca) as outside, own_client() as inside:
         for client in (outside, inside):
             found = await probe(stage.url, stage.secret, client=client)
@@ -30,8 +30,8 @@ async def test_a_canary_arrives_and_leaves_no_trace(stage: Stage) -> None:
     assert stage.rows("SELECT * FROM runs") == []
 
 
-async def test_what_a_receiver_refuses_is_named(stage: Stage) -> None:
-    """Another secret: the door's own code; a wrong clock: the same, since a canary lives for a minute."""
+async def test_a_refused_canary_has_the_error_code(stage: Stage) -> None:
+    """A wrong secret and a wrong clock have the same code: a canary is valid for one minute."""
     async with stage.service(), own_client() as client:
         wrong = await probe(stage.url, "whsec_another", client=client)
         old = await probe(stage.url, stage.secret, client=client, clock=lambda: 1.0)
@@ -47,7 +47,7 @@ async def test_a_certificate_that_is_not_trusted(stage: Stage) -> None:
     assert "CERTIFICATE_VERIFY_FAILED" in found.message
 
 
-async def elsewhere(request: Request) -> Response:
+async def respond(request: Request) -> Response:
     match request.path_params["what"]:
         case "redirect":
             return RedirectResponse("https://127.0.0.1/other", 301)
@@ -59,30 +59,30 @@ async def elsewhere(request: Request) -> Response:
 
 @pytest.fixture
 async def other() -> AsyncIterator[str]:
-    """A server that is no receiver."""
-    server = Server(Starlette(routes=[Route("/{what}", elsewhere, methods=["POST"])]), bind("127.0.0.1", 0))
+    """Run a server that is no receiver."""
+    server = Server(Starlette(routes=[Route("/{what}", respond, methods=["POST"])]), bind("127.0.0.1", 0))
     await server.start()
     yield f"http://127.0.0.1:{server.port}"
     await server.stop()
 
 
-async def test_what_is_no_receiver(other: str) -> None:
-    """A redirect is not followed; a page is shown; no answer in time, nobody there, no such name: each is told apart."""
+async def test_a_server_that_is_no_receiver(other: str) -> None:
+    """A redirect is not followed, and each kind of failure is distinguished."""
     async with probe_client(timeout_seconds=1) as client:
         moved = await probe(f"{other}/redirect", SECRET, client=client)
         assert (moved.status, moved.location, moved.has_arrived) == (301, "https://127.0.0.1/other", False)
         page = await probe(f"{other}/page", SECRET, client=client)
         assert (page.status, page.code, page.message) == (404, None, "Tunnel not found")
         assert (await probe(f"{other}/list", SECRET, client=client)).code is None
-        nobody = await probe(f"http://127.0.0.1:{free_port()}/", SECRET, client=client)
-        assert nobody.failure is ProbeFailure.REFUSED
-        unknown = await probe("http://nobody.invalid/", SECRET, client=client)
+        closed = await probe(f"http://127.0.0.1:{free_port()}/", SECRET, client=client)
+        assert closed.failure is ProbeFailure.REFUSED
+        unknown = await probe("http://unknown.invalid/", SECRET, client=client)
         assert unknown.failure in {ProbeFailure.NAME, ProbeFailure.REFUSED}  # a resolver may be slow to say no
         assert (await probe("https://" + other[7:], SECRET, client=client)).failure is ProbeFailure.TLS
 
 
-async def test_no_answer_in_time() -> None:
-    """The connection is made, and then there is silence: a program that was stopped looks like this."""
+async def test_no_response_in_time() -> None:
+    """The connection is accepted and nothing follows, as with a suspended program."""
     listener = socket.create_server(("127.0.0.1", 0))
     with listener:
         async with probe_client(timeout_seconds=0.2) as client:
@@ -100,8 +100,8 @@ async def test_a_connection_that_is_cut() -> None:
         assert (await probe(f"http://127.0.0.1:{port}/", SECRET, client=client)).failure is ProbeFailure.CUT
 
 
-async def test_the_unchecked_client_stays_on_this_machine() -> None:
-    """It trusts any certificate: so it must not leave loopback."""
+async def test_the_client_without_certificate_checks_stays_on_loopback() -> None:
+    """It trusts any certificate, so it must not connect elsewhere."""
     async with own_client() as client:
         found = await probe("https://hooks.example.com/", SECRET, client=client)
     assert "not on this machine" in found.message

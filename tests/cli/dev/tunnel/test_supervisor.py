@@ -1,4 +1,4 @@
-"""The supervisor, with providers and canaries made here and short intervals, and with a real program."""
+"""The supervisor, with providers and diagnoses made here, and with a real program."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ from receiver.errors import TunnelError
 from receiver.net.clients import own_client, probe_client
 from receiver.web.public import CALLBACK_PATH
 from tests.support.stage import Stage
-from tests.support.tunnel_programs import FORWARDER, written
+from tests.support.tunnel_programs import FORWARDER, write_program
 
 QUICK = Timing(check=0.02, confirm=0.01, settle=0.0, settle_check=0.01, max_retry=0.02)
 FINE = Diagnosis(None, "open", "callbacks come through", seconds=0.1)
@@ -40,7 +40,7 @@ PATIENCE_SECONDS = 20
 
 
 class Tunnels:
-    """A provider whose tunnels have these URLs, one after the other; an error is raised instead."""
+    """A provider whose tunnels have these URLs in turn; an error is raised in place of a URL."""
 
     name = "tunnels"
     hint = ""
@@ -68,38 +68,38 @@ class Tunnels:
 
 
 class Session:
-    """A supervisor at work: what it told, and what its canaries find, the last of which stays."""
+    """A running supervisor with its events; the last of its diagnoses repeats."""
 
     def __init__(self, provider: Provider, found: Sequence[Diagnosis], timing: Timing = QUICK) -> None:
-        self.news: asyncio.Queue[TunnelEvent] = asyncio.Queue()
-        self.looked_at: list[str] = []
+        self.events: asyncio.Queue[TunnelEvent] = asyncio.Queue()
+        self.checked_urls: list[str] = []
         self._found = list(found)
         self.wall = 1000.0
         self.supervisor = TunnelSupervisor(
             provider,
             LocalEndpoint(8080),
-            check=self._look,
-            report=self.news.put,
+            check=self._check,
+            report=self.events.put,
             timing=timing,
             clock=lambda: self.wall,
         )
         self.stopping = asyncio.Event()
 
-    async def _look(self, url: str) -> Diagnosis:
-        self.looked_at.append(url)
+    async def _check(self, url: str) -> Diagnosis:
+        self.checked_urls.append(url)
         return self._found[0] if len(self._found) == 1 else self._found.pop(0)
 
-    async def told(self, wanted: Callable[[TunnelEvent], bool]) -> list[TunnelEvent]:
-        """Return what is told, up to the first that is wanted."""
+    async def until(self, wanted: Callable[[TunnelEvent], bool]) -> list[TunnelEvent]:
+        """Return the events up to the first that is wanted."""
         seen: list[TunnelEvent] = []
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not (seen and wanted(seen[-1])):
-                seen.append(await self.news.get())
+                seen.append(await self.events.get())
         return seen
 
 
 @contextlib.asynccontextmanager
-async def kept(provider: Provider, *found: Diagnosis, timing: Timing = QUICK) -> AsyncIterator[Session]:
+async def supervise(provider: Provider, *found: Diagnosis, timing: Timing = QUICK) -> AsyncIterator[Session]:
     session = Session(provider, found, timing)
     await session.supervisor.open()
     task = asyncio.create_task(session.supervisor.run(session.stopping))
@@ -111,37 +111,37 @@ async def kept(provider: Provider, *found: Diagnosis, timing: Timing = QUICK) ->
             await task
 
 
-def is_opened(news: TunnelEvent) -> bool:
-    return isinstance(news, TunnelOpened)
+def is_opened(event: TunnelEvent) -> bool:
+    return isinstance(event, TunnelOpened)
 
 
-def without_repeats(news: list[TunnelEvent]) -> list[TunnelEvent]:
-    return [each for each in news if not (isinstance(each, TunnelChecked) and not each.is_new)]
+def without_repeats(events: list[TunnelEvent]) -> list[TunnelEvent]:
+    return [each for each in events if not (isinstance(each, TunnelChecked) and not each.is_new)]
 
 
-async def test_a_judgement_is_news_once() -> None:
-    """It looks on, and tells each time; only another judgement is news."""
+async def test_a_diagnosis_is_new_once() -> None:
+    """Every check is reported; only a different diagnosis is new."""
     tunnels = Tunnels("https://a.example")
-    async with kept(tunnels, FINE) as session:
-        told = await session.told(lambda each: isinstance(each, TunnelChecked) and len(session.looked_at) > 2)
-    assert told[0] == TunnelOpened("https://a.example")
-    assert told[1:3] == [
+    async with supervise(tunnels, FINE) as session:
+        events = await session.until(lambda each: isinstance(each, TunnelChecked) and len(session.checked_urls) > 2)
+    assert events[0] == TunnelOpened("https://a.example")
+    assert events[1:3] == [
         TunnelChecked(FINE, is_new=True, has_recovered=False),
         TunnelChecked(FINE, is_new=False, has_recovered=False),
     ]
-    assert set(session.looked_at) == {"https://a.example"}
+    assert set(session.checked_urls) == {"https://a.example"}
     assert tunnels.closed == 1
 
 
-async def test_a_tunnel_that_fails_is_confirmed_and_replaced() -> None:
-    """One lost canary is asked about again; the second one decides; a new URL makes runs of the old one known as moved."""
+async def test_a_fault_is_confirmed_before_a_tunnel_is_replaced() -> None:
+    """The second lost canary decides; another URL is reported as `moved`."""
     tunnels = Tunnels("https://a.example", "https://b.example")
-    async with kept(tunnels, FINE, CLOSED, CLOSED, FINE) as session:
-        told = await session.told(is_opened)
-        told += await session.told(lambda each: each == TunnelClosed("nobody answers"))
-        told += await session.told(is_opened)
-        told += await session.told(lambda each: isinstance(each, TunnelChecked) and each.has_recovered)
-    assert without_repeats(told) == [
+    async with supervise(tunnels, FINE, CLOSED, CLOSED, FINE) as session:
+        events = await session.until(is_opened)
+        events += await session.until(lambda each: each == TunnelClosed("nobody answers"))
+        events += await session.until(is_opened)
+        events += await session.until(lambda each: isinstance(each, TunnelChecked) and each.has_recovered)
+    assert without_repeats(events) == [
         TunnelOpened("https://a.example"),
         TunnelChecked(FINE, is_new=True, has_recovered=False),
         TunnelChecked(CLOSED, is_new=True, has_recovered=False),
@@ -150,77 +150,79 @@ async def test_a_tunnel_that_fails_is_confirmed_and_replaced() -> None:
         TunnelChecked(FINE, is_new=True, has_recovered=True),
     ]
     assert tunnels.opened == 2
-    assert session.looked_at[-1] == "https://b.example"
+    assert session.checked_urls[-1] == "https://b.example"
 
 
-async def test_one_lost_canary_replaces_nothing() -> None:
+async def test_one_lost_canary_does_not_replace_a_tunnel() -> None:
     tunnels = Tunnels("https://a.example")
-    async with kept(tunnels, FINE, CLOSED, FINE) as session:
-        await session.told(lambda each: isinstance(each, TunnelChecked) and each.has_recovered)
+    async with supervise(tunnels, FINE, CLOSED, FINE) as session:
+        await session.until(lambda each: isinstance(each, TunnelChecked) and each.has_recovered)
     assert tunnels.opened == 1
 
 
 @pytest.mark.parametrize("trouble", [ALTERED, BROKEN])
-async def test_what_no_new_tunnel_heals_is_told_and_left(trouble: Diagnosis) -> None:
-    """Another tunnel would not help the receiver, nor bring back altered bytes."""
+async def test_a_fault_that_reopening_does_not_fix_is_only_reported(trouble: Diagnosis) -> None:
+    """Another tunnel fixes neither the receiver nor altered bodies."""
     tunnels = Tunnels("https://a.example")
-    async with kept(tunnels, trouble) as session:
-        await session.told(lambda each: isinstance(each, TunnelChecked) and len(session.looked_at) > 3)
+    async with supervise(tunnels, trouble) as session:
+        await session.until(lambda each: isinstance(each, TunnelChecked) and len(session.checked_urls) > 3)
     assert tunnels.opened == 1
 
 
-async def test_a_tunnel_that_ends_by_itself_is_replaced_at_once() -> None:
-    """Long before the next canary is due. The same URL again is no move."""
+async def test_a_tunnel_that_closes_by_itself_is_replaced_at_once() -> None:
+    """It does not wait for the next check. The same URL again is not `moved`."""
     tunnels = Tunnels("https://a.example")
-    async with kept(tunnels, FINE, timing=Timing(check=3600)) as session:
-        await session.told(lambda each: isinstance(each, TunnelChecked))
+    async with supervise(tunnels, FINE, timing=Timing(check=3600)) as session:
+        await session.until(lambda each: isinstance(each, TunnelChecked))
         tunnels.end.set()
-        told = await session.told(is_opened)
-    assert told == [TunnelClosed("the program ended"), TunnelOpened("https://a.example")]
+        events = await session.until(is_opened)
+    assert events == [TunnelClosed("the program ended"), TunnelOpened("https://a.example")]
 
 
-async def test_opening_is_tried_until_it_works() -> None:
+async def test_opening_is_retried_until_it_succeeds() -> None:
     tunnels = Tunnels("https://a.example", TunnelError("no network"), TunnelError("no network"), "https://b.example")
-    async with kept(tunnels, CLOSED, CLOSED, FINE, timing=QUICK) as session:
-        await session.told(lambda each: isinstance(each, TunnelClosed))
-        told = await session.told(is_opened)
-    assert told == [
+    async with supervise(tunnels, CLOSED, CLOSED, FINE, timing=QUICK) as session:
+        await session.until(lambda each: isinstance(each, TunnelClosed))
+        events = await session.until(is_opened)
+    assert events == [
         OpenFailed("no network", 1.0),
         OpenFailed("no network", 0.02),
         TunnelOpened("https://b.example", moved=True),
     ]
 
 
-async def test_a_new_tunnel_may_take_a_while() -> None:
-    """Until its first canary came through, or its time is up, nothing is said and nothing replaced."""
+async def test_a_new_tunnel_has_time_to_settle() -> None:
+    """Until its first canary arrives or the time is up, faults are not reported."""
     tunnels = Tunnels("https://a.example")
-    async with kept(tunnels, *[CLOSED] * 5, FINE, timing=Timing(check=0.02, settle=3600, settle_check=0.01)) as session:
-        told = await session.told(lambda each: isinstance(each, TunnelChecked))
-    assert told == [TunnelOpened("https://a.example"), TunnelChecked(FINE, is_new=True, has_recovered=False)]
-    assert len(session.looked_at) >= 6
+    async with supervise(
+        tunnels, *[CLOSED] * 5, FINE, timing=Timing(check=0.02, settle=3600, settle_check=0.01)
+    ) as session:
+        events = await session.until(lambda each: isinstance(each, TunnelChecked))
+    assert events == [TunnelOpened("https://a.example"), TunnelChecked(FINE, is_new=True, has_recovered=False)]
+    assert len(session.checked_urls) >= 6
 
 
-async def test_waking_from_sleep_is_noticed() -> None:
-    """The wall clock has run far ahead of our waiting: it is looked at once, not when the half a minute is over."""
-    async with kept(Tunnels("https://a.example"), FINE, timing=Timing(check=3600)) as session:
-        await session.told(lambda each: isinstance(each, TunnelChecked))
+async def test_a_suspended_machine_is_noticed() -> None:
+    """The wall clock runs ahead of the wait, which leads to a check at once."""
+    async with supervise(Tunnels("https://a.example"), FINE, timing=Timing(check=3600)) as session:
+        await session.until(lambda each: isinstance(each, TunnelChecked))
         session.wall += 600
-        told = await session.told(lambda each: isinstance(each, TunnelChecked))
-    assert isinstance(told[0], SystemResumed)
-    assert told[0].seconds == pytest.approx(600, abs=2)
+        events = await session.until(lambda each: isinstance(each, TunnelChecked))
+    assert isinstance(events[0], SystemResumed)
+    assert events[0].seconds == pytest.approx(600, abs=2)
 
 
-async def test_it_can_be_opened_first_or_not_at_all() -> None:
+async def test_a_first_tunnel_that_does_not_open_raises() -> None:
     tunnels = Tunnels(TunnelError("there is no program"))
     session = Session(tunnels, [FINE])
     with pytest.raises(TunnelError):
         await session.supervisor.open()
-    assert session.news.empty()
+    assert session.events.empty()
 
 
-async def test_a_stopped_program_is_noticed_and_replaced(stage: Stage, tmp_path: Path) -> None:
-    """SIGSTOP: its port still takes connections, and nothing answers. Canaries notice, the next program works."""
-    program = written(tmp_path, "forwarder", FORWARDER)
+async def test_a_suspended_program_is_noticed_and_replaced(stage: Stage, tmp_path: Path) -> None:
+    """After SIGSTOP its port accepts connections and nothing responds; canaries find that."""
+    program = write_program(tmp_path, "forwarder", FORWARDER)
     command = Command(f"{shlex.quote(str(program))} {{port}}", r"listening at (https://\S+)")
     async with (
         stage.service() as service,
@@ -228,23 +230,23 @@ async def test_a_stopped_program_is_noticed_and_replaced(stage: Stage, tmp_path:
         own_client() as inside,
     ):
         local = LocalEndpoint(service.address[1], tls=True)
-        news: asyncio.Queue[TunnelEvent] = asyncio.Queue()
+        events: asyncio.Queue[TunnelEvent] = asyncio.Queue()
         supervisor = TunnelSupervisor(
-            command, local, check=lambda url: look(stage, url, local, outside, inside), report=news.put, timing=QUICK
+            command, local, check=lambda url: check(stage, url, local, outside, inside), report=events.put, timing=QUICK
         )
         first = await supervisor.open()
         stopping = asyncio.Event()
         task = asyncio.create_task(supervisor.run(stopping))
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                while not isinstance(await news.get(), TunnelChecked):
+                while not isinstance(await events.get(), TunnelChecked):
                     pass
                 os.kill(pid_of(command), signal.SIGSTOP)
-                while not isinstance(opened := await news.get(), TunnelOpened):
+                while not isinstance(opened := await events.get(), TunnelOpened):
                     pass
                 assert opened.url != first
                 assert opened.moved
-                while not (isinstance(seen := await news.get(), TunnelChecked) and seen.has_recovered):
+                while not (isinstance(seen := await events.get(), TunnelChecked) and seen.has_recovered):
                     pass
         finally:
             stopping.set()
@@ -256,7 +258,7 @@ def pid_of(command: Command) -> int:
     return next(int(line.split()[1]) for line in command._program.printed if line.startswith("pid "))
 
 
-async def look(
+async def check(
     stage: Stage, url: str, local: LocalEndpoint, outside: httpx.AsyncClient, inside: httpx.AsyncClient
 ) -> Diagnosis:
     far, near = await asyncio.gather(
