@@ -1,4 +1,7 @@
-"""A FLORA to develop and test against: its API, its media, its signed callbacks, and everything that goes wrong with them."""
+"""An emulated FLORA for development and tests: its API, its media, its signed callbacks, and faults in all of them.
+
+Called by `cli`, `testing` and the tests. Of the receiver it imports `flora.signature` and `errors` alone.
+"""
 
 from receiver.emulator.app import Emulator
 from receiver.emulator.faults import parse_faults

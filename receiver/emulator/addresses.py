@@ -1,4 +1,4 @@
-"""FLORA's rule on callback URLs: HTTPS, and no host that only means something inside a network. Pure: nothing is resolved."""
+"""FLORA's rule for callback URLs: HTTPS, and no private host. Pure: no name is resolved."""
 
 import ipaddress
 import re
@@ -10,14 +10,14 @@ __all__ = ["callback_problem"]
 _REFUSED_NAMES = frozenset({"localhost", "metadata", "instance-data", "metadata.google.internal", "metadata.azure.com"})
 _REFUSED_ENDINGS = (".localhost", ".local", ".internal", ".home.arpa")
 _MAX_URL = 2048
-# 127.1, 0x7f000001 and 2130706433 are the loopback address too, to every resolver.
+# Resolvers also read 127.1, 0x7f000001 and 2130706433 as the loopback address.
 _ODD_ADDRESS = re.compile(r"(0x[0-9a-f]+|[0-9]+)(\.(0x[0-9a-f]+|[0-9]+)){0,3}")
 
 
 def callback_problem(url: str, *, allow_private: bool) -> str | None:
-    """Return why FLORA would refuse `url`, None when it would take it.
+    """Return the reason for which FLORA refuses `url`, or None where it accepts it.
 
-    `allow_private` lets hosts inside a network through, over http as well: there is no certificate to have for them.
+    `allow_private` accepts private hosts, over http as well, since no CA certifies them.
     """
     if len(url) > _MAX_URL or not url.isascii() or any(character <= " " for character in url):
         return "must be a valid URL"

@@ -1,4 +1,4 @@
-"""FLORA's API as the contract has it: its routes and the shapes of their answers."""
+"""The routes of FLORA's API and the shapes of their responses, as FLORA documents them."""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from receiver.emulator.faults import Family, Fault
 from receiver.emulator.gate import Gate, json_body, requested_faults
 from receiver.emulator.idempotency import KeyBook, KeyScope, digest
 from receiver.emulator.problems import ApiProblem, Field, invalid_input, not_found
-from receiver.emulator.runs import Run, RunBook, document
+from receiver.emulator.runs import Run, RunBook, run_to_json
 from receiver.emulator.settings import API_PATH, EmulatorSettings
 from receiver.emulator.starts import Starter
 from receiver.emulator.techniques import TECHNIQUES, Technique, find_technique
@@ -77,13 +77,13 @@ class Api:
         page = matching[first : first + limit]
         cursor = _cursor(first + limit) if first + limit < len(matching) else None
         meta = {"limit": limit, "next_cursor": cursor}
-        return JSONResponse({"techniques": [one.document() for one in page], "meta": meta})
+        return JSONResponse({"techniques": [one.to_json() for one in page], "meta": meta})
 
     async def technique(self, request: Request) -> Response:
-        return JSONResponse(_technique(request).document())
+        return JSONResponse(_find_technique(request).to_json())
 
     async def start_technique(self, request: Request) -> Response:
-        technique = _technique(request)
+        technique = _find_technique(request)
         body = await json_body(request)
         key = body.get("idempotency_key", request.headers.get("idempotency-key"))
         if key is not None and (not isinstance(key, str) or not key):
@@ -91,9 +91,9 @@ class Api:
         scope = self._scope("techniques.runs", technique.technique_id, key)
 
         def start(faults: Sequence[Fault]) -> dict[str, object]:
-            return self._document(self._starter.technique(technique, body, faults), request)
+            return self._to_json(self._starter.technique(technique, body, faults), request)
 
-        return self._once(request, scope, body, start)
+        return self._start_once(request, scope, body, start)
 
     async def generate(self, request: Request) -> Response:
         body = await json_body(request)
@@ -113,45 +113,48 @@ class Api:
                 "action": None,
             }
 
-        return self._once(request, scope, body, start)
+        return self._start_once(request, scope, body, start)
 
     async def technique_run(self, request: Request) -> Response:
-        technique, run = _technique(request), self._found(request)
+        technique, run = _find_technique(request), self._find_run(request)
         if run.subject.id != technique.technique_id:
             raise not_found("Run")
-        return JSONResponse(self._document(run, request))
+        return JSONResponse(self._to_json(run, request))
 
     async def run(self, request: Request) -> Response:
-        run = self._found(request)
+        run = self._find_run(request)
         if run.subject.run_type == "technique" and self._settings.hide_technique_runs:
             raise not_found("Run")
-        return JSONResponse(self._document(run, request))
+        return JSONResponse(self._to_json(run, request))
 
     async def technique_runs(self, request: Request) -> Response:
         found = request.query_params.get("technique_id")
         technique = find_technique(found) if found else None
         wanted = technique.technique_id if technique is not None else found
 
-        def listed(run: Run) -> dict[str, object]:
+        def describe(run: Run) -> dict[str, object]:
             technique = {"technique_id": run.subject.id, "name": run.subject.name}
             return {"technique_run_id": run.run_id, "technique": technique}
 
-        return self._list(request, "technique", wanted, "technique_runs", listed)
+        return self._list(request, "technique", wanted, "technique_runs", describe)
 
     async def generations(self, request: Request) -> Response:
-        def listed(run: Run) -> dict[str, object]:
+        def describe(run: Run) -> dict[str, object]:
             return {"generation_id": run.run_id, "model": {"model_id": run.subject.id}}
 
-        return self._list(request, "generation", None, "generations", listed)
+        return self._list(request, "generation", None, "generations", describe)
 
-    def _once(
+    def _start_once(
         self,
         request: Request,
         scope: KeyScope | None,
         body: dict[str, object],
         start: Callable[[Sequence[Fault]], dict[str, object]],
     ) -> Response:
-        """Start, unless the key was used; nothing awaits in here, so two requests with one key cannot both start."""
+        """Start a run unless the key was used.
+
+        It does not await: two requests with one key cannot both start a run.
+        """
         fingerprint = digest(body)
         remembered = self._keys.recall(scope) if scope is not None else None
         if remembered is not None:
@@ -159,11 +162,11 @@ class Api:
                 raise ApiProblem(422, "idempotency_conflict", "This idempotency key was used with another request body")
             if not self._settings.replay_idempotent:
                 raise ApiProblem(409, "idempotency_duplicate", "This idempotency key was already used")
-            return JSONResponse(remembered.answer, status_code=201, headers={"idempotent-replayed": "true"})
-        answer = start([fault for fault in requested_faults(request) if fault.family is not Family.API])
+            return JSONResponse(remembered.response, status_code=201, headers={"idempotent-replayed": "true"})
+        document = start([fault for fault in requested_faults(request) if fault.family is not Family.API])
         if scope is not None:
-            self._keys.remember(scope, fingerprint, answer)
-        return JSONResponse(answer, status_code=201)
+            self._keys.remember(scope, fingerprint, document)
+        return JSONResponse(document, status_code=201)
 
     def _list(
         self,
@@ -171,7 +174,7 @@ class Api:
         run_type: str,
         subject_id: str | None,
         name: str,
-        listed: Callable[[Run], dict[str, object]],
+        describe: Callable[[Run], dict[str, object]],
     ) -> Response:
         limit, before = _page(request)
         status = request.query_params.get("status")
@@ -191,14 +194,14 @@ class Api:
             if len(page) == limit:
                 cursor = _cursor(last)
                 break
-            page.append(self._document(run, request) | ids | listed(run))
+            page.append(self._to_json(run, request) | ids | describe(run))
             last = place
         return JSONResponse({name: page, "meta": {"limit": limit, "next_cursor": cursor}})
 
     def _scope(self, operation: str, destination: str, key: str | None) -> KeyScope | None:
         return KeyScope(self._settings.workspace_id, operation, destination, key) if key is not None else None
 
-    def _found(self, request: Request) -> Run:
+    def _find_run(self, request: Request) -> Run:
         run = self._runs.find(request.path_params["run_id"])
         if run is None:
             raise not_found("Run")
@@ -207,11 +210,11 @@ class Api:
     def _api(self, request: Request) -> str:
         return self._origin(request) + API_PATH
 
-    def _document(self, run: Run, request: Request) -> dict[str, object]:
-        return document(run, self._runs.clock(), origin=self._origin(request), api=self._api(request))
+    def _to_json(self, run: Run, request: Request) -> dict[str, object]:
+        return run_to_json(run, self._runs.clock(), origin=self._origin(request), api=self._api(request))
 
 
-def _technique(request: Request) -> Technique:
+def _find_technique(request: Request) -> Technique:
     technique = find_technique(request.path_params["technique_id"])
     if technique is None:
         raise not_found("Technique")
@@ -219,7 +222,7 @@ def _technique(request: Request) -> Technique:
 
 
 def _page(request: Request) -> tuple[int, int | None]:
-    """Return the page's length and the place its cursor names."""
+    """Return the limit of a list request, and the place that its cursor names."""
     given = request.query_params.get("limit", str(_DEFAULT_LIMIT))
     if not given.isascii() or not given.isdigit() or not 1 <= int(given[:4]) <= _MAX_LIMIT:
         raise invalid_input(Field("limit", f"must be a number from 1 to {_MAX_LIMIT}"))

@@ -1,4 +1,4 @@
-"""The emulator put together: a FLORA to develop and test against, as one ASGI application."""
+"""Composes the emulator: one ASGI application with FLORA's API, its media and the emulator's own endpoints."""
 
 import contextlib
 import random
@@ -18,7 +18,7 @@ from receiver.emulator.faults import FaultBook, parse_faults
 from receiver.emulator.gate import Gate
 from receiver.emulator.idempotency import KeyBook
 from receiver.emulator.problems import ApiProblem, not_found
-from receiver.emulator.runs import RunBook, document
+from receiver.emulator.runs import RunBook, run_to_json
 from receiver.emulator.server import MediaServer
 from receiver.emulator.settings import API_PATH, EmulatorSettings
 from receiver.emulator.starts import Starter
@@ -28,15 +28,16 @@ __all__ = ["Emulator"]
 
 
 class Emulator:
-    """One emulator. `app` is what a server runs; its lifespan closes the emulator, else call `aclose`.
+    """An emulated FLORA. A server runs `app`, whose lifespan calls `aclose` at its end.
 
-    `public_origin` may be set once the port is known; while it is None, URLs follow the request that asks.
+    `public_origin` may be set once the port is known. While it is None, URLs have the origin of the
+    request.
     """
 
     def __init__(self, settings: EmulatorSettings | None = None, *, clock: Callable[[], float] = time.time) -> None:
         self.settings = settings or EmulatorSettings()
         self.public_origin = self.settings.public_origin
-        # Two sources, so that drawing a fault does not change the ids that follow.
+        # Separate generators: drawing a fault must not change the ids that follow.
         self.faults = FaultBook(random.Random(self.settings.seed), parse_faults(self.settings.faults))
         self.runs = RunBook(clock, random.Random(self.settings.seed))
         randomness = random.Random(self.settings.seed)
@@ -49,11 +50,11 @@ class Emulator:
 
     @property
     def deliveries(self) -> list[Delivery]:
-        """Every callback so far, oldest first, each with its attempts."""
+        """The callbacks so far, oldest first, each with its attempts."""
         return self._callbacks.deliveries
 
     def base_url(self, origin: str) -> str:
-        """Return what `FLORA_BASE_URL` has to be when this emulator is served at `origin`."""
+        """Return the value of `FLORA_BASE_URL` for an emulator that is served at `origin`."""
         return origin.rstrip("/") + API_PATH
 
     def start_run(
@@ -64,7 +65,10 @@ class Emulator:
         callback_url: str | None = None,
         faults: Sequence[dict[str, object]] = (),
     ) -> str:
-        """Start a technique run without a request and return its id. Needs a running event loop if there is a callback."""
+        """Start a technique run without a request and return its id.
+
+        A run with a callback URL needs a running event loop.
+        """
         found = find_technique(technique)
         if found is None:
             raise not_found("Technique")
@@ -75,19 +79,19 @@ class Emulator:
         }
         return self._starter.technique(found, body, parse_faults(list(faults))).run_id
 
-    def document(self, run_id: str, origin: str) -> dict[str, object] | None:
-        """Return what a read of this run says now, None for a run that is not known."""
+    def read_run(self, run_id: str, origin: str) -> dict[str, object] | None:
+        """Return the response to a read of this run now, or None for an unknown run."""
         run = self.runs.find(run_id)
         if run is None:
             return None
-        return document(run, self.runs.clock(), origin=origin, api=self.base_url(origin))
+        return run_to_json(run, self.runs.clock(), origin=origin, api=self.base_url(origin))
 
     async def drain(self) -> None:
-        """Wait until no callback is on its way, retries included."""
+        """Wait until no callback is pending, retries included."""
         await self._callbacks.drain()
 
     async def aclose(self) -> None:
-        """Cancel pending callbacks and wake stalled downloads; may be called twice."""
+        """Cancel pending callbacks and end stalled downloads. May be called twice."""
         self._media.closing.set()
         await self._callbacks.aclose()
 
@@ -106,7 +110,7 @@ class Emulator:
                 Mount("/_emulator", routes=control.routes(self.gate)),
                 *self._media.routes(),
             ],
-            exception_handlers={HTTPException: self._refuse, Exception: self._break},
+            exception_handlers={HTTPException: self._refuse, Exception: self._fail},
             lifespan=lifespan,
         )
         app.router.redirect_slashes = False
@@ -123,7 +127,5 @@ class Emulator:
             ApiProblem(status, code, str(getattr(error, "detail", code)), headers=headers).response()
         )
 
-    async def _break(self, _request: Request, _error: Exception) -> Response:
-        return self.gate.stamp(
-            ApiProblem(500, "internal_error", "The emulator itself is broken: see its log").response()
-        )
+    async def _fail(self, _request: Request, _error: Exception) -> Response:
+        return self.gate.stamp(ApiProblem(500, "internal_error", "The emulator has failed: see its log").response())

@@ -1,4 +1,4 @@
-"""The callback sender: one signed POST per ended run, four attempts, and the faults that were asked for."""
+"""Sends callbacks: one signed POST per ended run, up to four attempts, and the faults that apply to them."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ _API_VERSION = "2026-06-11"
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One POST, made or dropped: `status` when it was answered, else `error`. `at` is unix milliseconds."""
+    """One POST, sent or dropped. `status` is that of the response, else `error` is set; `at` is in unix milliseconds."""
 
     attempt: int
     copy: int
@@ -42,7 +42,7 @@ class Attempt:
 
 @dataclass(slots=True)
 class Delivery:
-    """One callback and its fate: `sending`, then `delivered` or `failed`. The body is made once and never again."""
+    """One callback. `state` is `sending`, then `delivered` or `failed`; the body never changes."""
 
     delivery_id: str
     run_id: str
@@ -55,9 +55,9 @@ class Delivery:
     attempts: list[Attempt] = field(default_factory=list)
 
     def fault(self, kind: str, attempt: int) -> Fault | None:
-        return next((fault for fault in self.faults if fault.kind == kind and fault.touches(attempt)), None)
+        return next((fault for fault in self.faults if fault.kind == kind and fault.applies_to(attempt)), None)
 
-    def document(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         return {
             "delivery_id": self.delivery_id,
             "run_id": self.run_id,
@@ -79,7 +79,7 @@ class Delivery:
 
 
 class Callbacks:
-    """Sends callbacks in the background; `deliveries` is everything sent so far, oldest first."""
+    """Sends callbacks in the background. `deliveries` has those that were sent so far, oldest first."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Callbacks:
         self._client: httpx.AsyncClient | None = None
 
     def schedule(self, run: Run) -> None:
-        """Send the callback of `run` when it ends; again for a run that still waits, because its end has moved."""
+        """Send the callback of `run` when it ends. Another call before that follows a changed end."""
         if run.callback_url is None or any(delivery.run_id == run.run_id for delivery in self.deliveries):
             return
         waiting = self._tasks.pop(run.run_id, None)
@@ -112,12 +112,12 @@ class Callbacks:
         task.add_done_callback(lambda done: self._forget(run.run_id, done))
 
     async def drain(self) -> None:
-        """Wait until no callback is on its way any more."""
+        """Wait until no callback is pending."""
         while self._tasks:
             await asyncio.wait(self._tasks.values())
 
     async def aclose(self) -> None:
-        """Cancel what is on its way."""
+        """Cancel pending callbacks."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -131,18 +131,20 @@ class Callbacks:
             del self._tasks[run_id]
 
     async def _send(self, run_id: str, url: str) -> None:
-        run = await self._ended(run_id)
+        run = await self._wait_for_end(run_id)
         delivery = self._delivery(run, url)
         self.deliveries.append(delivery)
         await self._hold(delivery)
         await self._attempts(delivery)
 
-    async def _ended(self, run_id: str) -> Run:
-        """Wait for the end of the run. A sleep may end a little early by the clock, hence the loop."""
-        # Nothing but `schedule` moves the end, and it starts this anew.
-        while (left := (run := self._runs.get(run_id)).ends_at - self._clock()) > 0:  # noqa: ASYNC110
-            await asyncio.sleep(left)
-        return run
+    async def _wait_for_end(self, run_id: str) -> Run:
+        """Return the run once it has ended. A sleep may end a little early, hence the loop."""
+        while True:
+            run = self._runs.get(run_id)
+            remaining = run.ends_at - self._clock()
+            if remaining <= 0:
+                return run
+            await asyncio.sleep(remaining)
 
     def _delivery(self, run: Run, url: str) -> Delivery:
         faults = self._faults.take(Family.CALLBACK, run_id=run.run_id)
@@ -177,7 +179,7 @@ class Callbacks:
         )
 
     async def _hold(self, delivery: Delivery) -> None:
-        """Wait as the faults `delay` and `reorder` want it; `reorder` lets another run's callback overtake."""
+        """Wait for the faults `delay` and `reorder`; the latter lets the callback of another run overtake."""
         if (delay := delivery.fault("delay", 1)) is not None:
             await asyncio.sleep(delay.number("seconds"))
         if (reorder := delivery.fault("reorder", 1)) is not None:
@@ -191,16 +193,16 @@ class Callbacks:
             await asyncio.sleep(wait / self._settings.time_scale)
             duplicate = delivery.fault("duplicate", attempt)
             copies = int(duplicate.number("copies")) if duplicate is not None else 0
-            made = await asyncio.gather(*(self._attempt(delivery, attempt, copy) for copy in range(copies + 1)))
-            delivery.attempts.extend(made)
+            sent = await asyncio.gather(*(self._attempt(delivery, attempt, copy) for copy in range(copies + 1)))
+            delivery.attempts.extend(sent)
             if attempt == 1:
-                self._let_go()
-            if any(one.accepted for one in made):
+                self._release_held()
+            if any(one.accepted for one in sent):
                 delivery.state = "delivered"
                 return
         delivery.state = "failed"
 
-    def _let_go(self) -> None:
+    def _release_held(self) -> None:
         for overtaken in self._held:
             overtaken.set()
         self._held.clear()
@@ -234,15 +236,15 @@ class Callbacks:
 
     def _http(self) -> "httpx.AsyncClient":
         if self._client is None:
-            import httpx  # noqa: PLC0415 - half of this package's import time, and only callbacks need it
+            import httpx  # noqa: PLC0415  # half of this package's import time, for callbacks alone
 
             authority = self._settings.callback_ca
             self._client = httpx.AsyncClient(
-                # create_default_context with a cafile trusts that file and nothing else.
+                # With a cafile, create_default_context trusts that file and nothing else.
                 verify=True if authority is None else ssl.create_default_context(cafile=authority),
                 follow_redirects=False,
                 trust_env=False,
-                timeout=None,  # noqa: S113 - the whole call has one deadline above
+                timeout=httpx.Timeout(None),  # `_post` limits the whole call
                 headers={"user-agent": "flora-emulator"},
             )
         return self._client

@@ -1,7 +1,8 @@
-"""Everything that can be made to go wrong, as data: how a fault is written, and the book of those in force.
+"""Everything that can go wrong, as data: the notation of faults, and the faults in force.
 
-A fault is JSON: `{"kind": "rate_limited", "retry_after": 2, "next": 3, "path": "/technique-runs"}`. `kind` decides the
-family, and with it who carries it out: the API gate, the callback sender, the media server, or the start of a run.
+A fault is JSON: `{"kind": "rate_limited", "retry_after": 2, "next": 3, "path": "/technique-runs"}`. Its
+`kind` decides its family, and so the part that applies it: the API gate, the callback sender, the
+media server, or the start of a run.
 """
 
 import random
@@ -11,13 +12,13 @@ from enum import StrEnum
 
 from receiver.emulator.settings import API_PATH
 
-__all__ = ["KINDS", "Family", "Fault", "FaultBook", "InvalidFault", "parse_faults"]
+__all__ = ["KINDS", "Family", "Fault", "FaultBook", "InvalidFaultError", "parse_faults"]
 
 Option = str | float | int | bool | None
 
 
 class Family(StrEnum):
-    """Who carries a fault out."""
+    """The part of the emulator that applies a fault."""
 
     API = "api"
     CALLBACK = "callback"
@@ -25,9 +26,9 @@ class Family(StrEnum):
     RUN = "run"
 
 
-# Each kind with its own options and their defaults; a default's type is the option's type, None stands for "not given".
+# Each kind with its options and their defaults, whose types are the options' types; None: not given.
 KINDS: Mapping[str, tuple[Family, Mapping[str, Option]]] = {
-    # API: instead of the answer
+    # API: in place of the response
     "rate_limited": (Family.API, {"retry_after": None}),
     "internal_error": (Family.API, {}),
     "service_unavailable": (Family.API, {}),
@@ -35,7 +36,7 @@ KINDS: Mapping[str, tuple[Family, Mapping[str, Option]]] = {
     "not_found": (Family.API, {}),
     "insufficient_credits": (Family.API, {}),
     "html": (Family.API, {"status": 200}),
-    # API: the request is carried out, only its answer suffers
+    # API: the request is carried out, and its response is delayed or spoiled
     "slow": (Family.API, {"seconds": 5.0}),
     "truncated_json": (Family.API, {}),
     "cut_answer": (Family.API, {}),
@@ -67,21 +68,22 @@ KINDS: Mapping[str, tuple[Family, Mapping[str, Option]]] = {
     "size": (Family.RUN, {"bytes": 1_048_576}),
 }
 _NUMBERS = frozenset({"retry_after"})
-# What every fault may say about when it strikes.
+# The options of every kind: when the fault applies.
 _SELECTORS = frozenset({"kind", "probability", "next", "path", "method", "attempts"})
 
 
-class InvalidFault(ValueError):  # noqa: N818 - a fault that is invalid, not an error about faults
-    """A fault that cannot be understood; the message says why."""
+class InvalidFaultError(ValueError):
+    """A fault that cannot be parsed; the message has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One fault.
 
-    It strikes with `probability`, at the next `next` occasions only (None: every one), on paths that start with `path`
-    (API and media; the part after /api/v1 will do) and requests of `method`; of a callback, on the `attempts` listed
-    (1 to 4; none listed: all). An occasion is a request, a download, a callback with all its attempts, or a start.
+    It applies with `probability`, on the next `next` occasions (None: on all), to paths that start with
+    `path` (API and media; with or without /api/v1), to requests of `method` and to the `attempts` of a
+    callback (1 to 4; empty: all). An occasion is a request, a download, a callback with all its
+    attempts, or a start.
     """
 
     kind: str
@@ -103,10 +105,10 @@ class Fault:
     def text(self, name: str) -> str:
         return str(self.options[name] or "")
 
-    def touches(self, attempt: int) -> bool:
+    def applies_to(self, attempt: int) -> bool:
         return not self.attempts or attempt in self.attempts
 
-    def document(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         document: dict[str, object] = {"kind": self.kind, **self.options, "probability": self.probability}
         for name in ("next", "path", "method", "attempts"):
             value = getattr(self, name)
@@ -116,8 +118,8 @@ class Fault:
 
 
 @dataclass(slots=True)
-class _Standing:
-    """A fault in force and how often it may still strike."""
+class _Active:
+    """A fault in force, and how often it may still apply."""
 
     fault: Fault
     left: int | None = field(init=False)
@@ -131,36 +133,36 @@ class FaultBook:
 
     def __init__(self, randomness: random.Random, initial: Iterable[Fault] = ()) -> None:
         self._random = randomness
-        self._standing = [_Standing(fault) for fault in initial]
-        self._bound: dict[str, list[_Standing]] = {}
+        self._active = [_Active(fault) for fault in initial]
+        self._bound: dict[str, list[_Active]] = {}
 
     def add(self, faults: Iterable[Fault], *, run_id: str | None = None) -> None:
-        target = self._standing if run_id is None else self._bound.setdefault(run_id, [])
-        target.extend(_Standing(fault) for fault in faults)
+        target = self._active if run_id is None else self._bound.setdefault(run_id, [])
+        target.extend(_Active(fault) for fault in faults)
 
     def reset(self) -> None:
-        """Forget every fault, bound ones too. What already happened to a run (`fail`, `read_lag`) stays."""
-        self._standing.clear()
+        """Remove every fault. The effects on runs that have started (`fail`, `read_lag`) remain."""
+        self._active.clear()
         self._bound.clear()
 
-    def listed(self, run_id: str | None = None) -> list[dict[str, object]]:
-        source = self._standing if run_id is None else self._bound.get(run_id, [])
+    def to_json(self, run_id: str | None = None) -> list[dict[str, object]]:
+        source = self._active if run_id is None else self._bound.get(run_id, [])
         return [
-            one.fault.document() | ({"next": one.left} if one.left is not None else {})
+            one.fault.to_json() | ({"next": one.left} if one.left is not None else {})
             for one in source
             if one.left != 0
         ]
 
     def take(self, family: Family, *, run_id: str | None = None, path: str = "", method: str = "") -> tuple[Fault, ...]:
-        """Return the faults that strike on this occasion, and count it against their `next`."""
+        """Return the faults that apply on this occasion, and count it against their `next`."""
         bound = self._bound.get(run_id, []) if run_id is not None else []
         return tuple(
             one.fault
-            for one in (*bound, *self._standing)
-            if one.fault.family is family and self._hit(one, path, method)
+            for one in (*bound, *self._active)
+            if one.fault.family is family and self._applies(one, path, method)
         )
 
-    def _hit(self, one: _Standing, path: str, method: str) -> bool:
+    def _applies(self, one: _Active, path: str, method: str) -> bool:
         fault = one.fault
         if one.left == 0 or not (path.startswith(fault.path) or path.removeprefix(API_PATH).startswith(fault.path)):
             return False
@@ -174,29 +176,29 @@ class FaultBook:
 
 
 def parse_faults(document: object) -> tuple[Fault, ...]:
-    """Read one fault or a list of them, or raise `InvalidFault`."""
+    """Parse one fault or a list of them. Raises InvalidFaultError."""
     items: Sequence[object] = document if isinstance(document, list | tuple) else [document]
     return tuple(_parse(item) for item in items)
 
 
 def _parse(item: object) -> Fault:
     if not isinstance(item, Mapping) or item.get("kind") not in KINDS:
-        raise InvalidFault(f"a fault is an object whose `kind` is one of {', '.join(sorted(KINDS))}")
+        raise InvalidFaultError(f"a fault is an object whose `kind` is one of {', '.join(sorted(KINDS))}")
     kind = str(item["kind"])
     defaults = KINDS[kind][1]
     for name in item:
         if name not in defaults and name not in _SELECTORS:
-            raise InvalidFault(
+            raise InvalidFaultError(
                 f"`{kind}` has no option `{name}`; it takes {', '.join(sorted({*defaults, *_SELECTORS}))}"
             )
     options = {name: _option(kind, name, item.get(name, default), default) for name, default in defaults.items()}
     probability, next_, attempts = item.get("probability", 1.0), item.get("next"), item.get("attempts", ())
     if not _is_number(probability) or not 0 <= probability <= 1:
-        raise InvalidFault("`probability` is a number from 0 to 1")
+        raise InvalidFaultError("`probability` is a number from 0 to 1")
     if next_ is not None and (not isinstance(next_, int) or next_ < 1):
-        raise InvalidFault("`next` is a whole number of at least 1")
+        raise InvalidFaultError("`next` is a whole number of at least 1")
     if not isinstance(attempts, list | tuple) or not all(isinstance(attempt, int) for attempt in attempts):
-        raise InvalidFault("`attempts` is a list of attempt numbers, 1 to 4")
+        raise InvalidFaultError("`attempts` is a list of attempt numbers, 1 to 4")
     return Fault(
         kind=kind,
         options=options,
@@ -213,7 +215,7 @@ def _option(kind: str, name: str, value: object, default: Option) -> Option:
         return None
     fits = _is_number(value) if name in _NUMBERS or _is_number(default) else isinstance(value, type(default))
     if not fits or not isinstance(value, str | int | float):
-        raise InvalidFault(f"`{name}` of `{kind}` has the wrong type")
+        raise InvalidFaultError(f"`{name}` of `{kind}` has the wrong type")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What every API request passes on its way in and out: key, faults, refusals, and a `request-id` on every answer."""
+"""The gate around every API endpoint: the key, the faults, the refusals, and the `request-id` of every response."""
 
 import asyncio
 import hmac
@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from receiver.emulator.faults import Family, Fault, FaultBook, InvalidFault, parse_faults
+from receiver.emulator.faults import Family, Fault, FaultBook, InvalidFaultError, parse_faults
 from receiver.emulator.problems import ApiProblem, Field, invalid_input
 from receiver.emulator.runs import RunBook
 
@@ -31,7 +31,7 @@ _GARBAGE = "<!doctype html><html><head><title>502 Bad Gateway</title></head><bod
 
 
 class Gate:
-    """Wraps endpoints; `requests` counts what was asked, by method and route, for tests that hold a budget."""
+    """Wraps endpoints. `requests` counts requests by method and route."""
 
     def __init__(self, api_key: str, faults: FaultBook, runs: RunBook) -> None:
         self.requests: Counter[str] = Counter()
@@ -40,19 +40,20 @@ class Gate:
         self._runs = runs
 
     def __call__(self, endpoint: Endpoint) -> Endpoint:
-        async def answer(request: Request) -> Response:
+        async def guarded(request: Request) -> Response:
             try:
-                return self.stamp(await self._pass(request, endpoint))
+                return self.stamp(await self._handle(request, endpoint))
             except ApiProblem as problem:
                 return self.stamp(problem.response())
 
-        return answer
+        return guarded
 
     def stamp(self, response: Response) -> Response:
+        """Add a `request-id` to a response."""
         response.headers["request-id"] = self._runs.new_id("req")
         return response
 
-    async def _pass(self, request: Request, endpoint: Endpoint) -> Response:
+    async def _handle(self, request: Request, endpoint: Endpoint) -> Response:
         self.requests[f"{request.method} {request.scope['route'].path}"] += 1
         faults = (
             *(fault for fault in requested_faults(request) if fault.family is Family.API),
@@ -67,11 +68,11 @@ class Gate:
             if fault.kind == "slow":
                 await asyncio.sleep(fault.number("seconds"))
         for fault in faults:
-            if (instead := _instead(fault)) is not None:
-                return instead
+            if (replacement := _replacement(fault)) is not None:
+                return replacement
         self._authorize(request)
         response = await endpoint(request)
-        return _spoilt(response, faults)
+        return _spoil(response, faults)
 
     def _authorize(self, request: Request) -> None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -81,8 +82,8 @@ class Gate:
             raise ApiProblem(401, "invalid_api_key", "Invalid API key")
 
 
-def _instead(fault: Fault) -> Response | None:
-    """Return the answer a fault gives in place of carrying the request out, None when it has none."""
+def _replacement(fault: Fault) -> Response | None:
+    """Return the response that a fault gives in place of the endpoint's, or None."""
     if fault.kind in _REFUSALS:
         return ApiProblem(*_REFUSALS[fault.kind]).response()
     if fault.kind == "rate_limited":
@@ -94,7 +95,7 @@ def _instead(fault: Fault) -> Response | None:
     return None
 
 
-def _spoilt(response: Response, faults: Sequence[Fault]) -> Response:
+def _spoil(response: Response, faults: Sequence[Fault]) -> Response:
     for fault in faults:
         if fault.kind == "truncated_json":
             half = bytes(response.body)[: len(response.body) // 2]
@@ -105,7 +106,7 @@ def _spoilt(response: Response, faults: Sequence[Fault]) -> Response:
 
 
 class _CutResponse(Response):
-    """Announces its whole body, sends half of it and returns: the server then closes the connection."""
+    """A response that announces its whole body and sends half of it: the server closes the connection."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -114,20 +115,20 @@ class _CutResponse(Response):
 
 
 def requested_faults(request: Request) -> tuple[Fault, ...]:
-    """Return the faults this request asks for in its `Emulator-Faults` header, which FLORA would not read."""
+    """Return the faults in the `Emulator-Faults` header of a request."""
     header = request.headers.get(FAULTS_HEADER)
     if header is None:
         return ()
     try:
         return parse_faults(json.loads(header))
-    except InvalidFault as error:
+    except InvalidFaultError as error:
         raise invalid_input(Field(FAULTS_HEADER, str(error))) from error
     except ValueError as error:
         raise invalid_input(Field(FAULTS_HEADER, "must be JSON")) from error
 
 
 async def json_body(request: Request) -> dict[str, object]:
-    """Return the JSON object in the body, or refuse as FLORA does."""
+    """Return the JSON object in the body. Raises ApiProblem as FLORA refuses other bodies."""
     try:
         body: object = json.loads(await request.body())
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Idempotency keys as FLORA keeps them: per workspace, operation and destination, for two hours, of successes only."""
+"""Idempotency keys: kept per workspace, operation and destination, for two hours, after successes only."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ KEY_LIFE_SECONDS = 7200.0
 
 @dataclass(frozen=True, slots=True)
 class KeyScope:
-    """Where a key counts."""
+    """A key, and where it counts."""
 
     workspace_id: str
     operation: str
@@ -22,32 +22,32 @@ class KeyScope:
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A success: which request it was, what was answered, and until when (unix seconds) the key blocks."""
+    """A success: the digest of the request, the response, and the end of the key in unix seconds."""
 
     digest: str
-    answer: dict[str, object]
+    response: dict[str, object]
     until: float
 
 
 class KeyBook:
-    """The keys in force. A request that fails is never remembered, which is how its key is released."""
+    """The keys in force. A request that fails is not remembered, so its key stays free."""
 
     def __init__(self, clock: Callable[[], float], *, time_scale: float) -> None:
         self._clock = clock
         self._life_seconds = KEY_LIFE_SECONDS / time_scale
-        self._kept: dict[KeyScope, Remembered] = {}
+        self._remembered: dict[KeyScope, Remembered] = {}
 
     def recall(self, scope: KeyScope) -> Remembered | None:
-        remembered = self._kept.get(scope)
+        remembered = self._remembered.get(scope)
         if remembered is not None and remembered.until <= self._clock():
-            del self._kept[scope]
+            del self._remembered[scope]
             return None
         return remembered
 
-    def remember(self, scope: KeyScope, request: str, answer: dict[str, object]) -> None:
-        self._kept[scope] = Remembered(request, answer, self._clock() + self._life_seconds)
+    def remember(self, scope: KeyScope, request: str, response: dict[str, object]) -> None:
+        self._remembered[scope] = Remembered(request, response, self._clock() + self._life_seconds)
 
 
 def digest(body: dict[str, object]) -> str:
-    """Return what two bodies must share to be the same request: their content, whatever the order of keys."""
+    """Return a digest of a body's content, which does not depend on the order of its keys."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -34,7 +34,7 @@ def file_type(output_type: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """One file: `head`, then `filling` bytes of `unit` over and over, then `tail`."""
+    """One file: `head`, then `filling` bytes of the repeated `unit`, then `tail`."""
 
     head: bytes
     unit: bytes
@@ -68,7 +68,10 @@ class Media:
 
 @lru_cache(maxsize=64)
 def make_media(output_type: str, seed: str, size: int) -> Media:
-    """Return a file of `output_type` of exactly `size` bytes, where its format can be that small; `seed` colours it."""
+    """Return a file of exactly `size` bytes, or of its natural size where that is larger.
+
+    `seed` decides its colours, tone or text.
+    """
     colour = hashlib.sha256(seed.encode()).digest()
     match output_type:
         case "imageUrl":
@@ -91,7 +94,7 @@ def _noise(seed: bytes, length: int) -> bytes:
 
 
 def _png(colour: bytes, size: int) -> Media:
-    """A gradient of 64 × 64; made longer by ancillary chunks, which decoders skip, each with its right checksum."""
+    """Return a gradient of 64 × 64 pixels, extended by ancillary chunks, which decoders skip."""
     side = 64
     rows = b"".join(
         b"\0" + b"".join(bytes((colour[0] ^ (x * 4), colour[1] ^ (y * 4), colour[2])) for x in range(side))
@@ -113,7 +116,7 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _mp4(colour: bytes, size: int) -> Media:
-    """A second of 16 x 16 pixels, then a `free` box of noise from the seed, which players skip."""
+    """Return a second of 16 × 16 pixels, extended by a `free` box of noise, which players skip."""
     movie = files("receiver.emulator").joinpath("video.mp4").read_bytes()
     filling = max(len(colour), size - len(movie) - _FREE_HEADER)
     header = struct.pack(">I4sQ", 1, b"free", _FREE_HEADER + filling)  # 1: the size follows in 64 bits
@@ -121,7 +124,10 @@ def _mp4(colour: bytes, size: int) -> Media:
 
 
 def _wav(colour: bytes, size: int) -> Media:
-    """A second of a tone, 8 kHz mono; made longer by playing it on (beyond 4 GiB the header says "until the end")."""
+    """Return a second of a tone, 8 kHz mono, extended by repetition.
+
+    Beyond 4 GiB the header has the largest size, which means "until the end".
+    """
     rate, frequency = 8000, 220 + 20 * (colour[0] % 16)
     tone = b"".join(struct.pack("<h", round(12000 * math.sin(math.tau * frequency * n / rate))) for n in range(rate))
     length = max(size - 44, len(tone)) if size else len(tone)
@@ -133,7 +139,7 @@ def _wav(colour: bytes, size: int) -> Media:
 
 
 def _pdf(seed: str, size: int) -> Media:
-    """One page with a line of text; made longer by a stream nobody refers to."""
+    """Return a page with a line of text, extended by a stream that nothing refers to."""
     shown = f"BT /F1 24 Tf 40 100 Td ({seed}) Tj ET".encode()
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
@@ -158,7 +164,7 @@ def _pdf(seed: str, size: int) -> Media:
         trailer = b"trailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%015d\n%%%%EOF\n" % start
         return opened, closed + b"xref\n0 6\n0000000000 65535 f \n" + table + trailer
 
-    # Every number that depends on the size is written in fifteen digits, so the frame is equally long at any size.
+    # Numbers that depend on the size have fifteen digits, so the frame has the same length at any size.
     opened, closed = assemble(0)
     filling = max(0, size - len(opened) - len(closed))
     opened, closed = assemble(filling)

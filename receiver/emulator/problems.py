@@ -1,4 +1,4 @@
-"""Refusals as FLORA words them: one exception that carries an HTTP status and FLORA's error body."""
+"""Refusals in FLORA's form: an exception with an HTTP status and FLORA's error body."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ __all__ = ["ApiProblem", "Field", "invalid_input", "not_found"]
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field of a request and what is wrong with it."""
+    """A field of a request and its problem."""
 
     field: str
     message: str
 
 
-class ApiProblem(Exception):  # noqa: N818 - it is FLORA's answer, not an error of ours
-    """A request that is answered with an error body; it never leaves the emulator."""
+class ApiProblem(Exception):  # noqa: N818  # FLORA's response, not an error
+    """A request that is refused with an error body. It never leaves the emulator."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class ApiProblem(Exception):  # noqa: N818 - it is FLORA's answer, not an error 
 
 
 def invalid_input(*fields: Field) -> ApiProblem:
-    """Return the 400 that names the fields it dislikes."""
+    """Return the refusal (400) that names the invalid fields."""
     named = ", ".join(sorted({one.field for one in fields}))
     return ApiProblem(400, "input_validation_error", f"Invalid input: {named}", fields=fields)
 

@@ -1,4 +1,7 @@
-"""The run book: every run ever started, and what a read of it says at a given time. A run moves by the clock alone."""
+"""The runs that were started, and the response to a read of each at a given time.
+
+A run changes by the clock alone.
+"""
 
 import math
 import random
@@ -8,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from receiver.emulator.faults import Fault
 from receiver.emulator.media import file_type
 
-__all__ = ["PlannedOutput", "Run", "RunBook", "Subject", "document", "with_fault"]
+__all__ = ["PlannedOutput", "Run", "RunBook", "Subject", "apply_fault", "run_to_json"]
 
-# The share of its life a run waits before it runs.
+# The share of its duration for which a run is pending.
 _PENDING_SHARE = 0.1
 
 _MESSAGES = {
@@ -21,7 +24,7 @@ _MESSAGES = {
 
 @dataclass(frozen=True, slots=True)
 class PlannedOutput:
-    """What a run will put out: `text` for a text, else a file of `size` bytes (0: its natural size)."""
+    """An output that a run will have: a `text`, or a file of `size` bytes (0: its natural size)."""
 
     output_id: str
     type: str
@@ -31,7 +34,7 @@ class PlannedOutput:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What runs: a technique, or a model that generates."""
+    """What a run runs: a technique, or a model for a generation."""
 
     run_type: str
     id: str
@@ -72,7 +75,7 @@ class Run:
         return _MESSAGES.get(self.error_code or "", "The run failed.")
 
     def status_at(self, now: float) -> str:
-        """Return what the API says at `now`: behind the truth by the run's read lag, once that is over."""
+        """Return the status that the API states at `now`; the end appears after the run's read lag."""
         if now >= self.ends_at + self.read_lag_seconds:
             return self.final_status
         return "pending" if now < self.started_at else "running"
@@ -83,32 +86,32 @@ class Run:
         return f"/runs/{self.run_id}"
 
 
-def document(run: Run, now: float, *, origin: str, api: str) -> dict[str, object]:
-    """Return the run as a single read answers it; `origin` begins media URLs, `api` the poll URL."""
+def run_to_json(run: Run, now: float, *, origin: str, api: str) -> dict[str, object]:
+    """Return the response to a read of the run; media URLs start with `origin`, the poll URL with `api`."""
     status = run.status_at(now)
     ended = status in ("completed", "failed")
-    said: dict[str, object] = {
+    body: dict[str, object] = {
         "run_id": run.run_id,
         "status": status,
-        # A failed run shows 100 as well: FLORA wants `status` read, nothing else.
+        # A failed run has 100 as well: FLORA says to read `status` alone.
         "progress": 100 if ended else _progress(run, now),
         "created_at": _milliseconds(run.created_at),
         "poll_url": api + run.poll_path(),
     }
     if status != "pending":
-        said["started_at"] = _milliseconds(run.started_at)
+        body["started_at"] = _milliseconds(run.started_at)
     if ended:
-        said["completed_at"] = _milliseconds(run.ends_at)
+        body["completed_at"] = _milliseconds(run.ends_at)
         if now >= run.ends_at + run.cost_lag_seconds:
-            said["charged_cost"] = run.cost
+            body["charged_cost"] = run.cost
     if status == "failed":
-        said |= {"error_code": run.error_code, "error_message": run.error_message}
+        body |= {"error_code": run.error_code, "error_message": run.error_message}
     if status == "completed":
-        said["outputs"] = [
+        body["outputs"] = [
             {"output_id": output.output_id, "type": output.type, "url": _url(run, position, output, origin)}
             for position, output in enumerate(run.outputs)
         ]
-    return said
+    return body
 
 
 def _progress(run: Run, now: float) -> int:
@@ -127,8 +130,8 @@ def _milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def with_fault(run: Run, fault: Fault) -> Run:
-    """Return the run as a fault of the run family leaves it."""
+def apply_fault(run: Run, fault: Fault) -> Run:
+    """Return the run as a fault of the run family changes it."""
     match fault.kind:
         case "fail":
             run = replace(run, error_code=fault.text("error_code"))
@@ -152,7 +155,7 @@ def with_fault(run: Run, fault: Fault) -> Run:
 
 @dataclass(slots=True)
 class RunBook:
-    """All runs, in the order of their starts. The place in that order is what a cursor names."""
+    """All runs in the order of their starts. A cursor names a place in that order."""
 
     clock: Callable[[], float]
     randomness: random.Random
@@ -172,16 +175,16 @@ class RunBook:
     def apply(self, run_id: str, faults: Iterable[Fault]) -> Run:
         run = self._runs[run_id]
         for fault in faults:
-            run = with_fault(run, fault)
+            run = apply_fault(run, fault)
         self._runs[run_id] = run
         return run
 
     def newest(self, before: int | None) -> Iterator[tuple[int, Run]]:
-        """Yield runs from the newest on, with their places; those before the place `before` when it is given."""
+        """Yield (place, run) from the newest to the oldest, only places below `before` where it is given."""
         start = len(self._order) if before is None else min(before, len(self._order))
         for place in range(start - 1, -1, -1):
             yield place, self._runs[self._order[place]]
 
     def new_id(self, prefix: str) -> str:
-        """Return a fresh id as FLORA writes them, such as `run_9f86d081884c7d65`."""
+        """Return a new id in FLORA's form, such as `run_9f86d081884c7d65`."""
         return f"{prefix}_{self.randomness.getrandbits(64):016x}"

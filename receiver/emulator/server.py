@@ -1,4 +1,4 @@
-"""The media server: outputs under `/media`, public as FLORA's are, with ranges and with faults on the wire."""
+"""The media server: the outputs of ended runs under `/media`, without a key, with ranges and faults."""
 
 import asyncio
 import re
@@ -20,7 +20,7 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class _Wire:
-    """How the body goes out: `stop` ends it early (the connection is then closed), `stall_at` pauses it."""
+    """How a body is sent: up to `stop` (before its end, the connection is closed), with a pause at `stall_at`."""
 
     stop: int
     stall_at: int | None = None
@@ -28,7 +28,7 @@ class _Wire:
 
 
 class MediaServer:
-    """Serves the outputs of ended runs. `closing` wakes stalled answers, so that a server can stop."""
+    """Serves the outputs of ended runs. `closing` ends stalls, so that a server can stop."""
 
     def __init__(self, runs: RunBook, faults: FaultBook) -> None:
         self.closing = asyncio.Event()
@@ -58,15 +58,15 @@ class MediaServer:
                 return RedirectResponse(fault.text("url"), int(fault.number("status")))
             if fault.kind == "content_type":
                 content_type = fault.text("value")
-        return self._answer(request, media, f'"{run_id}-{place}-{media.size}"', content_type, faults)
+        return self._respond(request, media, f'"{run_id}-{place}-{media.size}"', content_type, faults)
 
-    def _answer(
+    def _respond(
         self, request: Request, media: Media, etag: str, content_type: str, faults: tuple[Fault, ...]
     ) -> Response:
         headers = {"content-type": content_type, "accept-ranges": "bytes", "etag": etag}
         start, stop, status = 0, media.size, 200
-        if (asked := request.headers.get("range")) is not None and request.headers.get("if-range", etag) == etag:
-            found = _range(asked, media.size)
+        if (requested := request.headers.get("range")) is not None and request.headers.get("if-range", etag) == etag:
+            found = _parse_range(requested, media.size)
             if found is None:
                 headers["content-range"] = f"bytes */{media.size}"
                 return PlainTextResponse("range not satisfiable", 416, headers)
@@ -78,8 +78,8 @@ class MediaServer:
         return _MediaResponse(media, start, wire, status, headers, self.closing)
 
 
-def _range(header: str, size: int) -> tuple[int, int] | None:
-    """Return the range asked for as (start, stop); (0, 0) when it is to be ignored, None when it cannot be had."""
+def _parse_range(header: str, size: int) -> tuple[int, int] | None:
+    """Return the range as (start, stop): (0, 0) for a header to ignore, None where nothing is in range."""
     found = _RANGE.fullmatch(header.strip())
     if found is None or not (found[1] or found[2]):
         return 0, 0
@@ -94,12 +94,12 @@ def _range(header: str, size: int) -> tuple[int, int] | None:
 
 
 def _plan(start: int, stop: int, faults: tuple[Fault, ...]) -> tuple[int, _Wire]:
-    """Return the Content-Length to announce and what really goes out."""
+    """Return the Content-Length to announce, and what is sent."""
     length, end = stop - start, stop
     stall_at, stall_seconds = None, 0.0
     for fault in faults:
         if fault.kind == "wrong_length":
-            # Less than the truth is a shorter file to everyone; more than that a connection closed too early.
+            # Too small, and the file seems to end there; too large, and it seems cut.
             length = max(0, length + int(fault.number("delta")))
             end = min(stop, start + length)
         elif fault.kind == "cut":
@@ -110,7 +110,7 @@ def _plan(start: int, stop: int, faults: tuple[Fault, ...]) -> tuple[int, _Wire]
 
 
 class _MediaResponse(Response):
-    """Streams a range of a medium; what it announces and what it sends differ when a fault wants it so."""
+    """Streams a range of a file. A fault may make what it announces and what it sends differ."""
 
     def __init__(
         self, media: Media, start: int, wire: _Wire, status: int, headers: dict[str, str], closing: asyncio.Event
@@ -135,23 +135,25 @@ class _MediaResponse(Response):
         await self._stream(send, position, wire.stop)
         if wire.stop - self._start >= int(self.headers["content-length"]):
             await send({"type": "http.response.body", "body": b""})
-        # Else nothing more is said: the server closes the connection, and the client is short of bytes.
+        # Else the server closes the connection, and the client misses bytes.
 
     async def _stream(self, send: Send, start: int, stop: int) -> None:
         for piece in self._media.read(start, stop):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def _stall(self, receive: Receive) -> None:
-        """Wait until the time is over, the client is gone or the emulator closes, whichever comes first."""
-        gone = asyncio.ensure_future(_disconnected(receive))
+        """Wait for the end of the stall, the client's disconnect or the emulator's end."""
+        disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
         closing = asyncio.ensure_future(self._closing.wait())
         try:
-            await asyncio.wait((gone, closing), timeout=self._wire.stall_seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (disconnect, closing), timeout=self._wire.stall_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
-            gone.cancel()
+            disconnect.cancel()
             closing.cancel()
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

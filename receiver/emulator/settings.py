@@ -1,4 +1,4 @@
-"""What one emulator is told: identity, pace, what it lets through. Built by the command line and by tests."""
+"""The settings of an emulator. Made by the command line and by tests."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,45 +11,47 @@ API_PATH = "/api/v1"
 
 @dataclass(frozen=True, slots=True)
 class EmulatorSettings:
-    """Settings of one emulator. Everything named `_seconds` is real seconds; `time_scale` touches FLORA's own clocks only.
+    """Settings of one emulator.
 
-    `time_scale` divides the retry delays of callbacks (10 s, 60 s, 300 s) and the two hours an idempotency key lives.
+    `time_scale` divides the retry delays of callbacks (10 s, 60 s, 300 s) and the two hours for which
+    an idempotency key is kept. All other durations are real seconds.
     """
 
     host: str = "127.0.0.1"
     port: int = 8787
-    # Absolute media and poll URLs start with this; None takes the origin of the request that asks.
     public_origin: str | None = None
+    """The origin of media and poll URLs; None: the origin of the request."""
 
     api_key: str = "sk_test_emulator"
     workspace_id: str = "ws_emulator"
     project_id: str = "prj_emulator"
-    # The first signs; all of them do, as FLORA does while a secret is rotated, when `sign_with_all` is set.
     webhook_secrets: tuple[str, ...] = ("whsec_emulator",)
+    """The secrets of callbacks. The first signs."""
     sign_with_all: bool = False
+    """Whether every secret signs, as FLORA does while a secret is rotated."""
 
     run_seconds: float = 5.0
     time_scale: float = 1.0
-    # How long reads still say "running" after the run has ended and its callback is on its way.
     read_lag_seconds: float = 0.0
-    # How long `charged_cost` is absent from reads after the end.
+    """How long reads still state "running" after the run has ended and its callback is sent."""
     cost_lag_seconds: float = 0.0
-    # Size of every media output; 0 is the natural size (some kilobytes), anything larger is padded, streamed, never held.
+    """How long reads lack `charged_cost` after the end."""
     media_bytes: int = 0
+    """The size of every media output; 0: its natural size, some kilobytes."""
 
     allow_private_callbacks: bool = False
-    # The only certificate authority the callback sender trusts; None is the usual public ones.
     callback_ca: Path | None = None
-    # None is FLORA's 10 s over `time_scale`, though never under a second: a loopback server is not faster because we pretend.
+    """The only CA that the callback sender trusts; None: the public ones."""
     callback_timeout_seconds: float | None = None
-    # Whether each retry is signed anew; False keeps the first attempt's `t` and signature, as FLORA's documents read.
+    """None: FLORA's 10 s divided by `time_scale`, at least one second, since servers do not scale."""
     refresh_timestamps: bool = False
+    """Whether each retry is signed anew; else it has the first attempt's timestamp, as FLORA documents."""
 
-    # A repeated key answers 409; True answers the original again with `idempotent-replayed: true`.
     replay_idempotent: bool = False
-    # FLORA answers 404 for a technique run on /runs/{id}; False serves it there too.
+    """Whether a repeated key gets the first response again, with `idempotent-replayed: true`; else 409."""
     hide_technique_runs: bool = True
-    # Faults in force from the start, each as the control endpoint takes them: {"kind": "drop", "probability": 0.1}.
+    """Whether /runs/{id} responds 404 for technique runs, as FLORA does."""
     faults: tuple[Mapping[str, object], ...] = ()
-    # None differs on every start, so that ids never meet those a receiver's ledger still holds from the last time.
+    """Faults in force from the start, such as {"kind": "drop", "probability": 0.1}."""
     seed: int | None = None
+    """The seed of ids and faults; None: random, so that ids never repeat those in an older ledger."""

@@ -1,4 +1,4 @@
-"""The techniques on offer, and FLORA's rules for the inputs of a run. Pure."""
+"""The emulator's techniques, and FLORA's rules for the inputs of a run. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from receiver.emulator.problems import Field
 
 __all__ = ["GENERATED", "TECHNIQUES", "Input", "Output", "Technique", "find_technique", "input_values"]
 
-# Older pages of FLORA write the types of inputs with an underscore.
+# Older pages of FLORA's documentation spell the types of inputs with an underscore.
 _SPELLINGS = {"image_url": "imageUrl", "video_url": "videoUrl"}
 _INPUT_TYPES = frozenset({"text", "imageUrl", "videoUrl"})
 
@@ -22,7 +22,7 @@ class Input:
     description: str
     optional: bool = False
 
-    def document(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         document: dict[str, object] = {
             "id": self.id,
             "name": self.name,
@@ -40,7 +40,7 @@ class Output:
     name: str
     type: str
 
-    def document(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         return {"id": self.id, "name": self.name, "type": self.type}
 
 
@@ -51,7 +51,7 @@ _IMAGE = Input("image", "Image", "imageUrl", "A picture to start from.", optiona
 
 @dataclass(frozen=True, slots=True)
 class Technique:
-    """One technique: `run_cost` in USD; `error_code` makes every run of it fail with that code."""
+    """One technique. `run_cost` is in US dollars; with an `error_code`, every run of it fails."""
 
     technique_id: str
     slug: str
@@ -62,14 +62,14 @@ class Technique:
     inputs: tuple[Input, ...] = (_PROMPT, _IMAGE, _SIZE)
     error_code: str | None = None
 
-    def document(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         return {
             "technique_id": self.technique_id,
             "slug": self.slug,
             "name": self.name,
             "description": self.description,
-            "inputs": [declared.document() for declared in self.inputs],
-            "outputs": [declared.document() for declared in self.outputs],
+            "inputs": [declared.to_json() for declared in self.inputs],
+            "outputs": [declared.to_json() for declared in self.outputs],
             "run_cost": self.run_cost,
         }
 
@@ -111,7 +111,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     ),
 )
 
-# POST /generate: its `type`, the type of its one output, its price in USD and its default model.
+# Of POST /generate: by `type`, the type of its only output, its cost in USD and its default model.
 GENERATED: dict[str, tuple[str, float, str]] = {
     "image": ("imageUrl", 0.04, "emu-image-1"),
     "video": ("videoUrl", 0.5, "emu-video-1"),
@@ -121,29 +121,29 @@ GENERATED: dict[str, tuple[str, float, str]] = {
 
 
 def find_technique(name: str) -> Technique | None:
-    """Return the technique of this id or slug."""
+    """Return the technique with this id or slug."""
     return next((technique for technique in TECHNIQUES if name in (technique.technique_id, technique.slug)), None)
 
 
 def input_values(technique: Technique, inputs: object) -> tuple[dict[str, str], list[Field]]:
-    """Hold `inputs` of a start against the declaration: the values by input id, and everything wrong with them."""
+    """Check the `inputs` of a start. Return the values by input id, and every problem."""
     if not isinstance(inputs, list) or not inputs:
         return {}, [Field("inputs", "must be an array with at least one input")]
     declared = {one.id: one for one in technique.inputs}
     values: dict[str, str] = {}
-    wrong: list[Field] = []
+    problems: list[Field] = []
     for index, given in enumerate(inputs):
-        problem = _wrong_with(given, declared, values)
+        problem = _find_problem(given, declared, values)
         if problem is not None:
-            wrong.append(Field(f"inputs.{index}" + problem.field, problem.message))
+            problems.append(Field(f"inputs.{index}" + problem.field, problem.message))
         else:
             values[given["id"]] = given["value"]
-    if not wrong:
-        wrong = _missing(technique.inputs, values)
-    return values, wrong
+    if not problems:
+        problems = _missing_inputs(technique.inputs, values)
+    return values, problems
 
 
-def _wrong_with(given: object, declared: dict[str, Input], seen: dict[str, str]) -> Field | None:
+def _find_problem(given: object, declared: dict[str, Input], seen: dict[str, str]) -> Field | None:
     if not isinstance(given, dict):
         return Field("", "must be an object with id, type and value")
     for key in ("id", "type", "value"):
@@ -164,7 +164,7 @@ def _wrong_with(given: object, declared: dict[str, Input], seen: dict[str, str])
     return None
 
 
-def _missing(inputs: Sequence[Input], values: dict[str, str]) -> list[Field]:
+def _missing_inputs(inputs: Sequence[Input], values: dict[str, str]) -> list[Field]:
     return [
         Field("inputs", f"input {one.id!r} is required") for one in inputs if not one.optional and one.id not in values
     ]

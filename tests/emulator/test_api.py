@@ -46,7 +46,7 @@ def test_a_run_moves_by_the_clock_alone() -> None:
     seen = []
     for step in (0, 5, 5, 3, 2):
         clock.now += step
-        said = emulator.document(run_id, "http://127.0.0.1")
+        said = emulator.read_run(run_id, "http://127.0.0.1")
         assert said is not None
         seen.append((said["status"], said["progress"], "charged_cost" in said))
     assert seen == [

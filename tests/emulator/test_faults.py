@@ -5,7 +5,7 @@ import random
 import httpx
 import pytest
 
-from receiver.emulator.faults import KINDS, Family, FaultBook, InvalidFault, parse_faults
+from receiver.emulator.faults import KINDS, Family, FaultBook, InvalidFaultError, parse_faults
 from tests.emulator.conftest import Bench
 
 
@@ -127,7 +127,7 @@ def test_every_kind_parses_with_its_defaults() -> None:
     """And writes itself so that it can be read again."""
     for kind in KINDS:
         [fault] = parse_faults({"kind": kind})
-        assert parse_faults(fault.document()) == (fault,)
+        assert parse_faults(fault.to_json()) == (fault,)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_every_kind_parses_with_its_defaults() -> None:
 )
 async def test_faults_that_make_no_sense(bench: Bench, document: object) -> None:
     """They are refused by the parser and by the control endpoint."""
-    with pytest.raises(InvalidFault):
+    with pytest.raises(InvalidFaultError):
         parse_faults(document)
     answer = await bench.client.post(f"{bench.origin}/_emulator/faults", json={"faults": document})
     assert answer.status_code == 400

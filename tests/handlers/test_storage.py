@@ -22,7 +22,7 @@ from handlers.storage.disk import LocalDisk
 from handlers.storage.objects import ObjectStore
 from handlers.storage.places import Place, PlaceError
 from receiver.handler import MANIFEST, Answer, Checks, Closes, Done, Event, Handler, Output, Reject, Retry, SettledRun
-from receiver.testing.stand import standing
+from receiver.testing.stand import run_stand
 from tests.support.media import MediaServer, Page, page
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40
@@ -211,7 +211,7 @@ async def test_the_manifest_tells_the_prompt_where_that_is_wanted(
 async def test_a_run_that_is_started_here_is_told_with_its_prompt(root: Path, tmp_path: Path) -> None:
     """From the API through FLORA into the file, without the token that links the callback to its start."""
     handler = {"use": "storage", "options": {"url": str(root), "embed_metadata": True, "key": "{output_id}{ext}"}}
-    async with standing(tmp_path, [handler]) as stand:
+    async with run_stand(tmp_path, [handler]) as stand:
         told = await stand.run("emu-text")
     manifest = files(root)[f"{told.run_id}.run.json"]
     assert json.loads(manifest)["inputs"] == [{"id": "prompt", "type": "text", "value": "a lighthouse"}]

@@ -18,7 +18,7 @@ from receiver.net.clients import (
     parse_host_and_port,
     tls_context,
 )
-from tests.support.media import page, redirect, serving
+from tests.support.media import page, redirect, serve_media
 
 TLS = tls_context()
 
@@ -110,7 +110,7 @@ async def test_one_private_address_among_public_ones_refuses_the_host(addresses:
 
 async def test_the_connection_goes_to_the_address_that_was_checked() -> None:
     """One look-up per connection: a resolver that would answer differently the second time is never asked again."""
-    async with serving() as media:
+    async with serve_media() as media:
         names = Names("127.0.0.1")
         backend = GuardedBackend(allowed=[("media.test", media.port)], resolve=names)
         stream = await backend.connect_tcp("media.test", media.port, timeout=5)
@@ -121,7 +121,7 @@ async def test_the_connection_goes_to_the_address_that_was_checked() -> None:
 
 async def test_a_dead_address_does_not_hide_a_living_one() -> None:
     """All checked addresses are tried in turn."""
-    async with serving() as media:
+    async with serve_media() as media:
         backend = GuardedBackend(allowed=[("media.test", media.port)], resolve=Names("127.0.0.9", "127.0.0.1"))
         stream = await backend.connect_tcp("media.test", media.port, timeout=5)
         await stream.aclose()
@@ -191,7 +191,7 @@ def test_exceptions_are_read_as_urls_write_them() -> None:
 
 async def test_media_client_reaches_only_what_is_allowed() -> None:
     """Plain http and private addresses pass for the exact host and port, for nothing beside it."""
-    async with serving() as media, serving() as other:
+    async with serve_media() as media, serve_media() as other:
         media.pages["/a"] = page(b"here")
         async with media_client(allow_private_hosts=[media.authority], tls=TLS) as client:
             assert (await client.get(media.url("/a"))).content == b"here"
@@ -206,7 +206,7 @@ async def test_media_client_reaches_only_what_is_allowed() -> None:
 async def test_media_client_keeps_nothing_and_follows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No cookies, no redirects, no compression, no proxy from the environment."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    async with serving() as media:
+    async with serve_media() as media:
         media.pages["/a"] = redirect("/b")
         async with media_client(allow_private_hosts=[media.authority], tls=TLS) as client:
             for _ in range(2):
@@ -228,7 +228,7 @@ def test_the_api_is_spoken_to_over_https_only(base_url: str) -> None:
 
 async def test_the_api_key_stays_with_the_api() -> None:
     """Neither a redirect nor an absolute URL takes the headers to another origin."""
-    async with serving() as api, serving() as other:
+    async with serve_media() as api, serve_media() as other:
         api.pages["/v1/runs"] = redirect(other.url("/steal"))
         async with api_client(api.url("/v1"), headers={"Authorization": "Bearer k"}, tls=TLS) as client:
             assert (await client.get("/runs")).status_code == 302

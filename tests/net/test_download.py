@@ -15,7 +15,7 @@ from receiver.model import Output
 from receiver.net.clients import tls_context
 from receiver.net.download import CHUNK_BYTES, Downloader, DownloadLimits, save
 from tests.support.defaults import download_limits
-from tests.support.media import MediaServer, Page, certificate, page, redirect, serving
+from tests.support.media import MediaServer, Page, certificate, page, redirect, serve_media
 
 TLS = tls_context()
 QUICK = download_limits(stall_seconds=5, deadline_seconds=10, max_bytes=10_000_000)
@@ -23,7 +23,7 @@ QUICK = download_limits(stall_seconds=5, deadline_seconds=10, max_bytes=10_000_0
 
 @pytest.fixture
 async def media() -> AsyncIterator[MediaServer]:
-    async with serving() as server:
+    async with serve_media() as server:
         yield server
 
 
@@ -163,7 +163,7 @@ async def test_a_public_name_for_a_private_address_is_refused() -> None:
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_redirects_never_reach_private_hosts(media: MediaServer, downloader: Downloader, scheme: str) -> None:
     """An exception is for the first hop: a redirect leads neither to another private port nor back to the allowed one."""
-    async with serving() as other:
+    async with serve_media() as other:
         for target in (other.authority, media.authority, "10.0.0.1"):
             output = media.output("/secret", redirect(f"{scheme}://{target}/secret2"))
             assert isinstance(await failure(downloader, output), DownloadRefusedError)
@@ -316,7 +316,7 @@ async def local(host: str, port: int) -> Sequence[str]:
 async def test_tls_is_verified_against_the_name_and_not_the_address(tmp_path: Path) -> None:
     """Pinning the address leaves certificate checks as they are: right name passes, wrong name or unknown CA fails."""
     server_tls, ca = certificate(tmp_path, "media.test")
-    async with serving("media.test", server_tls) as media, serving("other.test", server_tls) as wrong:
+    async with serve_media("media.test", server_tls) as media, serve_media("other.test", server_tls) as wrong:
         output = media.output("/secret", page(b"safe"))
         downloader = Downloader(
             limits=download_limits(),
@@ -337,7 +337,7 @@ async def test_redirects_in_public(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Three redirects are followed by hand, without cookies or referer; a fourth, or one down to http, is refused."""
     monkeypatch.setattr("receiver.net.clients.is_public", lambda _: True)  # loopback plays the internet
     server_tls, ca = certificate(tmp_path, "media.test")
-    async with serving("media.test", server_tls) as media:
+    async with serve_media("media.test", server_tls) as media:
         downloader = Downloader(limits=download_limits(), tls=tls_context(ca), resolve=local)
         output = media.output("/0", redirect(media.url("/1")))
         media.pages |= {"/1": redirect("/2"), "/2": redirect("3"), "/3": page(b"there")}

@@ -11,7 +11,7 @@ from receiver.net.clients import tls_context
 from receiver.net.download import MAX_RESUMES, Downloader
 from receiver.net.ranges import ResumableBody, parse_resumable
 from tests.support.defaults import download_limits
-from tests.support.media import MediaServer, Page, page, redirect, serving
+from tests.support.media import MediaServer, Page, page, redirect, serve_media
 
 BODY = bytes(range(256)) * 8_000
 TLS = tls_context()
@@ -25,7 +25,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def media() -> AsyncIterator[MediaServer]:
-    async with serving() as server:
+    async with serve_media() as server:
         yield server
 
 

@@ -9,7 +9,7 @@ from receiver.handler import SettledRun
 from receiver.net.clients import tls_context
 from receiver.net.download import Downloader
 from receiver.testing import SETTLED_AT as NOW
-from receiver.testing import Lines, MediaServer, MemoryContext, a_settled_run, serving
+from receiver.testing import Lines, MediaServer, MemoryContext, a_settled_run, serve_media
 from tests.support.defaults import download_limits
 
 __all__ = ["NOW", "RUN", "Lines", "MemoryContext"]
@@ -25,7 +25,7 @@ def run() -> SettledRun:
 
 @pytest.fixture
 async def media() -> AsyncIterator[MediaServer]:
-    async with serving() as server:
+    async with serve_media() as server:
         yield server
 
 

@@ -9,9 +9,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from receiver.testing.downloads import MediaServer, Page, page, redirect, serving
+from receiver.testing.downloads import MediaServer, Page, page, redirect, serve_media
 
-__all__ = ["MediaServer", "Page", "certificate", "page", "redirect", "serving"]
+__all__ = ["MediaServer", "Page", "certificate", "page", "redirect", "serve_media"]
 
 
 def certificate(directory: Path, name: str) -> tuple[ssl.SSLContext, Path]:

@@ -20,7 +20,7 @@ from receiver.store import Database
 from receiver.workers.dispatcher import Dispatcher
 from tests.support.core import Clock, Core, a_core, registered_handler, until
 from tests.support.defaults import download_limits
-from tests.support.media import MediaServer, Page, page, serving
+from tests.support.media import MediaServer, Page, page, serve_media
 
 TLS = tls_context()
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(40_000)
@@ -102,7 +102,7 @@ class Bench:
 
 @pytest.fixture
 async def bench(database: Database, clock: Clock) -> AsyncIterator[Bench]:
-    async with serving() as media:
+    async with serve_media() as media:
         downloader = Downloader(limits=download_limits(), allow_private_hosts=[media.authority], tls=TLS)
         bench = Bench(a_core(database, clock), media, downloader)
         yield bench
