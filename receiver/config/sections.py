@@ -227,7 +227,7 @@ class Downloads(Section):
 
     allow_private_hosts: Words = Field(
         (),
-        description="Exact `host:port` pairs allowed to be private and http; default: public HTTPS.",
+        description="Exact `host:port` pairs that may be private and http; others: public HTTPS.",
     )
     max_bytes: Count = Field(20 * 1024**3, description="Maximum size of an output.")
     stall_seconds: Duration = Field(30, description="Time without a byte after which a download is aborted.")
@@ -319,11 +319,11 @@ class HandlerEntry(Section):
     )
     on: Annotated[tuple[Event, ...] | None, BeforeValidator(to_tuple), AfterValidator(check_not_empty)] = Field(
         None,
-        description="Events: `settled`, `cost_final`, `lost`, `diverged`, `dead`; default: its own.",
+        description="Any of `settled`, `cost_final`, `lost`, `diverged`, `dead`; default: its own.",
     )
     max_attempts: Count | None = Field(
         None,
-        description="Attempts before a dispatch is dead; default: the handler's, else `[dispatch]`.",
+        description="Attempts until a dispatch is dead; default: the handler's, else `[dispatch]`.",
     )
     backoff: Pauses | None = Field(
         None,

@@ -38,7 +38,7 @@ def start_run(cwd: Path, port: int) -> str:
 
 
 def test_without_a_tunnel_a_callback_is_simulated_for_each_settled_run(start: Start, tmp_path: Path) -> None:
-    """The run is polled and settles; then its callback reaches the real endpoint, and it is matched."""
+    """The run settles by polling; then its callback reaches the endpoint, and it is matched."""
     port = free_port()
     dev = start("dev", *EMULATED, "--no-tunnel", "--ops-port", port)
     until(dev, is_kind("canary", code="open"))

@@ -104,7 +104,7 @@ def is_opened(line: Line) -> bool:
 async def test_a_stopped_tunnel_is_replaced_and_its_runs_are_caught_up(stage: Stage, forwarder: Command) -> None:
     """A run whose callback goes to the old URL settles by polling; the next one uses the new URL.
 
-    The first run is open when the tunnel is reopened; the policy alone would not read it for ten minutes.
+    The first run is open when the tunnel is reopened; by the policy it is not due for ten minutes.
     """
     reconcile = {"first_poll_seconds": 600, "max_gap_seconds": 600}
     async with run_session(stage, forwarder, reconcile=reconcile) as session:

@@ -1,4 +1,4 @@
-"""Each fault is found under its own id, with real servers on loopback; a healthy set-up has none."""
+"""Each fault is found under its own id, with real servers on loopback."""
 
 import asyncio
 import contextlib
@@ -63,7 +63,7 @@ def reply(status: str, body: bytes = b"", *headers: str) -> bytes:
 
 @contextlib.asynccontextmanager
 async def run_proxy(stage: Stage, respond: Respond, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """Run a server in front of the receiver; `respond` turns a request into a response, as bytes."""
+    """Run a server before the receiver; `respond` turns a request into a response, as bytes."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -209,7 +209,7 @@ async def test_a_public_url_without_a_receiver(stage: Stage) -> None:
         findings = await check_public_url(settings(stage, public_url=f"https://127.0.0.1:{free_port()}"), ca=stage.ca)
         assert ids(findings) == {"public.unreachable"}
     stage.port = free_port()
-    for response in (None, reply("502 Bad Gateway", b"nobody behind")):
+    for response in (None, reply("502 Bad Gateway", b"no upstream")):
         async with run_proxy(stage, always(response or b"")) as origin:
             url = origin if response else f"https://127.0.0.1:{free_port()}"
             findings = await check_public_url(settings(stage, public_url=url), ca=stage.ca)
@@ -378,7 +378,8 @@ async def test_a_postgresql_that_is_read_only(postgres_url: str, stage: Stage) -
     await database.run(upgrade)
     await database.close()
     assert ids(await check_database(settings(stage, database={"url": postgres_url}))) == set()
-    closed = f"{postgres_url}{'&' if '?' in postgres_url else '?'}options=-cdefault_transaction_read_only%3Don"
+    separator = "&" if "?" in postgres_url else "?"
+    closed = f"{postgres_url}{separator}options=-cdefault_transaction_read_only%3Don"
     [finding] = await check_database(settings(stage, database={"url": closed}))
     assert finding.id == "database.unusable"
     assert "read-only" in finding.what

@@ -100,7 +100,8 @@ async def test_command_forwards_bytes(stage: Stage, tmp_path: Path) -> None:
 )
 async def test_the_url_that_a_pattern_finds(line: str, pattern: str | None, url: str | None) -> None:
     """It is the first group or the whole match, without a path; a bare name gets https."""
-    command = f"{sys.executable} -c {shlex.quote(f'print({line!r}, flush=True); import time; time.sleep(3600)')}"
+    source = f"print({line!r}, flush=True); import time; time.sleep(3600)"
+    command = f"{sys.executable} -c {shlex.quote(source)}"
     tunnel = Command(command) if pattern is None else Command(command, pattern)
     if url is None:
         with pytest.raises(TunnelError, match="not a URL"):
@@ -130,8 +131,8 @@ async def test_placeholders_of_a_command_are_replaced() -> None:
 async def test_a_suspended_program_is_ended_with_its_children(tmp_path: Path) -> None:
     """After SIGSTOP it does not handle SIGTERM, so the whole group gets SIGKILL."""
     source = (
-        "import subprocess; child = subprocess.Popen(['sleep', '3600']); say(f'{os.getpid()} {child.pid}');"
-        "time.sleep(3600)"
+        "import subprocess; child = subprocess.Popen(['sleep', '3600']);"
+        "say(f'{os.getpid()} {child.pid}'); time.sleep(3600)"
     )
     program = await Program.start([str(write_program(tmp_path, "family", source))])
     found = await program.find(re.compile(r"(\d+) (\d+)"), within_seconds=20)

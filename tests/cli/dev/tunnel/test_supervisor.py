@@ -33,7 +33,7 @@ from tests.support.tunnel_programs import FORWARDER, write_program
 
 QUICK = Timing(check=0.02, confirm=0.01, settle=0.0, settle_check=0.01, max_retry=0.02)
 FINE = Diagnosis(None, "open", "callbacks come through", seconds=0.1)
-CLOSED = Diagnosis(Fault.TUNNEL, "unreachable", "nobody answers", can_reopen=True)
+CLOSED = Diagnosis(Fault.TUNNEL, "unreachable", "nothing responds", can_reopen=True)
 ALTERED = Diagnosis(Fault.TUNNEL, "altered", "altered on the way")
 BROKEN = Diagnosis(Fault.RECEIVER, "receiver_silent", "it does not answer")
 PATIENCE_SECONDS = 20
@@ -138,14 +138,14 @@ async def test_a_fault_is_confirmed_before_a_tunnel_is_replaced() -> None:
     tunnels = Tunnels("https://a.example", "https://b.example")
     async with supervise(tunnels, FINE, CLOSED, CLOSED, FINE) as session:
         events = await session.until(is_opened)
-        events += await session.until(lambda each: each == TunnelClosed("nobody answers"))
+        events += await session.until(lambda each: each == TunnelClosed("nothing responds"))
         events += await session.until(is_opened)
         events += await session.until(lambda each: isinstance(each, TunnelChecked) and each.has_recovered)
     assert without_repeats(events) == [
         TunnelOpened("https://a.example"),
         TunnelChecked(FINE, is_new=True, has_recovered=False),
         TunnelChecked(CLOSED, is_new=True, has_recovered=False),
-        TunnelClosed("nobody answers"),
+        TunnelClosed("nothing responds"),
         TunnelOpened("https://b.example", moved=True),
         TunnelChecked(FINE, is_new=True, has_recovered=True),
     ]
