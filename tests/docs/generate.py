@@ -18,9 +18,10 @@ from receiver.telemetry import Metrics
 from receiver.web.ops.openapi import openapi_document
 from receiver.web.public import STATUS
 from tests.docs.command_parts import command_reference, command_table
+from tests.docs.contract_parts import error_table, fixture_table, function_table, member_table
 from tests.docs.markdown import to_code, to_table
 from tests.docs.meanings import CASE_MEANINGS, FAULT_MEANINGS, REFUSAL_MEANINGS
-from tests.docs.source_parts import ROOT, member_table, module_tables, package_table
+from tests.docs.source_parts import ROOT, module_tables, package_table
 
 _REGION = re.compile(
     r"^(?P<open><!-- generated: (?P<what>[^>]+?) -->)\n.*?^(?P<end><!-- end -->)$", re.MULTILINE | re.DOTALL
@@ -128,6 +129,9 @@ PARTS: Mapping[str, Callable[..., str]] = {
     "cases": _cases,
     "faults": _faults,
     "members": member_table,
+    "functions": function_table,
+    "errors": error_table,
+    "fixtures": fixture_table,
     "packages": package_table,
     "modules": module_tables,
 }

@@ -1,5 +1,6 @@
 """The parts of the documents that restate the code are current; `make docs` writes them."""
 
+import inspect
 import re
 from importlib.metadata import entry_points
 
@@ -9,6 +10,7 @@ from receiver.cli.trigger.cases import CASES
 from receiver.emulator.faults import KINDS
 from receiver.plugins.loader import GROUP
 from receiver.web.public import STATUS
+from tests.docs.contract_parts import is_error, public_members
 from tests.docs.generate import PARTS, fill
 from tests.docs.meanings import CASE_MEANINGS, FAULT_MEANINGS, REFUSAL_MEANINGS
 from tests.docs.pages import page_names, read_page
@@ -30,9 +32,25 @@ def test_every_meaning_belongs_to_the_code() -> None:
 def test_every_table_stands_somewhere() -> None:
     """Each kind of table stands in a document, and so do the options of each shipped handler."""
     shown = {found for page in page_names() for found in re.findall(r"<!-- generated: ([^>]+?) -->", read_page(page))}
-    needed = PARTS.keys() - {"options", "members"}
+    needed = PARTS.keys() - {"options", "members", "functions", "errors", "fixtures"}
     needed |= {f"options {point.name}" for point in entry_points(group=GROUP) if point.name != "log"}
     assert needed <= shown
+
+
+@pytest.mark.parametrize("module", ["receiver.handler", "receiver.testing"])
+def test_every_public_name_is_in_the_guide(module: str) -> None:
+    """Each class has a table of its members in handlers/WRITING.md; functions and errors have one together."""
+    page = read_page("handlers/WRITING.md")
+    parts = re.findall(r"<!-- generated: ([^>]+?) -->", page)
+    tabulated = {path for part in parts if part.startswith("members ") for path in part.split()[1:]}
+    members = public_members(module)
+    classes = {f"{module}.{name}" for name, each in members.items() if inspect.isclass(each) and not is_error(each)}
+    assert classes
+    assert classes <= tabulated
+    assert f"functions {module}" in parts
+    assert "fixtures receiver.testing.fixtures" in parts
+    assert "errors receiver.handler" in parts
+    assert [name for name in members if not re.search(rf"`(async with )?{name}\b", page)] == []
 
 
 def test_an_altered_table_is_noticed() -> None:
