@@ -1,4 +1,4 @@
-"""Keeps outputs. The handler is in `handler`, the way of one run in `keeping`, its places in `disk` and `objects`."""
+"""Stores outputs. The handler is in `handler`, the work on one run in `writer`, places in `disk` and `objects`."""
 
 from handlers.storage.handler import Storage, StorageConfig, open_place
 

@@ -1,7 +1,7 @@
-"""Which cloud a URL means, how it is opened, and what its errors say in plain words. For `handlers.storage.objects`.
+"""Clouds: opening the store of a URL, and translating obstore's errors. For `objects`.
 
-obstore reads each cloud's usual environment variables (`AWS_…`, `GOOGLE_…`, `AZURE_…`); what the option `store` names
-comes before them. Its errors quote addresses, signed ones too: none of them is passed on as it is.
+obstore reads each cloud's environment variables (`AWS_…`, `GOOGLE_…`, `AZURE_…`); the option `store`
+takes precedence. Its errors quote URLs, signed ones too, so none is passed on as it is.
 """
 
 import os
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Store = S3Store | GCSStore | AzureStore
 
-_CLIENT = frozenset(
+_CLIENT_OPTIONS = frozenset(
     {
         "allow_http",
         "allow_invalid_certificates",
@@ -40,10 +40,11 @@ _CLIENT = frozenset(
         "user_agent",
     }
 )
-"""Options of the HTTP client; obstore takes them apart from those of the store."""
-_TIMES = {"connect_timeout": "8s", "timeout": "180s"}  # a part of 8 MiB over a link of 0.5 Mbit/s still passes
-_RETRIES: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}  # then the dispatch's own come
-_NAMED_BY_THE_URL = frozenset({"bucket", "bucket_name", "container_name"})
+"""Options of the HTTP client, which obstore takes separately from those of the store."""
+_TIMEOUTS = {"connect_timeout": "8s", "timeout": "180s"}  # enough for a part of 8 MiB at 0.5 Mbit/s
+# After these, the dispatcher retries.
+_RETRIES: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
+_SET_BY_URL = frozenset({"bucket", "bucket_name", "container_name"})
 _ENDPOINTS = frozenset({"endpoint", "endpoint_url", "aws_endpoint_url_s3", "base_url"})
 _PREFIX = re.compile("^(aws|google|azure_storage|azure)_")
 _HINTS = {
@@ -51,30 +52,30 @@ _HINTS = {
     "Missing AccessKeyId": "secret_access_key without access_key_id",
     "Account must be specified": "the account is missing: account_name, or AZURE_STORAGE_ACCOUNT_NAME",
 }
-_CREDENTIALS = {
+_CREDENTIAL_OPTIONS = {
     S3Store: "access_key_id and secret_access_key, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     GCSStore: "service_account (a path) or service_account_key, or GOOGLE_APPLICATION_CREDENTIALS",
     AzureStore: "account_key or sas_key, or AZURE_STORAGE_ACCOUNT_KEY",
 }
 
-_ANSWERED = re.compile(r"non-2xx status code: (\d{3})")
+_STATUS = re.compile(r"non-2xx status code: (\d{3})")
 _CODE = re.compile(r"<Code>([\w.-]{1,60})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<\n]{1,200})")
 _QUOTED = re.compile("'[^']*'")
-_UNSENT = re.compile(r"HTTP error: ([^\n]{1,80})")
-_FROM_THE_MACHINE = re.compile(r"169\.254\.|metadata\.google|fd00:ec2|token request|/metadata/identity")
+_NOT_SENT = re.compile(r"HTTP error: ([^\n]{1,80})")
+_INSTANCE_CREDENTIALS = re.compile(r"169\.254\.|metadata\.google|fd00:ec2|token request|/metadata/identity")
 
 
 def open_store(url: str, options: Mapping[str, SecretStr]) -> Store:
-    """Open `s3://…`, `gs://…`, `az://…` and their kin; ValueError in plain words where that cannot be."""
-    values = {_plain_name(key): value.get_secret_value() for key, value in options.items()}
-    for name in _NAMED_BY_THE_URL & values.keys():
-        raise ValueError(f"`store` must not have {name}: the URL names it")
-    client = {**_TIMES, **{name: values.pop(name) for name in _CLIENT & values.keys()}}
-    client.setdefault("allow_http", str(_plain_http_allowed()).lower())
+    """Open `s3://…`, `gs://…`, `az://…` and similar URLs. ValueError, for operators, if not possible."""
+    values = {_to_short_name(key): value.get_secret_value() for key, value in options.items()}
+    for name in _SET_BY_URL & values.keys():
+        raise ValueError(f"`store` must not contain {name}: it is part of the URL")
+    client = {**_TIMEOUTS, **{name: values.pop(name) for name in _CLIENT_OPTIONS & values.keys()}}
+    client.setdefault("allow_http", str(_is_http_allowed()).lower())
     for name in _ENDPOINTS & values.keys():
         if values[name].lower().startswith("http://") and client["allow_http"].lower() != "true":
-            raise ValueError(f"`store` has a {name} without TLS: allow_http = true permits that")
+            raise ValueError(f"`store` has a {name} without TLS: allow it with allow_http = true")
     try:
         store = obstore.store.from_url(
             url,
@@ -82,66 +83,68 @@ def open_store(url: str, options: Mapping[str, SecretStr]) -> Store:
             client_options=cast("ClientConfig", client),
             retry_config=_RETRIES,
         )
-    except UnknownConfigurationKeyError as exc:
-        raise ValueError(f"`store` has an unknown option {_QUOTED.findall(str(exc))[0]}") from None
-    except (BaseError, ValueError, TypeError) as exc:
-        raise ValueError(f"not a place that can be written to: {_configured(exc)}") from None
-    if not isinstance(store, S3Store | GCSStore | AzureStore):
-        raise ValueError("not a place that can be written to: there are directories, s3://, gs:// and az://")  # noqa: TRY004
-    return store
+    except UnknownConfigurationKeyError as error:
+        raise ValueError(f"`store` contains an unknown option {_QUOTED.findall(str(error))[0]}") from None
+    except (BaseError, ValueError, TypeError) as error:
+        raise ValueError(f"not a place that can be written to: {_describe_configuration(error)}") from None
+    if isinstance(store, S3Store | GCSStore | AzureStore):
+        return store
+    raise ValueError("not a place that can be written to: use a directory, s3://, gs:// or az://")
 
 
-def explained(what: str, exc: Exception, store: object) -> PlaceError:
-    """Turn an error of obstore into one for operators: `what` could not be done, and why."""
-    text = str(exc)
-    status = _ANSWERED.search(text)
-    if _FROM_THE_MACHINE.search(text.partition("\n")[0]):
-        return PlaceError(f"{what}: no credentials; give {_CREDENTIALS.get(type(store), 'some')}")
-    if isinstance(exc, FileNotFoundError):
-        return PlaceError(f"{what}: {_told(text) or '404'}; does the bucket exist?")
-    if isinstance(exc, PermissionDeniedError | UnauthenticatedError) or (status and status[1] in {"401", "403"}):
-        return PlaceError(f"{what}: {_told(text) or 'refused'}; are the credentials and their rights right?")
+def to_place_error(failure: str, error: Exception, store: object) -> PlaceError:
+    """Translate an error of obstore for operators; `failure` says what could not be done."""
+    text = str(error)
+    status = _STATUS.search(text)
+    if _INSTANCE_CREDENTIALS.search(text.partition("\n")[0]):
+        return PlaceError(f"{failure}: no credentials; set {_CREDENTIAL_OPTIONS.get(type(store), 'some')}")
+    if isinstance(error, FileNotFoundError):
+        return PlaceError(f"{failure}: {_service_message(text) or '404'}; does the bucket exist?")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or (status and status[1] in {"401", "403"}):
+        return PlaceError(
+            f"{failure}: {_service_message(text) or 'refused'}; check the credentials and their permissions"
+        )
     if status is not None:
         kind = PlaceUnreachableError if status[1].startswith("5") else PlaceError
-        return kind(f"{what}: it answered {status[1]}{_in_words(text)}")
-    unsent = _UNSENT.search(text)
-    if unsent is not None and "builder error" in unsent[1]:
-        return PlaceError(f"{what}: its endpoint is no https URL; allow_http = true in `store` permits http")
-    if unsent is not None:
-        return PlaceUnreachableError(f"{what}: no answer from its endpoint ({unsent[1].strip()})")
-    return PlaceError(f"{what}: {_without_addresses(text)}")
+        return kind(f"{failure}: it responded with {status[1]}{_in_parentheses(text)}")
+    not_sent = _NOT_SENT.search(text)
+    if not_sent is not None and "builder error" in not_sent[1]:
+        return PlaceError(f"{failure}: its endpoint is not an https URL; allow http with allow_http = true in `store`")
+    if not_sent is not None:
+        return PlaceUnreachableError(f"{failure}: no response from its endpoint ({not_sent[1].strip()})")
+    return PlaceError(f"{failure}: {_without_urls(text)}")
 
 
-def _plain_name(key: str) -> str:
-    """Give obstore's own short name of an option, which may be written as the environment variable's."""
+def _to_short_name(key: str) -> str:
+    """Return obstore's short name of an option, which may be written like the environment variable."""
     name = key.lower()
     short = _PREFIX.sub("", name)
-    return short if short in _CLIENT | _NAMED_BY_THE_URL else name
+    return short if short in _CLIENT_OPTIONS | _SET_BY_URL else name
 
 
-def _plain_http_allowed() -> bool:
-    """Whether the environment says so; obstore itself looks at the first of these alone, and not always."""
+def _is_http_allowed() -> bool:
+    """Whether the environment allows http. obstore reads only the first of these, and not always."""
     names = ("AWS_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP", "AZURE_ALLOW_HTTP")
     return any(os.environ.get(name, "").lower() in {"1", "true"} for name in names)
 
 
-def _configured(exc: Exception) -> str:
-    text = _without_addresses(str(exc)).removeprefix("Generic ").replace(" error:", ":", 1)
-    for told, meant in _HINTS.items():
-        if told in text:
-            return meant
+def _describe_configuration(error: Exception) -> str:
+    text = _without_urls(str(error)).removeprefix("Generic ").replace(" error:", ":", 1)
+    for message, hint in _HINTS.items():
+        if message in text:
+            return hint
     return text
 
 
-def _told(text: str) -> str:
+def _service_message(text: str) -> str:
     code, message = _CODE.search(text), _MESSAGE.search(text)
     return ", ".join(found[1].strip().rstrip(".") for found in (code, message) if found is not None)
 
 
-def _in_words(text: str) -> str:
-    told = _told(text)
-    return f" ({told})" if told else ""
+def _in_parentheses(text: str) -> str:
+    message = _service_message(text)
+    return f" ({message})" if message else ""
 
 
-def _without_addresses(text: str) -> str:
+def _without_urls(text: str) -> str:
     return re.sub(r"\w+://\S+", "…", text.partition("\n")[0])[:200]

@@ -1,6 +1,6 @@
-"""The manifest of a stored run: what ran, what it cost, where its outputs are. Pure; for `handlers.storage`.
+"""The manifest of a stored run, `run.json`: what ran, its cost, where its outputs are. Pure.
 
-It is what says later where a file comes from: the files themselves stay as FLORA made them, byte for byte.
+It documents where files come from. The files themselves stay as FLORA made them, byte for byte.
 """
 
 import json
@@ -13,8 +13,8 @@ from receiver.handler import OutputType, SettledRun
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """One output that is safe. `size` in bytes, `sha256` in hex."""
+class StoredOutput:
+    """An output that has been stored. `size` in bytes, `sha256` in hex."""
 
     position: int
     output_id: str
@@ -26,13 +26,13 @@ class Kept:
     content_type: str | None
 
 
-def manifest(run: SettledRun, kept: Sequence[Kept], asked: Mapping[str, Any] | None = None) -> bytes:
-    """Describe a run as JSON: the same bytes whenever the same is known about it, and never a media URL.
+def to_manifest(run: SettledRun, outputs: Sequence[StoredOutput], request: Mapping[str, Any] | None = None) -> bytes:
+    """Return the manifest as JSON: always the same bytes for the same facts, and no media URL.
 
-    `asked` is what FLORA was asked for (see `Context.request`); of that go along the texts, the prompt among them.
+    `request` comes from `Context.request`; its texts are included, such as the prompt.
     """
     content = {
-        **(_asked(asked) if asked is not None else {}),
+        **(_request_fields(request) if request is not None else {}),
         "version": 1,
         "run_id": run.run_id,
         "run_type": run.run_type,
@@ -59,17 +59,17 @@ def manifest(run: SettledRun, kept: Sequence[Kept], asked: Mapping[str, Any] | N
                 "sha256": each.sha256,
                 "content_type": each.content_type,
             }
-            for each in sorted(kept, key=lambda each: each.position)
+            for each in sorted(outputs, key=lambda each: each.position)
         ],
     }
     text = json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, default=str)
     return f"{text}\n".encode(errors="replace")
 
 
-def _asked(asked: Mapping[str, Any]) -> dict[str, Any]:
-    inputs = asked.get("inputs")
+def _request_fields(request: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = request.get("inputs")
     if not isinstance(inputs, list):  # a generation
-        return {name: asked.get(name) for name in ("model", "prompt")}
+        return {name: request.get(name) for name in ("model", "prompt")}
     return {
         "inputs": [
             {

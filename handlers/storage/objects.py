@@ -1,8 +1,8 @@
-"""An object store as a place for outputs: S3, Google or Azure, through obstore.
+"""A bucket as a place for outputs: S3, Google Cloud Storage or Azure, through obstore.
 
-What fits into one part is held in memory and put by one request, its SHA-256 in its metadata. Anything larger streams
-in parts. Either way the object appears as a whole or not at all, and is looked at afterwards: its size, and its ETag
-where that is a checksum.
+What fits into one part is held in memory and written by one request, with its SHA-256 in the metadata.
+Anything larger is streamed in parts. Either way the object appears as a whole or not at all, and is
+verified: its size, and its ETag where that is a checksum.
 """
 
 import asyncio
@@ -18,23 +18,23 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError
 from obstore.store import ObjectStore as Store
 
-from handlers.storage.clouds import explained
-from handlers.storage.places import NO_METADATA, PlaceError, PlaceUnreachableError, Stored, digest
+from handlers.storage.clouds import to_place_error
+from handlers.storage.places import NO_METADATA, Digest, PlaceError, PlaceUnreachableError, compute_digest
 
 PART_BYTES = 8 * 1024 * 1024
-PARTS_AT_ONCE = 2  # with the part size, what one upload holds in memory
-READ_BYTES = 1024 * 1024
-CHECK_SECONDS = 8.0  # whoever asks waits no longer than 10
-ABORT_SECONDS = 3.0
-SETTLE_SECONDS = 0.1
-_PROBE = ".receiver-check-"
-_PLAIN = " /:;,.+=@()"
-_VALUE_CHARACTERS = 256  # S3 takes 2 KB in all: our own labels and four of the user's
+_CONCURRENT_PARTS = 2  # times PART_BYTES is the memory that one upload takes
+_READ_BYTES = 1024 * 1024
+CHECK_SECONDS = 8.0  # less than the ten that the service allows
+_ABORT_SECONDS = 3.0
+_SETTLE_SECONDS = 0.1
+_PROBE_PREFIX = ".receiver-check-"
+_UNQUOTED = " /:;,.+=@()"
+_MAX_LABEL = 256  # characters; S3 accepts 2 KB in all, for our own labels and four of the user's
 _MD5 = re.compile(r"[0-9a-f]{32}(-\d+)?")
 
 
 class ObjectStore:
-    """Objects under `url`."""
+    """Objects below `url`."""
 
     def __init__(self, url: str, store: Store, *, cache_control: str | None = None) -> None:
         self._url = url.rstrip("/")
@@ -55,15 +55,15 @@ class ObjectStore:
 
     async def read(self, key: str) -> AsyncIterator[bytes]:
         try:
-            answer = await obstore.get_async(self._store, key)
-            async for chunk in answer.stream(min_chunk_size=READ_BYTES):
+            response = await obstore.get_async(self._store, key)
+            async for chunk in response.stream(min_chunk_size=_READ_BYTES):
                 yield bytes(chunk)
         except FileNotFoundError:
             return
-        except (BaseError, OSError) as exc:
-            raise self._explained("read from", exc) from None
+        except (BaseError, OSError) as error:
+            raise self._to_error("read from", error) from None
 
-    async def put(
+    async def write(
         self,
         key: str,
         chunks: AsyncIterable[bytes],
@@ -71,17 +71,17 @@ class ObjectStore:
         content_type: str | None,
         expected: int | None,
         metadata: Mapping[str, str] = NO_METADATA,
-    ) -> Stored:
+    ) -> Digest:
         source = aiter(chunks)
-        head = await _first_part(source)
+        head = await _read_first_part(source)
         if sum(map(len, head)) <= PART_BYTES:
-            stored = await self._put_small(key, b"".join(head), content_type, metadata)
+            digest = await self._write_whole(key, b"".join(head), content_type, metadata)
         else:
-            stored = await self._put_parts(key, _Source(head, source), self._attributes(content_type, metadata))
-        found = await self.size(key)
-        if found != stored.size:
-            raise PlaceError(f"{self._url} holds {found} bytes of an object of {stored.size}")
-        return stored
+            digest = await self._write_parts(key, _Source(head, source), self._attributes(content_type, metadata))
+        size = await self.size(key)
+        if size != digest.size:
+            raise PlaceError(f"{self._url} holds {size} bytes of an object of {digest.size}")
+        return digest
 
     async def check(self) -> None:
         """Write, read and delete an object."""
@@ -89,51 +89,53 @@ class ObjectStore:
             async with asyncio.timeout(CHECK_SECONDS):
                 await self._probe()
         except TimeoutError:
-            raise PlaceUnreachableError(f"{self._url} did not answer within {CHECK_SECONDS:g} s") from None
+            raise PlaceUnreachableError(f"{self._url} did not respond within {CHECK_SECONDS:g} s") from None
         finally:
             await self.close()
 
     async def close(self) -> None:
-        """Let obstore's threads let go of their last answer: a process that ends before that is aborted (SIGABRT)."""
-        await asyncio.sleep(SETTLE_SECONDS)
+        """Wait for obstore's threads to release their last response, or exiting would abort (SIGABRT)."""
+        await asyncio.sleep(_SETTLE_SECONDS)
 
     async def _probe(self) -> None:
-        key = f"{_PROBE}{secrets.token_hex(4)}"
-        doing = "write to"
+        key = f"{_PROBE_PREFIX}{secrets.token_hex(4)}"
+        attempted = "write to"
         try:
             await obstore.put_async(self._store, key, b"probe")
-            doing = "write to, but not read from,"
+            attempted = "write to, but not read from,"
             await obstore.get_async(self._store, key)
-            doing = "write to, but not delete from,"
+            attempted = "write to, but not delete from,"
             await obstore.delete_async(self._store, key)
-            doing = "write to, but not tell what is missing from,"
+            attempted = "write to, but not look up missing objects in,"
             with suppress(FileNotFoundError):
                 await obstore.head_async(self._store, key)
-        except PermissionDeniedError as exc:
-            raise self._explained(doing, exc) from None
-        except (BaseError, OSError) as exc:
-            raise self._explained(doing.partition(",")[0], exc) from None
+        except PermissionDeniedError as error:
+            raise self._to_error(attempted, error) from None
+        except (BaseError, OSError) as error:
+            raise self._to_error(attempted.partition(",")[0], error) from None
 
-    async def _put_small(self, key: str, body: bytes, content_type: str | None, metadata: Mapping[str, str]) -> Stored:
-        stored = Stored(len(body), hashlib.sha256(body).hexdigest())
-        attributes = self._attributes(content_type, {**metadata, "sha256": stored.sha256})
+    async def _write_whole(
+        self, key: str, body: bytes, content_type: str | None, metadata: Mapping[str, str]
+    ) -> Digest:
+        digest = Digest(len(body), hashlib.sha256(body).hexdigest())
+        attributes = self._attributes(content_type, {**metadata, "sha256": digest.sha256})
         try:
-            answer = await obstore.put_async(self._store, key, body, attributes=attributes, use_multipart=False)
-        except (BaseError, OSError) as exc:
-            raise self._explained("write to", exc) from None
-        await self._verify(key, hashlib.md5(body, usedforsecurity=False).hexdigest(), stored, answer.get("e_tag"))
-        return stored
+            result = await obstore.put_async(self._store, key, body, attributes=attributes, use_multipart=False)
+        except (BaseError, OSError) as error:
+            raise self._to_error("write to", error) from None
+        await self._verify(key, hashlib.md5(body, usedforsecurity=False).hexdigest(), digest, result.get("e_tag"))
+        return digest
 
-    async def _verify(self, key: str, md5: str, stored: Stored, etag: str | None) -> None:
-        """Compare an ETag that looks like an MD5 with ours. Where a store's is something else, read once and remember."""
-        told = (etag or "").strip('"').lower()
-        if not self._etag_may_be_md5 or not _MD5.fullmatch(told) or told == md5:
+    async def _verify(self, key: str, md5: str, digest: Digest, etag: str | None) -> None:
+        """Compare an ETag that looks like an MD5. If it differs, read the object, once for all."""
+        reported = (etag or "").strip('"').lower()
+        if not self._etag_may_be_md5 or not _MD5.fullmatch(reported) or reported == md5:
             return
-        if await digest(self.read(key)) != stored:
+        if await compute_digest(self.read(key)) != digest:
             raise PlaceError(f"{self._url} holds other bytes than were sent")
-        self._etag_may_be_md5 = False  # encrypted by its store, most likely
+        self._etag_may_be_md5 = False  # most likely the store encrypts
 
-    async def _put_parts(self, key: str, source: "_Source", attributes: Any) -> Stored:
+    async def _write_parts(self, key: str, source: "_Source", attributes: Any) -> Digest:
         upload = asyncio.ensure_future(
             obstore.put_async(
                 self._store,
@@ -141,30 +143,31 @@ class ObjectStore:
                 source,
                 attributes=attributes,
                 chunk_size=PART_BYTES,
-                max_concurrency=PARTS_AT_ONCE,
+                max_concurrency=_CONCURRENT_PARTS,
             )
         )
         try:
-            answer = await asyncio.shield(upload)
+            result = await asyncio.shield(upload)
         except asyncio.CancelledError:
-            # Dropped, an upload would leave its parts in the bucket, unseen and billed; an error makes obstore abort it.
+            # A dropped upload would leave its parts in the bucket, invisible and billed. After an
+            # error, obstore aborts it.
             source.stop()
-            await asyncio.wait({upload}, timeout=ABORT_SECONDS)
+            await asyncio.wait({upload}, timeout=_ABORT_SECONDS)
             upload.cancel()
             with suppress(BaseException):
                 upload.exception()
             raise
-        except (BaseError, OSError) as exc:
+        except (BaseError, OSError) as error:
             if source.failure is not None:
                 raise source.failure from None
-            raise self._explained("write to", exc) from None
-        await self._verify(key, source.md5, source.stored, answer.get("e_tag"))
-        return source.stored
+            raise self._to_error("write to", error) from None
+        await self._verify(key, source.md5, source.digest, result.get("e_tag"))
+        return source.digest
 
     def _attributes(self, content_type: str | None, metadata: Mapping[str, str]) -> Any:
-        """Return what an object is labelled with: names of plain letters, values of plain ASCII, as all clouds take them."""
+        """Return the attributes of an object. Values are plain ASCII, which all clouds accept."""
         labels = {"Content-Type": content_type, "Cache-Control": self._cache_control}
-        own = {name: _label(value) for name, value in metadata.items()}
+        own = {name: _to_label(value) for name, value in metadata.items()}
         return {name: value for name, value in {**labels, **own}.items() if value}
 
     async def _head(self, key: str) -> Mapping[str, Any] | None:
@@ -172,16 +175,16 @@ class ObjectStore:
             return dict(await obstore.head_async(self._store, key))
         except FileNotFoundError:
             return None
-        except (BaseError, OSError) as exc:
-            raise self._explained("read from", exc) from None
+        except (BaseError, OSError) as error:
+            raise self._to_error("read from", error) from None
 
-    def _explained(self, doing: str, exc: Exception) -> PlaceError:
-        start = f"can {doing}" if "but" in doing else f"cannot {doing}"
-        return explained(f"{start} {self._url}", exc, self._store)
+    def _to_error(self, attempted: str, error: Exception) -> PlaceError:
+        failure = f"can {attempted}" if "but" in attempted else f"cannot {attempted}"
+        return to_place_error(f"{failure} {self._url}", error, self._store)
 
 
 class _Source:
-    """The chunks of one upload: hashed on their way, and ended by an error once `stop` is called."""
+    """The chunks of one upload: hashed as they pass, and ended by an error once `stop` is called."""
 
     def __init__(self, head: Sequence[bytes], rest: AsyncIterator[bytes]) -> None:
         self.failure: BaseException | None = None
@@ -194,13 +197,13 @@ class _Source:
 
     @property
     def md5(self) -> str:
-        """The ETag that S3 gives what came in parts: an MD5 of the MD5 of each, and their number."""
+        """The ETag of S3 for an upload in parts: the MD5 of the MD5 of each, and their number."""
         parts = [*self._parts, self._part.digest()] if self._size % PART_BYTES else self._parts
         return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
     @property
-    def stored(self) -> Stored:
-        return Stored(self._size, self._sha256.hexdigest())
+    def digest(self) -> Digest:
+        return Digest(self._size, self._sha256.hexdigest())
 
     def stop(self) -> None:
         self._stopped.set()
@@ -213,11 +216,9 @@ class _Source:
         stopping = asyncio.ensure_future(self._stopped.wait())
         try:
             await asyncio.wait({coming, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if self._stopped.is_set():
-                raise InterruptedError("the upload was cancelled")  # noqa: TRY301 - as any failure of the source
-            chunk = coming.result()
-        except BaseException as exc:
-            self.failure = exc
+            chunk = self._check_not_stopped(coming)
+        except BaseException as error:
+            self.failure = error
             raise
         finally:
             stopping.cancel()
@@ -229,6 +230,11 @@ class _Source:
         self._sha256.update(chunk)
         self._count(memoryview(chunk))
         return chunk
+
+    def _check_not_stopped(self, coming: asyncio.Future[bytes]) -> bytes:
+        if self._stopped.is_set():
+            raise InterruptedError("the upload was cancelled")
+        return coming.result()
 
     def _count(self, chunk: memoryview) -> None:
         while chunk:
@@ -248,22 +254,22 @@ class _Source:
                 yield chunk
 
 
-def _label(text: str) -> str:
-    """Return a text as plain ASCII, cut behind a whole character."""
-    text = text[:_VALUE_CHARACTERS]
-    while len(label := quote(text, safe=_PLAIN)) > _VALUE_CHARACTERS:
+def _to_label(text: str) -> str:
+    """Return a text as plain ASCII, cut between characters."""
+    text = text[:_MAX_LABEL]
+    while len(label := quote(text, safe=_UNQUOTED)) > _MAX_LABEL:
         text = text[:-1]
     return label.strip()
 
 
-async def _first_part(source: AsyncIterator[bytes]) -> list[bytes]:
-    """Take chunks until they are more than one part, or all."""
-    taken: list[bytes] = []
+async def _read_first_part(source: AsyncIterator[bytes]) -> list[bytes]:
+    """Return chunks until they are larger than one part, or the source ends."""
+    chunks: list[bytes] = []
     size = 0
     while size <= PART_BYTES:
         chunk = await anext(source, None)
         if chunk is None:
             break
-        taken.append(chunk)
+        chunks.append(chunk)
         size += len(chunk)
-    return taken
+    return chunks

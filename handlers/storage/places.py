@@ -1,4 +1,4 @@
-"""Where outputs can be put: what `handlers.storage` asks of a local disk and of an object store alike."""
+"""The interface of places for outputs, which local disks and object stores implement."""
 
 import hashlib
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
@@ -10,37 +10,37 @@ NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 
 class PlaceError(Exception):
-    """The place cannot be used now (full, not writable, credentials refused). The message is for operators."""
+    """The place cannot be used now: full, not writable, credentials refused. For operators."""
 
 
 class PlaceUnreachableError(PlaceError):
-    """Nobody answers there now, or only with an error of its own; that may pass."""
+    """The place does not answer, or with an internal error. This may pass."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """What was put: `size` in bytes, `sha256` in hex."""
+class Digest:
+    """The size of some content in bytes, and its SHA-256 in hex."""
 
     size: int
     sha256: str
 
 
 class Place(Protocol):
-    """A tree of objects under one URL. Keys are relative paths; every method may raise PlaceError."""
+    """A tree of files below one URL. Keys are relative paths. Every method may raise PlaceError."""
 
     def locate(self, key: str) -> str:
-        """The URI of a key."""
+        """Return the URI of a key."""
 
     def key_of(self, location: str) -> str | None:
-        """The key of a URI; None where it lies elsewhere."""
+        """Return the key of a URI, or None if it is not in this place."""
 
     async def size(self, key: str) -> int | None:
-        """The size of what is there, in bytes; None where there is nothing."""
+        """Return the size of a file in bytes, or None if it does not exist."""
 
     def read(self, key: str) -> AsyncIterator[bytes]:
-        """What is there, in pieces that fit into memory; nothing at all where there is nothing."""
+        """Yield a file in chunks that fit into memory; nothing if it does not exist."""
 
-    async def put(
+    async def write(
         self,
         key: str,
         chunks: AsyncIterable[bytes],
@@ -48,19 +48,22 @@ class Place(Protocol):
         content_type: str | None,
         expected: int | None,
         metadata: Mapping[str, str] = NO_METADATA,
-    ) -> Stored:
-        """Write all chunks (`expected` bytes, where known), or nothing: no reader ever sees a part. Safe on return."""
+    ) -> Digest:
+        """Write a file of `expected` bytes (None: not known), durable on return.
+
+        It appears as a whole or not at all.
+        """
 
     async def check(self) -> None:
-        """Raise PlaceError if nothing could be put here now."""
+        """Raise PlaceError if nothing can be written now."""
 
     async def close(self) -> None: ...
 
 
-async def digest(chunks: AsyncIterable[bytes]) -> Stored:
-    """Measure and hash what comes, keeping none of it."""
+async def compute_digest(chunks: AsyncIterable[bytes]) -> Digest:
+    """Return the digest of a stream, keeping none of it."""
     size, sha256 = 0, hashlib.sha256()
     async for chunk in chunks:
         size += len(chunk)
         sha256.update(chunk)
-    return Stored(size, sha256.hexdigest())
+    return Digest(size, sha256.hexdigest())

@@ -1,7 +1,7 @@
-"""One run's outputs on their way to a place: each is reserved, streamed, looked at, recorded. For `handlers.storage`.
+"""Writes the outputs of one run to a place: reserve, stream, verify, record.
 
-Each step may be the last before a crash, and beginning again then changes nothing that is safe already. A place that
-this run reserved in an earlier attempt is its own; what lies at any other is met as `overwrite` says.
+After a crash at any step, the next attempt changes nothing that is stored already. Locations that the
+run reserved in an earlier attempt are its own. What happens to a file at any other, `overwrite` says.
 """
 
 import asyncio
@@ -10,19 +10,18 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
 
 from handlers.file_names import file_extension, to_file_name
 from handlers.storage.keys import KeyTemplate, LabelTemplate, RunKeys
-from handlers.storage.manifest import Kept, manifest
-from handlers.storage.places import Place, PlaceError, Stored, digest
+from handlers.storage.manifest import StoredOutput, to_manifest
+from handlers.storage.places import Digest, Place, PlaceError, compute_digest
 from handlers.storage.thumbnails import (
     CONTENT_TYPE,
     MAX_BYTES,
     SUFFIX,
     NoThumbnailError,
-    can_be_shown,
-    thumbnail,
+    has_thumbnail,
+    make_thumbnail,
 )
 from receiver.handler import (
     MANIFEST,
@@ -40,11 +39,11 @@ from receiver.handler import (
 )
 
 OWN_LABELS = frozenset({"run", "output", "technique", "sha256"})
-MANIFEST_BYTES = 16 * 1024 * 1024
+_MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 
 
 class Overwrite(StrEnum):
-    """What to do where a file lies already that is not this run's own."""
+    """Whether a location is used at which a file exists that is not this run's own."""
 
     NEVER = "never"
     SAME = "same"
@@ -52,15 +51,15 @@ class Overwrite(StrEnum):
 
 
 class NotOursError(Exception):
-    """Another file lies at an output's place; the message says where."""
+    """Another file exists at the location of an output. The message says which."""
 
 
 class TooLargeError(Exception):
     """An output is larger than `max_size`."""
 
 
-class Keeper:
-    """Keeps the outputs of one run in one attempt."""
+class OutputWriter:
+    """Writes the outputs of one run in one attempt."""
 
     def __init__(
         self,
@@ -71,7 +70,7 @@ class Keeper:
         *,
         overwrite: Overwrite,
         max_size: int | None,
-        tell_prompts: bool = False,
+        include_prompts: bool = False,
         labels: Mapping[str, LabelTemplate] = MappingProxyType({}),
     ) -> None:
         self._place = place
@@ -80,179 +79,193 @@ class Keeper:
         self._context = context
         self._overwrite = overwrite
         self._max_size = max_size
-        self._tell_prompts = tell_prompts
+        self._include_prompts = include_prompts
         self._own_labels = labels
         self._known = {artifact.position: artifact for artifact in context.artifacts}
-        taken = {position: place.key_of(artifact.location) for position, artifact in self._known.items()}
-        self._keys = RunKeys(template, run, {position: key for position, key in taken.items() if key is not None})
+        keys = {position: place.key_of(artifact.location) for position, artifact in self._known.items()}
+        self._keys = RunKeys(template, run, {position: key for position, key in keys.items() if key is not None})
 
-    async def keep(self, output: Output) -> Kept | Retry | Reject:
-        """Store one output unless it is safe; whatever goes wrong is an answer about this output alone."""
-        which = f"output {output.position} ({to_file_name(output.output_id)})"
+    async def write_output(self, output: Output) -> StoredOutput | Retry | Reject:
+        """Store one output unless it is stored already. Failures concern this output only."""
+        label = f"output {output.position} ({to_file_name(output.output_id)})"
         try:
-            return await self._still_there(output) or await self._fetch(output)
-        except (DownloadRefusedError, TooLargeError) as exc:
-            return Reject(f"{which}: {exc}")
-        except (LocationTakenError, NotOursError) as exc:
-            return Reject(f"{which}: {self._taken(exc)}")
-        except DownloadFailedError as exc:
-            return Retry(f"{which}: {exc}", reread=exc.expired)
-        except PlaceError as exc:
-            return Retry(f"{which}: {exc}")
-        except Exception as exc:
-            return Retry(f"{which}: {type(exc).__name__}: {exc}")
+            return await self._find_stored(output) or await self._fetch(output)
+        except (DownloadRefusedError, TooLargeError) as error:
+            return Reject(f"{label}: {error}")
+        except (LocationTakenError, NotOursError) as error:
+            return Reject(f"{label}: {self._explain_conflict(error)}")
+        except DownloadFailedError as error:
+            return Retry(f"{label}: {error}", reread=error.expired)
+        except PlaceError as error:
+            return Retry(f"{label}: {error}")
+        except Exception as error:
+            return Retry(f"{label}: {type(error).__name__}: {error}")
 
-    async def describe(self, kept: Sequence[Kept]) -> Retry | Reject | None:
-        """Write the manifest; None when that went well."""
+    async def write_manifest(self, outputs: Sequence[StoredOutput]) -> Retry | Reject | None:
+        """Write the manifest. Returns None on success."""
         try:
-            await self._describe(kept)
-        except PlaceError as exc:
-            return Retry(f"manifest: {exc}")
-        except (LocationTakenError, NotOursError) as exc:
-            return Reject(f"manifest: {self._taken(exc)}")
+            await self._write_manifest(outputs)
+        except PlaceError as error:
+            return Retry(f"manifest: {error}")
+        except (LocationTakenError, NotOursError) as error:
+            return Reject(f"manifest: {self._explain_conflict(error)}")
         return None
 
-    async def show(self, kept: Kept) -> None:
-        """Make and store a thumbnail of an image. It is an extra: what goes wrong is logged and nothing more."""
-        if not can_be_shown(kept.content_type):
+    async def write_thumbnail(self, output: StoredOutput) -> None:
+        """Make and store the thumbnail of an image. A failure is only logged."""
+        if not has_thumbnail(output.content_type):
             return
         try:
-            await self._show(kept)
-        except (NoThumbnailError, PlaceError, LocationTakenError, NotOursError) as exc:
-            self._context.log.warning("storage.no_thumbnail", position=kept.position, reason=str(exc))
-        except Exception as exc:
-            self._context.log.warning("storage.no_thumbnail", position=kept.position, reason=type(exc).__name__)
+            await self._write_thumbnail(output)
+        except (NoThumbnailError, PlaceError, LocationTakenError, NotOursError) as error:
+            self._context.log.warning("storage.no_thumbnail", position=output.position, reason=str(error))
+        except Exception as error:
+            self._context.log.warning("storage.no_thumbnail", position=output.position, reason=type(error).__name__)
 
-    async def _still_there(self, output: Output) -> Kept | None:
+    async def _find_stored(self, output: Output) -> StoredOutput | None:
         known = self._known.get(output.position)
-        if known is None or known.output_id != output.output_id or not await self._is_safe(known):
+        if known is None or known.output_id != output.output_id or not await self._is_intact(known):
             return None
         key = self._place.key_of(known.location)
         if key is None or known.size is None or known.sha256 is None:
             return None
-        return _kept(output, key, known.location, Stored(known.size, known.sha256), known.content_type)
+        return _to_stored_output(output, key, known.location, Digest(known.size, known.sha256), known.content_type)
 
-    async def _is_safe(self, known: Artifact) -> bool:
+    async def _is_intact(self, known: Artifact) -> bool:
         key = self._place.key_of(known.location)
         if known.stored_at is None or known.size is None or key is None:
             return False
         return await self._place.size(key) == known.size
 
-    async def _fetch(self, output: Output) -> Kept:
+    async def _fetch(self, output: Output) -> StoredOutput:
         async with self._context.open(output) as download:
-            self._within(download.content_length or 0)
+            self._check_max_size(download.content_length or 0)
             content_type = download.content_type
             ext = file_extension(content_type, output)
             key = self._keys.output(output, ext)
             location = self._place.locate(key)
-            stored = await self._met(output, key, location, download)
-            if stored is None:
+            digest = await self._check_existing(output, key, location, download)
+            if digest is None:
                 await self._context.reserve(output.position, output.output_id, location)
-                stored = await self._place.put(
+                digest = await self._place.write(
                     key,
-                    self._limited(download),
+                    self._limit_size(download),
                     content_type=content_type,
                     expected=download.content_length,
                     metadata=self._labels(output, ext),
                 )
-        await self._record(output.position, stored, content_type)
-        return _kept(output, key, location, stored, content_type)
+        await self._record(output.position, digest, content_type)
+        return _to_stored_output(output, key, location, digest, content_type)
 
-    async def _met(self, output: Output, key: str, location: str, download: Download) -> Stored | None:
-        """Look at what lies at the key: None if it may be written, or the file itself if it is the output already."""
-        found = await self._foreign(output.position, key, location)
-        if found is None:
+    async def _check_existing(self, output: Output, key: str, location: str, download: Download) -> Digest | None:
+        """Check a file that exists at the key.
+
+        Returns None if the output is to be written, or the digest of the file if it is the output.
+        """
+        size = await self._foreign_size(output.position, key, location)
+        if size is None:
             return None
-        if self._overwrite is Overwrite.SAME and download.content_length in {None, found}:
-            there = await digest(self._place.read(key))
-            if await digest(self._limited(download)) == there:
+        if self._overwrite is Overwrite.SAME and download.content_length in {None, size}:
+            existing = await compute_digest(self._place.read(key))
+            if await compute_digest(self._limit_size(download)) == existing:
                 await self._context.reserve(output.position, output.output_id, location)
-                return there
-        raise NotOursError(f"{location} holds another file already")
+                return existing
+        raise NotOursError(f"another file exists at {location}")
 
-    async def _foreign(self, position: int, key: str, location: str) -> int | None:
-        """Return the size of a file that must not simply be replaced; None where there is none."""
+    async def _foreign_size(self, position: int, key: str, location: str) -> int | None:
+        """Return the size of a file that must not be replaced unseen, or None if there is none."""
         known = self._known.get(position)
         if self._overwrite is Overwrite.ALWAYS or (known is not None and known.location == location):
             return None
         return await self._place.size(key)
 
-    def _within(self, size: int) -> None:
+    def _check_max_size(self, size: int) -> None:
         if self._max_size is not None and size > self._max_size:
             raise TooLargeError(f"larger than max_size, {self._max_size} bytes")
 
-    async def _limited(self, download: Download) -> AsyncIterator[bytes]:
+    async def _limit_size(self, download: Download) -> AsyncIterator[bytes]:
         size = 0
         async for chunk in download:
             size += len(chunk)
-            self._within(size)
+            self._check_max_size(size)
             yield chunk
 
     def _labels(self, output: Output, ext: str) -> Mapping[str, str]:
         own = {name: template.render(self._run, output, ext) for name, template in self._own_labels.items()}
         return {**own, "run": self._run.run_id, "output": output.output_id, "technique": self._run.technique_id or ""}
 
-    async def _record(self, position: int, stored: Stored, content_type: str | None) -> None:
-        await self._context.store_artifact(position, size=stored.size, sha256=stored.sha256, content_type=content_type)
+    async def _record(self, position: int, digest: Digest, content_type: str | None) -> None:
+        await self._context.store_artifact(position, size=digest.size, sha256=digest.sha256, content_type=content_type)
 
-    async def _describe(self, kept: Sequence[Kept]) -> None:
-        body = manifest(self._run, kept, await self._context.request() if self._tell_prompts else None)
-        key = self._keys.manifest(MANIFEST, kept[0].key if kept else None)
+    async def _write_manifest(self, outputs: Sequence[StoredOutput]) -> None:
+        body = to_manifest(self._run, outputs, await self._context.request() if self._include_prompts else None)
+        key = self._keys.manifest(MANIFEST, outputs[0].key if outputs else None)
         location = self._place.locate(key)
         known = self._known.get(MANIFEST)
-        same = known is not None and (known.location, known.sha256) == (location, hashlib.sha256(body).hexdigest())
-        if known is not None and same and await self._is_safe(known):
+        is_current = known is not None and (known.location, known.sha256) == (
+            location,
+            hashlib.sha256(body).hexdigest(),
+        )
+        if known is not None and is_current and await self._is_intact(known):
             return
-        found = await self._foreign(MANIFEST, key, location)
-        if found is not None and (self._overwrite is Overwrite.NEVER or not await self._is_of_this_run(key, found)):
-            raise NotOursError(f"{location} holds another file already")
-        await self._put(MANIFEST, "run.json", key, body, "application/json")
+        size = await self._foreign_size(MANIFEST, key, location)
+        if size is not None and (self._overwrite is Overwrite.NEVER or not await self._is_of_this_run(key, size)):
+            raise NotOursError(f"another file exists at {location}")
+        await self._write_own(MANIFEST, "run.json", key, body, "application/json")
 
     async def _is_of_this_run(self, key: str, size: int) -> bool:
-        """Whether a manifest that an earlier ledger wrote lies there: it tells of the same run, and may be renewed."""
-        if size > MANIFEST_BYTES:
+        """Whether the file is a manifest of this run, written with an earlier ledger."""
+        if size > _MAX_MANIFEST_BYTES:
             return False
         try:
-            told = json.loads(b"".join([chunk async for chunk in self._place.read(key)]))
+            content = json.loads(b"".join([chunk async for chunk in self._place.read(key)]))
         except ValueError:
             return False
-        return isinstance(told, dict) and told.get("run_id") == self._run.run_id
+        return isinstance(content, dict) and content.get("run_id") == self._run.run_id
 
-    async def _show(self, kept: Kept) -> None:
-        position = THUMBNAIL - kept.position
-        key = f"{kept.key}{SUFFIX}"
+    async def _write_thumbnail(self, output: StoredOutput) -> None:
+        position = THUMBNAIL - output.position
+        key = f"{output.key}{SUFFIX}"
         location = self._place.locate(key)
         known = self._known.get(position)
-        if known is not None and known.location == location and await self._is_safe(known):
+        if known is not None and known.location == location and await self._is_intact(known):
             return
-        if kept.size > MAX_BYTES:
-            raise NoThumbnailError(f"{kept.size} bytes are too many")
-        body = b"".join([chunk async for chunk in self._place.read(kept.key)])
-        made = await asyncio.to_thread(thumbnail, body, kept.content_type)
-        found = await self._foreign(position, key, location)
-        if found is not None and (self._overwrite is Overwrite.NEVER or not await self._is(key, made)):
-            raise NotOursError(f"{location} holds another file already")
-        await self._put(position, kept.output_id, key, made, CONTENT_TYPE)
+        if output.size > MAX_BYTES:
+            raise NoThumbnailError(f"{output.size} bytes are too many")
+        image = b"".join([chunk async for chunk in self._place.read(output.key)])
+        body = await asyncio.to_thread(make_thumbnail, image, output.content_type)
+        size = await self._foreign_size(position, key, location)
+        if size is not None and (self._overwrite is Overwrite.NEVER or not await self._has_content(key, body)):
+            raise NotOursError(f"another file exists at {location}")
+        await self._write_own(position, output.output_id, key, body, CONTENT_TYPE)
 
-    async def _is(self, key: str, body: bytes) -> bool:
-        return await digest(self._place.read(key)) == Stored(len(body), hashlib.sha256(body).hexdigest())
+    async def _has_content(self, key: str, body: bytes) -> bool:
+        return await compute_digest(self._place.read(key)) == Digest(len(body), hashlib.sha256(body).hexdigest())
 
-    async def _put(self, position: int, name: str, key: str, body: bytes, content_type: str) -> None:
-        """Store bytes of our own."""
+    async def _write_own(self, position: int, name: str, key: str, body: bytes, content_type: str) -> None:
+        """Write a file that the handler itself made."""
         await self._context.reserve(position, name, self._place.locate(key))
-        stored = await self._place.put(
+        digest = await self._place.write(
             key, _once(body), content_type=content_type, expected=len(body), metadata={"run": self._run.run_id}
         )
-        await self._record(position, stored, content_type)
+        await self._record(position, digest, content_type)
 
-    def _taken(self, exc: Exception) -> str:
-        return f"{exc}; make the key template {self._template.text!r} tell runs apart, by {{run_id}} for example"
+    def _explain_conflict(self, error: Exception) -> str:
+        return f"{error}; make the key template {self._template.text!r} unique, for example with {{run_id}}"
 
 
-def _kept(output: Output, key: str, location: str, stored: Stored, content_type: str | None) -> Kept:
-    told: dict[str, Any] = {"size": stored.size, "sha256": stored.sha256, "content_type": content_type}
-    return Kept(
-        position=output.position, output_id=output.output_id, type=output.type, key=key, location=location, **told
+def _to_stored_output(
+    output: Output, key: str, location: str, digest: Digest, content_type: str | None
+) -> StoredOutput:
+    return StoredOutput(
+        position=output.position,
+        output_id=output.output_id,
+        type=output.type,
+        key=key,
+        location=location,
+        size=digest.size,
+        sha256=digest.sha256,
+        content_type=content_type,
     )
 
 

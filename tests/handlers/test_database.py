@@ -137,7 +137,7 @@ def reason(answer: Answer) -> str:
 
 def everything(place: Place) -> list[list[Any]]:
     return [
-        place.execute(f"SELECT * FROM {name} ORDER BY 1, 2, 3")  # noqa: S608 - names of our own
+        place.execute(f"SELECT * FROM {name} ORDER BY 1, 2, 3")  # noqa: S608  # names of our own
         for name in ("flora_runs", "flora_outputs", "flora_artifacts")
     ]
 

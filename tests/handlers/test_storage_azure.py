@@ -110,7 +110,7 @@ async def test_a_run_becomes_labelled_blobs(
 async def test_wrong_key_and_missing_container(azurite: str) -> None:
     """Each is named, and no key is shown."""
     wrong = base64.b64encode(b"another").decode()
-    with pytest.raises(PlaceError, match="are the credentials and their rights right") as caught:
+    with pytest.raises(PlaceError, match="check the credentials and their permissions") as caught:
         await storage(azurite, key=wrong).check()
     assert wrong not in str(caught.value)
     with pytest.raises(PlaceError, match=r"ContainerNotFound.*does the bucket exist"):
@@ -130,14 +130,14 @@ async def test_failures_and_cancellation_in_the_middle(azurite: str) -> None:
         await never.wait()
 
     with pytest.raises(ConnectionResetError, match="mine"):
-        await place.put("a", source(ConnectionResetError("mine")), content_type=None, expected=None)
+        await place.write("a", source(ConnectionResetError("mine")), content_type=None, expected=None)
     begun.clear()
-    task = asyncio.create_task(place.put("a", source(None), content_type=None, expected=None))
+    task = asyncio.create_task(place.write("a", source(None), content_type=None, expected=None))
     await begun.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await place.size("a") is None
-    stored = await place.put("a", chunks(BIG), content_type=None, expected=None)
+    stored = await place.write("a", chunks(BIG), content_type=None, expected=None)
     assert stored.sha256 == hashlib.sha256(BIG).hexdigest()
     assert await place.size("a") == len(BIG)

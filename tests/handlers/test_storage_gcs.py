@@ -176,7 +176,7 @@ async def test_a_source_that_fails_is_aborted(google: Google) -> None:
         raise ConnectionResetError("mine")
 
     with pytest.raises(ConnectionResetError, match="mine"):
-        await storage(google)._place.put("a", source(), content_type=None, expected=None)
+        await storage(google)._place.write("a", source(), content_type=None, expected=None)
     assert not google.objects
     assert not google.uploads
 

@@ -70,7 +70,7 @@ async def held(bucket: Bucket, key: str) -> tuple[bytes, dict[str, str], str]:
 
 
 async def put(place: ObjectStore, key: str, body: bytes) -> None:
-    stored = await place.put(key, chunks(body), content_type=None, expected=None)
+    stored = await place.write(key, chunks(body), content_type=None, expected=None)
     assert (stored.size, stored.sha256) == (len(body), hashlib.sha256(body).hexdigest())
 
 
@@ -200,9 +200,9 @@ async def test_a_cancelled_upload_is_aborted(bucket: Bucket) -> None:
         finally:
             begun.clear()
 
-    task = asyncio.create_task(bucket.place().put("a", endless(), content_type=None, expected=None))
+    task = asyncio.create_task(bucket.place().write("a", endless(), content_type=None, expected=None))
     await begun.wait()
-    while not await bucket.open_uploads():  # noqa: ASYNC110 - moto has no event to wait for
+    while not await bucket.open_uploads():  # noqa: ASYNC110  # moto has no event to wait for
         await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -230,7 +230,7 @@ async def test_a_link_that_never_lasts(
     async with link(bucket.endpoint, cuts=lambda _: 3_000_000) as bad:
         answer = await storage(Bucket(bad.endpoint)).handle(run, context)
     assert isinstance(answer, Retry)
-    assert "cannot write to s3://bucket/pre: no answer from its endpoint" in answer.reason
+    assert "cannot write to s3://bucket/pre: no response from its endpoint" in answer.reason
     assert isinstance(await storage(bucket).handle(run, context), Done)
     assert (await held(bucket, "2026-11-24/run_1/out.png"))[0] == BIG
 
@@ -246,14 +246,14 @@ async def test_targets_that_do_not_answer(bucket: Bucket, monkeypatch: pytest.Mo
     """Silence, a closed port and a server in trouble may pass: the check only warns."""
     monkeypatch.setattr(handlers.storage.objects, "CHECK_SECONDS", 0.3)
     async with link(bucket.endpoint, silent=True) as silent:
-        with pytest.raises(TargetUnreachableError, match="did not answer within"):
+        with pytest.raises(TargetUnreachableError, match="did not respond within"):
             await storage(Bucket(silent.endpoint)).check()
     monkeypatch.setattr(handlers.storage.objects, "CHECK_SECONDS", 8.0)
     monkeypatch.setitem(handlers.storage.clouds._RETRIES, "max_retries", 0)
-    with pytest.raises(TargetUnreachableError, match="no answer from its endpoint"):
+    with pytest.raises(TargetUnreachableError, match="no response from its endpoint"):
         await storage(Bucket("http://127.0.0.1:1")).check()
     async with told(PUT=(503, {}, b"<Error><Code>SlowDown</Code><Message>Please wait</Message></Error>")) as busy:
-        with pytest.raises(TargetUnreachableError, match=r"answered 503 \(SlowDown, Please wait\)"):
+        with pytest.raises(TargetUnreachableError, match=r"responded with 503 \(SlowDown, Please wait\)"):
             await storage(Bucket(busy.endpoint)).check()
 
 
@@ -274,7 +274,7 @@ async def test_wrong_credentials(bucket: Bucket, run: SettledRun, context_of: Co
     await bucket.let_in_nobody()
     try:
         with pytest.raises(
-            PlaceError, match=r"InvalidAccessKeyId, .*are the credentials and their rights right\?"
+            PlaceError, match=r"InvalidAccessKeyId, .*check the credentials and their permissions"
         ) as caught:
             await storage(bucket).check()
         answer = await storage(bucket).handle(run, context_of())
@@ -298,7 +298,7 @@ DENIED: tuple[int, dict[str, str], bytes] = (403, {}, b"<Error><Code>AccessDenie
         ({"PUT": OK, "GET": OK, "DELETE": DENIED}, "can write to, but not delete from, s3://bucket/pre: AccessDenied"),
         (
             {"PUT": OK, "GET": OK, "DELETE": OK, "HEAD": DENIED},
-            "can write to, but not tell what is missing from, s3://bucket/pre: refused",
+            "can write to, but not look up missing objects in, s3://bucket/pre: refused",
         ),
     ],
 )
@@ -364,7 +364,7 @@ async def test_what_came_in_parts_is_compared_too() -> None:
 @pytest.mark.parametrize("name", ["ä" * 60, "aä" * 60, "aaä" * 60, "x" * 300, "日" * 1000, "😀" * 90])
 async def test_labels_end_with_a_whole_character(bucket: Bucket, name: str) -> None:
     """What is too long for a label is cut, never within a character."""
-    await bucket.place().put("a", chunks(b"x"), content_type=None, expected=None, metadata={"output": name})
+    await bucket.place().write("a", chunks(b"x"), content_type=None, expected=None, metadata={"output": name})
     _, labels, _ = await held(bucket, "a")
     assert 240 < len(labels["output"]) <= 256
     assert name.startswith(unquote(labels["output"], errors="strict"))
@@ -404,13 +404,13 @@ def test_secrets_come_from_where_secrets_come_from(tmp_path: Any) -> None:
         ("s3://bucket", {"virtual_hosted_style_request": "maybe"}, 'failed to parse "maybe" as boolean'),
         ("s3://bucket", {"timeout": "soon"}, 'failed to parse "soon" as Duration'),
         ("s3://bucket", {"access_key_id": SECRET}, "access_key_id without secret_access_key"),
-        ("s3://bucket", {"endpoint": "http://127.0.0.1:9000"}, "allow_http = true permits"),
-        ("s3://bucket", {"aws_bucket": "other"}, "the URL names it"),
+        ("s3://bucket", {"endpoint": "http://127.0.0.1:9000"}, "allow it with allow_http = true"),
+        ("s3://bucket", {"aws_bucket": "other"}, "it is part of the URL"),
         ("s3://bucket", {"secret_access_key": {"a": SECRET}}, "string"),
         ("gs://bucket", {"service_account_key": SECRET}, "service account"),
         ("az://container", {}, "account_name, or AZURE_STORAGE_ACCOUNT_NAME"),
         ("az://container", {"account_name": "a", "account_key": SECRET}, "Invalid Access Key"),
-        ("memory:///x", {}, "there are directories, s3://, gs:// and az://"),
+        ("memory:///x", {}, "use a directory, s3://, gs:// or az://"),
         ("outputs", {"region": "x"}, "are for buckets"),
     ],
 )
@@ -439,9 +439,9 @@ async def main():
     options = {"endpoint": sys.argv[1], "access_key_id": "a", "secret_access_key": "b", "allow_http": "true"}
     config = StorageConfig.model_validate({"url": "s3://bucket/pre", "store": options})
     place = open_place(config.url, config.store)
-    await place.put("warm", body(17), content_type=None, expected=None)
+    await place.write("warm", body(17), content_type=None, expected=None)
     before = peak()
-    stored = await place.put("large", body(200), content_type=None, expected=None)
+    stored = await place.write("large", body(200), content_type=None, expected=None)
     print(stored.size, stored.sha256, peak() - before)
     await place.close()
 

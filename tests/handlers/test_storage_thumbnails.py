@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from handlers.storage import Storage, StorageConfig
-from handlers.storage.thumbnails import MAX_MEMORY, MAX_SCANS, SIDE, NoThumbnailError, thumbnail
+from handlers.storage.thumbnails import MAX_MEMORY, MAX_SCANS, SIDE, NoThumbnailError, make_thumbnail
 from receiver.handler import THUMBNAIL, Done, MissingExtraError, SettledRun
 from tests.support.media import MediaServer, page
 
@@ -55,15 +55,15 @@ def scanned(times: int) -> bytes:
 def test_each_format_becomes_a_small_webp(kind: str) -> None:
     """In proportion, at most 512 pixels, the same bytes each time."""
     body = picture(kind)
-    made = thumbnail(body, KINDS[kind])
+    made = make_thumbnail(body, KINDS[kind])
     assert opened(made).size == (SIDE, SIDE // 2)
-    assert made == thumbnail(body, f"{KINDS[kind]}; x=1")
+    assert made == make_thumbnail(body, f"{KINDS[kind]}; x=1")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
 def test_every_kind_of_pixel(mode: str) -> None:
     """Palettes, transparency, one bit and sixteen."""
-    assert opened(thumbnail(picture(mode=mode), "image/png")).size == (SIDE, SIDE // 2)
+    assert opened(make_thumbnail(picture(mode=mode), "image/png")).size == (SIDE, SIDE // 2)
 
 
 def test_a_photo_stands_upright() -> None:
@@ -71,19 +71,19 @@ def test_a_photo_stands_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "private"
-    made = opened(thumbnail(picture("JPEG", exif=exif), "image/jpeg"))
+    made = opened(make_thumbnail(picture("JPEG", exif=exif), "image/jpeg"))
     assert made.size == (SIDE // 2, SIDE)
     assert not made.getexif()
 
 
 def test_a_progressive_one_may_have_many_scans() -> None:
     """Ten are usual."""
-    assert opened(thumbnail(scanned(MAX_SCANS - 20), "image/jpeg")).size == (SIDE, SIDE // 2)
+    assert opened(make_thumbnail(scanned(MAX_SCANS - 20), "image/jpeg")).size == (SIDE, SIDE // 2)
 
 
 def test_small_ones_are_not_blown_up() -> None:
     """One pixel is one pixel."""
-    assert opened(thumbnail(picture(size=(1, 1)), "image/png")).size == (1, 1)
+    assert opened(make_thumbnail(picture(size=(1, 1)), "image/png")).size == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -108,22 +108,22 @@ def test_small_ones_are_not_blown_up() -> None:
 def test_what_has_no_thumbnail(body: bytes, content_type: str | None) -> None:
     """Bombs, broken files, formats that lie about themselves or that are not opened at all."""
     with pytest.raises(NoThumbnailError):
-        thumbnail(body, content_type)
+        make_thumbnail(body, content_type)
 
 
 LARGEST = """
 import sys
 from pathlib import Path
-from handlers.storage.thumbnails import thumbnail
+from handlers.storage.thumbnails import make_thumbnail
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 content_type = sys.argv[1]
-thumbnail(Path("small").read_bytes(), content_type)
+make_thumbnail(Path("small").read_bytes(), content_type)
 body = Path("large").read_bytes()
 before = peak()
-thumbnail(body, content_type)
+make_thumbnail(body, content_type)
 print(peak() - before)
 """
 

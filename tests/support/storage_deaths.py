@@ -16,7 +16,6 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-import handlers.storage.disk
 from handlers.storage import Storage, StorageConfig
 from receiver.handler import Artifact, Done, Output
 from receiver.net.clients import tls_context
@@ -86,8 +85,8 @@ class LastingContext(MemoryContext):
 def attempt(root: Path, die_at: int) -> None:
     """Store a run in a process of its own, and leave there which steps that took."""
     death = Death(die_at)
-    for module, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (handlers.storage.disk, "_write")):
-        setattr(module, name, death.around(name.strip("_"), getattr(module, name)))
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "write")):
+        setattr(module, name, death.around(name, getattr(module, name)))
     outputs = tuple(
         Output(position=n, output_id=name, type="text", value=value)
         for n, (name, value) in enumerate((("a", SMALL), ("b", LARGE)))
