@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.bench.table import Table
 from tests.support.lives import served
-from tests.support.stage import Stage, staged
+from tests.support.stage import Stage, run_stage
 
 ROUNDS = 2
 SIZE = 1 << 30
@@ -40,7 +40,7 @@ async def test_a_gigabyte(table: Table) -> None:
     ratios, growth = [], []
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
-        async with staged(directory) as stage, stage.client() as client:
+        async with run_stage(directory) as stage, stage.client() as client:
             for _ in range(ROUNDS):
                 log = (directory / "log").open("ab")
                 async with served(stage, stdout=log.fileno()) as receiver:

@@ -21,12 +21,12 @@ from tests.support.stand import MODEL, OTHER, Ledger, Stand, a_ledger, a_stand
 
 
 def one_technique(stand: Stand, count: int) -> Iterable[Run]:
-    return stand.known(stand.fill(count))
+    return stand.to_rows(stand.fill(count))
 
 
 def jittered(stand: Stand, count: int) -> Iterable[Run]:
     """A tenth is due; the rest is due within a few seconds."""
-    runs = stand.known(stand.fill(count))
+    runs = stand.to_rows(stand.fill(count))
     return [
         replace(run, next_poll_at=stand.clock.now + timedelta(milliseconds=n * 9 % 15_000))
         for n, run in enumerate(runs)
@@ -41,14 +41,14 @@ def three_kinds(stand: Stand, count: int) -> Iterable[Run]:
         *stand.fill(third, prefix="b", subject=OTHER),
         *stand.fill(third, prefix="g", subject=MODEL),
     ]
-    return stand.known(made)
+    return stand.to_rows(made)
 
 
 def among_others(stand: Stand, count: int) -> Iterable[Run]:
     """Each of our runs lies among three that are not ours."""
     runs = stand.fill(count, apart_seconds=1.0)
     stand.fill(3 * count, prefix="others", apart_seconds=1 / 3)
-    return stand.known(runs)
+    return stand.to_rows(runs)
 
 
 Layout = Callable[[Stand, int], Iterable[Run]]
@@ -73,7 +73,7 @@ async def one_pass(path: Path, layout: Layout, count: int) -> tuple[int, float]:
             rows = list(layout(stand, count))
             await ours.add(rows)
             began = time.perf_counter()
-            while await ours.untouched():
+            while await ours.count_unread():
                 await ours.look_once()
                 clock.forward(1)
             return stand.requests, time.perf_counter() - began

@@ -23,7 +23,7 @@ from receiver.config import environment_variables, load_settings
 from receiver.service.service import check_role
 from tests.support.lives import served
 from tests.support.postgres import hand_over, unprivileged
-from tests.support.stage import Stage, eventually, free_port, staged, toml
+from tests.support.stage import Stage, eventually, free_port, run_stage, toml
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "deploy/container/Dockerfile").read_text()
@@ -68,7 +68,7 @@ def open_to_all(place: Path) -> None:
 
 @pytest.fixture
 async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
-    async with staged(tmp_path) as made:
+    async with run_stage(tmp_path) as made:
         yield made
 
 

@@ -13,7 +13,7 @@ import pytest
 from receiver.client.client import ReceiverClient
 from receiver.errors import ReceiverApiError
 from receiver.telemetry import Metrics
-from tests.support.stage import Stage, staged
+from tests.support.stage import Stage, run_stage
 
 HERE = Path(__file__).parents[2] / "deploy/prometheus"
 TOKEN = "0123456789abcdef"
@@ -21,7 +21,7 @@ TOKEN = "0123456789abcdef"
 
 @pytest.fixture
 async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
-    async with staged(tmp_path) as made:
+    async with run_stage(tmp_path) as made:
         yield made
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.lives import Served, served
 from tests.support.proxies import KINDS, caddy, nginx, proxy
-from tests.support.stage import Stage, eventually, free_port, staged
+from tests.support.stage import Stage, eventually, free_port, run_stage
 
 SLOW: dict[str, Any] = {"reconcile": {"first_poll_seconds": 60, "callback_window_seconds": 120}}
 """Polling comes too late to help: what is settled was told by its callback."""
@@ -22,7 +22,7 @@ SLOW: dict[str, Any] = {"reconcile": {"first_poll_seconds": 60, "callback_window
 @pytest.fixture
 async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
     """A stage whose receivers speak plain HTTP: TLS is the proxy's."""
-    async with staged(tmp_path) as made:
+    async with run_stage(tmp_path) as made:
         made.plain = True
         yield made
 

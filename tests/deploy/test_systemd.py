@@ -15,14 +15,14 @@ import pytest
 
 from receiver.service.systemd import Supervisor, inherited_listeners
 from tests.support.lives import COMMAND
-from tests.support.stage import Stage, eventually, staged, toml
+from tests.support.stage import Stage, eventually, run_stage, toml
 
 DEPLOY = Path(__file__).parents[2] / "deploy/systemd"
 
 
 @pytest.fixture
 async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
-    async with staged(tmp_path) as made:
+    async with run_stage(tmp_path) as made:
         yield made
 
 

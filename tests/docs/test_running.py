@@ -15,7 +15,7 @@ from starlette.routing import Route
 from receiver.service.service import Service
 from tests.cli.conftest import Running
 from tests.docs.pages import code_blocks, read_page, run_shell, section
-from tests.support.stage import Stage, free_port, staged
+from tests.support.stage import Stage, free_port, run_stage
 
 BIN = Path(sys.executable).parent
 
@@ -58,7 +58,7 @@ class Terminal:
 
 @pytest.fixture
 async def terminal(tmp_path: Path) -> AsyncIterator[Terminal]:
-    async with staged(tmp_path) as stage:
+    async with run_stage(tmp_path) as stage:
         stage.port = free_port()
         async with stage.service(public_url=f"https://127.0.0.1:{stage.port}") as service:
             yield Terminal(stage, service)

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.stage import Stage, staged
+from tests.support.stage import Stage, run_stage
 
 
 @pytest.fixture
 async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
     """An emulator to play against, and all that a receiver needs."""
-    async with staged(tmp_path) as made:
+    async with run_stage(tmp_path) as made:
         yield made
 
 
 @pytest.fixture
 async def shared(tmp_path: Path, postgres_url: str) -> AsyncIterator[Stage]:
     """The same with a ledger on PostgreSQL, for several receivers at a time."""
-    async with staged(tmp_path) as made:
+    async with run_stage(tmp_path) as made:
         made.postgres = postgres_url
         yield made
 

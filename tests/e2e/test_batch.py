@@ -14,7 +14,7 @@ import pytest
 from receiver.emulator import parse_faults
 from tests.support.batches import KEY, WEATHER, BatchStage, CommandResult
 from tests.support.lives import COMMAND, ROOT, served
-from tests.support.stage import Stage, eventually, staged
+from tests.support.stage import Stage, eventually, run_stage
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ async def batches(stage: Stage) -> AsyncIterator[BatchStage]:
 
 async def test_every_row_comes_home_in_bad_weather(tmp_path: Path) -> None:
     """Dropped and doubled callbacks, 429 and 5xx: sixty rows, sixty runs, sixty files, and the right bill."""
-    async with staged(tmp_path, faults=WEATHER, seed=7) as stage:
+    async with run_stage(tmp_path, faults=WEATHER, seed=7) as stage:
         batches = BatchStage(stage)
         async with served(stage, **batches.settings()) as process, stage.client() as client:
             await process.ready(client)
@@ -169,7 +169,7 @@ async def test_a_changed_row_is_not_taken_for_the_old_one(batches: BatchStage) -
 
 async def test_ctrl_c_and_on_again(tmp_path: Path) -> None:
     """It ends at once with 130, writes what it knows, says how to go on; what was started is not started again."""
-    async with staged(tmp_path, run_seconds=600.0) as stage:
+    async with run_stage(tmp_path, run_seconds=600.0) as stage:
         batches = BatchStage(stage)
         async with stage.service(**batches.settings()):
             file = batches.table(12)
@@ -192,7 +192,7 @@ async def test_ctrl_c_and_on_again(tmp_path: Path) -> None:
 
 async def test_on_a_terminal_it_asks_shows_progress_and_leaves_it_clean(tmp_path: Path) -> None:
     """A person sees the price, says yes, watches a bar; after Ctrl-C the cursor is back."""
-    async with staged(tmp_path, run_seconds=600.0) as stage:
+    async with run_stage(tmp_path, run_seconds=600.0) as stage:
         batches = BatchStage(stage)
         async with stage.service(**batches.settings()):
             batches.table(4)

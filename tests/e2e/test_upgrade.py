@@ -15,7 +15,7 @@ import pytest
 from receiver.store.migrate import HEAD
 from tests.support.lives import ROOT, Served, served
 from tests.support.postgres import Postgres
-from tests.support.stage import Stage, eventually, staged
+from tests.support.stage import Stage, eventually, run_stage
 
 NEXT = f"""
 import sqlalchemy as sa
@@ -48,7 +48,7 @@ def upgrade():
 @pytest.fixture
 async def stage(tmp_path: Path, postgres_server: Postgres) -> AsyncIterator[Stage]:
     """On a database of its own, since it ends up at a revision that no other test knows."""
-    async with staged(tmp_path) as made:
+    async with run_stage(tmp_path) as made:
         made.postgres = postgres_server.create("upgraded", migrated=False)
         yield made
     postgres_server.execute("DROP DATABASE upgraded WITH (FORCE)")

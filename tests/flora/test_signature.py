@@ -19,7 +19,7 @@ BODY = b'{"id":"whd_1"}'
 DIGEST = sign(BODY, SECRET, timestamp=NOW).partition("v1=")[2]
 
 
-def refused(header: str | None, *, body: bytes = BODY, **options: Any) -> SignatureError:
+def refusal_of(header: str | None, *, body: bytes = BODY, **options: Any) -> SignatureError:
     """Return the refusal that this header earns."""
     with pytest.raises(SignatureError) as caught:
         verify(body, header, [SECRET], now=NOW, **options)
@@ -69,7 +69,7 @@ def test_there_are_33_vectors() -> None:
         (f"t=+{NOW},v1={DIGEST}", SignatureProblem.MALFORMED_SIGNATURE),
         (f"t=-1,v1={DIGEST}", SignatureProblem.MALFORMED_SIGNATURE),
         (f"t=1_750_000_000,v1={DIGEST}", SignatureProblem.MALFORMED_SIGNATURE),
-        (f"t=１７５００００００,v1={DIGEST}", SignatureProblem.MALFORMED_SIGNATURE),  # noqa: RUF001
+        (f"t=１７５００００００,v1={DIGEST}", SignatureProblem.MALFORMED_SIGNATURE),  # noqa: RUF001  # full-width digits are the point
         (f"t={NOW}.0,v1={DIGEST}", SignatureProblem.MALFORMED_SIGNATURE),
         (f"t={'9' * 16},v1={DIGEST}", SignatureProblem.MALFORMED_SIGNATURE),
         (f"t={NOW},v1={'٣' * 64}", SignatureProblem.MALFORMED_SIGNATURE),
@@ -91,7 +91,7 @@ def test_there_are_33_vectors() -> None:
 )  # fmt: skip
 def test_every_refusal_has_its_code(header: str | None, problem: SignatureProblem) -> None:
     """A header that does not verify is refused under the one code that tells the sender what is wrong."""
-    assert refused(header).problem is problem
+    assert refusal_of(header).problem is problem
 
 
 @pytest.mark.parametrize("header", [f"t={NOW},v1={DIGEST}" + ",v1=zz" * 15, f"t={NOW},v1={'0' * 64},v1={DIGEST}"])
@@ -121,7 +121,7 @@ def test_tolerance_includes_its_edge(age: int, good: bool) -> None:
     if good:
         assert verify(BODY, header, [SECRET], now=NOW) == Verified(0, age)
     else:
-        assert refused(header).problem is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE
+        assert refusal_of(header).problem is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE
 
 
 def test_zero_tolerance_is_no_tolerance() -> None:
@@ -131,7 +131,8 @@ def test_zero_tolerance_is_no_tolerance() -> None:
     for off in (-1, 1):
         header = sign(BODY, SECRET, timestamp=NOW + off)
         assert (
-            refused(header, tolerance_past=0, tolerance_future=0).problem is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE
+            refusal_of(header, tolerance_past=0, tolerance_future=0).problem
+            is SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE
         )
 
 
@@ -144,13 +145,13 @@ def test_none_turns_one_side_off(past: int | None, future: int | None, good: str
             found = verify(BODY, header, [SECRET], now=NOW, tolerance_past=past, tolerance_future=future)
             assert found.secret == 0
         else:
-            refused(header, tolerance_past=past, tolerance_future=future)
+            refusal_of(header, tolerance_past=past, tolerance_future=future)
 
 
 def test_an_authentic_body_at_a_wrong_time_names_its_secret() -> None:
     """Only the time is wrong, so the body is worth a look; a forged one never is."""
-    assert refused(sign(BODY, SECRET, timestamp=0)).secret == 0
-    assert refused(sign(BODY, OTHER, timestamp=0)).secret is None
+    assert refusal_of(sign(BODY, SECRET, timestamp=0)).secret == 0
+    assert refusal_of(sign(BODY, OTHER, timestamp=0)).secret is None
 
 
 def test_a_secret_that_is_not_unicode_matches_nothing() -> None:
@@ -162,7 +163,7 @@ def test_a_secret_that_is_not_unicode_matches_nothing() -> None:
 def test_refusals_never_show_the_secret_or_the_digest() -> None:
     """The message goes to the sender and into logs."""
     for header in (f"t={NOW},v1={'0' * 64}", f"t={NOW},v1={DIGEST[:10]}", sign(BODY, SECRET, timestamp=0)):
-        text = str(refused(header))
+        text = str(refusal_of(header))
         assert SECRET not in text
         assert DIGEST[:10] not in text
 
@@ -199,4 +200,4 @@ def test_one_changed_byte_is_refused(body: bytes, place: int, flip: int) -> None
     header = sign(body, SECRET, timestamp=NOW)
     changed = bytearray(body)
     changed[place % len(body)] ^= flip
-    assert refused(header, body=bytes(changed)).problem is SignatureProblem.SIGNATURE_MISMATCH
+    assert refusal_of(header, body=bytes(changed)).problem is SignatureProblem.SIGNATURE_MISMATCH

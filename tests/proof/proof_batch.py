@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.support.batches import WEATHER, BatchStage
 from tests.support.lives import Served, served
-from tests.support.stage import Stage, staged
+from tests.support.stage import Stage, run_stage
 
 ROWS = 500
 KILLS = (60, 140, 230, 320, 410)
@@ -52,7 +52,7 @@ async def test_five_hundred_rows_in_bad_weather(tmp_path: Path) -> None:
 
 
 async def _prove(directory: Path, *, crashes: bool) -> None:
-    async with staged(directory, faults=WEATHER, run_seconds=0.5) as stage:
+    async with run_stage(directory, faults=WEATHER, run_seconds=0.5) as stage:
         batches = BatchStage(stage)
         async with Lives(stage, batches) as lives:
             process = await lives.begin()

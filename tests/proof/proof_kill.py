@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 
 from receiver.flora.signature import HEADER
 from tests.support.lives import Nursery, nursery
-from tests.support.stage import Stage, eventually, staged
+from tests.support.stage import Stage, eventually, run_stage
 
 KILLS = int(os.environ.get("PROOF_KILLS", "1000"))
 SECONDS = float(os.environ.get("PROOF_SECONDS", "1500"))
@@ -35,7 +35,7 @@ async def test_a_thousand_kills(tmp_path: Path) -> None:
     """Every acknowledged callback is in the ledger, its run settled, its files whole, its dispatches done once."""
     seed = secrets.randbits(32)
     with capture_logs():  # the emulator's side of a killed connection is no news
-        async with staged(tmp_path, run_seconds=0) as stage, nursery(stage) as lives:
+        async with run_stage(tmp_path, run_seconds=0) as stage, nursery(stage) as lives:
             stage.extra["dispatch"] = {"max_attempts": 1000}  # a life counts an attempt, and it is we who end it
             facts = await _batter(stage, lives, random.Random(seed))
     print(f"\nseed {seed}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.e2e.test_replicas import check, replicas
 from tests.support.postgres import postgres
-from tests.support.stage import eventually, staged
+from tests.support.stage import eventually, run_stage
 
 AWAY_SECONDS = 30
 EVERY_SECONDS = 0.25
@@ -18,7 +18,7 @@ async def test_thirty_seconds_without_a_database(tmp_path: Path) -> None:
     """Callbacks get 503 in time for FLORA to repeat them; nothing acknowledged is lost; everything goes on by itself."""
     with postgres() as server:
         url = server.create("suite")
-        async with staged(tmp_path, time_scale=1.0) as stage:
+        async with run_stage(tmp_path, time_scale=1.0) as stage:
             stage.postgres = url
             async with replicas(stage, (), ()) as them:
                 run_ids = [stage.start() for _ in range(20)]

@@ -338,7 +338,7 @@ MAGIC: Mapping[str, Callable[[bytes], None]] = {"imageUrl": png, "videoUrl": mp4
 
 
 @contextlib.asynccontextmanager
-async def staged(directory: Path, **emulation: Any) -> AsyncIterator[Stage]:
+async def run_stage(directory: Path, **emulation: Any) -> AsyncIterator[Stage]:
     """Set the stage: a throw-away CA, and an emulator that trusts it alone, served on loopback."""
     authority = certificates.make_authority()
     ca = directory / "ca.pem"

@@ -1,4 +1,4 @@
-"""A ledger and an emulated FLORA that know the same runs, with the loops that read them: for tests at scale."""
+"""A database and an emulated FLORA with the same runs, and the poller that reads them: for tests at scale."""
 
 import contextlib
 import random
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import httpx
 
@@ -30,7 +31,7 @@ OUTPUTS = (PlannedOutput("output_1", "text", "a lighthouse"),)
 
 @dataclass
 class Stand:
-    """One emulator and what FLORA was asked; `workspace_id` is the only one that it knows."""
+    """One emulator and the requests that it got; `workspace_id` is the only workspace that it knows."""
 
     emulator: Emulator
     client: FloraClient
@@ -38,14 +39,14 @@ class Stand:
     clock: Clock
     workspace_id: str
     between: list[Callable[[], object]] = field(default_factory=list)
-    """Called after each answer, the first one first."""
+    """Called after each response, one after the other."""
 
     @property
     def requests(self) -> int:
         return self.emulator.gate.requests.total()
 
     @property
-    def asked(self) -> Counter[str]:
+    def requests_by_route(self) -> Counter[str]:
         return self.emulator.gate.requests
 
     def fill(
@@ -61,19 +62,19 @@ class Stand:
     ) -> list[Emulated]:
         """Start runs in the past, oldest first, the last of them `youngest` ago."""
         newest = (self.clock.now - youngest).timestamp()
+        defaults: dict[str, Any] = {
+            "subject": subject,
+            "workspace_id": self.workspace_id,
+            "project_id": "prj_1",
+            "seconds": ends_in,
+            "cost": 0.04,
+            "outputs": OUTPUTS,
+        }
         made = [
-            replace(
-                Emulated(
-                    run_id=f"run_{prefix}_{number}",
-                    subject=subject,
-                    workspace_id=self.workspace_id,
-                    project_id="prj_1",
-                    created_at=newest - (count - 1 - number) * apart_seconds,
-                    seconds=ends_in,
-                    cost=0.04,
-                    outputs=OUTPUTS,
-                ),
-                **fields,  # type: ignore[arg-type]
+            Emulated(
+                run_id=f"run_{prefix}_{number}",
+                created_at=newest - (count - 1 - number) * apart_seconds,
+                **(defaults | fields),
             )
             for number in range(count)
         ]
@@ -88,8 +89,8 @@ class Stand:
         for run in runs:
             self.emulator.runs._runs[run.run_id] = replace(run, seconds=1.0, cost_lag_seconds=cost_lag_seconds)
 
-    def known(self, runs: Iterable[Emulated], **fields: object) -> list[Run]:
-        """Return the rows that a ledger would have of these runs, due now."""
+    def to_rows(self, runs: Iterable[Emulated], **fields: object) -> list[Run]:
+        """Return these runs as rows of a database, due now."""
         return [self._row(run, **fields) for run in runs]
 
     def _row(self, run: Emulated, **fields: object) -> Run:
@@ -123,12 +124,12 @@ async def a_stand(clock: Clock, *, workspace_id: str = "ws_1", concurrency: int 
     await server.start()
     between: list[Callable[[], object]] = []
 
-    async def answered(_: httpx.Response) -> None:
+    async def run_next(_: httpx.Response) -> None:
         if between:
             between.pop(0)()
 
     http = api_client(emulator.base_url(f"http://127.0.0.1:{server.port}"))
-    http.event_hooks = {**http.event_hooks, "response": [answered]}
+    http.event_hooks = {**http.event_hooks, "response": [run_next]}
     client = FloraClient(http, settings.api_key, RateLimit(concurrency, clock=clock))
     try:
         yield Stand(emulator, client, http, clock, workspace_id, between)
@@ -151,7 +152,7 @@ class Ledger:
         await self.core.database.write(lambda tx: ledger.add_runs(tx, rows))
 
     async def look_once(self) -> None:
-        """Tick until nothing is due that may be asked about."""
+        """Tick until nothing is due that may be read."""
         for _ in range(1000):
             await self.poller.tick(self.core.clock.now)
             if not any(state.tasks for state in self.poller._keys.values()):
@@ -163,7 +164,7 @@ class Ledger:
         rows = await self.core.rows("SELECT state, count(*) FROM runs GROUP BY state")
         return Counter(dict(rows))
 
-    async def untouched(self) -> int:
+    async def count_unread(self) -> int:
         """Return how many runs were not read."""
         return int((await self.core.rows("SELECT count(*) FROM runs WHERE polls = 0"))[0][0])
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.sshd import Sshd, sshd
-from tests.support.stage import Stage, staged
+from tests.support.stage import Stage, run_stage
 
 
 @pytest.fixture
 async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
-    async with staged(tmp_path) as stage:
+    async with run_stage(tmp_path) as stage:
         yield stage
 
 

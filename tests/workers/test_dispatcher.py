@@ -43,7 +43,7 @@ class Scripted:
         return answer
 
 
-def answering(*answers: Any) -> Scripted:
+def scripted_handler(*answers: Any) -> Scripted:
     """Return a handler that gives these answers in turn, the last one for ever."""
     left = list(answers)
 
@@ -56,7 +56,7 @@ def answering(*answers: Any) -> Scripted:
     return Scripted(act)
 
 
-def hanging(*, stubborn: int = 0) -> tuple[Scripted, asyncio.Event]:
+def hanging_handler(*, stubborn: int = 0) -> tuple[Scripted, asyncio.Event]:
     """Return a handler that waits for an event; it swallows that many cancellations."""
     free = asyncio.Event()
 
@@ -103,7 +103,7 @@ class Bench:
         self.made.append(made)
         return made
 
-    async def settled(self, *run_ids: str) -> None:
+    async def settle(self, *run_ids: str) -> None:
         for run_id in run_ids or ("run_1",):
             await self.core.register(run_id, metadata={"market": "DE"})
             await self.core.settle(run_id, charged_cost=0.1)
@@ -140,8 +140,8 @@ def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_done_is_done_once(bench: Bench) -> None:
     """The handler gets the run as it is, under a stable key, and is not called again."""
-    await bench.settled()
-    handler = answering(Done({"at": "/a"}))
+    await bench.settle()
+    handler = scripted_handler(Done({"at": "/a"}))
     dispatcher = bench.dispatcher(handler)
     await bench.round(dispatcher)
     await bench.round(dispatcher, 3600)
@@ -154,8 +154,8 @@ async def test_done_is_done_once(bench: Bench) -> None:
 
 
 async def test_retry_waits_its_pause_under_the_same_key(bench: Bench) -> None:
-    await bench.settled()
-    handler = answering(Retry("later", after_seconds=30), Retry("again"), Done())
+    await bench.settle()
+    handler = scripted_handler(Retry("later", after_seconds=30), Retry("again"), Done())
     dispatcher = bench.dispatcher(handler)
     await bench.round(dispatcher)
     assert await bench.states() == {"h:settled:0": ("ready", 1)}
@@ -174,9 +174,9 @@ async def test_retry_waits_its_pause_under_the_same_key(bench: Bench) -> None:
 
 async def test_a_handler_has_its_run_read_again(bench: Bench) -> None:
     """Where an output's URL has expired: the run is due at once, and the next attempt sees the URL it has then."""
-    handler = answering(Retry("expired", reread=True), Done())
+    handler = scripted_handler(Retry("expired", reread=True), Done())
     dispatcher = bench.dispatcher(handler)
-    await bench.settled()
+    await bench.settle()
     assert (await bench.core.run()).next_poll_at is None
     await bench.round(dispatcher)
     assert (await bench.core.run()).next_poll_at == bench.core.clock.now
@@ -210,7 +210,7 @@ async def test_a_handler_can_ask_what_flora_was_asked_for(bench: Bench) -> None:
         run_id="run_1",
     )
     await bench.core.database.write(lambda tx: starts.add_start(tx, start))
-    await bench.settled("run_1", "run_2")
+    await bench.settle("run_1", "run_2")
     asked: dict[str, Any] = {}
 
     async def act(run: SettledRun, context: Context) -> Any:
@@ -222,8 +222,8 @@ async def test_a_handler_can_ask_what_flora_was_asked_for(bench: Bench) -> None:
 
 
 async def test_reject_is_never_tried_again(bench: Bench) -> None:
-    await bench.settled()
-    handler = answering(Reject("no such bucket"))
+    await bench.settle()
+    handler = scripted_handler(Reject("no such bucket"))
     dispatcher = bench.dispatcher(handler)
     await bench.round(dispatcher)
     await bench.round(dispatcher, 10**6)
@@ -232,7 +232,7 @@ async def test_reject_is_never_tried_again(bench: Bench) -> None:
     assert await bench.error() == "no such bucket"
 
 
-class _Mute(Exception):  # noqa: N818
+class _MuteError(Exception):
     def __str__(self) -> str:
         raise RuntimeError("not even this")
 
@@ -248,15 +248,15 @@ class _Mute(Exception):  # noqa: N818
         (TimeoutError(), "TimeoutError: "),
         (StopAsyncIteration(), "StopAsyncIteration: "),
         (OSError("\udcff\x00"), "OSError: \ufffd\ufffd"),
-        (_Mute(), "_Mute"),
+        (_MuteError(), "_Mute"),
         (RuntimeError("x" * 2_000), "RuntimeError: xxx"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 async def test_whatever_a_handler_raises_means_retry(bench: Bench, failure: BaseException, reason: str) -> None:
     """Not one of them stops the service, or loses the dispatch; the reason fits into the ledger."""
-    await bench.settled()
-    handler = answering(failure, Done())
+    await bench.settle()
+    handler = scripted_handler(failure, Done())
     dispatcher = bench.dispatcher(handler)
     await bench.round(dispatcher)
     assert await bench.states() == {"h:settled:0": ("ready", 1)}
@@ -267,7 +267,7 @@ async def test_whatever_a_handler_raises_means_retry(bench: Bench, failure: Base
 
 
 async def test_a_handler_that_exits_the_process_does_not(bench: Bench) -> None:
-    await bench.settled()
+    await bench.settle()
 
     async def act(_run: SettledRun, _context: Context) -> Any:
         sys.exit("bye")
@@ -279,8 +279,8 @@ async def test_a_handler_that_exits_the_process_does_not(bench: Bench) -> None:
 @pytest.mark.parametrize("rubbish", [None, True, "done", {}, Done, object()])
 async def test_rubbish_means_retry(bench: Bench, rubbish: Any) -> None:
     """Forgetting to return is not success."""
-    await bench.settled()
-    await bench.round(bench.dispatcher(answering(rubbish)))
+    await bench.settle()
+    await bench.round(bench.dispatcher(scripted_handler(rubbish)))
     assert await bench.states() == {"h:settled:0": ("ready", 1)}
     assert "instead of Done, Retry or Reject" in await bench.error()
 
@@ -301,19 +301,19 @@ LOOP["self"] = LOOP
         (Retry("\ud800\x00"), "ready"),
         (Retry(ValueError("x")), "ready"),  # type: ignore[arg-type]
         (Retry(None), "ready"),  # type: ignore[arg-type]
-        (Retry(_Mute()), "ready"),  # type: ignore[arg-type]
+        (Retry(_MuteError()), "ready"),  # type: ignore[arg-type]
         (Retry("x", after_seconds=float("inf")), "ready"),
         (Retry("x", after_seconds=float("nan")), "ready"),
         (Retry("x", after_seconds=-1e300), "ready"),
         (Retry("x", after_seconds="soon"), "ready"),  # type: ignore[arg-type]
-        (Reject(_Mute()), "dead"),  # type: ignore[arg-type]
+        (Reject(_MuteError()), "dead"),  # type: ignore[arg-type]
         (Reject("\ud800"), "dead"),
     ],
 )
 async def test_an_odd_answer_never_leaves_its_lease_behind(bench: Bench, answer: Any, state: str) -> None:
     """What it says about itself may be lost, what it decides is not: Done stays done, and no effect is applied twice."""
-    await bench.settled()
-    dispatcher = bench.dispatcher(answering(answer))
+    await bench.settle()
+    dispatcher = bench.dispatcher(scripted_handler(answer))
     await bench.round(dispatcher)
     assert await bench.states() == {"h:settled:0": (state, 1)}
 
@@ -323,7 +323,9 @@ async def test_what_a_handler_says_shows_no_media_url_and_no_secret(bench: Bench
     await bench.core.register("run_1")
     await bench.core.settle("run_1", outputs=[Output(0, "out", "imageUrl", MEDIA), Output(1, "t", "text", "a text")])
     told = f"Max retries exceeded with url: /media/fox.png?sig=1 {MEDIA} https://chat.example/T0/secret whsec_abc"
-    dispatcher = bench.dispatcher(answering(RuntimeError(told), Retry(told), Done({"at": MEDIA, "a": ["a text"]})))
+    dispatcher = bench.dispatcher(
+        scripted_handler(RuntimeError(told), Retry(told), Done({"at": MEDIA, "a": ["a text"]}))
+    )
     with structlog.testing.capture_logs() as lines:
         await bench.round(dispatcher)
         shown = "url: /… https://media.example/… https://chat.example/… whsec_***"
@@ -339,9 +341,9 @@ async def test_what_a_handler_says_shows_no_media_url_and_no_secret(bench: Bench
 
 async def test_a_result_is_kept_as_strict_json_if_it_is_small(bench: Bench) -> None:
     """It is what the API shows later: nothing in it may break that, or fill the ledger."""
-    await bench.settled("run_1", "run_2")
+    await bench.settle("run_1", "run_2")
     odd = {"nan": float("nan"), "half": "\ud800", "nul": "\x00", "at": NOW, "deep": {"a": (1,)}}
-    await bench.round(bench.dispatcher(answering(Done(odd), Done({"text": "x" * 300_000})), concurrency=1))
+    await bench.round(bench.dispatcher(scripted_handler(Done(odd), Done({"text": "x" * 300_000})), concurrency=1))
     rows = [*await bench.core.dispatches("run_1"), *await bench.core.dispatches("run_2")]
     kept = {"nan": None, "half": "\ufffd", "nul": "\x00", "at": str(NOW), "deep": {"a": [1]}}
     assert [row.result for row in rows] == [kept, None]
@@ -357,8 +359,8 @@ async def test_a_result_is_kept_as_strict_json_if_it_is_small(bench: Bench) -> N
 @pytest.mark.parametrize("stubborn", [0, 10])
 async def test_a_handler_that_hangs_is_given_up(bench: Bench, stubborn: int) -> None:
     """Whether it heeds its cancellation or swallows it: its time is over, and it is tried again."""
-    await bench.settled()
-    handler, free = hanging(stubborn=stubborn)
+    await bench.settle()
+    handler, free = hanging_handler(stubborn=stubborn)
     await bench.round(bench.dispatcher(handler, timeout_seconds=0.01))
     assert await bench.states() == {"h:settled:0": ("ready", 1)}
     assert await bench.error() == "it took longer than 0.01 s"
@@ -368,9 +370,9 @@ async def test_a_handler_that_hangs_is_given_up(bench: Bench, stubborn: int) -> 
 async def test_one_hanging_handler_delays_no_other(database: Database, clock: Clock, bench: Bench) -> None:
     """Each works within its own limits."""
     bench.core = a_core(database, clock, subscriptions=[Subscription("h"), Subscription("i")])
-    await bench.settled("run_1", "run_2")
-    slow, free = hanging()
-    quick = answering(Done())
+    await bench.settle("run_1", "run_2")
+    slow, free = hanging_handler()
+    quick = scripted_handler(Done())
     dispatcher = bench.dispatcher(slow, quick, concurrency=1)
     await dispatcher.tick(clock.now)
     while len(quick.calls) < 2:
@@ -384,8 +386,8 @@ async def test_one_hanging_handler_delays_no_other(database: Database, clock: Cl
 
 async def test_no_more_at_once_than_allowed(bench: Bench) -> None:
     """The rest waits in the ledger, not in memory."""
-    await bench.settled(*(f"run_{n}" for n in range(10)))
-    handler, free = hanging()
+    await bench.settle(*(f"run_{n}" for n in range(10)))
+    handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler, concurrency=3)
     for _ in range(3):
         await dispatcher.tick(bench.core.clock.now)
@@ -401,54 +403,56 @@ async def test_no_more_at_once_than_allowed(bench: Bench) -> None:
 
 async def test_the_next_look_is_when_the_next_retry_is_due(bench: Bench) -> None:
     """Neither a spin nor a long sleep; where other processes write too, a look each second."""
-    await bench.settled()
-    dispatcher = bench.dispatcher(answering(Retry("x", after_seconds=2)))
+    await bench.settle()
+    dispatcher = bench.dispatcher(scripted_handler(Retry("x", after_seconds=2)))
     await bench.round(dispatcher)
     idle = 1 if bench.core.database.shared else 5
     assert await dispatcher.tick(bench.core.clock.now) == pytest.approx(min(2, idle))
-    assert await bench.dispatcher(answering(Done()), names=["nobody"]).tick(NOW) == idle
+    assert await bench.dispatcher(scripted_handler(Done()), names=["nobody"]).tick(NOW) == idle
 
 
 # --- death and alerts --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def alarmed(database: Database, clock: Clock, bench: Bench) -> Bench:
+def bench_with_alerts(database: Database, clock: Clock, bench: Bench) -> Bench:
     """Handlers `h`, and `i` that listens to deaths, its own among them."""
     bench.core = a_core(database, clock, subscriptions=[Subscription("h"), Subscription("i", on=(Event.DEAD,))])
     return bench
 
 
-async def test_used_up_attempts_are_dead_and_told(alarmed: Bench) -> None:
+async def test_used_up_attempts_are_dead_and_told(bench_with_alerts: Bench) -> None:
     """Loudly: in the same commit, whoever listens to deaths gets a dispatch, and the loop is woken for it."""
-    await alarmed.settled()
-    alert = answering(Done())
-    dispatcher = alarmed.dispatcher(answering(Retry("no")), alert, max_attempts=2)
-    await alarmed.round(dispatcher)
-    await alarmed.round(dispatcher, 10)
-    states = await alarmed.states()
+    await bench_with_alerts.settle()
+    alert = scripted_handler(Done())
+    dispatcher = bench_with_alerts.dispatcher(scripted_handler(Retry("no")), alert, max_attempts=2)
+    await bench_with_alerts.round(dispatcher)
+    await bench_with_alerts.round(dispatcher, 10)
+    states = await bench_with_alerts.states()
     assert states["h:settled:0"] == ("dead", 2)
     assert "i:dead:0" in states  # done already, if this very tick came to it after the death
-    await alarmed.round(dispatcher)
-    assert await alarmed.states() == {"h:settled:0": ("dead", 2), "i:dead:0": ("done", 1)}
+    await bench_with_alerts.round(dispatcher)
+    assert await bench_with_alerts.states() == {"h:settled:0": ("dead", 2), "i:dead:0": ("done", 1)}
     assert [key for _, key, _ in alert.calls] == ["run_1:i:dead:0"]
 
 
-async def test_the_death_of_an_alert_is_not_announced_by_another(alarmed: Bench) -> None:
+async def test_the_death_of_an_alert_is_not_announced_by_another(bench_with_alerts: Bench) -> None:
     """An alert channel that is down must not alert about itself for ever."""
-    await alarmed.settled()
-    dispatcher = alarmed.dispatcher(answering(Reject("no")), answering(Reject("down")))
+    await bench_with_alerts.settle()
+    dispatcher = bench_with_alerts.dispatcher(scripted_handler(Reject("no")), scripted_handler(Reject("down")))
     for _ in range(5):
-        await alarmed.round(dispatcher, 10)
-    assert await alarmed.states() == {"h:settled:0": ("dead", 1), "i:dead:0": ("dead", 1)}
+        await bench_with_alerts.round(dispatcher, 10)
+    assert await bench_with_alerts.states() == {"h:settled:0": ("dead", 1), "i:dead:0": ("dead", 1)}
 
 
 async def test_each_death_of_a_run_is_an_alert_of_its_own(database: Database, clock: Clock, bench: Bench) -> None:
     bench.core = a_core(
         database, clock, subscriptions=[Subscription("h"), Subscription("i", on=(Event.DEAD,)), Subscription("j")]
     )
-    await bench.settled()
-    dispatcher = bench.dispatcher(answering(Reject("no")), answering(Done()), answering(Reject("no")))
+    await bench.settle()
+    dispatcher = bench.dispatcher(
+        scripted_handler(Reject("no")), scripted_handler(Done()), scripted_handler(Reject("no"))
+    )
     await bench.round(dispatcher)
     await bench.round(dispatcher)
     await bench.round(dispatcher)
@@ -460,20 +464,20 @@ async def test_each_death_of_a_run_is_an_alert_of_its_own(database: Database, cl
     }
 
 
-async def test_what_killed_its_process_on_the_last_attempt_is_dead_and_told(alarmed: Bench) -> None:
+async def test_what_killed_its_process_on_the_last_attempt_is_dead_and_told(bench_with_alerts: Bench) -> None:
     """It never answered: after the restart it is buried, not handed out again, and whoever listens is told."""
-    await alarmed.settled()
+    await bench_with_alerts.settle()
     for _ in range(2):
-        handler, free = hanging()
-        await alarmed.dispatcher(handler, max_attempts=2).tick(NOW)
-        await alarmed.core.database.write(queue.release_all)  # what the next start does
+        handler, free = hanging_handler()
+        await bench_with_alerts.dispatcher(handler, max_attempts=2).tick(NOW)
+        await bench_with_alerts.core.database.write(queue.release_all)  # what the next start does
         free.set()
-    for made in alarmed.made:
+    for made in bench_with_alerts.made:
         await made.drain()
-    survivor = answering(Done())
-    await alarmed.round(alarmed.dispatcher(survivor, max_attempts=2))
+    survivor = scripted_handler(Done())
+    await bench_with_alerts.round(bench_with_alerts.dispatcher(survivor, max_attempts=2))
     assert survivor.calls == []
-    assert await alarmed.states() == {"h:settled:0": ("dead", 2), "i:dead:0": ("ready", 0)}
+    assert await bench_with_alerts.states() == {"h:settled:0": ("dead", 2), "i:dead:0": ("ready", 0)}
 
 
 # --- leases ------------------------------------------------------------------------------------------------------
@@ -481,11 +485,11 @@ async def test_what_killed_its_process_on_the_last_attempt_is_dead_and_told(alar
 
 async def test_a_worker_that_lost_its_lease_writes_nothing(bench: Bench) -> None:
     """Somebody else took over meanwhile: their answer counts."""
-    await bench.settled()
-    slow, free = hanging()
+    await bench.settle()
+    slow, free = hanging_handler()
     old = bench.dispatcher(slow, takeover=True)
     await old.tick(NOW)
-    new = bench.dispatcher(answering(Retry("mine")), takeover=True)
+    new = bench.dispatcher(scripted_handler(Retry("mine")), takeover=True)
     await bench.round(new, 61)
     free.set()
     await old.drain()
@@ -495,8 +499,8 @@ async def test_a_worker_that_lost_its_lease_writes_nothing(bench: Bench) -> None
 
 async def test_renewing_cancels_what_was_taken_over(bench: Bench) -> None:
     """And keeps what was not."""
-    await bench.settled("run_1", "run_2")
-    slow, free = hanging()
+    await bench.settle("run_1", "run_2")
+    slow, free = hanging_handler()
     old = bench.dispatcher(slow, takeover=True)
     await old.tick(NOW)
     await bench.core.database.write(
@@ -517,28 +521,28 @@ async def test_renewing_cancels_what_was_taken_over(bench: Bench) -> None:
 @pytest.mark.parametrize("stubborn", [0, 10])
 async def test_stopping_gives_back_uncounted(bench: Bench, stubborn: int) -> None:
     """We stop, the handler is not to blame: the same attempt number comes again."""
-    await bench.settled()
-    slow, free = hanging(stubborn=stubborn)
+    await bench.settle()
+    slow, free = hanging_handler(stubborn=stubborn)
     dispatcher = bench.dispatcher(slow)
     await dispatcher.tick(NOW)
     await asyncio.sleep(0)
     await dispatcher.release()
     assert await bench.states() == {"h:settled:0": ("ready", 0)}
     free.set()
-    handler = answering(Done())
+    handler = scripted_handler(Done())
     await bench.round(bench.dispatcher(handler))
     assert [attempt for _, _, attempt in handler.calls] == [1]
 
 
 async def test_running_until_stopped(bench: Bench) -> None:
     """The loop does what is due, wakes for what comes, and ends when told, with nothing left in its hands."""
-    await bench.settled()
-    handler = answering(Done())
+    await bench.settle()
+    handler = scripted_handler(Done())
     dispatcher = bench.dispatcher(handler)
     stopping = asyncio.Event()
     loop = asyncio.create_task(dispatcher.run(stopping))
     await until(lambda: len(handler.calls) == 1)
-    await bench.settled("run_2")
+    await bench.settle("run_2")
     await until(lambda: len(handler.calls) == 2 and not dispatcher._running)
     stopping.set()
     await asyncio.wait_for(loop, 10)
@@ -550,20 +554,20 @@ async def test_an_answer_that_cannot_be_written_is_kept_until_it_can(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The effect is applied: a full disk for a moment must neither leave the lease behind nor call the handler again."""
-    await bench.settled()
-    handler, free = hanging()
+    await bench.settle()
+    handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler)
     await dispatcher.tick(NOW)
     await writable(bench.core.database, False)
     tries = 0
     write = bench.core.database.write
 
-    async def counted(job: Any) -> Any:
+    async def count_writes(job: Any) -> Any:
         nonlocal tries
         tries += 1
         return await write(job)
 
-    monkeypatch.setattr(bench.core.database, "write", counted)
+    monkeypatch.setattr(bench.core.database, "write", count_writes)
     free.set()
     await until(lambda: tries >= 3)
     await writable(bench.core.database, True)
@@ -574,8 +578,8 @@ async def test_an_answer_that_cannot_be_written_is_kept_until_it_can(
 
 async def test_what_is_being_written_down_is_not_given_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopping comes while the answer is on its way to the database: given back then, the effect would be applied again."""
-    await bench.settled()
-    handler, free = hanging()
+    await bench.settle()
+    handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler)
     await dispatcher.tick(NOW)
     writing, written = asyncio.Event(), asyncio.Event()
@@ -600,8 +604,8 @@ async def test_what_is_being_written_down_is_not_given_back(bench: Bench, monkey
 
 async def test_stopping_does_not_wait_for_a_database_that_is_gone(bench: Bench) -> None:
     """Whoever stops us ends the waiting; nothing goes on behind their back."""
-    await bench.settled()
-    handler, free = hanging()
+    await bench.settle()
+    handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler)
     await dispatcher.tick(NOW)
     await writable(bench.core.database, False)
@@ -617,8 +621,8 @@ async def test_stopping_does_not_wait_for_a_database_that_is_gone(bench: Bench) 
 
 async def test_renewing_leaves_alone_what_has_just_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lease is gone because it is done: nobody took it over, and whoever waits for it is told."""
-    await bench.settled()
-    handler, free = hanging()
+    await bench.settle()
+    handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler)
     await dispatcher.tick(NOW)
     committed, told = asyncio.Event(), asyncio.Event()
@@ -643,8 +647,8 @@ async def test_renewing_leaves_alone_what_has_just_ended(bench: Bench, monkeypat
 
 async def test_renewing_leaves_alone_what_has_begun_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lease that could not be renewed was the attempt's before: the one that runs now has its own."""
-    await bench.settled()
-    handler, free = hanging()
+    await bench.settle()
+    handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler)
     await dispatcher.tick(NOW)
     (before,) = dispatcher._running.values()
@@ -668,8 +672,8 @@ async def test_renewing_leaves_alone_what_has_begun_anew(bench: Bench, monkeypat
 
 async def test_a_commit_whose_answer_is_lost_is_recognised(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection was cut just then: the second try finds its own writing, and whoever waits is told."""
-    await bench.settled()
-    handler, free = hanging()
+    await bench.settle()
+    handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler)
     await dispatcher.tick(NOW)
     write = bench.core.database.write
@@ -706,12 +710,12 @@ async def test_a_context_reserves_and_stores(bench: Bench) -> None:
         await context.store_artifact(0, size=3, sha256="ab", content_type=None)
         return Retry("again") if context.attempt == 1 else Done()
 
-    await bench.settled("run_1")
+    await bench.settle("run_1")
     dispatcher = bench.dispatcher(Scripted(act))
     await bench.round(dispatcher)
     await bench.round(dispatcher, 10)
     assert seen == [[], [("/same", True)]]
-    await bench.settled("run_2")
+    await bench.settle("run_2")
     await bench.round(dispatcher)
     row = (await bench.core.dispatches("run_2"))[0]
     assert (row.state, row.last_error) == (
@@ -722,6 +726,6 @@ async def test_a_context_reserves_and_stores(bench: Bench) -> None:
 
 async def test_a_handler_that_nobody_loaded_is_left_alone(bench: Bench) -> None:
     """Its dispatches wait for a process that has it."""
-    await bench.settled()
-    await bench.round(bench.dispatcher(answering(Done()), names=["other"]))
+    await bench.settle()
+    await bench.round(bench.dispatcher(scripted_handler(Done()), names=["other"]))
     assert await bench.states() == {"h:settled:0": ("ready", 0)}

@@ -62,7 +62,7 @@ class Bench:
     downloader: Downloader
     made: list[tuple[asyncio.Event, asyncio.Task[None]]] = field(default_factory=list)
 
-    async def settled(self, run_id: str, *outputs: Output) -> None:
+    async def settle(self, run_id: str, *outputs: Output) -> None:
         await self.core.register(run_id)
         await self.core.settle(run_id, outputs=outputs, charged_cost=0.1)
 
@@ -110,22 +110,22 @@ async def bench(database: Database, clock: Clock) -> AsyncIterator[Bench]:
         await downloader.aclose()
 
 
-def fetched(media: MediaServer, prefix: str) -> int:
+def count_requests(media: MediaServer, prefix: str) -> int:
     return sum(head.startswith(f"GET {prefix}") for head in media.requests)
 
 
 async def test_a_small_output_is_stored_while_large_ones_never_end(bench: Bench, tmp_path: Path) -> None:
     """Twenty endless videos wait for eight slots, all of them older: the image is stored at once, and then another."""
     for n in range(20):
-        await bench.settled(f"run_v{n}", bench.output(f"/v{n}", endless(), "videoUrl"))
+        await bench.settle(f"run_v{n}", bench.output(f"/v{n}", endless(), "videoUrl"))
     storage = Storage(StorageConfig(url=str(tmp_path), key="{run_id}{ext}"))
     dispatcher = bench.start(storage, 8)
-    await until(lambda: fetched(bench.media, "/v") == 6)
+    await until(lambda: count_requests(bench.media, "/v") == 6)
     for n in range(3):
-        await bench.settled(f"run_{n}", bench.output(f"/{n}", page(PNG)))
+        await bench.settle(f"run_{n}", bench.output(f"/{n}", page(PNG)))
         await until((tmp_path / f"run_{n}.run.json").exists)
         assert (tmp_path / f"run_{n}.png").read_bytes() == PNG
-    assert fetched(bench.media, "/v") == 6
+    assert count_requests(bench.media, "/v") == 6
     assert len(dispatcher._running) <= 8
     await storage.close()
 
@@ -144,12 +144,12 @@ async def test_a_large_output_comes_through_an_endless_stream_of_small_ones(benc
             for _ in range(2):
                 made += 1
                 bench.core.clock.forward(0.001)
-                await bench.settled(f"run_{made}", bench.output("/small", page(PNG)))
+                await bench.settle(f"run_{made}", bench.output("/small", page(PNG)))
         return Done()
 
     for n in range(concurrency):
-        await bench.settled(f"run_first{n}", bench.output("/small", page(PNG)))
-    await bench.settled("run_video", bench.output("/video", endless(), "videoUrl"))
+        await bench.settle(f"run_first{n}", bench.output("/small", page(PNG)))
+    await bench.settle("run_video", bench.output("/video", endless(), "videoUrl"))
     bench.start(Scripted(act), concurrency)
     async with asyncio.timeout(30):
         await begun.wait()
@@ -159,7 +159,7 @@ async def test_with_one_slot_the_oldest_goes_first(bench: Bench) -> None:
     """There is nothing to share: neither lane overtakes the other."""
     handler = Scripted(read_all)
     for n, kind in enumerate(("videoUrl", "imageUrl", "videoUrl", "imageUrl")):
-        await bench.settled(f"run_{n}", bench.output(f"/{n}", page(PNG), kind))
+        await bench.settle(f"run_{n}", bench.output(f"/{n}", page(PNG), kind))
         bench.core.clock.forward(1)
     dispatcher = bench.dispatcher(handler, 1)
     for _ in range(4):
@@ -188,14 +188,14 @@ async def test_an_image_that_turns_out_large_counts_as_heavy(bench: Bench, size:
         return Done()
 
     handler = Scripted(act)
-    await bench.settled("run_large", bench.output("/large", raw))
+    await bench.settle("run_large", bench.output("/large", raw))
     assert await bench.lanes("run_large") == ("ready", "light")
     dispatcher = bench.start(handler, 2)
     await turns_out.wait()
     assert [attempt.progress.lane for attempt in dispatcher._running.values()] == [Lane.HEAVY]
-    await bench.settled("run_video", bench.output("/video", endless(), "videoUrl"))
-    await bench.settled("run_small", bench.output("/small", page(PNG)))
-    while (await bench.lanes("run_small"))[0] != "done":  # noqa: ASYNC110 -- the ledger sets no event
+    await bench.settle("run_video", bench.output("/video", endless(), "videoUrl"))
+    await bench.settle("run_small", bench.output("/small", page(PNG)))
+    while (await bench.lanes("run_small"))[0] != "done":  # noqa: ASYNC110  # the ledger sets no event
         await asyncio.sleep(0)
     assert handler.began == ["run_large", "run_small"]
     free.set()
@@ -210,7 +210,7 @@ async def test_a_video_that_turns_out_small_counts_as_light(bench: Bench) -> Non
         await read_all(run, context)
         return Retry("once more")
 
-    await bench.settled("run_1", bench.output("/v", page(PNG), "videoUrl"))
+    await bench.settle("run_1", bench.output("/v", page(PNG), "videoUrl"))
     assert await bench.lanes("run_1") == ("ready", "heavy")
     dispatcher = bench.dispatcher(Scripted(act), 2)
     await dispatcher.tick(bench.core.clock.now)
@@ -228,7 +228,7 @@ async def test_what_is_stored_weighs_nothing_any_more(bench: Bench) -> None:
         await context.store_artifact(0, size=LARGE, sha256="ab", content_type=None)
         return Retry("the image")
 
-    await bench.settled("run_1", bench.output("/v", endless(), "videoUrl"), bench.output("/i", page(PNG), position=1))
+    await bench.settle("run_1", bench.output("/v", endless(), "videoUrl"), bench.output("/i", page(PNG), position=1))
     dispatcher = bench.dispatcher(Scripted(act), 2)
     for lane in ("heavy", "light"):
         await dispatcher.tick(bench.core.clock.forward(10))
@@ -240,11 +240,11 @@ async def test_whatever_turns_out_large_no_more_run_than_allowed(bench: Bench) -
     """Four slots, all taken by images that turn out large: the next free one is for light work, whatever is older."""
     handler = Scripted(read_all)
     for n in range(4):
-        await bench.settled(f"run_l{n}", bench.output(f"/l{n}", endless()))
+        await bench.settle(f"run_l{n}", bench.output(f"/l{n}", endless()))
     dispatcher = bench.start(handler, 4)
     await until(lambda: [each.progress.lane for each in dispatcher._running.values()] == [Lane.HEAVY] * 4)
-    await bench.settled("run_video", bench.output("/video", endless(), "videoUrl"))
-    await bench.settled("run_small", bench.output("/small", page(PNG)))
+    await bench.settle("run_video", bench.output("/video", endless(), "videoUrl"))
+    await bench.settle("run_small", bench.output("/small", page(PNG)))
     await dispatcher.tick(bench.core.clock.now)
     assert len(dispatcher._running) == 4
     one = next(iter(dispatcher._running.values()))

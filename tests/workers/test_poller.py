@@ -41,7 +41,7 @@ class Sky:
         given = {"run_type": "technique", "technique_id": TECHNIQUE_ID, "workspace_id": WORKSPACE, **fields}
         await self.core.register(run_id, **given)
 
-    async def tracked(self, *faults: dict[str, object], **fields: Any) -> str:
+    async def start_tracked(self, *faults: dict[str, object], **fields: Any) -> str:
         """Start a run in the emulator, make it known, and make it due."""
         run_id = self.start(*faults)
         await self.track(run_id, **fields)
@@ -92,7 +92,7 @@ async def sky(database: Database, clock: Clock) -> AsyncIterator[Sky]:
 
 async def test_a_technique_run_is_read_to_its_end(sky: Sky) -> None:
     """Outputs, cost and dispatch from one request; afterwards it is never read again."""
-    run_id = await sky.tracked()
+    run_id = await sky.start_tracked()
     assert await sky.poll() == 1
     run = await sky.core.run(run_id)
     assert (run.state, run.technique_id, run.next_poll_at) == (RunState.COMPLETED, TECHNIQUE_ID, None)
@@ -111,7 +111,7 @@ async def test_a_generation_is_read_on_its_own_route(sky: Sky) -> None:
 
 
 async def test_a_failed_run_settles_with_its_error(sky: Sky) -> None:
-    run_id = await sky.tracked({"kind": "fail", "error_code": "model_timeout"})
+    run_id = await sky.start_tracked({"kind": "fail", "error_code": "model_timeout"})
     await sky.poll()
     run = await sky.core.run(run_id)
     assert (run.state, run.error_code) == (RunState.FAILED, "model_timeout")
@@ -120,7 +120,7 @@ async def test_a_failed_run_settles_with_its_error(sky: Sky) -> None:
 
 async def test_a_run_that_goes_on_is_read_again_later(sky: Sky) -> None:
     """Not before it is due, and some ten times in all."""
-    run_id = await sky.tracked({"kind": "run_seconds", "seconds": 3600})
+    run_id = await sky.start_tracked({"kind": "run_seconds", "seconds": 3600})
     reads = 0
     while (await sky.core.run(run_id)).state is RunState.OPEN:
         await sky.poll_when_due(run_id)
@@ -162,7 +162,7 @@ async def test_many_runs_cost_few_requests(sky: Sky) -> None:
 
 async def test_an_api_that_lags_behind_its_own_callback(sky: Sky) -> None:
     """The ladder finds the end within seconds of its being shown, and the verdict is matched."""
-    run_id = await sky.tracked({"kind": "read_lag", "seconds": 100})
+    run_id = await sky.start_tracked({"kind": "read_lag", "seconds": 100})
     await sky.core.call(run_id=run_id, workspace_id=WORKSPACE)
     shown_at = NOW + timedelta(seconds=110)
     run = await sky.poll_when_due(run_id, 10)
@@ -173,7 +173,7 @@ async def test_an_api_that_lags_behind_its_own_callback(sky: Sky) -> None:
 
 async def test_a_cost_that_lags_is_told_when_it_comes(sky: Sky) -> None:
     """The run settles at once; its cost follows as an event of its own, once."""
-    run_id = await sky.tracked({"kind": "cost_lag", "seconds": 150})
+    run_id = await sky.start_tracked({"kind": "cost_lag", "seconds": 150})
     await sky.poll()
     run = await sky.core.run(run_id)
     assert (run.state, run.charged_cost) == (RunState.COMPLETED, None)
@@ -186,7 +186,7 @@ async def test_a_cost_that_lags_is_told_when_it_comes(sky: Sky) -> None:
 
 async def test_hurrying_reads_what_is_not_settled_at_once(sky: Sky) -> None:
     """Every open run, or those that are named; what is settled is left alone, and a run that goes on has its next read."""
-    done = await sky.tracked()
+    done = await sky.start_tracked()
     await sky.poll()
     long = {"kind": "run_seconds", "seconds": 1000}
     open_runs = {sky.start(long), sky.start(long)}
@@ -216,7 +216,7 @@ async def test_many_costs_that_lag_do_not_make_us_spin(sky: Sky) -> None:
 
 
 async def test_completed_without_outputs_ends_loudly(sky: Sky) -> None:
-    run_id = await sky.tracked({"kind": "no_outputs"})
+    run_id = await sky.start_tracked({"kind": "no_outputs"})
     run = await sky.poll_when_due(run_id, 10)
     assert (run.state, run.lost_reason) == (RunState.LOST, LostReason.NO_OUTPUTS)
     assert len(await sky.core.dispatches(run_id, Event.LOST)) == 1
@@ -244,7 +244,7 @@ WEATHER: list[dict[str, object]] = [
 @pytest.mark.parametrize("fault", WEATHER, ids=lambda fault: "-".join(str(value) for value in fault.values()))
 async def test_no_weather_loses_a_run_and_every_weather_passes(sky: Sky, fault: dict[str, object]) -> None:
     """However long it lasts, past the deadline too: the run backs off without a spin, and settles when FLORA is back."""
-    run_id = await sky.tracked()
+    run_id = await sky.start_tracked()
     sky.break_it(fault)
     assert await sky.poll() <= 2
     run = await sky.core.run(run_id)
@@ -273,7 +273,7 @@ async def test_floras_own_404_counts(sky: Sky) -> None:
 
 async def test_a_refused_key_is_told_once_and_loudly(sky: Sky) -> None:
     """One critical line however many runs wait; nothing is asked meanwhile; and it is said when the key works again."""
-    run_ids = [await sky.tracked() for _ in range(3)]
+    run_ids = [await sky.start_tracked() for _ in range(3)]
     sky.break_it({"kind": "unauthorized"})
     with capture_logs() as lines:
         for _ in range(5):
@@ -293,10 +293,10 @@ async def test_a_refused_key_is_told_once_and_loudly(sky: Sky) -> None:
 @pytest.mark.parametrize(("fault", "seconds"), [({}, 5), ({"retry_after": 30}, 30), ({"retry_after": 10**9}, 3600)])
 async def test_a_rate_limit_is_obeyed_by_all(sky: Sky, fault: dict[str, object], seconds: float) -> None:
     """Not one request of that key before its time is over; afterwards everything goes on."""
-    await sky.tracked()
+    await sky.start_tracked()
     sky.break_it({"kind": "rate_limited", "next": 1, **fault})
     assert await sky.poll() == 1
-    await sky.tracked()  # due, and made 100 s later
+    await sky.start_tracked()  # due, and made 100 s later
     sky.core.clock.forward(-100)
     assert await sky.poll(seconds - 1) == 0
     assert await sky.poll(120) >= 1
@@ -305,7 +305,7 @@ async def test_a_rate_limit_is_obeyed_by_all(sky: Sky, fault: dict[str, object],
 
 async def test_a_hold_from_a_clock_that_was_wrong_does_not_last(sky: Sky) -> None:
     """The clock jumped a year ahead, FLORA said 429, the clock came back: we do not keep still for a year."""
-    run_id = await sky.tracked()
+    run_id = await sky.start_tracked()
     sky.break_it({"kind": "rate_limited", "next": 1})
     await sky.poll(365 * 86_400)
     sky.core.clock.now = NOW + timedelta(seconds=200)
@@ -313,7 +313,7 @@ async def test_a_hold_from_a_clock_that_was_wrong_does_not_last(sky: Sky) -> Non
     assert await sky.poll() >= 1
     assert (await sky.core.run(run_id)).polls == 2
     sky.break_it({"kind": "rate_limited", "next": 1})
-    await sky.tracked()
+    await sky.start_tracked()
     assert await sky.poll() == 1
     await sky.core.database.write(lambda tx: tx.exec_driver_sql("UPDATE runs SET next_poll_at = 0").close())
     assert await sky.poll(1) == 0, "a hold of today must count, whatever was held in a year that did not come"
@@ -321,7 +321,7 @@ async def test_a_hold_from_a_clock_that_was_wrong_does_not_last(sky: Sky) -> Non
 
 async def test_an_answer_about_another_run_is_no_answer(sky: Sky, monkeypatch: pytest.MonkeyPatch) -> None:
     """It must never settle the run that was asked about."""
-    run_id, other = await sky.tracked(), sky.start()
+    run_id, other = await sky.start_tracked(), sky.start()
     monkeypatch.setitem(sky.emulator.runs._runs, run_id, sky.emulator.runs._runs[other])
     sky.core.clock.forward(100)
     await sky.poll()
@@ -331,7 +331,7 @@ async def test_an_answer_about_another_run_is_no_answer(sky: Sky, monkeypatch: p
 
 async def test_without_a_key_runs_wait(sky: Sky) -> None:
     """Nothing can be read: said aloud, and looked at again later, not in a spin."""
-    run_id = await sky.tracked()
+    run_id = await sky.start_tracked()
     core = sky.core
     poller = a_poller(core, {})
     with capture_logs() as lines:
@@ -369,7 +369,7 @@ async def test_one_workspaces_refused_key_starves_no_other(sky: Sky) -> None:
 
 async def test_a_ledger_that_cannot_be_written_makes_no_storm(sky: Sky) -> None:
     """The answer is lost, the run stays due; FLORA is not asked again and again meanwhile."""
-    run_id = await sky.tracked()
+    run_id = await sky.start_tracked()
     await writable(sky.core.database, False)
     assert await sky.poll() <= 2
     await writable(sky.core.database, True)

@@ -61,9 +61,9 @@ class Scene:
         begun = await starter.start(request)
         assert isinstance(begun, Committed)
         await starter.drain()
-        return await self.found(begun.start)
+        return await self.read(begun.start)
 
-    async def found(self, start: Start) -> Start:
+    async def read(self, start: Start) -> Start:
         found = await self.starters[-1].find(start.token)
         assert found is not None
         return found
@@ -73,7 +73,7 @@ class Scene:
         self.core.clock.forward(seconds)
         await starter.tick(self.core.clock.now)
         await starter.drain()
-        return await self.found(start)
+        return await self.read(start)
 
     @property
     def runs(self) -> list[Emulated]:
@@ -102,7 +102,7 @@ class Scene:
 
 
 @contextlib.asynccontextmanager
-async def acting(core: Core, **emulation: Any) -> AsyncIterator[Scene]:
+async def run_scene(core: Core, **emulation: Any) -> AsyncIterator[Scene]:
     settings = EmulatorSettings(run_seconds=10**6, allow_private_callbacks=True, seed=3, **emulation)
     emulator = Emulator(settings, clock=lambda: core.clock().timestamp())
     stand = Server(emulator.app, bind("127.0.0.1", 0))
@@ -119,7 +119,7 @@ async def acting(core: Core, **emulation: Any) -> AsyncIterator[Scene]:
 
 @pytest.fixture
 async def scene(core: Core) -> AsyncIterator[Scene]:
-    async with acting(core) as made:
+    async with run_scene(core) as made:
         yield made
 
 
@@ -152,7 +152,7 @@ async def test_two_at_once_with_one_key_start_one_run(scene: Scene) -> None:
     assert one.start.token == two.start.token
     assert {one.is_repeat, two.is_repeat} == {True, False}
     await starter.drain()
-    await scene.is_known(await scene.found(one.start))
+    await scene.is_known(await scene.read(one.start))
 
 
 async def test_the_same_key_for_something_else_is_a_conflict(scene: Scene) -> None:
@@ -277,7 +277,7 @@ async def test_a_crash_before_the_answer_was_committed(scene: Scene) -> None:
 
 async def test_a_crash_before_the_answer_with_replay(core: Core) -> None:
     """A FLORA that answers a repeated key with the first run names it."""
-    async with acting(core, replay_idempotent=True) as scene:
+    async with run_scene(core, replay_idempotent=True) as scene:
         start = await scene.start(scene.process(asks=False))
         await scene.client.start_technique_run(start.technique_id, json.loads(start.request))
         await scene.is_known(await scene.again(scene.process(), start, 1))
@@ -288,7 +288,7 @@ async def test_a_callback_that_overtakes_the_answer_names_the_run(scene: Scene) 
     start = await scene.start(scene.process(asks=False))
     await scene.client.start_technique_run(start.technique_id, json.loads(start.request))
     await scene.call_back(scene.runs[0])
-    await scene.is_known(await scene.found(start))
+    await scene.is_known(await scene.read(start))
     posts = scene.posts
     await scene.is_known(await scene.again(scene.process(), start))
     assert scene.posts == posts
@@ -324,7 +324,7 @@ async def test_two_runs_that_could_be_meant_are_not_guessed(scene: Scene) -> Non
     assert (unknown.state, unknown.error_code) == (StartState.UNKNOWN, "unknown_outcome")
     assert "runs resolve" in (unknown.error_message or "")
     await scene.call_back(mine)
-    settled = await scene.found(start)
+    settled = await scene.read(start)
     assert (settled.state, settled.run_id, settled.error_code) == (StartState.STARTED, mine.run_id, None)
 
 
@@ -338,9 +338,9 @@ async def test_two_starts_that_could_be_meant_are_not_guessed(scene: Scene) -> N
         await scene.client.start_technique_run(start.technique_id, json.loads(start.request))
     next_process = scene.process()
     await scene.again(next_process, one, 1)
-    assert {(await scene.found(start)).state for start in (one, two)} == {StartState.ASKING}
+    assert {(await scene.read(start)).state for start in (one, two)} == {StartState.ASKING}
     await scene.again(next_process, one, 600)
-    assert {(await scene.found(start)).state for start in (one, two)} == {StartState.UNKNOWN}
+    assert {(await scene.read(start)).state for start in (one, two)} == {StartState.UNKNOWN}
 
 
 async def test_the_last_of_several_starts_is_told_apart(scene: Scene) -> None:
@@ -356,7 +356,7 @@ async def test_the_last_of_several_starts_is_told_apart(scene: Scene) -> None:
     next_process = scene.process()
     await scene.again(next_process, one, 1)
     await scene.call_back(first)
-    assert (await scene.found(one)).run_id == first.run_id
+    assert (await scene.read(one)).run_id == first.run_id
     found = await scene.again(next_process, two, 10)
     assert (found.state, found.run_id) == (StartState.STARTED, second.run_id)
 
@@ -455,7 +455,7 @@ async def test_stopping_lets_flora_finish_its_answer(scene: Scene) -> None:
     loop = asyncio.create_task(starter.run(stopping))
     stopping.set()
     await loop
-    await scene.is_known(await scene.found(begun.start))
+    await scene.is_known(await scene.read(begun.start))
 
 
 async def test_after_stopping_intents_are_left_to_the_next_process(scene: Scene) -> None:

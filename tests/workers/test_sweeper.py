@@ -57,8 +57,8 @@ async def test_unknown_runs_are_taken_up_as_they_stand(ours: Ledger, flora: Stan
 async def test_a_known_run_keeps_its_origin_and_is_reported_as_well(ours: Ledger, flora: Stand, clock: Clock) -> None:
     runs = flora.fill(3)
     flora.end(runs)
-    await ours.add(flora.known(runs[:1], next_poll_at=clock.now + HOUR))
-    await ours.add(flora.known(runs[1:2], state=RunState.COMPLETED, settled_at=clock.now, next_poll_at=None))
+    await ours.add(flora.to_rows(runs[:1], next_poll_at=clock.now + HOUR))
+    await ours.add(flora.to_rows(runs[1:2], state=RunState.COMPLETED, settled_at=clock.now, next_poll_at=None))
     await a_sweeper(ours).tick(clock.now)
     assert await origins(ours) == {"started completed": 2, "discovered completed": 1}
     assert (await ours.core.run("run_run_1")).version == 0
@@ -176,7 +176,7 @@ async def test_both_kinds_are_swept_and_filters_narrow_them(ours: Ledger, flora:
     assert await ours.core.count("runs") == 5
     await a_sweeper(ours, run_types=("technique", "generation"), workspace_ids=("ws_1",)).tick(clock.now)
     assert await ours.core.count("runs") == 15
-    assert flora.asked == {PAGES: 3, GENERATIONS: 2}
+    assert flora.requests_by_route == {PAGES: 3, GENERATIONS: 2}
 
 
 def test_every_combination_of_the_filters_is_a_list_of_its_own(ours: Ledger) -> None:

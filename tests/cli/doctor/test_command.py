@@ -31,7 +31,7 @@ from receiver.store import open_database
 from receiver.store.database import probe_write
 from receiver.store.migrate import upgrade
 from tests.cli.conftest import KEYS, run_command
-from tests.support.stage import Stage, free_port, staged
+from tests.support.stage import Stage, free_port, run_stage
 
 OLD = "database.old_sqlite"
 Respond = Callable[[bytes], Awaitable[bytes]]
@@ -39,7 +39,7 @@ Respond = Callable[[bytes], Awaitable[bytes]]
 
 @pytest.fixture
 async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
-    async with staged(tmp_path) as made:
+    async with run_stage(tmp_path) as made:
         yield made
 
 

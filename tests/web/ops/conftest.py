@@ -14,7 +14,7 @@ import pytest
 from receiver.client.client import ReceiverClient
 from receiver.emulator import parse_faults
 from receiver.service.service import Service
-from tests.support.stage import Stage, free_port, staged
+from tests.support.stage import Stage, free_port, run_stage
 
 T = TypeVar("T")
 PROMPT = {"id": "prompt", "type": "text", "value": "a lighthouse"}
@@ -86,7 +86,7 @@ async def run_ops(stage: Stage, **sections: Any) -> AsyncIterator[Ops]:
 
 @pytest.fixture
 async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
-    async with staged(tmp_path) as made:
+    async with run_stage(tmp_path) as made:
         yield made
 
 
