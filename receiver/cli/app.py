@@ -57,7 +57,7 @@ def serve(
     ops_port: OpsPort = None,
     only: Annotated[
         Literal["door", "workers"] | None,
-        typer.Option(help="Only receive callbacks (door), or do everything else (workers) (PostgreSQL)."),
+        typer.Option(help="Only receive callbacks (door), or do everything else (workers); PostgreSQL only."),
     ] = None,
 ) -> None:
     """Run the receiver until it is stopped."""

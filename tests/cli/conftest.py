@@ -42,7 +42,7 @@ def run_command(*arguments: object, cwd: Path, env: Mapping[str, str] = {}) -> s
     )
 
 
-class Running:
+class RunningCommand:
     """A running command, whose lines on one stream are read as they arrive."""
 
     def __init__(self, *arguments: object, cwd: Path, env: Mapping[str, str], errors: bool) -> None:
@@ -90,16 +90,16 @@ class Running:
         self._lines.put(None)
 
 
-Start = Callable[..., Running]
+Start = Callable[..., RunningCommand]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start commands that run until the test ends."""
-    running: list[Running] = []
+    running: list[RunningCommand] = []
 
-    def start_command(*arguments: object, errors: bool = False, **env: str) -> Running:
-        running.append(Running(*arguments, cwd=tmp_path, env=env, errors=errors))
+    def start_command(*arguments: object, errors: bool = False, **env: str) -> RunningCommand:
+        running.append(RunningCommand(*arguments, cwd=tmp_path, env=env, errors=errors))
         return running[-1]
 
     yield start_command
@@ -108,7 +108,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 @dataclass(frozen=True)
-class Served:
+class RunningService:
     """A `serve` over HTTPS: its callback URL, and the CA to trust."""
 
     url: str
@@ -117,36 +117,36 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     """Run `serve` with a certificate and `emulator` for all tests of a module."""
     directory = tmp_path_factory.mktemp("served")
     authority = certificates.make_authority()
     ca = directory / "ca.pem"
     ca.write_bytes(authority.pem)
     cert, key = certificates.write(certificates.issue(authority), directory)
-    emulator = Running("emulator", "--port", 0, cwd=directory, env=KEYS, errors=False)
+    emulator = RunningCommand("emulator", "--port", 0, cwd=directory, env=KEYS, errors=False)
     try:
-        base_url = exported(emulator)["FLORA_BASE_URL"]
+        base_url = read_exports(emulator)["FLORA_BASE_URL"]
         tls = {"RECEIVER_TLS__CERT": str(cert), "RECEIVER_TLS__KEY": str(key)}
         own = json.dumps([{"id": OWN_WORKSPACE, "secrets": [OWN_SECRET]}])
         env = {**KEYS, **tls, "FLORA_BASE_URL": base_url, "RECEIVER_OPERATIONS__PORT": "0", "RECEIVER_WORKSPACES": own}
         env["RECEIVER_PUBLIC__BODY_TIMEOUT_SECONDS"] = "3"
-        server = Running("serve", "--host", "127.0.0.1", "--port", 0, cwd=directory, env=env, errors=True)
+        server = RunningCommand("serve", "--host", "127.0.0.1", "--port", 0, cwd=directory, env=env, errors=True)
         try:
-            yield Served(f"{ready(server)}/callbacks/flora", ca, directory)
+            yield RunningService(f"{wait_until_ready(server)}/callbacks/flora", ca, directory)
         finally:
             server.stop()
     finally:
         emulator.stop()
 
 
-def ready(server: Running) -> str:
+def wait_until_ready(server: RunningCommand) -> str:
     """Wait until `serve` accepts connections, and return its address."""
     line: dict[str, Any] = json.loads(server.until(lambda line: "service.ready" in line)[-1])
     return str(line["listening"])
 
 
-def exported(emulator: Running) -> dict[str, str]:
+def read_exports(emulator: RunningCommand) -> dict[str, str]:
     """Wait until the emulator accepts connections, and return the variables that it prints."""
     lines = emulator.until(lambda line: "Ctrl-C" in line)
     return dict(line.split("export ")[1].strip().split("=", 1) for line in lines if "export " in line)

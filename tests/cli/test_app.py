@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from receiver import __version__
-from tests.cli.conftest import KEYS, Start, environment, exported, ready, run_command
+from tests.cli.conftest import KEYS, Start, environment, read_exports, run_command, wait_until_ready
 
 COMMANDS = (
     "",
@@ -192,7 +192,7 @@ def test_wrong_options_are_refused_first(arguments: tuple[str, ...], tmp_path: P
 def test_the_emulator_runs_until_it_is_stopped(start: Start) -> None:
     """It prints the variables that a client needs; defaults come from the environment."""
     emulator = start("emulator", "--port", 0, **KEYS)
-    variables = exported(emulator)
+    variables = read_exports(emulator)
     assert {name: variables[name] for name in KEYS} == KEYS
     headers = {"Authorization": f"Bearer {variables['FLORA_API_KEY']}"}
     with httpx.Client(trust_env=False) as http:
@@ -206,7 +206,7 @@ def test_the_emulator_runs_until_it_is_stopped(start: Start) -> None:
 def test_serve_stops_on_a_signal(number: signal.Signals, start: Start) -> None:
     """Either signal ends it with exit code 0, and it logs that it stopped."""
     server = start("serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, **KEYS)
-    with httpx.Client(base_url=ready(server), trust_env=False) as http:
+    with httpx.Client(base_url=wait_until_ready(server), trust_env=False) as http:
         assert http.get("/healthz").json() == {"status": "ok"}
         assert http.get("/readyz").json() == {"status": "ready"}
     assert server.stop(number) == 0
@@ -249,7 +249,7 @@ class Clinging:
     server = start(
         "serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, PYTHONPATH=str(tmp_path), **KEYS
     )
-    ready(server)
+    wait_until_ready(server)
     assert server.stop() == 0
     assert "service.stopped" in server.until(lambda line: "service.stopped" in line)[-1]
     assert "service.left_behind" in server.until(lambda line: "service.left_behind" in line)[-1]
@@ -258,7 +258,7 @@ class Clinging:
 def test_a_second_serve_reports_the_conflict(start: Start, tmp_path: Path) -> None:
     """Of the same database file, then of the same port."""
     server = start("serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, **KEYS)
-    port = ready(server).rpartition(":")[2]
+    port = wait_until_ready(server).rpartition(":")[2]
     done = run_command("serve", "--port", 0, cwd=tmp_path, env=KEYS)
     assert (done.returncode, "another running flora-receiver" in done.stderr) == (1, True)
     assert "in use by a running service" in run_command("check", cwd=tmp_path, env=KEYS).stdout

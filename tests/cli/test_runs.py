@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from receiver.net import certificates
-from tests.cli.conftest import KEYS, Running, exported, run_command
+from tests.cli.conftest import KEYS, RunningCommand, read_exports, run_command
 from tests.support.stage import free_port
 
 PROMPT = "{id: prompt, type: text, value: a lighthouse}"
@@ -50,9 +50,9 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     (directory / "ca.pem").write_bytes(authority.pem)
     cert, key = certificates.write(certificates.issue(authority), directory)
     quick = ("--run-seconds", 0.1, "--time-scale", 60, "--allow-private-callbacks", "--callback-ca", "ca.pem")
-    emulator = Running("emulator", "--port", 0, *quick, cwd=directory, env=KEYS, errors=False)
+    emulator = RunningCommand("emulator", "--port", 0, *quick, cwd=directory, env=KEYS, errors=False)
     try:
-        names = exported(emulator)
+        names = read_exports(emulator)
         port = free_port()
         env = {
             **KEYS,
@@ -62,7 +62,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
             "RECEIVER_PUBLIC_URL": f"https://127.0.0.1:{port}",
         }
         listen = ("--host", "127.0.0.1", "--port", port, "--ops-port", 0)
-        server = Running("serve", *listen, cwd=directory, env=env, errors=True)
+        server = RunningCommand("serve", *listen, cwd=directory, env=env, errors=True)
         try:
             ready = json.loads(server.until(lambda line: "service.ready" in line)[-1])
             url = {"RECEIVER_OPS_URL": f"http://{ready['operations']}"}

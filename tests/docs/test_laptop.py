@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cli.conftest import COMMAND, Running
+from tests.cli.conftest import COMMAND, RunningCommand
 from tests.docs.pages import code_blocks, run_shell, section
 from tests.docs.source_parts import ROOT
 from tests.support.sshd import sshd
@@ -31,7 +31,7 @@ def test_three_commands_lead_from_a_clone_to_a_stored_file(tmp_path: Path) -> No
         arguments[arguments.index("you@hooks.example.com")] = server.address
         remote_port = free_port()
         here = ("--identity", server.identity, "--known-hosts", server.known_hosts, "--remote-port", remote_port)
-        running = Running(*arguments, *here, cwd=tmp_path, env=env, errors=False)
+        running = RunningCommand(*arguments, *here, cwd=tmp_path, env=env, errors=False)
         try:
             seen = running.until(lambda line: "callbacks arrive" in line)
             assert any(f"https://127.0.0.1:{remote_port}/callbacks/flora" in line for line in seen)

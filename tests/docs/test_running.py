@@ -13,7 +13,7 @@ import pytest
 from starlette.routing import Route
 
 from receiver.service.service import Service
-from tests.cli.conftest import Running
+from tests.cli.conftest import RunningCommand
 from tests.docs.pages import code_blocks, read_page, run_shell, section
 from tests.support.stage import Stage, free_port, run_stage
 
@@ -120,7 +120,7 @@ def test_the_first_minute_is_as_shown(tmp_path: Path) -> None:
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/bin").symlink_to(BIN)
     env = {"RECEIVER_OPERATIONS__PORT": str(free_port()), "RECEIVER_PUBLIC__PORT": "0"}
-    running = Running(*shlex.split(dev)[1:], cwd=tmp_path, env=env, errors=False)
+    running = RunningCommand(*shlex.split(dev)[1:], cwd=tmp_path, env=env, errors=False)
     try:
         running.until(lambda line: "the receiver works" in line)
         run_id, file = run_shell(second, tmp_path, env).split()

@@ -83,7 +83,7 @@ async def test_bad_rows_cost_nothing(batches: BatchStage) -> None:
         "column": "headline",
         "message": "is empty; input 'prompt' is required",
     }
-    assert batches.started() == 0
+    assert batches.count_started() == 0
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ async def test_what_is_refused_before_anything_is_started(
     (batches.stage.directory / "empty.csv").touch()
     ended = await batches.batch(file, *more, given=given)
     assert (ended.code, why in ended.err) == (code, True), ended
-    assert batches.started() == 0
+    assert batches.count_started() == 0
 
 
 async def test_json_lines_from_standard_input(batches: BatchStage) -> None:
@@ -164,7 +164,7 @@ async def test_a_changed_row_is_not_taken_for_the_old_one(batches: BatchStage) -
     assert ended.code == 1
     assert [row["state"] for row in batches.results()] == ["completed", "refused"]
     assert "another key" in batches.results()[1]["error_message"]
-    assert batches.started() == 2
+    assert batches.count_started() == 2
 
 
 async def test_ctrl_c_and_on_again(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ async def test_on_a_terminal_it_asks_shows_progress_and_leaves_it_clean(tmp_path
             said_no = await _on_terminal(batches, [("Start them?", b"n\n")])
             assert said_no.code == 1
             assert "Nothing was started." in said_no.out
-            assert batches.started() == 0
+            assert batches.count_started() == 0
             ended = await _on_terminal(batches, [("Start them?", b"y\n"), ("2 in progress", b"\x03")])
     assert ended.code == 130, ended
     assert "4 runs of emu-image × $0.04 = $0.16" in ended.out

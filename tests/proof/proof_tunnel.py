@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Running, environment, run_command
+from tests.cli.conftest import RunningCommand, environment, run_command
 from tests.support.stage import free_port
 from tests.support.tunnel_programs import FORWARDER, write_program
 
@@ -29,7 +29,7 @@ class Dev:
         source = f"open({str(directory / 'pid')!r}, 'w').write(str(os.getpid()))\n" + FORWARDER
         program = write_program(directory, "forwarder", source.replace("https://127", "http://127"))
         self.ops_port = free_port()
-        self.running = Running(
+        self.running = RunningCommand(
             "dev", "--emulator", "--json", "--port", 0, "--ops-port", self.ops_port,
             "--command", f"{shlex.quote(str(program))} {{port}} {' '.join(map(str, more))}",
             "--pattern", r"listening at (\S+)",

@@ -103,13 +103,13 @@ class BatchStage:
         process.send_signal(number)
         return await self.end(process)
 
-    def started(self) -> int:
+    def count_started(self) -> int:
         """Return how many runs the emulator has started."""
         return len(self.stage.emulator.runs._order)
 
     async def until_started(self, count: int) -> None:
         async def has_started() -> bool:
-            return self.started() >= count
+            return self.count_started() >= count
 
         await eventually(has_started, within=120, what=f"{count} runs at FLORA")
 

@@ -134,7 +134,7 @@ def _count_known(options: Options, receiver: ReceiverClient, plan: Plan, check: 
 
 
 def _confirm(options: Options, plan: Plan, check: Check, *, known: int) -> None:
-    """Print what the new runs cost and ask whether to start them; exit if not."""
+    """Print the cost of the new runs and ask for confirmation; exit if it is refused."""
     new, cost = check.jobs - known, plan.technique.run_cost
     before = f", {known} of them started before" if known else ""
     print(f"Batch {plan.batch}: {check.jobs} rows{before}.", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import KEYS, Running, Start, run_command
+from tests.cli.conftest import KEYS, RunningCommand, Start, run_command
 from tests.support.sshd import sshd
 from tests.support.stage import eventually, free_port
 from tests.support.tunnel_programs import CLOUDFLARED, FORWARDER, wait_until_gone, write_program
@@ -20,7 +20,7 @@ Line = dict[str, Any]
 EMULATED = ("--emulator", "--json", "--port", 0)
 
 
-def until(running: Running, wanted: Callable[[Line], bool]) -> list[Line]:
+def until(running: RunningCommand, wanted: Callable[[Line], bool]) -> list[Line]:
     """Return the lines up to the first that is wanted."""
     return [json.loads(line) for line in running.until(lambda line: wanted(json.loads(line)))]
 

@@ -12,14 +12,14 @@ import pytest
 
 from receiver.cli.trigger.cases import CASES, CallbackFactory, from_record
 from receiver.web.public import STATUS
-from tests.cli.conftest import KEYS, OWN_SECRET, OWN_WORKSPACE, SECRET, Served, run_command
+from tests.cli.conftest import KEYS, OWN_SECRET, OWN_WORKSPACE, SECRET, RunningService, run_command
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_gets_its_response(case: str, served: Served, tmp_path: Path) -> None:
+def test_every_case_gets_its_response(case: str, service: RunningService, tmp_path: Path) -> None:
     """As each request of the case expects; a refusal with its documented status."""
     secret = OWN_SECRET if case == "workspace_mismatch" else SECRET
-    command = ("trigger", served.url, "--case", case, "--ca", served.ca, "--secret", secret, "--json")
+    command = ("trigger", service.url, "--case", case, "--ca", service.ca, "--secret", secret, "--json")
     done = run_command(*command, cwd=tmp_path)
     found = json.loads(done.stdout)
     (*_, last) = CASES[case](CallbackFactory("whsec_x"))
@@ -38,11 +38,11 @@ def test_every_refusal_that_a_sender_can_provoke_has_a_case() -> None:
     assert STATUS.keys() - provoked == {"unavailable"}
 
 
-def test_a_callback_is_of_the_workspace_that_signs(served: Served, tmp_path: Path) -> None:
+def test_a_callback_is_of_the_workspace_that_signs(service: RunningService, tmp_path: Path) -> None:
     """The workspace of the configured secret, or the one in `--workspace-id`."""
     two = [{"id": OWN_WORKSPACE, "secrets": [OWN_SECRET]}, {"id": "ws_far", "secrets": ["whsec_far"]}]
     env = {"RECEIVER_WORKSPACES": json.dumps(two)}
-    command = ("trigger", served.url, "--ca", served.ca)
+    command = ("trigger", service.url, "--ca", service.ca)
     for more in ((), ("--workspace-id", OWN_WORKSPACE), ("--secret", OWN_SECRET, "--workspace-id", OWN_WORKSPACE)):
         done = run_command(*command, *more, cwd=tmp_path, env=env)
         assert (done.returncode, done.stdout.splitlines()[0]) == (0, '200 {"status":"accepted"}')
@@ -52,9 +52,9 @@ def test_a_callback_is_of_the_workspace_that_signs(served: Served, tmp_path: Pat
     assert (unknown.returncode, "no secret of ws_x" in unknown.stderr) == (2, True)
 
 
-def test_many_callbacks_are_counted_and_timed(served: Served, tmp_path: Path) -> None:
+def test_many_callbacks_are_counted_and_timed(service: RunningService, tmp_path: Path) -> None:
     """With a rate they are sent by the clock; the summary has counts and percentiles."""
-    command = ("trigger", served.url, "--ca", served.ca, "--count", "60", "--rate", "300", "--json")
+    command = ("trigger", service.url, "--ca", service.ca, "--count", "60", "--rate", "300", "--json")
     done = run_command(*command, cwd=tmp_path, env=KEYS)
     found = json.loads(done.stdout)
     assert (done.returncode, found["sent"], found["answers"]) == (0, 60, {"200 accepted": 60})
@@ -62,16 +62,16 @@ def test_many_callbacks_are_counted_and_timed(served: Served, tmp_path: Path) ->
     assert "60  200 accepted" in run_command(*command[:-1], cwd=tmp_path, env=KEYS).stdout
 
 
-def test_a_record_is_sent_again_byte_for_byte(served: Served, tmp_path: Path) -> None:
+def test_a_record_is_sent_again_byte_for_byte(service: RunningService, tmp_path: Path) -> None:
     """Its deliveries are then duplicates, with the same signatures and bytes."""
-    record = ("trigger", served.url, "--ca", served.ca, "--case", "duplicate", "--record", "sent.jsonl")
+    record = ("trigger", service.url, "--ca", service.ca, "--case", "duplicate", "--record", "sent.jsonl")
     assert run_command(*record, cwd=tmp_path, env=KEYS).returncode == 0
     lines = (tmp_path / "sent.jsonl").read_text().splitlines()
     assert [from_record(line).body for line in lines] == [from_record(lines[0]).body] * 2
-    replayed = run_command("trigger", served.url, "--ca", served.ca, "--from", "sent.jsonl", cwd=tmp_path)
+    replayed = run_command("trigger", service.url, "--ca", service.ca, "--from", "sent.jsonl", cwd=tmp_path)
     assert replayed.returncode == 0, replayed.stdout
     assert replayed.stdout.count('{"status":"duplicate"}') == 2
-    again_twice = ("trigger", served.url, "--ca", served.ca, "--from", "sent.jsonl", "--count", "2", "--json")
+    again_twice = ("trigger", service.url, "--ca", service.ca, "--from", "sent.jsonl", "--count", "2", "--json")
     assert json.loads(run_command(*again_twice, cwd=tmp_path).stdout)["answers"] == {"200 duplicate": 4}
 
 
@@ -96,9 +96,9 @@ def test_a_malformed_record_is_refused(change: dict[str, object]) -> None:
             from_record(odd)
 
 
-def test_the_requests_of_a_case_stay_in_order(served: Served, tmp_path: Path) -> None:
+def test_the_requests_of_a_case_stay_in_order(service: RunningService, tmp_path: Path) -> None:
     """Many pairs at a time: each second request waits for the response to its first."""
-    command = ("trigger", served.url, "--ca", served.ca, "--case", "duplicate", "--count", "40", "--json")
+    command = ("trigger", service.url, "--ca", service.ca, "--case", "duplicate", "--count", "40", "--json")
     done = run_command(*command, cwd=tmp_path, env=KEYS)
     found = json.loads(done.stdout)
     assert (done.returncode, found["answers"]) == (0, {"200 accepted": 40, "200 duplicate": 40})
@@ -140,23 +140,23 @@ def closing_receiver() -> Iterator[str]:
             thread.join()
 
 
-def test_a_repeated_delivery_is_a_duplicate(served: Served, tmp_path: Path) -> None:
-    arguments = ("trigger", served.url, "--ca", served.ca, "--delivery-id", "whd_twice", "--run-id", "run_twice")
+def test_a_repeated_delivery_is_a_duplicate(service: RunningService, tmp_path: Path) -> None:
+    arguments = ("trigger", service.url, "--ca", service.ca, "--delivery-id", "whd_twice", "--run-id", "run_twice")
     first, second = (run_command(*arguments, cwd=tmp_path, env=KEYS) for _ in range(2))
     assert first.stdout.splitlines() == ['200 {"status":"accepted"}', "completed: as expected"]
     assert second.stdout.splitlines() == ['200 {"status":"duplicate"}', "completed: as expected"]
 
 
-def test_a_wrong_secret_is_reported(served: Served, tmp_path: Path) -> None:
+def test_a_wrong_secret_is_reported(service: RunningService, tmp_path: Path) -> None:
     """The usual reason to run it: to check that both sides have the same secret."""
-    done = run_command("trigger", served.url, "--ca", served.ca, "--secret", "whsec_wrong", cwd=tmp_path)
+    done = run_command("trigger", service.url, "--ca", service.ca, "--secret", "whsec_wrong", cwd=tmp_path)
     assert done.returncode == 1
     assert "401 " in done.stdout
     assert "completed: expected 200" in done.stdout
 
 
-def test_an_untrusted_certificate_is_reported_with_advice(served: Served, tmp_path: Path) -> None:
-    done = run_command("trigger", served.url, cwd=tmp_path, env=KEYS)
+def test_an_untrusted_certificate_is_reported_with_advice(service: RunningService, tmp_path: Path) -> None:
+    done = run_command("trigger", service.url, cwd=tmp_path, env=KEYS)
     assert (done.returncode, "pass its CA with --ca" in done.stderr) == (1, True)
 
 
