@@ -103,7 +103,10 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """The answer of a handler that can never succeed. The dispatch is dead, and an error is logged."""
+    """The answer of a handler that can never succeed.
+
+    The dispatch is dead, and an error is logged.
+    """
 
     reason: str
     """The reason for operators, shown without secrets and media URLs."""
@@ -175,7 +178,7 @@ class Log(Protocol):
 
 
 class Context(Protocol):
-    """The context of one attempt: its key, its limits, guarded downloads and the artifacts of its run."""
+    """The context of one attempt: its key, its limits, guarded downloads, the run's artifacts."""
 
     @property
     def handler(self) -> str:
@@ -203,21 +206,25 @@ class Context(Protocol):
 
     @property
     def artifacts(self) -> Sequence[Artifact]:
-        """The artifacts that this handler had reserved or stored for the run before this attempt."""
+        """The artifacts that this handler reserved or stored for the run before this attempt."""
 
     @property
     def log(self) -> Log:
         """A logger whose lines carry the run, the handler and the attempt."""
 
     def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
-        """Open an output: `async with context.open(output) as download: async for chunk in download: …`.
+        """Open an output, guarded.
 
-        Raises DownloadRefusedError (it can never be fetched) or DownloadFailedError (it may be later),
-        when it is opened or while it is read.
+        `async with context.open(output) as download: async for chunk in download: …`. Raises
+        DownloadRefusedError (it can never be fetched) or DownloadFailedError (it may be later), when
+        it is opened or while it is read.
         """
 
     async def save(self, output: Output, path: Path) -> Saved:
-        """Fetch an output into a new file, which is removed if that fails. Raises as `open` does."""
+        """Fetch an output into a new file, which is removed if that fails.
+
+        Raises as `open` does.
+        """
 
     async def stored(self) -> Sequence[Artifact]:
         """Return the artifacts that any handler has stored for the run, by position."""
@@ -225,15 +232,15 @@ class Context(Protocol):
     async def request(self) -> Mapping[str, Any] | None:
         """Return the request that started the run, or None if it was not started by the receiver.
 
-        That of a technique has `inputs`, each with `id`, `type` and `value`; that of a generation has
-        `prompt`, `type`, `model`, `params` and so on. The callback URL and the key are left out.
+        That of a technique has `inputs`, each with `id`, `type` and `value`; that of a generation
+        has `prompt`, `type`, `model`, `params` and so on. The callback URL and the key are left out.
         """
 
     async def reserve(self, position: int, output_id: str, location: str) -> None:
         """Claim a location before writing to it; committed on return.
 
-        A further call for the same position moves the claim. Raises LocationTakenError where another
-        run or position holds the location.
+        A further call for the same position moves the claim. Raises LocationTakenError where
+        another run or position holds the location.
         """
 
     async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:

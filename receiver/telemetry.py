@@ -211,7 +211,10 @@ class Metrics:
         )
 
     def count_response(self, result: str, seconds: float) -> None:
-        """Count a response of the callback path: `accepted`, `duplicate`, `ignored` or a refusal's code."""
+        """Count a response of the callback path.
+
+        Its result is `accepted`, `duplicate`, `ignored` or the code of a refusal.
+        """
         counter = self._callbacks_by_result.get(result)
         if counter is None:
             counter = self._callbacks_by_result[result] = self.callbacks.labels(result)
@@ -255,7 +258,7 @@ class Metrics:
         self.download_bytes.inc(size)
 
     def set_backlog(self, runs: Mapping[str, int], backlog: Mapping[str, int], overdue: Mapping[str, float]) -> None:
-        """Set the gauges: unsettled runs and unfinished dispatches by state, seconds overdue by queue."""
+        """Set the gauges: unsettled runs and dispatches by state, seconds overdue by queue."""
         for queue, seconds in overdue.items():
             self.overdue.labels(queue).set(seconds)
         for state, number in runs.items():

@@ -1,4 +1,4 @@
-"""The contract of handlers: it only grows until the next major version, and all of it is documented."""
+"""The contract of handlers: it only grows until the next major version, and is documented."""
 
 import ast
 import inspect
@@ -76,29 +76,29 @@ def test_every_context_has_all_of_it(context: type) -> None:
     for names, parameters in contract.items():
         for name in names.split():
             if parameters is None:
-                known = {*dir(context), *getattr(context, "__annotations__", ()), *_assigned(context)}
+                known = {*dir(context), *getattr(context, "__annotations__", ()), *_names_in_constructor(context)}
                 assert name in known
             else:
                 assert list(inspect.signature(getattr(context, name)).parameters)[1:] == parameters
 
 
-def _assigned(context: type) -> set[str]:
+def _names_in_constructor(context: type) -> set[str]:
     """Return the names in a class's constructor, the attributes that it sets among them."""
     return set(inspect.unwrap(vars(context)["__init__"]).__code__.co_names)
 
 
 @pytest.mark.parametrize("module", [handler, testing])
 def test_every_public_member_is_documented(module: Any) -> None:
-    """Each class, function, field and method of the contract and of the kit has a docstring of its own."""
+    """Each class, function, field and method of the contract and of the kit has a docstring."""
     public = {name: getattr(module, name) for name in module.__all__}
     ours = {name: each for name, each in public.items() if getattr(each, "__module__", "").startswith("receiver.")}
     assert ours
     assert [name for name, each in ours.items() if not each.__doc__] == []
     classes = [each for each in ours.values() if inspect.isclass(each)]
-    assert [f"{each.__name__}.{name}" for each in classes for name in _undocumented(each)] == []
+    assert [f"{each.__name__}.{name}" for each in classes for name in _find_undocumented(each)] == []
 
 
-def _undocumented(cls: type) -> Iterator[str]:
+def _find_undocumented(cls: type) -> Iterator[str]:
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     for node, after in zip(tree.body, (*tree.body[1:], None), strict=True):

@@ -28,7 +28,7 @@ def _put_back() -> Iterator[None]:
     structlog.reset_defaults()
 
 
-def logged(level: str = "info", **values: Any) -> dict[str, Any]:
+def log_line(level: str = "info", **values: Any) -> dict[str, Any]:
     stream = io.StringIO()
     configure_logging("debug", "json", stream)
     getattr(structlog.get_logger(), level)("thing.happened", **values)
@@ -67,11 +67,11 @@ def logged(level: str = "info", **values: Any) -> dict[str, Any]:
     ],
 )
 def test_a_value_is_shown_as(key: str, value: Any, shown: Any) -> None:
-    assert logged(**{key: value})[key] == shown
+    assert log_line(**{key: value})[key] == shown
 
 
 def test_media_urls_show_at_debug_level_alone_and_secrets_never() -> None:
-    line = logged("debug", url=MEDIA, error="whsec_abc")
+    line = log_line("debug", url=MEDIA, error="whsec_abc")
     assert (line["url"], line["error"]) == (MEDIA, "whsec_***")
 
 
@@ -84,7 +84,7 @@ def test_an_exceptions_text_is_scrubbed() -> None:
 
 
 def test_a_json_line_has_a_utc_time_a_level_and_an_event() -> None:
-    line = logged(run_id="run_1")
+    line = log_line(run_id="run_1")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", line.pop("timestamp"))
     assert line == {"event": "thing.happened", "level": "info", "run_id": "run_1"}
 
@@ -151,7 +151,7 @@ def test_a_plain_record_passes_unchanged() -> None:
     assert scrub_event(None, "info", dict(event)) == event
 
 
-def scraped(metrics: Metrics) -> dict[str, float]:
+def scrape(metrics: Metrics) -> dict[str, float]:
     """Every sample that is not zero, without the creation times."""
     lines = [line.rsplit(" ", 1) for line in metrics.render()[0].decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in lines if float(value) and "_created" not in name}
@@ -190,7 +190,7 @@ RUN = Run(
 def test_what_happens_is_counted(happens: Callable[[Metrics], None], sample: str) -> None:
     metrics = Metrics()
     happens(metrics)
-    assert scraped(metrics)[f"flora_receiver_{sample}"] == 1
+    assert scrape(metrics)[f"flora_receiver_{sample}"] == 1
 
 
 @pytest.mark.parametrize("verdict", [None, Verdict.MATCHED])
@@ -198,7 +198,7 @@ def test_a_verdict_that_stays_is_not_counted_again(verdict: Verdict | None) -> N
     metrics = Metrics()
     metrics.count_verdict(verdict, verdict)
     metrics.count_event(Event.COST_FINAL, RUN)
-    assert scraped(metrics) == {}
+    assert scrape(metrics) == {}
 
 
 def test_two_services_in_one_process_do_not_share_metrics() -> None:

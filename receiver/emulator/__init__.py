@@ -1,6 +1,6 @@
-"""An emulated FLORA for development and tests: its API, its media, its signed callbacks, and faults in all of them.
+"""An emulated FLORA for development and tests: its API, its media, its callbacks, and faults in all.
 
-Called by `cli`, `testing` and the tests. Of the receiver it imports `flora.signature` and `errors` alone.
+Called by `cli`, `testing` and the tests. Imports `flora.signature` and `errors` alone.
 """
 
 from receiver.emulator.app import Emulator

@@ -1,4 +1,4 @@
-"""Composes the emulator: one ASGI application with FLORA's API, its media and the emulator's own endpoints."""
+"""Composes the emulator: one ASGI application for the API, the media and its own endpoints."""
 
 import contextlib
 import random

@@ -1,4 +1,4 @@
-"""Sends callbacks: one signed POST per ended run, up to four attempts, and the faults that apply to them."""
+"""Sends callbacks: one per ended run, in up to four signed attempts, with the faults that apply."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,10 @@ _API_VERSION = "2026-06-11"
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One POST, sent or dropped. `status` is that of the response, else `error` is set; `at` is in unix milliseconds."""
+    """One POST, sent or dropped.
+
+    `status` is that of the response, else `error` is set; `at` is in unix milliseconds.
+    """
 
     attempt: int
     copy: int
@@ -36,7 +39,7 @@ class Attempt:
     error: str | None = None
 
     @property
-    def accepted(self) -> bool:
+    def is_accepted(self) -> bool:
         return self.status is not None and 200 <= self.status < 300
 
 
@@ -79,7 +82,10 @@ class Delivery:
 
 
 class Callbacks:
-    """Sends callbacks in the background. `deliveries` has those that were sent so far, oldest first."""
+    """Sends callbacks in the background.
+
+    `deliveries` has those that were sent so far, oldest first.
+    """
 
     def __init__(
         self,
@@ -101,7 +107,10 @@ class Callbacks:
         self._client: httpx.AsyncClient | None = None
 
     def schedule(self, run: Run) -> None:
-        """Send the callback of `run` when it ends. Another call before that follows a changed end."""
+        """Send the callback of `run` when it ends.
+
+        Another call before that follows a changed end.
+        """
         if run.callback_url is None or any(delivery.run_id == run.run_id for delivery in self.deliveries):
             return
         waiting = self._tasks.pop(run.run_id, None)
@@ -179,7 +188,10 @@ class Callbacks:
         )
 
     async def _hold(self, delivery: Delivery) -> None:
-        """Wait for the faults `delay` and `reorder`; the latter lets the callback of another run overtake."""
+        """Wait as long as the faults `delay` and `reorder` require.
+
+        `reorder` lets the callback of another run overtake this one.
+        """
         if (delay := delivery.fault("delay", 1)) is not None:
             await asyncio.sleep(delay.number("seconds"))
         if (reorder := delivery.fault("reorder", 1)) is not None:
@@ -197,7 +209,7 @@ class Callbacks:
             delivery.attempts.extend(sent)
             if attempt == 1:
                 self._release_held()
-            if any(one.accepted for one in sent):
+            if any(one.is_accepted for one in sent):
                 delivery.state = "delivered"
                 return
         delivery.state = "failed"

@@ -1,4 +1,4 @@
-"""The emulator's own endpoints under `/_emulator`: faults in force, callbacks sent, requests counted."""
+"""The emulator's own endpoints under `/_emulator`: faults, sent callbacks, counted requests."""
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response

@@ -1,8 +1,8 @@
 """Everything that can go wrong, as data: the notation of faults, and the faults in force.
 
-A fault is JSON: `{"kind": "rate_limited", "retry_after": 2, "next": 3, "path": "/technique-runs"}`. Its
-`kind` decides its family, and so the part that applies it: the API gate, the callback sender, the
-media server, or the start of a run.
+A fault is JSON: `{"kind": "rate_limited", "retry_after": 2, "next": 3, "path": "/runs"}`. Its `kind`
+decides its family, and so the part that applies it: the API gate, the callback sender, the media
+server, or the start of a run.
 """
 
 import random
@@ -26,7 +26,7 @@ class Family(StrEnum):
     RUN = "run"
 
 
-# Each kind with its options and their defaults, whose types are the options' types; None: not given.
+# Each kind with its options and their defaults, which have the types of the options.
 KINDS: Mapping[str, tuple[Family, Mapping[str, Option]]] = {
     # API: in place of the response
     "rate_limited": (Family.API, {"retry_after": None}),
@@ -80,10 +80,10 @@ class InvalidFaultError(ValueError):
 class Fault:
     """One fault.
 
-    It applies with `probability`, on the next `next` occasions (None: on all), to paths that start with
-    `path` (API and media; with or without /api/v1), to requests of `method` and to the `attempts` of a
-    callback (1 to 4; empty: all). An occasion is a request, a download, a callback with all its
-    attempts, or a start.
+    It applies with `probability`, on the next `next` occasions (None: on all), to paths that start
+    with `path` (API and media; with or without /api/v1), to requests of `method` and to the
+    `attempts` of a callback (1 to 4; empty: all). An occasion is a request, a download, a callback
+    with all its attempts, or a start.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""The gate around every API endpoint: the key, the faults, the refusals, and the `request-id` of every response."""
+"""The gate around every API endpoint: the key, the faults, the refusals and the `request-id`."""
 
 import asyncio
 import hmac
@@ -40,13 +40,13 @@ class Gate:
         self._runs = runs
 
     def __call__(self, endpoint: Endpoint) -> Endpoint:
-        async def guarded(request: Request) -> Response:
+        async def handle(request: Request) -> Response:
             try:
                 return self.stamp(await self._handle(request, endpoint))
             except ApiProblem as problem:
                 return self.stamp(problem.response())
 
-        return guarded
+        return handle
 
     def stamp(self, response: Response) -> Response:
         """Add a `request-id` to a response."""
@@ -106,7 +106,10 @@ def _spoil(response: Response, faults: Sequence[Fault]) -> Response:
 
 
 class _CutResponse(Response):
-    """A response that announces its whole body and sends half of it: the server closes the connection."""
+    """A response that announces its whole body and sends half of it.
+
+    The server then closes the connection.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

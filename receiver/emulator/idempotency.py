@@ -1,4 +1,4 @@
-"""Idempotency keys: kept per workspace, operation and destination, for two hours, after successes only."""
+"""Idempotency keys, kept for two hours after a success, per workspace, operation and destination."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ class KeyScope:
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A success: the digest of the request, the response, and the end of the key in unix seconds."""
+    """A success: the request's digest, the response, and the key's end in unix seconds."""
 
     digest: str
     response: dict[str, object]

@@ -1,4 +1,4 @@
-"""Valid media files of any size, made from a seed. Called by the media server and `receiver.testing`.
+"""Valid media files of any size, made from a seed, for the media server and `receiver.testing`.
 
 A file is held as a head, a unit that repeats, and a tail: some kilobytes, whatever its size. Any
 range of it is read from these.
@@ -164,7 +164,7 @@ def _pdf(seed: str, size: int) -> Media:
         trailer = b"trailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%015d\n%%%%EOF\n" % start
         return opened, closed + b"xref\n0 6\n0000000000 65535 f \n" + table + trailer
 
-    # Numbers that depend on the size have fifteen digits, so the frame has the same length at any size.
+    # Numbers that depend on the size have fifteen digits, so head and tail keep their length.
     opened, closed = assemble(0)
     filling = max(0, size - len(opened) - len(closed))
     opened, closed = assemble(filling)

@@ -75,7 +75,10 @@ class Run:
         return _MESSAGES.get(self.error_code or "", "The run failed.")
 
     def status_at(self, now: float) -> str:
-        """Return the status that the API states at `now`; the end appears after the run's read lag."""
+        """Return the status that the API states at `now`.
+
+        The end of the run appears after its read lag.
+        """
         if now >= self.ends_at + self.read_lag_seconds:
             return self.final_status
         return "pending" if now < self.started_at else "running"
@@ -87,7 +90,10 @@ class Run:
 
 
 def run_to_json(run: Run, now: float, *, origin: str, api: str) -> dict[str, object]:
-    """Return the response to a read of the run; media URLs start with `origin`, the poll URL with `api`."""
+    """Return the response to a read of the run.
+
+    Media URLs start with `origin`, the poll URL with `api`.
+    """
     status = run.status_at(now)
     ended = status in ("completed", "failed")
     body: dict[str, object] = {
@@ -180,7 +186,10 @@ class RunBook:
         return run
 
     def newest(self, before: int | None) -> Iterator[tuple[int, Run]]:
-        """Yield (place, run) from the newest to the oldest, only places below `before` where it is given."""
+        """Yield (place, run) from the newest to the oldest.
+
+        Where `before` is given, only places below it.
+        """
         start = len(self._order) if before is None else min(before, len(self._order))
         for place in range(start - 1, -1, -1):
             yield place, self._runs[self._order[place]]

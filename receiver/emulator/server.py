@@ -1,4 +1,4 @@
-"""The media server: the outputs of ended runs under `/media`, without a key, with ranges and faults."""
+"""The media server: the outputs of ended runs under `/media`, with ranges and faults."""
 
 import asyncio
 import re
@@ -20,7 +20,10 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class _Wire:
-    """How a body is sent: up to `stop` (before its end, the connection is closed), with a pause at `stall_at`."""
+    """How a body is sent: up to `stop`, with a pause at `stall_at`.
+
+    The connection is closed where `stop` is before the end.
+    """
 
     stop: int
     stall_at: int | None = None
@@ -79,7 +82,10 @@ class MediaServer:
 
 
 def _parse_range(header: str, size: int) -> tuple[int, int] | None:
-    """Return the range as (start, stop): (0, 0) for a header to ignore, None where nothing is in range."""
+    """Return the range as (start, stop).
+
+    (0, 0) stands for a header to ignore, None for a range outside the file.
+    """
     found = _RANGE.fullmatch(header.strip())
     if found is None or not (found[1] or found[2]):
         return 0, 0

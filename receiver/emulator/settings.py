@@ -13,8 +13,8 @@ API_PATH = "/api/v1"
 class EmulatorSettings:
     """Settings of one emulator.
 
-    `time_scale` divides the retry delays of callbacks (10 s, 60 s, 300 s) and the two hours for which
-    an idempotency key is kept. All other durations are real seconds.
+    `time_scale` divides the retry delays of callbacks (10 s, 60 s, 300 s) and the two hours for
+    which an idempotency key is kept. All other durations are real seconds.
     """
 
     host: str = "127.0.0.1"
@@ -43,15 +43,15 @@ class EmulatorSettings:
     callback_ca: Path | None = None
     """The only CA that the callback sender trusts; None: the public ones."""
     callback_timeout_seconds: float | None = None
-    """None: FLORA's 10 s divided by `time_scale`, at least one second, since servers do not scale."""
+    """None: FLORA's 10 s divided by `time_scale`, but at least one second."""
     refresh_timestamps: bool = False
-    """Whether each retry is signed anew; else it has the first attempt's timestamp, as FLORA documents."""
+    """Whether each retry is signed anew; else all attempts share the first one's timestamp."""
 
     replay_idempotent: bool = False
-    """Whether a repeated key gets the first response again, with `idempotent-replayed: true`; else 409."""
+    """Whether a repeated key gets the first response again; else it gets 409."""
     hide_technique_runs: bool = True
     """Whether /runs/{id} responds 404 for technique runs, as FLORA does."""
     faults: tuple[Mapping[str, object], ...] = ()
     """Faults in force from the start, such as {"kind": "drop", "probability": 0.1}."""
     seed: int | None = None
-    """The seed of ids and faults; None: random, so that ids never repeat those in an older ledger."""
+    """The seed of ids and faults; None: random, so that ids differ from those of an old ledger."""

@@ -1,4 +1,4 @@
-"""Starts runs from the bodies of requests, and schedules their callbacks, or refuses as FLORA does."""
+"""Starts runs from request bodies and schedules their callbacks, or refuses as FLORA does."""
 
 import math
 import re
@@ -33,7 +33,10 @@ class _Start:
 
 
 class Starter:
-    """Starts runs. A body is validated as a whole: a refusal lists every problem, as FLORA's does."""
+    """Starts runs.
+
+    A body is validated as a whole: a refusal lists every problem, as FLORA's does.
+    """
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class Starter:
         self._clock = clock
 
     def technique(self, technique: Technique, body: dict[str, object], faults: Sequence[Fault] = ()) -> Run:
-        """Start a technique run from the body of `POST /techniques/{id}/runs`, with faults of its own."""
+        """Start a technique run from the body of `POST /techniques/{id}/runs`."""
         values, problems = input_values(technique, body.get("inputs"))
         if body.get("mode") not in ("async", "stream"):
             problems.append(Field("mode", "must be async or stream"))

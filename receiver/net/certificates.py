@@ -1,4 +1,4 @@
-"""Throw-away certificates for `demo`, `dev-cert` and the tests: a CA, and server certificates that it signs.
+"""Throw-away certificates for `demo`, `dev-cert` and tests: a CA and the servers that it certifies.
 
 Nothing is installed: a client that shall trust the CA is given its file. Imports no other module of
 the receiver.
@@ -99,7 +99,10 @@ def save_authority(authority: Authority, directory: Path) -> Path:
 
 
 def load_authority(directory: Path) -> Authority | None:
-    """Return the CA that was saved there, or None. Raises ValueError where it is invalid or has expired."""
+    """Return the CA that was saved there, or None.
+
+    Raises ValueError where it is invalid or has expired.
+    """
     files = (directory / "ca.pem", directory / "ca.key")
     missing = [path.name for path in files if not path.exists()]
     if len(missing) == len(files):

@@ -65,7 +65,10 @@ def is_public(address: str) -> bool:
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:
-    """Return a host's addresses from the system's resolver, which also reads `127.1` and `0x7f000001`."""
+    """Return a host's addresses.
+
+    The system's resolver also reads `127.1` and `0x7f000001` as addresses.
+    """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
@@ -322,7 +325,7 @@ def own_client(*, bound: str | None = None, timeout_seconds: float = 5.0) -> htt
 
 
 def operations_client(url: str, token: str, *, timeout_seconds: float, ca: Path | None = None) -> httpx.Client:
-    """Build a client for an operations listener, which sends the token to the origin of `url` alone.
+    """Build a client for an operations listener. It sends the token to the origin of `url` alone.
 
     Raises ValueError where `url` is not an http or https URL, or the token cannot be sent.
     """

@@ -1,4 +1,4 @@
-"""Downloads of outputs, guarded and streamed in bounded chunks. Called by the dispatcher and by handlers.
+"""Guarded downloads of outputs, streamed in bounded chunks. Called by attempts and handlers.
 
 A body that is cut is resumed where it ended, if the server offers that and proves that the rest
 belongs to the same body.
@@ -84,9 +84,9 @@ class Saved:
 
 
 class Downloader:
-    """Opens outputs: over HTTPS from public addresses, and from `allow_private_hosts` (exact host:port).
+    """Opens outputs: over HTTPS from public addresses, and from the `allow_private_hosts`.
 
-    `count_bytes` is called with the number of bytes whenever some arrive.
+    The latter are exact `host:port`. `count_bytes` is called with the number of bytes whenever some arrive.
     """
 
     def __init__(
@@ -122,12 +122,18 @@ class Downloader:
         await self._redirect_client.aclose()
 
     def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
-        """Open an output: its inline text, or its URL. Raises DownloadRefusedError or DownloadFailedError."""
+        """Open an output: its inline text, or its URL.
+
+        Raises DownloadRefusedError or DownloadFailedError.
+        """
         return text_download(output.value) if output.is_text else self.fetch(output.value)
 
     @asynccontextmanager
     async def fetch(self, url: str) -> AsyncIterator[Download]:
-        """Open a URL. The deadline covers redirects and body, and is checked at every wait for bytes."""
+        """Open a URL.
+
+        The deadline covers redirects and body, and is checked at every wait for bytes.
+        """
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_seconds
         start = parse_media_url(url)
         response = await self._follow(start, deadline)
@@ -149,7 +155,7 @@ class Downloader:
                 try:
                     response = await client.send(client.build_request("GET", url, headers=headers), stream=True)
                 except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                    # Most likely the server was closing an idle connection: try once more on another.
+                    # Most likely the server closed an idle connection: try once more.
                     response = await client.send(client.build_request("GET", url, headers=headers), stream=True)
             try:
                 if response.status_code not in _REDIRECTS:
@@ -208,7 +214,7 @@ class Downloader:
     async def _resume(self, body: "_Body", offset: int, cut: DownloadFailedError) -> None:
         """Continue the body from `offset` with another response.
 
-        Raises `cut` where that is not possible, or a DownloadFailedError that says the output has expired.
+        Raises `cut` where that is not possible, or an error that says that the output has expired.
         """
         loop = asyncio.get_running_loop()
         if body.resumable is None or not offset:
@@ -239,7 +245,7 @@ class Downloader:
 
 
 class _Body:
-    """A body that is being read: its URL, its current response, and how to resume it, if it can be."""
+    """A body that is being read: its URL, its current response, and how it can be resumed."""
 
     def __init__(
         self,

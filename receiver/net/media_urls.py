@@ -60,7 +60,10 @@ def conceal_urls(text: str, urls: Iterable[str]) -> str:
 
 
 def _spellings(text: str) -> Mapping[str, str]:
-    """Return each spelling of a URL with its replacement: the whole, its path with and without query."""
+    """Return each spelling of a URL with its replacement.
+
+    The spellings are the whole URL, and its path with and without its query.
+    """
     origin = _ORIGIN.match(text)
     written = text[origin.end() :] if origin else text  # as FLORA wrote it; below, as it is sent
     paths = {written}

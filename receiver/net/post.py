@@ -1,4 +1,4 @@
-"""Posts to one address that the operator configured, guarded. Handlers use it through `receiver.handler`.
+"""Guarded posts to one configured address. Handlers use them through `receiver.handler`.
 
 HTTPS to public addresses unless configured otherwise, no redirects, no cookies, no proxy from the
 environment, every wait bounded. An address may itself be a secret, as those of chat services are:
@@ -66,7 +66,7 @@ class Posted:
     status: int
     """The HTTP status."""
     retry_after_seconds: float | None
-    """The wait that `Retry-After` asks for, in seconds or as a date; None where there is none."""
+    """The pause in `Retry-After`, given there in seconds or as a date; None without one."""
     location: str | None
     """Scheme and host of a redirect's target. Redirects are not followed."""
     excerpt: str
@@ -130,7 +130,7 @@ def usable_headers(headers: Mapping[str, str], *, reserved: Iterable[str] = ()) 
 
 
 def header_value(text: str) -> str:
-    """Return a text for a header: all but visible ASCII is percent-encoded, as CloudEvents defines."""
+    """Return a text for a header: percent-encoded except for visible ASCII, as in CloudEvents."""
     return quote(text.encode(errors="replace"), safe="!#$&'()*+,/:;=?@[]^`{|}~<>\\")
 
 
@@ -209,7 +209,10 @@ class Poster:
         )
 
     async def connect(self) -> None:
-        """Connect, TLS included, and close without a request. Raises PostRefusedError or PostFailedError."""
+        """Connect, TLS included, and close without a request.
+
+        Raises PostRefusedError or PostFailedError.
+        """
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 stream = await self._backend.connect_tcp(self._ascii_host, self._port, CONNECT_SECONDS)
@@ -256,7 +259,10 @@ def _tls(ca_file: Path | None) -> ssl.SSLContext:
 
 
 async def _read_beginning(response: httpx.Response) -> bytes:
-    """Return the beginning of the body. A short one is read to its end: the connection can be reused."""
+    """Return the beginning of the body.
+
+    A short one is read to its end: the connection can be reused.
+    """
     received = bytearray()
     with suppress(TimeoutError, httpx.HTTPError):
         async with asyncio.timeout(BODY_SECONDS):
@@ -268,7 +274,7 @@ async def _read_beginning(response: httpx.Response) -> bytes:
 
 
 def _secret_spellings(url: httpx.URL, headers: Mapping[str, str]) -> list[str]:
-    """Return the secrets that a server may quote, in every spelling that servers use, longest first."""
+    """Return the secrets that a server may quote, in every usual spelling, longest first."""
     words = {word for value in headers.values() for word in (value, *value.split()) if len(word) >= _MIN_SECRET}
     target = url.raw_path.decode("ascii")
     words |= {part for part in (target, url.path) if part != "/"}

@@ -1,4 +1,7 @@
-"""When a body that was cut may be resumed, and by which response. Pure; for `receiver.net.download`."""
+"""When a body that was cut may be resumed, and by which response.
+
+Pure; for `receiver.net.download`.
+"""
 
 import re
 from collections.abc import Mapping
@@ -48,7 +51,10 @@ def parse_resumable(headers: Mapping[str, str]) -> ResumableBody | None:
 
 
 def _validator(headers: Mapping[str, str]) -> str | None:
-    """Return a strong validator: a strong ETag, or a date of change at least a minute before the response."""
+    """Return a strong validator, or None.
+
+    It is a strong ETag, or a date of change at least a minute before the response.
+    """
     etag = headers.get("etag", "").strip()
     if etag:
         return etag if _STRONG.fullmatch(etag) else None

@@ -1,4 +1,7 @@
-"""One attempt of a handler: its context, its call, and the check of its answer. Called by the dispatcher."""
+"""One attempt of a handler: its context, its call, and the check of its answer.
+
+Called by the dispatcher.
+"""
 
 import asyncio
 import json
@@ -30,7 +33,8 @@ _MAX_REASON = 1000
 _MAX_RESULT = 256 * 1024
 """Characters of JSON: enough for the output of a program, not for a media file."""
 _INTERNAL_FIELDS = frozenset({"callback_url", "idempotency_key"})
-"""Fields of a start request that handlers do not see; the callback URL contains the start's token."""
+"""Fields of a start request that handlers do not see; the callback URL contains the start's token.
+"""
 
 
 @dataclass(frozen=True, slots=True)

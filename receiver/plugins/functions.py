@@ -47,7 +47,10 @@ class FunctionFactory:
 
 
 def to_factory(found: object, use: str) -> FunctionFactory:
-    """Return the factory of a callable's handler. Raises HandlerLoadError where it cannot be one."""
+    """Return the factory of a callable's handler.
+
+    Raises HandlerLoadError where it cannot be one.
+    """
     if inspect.isclass(found) or not callable(found):
         raise HandlerLoadError(
             f"{use} is not a handler: it has no Config (see receiver.handler) and is not a function (run, context)"
@@ -209,7 +212,7 @@ class BlockingContext:
         )
 
     async def end(self) -> None:
-        """End the attempt: cancel the calls that are running and wait until they have cleaned up."""
+        """End the attempt: cancel the running calls and wait until they have cleaned up."""
         self._over = True
         for task in self._tasks:
             task.cancel()

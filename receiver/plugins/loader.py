@@ -47,7 +47,7 @@ class Loaded:
 def load_handlers(settings: Settings, environ: Mapping[str, str] | None = None) -> tuple[Loaded, ...]:
     """Build every configured handler. Raises ConfigError with the problems of all of them.
 
-    Secrets of the form `env:NAME` are read from `environ`, by default the environment of the process.
+    Secrets of the form `env:NAME` are read from `environ`, by default that of the process.
     """
     loaded: list[Loaded] = []
     problems: list[Problem] = []
@@ -67,7 +67,10 @@ def load_handlers(settings: Settings, environ: Mapping[str, str] | None = None) 
 
 
 async def check_handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[Problem]]:
-    """Run the handlers' own checks; return the problems, and the warnings that may pass by themselves."""
+    """Run the handlers' own checks; return their problems and their warnings.
+
+    A warning is a problem that may pass by itself.
+    """
     found = await asyncio.gather(*(_check(each) for each in loaded))
     problems = [problem for problem, passing in found if problem is not None and not passing]
     return problems, [problem for problem, passing in found if problem is not None and passing]
@@ -148,17 +151,18 @@ def describe_schema(settings: Settings, name: str, environ: Mapping[str, str]) -
     (index,) = found
     entry = settings.handlers[index]
     handler_class = find_handler(entry.use)
+    config_class = handler_class.Config
     if not isinstance(handler_class, DescribesSchema):
         raise HandlerLoadError(f"{entry.use} keeps no tables")
     try:
-        config = handler_class.Config.model_validate(entry.options, context={"environ": environ})  # type: ignore[attr-defined]
+        config = config_class.model_validate(entry.options, context={"environ": environ})
     except ValidationError as error:
         raise ConfigError(_problems(error, index)) from error
     return handler_class.schema(config)
 
 
 def mask_secrets(settings: Settings, environ: Mapping[str, str]) -> Settings:
-    """Return settings for display: every option that a handler's `Config` types as a secret is masked."""
+    """Return settings for display: options of handlers that hold secrets are masked."""
     handlers = tuple(_mask_options(entry, environ) for entry in settings.handlers)
     return settings.model_copy(update={"handlers": handlers})
 

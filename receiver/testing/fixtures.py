@@ -1,4 +1,7 @@
-"""The kit as pytest fixtures. `pytest_plugins = ["receiver.testing.fixtures"]` in `conftest.py` loads them."""
+"""The kit as pytest fixtures.
+
+`pytest_plugins = ["receiver.testing.fixtures"]` in `conftest.py` loads them.
+"""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -33,9 +36,10 @@ async def flora_media() -> AsyncIterator[MediaServer]:
 
 @pytest.fixture
 def flora_run(flora_media: MediaServer) -> Callable[..., SettledRun]:
-    """Return a maker of settled runs: `flora_run("imageUrl", "text")`, or `flora_run()` with every type.
+    """Return a maker of settled runs, such as `flora_run("imageUrl", "text")`.
 
-    The outputs are real files, which `flora_media` serves.
+    Without arguments the run has an output of every type. Outputs are real files, which
+    `flora_media` serves.
     """
 
     def make(*types: str, **fields: Any) -> SettledRun:
@@ -63,7 +67,8 @@ async def flora_context(flora_media: MediaServer) -> AsyncIterator[Callable[...,
 def flora_stand(tmp_path: Path) -> Callable[..., AbstractAsyncContextManager[Stand]]:
     """Return a maker of stands: a receiver beside an emulated FLORA.
 
-    `async with flora_stand([{"use": "my_package:MyHandler"}]) as stand: run = await stand.run("emu-image")`.
+    `async with flora_stand([{"use": "my_package:MyHandler"}]) as stand:
+    run = await stand.run("emu-image")`.
     """
     return partial(run_stand, tmp_path)
 

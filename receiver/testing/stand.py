@@ -49,10 +49,10 @@ class Stand:
     async def run(
         self, technique: str = "emu-image", *, metadata: Mapping[str, Any] | None = None, wait: bool = True
     ) -> RunView:
-        """Start a run of one of the emulator's techniques; return it once its handlers are done or dead.
+        """Start a run of an emulated technique; return it once its handlers are done or dead.
 
         The techniques are `emu-image`, `emu-two-images`, `emu-video`, `emu-audio`, `emu-document`,
-        `emu-text`, `emu-everything` and `emu-fail`. Without `wait` it is returned as it was started.
+        `emu-text`, `emu-everything` and `emu-fail`. Without `wait` the run is returned at once.
         """
 
         def start() -> RunView:
@@ -73,7 +73,7 @@ class Stand:
         return await asyncio.to_thread(read)
 
     async def callback(self, run_id: str, **options: Any) -> httpx.Response:
-        """Send a callback as FLORA does and return the response; `options` as of `signed_callback`."""
+        """Send a callback as FLORA does; `options` are those of `signed_callback`."""
         body, headers = signed_callback(run_id, self.secret, **options)
         async with probe_client(ca=self.ca) as client:
             return await client.post(self.url, content=body, headers=headers)

@@ -1,4 +1,4 @@
-"""A running emulator and a receiver for its callbacks, both real servers on loopback in the test's own event loop."""
+"""A running emulator and a receiver for its callbacks, both servers on loopback."""
 
 import asyncio
 import contextlib
@@ -29,9 +29,12 @@ DEADLINE_SECONDS = 20
 
 
 @contextlib.asynccontextmanager
-async def served(app: ASGIApp, certificate: Path | None = None) -> AsyncIterator[str]:
-    """Serve `app` on a free loopback port and give its origin; `certificate` holds a key as well, and makes it HTTPS."""
-    # The protocol is named because asyncio sets TCP_NODELAY only where it is: else every answer waits 40 ms for an ACK.
+async def serve_app(app: ASGIApp, certificate: Path | None = None) -> AsyncIterator[str]:
+    """Serve `app` on a free loopback port and return its origin.
+
+    A `certificate`, which includes its key, makes it HTTPS.
+    """
+    # asyncio sets TCP_NODELAY only with a named protocol; without it, responses wait 40 ms for an ACK.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1, ssl_certfile=certificate)
@@ -43,7 +46,7 @@ async def served(app: ASGIApp, certificate: Path | None = None) -> AsyncIterator
     try:
         yield f"{'http' if certificate is None else 'https'}://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        # uvicorn's shutdown always waits 0.1 s; with idle connections only there is nothing to wait for.
+        # uvicorn's shutdown always waits 0.1 s, which idle connections do not need.
         for connection in list(server.server_state.connections):
             connection.shutdown()
         for _ in range(10):
@@ -57,7 +60,10 @@ async def served(app: ASGIApp, certificate: Path | None = None) -> AsyncIterator
 
 @dataclass
 class Inbox:
-    """A receiver of callbacks: it answers the next of `answers`, then 200, and keeps everything it was sent."""
+    """A receiver of callbacks, which records them.
+
+    It responds with the next of `answers`, then with 200.
+    """
 
     url: str = ""
     answers: list[int] = field(default_factory=list)
@@ -115,7 +121,7 @@ class Bench:
         answer = await self.client.post(f"{self.origin}/_emulator/faults", json={"faults": faults})
         assert answer.status_code == 200, answer.text
 
-    async def drained(self) -> None:
+    async def drain(self) -> None:
         await asyncio.wait_for(self.emulator.drain(), DEADLINE_SECONDS)
 
 
@@ -129,13 +135,13 @@ async def make_bench() -> AsyncIterator[MakeBench]:
 
         async def make(settings: EmulatorSettings) -> Bench:
             emulator = Emulator(settings)
-            origin = await stack.enter_async_context(served(emulator.app))
+            origin = await stack.enter_async_context(serve_app(emulator.app))
             stack.push_async_callback(emulator.aclose)
             client = httpx.AsyncClient(
                 base_url=emulator.base_url(origin),
                 headers={"authorization": f"Bearer {settings.api_key}"},
                 trust_env=False,
-                # Loading the public authorities takes longer than most of these tests, and nothing here is HTTPS.
+                # Loading the public CAs takes longer than most tests, and nothing here is HTTPS.
                 verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
                 timeout=DEADLINE_SECONDS,
             )
@@ -155,7 +161,7 @@ async def bench(make_bench: MakeBench) -> Bench:
 async def inbox() -> AsyncIterator[Inbox]:
     inbox = Inbox()
     app = Starlette(routes=[Route("/callbacks/flora", inbox.take, methods=["POST"])])
-    async with served(app) as origin:
+    async with serve_app(app) as origin:
         inbox.url = f"{origin}/callbacks/flora"
         yield inbox
 
@@ -180,6 +186,6 @@ async def tls_inbox(tmp_path: Path) -> AsyncIterator[tuple[Inbox, Path]]:
     )
     inbox = Inbox()
     app = Starlette(routes=[Route("/callbacks/flora", inbox.take, methods=["POST"])])
-    async with served(app, pair) as origin:
+    async with serve_app(app, pair) as origin:
         inbox.url = f"{origin}/callbacks/flora"
         yield inbox, authority

@@ -172,7 +172,10 @@ async def test_keys(bench: Bench) -> None:
 
 
 async def test_idempotency_in_body_and_header(bench: Bench) -> None:
-    """A repeated key is a duplicate, with another body a conflict; each destination has its own keys; one run exists."""
+    """A repeated key is a duplicate, or with another body a conflict.
+
+    Each destination has its own keys, and one run exists.
+    """
     await bench.start(body={"idempotency_key": "k"})
     duplicate = (await bench.start(body={"idempotency_key": "k"}, status=409))["error"]
     conflict = (await bench.start(body={"idempotency_key": "k", "mode": "stream"}, status=422))["error"]

@@ -23,7 +23,7 @@ def check(received: tuple[dict[str, str], bytes], *secrets: str) -> Verified:
 async def test_a_completed_run_calls_back(bench: Bench, inbox: Inbox) -> None:
     """One POST with FLORA's headers and body, signed with the workspace's secret."""
     run_id = await bench.run_id(callback_url=inbox.url)
-    await bench.drained()
+    await bench.drain()
     [(headers, body)] = inbox.received
     check((headers, body))
     event = json.loads(body)
@@ -41,17 +41,20 @@ async def test_a_completed_run_calls_back(bench: Bench, inbox: Inbox) -> None:
 async def test_a_failed_run_calls_back(bench: Bench, inbox: Inbox) -> None:
     """run.failed carries the code and a message."""
     await bench.run_id("emu-fail", callback_url=inbox.url)
-    await bench.drained()
+    await bench.drain()
     event = json.loads(inbox.received[0][1])
     assert (event["type"], event["data"]["error_code"]) == ("run.failed", "GENERATION_PROMPT_MODERATED")
     assert event["data"]["error_message"]
 
 
 async def test_four_attempts_with_the_same_bytes(bench: Bench, inbox: Inbox) -> None:
-    """Anything but a 2xx is retried three times, body and signature unchanged; redirects are not followed."""
+    """Any status but 2xx is retried three times with the same body and signature.
+
+    Redirects are not followed.
+    """
     inbox.answers = [500, 302, 404, 503]
     await bench.run_id(callback_url=inbox.url)
-    await bench.drained()
+    await bench.drain()
     assert len({(headers[HEADER.lower()], body) for headers, body in inbox.received}) == 1
     listed = (await bench.client.get(f"{bench.origin}/_emulator/deliveries")).json()["deliveries"]
     assert listed[0]["state"] == "failed"
@@ -67,7 +70,7 @@ async def test_retries_end_with_a_2xx(bench: Bench, inbox: Inbox) -> None:
     """The second attempt is taken, so there is no third."""
     inbox.answers = [500]
     run_id = await bench.run_id(callback_url=inbox.url)
-    await bench.drained()
+    await bench.drain()
     listed = await bench.client.get(f"{bench.origin}/_emulator/deliveries", params={"run_id": run_id})
     assert [one["status"] for one in listed.json()["deliveries"][0]["attempts"]] == [500, 200]
 
@@ -75,7 +78,7 @@ async def test_retries_end_with_a_2xx(bench: Bench, inbox: Inbox) -> None:
 async def test_nobody_listens(bench: Bench) -> None:
     """A refused connection is an error of each of the four attempts."""
     await bench.run_id(callback_url="http://127.0.0.1:1/x")
-    await bench.drained()
+    await bench.drain()
     assert [attempt.error is not None for attempt in bench.emulator.deliveries[0].attempts] == [True] * 4
 
 
@@ -93,7 +96,7 @@ async def test_a_receiver_that_never_answers(make_bench: MakeBench) -> None:
         EmulatorSettings(run_seconds=0, time_scale=10_000, allow_private_callbacks=True, callback_timeout_seconds=0.05)
     )
     await bench.run_id(callback_url=f"http://127.0.0.1:{port}/x")
-    await bench.drained()
+    await bench.drain()
     released.set()
     server.close()
     await server.wait_closed()
@@ -106,7 +109,7 @@ async def test_drop(bench: Bench, inbox: Inbox) -> None:
     """Nothing arrives; with `attempts`, only the named ones are lost."""
     await bench.run_id(callback_url=inbox.url, faults={"kind": "drop"})
     await bench.run_id(callback_url=inbox.url, faults={"kind": "drop", "attempts": [1, 2]})
-    await bench.drained()
+    await bench.drain()
     lost, late = bench.emulator.deliveries
     assert (lost.state, [one.error for one in lost.attempts]) == ("failed", ["dropped"] * 4)
     assert [one.status for one in late.attempts] == [None, None, 200]
@@ -116,7 +119,7 @@ async def test_drop(bench: Bench, inbox: Inbox) -> None:
 async def test_duplicate(bench: Bench, inbox: Inbox) -> None:
     """Two copies besides the original, all the same bytes."""
     await bench.run_id(callback_url=inbox.url, faults={"kind": "duplicate", "copies": 2})
-    await bench.drained()
+    await bench.drain()
     assert len(inbox.received) == 3
     assert len({body for _, body in inbox.received}) == 1
 
@@ -125,7 +128,7 @@ async def test_delay_and_reorder(bench: Bench, inbox: Inbox) -> None:
     """A reordered callback lets the next one overtake it."""
     first = await bench.run_id(callback_url=inbox.url, faults={"kind": "reorder"})
     second = await bench.run_id(callback_url=inbox.url, faults={"kind": "delay", "seconds": 0.01})
-    await bench.drained()
+    await bench.drain()
     assert inbox.run_ids() == [second, first]
 
 
@@ -144,7 +147,7 @@ async def test_callbacks_that_do_not_verify(
 ) -> None:
     """Each is refused for its own reason."""
     await bench.run_id(callback_url=inbox.url, faults=fault)
-    await bench.drained()
+    await bench.drain()
     with pytest.raises(SignatureError) as refused:
         check(inbox.received[0])
     assert refused.value.problem is problem
@@ -153,7 +156,7 @@ async def test_callbacks_that_do_not_verify(
 async def test_old_secret_verifies_with_the_old_secret(bench: Bench, inbox: Inbox) -> None:
     """So a receiver that still knows it takes the callback."""
     await bench.run_id(callback_url=inbox.url, faults={"kind": "old_secret", "secret": "whsec_old"})
-    await bench.drained()
+    await bench.drain()
     assert check(inbox.received[0], SECRET, "whsec_old").secret == 1
 
 
@@ -168,7 +171,7 @@ async def test_rotation_signs_twice(make_bench: MakeBench, inbox: Inbox) -> None
         )
     )
     await bench.run_id(callback_url=inbox.url)
-    await bench.drained()
+    await bench.drain()
     check(inbox.received[0], "whsec_old")
     check(inbox.received[0], "whsec_new")
 
@@ -178,7 +181,7 @@ async def test_timestamps_refreshed_on_retry(bench: Bench, inbox: Inbox) -> None
     inbox.answers = [500]
     faults = [{"kind": "stale", "attempts": [1]}, {"kind": "refresh_timestamp"}]
     await bench.run_id(callback_url=inbox.url, faults=faults)
-    await bench.drained()
+    await bench.drain()
     first, second = inbox.received
     with pytest.raises(SignatureError):
         check(first)
@@ -189,7 +192,7 @@ async def test_timestamps_refreshed_on_retry(bench: Bench, inbox: Inbox) -> None
 async def test_contradict(bench: Bench, inbox: Inbox) -> None:
     """The callback says failed, the API says completed."""
     run = await bench.start(body={"callback_url": inbox.url}, faults={"kind": "contradict"})
-    await bench.drained()
+    await bench.drain()
     check(inbox.received[0])
     assert json.loads(inbox.received[0][1])["type"] == "run.failed"
     assert (await bench.client.get(str(run["poll_url"]))).json()["status"] == "completed"
@@ -198,18 +201,18 @@ async def test_contradict(bench: Bench, inbox: Inbox) -> None:
 async def test_callback_before_the_api_knows(bench: Bench, inbox: Inbox) -> None:
     """With a read lag the callback is there while reads still say running."""
     run = await bench.start(body={"callback_url": inbox.url}, faults={"kind": "read_lag", "seconds": 3600})
-    await bench.drained()
+    await bench.drain()
     assert len(inbox.received) == 1
     assert (await bench.client.get(str(run["poll_url"]))).json()["status"] == "running"
 
 
 async def test_faults_bound_to_a_run_that_waits(bench: Bench, inbox: Inbox) -> None:
-    """A run of an hour is told to end now and to fail: its callback follows, once."""
+    """A run of an hour is made to end now and to fail: its callback follows, once."""
     run_id = await bench.run_id(callback_url=inbox.url, faults={"kind": "run_seconds", "seconds": 3600})
     faults = [{"kind": "run_seconds", "seconds": 0}, {"kind": "fail", "error_code": "model_timeout"}]
     path = f"{bench.origin}/_emulator/runs/{run_id}/faults"
     assert (await bench.client.post(path, json={"faults": faults})).status_code == 200
-    await bench.drained()
+    await bench.drain()
     [(_, body)] = inbox.received
     assert json.loads(body)["data"]["error_code"] == "model_timeout"
 
@@ -218,7 +221,7 @@ async def test_closing_cancels_what_waits(bench: Bench, inbox: Inbox) -> None:
     """After aclose nothing is sent any more."""
     await bench.run_id(callback_url=inbox.url, faults={"kind": "run_seconds", "seconds": 3600})
     await bench.emulator.aclose()
-    await bench.drained()
+    await bench.drain()
     assert inbox.received == []
 
 
@@ -230,5 +233,5 @@ async def test_the_ca_is_the_only_one_trusted(make_bench: MakeBench, tls_inbox: 
             EmulatorSettings(run_seconds=0, time_scale=10_000, allow_private_callbacks=True, callback_ca=callback_ca)
         )
         await bench.run_id(callback_url=inbox.url)
-        await bench.drained()
+        await bench.drain()
         assert len(inbox.received) == arrived

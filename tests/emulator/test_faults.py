@@ -29,7 +29,7 @@ async def test_refusals_start_nothing(bench: Bench, fault: dict[str, object], st
 
 
 async def test_retry_after(bench: Bench) -> None:
-    """The header is there when it is asked for, and only then."""
+    """The header is present where the fault sets it, and only there."""
     await bench.break_it({"kind": "rate_limited", "retry_after": 2, "next": 1}, {"kind": "rate_limited"})
     first, second = [await bench.client.get("/techniques") for _ in range(2)]
     assert first.headers["retry-after"] == "2"
@@ -113,7 +113,7 @@ async def test_requests_are_counted(bench: Bench) -> None:
 
 
 def test_probability_is_seeded() -> None:
-    """The same seed draws the same faults, about as often as told."""
+    """The same seed draws the same faults, about as often as their probability says."""
 
     def draw() -> list[bool]:
         book = FaultBook(random.Random(1), parse_faults({"kind": "drop", "probability": 0.3}))

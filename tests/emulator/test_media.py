@@ -119,7 +119,7 @@ async def test_size_by_input_and_by_fault(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "status", "piece"),
+    ("requested", "status", "piece"),
     [
         ("bytes=0-99", 206, slice(0, 100)),
         ("bytes=100-", 206, slice(100, None)),
@@ -132,18 +132,18 @@ async def test_size_by_input_and_by_fault(bench: Bench) -> None:
         ("bytes=-0", 416, None),
     ],
 )
-async def test_ranges(bench: Bench, asked: str, status: int, piece: slice | None) -> None:
-    """206 with the right piece, 416 beyond the end, the whole file when the header makes no sense."""
+async def test_ranges(bench: Bench, requested: str, status: int, piece: slice | None) -> None:
+    """206 with the right piece, 416 beyond the end, the whole file for a malformed header."""
     url = await bench.media_url()
     full = await bench.client.get(url)
-    part = await bench.client.get(url, headers={"range": asked})
+    part = await bench.client.get(url, headers={"range": requested})
     assert part.status_code == status
     if piece is not None:
         assert part.content == full.content[piece]
     if status == 206:
         start = range(len(full.content))[piece][0] if piece is not None else 0
         assert part.headers["content-range"].startswith(f"bytes {start}-")
-    stale = await bench.client.get(url, headers={"range": asked, "if-range": '"other"'})
+    stale = await bench.client.get(url, headers={"range": requested, "if-range": '"other"'})
     assert stale.content == full.content
 
 

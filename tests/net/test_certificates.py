@@ -1,4 +1,4 @@
-"""What TLS made with our throw-away certificates must do: verify under our CA alone, for the named hosts alone."""
+"""TLS with throw-away certificates: it verifies under their CA alone, for the named hosts alone."""
 
 import asyncio
 import ssl

@@ -79,7 +79,10 @@ PRIVATE = [
 
 @pytest.mark.parametrize("address", PRIVATE)
 def test_every_kind_of_address_that_is_not_public_is_refused(address: str) -> None:
-    """Special-purpose, embedded, scoped and unreadable addresses are not public, whatever `is_global` says."""
+    """Special-purpose, embedded, scoped and malformed addresses are not public.
+
+    That holds whatever `is_global` says.
+    """
     assert not is_public(address)
 
 
@@ -90,14 +93,14 @@ def test_public_addresses_pass(address: str) -> None:
 
 
 class Names:
-    """A resolver that knows what it is told, and counts questions."""
+    """A resolver with fixed results, which counts queries."""
 
     def __init__(self, *addresses: str) -> None:
         self.addresses = addresses
-        self.asked = 0
+        self.queries = 0
 
     async def __call__(self, _host: str, _port: int) -> Sequence[str]:
-        self.asked += 1
+        self.queries += 1
         return self.addresses
 
 
@@ -109,13 +112,13 @@ async def test_one_private_address_among_public_ones_refuses_the_host(addresses:
 
 
 async def test_the_connection_goes_to_the_address_that_was_checked() -> None:
-    """One look-up per connection: a resolver that would answer differently the second time is never asked again."""
+    """One lookup per connection: a resolver that changes its result is not queried again."""
     async with serve_media() as media:
         names = Names("127.0.0.1")
         backend = GuardedBackend(allowed=[("media.test", media.port)], resolve=names)
         stream = await backend.connect_tcp("media.test", media.port, timeout=5)
         assert stream.get_extra_info("server_addr") == ("127.0.0.1", media.port)
-        assert names.asked == 1
+        assert names.queries == 1
         await stream.aclose()
 
 
@@ -146,7 +149,7 @@ async def test_no_spelling_of_loopback_passes(host: str) -> None:
 
 
 async def test_a_cancelled_handshake_closes_its_connection() -> None:
-    """A server that speaks no TLS must not keep our sockets: httpcore alone would leave them to the collector."""
+    """A server without TLS leaves no socket open, as it would with httpcore alone."""
     arrived, ended = asyncio.Event(), asyncio.Event()
 
     async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -240,7 +243,7 @@ async def test_the_api_key_stays_with_the_api() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "localhost.", "[::1]", "[::ffff:127.0.0.1]"])
 async def test_what_the_settings_take_for_loopback_the_client_does_too(host: str) -> None:
-    """They once disagreed about `localhost.`: the settings were fine, and the service did not start."""
+    """Settings and clients agree about `localhost.`, or the service would not start."""
     settings = load_settings(None, {"FLORA_BASE_URL": f"http://{host}:9100/api/v1"}, need_secrets=False)
     async with api_client(settings.flora.base_url) as client:
         assert client.base_url.port == 9100

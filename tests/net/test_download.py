@@ -1,4 +1,4 @@
-"""Downloads against a real server on loopback: what is fetched, what is refused, and what errors may say."""
+"""Downloads from a server on loopback: what is fetched, what is refused, and what errors show."""
 
 import asyncio
 import gzip
@@ -50,7 +50,7 @@ async def failure(downloader: Downloader, output: Output) -> DownloadError:
     return caught.value
 
 
-def limited(media: MediaServer, limits: DownloadLimits) -> Downloader:
+def limited_downloader(media: MediaServer, limits: DownloadLimits) -> Downloader:
     return Downloader(limits=limits, allow_private_hosts=[media.authority], tls=TLS)
 
 
@@ -67,7 +67,7 @@ async def test_a_file_arrives_whole_in_bounded_chunks(media: MediaServer, downlo
 
 
 async def test_bytes_are_counted_as_they_arrive(media: MediaServer) -> None:
-    """Those of a download that is cut count too; an inline text is not fetched and counts nothing."""
+    """Those of a download that is cut count too; an inline text, which is not fetched, does not."""
     counts: list[int] = []
     downloader = Downloader(limits=QUICK, allow_private_hosts=[media.authority], tls=TLS, count_bytes=counts.append)
     body = bytes(range(256)) * 12_000
@@ -83,7 +83,10 @@ async def test_bytes_are_counted_as_they_arrive(media: MediaServer) -> None:
 async def test_a_download_is_saved_whole_or_not_at_all(
     media: MediaServer, downloader: Downloader, tmp_path: Path
 ) -> None:
-    """What is saved is what the server sent, with its hash; of a cut one nothing is left; nothing is overwritten."""
+    """A saved file has the server's bytes and their hash.
+
+    Of a cut download nothing is left, and no file is overwritten.
+    """
     body = bytes(range(256)) * 12_000
     async with downloader.open(media.output("/secret.png", page(body))) as download:
         saved = await save(download, tmp_path / "whole")
@@ -162,7 +165,10 @@ async def test_a_public_name_for_a_private_address_is_refused() -> None:
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_redirects_never_reach_private_hosts(media: MediaServer, downloader: Downloader, scheme: str) -> None:
-    """An exception is for the first hop: a redirect leads neither to another private port nor back to the allowed one."""
+    """An allowed host is allowed for the first request only.
+
+    A redirect leads neither to another private port nor back to the allowed one.
+    """
     async with serve_media() as other:
         for target in (other.authority, media.authority, "10.0.0.1"):
             output = media.output("/secret", redirect(f"{scheme}://{target}/secret2"))
@@ -181,17 +187,17 @@ async def test_redirects_to_nowhere_are_refused(media: MediaServer, downloader: 
 async def test_too_large_by_its_own_word(media: MediaServer) -> None:
     """A Content-Length above the limit is refused before the body is read."""
     output = media.output("/secret", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 1001\r\n\r\n", hold=True))
-    error = await failure(limited(media, download_limits(max_bytes=1000)), output)
+    error = await failure(limited_downloader(media, download_limits(max_bytes=1000)), output)
     assert isinstance(error, DownloadRefusedError)
 
 
 @pytest.mark.parametrize("size", [1000, 1001])
 async def test_too_large_while_streaming(media: MediaServer, size: int) -> None:
-    """Where no length is told, bytes are counted; the limit itself still passes."""
+    """Without an announced length, bytes are counted; the limit itself is still allowed."""
     body = b"x" * size
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (size, body)
     output = media.output("/secret", Page(chunked))
-    downloader = limited(media, download_limits(max_bytes=1000))
+    downloader = limited_downloader(media, download_limits(max_bytes=1000))
     if size == 1000:
         assert await read(downloader, output) == body
     else:
@@ -199,7 +205,7 @@ async def test_too_large_while_streaming(media: MediaServer, size: int) -> None:
 
 
 async def test_a_length_beside_chunks_does_not_count(media: MediaServer, downloader: Downloader) -> None:
-    """The chunks tell where the body ends: a wrong length is not passed on as if it held."""
+    """A length beside chunked encoding does not count, and is not passed on."""
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
     async with downloader.open(media.output("/secret", Page(raw))) as download:
         assert download.content_length is None
@@ -207,7 +213,7 @@ async def test_a_length_beside_chunks_does_not_count(media: MediaServer, downloa
 
 
 async def test_what_comes_after_the_body_is_not_of_it(media: MediaServer, downloader: Downloader) -> None:
-    """A server that sends more than it promised: the promise holds, and its connection is not used again."""
+    """The announced length holds where more is sent, and the connection is not used again."""
     output = media.output("/secret", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello world"))
     assert await read(downloader, output) == await read(downloader, output) == b"hello"
 
@@ -251,7 +257,7 @@ async def test_cut_and_broken_answers_fail(media: MediaServer, downloader: Downl
 
 
 async def test_an_encoded_body_is_refused(media: MediaServer, downloader: Downloader) -> None:
-    """We asked for the bytes as they are: compressed ones would be stored as garbage, or explode."""
+    """An encoded body is refused: it would be stored as garbage, or grow without bounds."""
     answer = page(gzip.compress(b"x"), "image/png", "Content-Encoding: gzip")
     assert isinstance(await failure(downloader, media.output("/secret", answer)), DownloadRefusedError)
 
@@ -260,7 +266,7 @@ async def test_an_encoded_body_is_refused(media: MediaServer, downloader: Downlo
 async def test_silence_is_a_stall(media: MediaServer, raw: bytes) -> None:
     """A server that stops sending is given up after the stall time."""
     error = await failure(
-        limited(media, download_limits(stall_seconds=0.05)), media.output("/secret", Page(raw, hold=True))
+        limited_downloader(media, download_limits(stall_seconds=0.05)), media.output("/secret", Page(raw, hold=True))
     )
     assert isinstance(error, DownloadFailedError)
     assert "stalled" in str(error)
@@ -270,7 +276,7 @@ async def test_silence_is_a_stall(media: MediaServer, raw: bytes) -> None:
 async def test_the_deadline_ends_any_download(media: MediaServer, raw: bytes) -> None:
     """However it is slow, a download is over when its time is."""
     limits = download_limits(stall_seconds=60, deadline_seconds=0.05)
-    error = await failure(limited(media, limits), media.output("/secret", Page(raw, hold=True)))
+    error = await failure(limited_downloader(media, limits), media.output("/secret", Page(raw, hold=True)))
     assert isinstance(error, DownloadFailedError)
     assert "time" in str(error)
 
@@ -314,7 +320,7 @@ async def local(host: str, port: int) -> Sequence[str]:
 
 
 async def test_tls_is_verified_against_the_name_and_not_the_address(tmp_path: Path) -> None:
-    """Pinning the address leaves certificate checks as they are: right name passes, wrong name or unknown CA fails."""
+    """The certificate is checked against the host's name, although the address is pinned."""
     server_tls, ca = certificate(tmp_path, "media.test")
     async with serve_media("media.test", server_tls) as media, serve_media("other.test", server_tls) as wrong:
         output = media.output("/secret", page(b"safe"))
@@ -334,7 +340,10 @@ async def test_tls_is_verified_against_the_name_and_not_the_address(tmp_path: Pa
 
 
 async def test_redirects_in_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three redirects are followed by hand, without cookies or referer; a fourth, or one down to http, is refused."""
+    """Three redirects are followed, without cookies or referer.
+
+    A fourth one, or one to http, is refused.
+    """
     monkeypatch.setattr("receiver.net.clients.is_public", lambda _: True)  # loopback plays the internet
     server_tls, ca = certificate(tmp_path, "media.test")
     async with serve_media("media.test", server_tls) as media:

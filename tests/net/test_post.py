@@ -22,7 +22,7 @@ async def there() -> AsyncIterator[Target]:
         yield made
 
 
-async def posted(there: Target, body: bytes = b"{}", **options: Any) -> Posted:
+async def post_once(there: Target, body: bytes = b"{}", **options: Any) -> Posted:
     poster = Poster(there.url, allow_private=True, **options)
     try:
         return await poster.post(body, content_type="application/json", headers={"X-One": "1"})
@@ -30,7 +30,7 @@ async def posted(there: Target, body: bytes = b"{}", **options: Any) -> Posted:
         await poster.aclose()
 
 
-async def failed(poster: Poster) -> PostError:
+async def post_failure(poster: Poster) -> PostError:
     try:
         with pytest.raises(PostError) as caught:
             await poster.post(b"{}", content_type="application/json")
@@ -42,8 +42,8 @@ async def failed(poster: Poster) -> PostError:
 
 
 async def test_a_post_arrives_as_it_is(there: Target) -> None:
-    """Body, headers of all posts and of this one; nothing from the environment, no offer of compression."""
-    assert (await posted(there, b'{"a": 1}', headers={"Authorization": "Bearer k"})).status == 200
+    """The body and both sets of headers are sent, nothing from the environment, no compression."""
+    assert (await post_once(there, b'{"a": 1}', headers={"Authorization": "Bearer k"})).status == 200
     (post,) = there.posts
     assert post.line == "POST /hooks/flora HTTP/1.1"
     assert post.body == b'{"a": 1}'
@@ -65,7 +65,7 @@ async def test_a_redirect_is_an_answer(there: Target) -> None:
     """It is not followed, and what may be shown of it is where it leads, not how."""
     async with target() as other:
         there.answers = [answer("307 Moved", b"", f"Location: {other.url}?token=secret")]
-        found = await posted(there)
+        found = await post_once(there)
         assert (found.status, found.location) == (307, "http://localhost")
         assert not other.posts
 
@@ -79,16 +79,16 @@ async def test_a_redirect_is_an_answer(there: Target) -> None:
     ],
 )
 async def test_the_status_counts_whatever_the_body_does(there: Target, page: Page) -> None:
-    """Who said 200 has taken it: a body that is cut, garbled or huge changes nothing, and is not kept."""
+    """A response with 200 counts, even if its body is cut, garbled or huge."""
     there.answers = [page]
-    assert (await posted(there)).status == 200
+    assert (await post_once(there)).status == 200
 
 
 async def test_a_body_that_never_ends_is_not_waited_for(there: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer is there; the connection is let go."""
+    """The response counts; the connection is closed."""
     monkeypatch.setattr("receiver.net.post.BODY_SECONDS", 0.05)
     there.answers = [Page(b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 100\r\n\r\nlater", hold=True)]
-    found = await posted(there)
+    found = await post_once(there)
     assert (found.status, found.retry_after_seconds, found.excerpt) == (503, 7.0, "later")
     await there.gone.wait()
 
@@ -97,7 +97,7 @@ async def test_a_body_that_never_ends_is_not_waited_for(there: Target, monkeypat
 async def test_an_answer_that_does_not_come_is_given_up(there: Target, raw: bytes) -> None:
     """Silence, or a head that drips: one deadline holds for all of it."""
     there.answers = [Page(raw, hold=True)]
-    error = await failed(Poster(there.url, allow_private=True, timeout_seconds=0.1))
+    error = await post_failure(Poster(there.url, allow_private=True, timeout_seconds=0.1))
     assert isinstance(error, PostFailedError)
     assert str(error) == "localhost: no answer within 0.1 s"
 
@@ -106,20 +106,20 @@ async def test_an_answer_that_does_not_come_is_given_up(there: Target, raw: byte
 async def test_an_answer_that_is_none_fails(there: Target, raw: bytes) -> None:
     """It may have arrived all the same: the same message will come again."""
     there.answers = [Page(raw)]
-    assert isinstance(await failed(Poster(there.url, allow_private=True)), PostFailedError)
+    assert isinstance(await post_failure(Poster(there.url, allow_private=True)), PostFailedError)
 
 
 async def test_nobody_there() -> None:
-    """A refused connection may be accepted later; asking beforehand tells the same."""
+    """A refused connection may be accepted later; `connect` raises the same error."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/secret"
-    assert isinstance(await failed(Poster(url, allow_private=True)), PostFailedError)
+    assert isinstance(await post_failure(Poster(url, allow_private=True)), PostFailedError)
     with pytest.raises(PostFailedError):
         await Poster(url, allow_private=True).connect()
 
 
 async def test_a_name_that_leads_inside_is_refused() -> None:
-    """Names are judged by what they resolve to, when posting and when asked beforehand."""
+    """A name counts as what it resolves to, for `post` and for `connect`."""
 
     async def resolve(host: str, port: int) -> Sequence[str]:
         return ["1.1.1.1", "10.0.0.1"]
@@ -127,7 +127,7 @@ async def test_a_name_that_leads_inside_is_refused() -> None:
     poster = Poster("https://hooks.test/secret", resolve=resolve)
     with pytest.raises(PostRefusedError, match=r"hooks\.test is at 10\.0\.0\.1, .*allow_private"):
         await poster.connect()
-    assert isinstance(await failed(poster), PostRefusedError)
+    assert isinstance(await post_failure(poster), PostRefusedError)
 
 
 async def test_a_name_that_does_not_resolve_may_later() -> None:
@@ -136,14 +136,14 @@ async def test_a_name_that_does_not_resolve_may_later() -> None:
     async def resolve(host: str, port: int) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_AGAIN, "try again")
 
-    assert isinstance(await failed(Poster("https://hooks.test/secret", resolve=resolve)), PostFailedError)
+    assert isinstance(await post_failure(Poster("https://hooks.test/secret", resolve=resolve)), PostFailedError)
 
 
 async def test_tls_is_verified(tmp_path: Path) -> None:
-    """A certificate of another name or of an unknown CA gets nothing posted, and the cure is named."""
+    """Nothing is posted where the name or the CA is wrong; the error names the fix."""
     tls, ca = certificate(tmp_path, "localhost")
     async with target("localhost", tls) as there, target("127.0.0.1", tls) as wrong:
-        assert (await posted(there, ca_file=ca)).status == 200
+        assert (await post_once(there, ca_file=ca)).status == 200
         poster = Poster(there.url, allow_private=True, ca_file=ca)
         await poster.connect()
         await poster.aclose()
@@ -152,7 +152,7 @@ async def test_tls_is_verified(tmp_path: Path) -> None:
             poster = Poster(url, allow_private=True, ca_file=file)
             with pytest.raises(PostRefusedError, match=r"certificate is not valid.*ca_file"):
                 await poster.connect()
-            assert isinstance(await failed(poster), PostRefusedError)
+            assert isinstance(await post_failure(poster), PostRefusedError)
         assert (len(there.posts), len(wrong.posts)) == (1, 0)
 
 
@@ -161,31 +161,31 @@ async def test_plain_http_where_tls_is_spoken(there: Target) -> None:
     poster = Poster(there.url.replace("http:", "https:"), allow_private=True, timeout_seconds=0.2)
     with pytest.raises(PostFailedError):
         await poster.connect()
-    assert isinstance(await failed(poster), PostFailedError)
+    assert isinstance(await post_failure(poster), PostFailedError)
     assert not there.posts
 
 
 async def test_what_is_shown_of_an_answer_holds_no_secret(there: Target) -> None:
-    """Servers quote requests back: header values, the address itself, media URLs, in the spellings they use."""
+    """Header values, the URL and media URLs are concealed in every spelling that servers quote."""
     body = (
         b'<b>no</b>\r\n\x1b[31m token s3cr&et/key and "s3cr\\&et" s3cr&amp;et/key s3cr%26et%2Fkey s3cr&et\\/key '
         b"https://media.test/a.png https:\\/\\/media.test\\/b.png https%3A%2F%2Fmedia.test%2Fc.png "
         b"POST /hooks/flora \xff end"
     )
     there.answers = [answer("500 Oops", body)]
-    found = await posted(there, headers={"Authorization": "Bearer s3cr&et/key"})
+    found = await post_once(there, headers={"Authorization": "Bearer s3cr&et/key"})
     assert found.excerpt == '<b>no</b> [31m token … and "s3cr\\&et" … … … … … … POST … \ufffd end'
 
 
 async def test_what_is_shown_is_short(there: Target) -> None:
     there.answers = [answer("500 Oops", b"x" * 100_000)]
-    assert (await posted(there)).excerpt == "x" * 200
+    assert (await post_once(there)).excerpt == "x" * 200
 
 
 async def test_cancellation_lets_go_of_the_connection(there: Target) -> None:
     """Shutdown does not wait for a server that thinks."""
     there.answers = [Page(b"", hold=True)]
-    task = asyncio.create_task(posted(there))
+    task = asyncio.create_task(post_once(there))
     await there.held.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -214,7 +214,7 @@ async def test_cancellation_lets_go_of_the_connection(there: Target) -> None:
     ],
 )
 def test_addresses_that_are_not_posted_to(text: str, words: str) -> None:
-    """Told when the configuration is read, without the address."""
+    """A bad URL is refused when the configuration is read; the reason does not show it."""
     with pytest.raises(ValueError, match=words) as caught:
         target_url(text, allow_private=False)
     assert "secret" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Cut downloads: which are continued, by what answer, and that nothing but the same bytes ever comes out."""
+"""Cut downloads: which are resumed, by which response, and that the bytes are always the same."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -44,9 +44,11 @@ def cut(at: int, *headers: str, body: bytes = BODY) -> Page:
     return Page(raw[: len(raw) - len(body) + at])
 
 
-def rest(start: int, *headers: str, until: int = len(BODY), told: str | None = None) -> Page:
-    told = told or f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"
-    full = page(BODY[start:], "image/png", f"Content-Range: {told}", *headers, status="206 Partial Content").raw
+def rest(start: int, *headers: str, until: int = len(BODY), content_range: str | None = None) -> Page:
+    content_range = content_range or f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"
+    full = page(
+        BODY[start:], "image/png", f"Content-Range: {content_range}", *headers, status="206 Partial Content"
+    ).raw
     return Page(full[: len(full) - (len(BODY) - until)])
 
 
@@ -55,7 +57,7 @@ async def read(downloader: Downloader, output: Output) -> bytes:
         return b"".join([chunk async for chunk in download])
 
 
-def asked(media: MediaServer) -> list[str]:
+def range_lines(media: MediaServer) -> list[str]:
     """What each request wanted of the body."""
     lines = [line for head in media.requests for line in [*head.lower().split("\r\n"), "range: all"]]
     return [line for line in lines if line.startswith(("range: ", "if-range: "))]
@@ -67,7 +69,7 @@ async def test_a_cut_body_is_continued_where_it_ended(media: MediaServer, downlo
     output = media.output("/secret", rest(first, *STRONG))
     media.first["/secret"] = [cut(first, *STRONG)]
     assert await read(downloader, output) == BODY
-    assert asked(media) == ["range: all", f"range: bytes={first}-", 'if-range: "one"', "range: all"]
+    assert range_lines(media) == ["range: all", f"range: bytes={first}-", 'if-range: "one"', "range: all"]
 
 
 async def test_the_rest_may_be_cut_too(media: MediaServer, downloader: Downloader) -> None:
@@ -117,7 +119,7 @@ async def test_a_date_of_long_ago_is_strong(media: MediaServer, downloader: Down
     output = media.output("/secret", rest(1000))
     media.first["/secret"] = [cut(1000, "Accept-Ranges: bytes", *old)]
     assert await read(downloader, output) == BODY
-    assert "if-range: tue, 24 nov 2026 12:00:00 gmt" in asked(media)
+    assert "if-range: tue, 24 nov 2026 12:00:00 gmt" in range_lines(media)
 
 
 @pytest.mark.parametrize(
@@ -125,11 +127,11 @@ async def test_a_date_of_long_ago_is_strong(media: MediaServer, downloader: Down
     [
         page(BODY, "image/png", 'ETag: "two"'),
         rest(1000, 'ETag: "two"'),
-        rest(1000, told=f"bytes 999-{len(BODY) - 1}/{len(BODY)}"),
-        rest(1000, told=f"bytes 1000-{len(BODY) - 1}/{len(BODY) + 1}"),
-        rest(1000, told=f"bytes 1000-{len(BODY) - 2}/{len(BODY)}"),
-        rest(1000, told="bytes */5"),
-        rest(1000, told=f"bytes 1000-{'9' * 5000}/{'9' * 5000}"),
+        rest(1000, content_range=f"bytes 999-{len(BODY) - 1}/{len(BODY)}"),
+        rest(1000, content_range=f"bytes 1000-{len(BODY) - 1}/{len(BODY) + 1}"),
+        rest(1000, content_range=f"bytes 1000-{len(BODY) - 2}/{len(BODY)}"),
+        rest(1000, content_range="bytes */5"),
+        rest(1000, content_range=f"bytes 1000-{'9' * 5000}/{'9' * 5000}"),
         page(BODY[1000:], "image/png", status="206 Partial Content"),
         page(b"", status="416 Range Not Satisfiable"),
     ],
@@ -185,7 +187,7 @@ async def test_a_stall_is_continued_too(media: MediaServer) -> None:
 
 
 async def test_cancellation_ends_the_rest(media: MediaServer, downloader: Downloader) -> None:
-    """Whoever stops reading lets go of the connection that the rest comes over."""
+    """A reader that stops closes the connection of the resumed body."""
     output = media.output("/secret", Page(rest(1000, until=2000).raw, hold=True))
     media.first["/secret"] = [cut(1000, *STRONG)]
     task = asyncio.create_task(read(downloader, output))
@@ -197,9 +199,9 @@ async def test_cancellation_ends_the_rest(media: MediaServer, downloader: Downlo
 
 def test_only_complete_answers_say_how_they_go_on() -> None:
     """Length, ranges and a strong validator, or nothing."""
-    told = {"accept-ranges": "bytes", "content-length": "5", "etag": '"x"'}
-    assert parse_resumable(told) == ResumableBody(5, '"x"')
-    assert parse_resumable({**told, "content-length": "five"}) is None
-    assert parse_resumable({**told, "etag": 'W/"x"'}) is None
-    assert parse_resumable({**told, "accept-ranges": "none"}) is None
-    assert parse_resumable({**told, "transfer-encoding": "chunked"}) is None
+    headers = {"accept-ranges": "bytes", "content-length": "5", "etag": '"x"'}
+    assert parse_resumable(headers) == ResumableBody(5, '"x"')
+    assert parse_resumable({**headers, "content-length": "five"}) is None
+    assert parse_resumable({**headers, "etag": 'W/"x"'}) is None
+    assert parse_resumable({**headers, "accept-ranges": "none"}) is None
+    assert parse_resumable({**headers, "transfer-encoding": "chunked"}) is None

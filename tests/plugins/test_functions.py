@@ -1,4 +1,4 @@
-"""Plain functions as handlers: what they may return, and that a hanging one harms nobody."""
+"""Plain functions as handlers: what they may return, and that a hanging one delays nothing else."""
 
 import asyncio
 import contextvars
@@ -39,7 +39,7 @@ def plain(run: SettledRun, context: BlockingContext) -> dict[str, Any]:
     return {"run": run.run_id, "key": context.idempotency_key, "thread": threading.current_thread().name}
 
 
-def yielding(run: SettledRun, context: BlockingContext) -> Iterator[int]:
+def yield_numbers(run: SettledRun, context: BlockingContext) -> Iterator[int]:
     yield 1
 
 
@@ -47,7 +47,7 @@ def narrow(run: SettledRun) -> None:
     """Takes too little."""
 
 
-def extended(extra: str, run: SettledRun, context: BlockingContext) -> dict[str, str]:
+def with_extra(extra: str, run: SettledRun, context: BlockingContext) -> dict[str, str]:
     return {"extra": extra}
 
 
@@ -63,8 +63,8 @@ class Classy:
 
 
 caller = Caller()
-partial = functools.partial(extended, "more")
-anonymous = lambda run, context: polite(run, context)  # noqa: E731, PLW0108
+partial = functools.partial(with_extra, "more")
+anonymous = lambda run, context: polite(run, context)  # noqa: E731, PLW0108  # the test is of a lambda
 number = 3
 
 
@@ -98,7 +98,7 @@ async def test_whatever_can_be_called_with_run_and_context(
         ("Classy", "and is not a function"),
         ("number", "and is not a function"),
         ("narrow", "cannot be called with (run, context)"),
-        ("yielding", "yields"),
+        ("yield_numbers", "yields"),
         ("absent", "cannot be imported"),
     ],
 )
@@ -111,7 +111,7 @@ def test_what_is_no_handler_is_told(name: str, words: str) -> None:
 
 
 def test_a_function_has_no_options() -> None:
-    """An option that nobody reads is a mistake."""
+    """An unknown option is a problem."""
     with pytest.raises(ConfigError, match="no option of this handler"):
         handler_of("plain", options={"size": 1})
 
@@ -130,18 +130,18 @@ def test_a_function_has_no_options() -> None:
     ],
 )
 async def test_what_a_function_returns(returned: Any, answer: Any, is_async: bool, context_of: ContextOf) -> None:
-    """Nothing and a mapping are Done; answers are themselves; all else is a mistake that is told."""
+    """None and a mapping are Done, answers are themselves, and all else is a reported mistake."""
 
     async def asynchronous(run: SettledRun, context: Context) -> Any:
         return returned
 
-    def blocking(run: SettledRun, context: BlockingContext) -> Any:
+    def plain_function(run: SettledRun, context: BlockingContext) -> Any:
         return returned
 
-    assert await attempted(FunctionHandler(asynchronous if is_async else blocking), context_of()) == answer
+    assert await run_attempt(FunctionHandler(asynchronous if is_async else plain_function), context_of()) == answer
 
 
-async def attempted(handler: FunctionHandler, context: MemoryContext, seconds: float = 30) -> Any:
+async def run_attempt(handler: FunctionHandler, context: MemoryContext, seconds: float = 30) -> Any:
     return await call_handler(handler, RUN, context, seconds)
 
 
@@ -149,10 +149,10 @@ async def attempted(handler: FunctionHandler, context: MemoryContext, seconds: f
 async def test_whatever_a_function_raises_means_later(error: BaseException, context_of: ContextOf) -> None:
     """Even what would end a program, or a coroutine."""
 
-    def raising(run: SettledRun, context: BlockingContext) -> None:
+    def fail(run: SettledRun, context: BlockingContext) -> None:
         raise error
 
-    answer = await attempted(FunctionHandler(raising), context_of())
+    answer = await run_attempt(FunctionHandler(fail), context_of())
     assert isinstance(answer, Retry)
     assert "no" in answer.reason or "StopIteration" in answer.reason
 
@@ -160,7 +160,7 @@ async def test_whatever_a_function_raises_means_later(error: BaseException, cont
 async def test_a_plain_function_has_the_whole_context(
     media: MediaServer, context_of: ContextOf, tmp_path: Path
 ) -> None:
-    """Downloads, places and records, one after the other, with calls that simply return; context variables travel."""
+    """Its calls block and return results; context variables are passed on to its thread."""
     image = media.output("/a.png", page(b"bytes" * 1000))
     context = context_of(asked={"inputs": []})
     LOUD.set("heard")
@@ -177,19 +177,19 @@ async def test_a_plain_function_has_the_whole_context(
         return {
             "read": hashlib.sha256(blocking.read(image)).hexdigest() == saved.sha256,
             "stored": [each.location for each in blocking.stored()],
-            "asked": blocking.request(),
+            "request": blocking.request(),
             "known": (blocking.handler, blocking.event.value, blocking.attempt, blocking.max_attempts),
             "until": blocking.deadline_at,
             "own": len(blocking.artifacts),
             "loud": LOUD.get(),
         }
 
-    answer = await attempted(FunctionHandler(whole), context)
+    answer = await run_attempt(FunctionHandler(whole), context)
     assert answer == Done(
         {
             "read": True,
             "stored": ["file:///a.png"],
-            "asked": {"inputs": []},
+            "request": {"inputs": []},
             "known": ["test", "settled", 1, 5],  # as the ledger keeps it
             "until": str(context.deadline_at),
             "own": 1,
@@ -200,43 +200,43 @@ async def test_a_plain_function_has_the_whole_context(
 
 
 async def test_one_that_hangs_is_left_behind(context_of: ContextOf) -> None:
-    """Its attempt ends in time, and further calls are refused while as many as may run are still hanging."""
+    """Its attempt ends in time, and further calls are refused while all its threads hang."""
     release = threading.Event()
     refused: list[Exception] = []
 
-    def hanging(run: SettledRun, context: BlockingContext) -> None:
+    def hang(run: SettledRun, context: BlockingContext) -> None:
         release.wait()
         try:
             context.reserve(0, "out", "file:///late")
         except AttemptOverError as error:
             refused.append(error)
 
-    handler = FunctionHandler(hanging, threads=1)
+    handler = FunctionHandler(hang, threads=1)
     context = context_of()
-    assert await attempted(handler, context, 0.05) == Retry("it took longer than 0.05 s")
+    assert await run_attempt(handler, context, 0.05) == Retry("it took longer than 0.05 s")
     assert [line[1] for line in context.log.lines] == ["handler.abandoned"]
-    second = await attempted(handler, context_of(), 0.05)
+    second = await run_attempt(handler, context_of(), 0.05)
     assert second == Retry("1 earlier calls have not returned; the function should end by itself")
     release.set()
     # The loop hears of the return after the function's last line.
     await until(lambda: context.log.lines[-1][1] == "handler.returned_late")
     assert len(refused) == 1
     assert not context.records
-    assert await attempted(handler, context_of()) == Done()
+    assert await run_attempt(handler, context_of()) == Done()
 
 
 async def test_a_download_under_way_is_cleaned_up(media: MediaServer, context_of: ContextOf, tmp_path: Path) -> None:
-    """When the attempt's time is over nothing of a half-saved file is left, and the function hears why."""
+    """When its time is over, no partial file is left, and the function gets an error."""
     slow = media.output("/slow", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort", hold=True))
     heard = threading.Event()
 
-    def saving(run: SettledRun, context: BlockingContext) -> None:
+    def save_output(run: SettledRun, context: BlockingContext) -> None:
         try:
             context.save(slow, tmp_path / "file")
         except AttemptOverError:
             heard.set()
 
-    task = asyncio.create_task(FunctionHandler(saving).handle(RUN, context_of()))
+    task = asyncio.create_task(FunctionHandler(save_output).handle(RUN, context_of()))
     await media.held.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -276,11 +276,11 @@ async def test_one_that_hangs_starves_nobody(context_of: ContextOf) -> None:
     release = threading.Event()
     seen: list[str] = []
 
-    def hanging(run: SettledRun, context: BlockingContext) -> None:
+    def hang(run: SettledRun, context: BlockingContext) -> None:
         release.wait()
         seen.append(threading.current_thread().name)
 
-    handler = FunctionHandler(hanging, threads=40)
+    handler = FunctionHandler(hang, threads=40)
     calls = [asyncio.create_task(handler.handle(RUN, context_of())) for _ in range(40)]
     assert await asyncio.to_thread(lambda: "free") == "free"
     release.set()

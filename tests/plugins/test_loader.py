@@ -1,4 +1,4 @@
-"""Loading handlers: every problem at once, each with its path, and nothing runs that was not asked for."""
+"""Loading handlers: every problem at once, each with its path, and no handler runs unconfigured."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ class Opinionated(Plain):
 
 
 class Extravagant(Plain):
-    """Needs what nobody has installed."""
+    """Needs a library that is not installed."""
 
     def __init__(self, config: Options) -> None:
         super().__init__(config)
@@ -60,7 +60,7 @@ class Modest(Plain):
     concurrency = 1
 
     async def check(self) -> None:
-        raise TargetUnreachableError("nobody answers at 127.0.0.1:9")
+        raise TargetUnreachableError("no response from 127.0.0.1:9")
 
 
 class Broken(Plain):
@@ -168,7 +168,7 @@ def test_what_is_wrong_is_told_with_its_path(handler: dict[str, Any], path: str,
 
 
 def test_every_problem_is_told_at_once() -> None:
-    """Nobody fixes a file one error at a time."""
+    """All problems of a file are reported at once."""
     with pytest.raises(ConfigError) as caught:
         load_handlers(settings({"use": "nonsense"}, entry("Plain"), entry("Explosive"), entry("NoConfig")))
     assert [problem.path for problem in caught.value.problems] == ["handlers.0.use", "handlers.2", "handlers.3.use"]
@@ -182,7 +182,7 @@ def test_a_value_is_never_repeated_in_a_problem() -> None:
 
 
 def test_a_module_that_exits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script without a guard ends the process that imports it: not ours, and not without a word."""
+    """A module that calls `sys.exit` when it is imported is a reported problem."""
     (tmp_path / "a_script_that_exits.py").write_text("import sys\nsys.exit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError) as caught:
@@ -194,7 +194,10 @@ def test_a_module_that_exits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_module_that_is_not_found_is_told_where_it_would_be() -> None:
-    """`flora-receiver` does not look in the working directory; what a module of one's own lacks is another matter."""
+    """A module that is not found gets a hint at the working directory.
+
+    A missing import inside a module does not.
+    """
     with pytest.raises(ConfigError) as caught:
         load_handlers(settings({"use": "my_sums:announce"}))
     assert "`python -m receiver` finds a module" in str(caught.value)
@@ -237,7 +240,7 @@ async def test_checks_tell_what_is_wrong_from_what_may_pass() -> None:
     loaded = load_handlers(settings(entry("Plain"), entry("Modest"), entry("Broken"), entry("Leaving")))
     problems, warnings = await check_handlers(loaded)
     assert problems == [Problem("broken", "no right to write"), Problem("leaving", "gone")]
-    assert warnings == [Problem("modest", "nobody answers at 127.0.0.1:9")]
+    assert warnings == [Problem("modest", "no response from 127.0.0.1:9")]
 
 
 class Stubborn(Plain):
@@ -252,7 +255,7 @@ class Stubborn(Plain):
 
 
 async def test_a_check_that_does_not_end_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the other checks nor the start of the service: it is a warning, even if it ignores that its time is over."""
+    """A check that hangs is a warning, even if it ignores its cancellation."""
     monkeypatch.setattr(plugins, "_CHECK_SECONDS", 0.01)
     Stubborn.free = asyncio.Event()
     problems, warnings = await check_handlers(load_handlers(settings(entry("Stubborn"), entry("Broken"))))
@@ -262,7 +265,7 @@ async def test_a_check_that_does_not_end_holds_up_nobody(monkeypatch: pytest.Mon
 
 
 class Closing(Plain):
-    """Lets go as it is told to: in order, with an error, with the process, or never."""
+    """Closes as configured: in order, with an error, by ending the process, or never."""
 
     closed: ClassVar[list[str]] = []
 
@@ -280,7 +283,7 @@ class Closing(Plain):
 
 
 async def test_closing_is_over_whatever_a_handler_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that stops, and a check that ends, wait for nobody for ever; all others have let go."""
+    """A handler that does not close delays the service only briefly; all others are closed."""
     monkeypatch.setattr(plugins, "_CLOSE_SECONDS", 0.01)
     names = ("a", "b", "c", "d", "e")
     entries = [entry("Closing", options={"size": size}) | {"name": name} for size, name in enumerate(names, 1)]
@@ -301,7 +304,8 @@ def test_a_secret_may_stand_in_the_environment(tmp_path: Path) -> None:
         ),
         {"TOKEN": "from the environment"},
     )
-    tokens = [each.registration.handler.config.token for each in (first, second)]  # type: ignore[attr-defined]
+    handlers: list[Any] = [each.registration.handler for each in (first, second)]
+    tokens = [handler.config.token for handler in handlers]
     assert [token.get_secret_value() for token in tokens] == ["from the environment", "from a file"]
     assert "from" not in repr(tokens)
     with pytest.raises(ConfigError, match="TOKEN is not set"):

@@ -1,4 +1,4 @@
-"""Threads of the loop: a handler has its own, so that its calls that hang hold up nobody else, not even the end."""
+"""Threads: each handler has its own, so that its hanging calls delay nothing else."""
 
 import asyncio
 import subprocess
@@ -32,7 +32,7 @@ async def own(handler: str, call: Callable[[], T]) -> T:
 
 
 async def test_one_that_hangs_in_every_thread_holds_up_nobody(threads: Threads) -> None:
-    """Not another handler, not the service, not a look-up of a name; its own further calls wait, and may be given up."""
+    """Other handlers, the service and lookups go on; its own further calls wait."""
     release, hanging = threading.Event(), threading.Semaphore(0)
 
     def hang() -> bool:
@@ -48,7 +48,7 @@ async def test_one_that_hangs_in_every_thread_holds_up_nobody(threads: Threads) 
     assert await asyncio.get_running_loop().getaddrinfo("localhost", 80)
     assert not any(task.done() for task in late)
     late[0].cancel()
-    threads.release_handlers()  # as the service does when it stops: nobody waits
+    threads.release_handlers()  # as the service does when it stops, without waiting
     release.set()
     assert await asyncio.gather(*stuck) == [True] * MAX_THREADS
     assert len(await asyncio.gather(*late[1:])) == 2
@@ -56,7 +56,7 @@ async def test_one_that_hangs_in_every_thread_holds_up_nobody(threads: Threads) 
 
 
 async def test_threads_are_used_again_and_started_as_they_are_needed() -> None:
-    """One call after the other needs few threads; what is under way at the same time has one each."""
+    """Successive calls share few threads; concurrent calls have one each."""
     names = {await asyncio.create_task(own("a", threading.get_ident)) for _ in range(200)}
     assert len(names) < MAX_THREADS  # not one: it may still be on its way back when the next call comes
     meeting = threading.Barrier(8)
@@ -73,7 +73,7 @@ async def test_an_error_is_the_callers() -> None:
 
 
 def test_a_hanging_call_does_not_keep_the_process() -> None:
-    """The loop is closed and the process ends, although a handler's thread still waits for something."""
+    """The process ends although a handler's thread still waits."""
     program = """
 import asyncio, threading
 from receiver.plugins.threads import Threads, use_threads_of

@@ -15,7 +15,7 @@ __all__ = ["MediaServer", "Page", "certificate", "page", "redirect", "serve_medi
 
 
 def certificate(directory: Path, name: str) -> tuple[ssl.SSLContext, Path]:
-    """Make a self-signed certificate: the server's context, and the file that clients trust it by."""
+    """Make a self-signed certificate; return the server's context and the file for its clients."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = dt.datetime.now(dt.UTC)

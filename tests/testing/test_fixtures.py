@@ -1,4 +1,4 @@
-"""The kit for authors of handlers, and the example package: built, installed, discovered, and its own tests run."""
+"""The kit for authors of handlers, and the example package: installed, discovered and tested."""
 
 import os
 import re
@@ -19,7 +19,7 @@ PLUGIN = Path(__file__).parents[1] / "example_plugin"
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def installed_example(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which the example package is installed beside flora-receiver."""
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
@@ -27,12 +27,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(target), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def test_the_example_is_found_by_its_entry_point(installed: dict[str, str], tmp_path: Path) -> None:
+def test_the_example_is_found_by_its_entry_point(installed_example: dict[str, str], tmp_path: Path) -> None:
     """Its name is all that the settings need, and its options are shown like anybody's."""
 
     def say(*arguments: str) -> str:
         command = [sys.executable, "-m", "receiver", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, env=installed_example, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -40,17 +40,17 @@ def test_the_example_is_found_by_its_entry_point(installed: dict[str, str], tmp_
     assert "Where the files go" in say("handlers", "show", "checksums")
 
 
-def test_the_examples_own_tests_pass(installed: dict[str, str], tmp_path: Path) -> None:
+def test_the_examples_own_tests_pass(installed_example: dict[str, str], tmp_path: Path) -> None:
     """As its README says, with the kit's fixtures and a running receiver."""
     arguments = ["-q", "-p", "no:cacheprovider", "-c", PLUGIN / "pyproject.toml", "--rootdir", PLUGIN, PLUGIN / "tests"]
     command = [sys.executable, "-m", "pytest", *map(str, arguments), "--basetemp", str(tmp_path / "base")]
-    done = subprocess.run(command, env=installed, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=installed_example, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
 
 
 def test_what_the_manual_says_about_tests_is_enough(tmp_path: Path) -> None:
-    """Its three blocks in three files, beside the function that the page shows: they pass, and nothing warns."""
+    """The blocks of the page, saved as files, pass without a warning."""
     function = next(block for block in _blocks("handlers/WRITING.md", "python") if "def announce" in block)
     fixtures, test = (
         block for block in _blocks("handlers/WRITING.md", "python") if "flora_stand" in block or "pytest" in block
@@ -112,7 +112,7 @@ async def test_a_run_has_one_output_of_each_type(
 async def test_a_function_is_tried_in_a_running_receiver(
     flora_stand: Callable[..., AbstractAsyncContextManager[Stand]],
 ) -> None:
-    """The stand takes whatever the settings take; callbacks can be sent by hand, rotated secrets too."""
+    """The stand accepts every setting; callbacks can be sent by hand, with rotated secrets too."""
     async with flora_stand([{"use": f"{__name__}:remember", "name": "remember"}]) as stand:
         run = await stand.run("emu-text", metadata={"market": "DE"})
         assert run.succeeded
