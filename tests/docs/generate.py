@@ -4,16 +4,20 @@ A generated part stands between `<!-- generated: NAME ARGUMENTS -->` and `<!-- e
 the names. `test_generated.py` fails while a document is not what this module would write.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from receiver.cli.doctor.findings import FINDING_KINDS
 from receiver.cli.trigger.cases import CASES
 from receiver.config import Setting, describe, environment_variables
 from receiver.emulator.faults import KINDS
-from receiver.plugins.loader import options_of
+from receiver.model import When
+from receiver.plugins.loader import GROUP, find_handler, options_of
 from receiver.telemetry import Metrics
 from receiver.web.ops.openapi import openapi_document
 from receiver.web.public import STATUS
@@ -53,6 +57,21 @@ def _settings() -> str:
 
 def _options(handler: str) -> str:
     return to_table("option | default | meaning", (_setting_row(row) for row in options_of(handler)))
+
+
+def _handler_defaults() -> str:
+    """Tabulate what the classes of the shipped handlers set for their entries in the settings."""
+    rows = (_default_row(point.name) for point in sorted(entry_points(group=GROUP), key=lambda point: point.name))
+    return to_table("handler | `on` | `when` | `max_attempts` | `timeout_seconds` | `concurrency`", rows)
+
+
+def _default_row(name: str) -> tuple[str, ...]:
+    handler = find_handler(name)
+    on = ", ".join(to_code(event) for event in getattr(handler, "on", ()))
+    when = {key: value for key, value in asdict(getattr(handler, "when", When())).items() if value is not None}
+    filters = ", ".join(to_code(f"{key} = {json.dumps(value)}") for key, value in when.items())
+    limits = (getattr(handler, limit, None) for limit in ("max_attempts", "timeout_seconds", "concurrency"))
+    return to_code(name), on, filters or "–", *("–" if each is None else to_code(f"{each:g}") for each in limits)
 
 
 def _setting_row(row: Setting) -> tuple[str, str, str]:
@@ -120,6 +139,7 @@ PARTS: Mapping[str, Callable[..., str]] = {
     "settings": _settings,
     "environment": _environment,
     "options": _options,
+    "handler-defaults": _handler_defaults,
     "commands": command_table,
     "command-reference": command_reference,
     "metrics": _metrics,
