@@ -1,4 +1,4 @@
-"""Plans the API calls that read due runs with the fewest requests. Pure; used by poller and sweeper.
+"""Plans the API calls that read due runs with the fewest requests. Pure; for poller and sweeper.
 
 A page of a list has a hundred runs, newest first; a single read has one. How many other runs lie
 between two of ours in a list is unknown, so a scan is a bet: it is made if it looks cheaper than
@@ -272,8 +272,8 @@ def _newest_first(due: Iterable[Run], soon: Iterable[Run]) -> list[_Queued]:
 def _reach(queue: Sequence[_Queued], *, since: datetime, depth: Depth | None, least: float) -> tuple[int, int]:
     """Return how many of these runs, newest first, to read by paging from `since`, and the pages.
 
-    The best prefix saves the most requests; it is empty if that is fewer than `least`. Only due runs
-    justify a scan; the others are read along with them.
+    The best prefix saves the most requests; it is empty if that is fewer than `least`. Only due
+    runs justify a scan; the others are read along with them.
     """
     best, reach, cost = least, 0, 0
     for place, spared in enumerate(accumulate(each.worth for each in queue), 1):

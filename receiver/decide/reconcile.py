@@ -338,8 +338,8 @@ def _set_cost(case: _Case) -> Decision:
     """Set the cost of a settled run, if the read has it, and refresh the URLs of its outputs."""
     run = case.known
     if run.cost_due_at is None or case.snapshot.charged_cost is None:
-        asked = _await_cost(case)
-        return replace(asked, refreshed=case.snapshot.outputs) if isinstance(asked, Changed) else asked
+        decision = _await_cost(case)
+        return replace(decision, refreshed=case.snapshot.outputs) if isinstance(decision, Changed) else decision
     run = replace(
         run, charged_cost=case.snapshot.charged_cost, cost_due_at=None, next_poll_at=None, polls=run.polls + 1
     )
@@ -370,10 +370,10 @@ def _end_reread(case: _Case) -> Decision:
 
 def _dispute(case: _Case) -> Decision:
     """Mark the run as diverged: the API shows another end than before. The first end stays."""
-    asked = _await_cost(case)  # if the cost is missing, the next read must not be due at once
+    decision = _await_cost(case)  # if the cost is missing, the next read must not be due at once
     if case.known.verdict is Verdict.DIVERGED:
-        return asked
-    run, events = (asked.run, asked.events) if isinstance(asked, Changed) else (case.known, ())
+        return decision
+    run, events = (decision.run, decision.events) if isinstance(decision, Changed) else (case.known, ())
     return Changed(replace(run, verdict=Verdict.DIVERGED, verdict_due_at=None), events=(Event.DIVERGED, *events))
 
 

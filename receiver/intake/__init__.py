@@ -1,5 +1,7 @@
-"""The only way into the ledger: callbacks are verified, parsed and committed here, and so is every other report on a run.
+"""The only way into the ledger, for callbacks and for every other report on a run.
 
-Called by `web` (callbacks) and by `workers` (reads, starts, sweeps). May import `store`, `flora`, `decide` and what is
-below them.
+Callbacks are verified and parsed here. What arrives during a commit shares the next one.
+
+Called by `web` (callbacks) and by `workers` (reads, starts, sweeps). May import `store`, `flora`,
+`decide` and what is below them.
 """

@@ -1,7 +1,7 @@
 """The intake: callbacks enter by `accept`, every other report on a run by `apply`.
 
-What is acceptable is decided here; `group_commit` commits it and `recorder` applies it to the ledger. Called by `web` and
-by the workers.
+What is acceptable is decided here; `group_commit` commits it and `recorder` applies it to the
+ledger. Called by `web` and by the workers.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """The callback is verified and committed, but its event type is unknown: nothing follows from it."""
+    """The callback is verified and committed, but its event type is unknown: nothing follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Secret:
 
 
 class Intake:
-    """Accepts callbacks and applies reports. `close` waits until all that has arrived is committed."""
+    """Accepts callbacks and applies reports. `close` waits until all of them are committed."""
 
     def __init__(
         self,
@@ -104,10 +104,10 @@ class Intake:
     async def accept(
         self, body: bytes, signature: str | None, *, remote: str | None = None, start: str | None = None
     ) -> CallbackResult:
-        """Verify, parse and commit one callback. Raises StoreUnavailableError if it was not committed.
+        """Verify, parse and commit one callback. Raises StoreUnavailableError if that fails.
 
-        `remote` is the sender's address. `start` is the token in the callback's URL, if any: it links the run to the
-        start that made it.
+        `remote` is the sender's address. `start` is the token in the callback's URL, if any: it
+        links the run to the start that made it.
         """
         now = self._clock()
         try:
@@ -130,7 +130,8 @@ class Intake:
     async def apply(self, report: Report, *, start: str | None = None) -> Decision:
         """Commit what a report does to its run, and return it. Raises StoreUnavailableError.
 
-        `start` is the token of the start that made the run: the start is marked as started in the same commit.
+        `start` is the token of the start that made the run: the start is marked as started in the
+        same commit.
         """
         return (await self._commits.commit(report, start=start)).decision
 
@@ -166,7 +167,10 @@ class Intake:
         return self.refuse(error.problem.value, str(error), remote=remote, size=len(body))
 
     async def _refuse_payload(self, error: PayloadError, delivery: Delivery, remote: str | None) -> Refused:
-        """Refuse an authentic body that cannot be parsed, but keep it: FLORA may have changed its format."""
+        """Refuse an authentic body that cannot be parsed.
+
+        The body is kept, since FLORA may have changed its format.
+        """
         await self._commits.commit(None, delivery)
         log.error("callback.unreadable", reason=str(error), size=len(delivery.body))
         return self.refuse("invalid_payload", str(error), remote=remote, size=len(delivery.body))
@@ -187,7 +191,7 @@ class Intake:
         return True
 
     async def _request_read(self, body: bytes, now: datetime) -> None:
-        """Have the run of an authentic callback that came at a wrong time read, if it is known and unsettled."""
+        """Request a read of the run of a callback with a wrong timestamp, if it is not settled."""
         try:
             callback = parse_callback(body)
             known = await self._database.read(lambda tx: ledger.runs_by_id(tx, [callback.run_id]))

@@ -1,7 +1,7 @@
-"""Group commit: what arrives while one transaction commits shares the next one. Called by `callbacks` alone.
+"""Group commit: entries that arrive during a commit share the next one. Called by `callbacks`.
 
-An entry that cannot be committed fails alone, and no caller waits longer than FLORA does. The workers are woken, and
-metrics and logs written, after the commit.
+An entry that cannot be committed fails alone, and no caller waits longer than FLORA does. The
+workers are woken, and metrics and logs written, after the commit.
 """
 
 import asyncio
@@ -30,7 +30,8 @@ _MAX_WAITING = 10_000
 _TIMEOUT_SECONDS = 8.0
 """FLORA waits 10 s for a response: a 503 that it receives is better than a 200 that it does not."""
 _WATCH_SECONDS = 0.25
-"""How often timeouts are looked for. A timer per entry would cost more than verifying its callback."""
+"""How often timeouts are looked for. A timer per entry would cost more than verifying its
+callback."""
 _SOON = timedelta(seconds=5)
 """Reads due within this time wake the poller, which may be about to sleep for longer."""
 _MAX_LOGGED = 5
@@ -120,7 +121,8 @@ class GroupCommit:
                 for entry in batch:
                     await self._commit_batch([entry])
             elif isinstance(error, IntegrityError) and tries > 1:
-                # Another process has just committed the same delivery, run or start: decide again, knowing of it.
+                # Another process has just committed the same delivery, run or start: decide again,
+                # knowing of it.
                 await self._commit_batch(batch, tries - 1)
             else:
                 log.exception("intake.entry_failed")

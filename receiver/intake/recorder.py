@@ -1,6 +1,7 @@
-"""Applies a batch of entries to the ledger in one transaction: each is decided by the rules, then all is written.
+"""Applies a batch of entries to the ledger in one transaction, as the rules decide.
 
-Called by `group_commit` alone. A batch may be recorded more than once: PostgreSQL may have to repeat a transaction.
+Called by `group_commit` alone. A batch may be recorded more than once: PostgreSQL may have to
+repeat a transaction.
 """
 
 import random
@@ -34,7 +35,7 @@ _START_WAIT_SECONDS = 1.0
 
 @dataclass(slots=True)
 class Entry:
-    """One thing to commit: a delivery, a report, or both; `start` is the token of the start that made the run."""
+    """A delivery, a report, or both; `start` is the token of the start that made the run."""
 
     report: Report | None
     delivery: Delivery | None
@@ -85,7 +86,7 @@ class BatchState:
 
 
 class Recorder:
-    """Decides about entries and writes what follows. `record` is a job for the database's writer."""
+    """Decides about entries and writes the results. `record` is a job for the database's writer."""
 
     def __init__(
         self,
@@ -136,14 +137,15 @@ class Recorder:
         ledger.add_dispatches(tx, state.dispatches)
 
     def _apply(self, tx: Connection, state: BatchState, report: Report, start: Start | None, now: datetime) -> Decision:
-        """Decide about a report; if a start is known to have made its run, about the registration first."""
+        """Decide about a report, after the registration of its run if a start has made it."""
         if start is not None and not isinstance(report, RunRegistered):
             self._decide(tx, state, to_registration(start, report.run_id, now), now)
         return self._decide(tx, state, report, now)
 
     def _decide(self, tx: Connection, state: BatchState, report: Report, now: datetime) -> Decision:
-        # The report of a duplicate delivery is decided about too: the rules make it harmless, not the delivery's id.
-        # If the same delivery id comes with another body, the run that this body names is still read.
+        # The report of a duplicate delivery is decided about too: the rules make it harmless, not
+        # the delivery's id. If the same delivery id comes with another body, the run that this body
+        # names is still read.
         run_id = report.run_id
         run = state.current.get(run_id)
         if run is not None and self._must_wait_for_start(tx, state, run, report, now):
@@ -164,8 +166,9 @@ class Recorder:
     def _must_wait_for_start(self, tx: Connection, state: BatchState, run: Run, report: Report, now: datetime) -> bool:
         """Return whether settling a run has to wait because one of our own starts may have made it.
 
-        Its callback came before the response to its start, and without a token. If it were settled now, its dispatches
-        would be filtered without the metadata and the technique that the start knows.
+        Its callback came before the response to its start, and without a token. If it were settled
+        now, its dispatches would be filtered without the metadata and the technique that the start
+        knows.
         """
         if run.origin is not Origin.CALLBACK or run.settled_at is not None:
             return False

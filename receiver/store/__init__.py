@@ -1,4 +1,4 @@
-"""The ledger in a database: the only SQL of the service. Called by intake, poller, dispatcher, janitor and service."""
+"""The ledger in a database: the only SQL of the service. Called by all rooms above it."""
 
 from receiver.store.database import Database, open_database
 from receiver.store.sqlite import SqliteDatabase

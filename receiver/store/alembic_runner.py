@@ -11,7 +11,10 @@ from receiver.errors import StoreUnavailableError
 
 
 def run_migrations(connection: Connection, *, before: str | None, head: str) -> None:
-    """Upgrade a database from revision `before`. Raises StoreUnavailableError if this version does not know it."""
+    """Upgrade a database from revision `before` to `head`.
+
+    Raises StoreUnavailableError if this version does not know the revision.
+    """
     try:
         command.upgrade(alembic_config(connection), "head")
     except CommandError as error:

@@ -1,4 +1,4 @@
-"""Copies of a SQLite ledger: taken while it is in use, checked, and put back. PostgreSQL has its own tools for that."""
+"""Backup and restore of a SQLite ledger while it is in use. PostgreSQL has its own tools."""
 
 import contextlib
 import os
@@ -16,14 +16,14 @@ _COMPANIONS = ("-wal", "-shm")
 
 
 def copy(tx: Connection, target: Path) -> int:
-    """Write what `tx` sees into a file that does not exist yet, checked and on disk when this returns; return its size.
+    """Write the ledger as `tx` sees it to a new file, checked and synced; return its bytes.
 
-    Writers are not held up meanwhile. Raises StoreUnavailableError where the file cannot be written.
+    Writers are not blocked meanwhile. Raises StoreUnavailableError if the file cannot be written.
     """
     part = target.with_name(f".{target.name}.part")
     try:
         if target.exists():
-            raise StoreUnavailableError(f"{target} is there already: a backup overwrites nothing")
+            raise StoreUnavailableError(f"{target} already exists: a backup overwrites nothing")
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
         source = tx.connection.driver_connection
         assert isinstance(source, sqlite3.Connection)
@@ -42,9 +42,10 @@ def copy(tx: Connection, target: Path) -> int:
 
 
 def restore(source: Path, ledger: Path, *, now: datetime | None = None) -> Path | None:
-    """Put a copy in a ledger's place; return where the ledger that was there lies now. Nobody may be using it.
+    """Replace a ledger by a backup; return the path to which the old ledger was moved, if any.
 
-    Raises StoreInUseError while a service runs, StoreUnavailableError where the copy is of no use or cannot be written.
+    Raises StoreInUseError while a service runs, StoreUnavailableError if the backup is unusable or
+    the ledger cannot be written.
     """
     part = ledger.with_name(f".{ledger.name}.part")
     try:
@@ -52,7 +53,7 @@ def restore(source: Path, ledger: Path, *, now: datetime | None = None) -> Path 
             _check_integrity(copied, source)
             known = copied.execute("SELECT count(*) FROM sqlite_master WHERE name = 'alembic_version'").fetchone()[0]
         if not known:
-            raise StoreUnavailableError(f"{source} is no ledger of flora-receiver")
+            raise StoreUnavailableError(f"{source} is not a ledger of flora-receiver")
         if not ledger.parent.exists():
             ledger.parent.mkdir(parents=True)
             match_owner(ledger.parent, ledger.parent.parent)
@@ -73,7 +74,7 @@ def restore(source: Path, ledger: Path, *, now: datetime | None = None) -> Path 
 
 
 def _set_aside(ledger: Path, now: datetime) -> Path | None:
-    """Give the old files other names: a WAL that stayed would be laid over the copy."""
+    """Rename the old files: a WAL that stayed would be applied to the backup."""
     if not ledger.exists():
         return None
     aside = ledger.with_name(f"{ledger.name}.before-{now:%Y%m%dT%H%M%SZ}")
@@ -84,9 +85,9 @@ def _set_aside(ledger: Path, now: datetime) -> Path | None:
 
 
 def _check_integrity(connection: sqlite3.Connection, path: Path) -> None:
-    [(told,)] = connection.execute("PRAGMA integrity_check(1)").fetchall()
-    if told != "ok":
-        raise StoreUnavailableError(f"{path} is damaged: {told}")
+    [(result,)] = connection.execute("PRAGMA integrity_check(1)").fetchall()
+    if result != "ok":
+        raise StoreUnavailableError(f"{path} is damaged: {result}")
 
 
 def _fsync(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Statements that run for every callback: written in SQLAlchemy's words, compiled once, then given to the driver as text.
+"""Bulk statements of the intake: built with SQLAlchemy, compiled once, run by the driver as text.
 
-SQLAlchemy's own execution converts and names every parameter of every row; for the door's inserts that cost more than
-the database does. Rows are sequences, in the order of the names.
+SQLAlchemy's own execution converts and names every parameter of every row, which costs more than
+the database does. Rows are sequences in the order of the columns.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -12,19 +12,19 @@ from sqlalchemy import Column, Connection, Dialect, Executable, FromClause, Inse
 from sqlalchemy.dialects import postgresql
 
 _STYLES = {"sqlite": "qmark", "postgresql": "format"}
-"""Positional styles that each driver takes."""
-_MOST = 256
+"""The positional parameter style of each driver."""
+_MAX_ROWS = 256
 """Rows of one statement."""
 
 
 class BulkInsert:
-    """An insert of many rows by one statement: the driver is entered once, and lets the other threads in once."""
+    """Inserts many rows by one statement, so that the driver releases the GIL only once."""
 
     def __init__(self, columns: Sequence[Column[Any]], make: Callable[[FromClause], Insert]) -> None:
-        """`make` returns the insert that takes the rows from a table of these columns.
+        """`make` returns the insert from a table with these columns.
 
-        PostgreSQL is given arrays. SQLite is given a list of values, its length rounded up by rows of NULLs: `make` leaves
-        out rows whose first column is NULL.
+        PostgreSQL receives arrays. SQLite receives VALUES, their number rounded up with rows of
+        NULLs: the insert must leave out rows whose first column is NULL.
         """
         self._columns = tuple(columns)
         self._make = make
@@ -32,8 +32,8 @@ class BulkInsert:
 
     def __call__(self, tx: Connection, rows: Sequence[Sequence[Any]]) -> None:
         """Insert the rows."""
-        for first in range(0, len(rows), _MOST):
-            some = rows[first : first + _MOST]
+        for first in range(0, len(rows), _MAX_ROWS):
+            some = rows[first : first + _MAX_ROWS]
             parameters: tuple[Any, ...]
             if tx.dialect.name == "postgresql":
                 count, parameters = 0, tuple(list(column) for column in zip(*some, strict=True))
@@ -57,7 +57,7 @@ class BulkInsert:
 
 
 class SelectByKeys:
-    """A select by a list of keys. `make` returns it for that many keys."""
+    """Selects rows by keys. `make` returns the select for a number of keys."""
 
     def __init__(self, make: Callable[[int], Executable]) -> None:
         self._make = make
@@ -66,7 +66,7 @@ class SelectByKeys:
     def __call__(self, tx: Connection, keys: Collection[str]) -> Sequence[Any]:
         """Return the rows of these keys."""
         wanted = sorted(keys)
-        wanted += wanted[-1:] * (_round_up(len(wanted)) - len(wanted))  # few lengths: each is a statement of its own
+        wanted += wanted[-1:] * (_round_up(len(wanted)) - len(wanted))  # each length is compiled once
         text = self._texts.get((tx.dialect.name, len(wanted))) or self._compile(tx.dialect, len(wanted))
         return tx.exec_driver_sql(text, tuple(wanted)).all()
 

@@ -1,4 +1,4 @@
-"""Statements on the health of the callback channel: how many runs of an hour were matched, recovered, diverged, lost."""
+"""Statements on the callback channel: how many runs had which outcome in which hour."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -13,7 +13,7 @@ _HOUR_MS = 3_600_000
 
 
 def add_outcomes(tx: Connection, outcomes: Mapping[str, int], *, now: datetime) -> None:
-    """Add to this hour's counts."""
+    """Add to the counts of this hour."""
     if not outcomes:
         return
     hour = to_ms(now) // _HOUR_MS * _HOUR_MS
@@ -25,7 +25,7 @@ def add_outcomes(tx: Connection, outcomes: Mapping[str, int], *, now: datetime) 
 
 
 def outcomes_by_hour(tx: Connection, *, since: datetime) -> dict[datetime, dict[str, int]]:
-    """Return the counts of each hour since `since`, oldest first; an hour in which nothing ended is left out."""
+    """Return the counts of each hour since `since`, oldest first; empty hours are left out."""
     statement = select(channel_hours).where(channel_hours.c.hour >= to_ms(since)).order_by(channel_hours.c.hour)
     hours: dict[datetime, dict[str, int]] = {}
     for row in tx.execute(statement).mappings():
@@ -40,7 +40,7 @@ def count_arrivals(tx: Connection, *, since: datetime) -> int:
 
 
 def count_refusals(tx: Connection, *, since: datetime) -> dict[str, int]:
-    """Return how many requests were refused since `since`, by code, as far as the ring of rejections remembers."""
+    """Return how many requests were refused since `since`, by code, as far as they are kept."""
     statement = (
         select(rejections.c.code, func.count())
         .where(rejections.c.rejected_at >= to_ms(since))

@@ -1,4 +1,4 @@
-"""What a ledger's database can do, whichever it is, and which one a URL names. Jobs are plain functions of a connection."""
+"""The interface of the ledger's database, and opening one. Jobs are functions of a connection."""
 
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
@@ -18,20 +18,21 @@ NO_PSYCOPG = "PostgreSQL needs psycopg: pip install 'flora-receiver[postgres]'"
 
 
 class Database(Protocol):
-    """A database that is open."""
+    """An open database."""
 
     shared: bool
     """Whether other processes may work on it at the same time."""
 
     async def write(self, job: Job[T]) -> T:
-        """Run `job` in a transaction; when this returns, what it wrote is durable. It may run more than once.
+        """Run `job` in a transaction; its writes are durable on return. It may run more than once.
 
-        Raises StoreUnavailableError when nothing is known to be committed for a reason that may pass; else what `job` raised.
+        Raises StoreUnavailableError if a commit is not confirmed for a temporary reason, else what
+        `job` raised.
         """
         ...
 
     async def read(self, job: Job[T]) -> T:
-        """Run `job` on a connection that cannot write, in a snapshot of what is committed."""
+        """Run `job` in a read-only snapshot of what is committed."""
         ...
 
     async def run(self, job: Job[T]) -> T:
@@ -39,24 +40,24 @@ class Database(Protocol):
         ...
 
     def now(self, tx: Connection, default: datetime) -> datetime:
-        """Return the time by which leases are judged: the database's where it is shared, else `default`."""
+        """Return the time by which leases expire: the database's if shared, else `default`."""
         ...
 
     async def notify(self, what: str) -> None:
-        """Tell the other processes something; it may get lost."""
+        """Notify the other processes; a notification may get lost."""
         ...
 
     def notices(self) -> AsyncIterator[str]:
-        """Yield what other processes tell, until the connection is lost."""
+        """Yield the notifications of other processes until the connection is lost."""
         ...
 
     async def close(self) -> None:
-        """Finish what is running and let go."""
+        """Finish running jobs and disconnect."""
         ...
 
 
 def open_database(url: str, *, listen_url: str | None = None, pool_size: int = 8) -> Database:
-    """Open the database that `[database] url` names. Blocking: call it before the loop starts, or from a thread."""
+    """Open the database of `[database] url`. Blocking: not for the event loop's thread."""
     try:
         parsed = make_url(url)
     except ArgumentError as error:
@@ -78,7 +79,7 @@ def open_database(url: str, *, listen_url: str | None = None, pool_size: int = 8
 
 
 def redact_url(url: str) -> str:
-    """Return a URL as it may be logged: without user, password and options."""
+    """Return a URL without user, password and options, for logs."""
     scheme, _, rest = url.partition("://")
     return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
 
@@ -86,8 +87,8 @@ def redact_url(url: str) -> str:
 def probe_write(tx: Connection) -> None:
     """Write something without changing it, so that the commit has to reach the disk.
 
-    An empty transaction proves nothing: SQLite begins one on a read-only file without an error. Raises
-    StoreUnavailableError.
+    An empty transaction proves nothing: SQLite begins one on a read-only file without an error.
+    Raises StoreUnavailableError.
     """
     try:
         if tx.dialect.name == "sqlite":
@@ -100,7 +101,7 @@ def probe_write(tx: Connection) -> None:
 
 
 def check_writable(tx: Connection) -> None:
-    """Check cheaply, as readiness does often, that the database takes writes. Raises StoreUnavailableError.
+    """Check cheaply that the database takes writes. Raises StoreUnavailableError.
 
     On PostgreSQL every writing transaction checks that when it begins, so nothing is left to do.
     """

@@ -1,4 +1,4 @@
-"""Statements of the elections: who does, for now, what only one process may do. Decided on the database's clock."""
+"""Statements on leases for work that only one process may do. Judged by the database's clock."""
 
 from datetime import datetime
 
@@ -10,7 +10,7 @@ from receiver.store.schema import leases
 
 
 def claim(tx: Connection, name: str, *, owner: str, token: str, now: datetime, until: datetime) -> bool:
-    """Take a lease that is free, has run out or is ours already; False if another process holds it."""
+    """Claim a lease that is free, expired or already ours; False if another process holds it."""
     statement = postgresql.insert(leases).values(name=name, owner=owner, token=token, until=to_ms(until))
     taken = statement.on_conflict_do_update(
         index_elements=["name"],
@@ -21,11 +21,11 @@ def claim(tx: Connection, name: str, *, owner: str, token: str, now: datetime, u
 
 
 def held_until(tx: Connection, name: str) -> datetime | None:
-    """Return when a lease ends, whoever holds it; None: nobody does."""
+    """Return when a lease ends, or None if no process holds it."""
     ends = tx.execute(select(leases.c.until).where(leases.c.name == name)).scalar_one_or_none()
     return None if ends is None else from_ms(ends)
 
 
 def release(tx: Connection, name: str, *, token: str) -> None:
-    """Give a lease back, if it is ours."""
+    """Release a lease, if it is ours."""
     tx.execute(delete(leases).where(leases.c.name == name, leases.c.token == token))

@@ -1,4 +1,4 @@
-"""Statements on runs, outputs and deliveries: what the door and the poller need. Functions of a connection, no decisions."""
+"""Statements on runs, outputs and deliveries, for the intake and the poller. No decisions."""
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
@@ -39,7 +39,7 @@ def _from_rows(rows: FromClause) -> Select[Any]:
 
 
 _RUNS = SelectByKeys(_select_runs)
-# FOR NO KEY UPDATE: rows that refer to a run may be inserted meanwhile, as by a dispatcher.
+# FOR NO KEY UPDATE: rows that refer to a run, such as dispatches, may be inserted meanwhile.
 _RUNS_LOCKED = SelectByKeys(lambda count: _select_runs(count).with_for_update(key_share=True))
 _INSERT_RUN = BulkInsert(
     [runs.c[name] for name in RUN_COLUMNS], lambda rows: insert(runs).from_select(RUN_COLUMNS, _from_rows(rows))
@@ -60,7 +60,7 @@ _INSERT_BODY = BulkInsert(
     [deliveries.c.delivery_id, delivery_bodies.c.signature, delivery_bodies.c.body],
     lambda rows: insert(delivery_bodies).from_select(
         ["seq", "signature", "body"],
-        # Not a join: a planner may do that the other way round, through all deliveries.
+        # Not a join: the planner might start with all deliveries.
         _from_rows(rows).with_only_columns(
             select(deliveries.c.seq).where(deliveries.c.delivery_id == rows.c.delivery_id).scalar_subquery(),
             rows.c.signature,
@@ -92,7 +92,7 @@ def known_deliveries(tx: Connection, delivery_ids: Collection[str]) -> frozenset
 
 
 def runs_by_id(tx: Connection, run_ids: Collection[str], *, for_update: bool = False) -> dict[str, Run]:
-    """Return these runs, as far as they are known; `for_update` locks them, in the order of their ids."""
+    """Return these runs, as far as known; `for_update` locks them in the order of their ids."""
     find = _RUNS_LOCKED if for_update else _RUNS
     found = find(tx, run_ids) if run_ids else ()
     return {row[0]: to_run(dict(zip(RUN_COLUMNS, row, strict=True))) for row in found}
@@ -108,26 +108,26 @@ def outputs_of_runs(tx: Connection, run_ids: Collection[str]) -> dict[str, tuple
 
 
 def add_runs(tx: Connection, new: Sequence[Run]) -> None:
-    heard, others = [], []
+    reported, others = [], []
     for run in new:
         values = first_callback_values(run)
         if values is None:
             others.append(run_values(run))
         else:
-            heard.append(values)
-    _INSERT_CALLBACK_RUN(tx, heard)
+            reported.append(values)
+    _INSERT_CALLBACK_RUN(tx, reported)
     _INSERT_RUN(tx, others)
 
 
 def update_runs(tx: Connection, changed: Sequence[Run]) -> None:
-    """Write rows back, each only if it is still at the version it was decided on; that version is then one higher."""
+    """Update runs, each only if its row still has the version that was read, and increment it."""
     if not changed:
         return
     rows = [
         {**run_row(run), "_run_id": run.run_id, "_version": run.version, "version": run.version + 1} for run in changed
     ]
     if tx.execute(_UPDATE_RUN, rows).rowcount != len(rows):
-        raise StoreUnavailableError("a run changed while it was being decided about")
+        raise StoreUnavailableError("a run was changed by another process at the same time")
 
 
 def add_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None:
@@ -147,7 +147,7 @@ def add_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None
 
 
 def update_output_urls(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None:
-    """Give outputs the URLs under which they are shown now. What was settled stays: none is added, none goes."""
+    """Update the URLs of outputs. None is added or removed: what was settled stays."""
     rows = [
         {
             "_run_id": run_id,
@@ -176,7 +176,7 @@ def add_deliveries(tx: Connection, new: Sequence[Delivery]) -> None:
 
 
 def count_duplicates(tx: Connection, times: Mapping[str, int], *, at: datetime) -> None:
-    """Add to the count of deliveries that came again; `times` maps delivery id to how often."""
+    """Count deliveries that were received again; `times` maps delivery id to how often."""
     if times:
         tx.execute(
             _COUNT_DUPLICATES,
@@ -200,7 +200,10 @@ def due_runs(
     only: str | None = None,
     without: Collection[str] = (),
 ) -> tuple[Run, ...]:
-    """Return the runs to read by `now` (and not by `after`), longest due first; of one workspace, or without some."""
+    """Return the runs due by `now` (and not by `after`), longest due first.
+
+    `only` selects one workspace, `without` excludes some.
+    """
     statement = select(runs).where(runs.c.next_poll_at <= to_ms(now))
     if after is not None:
         statement = statement.where(runs.c.next_poll_at > to_ms(after))
@@ -213,14 +216,14 @@ def due_runs(
 
 
 def unsettled_ids(tx: Connection) -> frozenset[str]:
-    """Return the runs that are open or reported. Costs what is unsettled, not what the ledger holds."""
+    """Return the ids of open and reported runs. Reads unsettled runs only, by a partial index."""
     states = (RunState.OPEN.value, RunState.REPORTED.value)
     statement = select(runs.c.run_id).where(runs.c.next_poll_at.is_not(None), runs.c.state.in_(states))
     return frozenset(tx.execute(statement).scalars())
 
 
 def next_read_due_ms(tx: Connection, *, after: datetime | None = None) -> int | None:
-    """Return when the next run is to be read (of those due after `after`), in unix milliseconds; None: none is."""
+    """Return when the next read (after `after`) is due, in Unix milliseconds, or None."""
     statement = select(func.min(runs.c.next_poll_at))
     if after is not None:
         statement = statement.where(runs.c.next_poll_at > to_ms(after))
@@ -228,6 +231,6 @@ def next_read_due_ms(tx: Connection, *, after: datetime | None = None) -> int | 
 
 
 def runs_past_callback(tx: Connection, *, now: datetime, limit: int) -> tuple[Run, ...]:
-    """Return settled runs whose callback has not come in time."""
+    """Return settled runs whose callback has not arrived in time."""
     statement = select(runs).where(runs.c.verdict_due_at <= to_ms(now)).order_by(runs.c.verdict_due_at).limit(limit)
     return tuple(to_run(row) for row in tx.execute(statement).mappings())

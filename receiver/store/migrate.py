@@ -1,23 +1,23 @@
-"""Bring a database to this version's tables. Called by the service at start and by `flora-receiver migrate`."""
+"""Migrates a database to this version's tables. Called at start and by `flora-receiver migrate`."""
 
 import time
 
 from sqlalchemy import Connection, exc, inspect, text
 
 HEAD = "0005"
-"""The revision this version of the code works on; a test holds it against the migrations."""
+"""The revision that this version requires; a test compares it with the migrations."""
 _LOCK = 0x464C4F5241
-"""A number that no other program locks: FLORA in ASCII."""
-_PATIENCE = "3s"
-"""How long a migration waits for a table. Who comes after it waits behind it: callbacks too, and they have eight seconds."""
+"""The key of the advisory lock: FLORA in ASCII."""
+_LOCK_TIMEOUT = "3s"
+"""How long a migration waits for a table. Callbacks queue behind it, and they wait for 8 s only."""
 _TRIES = 10
 _PAUSE_SECONDS = 1.0
-_AGAIN = {"40P01", "55P03"}
-"""Deadlock with a replica that writes, lock timeout behind one that reads for long (pg_dump): nothing was done."""
+_RETRYABLE = {"40P01", "55P03"}
+"""Deadlock with a replica, lock timeout behind a long read such as pg_dump's: nothing was done."""
 
 
 def current_revision(connection: Connection) -> str | None:
-    """Return the revision that a database is at; None: it is empty."""
+    """Return the revision of a database, or None if it is empty."""
     if not inspect(connection).has_table("alembic_version"):
         return None
     revision: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
@@ -25,7 +25,7 @@ def current_revision(connection: Connection) -> str | None:
 
 
 def upgrade(connection: Connection) -> tuple[str | None, str]:
-    """Upgrade to HEAD; return the revisions before and after. A database that is up to date costs one query."""
+    """Upgrade to HEAD; return the revisions before and after. One query if it is up to date."""
     before = current_revision(connection)
     connection.rollback()
     if before == HEAD:
@@ -37,7 +37,7 @@ def upgrade(connection: Connection) -> tuple[str | None, str]:
         try:
             return _upgrade_shared(connection)
         except exc.OperationalError as error:
-            if not left or getattr(error.orig, "sqlstate", None) not in _AGAIN:
+            if not left or getattr(error.orig, "sqlstate", None) not in _RETRYABLE:
                 raise
             time.sleep(_PAUSE_SECONDS)
     raise AssertionError("unreachable")
@@ -45,10 +45,11 @@ def upgrade(connection: Connection) -> tuple[str | None, str]:
 
 def _upgrade_shared(connection: Connection) -> tuple[str | None, str]:
     with connection.begin():
-        # One process at a time, the others wait and find nothing to do. A lock of the transaction, not of the session:
-        # PgBouncer lends sessions out. All migrations are one transaction, so that a failure leaves what there was.
+        # One process migrates, the others wait and find nothing to do. The lock is the
+        # transaction's, not the session's, because of PgBouncer. All migrations are one
+        # transaction, so that a failure changes nothing.
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-        connection.execute(text("SELECT set_config('lock_timeout', :patience, true)"), {"patience": _PATIENCE})
+        connection.execute(text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": _LOCK_TIMEOUT})
         before = current_revision(connection)
         if before != HEAD:
             _upgrade(connection, before)

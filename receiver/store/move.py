@@ -1,6 +1,7 @@
-"""A SQLite ledger's way to PostgreSQL: every row as it is, counted and summed on both sides before anything is kept.
+"""Moves a SQLite ledger to PostgreSQL: copies every row, then compares checksums of both sides.
 
-One transaction on the target: whatever ends it early leaves the target as empty as it was. The source is only read.
+The target is written in one transaction: if it fails, the target stays empty. The source is only
+read.
 """
 
 import hashlib
@@ -20,14 +21,14 @@ from receiver.store.schema import delivery_bodies, leases, metadata, outputs, st
 from receiver.store.sqlite import open_read_only
 
 TABLES: Sequence[Table] = tuple(table for table in metadata.sorted_tables if table is not leases)
-"""Those that others refer to come first. Leases belong to processes, not to the ledger."""
+"""In the order of their foreign keys. Leases belong to processes, not to the ledger."""
 _LARGE = frozenset({delivery_bodies, outputs, starts})
-"""Whose rows may be large: a body has up to 64 KiB, a text output more."""
+"""Tables whose rows may be large: a body has up to 64 KiB, a text output more."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableChecksum:
-    """What a table holds. The checksum adds up the SHA-256 of each row, so that the order of rows is of no account."""
+    """The contents of a table. The checksum adds up the SHA-256 of all rows, in any order."""
 
     rows: int
     checksum: str
@@ -35,17 +36,17 @@ class TableChecksum:
 
 @dataclass(frozen=True, slots=True)
 class MoveResult:
-    """What the target holds now, by table. `copied` is False if it was all there already."""
+    """The contents of the target by table. `copied` is False if it already had all of it."""
 
     tables: dict[str, TableChecksum]
     copied: bool
 
 
 def move(ledger: Path, url: str) -> MoveResult:
-    """Copy a SQLite ledger that nobody uses into a PostgreSQL database that is empty, or compare it with its copy there.
+    """Copy a SQLite ledger into an empty PostgreSQL database, or compare it with its copy there.
 
-    Raises StoreInUseError while a service runs, StoreUnavailableError where a database does not answer, StoreError where
-    they do not fit; the target is as it was then.
+    Raises StoreInUseError while a service uses the source, StoreUnavailableError if a database
+    cannot be reached, StoreError if the two do not fit. The target is unchanged then.
     """
     with open_read_only(ledger) as old, connect(url) as new:
         if (revision := current_revision(old)) != HEAD:
@@ -61,7 +62,8 @@ def move(ledger: Path, url: str) -> MoveResult:
         there = {table.name: checksum_table(old, table) for table in TABLES}
         with new.begin():
             begin_writing(new)
-            # A service that runs on the target already must not write in between; its callers hear 503, and FLORA repeats.
+            # A service that already uses the target must not write now: it answers 503, and FLORA
+            # retries.
             new.exec_driver_sql(f"LOCK TABLE {_table_names()} IN EXCLUSIVE MODE")
             copied = not any(new.execute(select(exists(table.select()))).scalar_one() for table in TABLES)
             if copied:
@@ -71,14 +73,12 @@ def move(ledger: Path, url: str) -> MoveResult:
             _compare(there, here, copied=copied)
             if copied:
                 _advance_sequences(new)
-                new.exec_driver_sql(
-                    f"ANALYZE {_table_names()}"
-                )  # else the first hour's plans are those of empty tables
+                new.exec_driver_sql(f"ANALYZE {_table_names()}")  # else plans are those of empty tables
     return MoveResult(here, copied)
 
 
 def checksum_table(tx: Connection, table: Table) -> TableChecksum:
-    """Count and sum a table; what is equal on SQLite and PostgreSQL has the same sum."""
+    """Return the row count and checksum of a table; both engines have the same for equal rows."""
     rows = total = 0
     for some in _parts(tx, table):
         rows += len(some)
@@ -92,8 +92,8 @@ def _copy(old: Connection, new: Connection, table: Table) -> None:
         for some in _parts(old, table):
             _insert(table)(new, some)
     except (exc.DataError, exc.IntegrityError) as error:
-        told = str(error.orig).splitlines()[0]  # what comes after it quotes the row
-        raise StoreError(f"{table.name} has a row that PostgreSQL does not take: {told}") from error
+        reason = str(error.orig).splitlines()[0]  # the lines after it quote the row
+        raise StoreError(f"{table.name} has a row that PostgreSQL does not accept: {reason}") from error
 
 
 def _parts(tx: Connection, table: Table) -> Iterator[Sequence[Row[Any]]]:
@@ -112,15 +112,17 @@ def _compare(there: dict[str, TableChecksum], here: dict[str, TableChecksum], *,
     if not wrong:
         return
     if not copied:
-        raise StoreError(f"the target is not empty, and holds another ledger: {', '.join(wrong)} differ")
-    told = "; ".join(f"{name}: {there[name].rows} rows there, {here[name].rows} here" for name in wrong)
+        raise StoreError(f"the target is not empty, and has another ledger: {', '.join(wrong)} differ")
+    counts = "; ".join(
+        f"{name}: {there[name].rows} rows in the source, {here[name].rows} in the target" for name in wrong
+    )
     raise StoreError(
-        f"the copy is not what was copied, so nothing was kept ({told}): has the target triggers or rules?"
+        f"the copy differs from the source, so nothing was kept ({counts}): has the target triggers or rules?"
     )
 
 
 def _advance_sequences(new: Connection) -> None:
-    """Have the next row's number follow the highest one."""
+    """Set each sequence to the highest number in use."""
     for table in TABLES:
         if (column := table.autoincrement_column) is not None:
             sequence = func.pg_get_serial_sequence(table.name, column.name)

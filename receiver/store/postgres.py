@@ -1,7 +1,8 @@
-"""PostgreSQL: any number of processes share one ledger. Same jobs, same statements as on SQLite; only the engine differs.
+"""PostgreSQL: any number of processes share one ledger. Jobs and statements are those of SQLite.
 
-It works through PgBouncer in transaction mode: no prepared statements, nothing set for a session. LISTEN needs a session
-of its own, so `listen_url` may lead past the pooler; without any, replicas find each other's work by looking every second.
+It works through PgBouncer in transaction mode: no prepared statements, no session settings. LISTEN
+needs a session of its own, so `listen_url` may bypass the pooler; without LISTEN, replicas find
+each other's work by polling every second.
 """
 
 import asyncio
@@ -27,26 +28,26 @@ Job = Callable[[Connection], T]
 
 CHANNEL = "flora_receiver"
 _TRIES = 3
-_AGAIN = {"40001", "40P01"}
-"""Serialization failure, deadlock: PostgreSQL's own word that the same transaction may work now."""
+_RETRYABLE = {"40001", "40P01"}
+"""Serialization failure, deadlock: the same transaction may work now."""
 _PAUSE_SECONDS = 0.1
-"""Before that, at most: whoever won needs its turn first, and two that lost must not meet again."""
+"""The longest pause before a retry; random, so that two transactions do not collide again."""
 _KEPT_FOR_WRITERS = 2
-"""Connections that reads never take: a slow page of the operations API must not hold up callbacks."""
+"""Connections that reads never take: a slow page of the operations API must not hold up
+callbacks."""
 _TROUBLE = (exc.OperationalError, exc.InterfaceError, exc.InternalError)
 _CLOSE_SECONDS = 5.0
-"""What is running when we close has that long to be over."""
+"""How long running jobs may take to end when the database is closed."""
 _PREFACE = (
     "SELECT set_config('lock_timeout', '5s', true), set_config('idle_in_transaction_session_timeout', '10s', true), "
     "current_setting('transaction_read_only')"
 )
-"""Opens every transaction that writes, and holds for it alone. A replica that is frozen in one must not keep its locks,
-and whoever wants one of them must not wait for ever: callbacks come through one after the other. It also tells a standby
-from a server that takes writes, and makes a job without a statement of its own ask the server at all (`/readyz`).
-"""
+"""Begins every writing transaction, and applies to it alone. A frozen replica must not keep its
+locks, and waiting for a lock must end: callbacks commit one after the other. It also detects a
+standby, and makes a job without statements reach the server at all (`/readyz`). """
 _NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 _TIMEOUTS: dict[str, Any] = {
-    # A server that is gone without a word must not hold a callback for the minutes that TCP would wait.
+    # If the server vanishes, a callback must not wait for the minutes that TCP would.
     "connect_timeout": 5,
     "keepalives_idle": 5,
     "keepalives_interval": 2,
@@ -56,66 +57,67 @@ _TIMEOUTS: dict[str, Any] = {
 
 
 class PostgresDatabase:
-    """A PostgreSQL database that other processes use too."""
+    """A PostgreSQL database, shared with other processes."""
 
     shared = True
 
     def __init__(
         self, url: str, *, listen_url: str | None = None, connections: int = 8, database_clock: bool = True
     ) -> None:
-        """Connect lazily: a database that is away now may be back when it is needed.
+        """Prepare the engine; connections are made when they are needed.
 
-        Tests that turn the clock by hand switch `database_clock` off.
+        With `database_clock` off, leases are judged by the caller's clock, as tests need it.
         """
         self._writing = _engine(url, connections)
-        # A snapshot, as readers have on SQLite; said with BEGIN, so that it holds behind a pooler too.
+        # A snapshot, as on SQLite; set by BEGIN, so that it applies behind a pooler too.
         self._reading = self._writing.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._sessions: weakref.WeakSet[psycopg.Connection[Any]] = weakref.WeakSet()
         event.listen(self._writing, "connect", lambda session, _: self._sessions.add(session))
-        self._hung_up = False
-        self._listen_url = _plain(listen_url or url)
+        self._is_aborted = False
+        self._listen_url = _to_libpq_url(listen_url or url)
         self._database_clock = database_clock
         self._writers = ThreadPoolExecutor(connections, thread_name_prefix="ledger")
         self._readers = ThreadPoolExecutor(max(1, connections - _KEPT_FOR_WRITERS), thread_name_prefix="ledger-read")
 
     @classmethod
     def open(cls, url: str, *, listen_url: str | None = None, connections: int = 8) -> "PostgresDatabase":
-        """Connect once, so that a wrong URL is told at start. Blocking. Raises StoreUnavailableError."""
+        """Connect once, so that a wrong URL fails now. Blocking. Raises StoreUnavailableError."""
         database = cls(url, listen_url=listen_url, connections=connections)
         try:
-            database._bare(lambda _: None)
+            database._run_bare(lambda _: None)
         except BaseException:
-            database._let_go()
+            database._release()
             raise
         return database
 
     async def write(self, job: Job[T]) -> T:
-        """Run `job` in a transaction; when this returns, what it wrote is durable.
+        """Run `job` in a transaction; its writes are durable on return.
 
-        `job` may run more than once: after a deadlock, or on a new connection if the old one was lost before COMMIT.
+        `job` may run more than once: after a deadlock, or on a new connection if the old one was
+        lost before COMMIT.
         """
-        # A caller that is cancelled leaves; its job still runs, whole.
-        return await asyncio.shield(_in_thread(self._writers, self._transact, job))
+        # If the caller is cancelled, its job still runs to its end.
+        return await asyncio.shield(_in_thread(self._writers, self._run_write, job))
 
     async def read(self, job: Job[T]) -> T:
-        """Run `job` in a transaction that cannot write."""
-        return await _in_thread(self._readers, self._look, job)
+        """Run `job` in a read-only transaction."""
+        return await _in_thread(self._readers, self._run_read, job)
 
     async def run(self, job: Job[T]) -> T:
         """Run `job` on a connection outside any transaction (migrations)."""
-        return await _in_thread(self._writers, self._bare, job)
+        return await _in_thread(self._writers, self._run_bare, job)
 
     def now(self, tx: Connection, default: datetime) -> datetime:
-        """Return the database's time: leases must not depend on how well the clocks of replicas agree."""
+        """Return the time of the database: the clocks of replicas may differ."""
         return from_ms(tx.exec_driver_sql(_NOW).scalar_one()) if self._database_clock else default
 
     async def notify(self, what: str) -> None:
-        """Wake the other processes; outside any transaction of consequence, and never needed for correctness."""
+        """Notify the other processes, in a transaction of its own. Never needed for correctness."""
         with contextlib.suppress(StoreUnavailableError):
             await self.write(lambda tx: tx.exec_driver_sql("SELECT pg_notify(%s, %s)", (CHANNEL, what)).close())
 
     async def notices(self) -> AsyncIterator[str]:
-        """Yield what any process notifies, until the connection is lost; "" first, once it listens."""
+        """Yield notifications of all processes until the connection is lost; "" once it listens."""
         try:
             connection = await psycopg.AsyncConnection.connect(self._listen_url, autocommit=True, **_TIMEOUTS)
             async with connection:
@@ -127,31 +129,31 @@ class PostgresDatabase:
             raise StoreUnavailableError(f"cannot listen: {_first_line(error)}") from error
 
     async def close(self) -> None:
-        """Finish what is running and disconnect; a server that does not answer any more is not waited for."""
-        letting_go = asyncio.ensure_future(asyncio.to_thread(self._let_go))
-        await asyncio.wait({letting_go}, timeout=_CLOSE_SECONDS)
-        if not letting_go.done():
-            self._hang_up()
-        await letting_go
+        """Finish running jobs and disconnect; a server that does not respond is not waited for."""
+        releasing = asyncio.ensure_future(asyncio.to_thread(self._release))
+        await asyncio.wait({releasing}, timeout=_CLOSE_SECONDS)
+        if not releasing.done():
+            self._abort()
+        await releasing
 
-    def _hang_up(self) -> None:
-        """End what waits for an answer: a thread that does would keep the whole process from ending."""
-        self._hung_up = True
+    def _abort(self) -> None:
+        """Shut down all connections: threads that wait for one keep the process alive."""
+        self._is_aborted = True
         for threads in (self._writers, self._readers):
             threads.shutdown(wait=False, cancel_futures=True)
         for session in list(self._sessions):
             with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(session.fileno())) as line:
                 line.shutdown(socket.SHUT_RDWR)
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._writers.shutdown()
         self._readers.shutdown()
         self._writing.dispose()
 
-    def _transact(self, job: Job[T]) -> T:
+    def _run_write(self, job: Job[T]) -> T:
         for attempt in range(1, _TRIES + 1):
             committing = False
-            if self._hung_up:
+            if self._is_aborted:
                 raise StoreUnavailableError("the database is being closed")
             try:
                 with self._writing.connect() as connection, connection.begin() as transaction:
@@ -162,24 +164,24 @@ class PostgresDatabase:
                     return result
             except _TROUBLE as error:
                 lost = error.connection_invalidated and not committing
-                again = _state(error) in _AGAIN
-                if attempt == _TRIES or not (lost or again):
+                is_retryable = _state(error) in _RETRYABLE
+                if attempt == _TRIES or not (lost or is_retryable):
                     raise _unavailable(error) from error
-                if again:
+                if is_retryable:
                     time.sleep(_PAUSE_SECONDS * random.SystemRandom().uniform(0.2, 1))
         raise AssertionError("unreachable")
 
-    def _look(self, job: Job[T]) -> T:
+    def _run_read(self, job: Job[T]) -> T:
         for attempt in range(1, _TRIES + 1):
             try:
                 with self._reading.connect() as connection, connection.begin():
                     return job(connection)
             except _TROUBLE as error:
-                if attempt == _TRIES or self._hung_up or not error.connection_invalidated:
+                if attempt == _TRIES or self._is_aborted or not error.connection_invalidated:
                     raise _unavailable(error) from error
         raise AssertionError("unreachable")
 
-    def _bare(self, job: Job[T]) -> T:
+    def _run_bare(self, job: Job[T]) -> T:
         try:
             with self._writing.connect() as connection:
                 return job(connection)
@@ -189,7 +191,7 @@ class PostgresDatabase:
 
 @contextlib.contextmanager
 def connect(url: str) -> Iterator[Connection]:
-    """Connect for a command that works alone, in its own thread. Raises StoreUnavailableError."""
+    """Connect for a command that works in its own thread. Raises StoreUnavailableError."""
     engine = _engine(url, 1)
     try:
         with engine.connect() as connection:
@@ -201,10 +203,10 @@ def connect(url: str) -> Iterator[Connection]:
 
 
 def begin_writing(connection: Connection) -> None:
-    """Open a transaction that writes. Raises StoreUnavailableError where none can."""
+    """Begin a writing transaction. Raises StoreUnavailableError if the server takes no writes."""
     if connection.exec_driver_sql(_PREFACE).one()[2] == "on":
-        connection.invalidate()  # after a failover the name leads elsewhere: the next one is made anew
-        raise StoreUnavailableError("the database takes no writes now: it is read-only, or a standby")
+        connection.invalidate()  # after a failover the next connection may reach another server
+        raise StoreUnavailableError("the database takes no writes now: it is read-only or a standby")
 
 
 def _in_thread(threads: ThreadPoolExecutor, call: Callable[[Job[T]], T], job: Job[T]) -> "asyncio.Future[T]":
@@ -219,13 +221,14 @@ def _engine(url: str, connections: int) -> Engine:
         make_url(url).set(drivername="postgresql+psycopg"),
         pool_size=connections,
         max_overflow=0,
-        pool_timeout=None,  # whoever waits for a connection has its own patience
-        # PgBouncer in transaction mode gives every transaction another server: nothing may be prepared on one.
+        pool_timeout=None,  # callers have time limits of their own
+        # PgBouncer in transaction mode gives every transaction another session: nothing may be
+        # prepared.
         connect_args={"prepare_threshold": None, **_TIMEOUTS},
     )
 
 
-def _plain(url: str) -> str:
+def _to_libpq_url(url: str) -> str:
     return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
@@ -238,5 +241,5 @@ def _unavailable(error: exc.DBAPIError) -> StoreUnavailableError:
 
 
 def _first_line(error: object) -> str:
-    # PostgreSQL adds the statement's values further down.
+    # The lines after it have the values of the statement.
     return (str(error).splitlines() or [type(error).__name__])[0]

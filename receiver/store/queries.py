@@ -1,6 +1,6 @@
-"""Statements of the read side: what the operations API shows. Every one of them runs on a reader connection.
+"""Statements of the operations API. They read only, on a reader's connection.
 
-Lists are paged by key, newest first: a row that comes in between two pages moves none of the others.
+Lists are paged by key, newest first: a row inserted between two pages shifts none of the others.
 """
 
 from collections.abc import Collection
@@ -23,7 +23,7 @@ _OVER = (RunState.COMPLETED, RunState.FAILED, RunState.LOST)
 
 @dataclass(frozen=True, slots=True)
 class RunDetails:
-    """A run with everything that hangs on it."""
+    """A run with its outputs, artifacts, dispatches and start."""
 
     run: Run
     outputs: tuple[Output, ...]
@@ -32,14 +32,14 @@ class RunDetails:
     start: Start | None
 
     def is_finished_for(self, handlers: Collection[str]) -> bool:
-        """Return whether the run is over, and these handlers have nothing left to do for it."""
+        """Return whether the run has ended and these handlers have nothing left to do for it."""
         left = (row.state.value in _UNFINISHED and row.handler in handlers for row in self.dispatches)
         return self.run.state in _OVER and not any(left)
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryRecord:
-    """A delivery as it was recorded; `body` and `signature` None: not asked for, or past their retention."""
+    """A recorded delivery; `body` and `signature` are None if not selected or already deleted."""
 
     seq: int
     delivery_id: str
@@ -84,7 +84,10 @@ def run_details(tx: Connection, run_id: str) -> RunDetails | None:
 
 
 def is_finished(tx: Connection, run_id: str, handlers: Collection[str]) -> bool | None:
-    """Return whether a run is over and these handlers have nothing left to do for it; None: there is no such run."""
+    """Return whether a run has ended and these handlers have nothing left to do for it.
+
+    None means that there is no such run.
+    """
     state = tx.execute(select(runs.c.state).where(runs.c.run_id == run_id)).scalar_one_or_none()
     if state is None:
         return None
@@ -92,7 +95,7 @@ def is_finished(tx: Connection, run_id: str, handlers: Collection[str]) -> bool 
 
 
 def runs_with_work(tx: Connection, run_ids: Collection[str], handlers: Collection[str]) -> frozenset[str]:
-    """Return for which of these runs these handlers still have something to do."""
+    """Return those of these runs for which these handlers still have something to do."""
     statement = select(dispatches.c.run_id).where(
         dispatches.c.run_id.in_(run_ids), dispatches.c.state.in_(_UNFINISHED), dispatches.c.handler.in_(handlers)
     )
@@ -102,7 +105,10 @@ def runs_with_work(tx: Connection, run_ids: Collection[str], handlers: Collectio
 def run_page(
     tx: Connection, *, limit: int, state: RunState | None = None, before: tuple[int, str] | None = None
 ) -> tuple[Run, ...]:
-    """Return runs by (first_seen_at, run_id), newest first; `before` is that pair of the last run of the page before."""
+    """Return runs by (first_seen_at, run_id), newest first.
+
+    `before` is the `run_key` of the last run of the previous page.
+    """
     key = (runs.c.first_seen_at, runs.c.run_id)
     statement = select(runs).order_by(*(column.desc() for column in key)).limit(limit)
     if state is not None:
@@ -121,7 +127,7 @@ def start_page(
     prefix: str | None = None,
     before: tuple[int, str] | None = None,
 ) -> tuple[Start, ...]:
-    """Return starts by (created_at, token), newest first; `prefix` is how their keys begin."""
+    """Return starts by (created_at, token), newest first; `prefix` is that of their keys."""
     order = (starts.c.created_at, starts.c.token)
     statement = select(starts).order_by(*(column.desc() for column in order)).limit(limit)
     if state is not None:
@@ -148,7 +154,7 @@ def delivery_page(
 
 
 def delivery_by_id(tx: Connection, delivery_id: str) -> DeliveryRecord | None:
-    """Return one delivery with its raw body, as long as that is kept."""
+    """Return one delivery with its raw body, if that is still kept."""
     statement = (
         select(deliveries, delivery_bodies.c.body, delivery_bodies.c.signature)
         .outerjoin(delivery_bodies, delivery_bodies.c.seq == deliveries.c.seq)
@@ -183,7 +189,7 @@ def dispatch_page(
 def orphan_page(
     tx: Connection, *, limit: int, handlers: Collection[str], before: int | None = None
 ) -> tuple[tuple[int, Dispatch], ...]:
-    """Return what waits for handlers other than these, with its sequence, newest first."""
+    """Return dispatches that wait for other handlers than these, with `seq`, newest first."""
     statement = select(dispatches).where(_is_orphaned(handlers)).order_by(dispatches.c.seq.desc()).limit(limit)
     if before is not None:
         statement = statement.where(dispatches.c.seq < before)
@@ -214,7 +220,7 @@ def attempts_of_run(tx: Connection, run_id: str) -> tuple[Attempt, ...]:
 
 
 def count_unsettled(tx: Connection) -> dict[str, int]:
-    """Return how many runs are open, and how many reported. Costs what is unsettled, not what the ledger holds."""
+    """Return how many runs are open, and how many reported. Reads unsettled runs only."""
     states = (RunState.OPEN.value, RunState.REPORTED.value)
     statement = (
         select(runs.c.state, func.count())
@@ -225,7 +231,7 @@ def count_unsettled(tx: Connection) -> dict[str, int]:
 
 
 def count_backlog(tx: Connection, handlers: Collection[str]) -> dict[str, int]:
-    """Return how many dispatches are ready, leased and dead, and how many are orphaned: no such handler is configured."""
+    """Return how many dispatches are ready, leased, dead, and orphaned (of other handlers)."""
     states = (*_UNFINISHED, DispatchState.DEAD.value)
     statement = (
         select(dispatches.c.state, func.count())
@@ -237,7 +243,7 @@ def count_backlog(tx: Connection, handlers: Collection[str]) -> dict[str, int]:
 
 
 def overdue_seconds(tx: Connection, handlers: Collection[str], *, now: datetime) -> dict[str, float]:
-    """Return for how many seconds the oldest work has been due: runs to read, and dispatches of these handlers; 0: none."""
+    """Return by how many seconds the oldest read and dispatch of these handlers are overdue."""
     ready = and_(dispatches.c.state == DispatchState.READY.value, dispatches.c.handler.in_(handlers))
     oldest = {
         "run": tx.execute(
@@ -249,12 +255,12 @@ def overdue_seconds(tx: Connection, handlers: Collection[str], *, now: datetime)
 
 
 def run_key(run: Run) -> tuple[int, str]:
-    """Return what a page of runs is ordered by."""
+    """Return the key by which pages of runs are ordered."""
     return to_ms(run.first_seen_at), run.run_id
 
 
 def start_key(start: Start) -> tuple[int, str]:
-    """Return what a page of starts is ordered by."""
+    """Return the key by which pages of starts are ordered."""
     return to_ms(start.created_at), start.token
 
 

@@ -1,4 +1,4 @@
-"""Statements on dispatches and artifacts: what the dispatcher needs. Every write by a worker is guarded by its lease."""
+"""Statements on dispatches and artifacts, for the dispatcher. Its writes are guarded by leases."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +16,7 @@ from receiver.store.ledger import outputs_of_runs, runs_by_id
 from receiver.store.rows import to_artifact, to_dispatch, to_ms
 from receiver.store.schema import artifacts, dispatch_attempts, dispatches
 
-# As literals: a partial index is of use only where the query itself says what the index holds.
+# Literals: a partial index is used only if the query itself has its condition.
 _READY: ColumnElement[str] = literal_column(f"'{DispatchState.READY.value}'")
 _LEASED: ColumnElement[str] = literal_column(f"'{DispatchState.LEASED.value}'")
 _UNFINISHED = (_READY, _LEASED)
@@ -24,7 +24,7 @@ _UNFINISHED = (_READY, _LEASED)
 
 @dataclass(frozen=True, slots=True)
 class Leased:
-    """A dispatch that a worker holds, with all it needs to work on it. `seq` is the row's own key."""
+    """A dispatch leased to a worker, with what its handler needs. `seq` is the key of the row."""
 
     seq: int
     dispatch: Dispatch
@@ -45,10 +45,11 @@ def claim(
     expired_by: datetime | None = None,
     lanes: Collection[Lane] = tuple(Lane),
 ) -> tuple[Leased, ...]:
-    """Lease up to `limit` due dispatches of a handler to `token`, those due longest, counting the attempt.
+    """Lease up to `limit` due dispatches of a handler to `token`, longest due first.
 
-    Dispatches of one run and handler are worked on one at a time, in the order they were made. One whose worker died on
-    its last attempt is not handed out again: see `mark_exhausted`.
+    The attempt is counted. Dispatches of one run and handler are leased one at a time, in the order
+    they were made. One whose attempts are exhausted is not leased again: see `mark_exhausted`. With
+    `expired_by`, leases of other workers that had expired by then are taken over.
     """
     due = _claimable(handler, lanes, limit, max_attempts, now=now, expired_by=expired_by)
     statement = (
@@ -100,7 +101,7 @@ def _claimable(
         .order_by(dispatches.c.due_at, dispatches.c.seq)
         .limit(limit)
         .with_for_update(skip_locked=True)
-        # A CTE, not a bare IN-subquery: PostgreSQL may run the latter again and claim more than LIMIT.
+        # A CTE, not an IN subquery: PostgreSQL may run the latter again and claim more than LIMIT.
         .cte("due")
     )
 
@@ -108,7 +109,7 @@ def _claimable(
 def mark_exhausted(
     tx: Connection, handler: str, *, max_attempts: int, now: datetime, expired_by: datetime | None = None
 ) -> tuple[Dispatch, ...]:
-    """Mark dead what used up its attempts without ever answering: its workers died, or its limit was lowered."""
+    """Mark due dispatches without attempts left as dead: workers died, or the limit was lowered."""
     statement = (
         update(dispatches)
         .where(
@@ -129,7 +130,7 @@ def mark_exhausted(
 
 
 def renew(tx: Connection, seqs: Collection[int], *, token: str, until: datetime) -> frozenset[int]:
-    """Extend leases; return those that still hold. A missing one was taken over: stop working on it."""
+    """Extend leases; return those still held. The others were taken over: their work must stop."""
     statement = (
         update(dispatches)
         .where(_is_leased_by(seqs, token))
@@ -151,9 +152,9 @@ def finish(
     result: Mapping[str, Any] | None = None,
     lane: Lane | None = None,
 ) -> bool:
-    """Write down how an attempt ended; False, and nothing is written, if the lease was lost meanwhile.
+    """Record how an attempt ended. If its lease was lost, write nothing and return False.
 
-    `lane` is where a further attempt belongs, as this one has learned.
+    `lane` is that of the next attempt, by the sizes measured in this one.
     """
     over = state is not DispatchState.READY
     changed = tx.execute(
@@ -183,7 +184,7 @@ def finish(
 
 
 def is_attempt_recorded(tx: Connection, leased: Leased) -> bool:
-    """Return whether this very attempt's end is written down. Nobody but its worker does that."""
+    """Return whether the end of this attempt is recorded, which only its own worker does."""
     ended = exists().where(
         dispatch_attempts.c.dispatch_seq == leased.seq,
         dispatch_attempts.c.attempt == leased.dispatch.attempts,
@@ -193,7 +194,7 @@ def is_attempt_recorded(tx: Connection, leased: Leased) -> bool:
 
 
 def release(tx: Connection, seqs: Collection[int], *, token: str) -> int:
-    """Return leases unused, their attempt uncounted: the process stops, the work is not to blame."""
+    """Release unused leases without counting the attempt: the process stops."""
     if not seqs:
         return 0
     held = select(dispatches.c.seq, dispatches.c.attempts).where(_is_leased_by(seqs, token))
@@ -216,7 +217,7 @@ def release(tx: Connection, seqs: Collection[int], *, token: str) -> int:
 
 
 def release_all(tx: Connection) -> int:
-    """Free every lease: on SQLite this process is the only one, so whoever held them is dead."""
+    """Release all leases, at start on SQLite: the processes that held them have ended."""
     return tx.execute(
         update(dispatches)
         .where(dispatches.c.state == DispatchState.LEASED.value)
@@ -225,7 +226,7 @@ def release_all(tx: Connection) -> int:
 
 
 def due_lanes(tx: Connection, handler: str, *, now: datetime, expired_by: datetime | None = None) -> frozenset[Lane]:
-    """Return in which lanes a handler has anything to claim or bury."""
+    """Return the lanes in which a handler has due dispatches."""
     due = [
         exists().where(
             dispatches.c.handler == handler, dispatches.c.lane == lane.value, _is_due(now, expired_by=expired_by)
@@ -236,9 +237,10 @@ def due_lanes(tx: Connection, handler: str, *, now: datetime, expired_by: dateti
 
 
 def next_dispatch_due_ms(tx: Connection, handlers: Collection[str], *, after: datetime) -> int | None:
-    """Return when the next dispatch of these handlers becomes due, in unix milliseconds; None: none will.
+    """Return when the next dispatch of these handlers becomes due, in Unix milliseconds, or None.
 
-    What is due already is left out: it is being worked on, or waits for an attempt to end, and that wakes the loop.
+    Those already due are left out: they run, or wait for an attempt to end, which wakes the
+    dispatcher.
     """
     return tx.execute(
         select(func.min(dispatches.c.due_at)).where(
@@ -260,7 +262,7 @@ def next_round(tx: Connection, run_id: str, event: Event) -> int:
 
 
 def artifacts_of_runs(tx: Connection, run_ids: Collection[str], handler: str) -> dict[str, tuple[Artifact, ...]]:
-    """Return what a handler has reserved or stored for each of these runs, in order of position."""
+    """Return what a handler has reserved or stored for each of these runs, by position."""
     statement = (
         select(artifacts)
         .where(artifacts.c.run_id.in_(run_ids), artifacts.c.handler == handler)
@@ -273,7 +275,10 @@ def artifacts_of_runs(tx: Connection, run_ids: Collection[str], handler: str) ->
 
 
 def reserve_location(tx: Connection, run_id: str, handler: str, position: int, output_id: str, location: str) -> None:
-    """Claim a place for an output; a claim of the same output moves. Raises LocationTakenError if it is another's."""
+    """Reserve a location for an output, in place of an earlier one of the same output.
+
+    Raises LocationTakenError if the location belongs to another output.
+    """
     statement = postgresql.insert(artifacts).values(
         run_id=run_id, handler=handler, position=position, output_id=output_id, location=location
     )
@@ -299,7 +304,7 @@ def store_artifact(
     content_type: str | None,
     now: datetime,
 ) -> None:
-    """Record that the bytes at a reserved place are safe."""
+    """Record that the bytes at a reserved location are stored."""
     tx.execute(
         update(artifacts)
         .where(artifacts.c.run_id == run_id, artifacts.c.handler == handler, artifacts.c.position == position)
@@ -314,13 +319,13 @@ def dispatches_of_run(tx: Connection, run_id: str) -> tuple[Dispatch, ...]:
 
 
 def artifacts_of_run(tx: Connection, run_id: str) -> Sequence[Artifact]:
-    """Return everything stored for a run, by any handler."""
+    """Return what all handlers have stored for a run."""
     statement = select(artifacts).where(artifacts.c.run_id == run_id)
     return [to_artifact(row) for row in tx.execute(statement.order_by(artifacts.c.position)).mappings()]
 
 
 def _is_due(now: datetime, *, expired_by: datetime | None) -> Any:
-    """Ready and due; with `expired_by`, also leased by a worker whose lease had run out by then."""
+    """Match what is ready and due and, with `expired_by`, leases that had expired by then."""
     due = and_(dispatches.c.state == _READY, dispatches.c.due_at <= to_ms(now))
     if expired_by is not None:
         due = or_(due, and_(dispatches.c.state == _LEASED, dispatches.c.lease_until <= to_ms(expired_by)))

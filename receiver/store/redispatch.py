@@ -1,4 +1,4 @@
-"""Statements that have handlers work again on what is over, or at last on what they were never told of. For operators."""
+"""Statements by which operators have handlers repeat their work, or catch up on older runs."""
 
 from collections.abc import Collection
 from datetime import datetime
@@ -22,9 +22,9 @@ def reset_dispatches(
     run_id: str | None = None,
     handler: str | None = None,
 ) -> tuple[Dispatch, ...]:
-    """Make dispatches in these states due now, as if they had never been tried; also what waits to be tried again.
+    """Make dispatches in these states, and those that wait for a retry, due now; return them.
 
-    Returns them. Their earlier attempts are forgotten, since attempts are numbered from one again.
+    Their earlier attempts are deleted, since attempts are counted from one again.
     """
     waiting = and_(dispatches.c.state == DispatchState.READY.value, dispatches.c.attempts > 0)
     over = dispatches.c.state.in_([state.value for state in states])
@@ -45,9 +45,9 @@ def reset_dispatches(
 def open_round(
     tx: Connection, run_id: str, *, names: Collection[str], handler: str | None = None, now: datetime
 ) -> tuple[Dispatch, ...]:
-    """Open a new round of what the named handlers have done for a run, or died over; return what is due so.
+    """Add a new round of the finished dispatches of a run, for the handlers in `names`; return it.
 
-    A new round has idempotency keys of its own: effects are applied once more.
+    A new round has its own idempotency keys, so effects are applied again.
     """
     last: dict[tuple[str, Event], Dispatch] = {}
     for row in dispatches_of_run(tx, run_id):
@@ -65,11 +65,14 @@ def open_round(
 
 
 def runs_unknown_to(tx: Connection, handler: str, *, since: datetime, limit: int) -> tuple[str, ...]:
-    """Return runs settled since then that a handler was never told of: it was not configured yet. Reads every run since."""
-    told = exists().where(
+    """Return runs settled since then without a dispatch for a handler: it was not configured yet.
+
+    Reads every run since then.
+    """
+    dispatched = exists().where(
         dispatches.c.run_id == runs.c.run_id,
         dispatches.c.handler == handler,
         dispatches.c.event == Event.SETTLED.value,
     )
-    statement = select(runs.c.run_id).where(runs.c.settled_at >= to_ms(since), ~told).order_by(runs.c.settled_at)
+    statement = select(runs.c.run_id).where(runs.c.settled_at >= to_ms(since), ~dispatched).order_by(runs.c.settled_at)
     return tuple(tx.execute(statement.limit(limit)).scalars())

@@ -1,4 +1,4 @@
-"""Statements of the janitor: retention, the ring of rejections, clocks that jumped. In small pieces: the door waits."""
+"""Statements of the janitor: retention, rejections, clock jumps. Each deletes a few rows only."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -11,7 +11,7 @@ from receiver.store.schema import deliveries, delivery_bodies, dispatches, rejec
 
 
 def add_rejections(tx: Connection, new: Sequence[Rejection], *, keep: int) -> None:
-    """Add refused requests to the ring and let the oldest beyond `keep` go."""
+    """Add refused requests, and delete the oldest beyond `keep`."""
     if not new:
         return
     tx.execute(
@@ -26,7 +26,7 @@ def add_rejections(tx: Connection, new: Sequence[Rejection], *, keep: int) -> No
 
 
 def delete_bodies(tx: Connection, *, before: datetime, limit: int) -> int:
-    """Delete the raw bodies of old deliveries; the deliveries stay, since dedupe needs them."""
+    """Delete the raw bodies of old deliveries; the deliveries stay, for deduplication."""
     old = (
         select(delivery_bodies.c.seq)
         .join(deliveries, deliveries.c.seq == delivery_bodies.c.seq)
@@ -38,7 +38,7 @@ def delete_bodies(tx: Connection, *, before: datetime, limit: int) -> int:
 
 
 def delete_ledger(tx: Connection, *, before: datetime, limit: int) -> int:
-    """Delete old runs that are over, with all that hangs on them, and old deliveries."""
+    """Delete old runs that have ended, with all that refers to them, and old deliveries."""
     unfinished = select(dispatches.c.run_id).where(
         dispatches.c.state.in_((DispatchState.READY.value, DispatchState.LEASED.value))
     )
@@ -66,7 +66,7 @@ def delete_ledger(tx: Connection, *, before: datetime, limit: int) -> int:
 
 
 def newest_record_at(tx: Connection) -> datetime | None:
-    """Return when the ledger last heard of anything new; None: it is empty."""
+    """Return when the newest run or delivery was recorded, or None if the ledger is empty."""
     run, delivery = (
         tx.execute(select(func.max(column))).scalar_one_or_none()
         for column in (runs.c.first_seen_at, deliveries.c.received_at)
@@ -76,7 +76,7 @@ def newest_record_at(tx: Connection) -> datetime | None:
 
 
 def make_due_by(tx: Connection, *, now: datetime, latest: datetime) -> int:
-    """Make due now what a clock that jumped ahead had put further away than anything is ever put."""
+    """Make due now what is due after `latest`: the clock had jumped ahead when it was scheduled."""
     pulled = tx.execute(
         update(runs).where(runs.c.next_poll_at > to_ms(latest)).values(next_poll_at=to_ms(now))
     ).rowcount

@@ -1,4 +1,4 @@
-"""Rows to nouns and back: the one place that knows how a noun is laid out in columns."""
+"""Converts rows of the database to values and back. Knows which columns hold which fields."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -29,12 +29,12 @@ _MS = timedelta(milliseconds=1)
 
 
 def to_ms(moment: datetime) -> int:
-    """Return a time as the database holds it: unix milliseconds."""
+    """Return a time in Unix milliseconds, as the database stores it."""
     return (moment - _EPOCH) // _MS
 
 
 def from_ms(value: int) -> datetime:
-    """Return the time behind unix milliseconds."""
+    """Return the time of Unix milliseconds."""
     return _EPOCH + timedelta(milliseconds=value)
 
 
@@ -43,7 +43,7 @@ def from_ms_or_none(value: int | None) -> datetime | None:
 
 
 _RENAMED = {"callback_status": "told", "unconfirmed_reads": "ladder"}
-"""Fields that have another name than their column."""
+"""Fields whose column has another name."""
 _RUN_FIELDS = tuple(field.name for field in fields(Run))
 RUN_COLUMNS = tuple(_RENAMED.get(name, name) for name in _RUN_FIELDS)
 _ENUMS: Mapping[str, Callable[[str], Any]] = {
@@ -56,7 +56,7 @@ _ENUMS: Mapping[str, Callable[[str], Any]] = {
 _TIMES = frozenset(name for name in _RUN_FIELDS if name.endswith(("_at", "_since")))
 _RUN_VALUES = attrgetter(*_RUN_FIELDS)
 _COLUMN_OF: Mapping[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(_ENUMS, attrgetter("_value_")),  # what `value` looks up, without its detour: the door pays for it
+    **dict.fromkeys(_ENUMS, attrgetter("_value_")),  # `value` is a slow property, and this runs often
     **dict.fromkeys(_TIMES, to_ms),
     "metadata": lambda metadata: json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True) if metadata else "{}",
 }
@@ -64,13 +64,16 @@ FIRST_CALLBACK_COLUMNS = (
     "run_id", "state", "origin", "first_seen_at", "deadline_at", "run_type", "workspace_id", "error_code",
     "error_message", "told", "reported_at", "next_poll_at",
 )  # fmt: skip
-"""What the first callback of a run fills in. The other columns are as in every new row: to bind them costs as much again."""
+"""The columns that the first callback of a run fills in.
+
+The others have their defaults: to bind them would double the cost of the insert.
+"""
 NEW_RUN_DEFAULTS = {
     "metadata": "'{}'",
     "callback_expected": "TRUE",
     **dict.fromkeys(("losses", "polls", "ladder", "failures", "missing", "version"), "0"),
 }
-"""Those of the others that are not NULL, in SQL."""
+"""Those of the others that are not NULL, as SQL."""
 _OTHERS = tuple(field for field in fields(Run) if _RENAMED.get(field.name, field.name) not in FIRST_CALLBACK_COLUMNS)
 _OTHER_VALUES = attrgetter(*(field.name for field in _OTHERS))
 _NEW_VALUES: tuple[Any, ...] = tuple({} if field.name == "metadata" else field.default for field in _OTHERS)
@@ -94,7 +97,7 @@ def run_values(run: Run) -> list[Any]:
 
 
 def first_callback_values(run: Run) -> list[Any] | None:
-    """Return the columns of `FIRST_CALLBACK_COLUMNS`, or None if others of this run are not as in every new row."""
+    """Return the values of `FIRST_CALLBACK_COLUMNS`, or None if the others are not defaults."""
     if _OTHER_VALUES(run) != _NEW_VALUES:
         return None
     values = list(_FIRST_CALLBACK_VALUES(run))
@@ -132,7 +135,7 @@ def to_output(row: RowMapping) -> Output:
 
 
 def dispatch_row(dispatch: Dispatch) -> dict[str, Any]:
-    """Return the columns of a dispatch that was just made."""
+    """Return the columns of a new dispatch."""
     return {
         "run_id": dispatch.run_id,
         "handler": dispatch.handler,

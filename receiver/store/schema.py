@@ -30,7 +30,7 @@ metadata = MetaData(
     }
 )
 
-# SQLite gives an INTEGER PRIMARY KEY its row id; a BIGINT one would be a second index.
+# In SQLite an INTEGER PRIMARY KEY is the row id; a BIGINT one would be a second index.
 _Seq = BigInteger().with_variant(Integer, "sqlite")
 
 runs = Table(
@@ -79,7 +79,8 @@ runs = Table(
     CheckConstraint("(state = 'lost') = (lost_reason IS NOT NULL)", name="lost"),
     CheckConstraint("state <> 'reported' OR reported_at IS NOT NULL", name="reported"),
     CheckConstraint("state NOT IN ('open', 'reported') OR next_poll_at IS NOT NULL", name="polled"),
-    # Partial indexes: they hold the unsettled runs only, so a ledger of ten million settled ones costs a poll nothing.
+    # Partial indexes have the unsettled runs only: a poll costs the same with ten million settled
+    # ones.
     Index("ix_runs_due", "next_poll_at", sqlite_where=text("next_poll_at IS NOT NULL"),
           postgresql_where=text("next_poll_at IS NOT NULL")),
     Index("ix_runs_verdict_due", "verdict_due_at", sqlite_where=text("verdict_due_at IS NOT NULL"),
@@ -139,7 +140,7 @@ dispatches = Table(
     Column("last_error", Text),
     Column("result", Text),
     Column("finished_at", BigInteger),
-    # The default is for replicas of an earlier version, which go on while this one starts.
+    # The default is for replicas of an earlier version that still run while this one starts.
     Column("lane", Text, nullable=False, server_default="light"),
     UniqueConstraint("run_id", "handler", "event", "round"),
     CheckConstraint("state IN ('ready', 'leased', 'done', 'dead', 'skipped')", name="state"),

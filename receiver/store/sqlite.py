@@ -1,7 +1,8 @@
-"""SQLite: one file, one process. Who may write, who may read, and what the driver's errors mean.
+"""SQLite: one file, used by one process.
 
-There is exactly one writer connection, on one thread (two connections that write or checkpoint at once can corrupt a
-WAL file before SQLite 3.51.3); what queues up while it commits shares the next commit. Readers are `query_only`.
+There is one writer connection, on one thread: two connections that write or checkpoint at once can
+corrupt a WAL file before SQLite 3.51.3. Jobs that queue up during a commit share the next one.
+Readers are `query_only`.
 """
 
 import asyncio
@@ -25,18 +26,18 @@ from receiver.errors import StoreInUseError, StoreUnavailableError
 T = TypeVar("T")
 Job = Callable[[Connection], T]
 
-_BATCH = 64
-"""Jobs that share one commit, at most: bounds how long the first of them waits for the last."""
+_MAX_BATCH = 64
+"""Jobs of one commit: limits how long the first of them waits for the last."""
 _READERS = 4
 
 
 class SqliteDatabase:
-    """A SQLite file that this process owns."""
+    """A SQLite file, owned by this process."""
 
     shared = False
 
     def __init__(self, path: Path, *, busy_timeout_ms: int = 2_000, readers: int = _READERS) -> None:
-        """Take the file over: lock it, open it, start the writer. Raises StoreInUseError, StoreUnavailableError."""
+        """Lock and open the file. Raises StoreInUseError, StoreUnavailableError."""
         self._path = path
         self._lock = _lock_file(path)
         self._closing = False
@@ -54,46 +55,47 @@ class SqliteDatabase:
 
     @staticmethod
     def hold(path: Path) -> int:
-        """Take a file over without opening it; closing the handle gives it back. Raises StoreInUseError."""
+        """Lock a file without opening it; closing the handle unlocks it. Raises StoreInUseError."""
         return _lock_file(path)
 
     async def write(self, job: Job[T]) -> T:
-        """Run `job` in a transaction; when this returns, what it wrote is durable.
+        """Run `job` in a transaction; its writes are durable on return.
 
-        Raises StoreUnavailableError when nothing was committed for a reason that may pass; else what `job` raised.
+        Raises StoreUnavailableError if nothing was committed for a temporary reason, else what
+        `job` raised.
         """
         return await self._queue(job)
 
     async def read(self, job: Job[T]) -> T:
-        """Run `job` on a connection that cannot write, in a snapshot of what is committed."""
+        """Run `job` in a read-only snapshot of what is committed."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, job)
 
     async def run(self, job: Callable[[Connection], T]) -> T:
-        """Run `job` on the writer's connection outside any transaction (migrations, checkpoints)."""
+        """Run `job` on the writer's connection, outside any transaction (migrations)."""
         return await self._queue(_Bare(job))
 
     async def _queue(self, job: Job[T]) -> T:
         if self._closing:
-            raise StoreUnavailableError("the database is being closed")  # the writer would never come to it
+            raise StoreUnavailableError("the database is being closed")  # the writer would not run it
         future: Future[T] = Future()
         self._jobs.put((job, future))
-        # A caller that is cancelled leaves; its job still runs, whole.
+        # If the caller is cancelled, its job still runs to its end.
         return await asyncio.shield(asyncio.wrap_future(future))
 
     def now(self, _tx: Connection, default: datetime) -> datetime:
-        """Return the time by which leases are judged: this process's own, since it is the only one."""
+        """Return the time by which leases expire: that of this process, the only one."""
         return default
 
     async def notify(self, what: str) -> None:
-        """Tell nobody: there is no other process."""
+        """Do nothing: there is no other process."""
 
     async def notices(self) -> AsyncIterator[str]:
-        """Yield nothing, for the same reason."""
+        """Yield nothing: there is no other process."""
         return
         yield
 
     async def close(self) -> None:
-        """Finish what is queued, checkpoint, and give the file back."""
+        """Finish queued jobs, checkpoint, and unlock the file."""
         self._closing = True
         self._jobs.put(None)
         await asyncio.to_thread(self._writer.join)
@@ -117,7 +119,7 @@ class SqliteDatabase:
         while (first := self._jobs.get()) is not None:
             batch = [first]
             stop = False
-            while len(batch) < _BATCH:
+            while len(batch) < _MAX_BATCH:
                 try:
                     item = self._jobs.get_nowait()
                 except queue.Empty:
@@ -132,7 +134,7 @@ class SqliteDatabase:
         self._checkpoint()
 
     def _write(self, batch: list[tuple[Job[Any], Future[Any]]]) -> None:
-        """Run a batch in order; neighbours share one commit, each in a savepoint of its own."""
+        """Run a batch in order; adjacent jobs share one commit, each in its own savepoint."""
         together: list[tuple[Job[Any], Future[Any]]] = []
         for job, future in batch:
             if isinstance(job, _Bare):
@@ -155,7 +157,7 @@ class SqliteDatabase:
                         with self._connection.begin_nested() if len(batch) > 1 else contextlib.nullcontext():
                             answers.append((future, job(self._connection), None))
                     except exc.OperationalError:
-                        raise  # full, locked, read-only: SQLite may have ended the whole transaction by itself
+                        raise  # full, locked, read-only: SQLite may have ended the whole transaction
                     except Exception as error:
                         answers.append((future, None, error))
                         if len(batch) == 1:
@@ -177,7 +179,7 @@ class SqliteDatabase:
                 future.set_exception(failure)
 
     def _end_transaction(self) -> None:
-        """Leave no transaction open: after an error in COMMIT itself, SQLAlchemy lets go of it and SQLite does not."""
+        """End an open transaction: after a failed COMMIT SQLAlchemy forgets it, SQLite does not."""
         try:
             self._connection.rollback()
             self._connection.connection.rollback()
@@ -185,7 +187,7 @@ class SqliteDatabase:
             self._connection.invalidate()  # closes it; the next BEGIN opens another
 
     def _checkpoint(self) -> None:
-        """Move the log into the file, so that the next start finds nothing to recover. Losing this costs nothing."""
+        """Move the WAL into the file, so that the next start has nothing to recover. Optional."""
         try:
             self._connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
             self._connection.rollback()
@@ -205,9 +207,12 @@ class _Bare(Generic[T]):
 
 @contextlib.contextmanager
 def open_read_only(path: Path) -> Iterator[Connection]:
-    """Hold a file that is there and only read it, in one's own thread. Raises StoreInUseError, StoreUnavailableError."""
+    """Lock an existing file and open it read-only, for use in the caller's thread.
+
+    Raises StoreInUseError, StoreUnavailableError.
+    """
     if not path.exists():
-        raise StoreUnavailableError(f"there is no {path}")
+        raise StoreUnavailableError(f"{path} does not exist")
     lock = _lock_file(path)
     engine = _sqlite_engine(path, 2_000, read_only=True)
     try:
@@ -221,10 +226,10 @@ def open_read_only(path: Path) -> Iterator[Connection]:
 
 
 def match_owner(file: int | Path, directory: Path) -> None:
-    """Give a file to whom its directory belongs to: what root writes here, the service must be able to open."""
+    """Give a file that root writes to its directory's owner, so that the service can open it."""
     if os.geteuid() == 0:
         owner = directory.stat()
-        with contextlib.suppress(OSError):  # a root without that right, or an owner from outside a user namespace
+        with contextlib.suppress(OSError):  # no such right, or an owner from outside a user namespace
             os.chown(file, owner.st_uid, owner.st_gid)
 
 
@@ -249,13 +254,14 @@ def _sqlite_engine(path: Path, busy_timeout_ms: int, *, read_only: bool) -> Engi
 
     @event.listens_for(engine, "connect")
     def prepare(connection: sqlite3.Connection, _record: Any) -> None:
-        connection.isolation_level = None  # we say BEGIN ourselves: the driver would only do so before a write
+        connection.isolation_level = None  # BEGIN is explicit: the driver would begin before writes only
         for pragma in (
             f"busy_timeout = {busy_timeout_ms}",
             "journal_mode = WAL",
-            "synchronous = FULL",  # a commit is an fsync: 2xx means durable
+            "synchronous = FULL",  # a commit syncs: 2xx means durable
             "foreign_keys = ON",
-            # An insert of many rows keeps what its pages were, to take back itself alone: in a file, that doubles its cost.
+            # An insert of many rows keeps a copy of each page that it changes: in a file, it costs
+            # twice as much.
             "query_only = ON" if read_only else "temp_store = MEMORY",
         ):
             connection.execute(f"PRAGMA {pragma}")

@@ -1,4 +1,4 @@
-"""Statements on starts: intents to start a run, committed before FLORA is asked."""
+"""Statements on starts: intents to start a run, committed before the request is sent to FLORA."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +13,7 @@ from receiver.store.schema import runs, starts
 
 _MARK_STARTED = (
     update(starts)
-    # The first run that shows up under a token is the start's; a second one would be FLORA starting twice.
+    # The first run with a token is that of the start; a second one would be FLORA's mistake.
     .where(starts.c.token == bindparam("_token"), starts.c.run_id.is_(None))
     .values(
         state=StartState.STARTED.value,
@@ -41,13 +41,13 @@ def by_key(
 
 
 def by_token(tx: Connection, tokens: Collection[str]) -> dict[str, Start]:
-    """Return these starts, as far as there are any."""
+    """Return the starts with these tokens, as far as they exist."""
     rows = tx.execute(select(starts).where(starts.c.token.in_(tokens)).order_by(starts.c.token)).mappings()
     return {row["token"]: to_start(row) for row in rows}
 
 
 def request_of(tx: Connection, run_id: str) -> str | None:
-    """Return the body that FLORA got when a run was started; None: it was not started here."""
+    """Return the body that was sent to FLORA to start a run, or None if it was not started here."""
     return tx.execute(select(starts.c.request).where(starts.c.run_id == run_id).limit(1)).scalar_one_or_none()
 
 
@@ -56,7 +56,7 @@ def add_start(tx: Connection, start: Start) -> None:
 
 
 def update_start(tx: Connection, start: Start, *, only_in: Collection[StartState]) -> bool:
-    """Write a start back if it is still in one of these states; False if something else decided about it meanwhile."""
+    """Update a start if it is still in one of these states; return whether it was."""
     changed = tx.execute(
         update(starts)
         .where(starts.c.token == start.token, starts.c.state.in_([state.value for state in only_in]))
@@ -66,7 +66,7 @@ def update_start(tx: Connection, start: Start, *, only_in: Collection[StartState
 
 
 def replace_refused(tx: Connection, token: str, start: Start) -> bool:
-    """Write a refused start anew, as the intent that it is now; its token changes. False if someone else just did."""
+    """Replace a refused start by a new intent with a new token; return whether it was refused."""
     changed = tx.execute(
         update(starts)
         .where(starts.c.token == token, starts.c.state == StartState.REFUSED.value)
@@ -76,7 +76,7 @@ def replace_refused(tx: Connection, token: str, start: Start) -> bool:
 
 
 def mark_started(tx: Connection, runs_by_token: Mapping[str, str]) -> None:
-    """Name the run of each of these starts, whatever was known of them before."""
+    """Mark starts as started by their runs, whatever their state was."""
     if runs_by_token:
         tx.execute(
             _MARK_STARTED, [{"_token": token, "_run_id": run_id} for token, run_id in sorted(runs_by_token.items())]
@@ -84,19 +84,19 @@ def mark_started(tx: Connection, runs_by_token: Mapping[str, str]) -> None:
 
 
 def due_starts(tx: Connection, *, now: datetime, limit: int) -> tuple[Start, ...]:
-    """Return the starts that FLORA is to be asked about by now, oldest first."""
+    """Return the starts whose request is due, longest due first."""
     statement = select(starts).where(starts.c.state == StartState.ASKING.value, starts.c.due_at <= to_ms(now))
     return tuple(to_start(row) for row in tx.execute(statement.order_by(starts.c.due_at).limit(limit)).mappings())
 
 
 def next_attempt_due_ms(tx: Connection) -> int | None:
-    """Return when the next start is to be asked about, in unix milliseconds; None: none is."""
+    """Return when the next request of a start is due, in Unix milliseconds, or None."""
     statement = select(func.min(starts.c.due_at)).where(starts.c.state == StartState.ASKING.value)
     return tx.execute(statement).scalar_one_or_none()
 
 
 def oldest_unanswered_at(tx: Connection, *, workspace_id: str | None, since: datetime) -> datetime | None:
-    """Return when the first start was made, of those after `since` that may be about to name a run of this workspace."""
+    """Return when the oldest unanswered start of a workspace since `since` was made, or None."""
     first = tx.execute(
         select(func.min(starts.c.created_at)).where(
             starts.c.state == StartState.ASKING.value,
@@ -108,7 +108,7 @@ def oldest_unanswered_at(tx: Connection, *, workspace_id: str | None, since: dat
 
 
 def count_unresolved_alike(tx: Connection, start: Start, *, since: datetime, until: datetime) -> int:
-    """Return how many starts that could be meant by the same run are without one, this one included."""
+    """Return how many starts without a run, this one included, the same run could belong to."""
     statement = select(func.count()).where(
         starts.c.workspace_id == start.workspace_id,
         starts.c.operation == start.operation.value,

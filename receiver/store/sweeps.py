@@ -1,4 +1,4 @@
-"""Statements of the sweeper: how far each list has been swept."""
+"""Statements of the sweeper: the watermark of each list."""
 
 from datetime import datetime
 
@@ -10,13 +10,13 @@ from receiver.store.schema import watermarks
 
 
 def watermark(tx: Connection, scope: str) -> datetime | None:
-    """Return the creation time of the newest run that a whole sweep of this list has seen; None: it never was swept."""
+    """Return the creation time of the newest run of the last complete sweep of a list, or None."""
     found = tx.execute(select(watermarks.c.created_at).where(watermarks.c.scope == scope)).scalar_one_or_none()
     return None if found is None else from_ms(found)
 
 
 def set_watermark(tx: Connection, scope: str, created_at: datetime, *, swept_at: datetime) -> None:
-    """Write down that a list has been swept up to the run created at `created_at`."""
+    """Record that a list was swept completely, up to the run created at `created_at`."""
     statement = postgresql.insert(watermarks)
     upsert = statement.on_conflict_do_update(
         index_elements=["scope"],

@@ -74,7 +74,7 @@ async def test_copies_overwrite_nothing_and_damage_is_told(sqlite_path: Path, tm
     other = tmp_path / "other.db"
     with closing(sqlite3.connect(other)) as connection:
         connection.execute("CREATE TABLE x (y)")
-    with pytest.raises(StoreUnavailableError, match="no ledger"):
+    with pytest.raises(StoreUnavailableError, match="not a ledger"):
         backup.restore(other, sqlite_path)
     damaged = tmp_path / "damaged.db"
     raw = bytearray(target.read_bytes())

@@ -233,7 +233,7 @@ def test_a_migration_gives_way_to_who_is_at_work(
 
     It lets go of what it has locked, and tries again until it is through.
     """
-    monkeypatch.setattr(migrate, "_PATIENCE", "300ms")
+    monkeypatch.setattr(migrate, "_LOCK_TIMEOUT", "300ms")
     monkeypatch.setattr(migrate, "_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(migrate, "_TRIES", 100)
     postgres_server.create("busy", migrated=False)

@@ -174,7 +174,7 @@ def test_sums_tell_any_difference(ledger: Path, postgres_server: Postgres, targe
         with psycopg.connect(url) as session:
             session.execute(changed.encode())
             session.commit()
-            with pytest.raises(StoreError, match=rf"holds another ledger: {told} differ"):
+            with pytest.raises(StoreError, match=rf"has another ledger: {told} differ"):
                 move(ledger, url)
         postgres_server.empty(target)
         assert move(ledger, url).copied
@@ -183,9 +183,9 @@ def test_sums_tell_any_difference(ledger: Path, postgres_server: Postgres, targe
 @pytest.mark.parametrize(
     ("alteration", "told"),
     [
-        ("NEW.value := upper(NEW.value); RETURN NEW;", "outputs: 2 rows there, 2 here"),
-        ("IF NEW.position = 1 THEN RETURN NULL; END IF; RETURN NEW;", "outputs: 2 rows there, 1 here"),
-        ("NEW.output_id := NULL; RETURN NEW;", "outputs has a row that PostgreSQL does not take"),
+        ("NEW.value := upper(NEW.value); RETURN NEW;", "outputs: 2 rows in the source, 2 in the target"),
+        ("IF NEW.position = 1 THEN RETURN NULL; END IF; RETURN NEW;", "outputs: 2 rows in the source, 1 in the target"),
+        ("NEW.output_id := NULL; RETURN NEW;", "outputs has a row that PostgreSQL does not accept"),
     ],
 )
 def test_what_does_not_arrive_as_it_was_is_not_kept(
@@ -239,7 +239,7 @@ async def test_a_ledger_in_use_is_left_alone(ledger: Path, postgres_server: Post
     with pytest.raises(StoreInUseError):
         move(ledger, url)
     await database.close()
-    with pytest.raises(StoreUnavailableError, match="there is no"):
+    with pytest.raises(StoreUnavailableError, match="does not exist"):
         move(ledger.with_name("other.db"), url)
     with pytest.raises(StoreUnavailableError):
         move(ledger, postgres_server.url("nowhere"))
