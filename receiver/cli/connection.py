@@ -1,4 +1,4 @@
-"""The connection to the running service, whose URL and token are in the environment or the settings.
+"""The connection to the running service: its URL and token, from the environment or the settings.
 
 The client is imported when a command connects, so that `--help` does not wait for it.
 """

@@ -76,8 +76,8 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
 def test_a_run_is_started_by_floras_own_command_line(operator: Operator) -> None:
     """Only the program's name differs; it prints the run's id."""
     done = operator.text(
-        "techniques:runs", "create", "--technique-id", "emu-image", "--input", PROMPT, "--mode", "async",
-        "--idempotency-key", "cli-1",
+        "techniques:runs", "create", "--technique-id", "emu-image", "--input", PROMPT,
+        "--mode", "async", "--idempotency-key", "cli-1",
     )  # fmt: skip
     assert done.strip().startswith("run_")
     assert operator.start("--idempotency-key", "cli-1") == done.strip()

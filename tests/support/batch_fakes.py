@@ -70,7 +70,7 @@ def some_jobs(count: int) -> list[Job]:
 
 @dataclass
 class FakeReceiver:
-    """A start takes the next of the row's `errors`; else its run is that of `runs`, or completed."""
+    """A start takes the next of the row's `errors`; a run is that of `runs`, or completed."""
 
     errors: dict[str, list[StartError]] = field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)

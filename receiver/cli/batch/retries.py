@@ -22,7 +22,7 @@ def is_transient(error: ReceiverApiError) -> bool:
 
 
 def call_with_retries(call: Callable[[], T], *, seconds: float) -> T:
-    """Return the result of `call`; retry transient errors for `seconds`, then raise the last one."""
+    """Return the result of `call`; retry transient errors for `seconds`, then raise the last."""
     until, failures = time.monotonic() + seconds, 0
     while True:
         try:

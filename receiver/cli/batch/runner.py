@@ -63,7 +63,7 @@ class Receiver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """Why no row is started any more; `code` is FLORA's, `unreachable`, `interrupted` or `broken`."""
+    """Why the batch ended early; `code` is FLORA's, `unreachable`, `interrupted` or `broken`."""
 
     code: str
     message: str

@@ -9,11 +9,17 @@ from receiver.errors import ReceiverApiError
 @pytest.mark.parametrize(
     ("status", "code", "expected"),
     [
-        (None, "unreachable", True), (503, "flora_rate_limited", True), (500, "internal_error", True),
-        (429, "rate_limited", True), (502, "not_a_receiver", True), (502, "flora_unauthorized", False),
-        (401, "unauthorized", False), (404, "not_found", False), (409, "unknown_outcome", False),
+        (None, "unreachable", True),
+        (503, "flora_rate_limited", True),
+        (500, "internal_error", True),
+        (429, "rate_limited", True),
+        (502, "not_a_receiver", True),
+        (502, "flora_unauthorized", False),
+        (401, "unauthorized", False),
+        (404, "not_found", False),
+        (409, "unknown_outcome", False),
     ],
-)  # fmt: skip
+)
 def test_transient_errors_are_retried(status: int | None, code: str, expected: bool) -> None:
     assert is_transient(ReceiverApiError("x", status=status, code=code)) is expected
 

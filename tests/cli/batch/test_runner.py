@@ -98,8 +98,10 @@ def test_missing_credits_stop_the_batch(spool: Spool) -> None:
 def test_calls_are_retried_during_a_restart(spool: Spool) -> None:
     """No response, 503 and 500 are retried with the same key; nothing is started twice."""
     transient = [
-        ReceiverApiError("gone", code="unreachable"), refusal(503, "unavailable"), refusal(500, "internal_error"),
-    ]  # fmt: skip
+        ReceiverApiError("gone", code="unreachable"),
+        refusal(503, "unavailable"),
+        refusal(500, "internal_error"),
+    ]
     receiver = FakeReceiver(errors={"row-0": [*transient]})
     runner = a_runner(receiver, spool, patience=30)
     runner.run(some_jobs(2), ignore)
