@@ -19,7 +19,7 @@ MEDIA = "https://media.flora.ai/assets/SECRETPATH.png?sig=SECRETPATH"
 
 @pytest.fixture(autouse=True)
 def _put_back() -> Iterator[None]:
-    """Leave the process's logging as it was."""
+    """Restore the logging of the process."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
@@ -75,7 +75,7 @@ def test_media_urls_show_at_debug_level_alone_and_secrets_never() -> None:
     assert (line["url"], line["error"]) == (MEDIA, "whsec_***")
 
 
-def test_an_exceptions_text_is_scrubbed() -> None:
+def test_the_text_of_an_exception_is_scrubbed() -> None:
     stream = io.StringIO()
     configure_logging("info", "json", stream)
     structlog.get_logger().error("download.failed", exc_info=ValueError(f"{MEDIA} with whsec_abc"))
@@ -93,7 +93,7 @@ def test_a_json_line_has_a_utc_time_a_level_and_an_event() -> None:
     ("terminal", "format_", "is_json"),
     [(True, "auto", False), (False, "auto", True), (True, "json", True), (False, "console", False)],
 )
-def test_the_format_follows_the_stream_unless_told(terminal: bool, format_: Any, is_json: bool) -> None:
+def test_the_format_follows_the_stream_unless_it_is_set(terminal: bool, format_: Any, is_json: bool) -> None:
     class Stream(io.StringIO):
         def isatty(self) -> bool:
             return terminal
@@ -122,7 +122,7 @@ def test_the_level_is_kept() -> None:
     assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["loud"]
 
 
-def test_standard_library_records_take_the_same_way_once() -> None:
+def test_standard_library_records_are_written_once() -> None:
     """Scrubbed, in the same format; configuring twice does not print twice."""
     configure_logging("info", "json", io.StringIO())
     stream = io.StringIO()

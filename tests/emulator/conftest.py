@@ -80,7 +80,7 @@ class Inbox:
 
 @dataclass
 class Bench:
-    """One emulator that is served, and an HTTP client with its key."""
+    """A running emulator, and an HTTP client with its key."""
 
     emulator: Emulator
     client: httpx.AsyncClient
@@ -130,7 +130,7 @@ MakeBench = Callable[[EmulatorSettings], Awaitable[Bench]]
 
 @pytest.fixture
 async def make_bench() -> AsyncIterator[MakeBench]:
-    """Emulators to order; all are closed at the end."""
+    """Return a maker of emulators, which are closed at the end."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(settings: EmulatorSettings) -> Bench:
@@ -168,7 +168,7 @@ async def inbox() -> AsyncIterator[Inbox]:
 
 @pytest.fixture
 async def tls_inbox(tmp_path: Path) -> AsyncIterator[tuple[Inbox, Path]]:
-    """An inbox behind HTTPS, and the file of the authority that vouches for it (itself)."""
+    """An inbox behind HTTPS, and the file of its self-signed certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "emulator test")])
     now = datetime.now(UTC)

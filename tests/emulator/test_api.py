@@ -17,7 +17,7 @@ GENERATION = {"type": "image", "prompt": "a cat", "workspace_id": "ws_emulator",
 
 @dataclass
 class Clock:
-    """A clock that tests turn."""
+    """A clock that tests set."""
 
     now: float = 1_700_000_000.0
 
@@ -197,7 +197,7 @@ async def test_a_failed_request_releases_its_key(bench: Bench) -> None:
 
 
 async def test_replay(make_bench: MakeBench) -> None:
-    """In replay mode the original answer comes back, marked."""
+    """In replay mode the original response is sent again, marked."""
     bench = await make_bench(EmulatorSettings(replay_idempotent=True))
     first = await bench.start(body={"idempotency_key": "k"})
     body = {"mode": "async", "inputs": [PROMPT], "idempotency_key": "k"}
@@ -246,7 +246,7 @@ def test_a_key_lives_two_hours() -> None:
     ],
 )
 def test_callback_hosts(url: str, *, public: bool, private: bool) -> None:
-    """FLORA takes public HTTPS only; `allow_private_callbacks` takes hosts inside a network too."""
+    """FLORA accepts public HTTPS only; `allow_private_callbacks` accepts private hosts too."""
     assert (callback_problem(url, allow_private=False) is None) is public
     assert (callback_problem(url, allow_private=True) is None) is private
 

@@ -67,7 +67,7 @@ async def test_four_attempts_with_the_same_bytes(bench: Bench, inbox: Inbox) -> 
 
 
 async def test_retries_end_with_a_2xx(bench: Bench, inbox: Inbox) -> None:
-    """The second attempt is taken, so there is no third."""
+    """The second attempt is accepted, so there is no third."""
     inbox.answers = [500]
     run_id = await bench.run_id(callback_url=inbox.url)
     await bench.drain()
@@ -75,14 +75,14 @@ async def test_retries_end_with_a_2xx(bench: Bench, inbox: Inbox) -> None:
     assert [one["status"] for one in listed.json()["deliveries"][0]["attempts"]] == [500, 200]
 
 
-async def test_nobody_listens(bench: Bench) -> None:
+async def test_a_refused_connection(bench: Bench) -> None:
     """A refused connection is an error of each of the four attempts."""
     await bench.run_id(callback_url="http://127.0.0.1:1/x")
     await bench.drain()
     assert [attempt.error is not None for attempt in bench.emulator.deliveries[0].attempts] == [True] * 4
 
 
-async def test_a_receiver_that_never_answers(make_bench: MakeBench) -> None:
+async def test_a_receiver_that_never_responds(make_bench: MakeBench) -> None:
     """The timeout counts as a failed attempt."""
     released = asyncio.Event()
 
@@ -154,7 +154,7 @@ async def test_callbacks_that_do_not_verify(
 
 
 async def test_old_secret_verifies_with_the_old_secret(bench: Bench, inbox: Inbox) -> None:
-    """So a receiver that still knows it takes the callback."""
+    """A receiver that still has the old secret accepts the callback."""
     await bench.run_id(callback_url=inbox.url, faults={"kind": "old_secret", "secret": "whsec_old"})
     await bench.drain()
     assert check(inbox.received[0], SECRET, "whsec_old").secret == 1
@@ -199,7 +199,7 @@ async def test_contradict(bench: Bench, inbox: Inbox) -> None:
 
 
 async def test_callback_before_the_api_knows(bench: Bench, inbox: Inbox) -> None:
-    """With a read lag the callback is there while reads still say running."""
+    """With a read lag the callback arrives while reads still state running."""
     run = await bench.start(body={"callback_url": inbox.url}, faults={"kind": "read_lag", "seconds": 3600})
     await bench.drain()
     assert len(inbox.received) == 1

@@ -21,7 +21,7 @@ from tests.emulator.conftest import Bench
     ],
 )
 async def test_refusals_start_nothing(bench: Bench, fault: dict[str, object], status: int, code: str) -> None:
-    """The answer has FLORA's body, and no run exists."""
+    """The response has FLORA's body, and no run exists."""
     error = (await bench.start(faults=fault, status=status))["error"]
     assert isinstance(error, dict)
     assert error["code"] == code
@@ -44,8 +44,8 @@ async def test_html(bench: Bench) -> None:
     assert (answer.status_code, answer.headers["content-type"][:9]) == (200, "text/html")
 
 
-async def test_answers_that_suffer_after_the_fact(bench: Bench) -> None:
-    """Slow, truncated and cut answers: the run was started all the same."""
+async def test_spoiled_responses_of_starts_that_happened(bench: Bench) -> None:
+    """Slow, truncated and cut responses: the run was started nevertheless."""
     await bench.start(faults={"kind": "slow", "seconds": 0.01})
     body = {"mode": "async", "inputs": [{"id": "prompt", "type": "text", "value": "x"}]}
     header = {"Emulator-Faults": '{"kind": "truncated_json"}'}
@@ -58,7 +58,7 @@ async def test_answers_that_suffer_after_the_fact(bench: Bench) -> None:
 
 
 async def test_selection_by_path_method_and_count(bench: Bench) -> None:
-    """A fault strikes where and as often as it says, and is gone from the list then."""
+    """A fault applies where and as often as it says, and then leaves the list."""
     await bench.break_it({"kind": "service_unavailable", "path": "/technique-runs", "method": "get", "next": 2})
     assert (await bench.client.get("/generations")).status_code == 200
     statuses = [(await bench.client.get("/technique-runs")).status_code for _ in range(3)]
@@ -95,7 +95,7 @@ async def test_runs_that_end_oddly(bench: Bench) -> None:
     assert "charged_cost" in runs[2]
 
 
-async def test_standing_run_faults_touch_every_start(bench: Bench) -> None:
+async def test_run_faults_in_force_apply_to_every_start(bench: Bench) -> None:
     """A run fault of the control endpoint counts down at starts."""
     await bench.break_it({"kind": "fail", "next": 1})
     for _ in range(2):
@@ -124,7 +124,7 @@ def test_probability_is_seeded() -> None:
 
 
 def test_every_kind_parses_with_its_defaults() -> None:
-    """And writes itself so that it can be read again."""
+    """Its JSON form parses to the same fault."""
     for kind in KINDS:
         [fault] = parse_faults({"kind": kind})
         assert parse_faults(fault.to_json()) == (fault,)
@@ -154,6 +154,6 @@ async def test_faults_that_make_no_sense(bench: Bench, document: object) -> None
 
 
 async def test_faults_header_must_be_json(bench: Bench) -> None:
-    """A header that cannot be read is a 400, not a silent absence of the fault."""
+    """A header that cannot be parsed is a 400, not a missing fault."""
     answer = await bench.client.get("/techniques", headers={"Emulator-Faults": "drop"})
     assert answer.json()["error"]["fields"][0]["field"] == "emulator-faults"

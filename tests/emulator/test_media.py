@@ -95,7 +95,7 @@ def test_a_size_beyond_memory_costs_nothing() -> None:
 
 @pytest.mark.parametrize("technique", KINDS)
 async def test_outputs_are_served(bench: Bench, technique: str) -> None:
-    """Public, with the right type and length; HEAD says the same without the body."""
+    """Public, with the right type and length; HEAD has the same headers and no body."""
     url = await bench.media_url(technique)
     async with httpx.AsyncClient(trust_env=False) as stranger:
         got, head = await stranger.get(url), await stranger.head(url)
@@ -110,7 +110,7 @@ async def test_text_is_inline(bench: Bench) -> None:
 
 
 async def test_size_by_input_and_by_fault(bench: Bench) -> None:
-    """Both ways give exactly that many bytes, also beyond what is held at once."""
+    """Both ways give exactly that many bytes, also beyond one chunk."""
     inputs = [{"id": "prompt", "type": "text", "value": "x"}, {"id": "size", "type": "text", "value": "3MiB"}]
     url = await bench.media_url("emu-audio", body={"inputs": inputs})
     assert len((await bench.client.get(url)).content) == 3 * 2**20
@@ -147,7 +147,7 @@ async def test_ranges(bench: Bench, requested: str, status: int, piece: slice | 
     assert stale.content == full.content
 
 
-async def test_what_is_not_there(bench: Bench) -> None:
+async def test_missing_outputs(bench: Bench) -> None:
     """No output before the end, none beyond the last, none under another name."""
     url = await bench.media_url()
     waiting = await bench.run_id(faults={"kind": "run_seconds", "seconds": 3600})
@@ -175,7 +175,7 @@ async def test_a_length_that_is_too_small(bench: Bench) -> None:
 
 
 async def test_stall(bench: Bench) -> None:
-    """The first bytes come and then nothing, until the emulator closes; the rest follows then."""
+    """After the first bytes nothing comes until the emulator closes; then the rest follows."""
     url = await bench.media_url(faults={"kind": "stall", "after_bytes": 1000})
     async with bench.client.stream("GET", url) as answer:
         pieces = answer.aiter_raw()
@@ -199,7 +199,7 @@ async def test_expired_redirect_and_type(bench: Bench) -> None:
 
 
 async def test_media_faults_for_the_next_download(bench: Bench) -> None:
-    """One download breaks, the next works: what a retry needs."""
+    """One download fails, and the next succeeds, as a retry needs it."""
     url = await bench.media_url()
     await bench.break_it({"kind": "expired", "next": 1, "path": "/media"})
     assert [(await bench.client.get(url)).status_code for _ in range(2)] == [403, 200]

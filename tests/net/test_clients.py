@@ -143,7 +143,7 @@ async def test_resolver_errors_become_connect_errors() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "0x7f000001", "2130706433", "localhost", "::1"])
 async def test_no_spelling_of_loopback_passes(host: str) -> None:
-    """The real resolver turns odd spellings into addresses, and those are checked."""
+    """The real resolver turns odd spellings into addresses, which are checked."""
     with pytest.raises(httpcore.ConnectError):
         await GuardedBackend().connect_tcp(host, 9, timeout=5)
 
@@ -193,7 +193,7 @@ def test_exceptions_are_read_as_urls_write_them() -> None:
 
 
 async def test_media_client_reaches_only_what_is_allowed() -> None:
-    """Plain http and private addresses pass for the exact host and port, for nothing beside it."""
+    """Plain http and private addresses are allowed for the exact host and port alone."""
     async with serve_media() as media, serve_media() as other:
         media.pages["/a"] = page(b"here")
         async with media_client(allow_private_hosts=[media.authority], tls=TLS) as client:
@@ -223,7 +223,7 @@ async def test_media_client_keeps_nothing_and_follows_nothing(monkeypatch: pytes
 @pytest.mark.parametrize(
     "base_url", ["http://api.example.com/v1", "ftp://api.example.com", "//x", "http://127.0.0.1.evil.test"]
 )
-def test_the_api_is_spoken_to_over_https_only(base_url: str) -> None:
+def test_the_api_is_called_over_https_only(base_url: str) -> None:
     """The API key must not travel in the clear."""
     with pytest.raises(ValueError, match="must be an https URL"):
         api_client(base_url, tls=TLS)
@@ -242,7 +242,7 @@ async def test_the_api_key_stays_with_the_api() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "localhost.", "[::1]", "[::ffff:127.0.0.1]"])
-async def test_what_the_settings_take_for_loopback_the_client_does_too(host: str) -> None:
+async def test_settings_and_clients_agree_about_loopback(host: str) -> None:
     """Settings and clients agree about `localhost.`, or the service would not start."""
     settings = load_settings(None, {"FLORA_BASE_URL": f"http://{host}:9100/api/v1"}, need_secrets=False)
     async with api_client(settings.flora.base_url) as client:

@@ -40,7 +40,7 @@ async def read(downloader: Downloader, output: Output) -> bytes:
 
 
 async def failure(downloader: Downloader, output: Output) -> DownloadError:
-    """Fail to read an output; whatever the error says must not lead to the media."""
+    """Fail to read an output, and return the error, which must not show the URL."""
     with pytest.raises(DownloadError) as caught:
         await read(downloader, output)
     error: BaseException | None = caught.value
@@ -55,7 +55,7 @@ def limited_downloader(media: MediaServer, limits: DownloadLimits) -> Downloader
 
 
 async def test_a_file_arrives_whole_in_bounded_chunks(media: MediaServer, downloader: Downloader) -> None:
-    """Bytes are those of the server, in chunks that fit into memory however large the file is."""
+    """The bytes are the server's, in bounded chunks however large the file is."""
     body = bytes(range(256)) * 12_000
     async with downloader.open(media.output("/secret.png", page(body, "image/png; x=1"))) as download:
         assert (download.content_type, download.content_length) == ("image/png; x=1", len(body))
@@ -103,7 +103,7 @@ async def test_a_download_is_saved_whole_or_not_at_all(
     assert saved.path.read_bytes() == body
 
 
-async def test_nothing_of_ours_is_sent_along(media: MediaServer, downloader: Downloader) -> None:
+async def test_nothing_of_the_receiver_is_sent(media: MediaServer, downloader: Downloader) -> None:
     """Media hosts get no credentials, no cookies, no referer, and no offer of compression."""
     output = media.output("/secret?x=1", page(b"x"))
     await read(downloader, replace(output, value=f"{output.value}#part"))
@@ -115,7 +115,7 @@ async def test_nothing_of_ours_is_sent_along(media: MediaServer, downloader: Dow
 
 
 async def test_text_is_its_own_download(downloader: Downloader) -> None:
-    """FLORA sends text inline: it comes out as UTF-8, without any request."""
+    """FLORA sends text inline: it is returned as UTF-8, without a request."""
     text = "Grüße " * 200_000
     async with downloader.open(Output(position=0, output_id="t", type="text", value=text)) as download:
         assert download.content_type == "text/plain; charset=utf-8"
@@ -145,13 +145,13 @@ async def test_text_is_its_own_download(downloader: Downloader) -> None:
     ],
 )
 async def test_urls_that_are_never_fetched(downloader: Downloader, url: str) -> None:
-    """Anything but https to a public address is refused for good."""
+    """Every URL but https to a public address is refused for good."""
     error = await failure(downloader, Output(position=0, output_id="o", type="imageUrl", value=url))
     assert isinstance(error, DownloadRefusedError)
 
 
 async def test_a_public_name_for_a_private_address_is_refused() -> None:
-    """Names are judged by what they resolve to."""
+    """A name counts as the addresses that it resolves to."""
 
     async def resolve(host: str, port: int) -> Sequence[str]:
         return ["1.1.1.1", "192.168.0.1"]
@@ -184,7 +184,7 @@ async def test_redirects_to_nowhere_are_refused(media: MediaServer, downloader: 
     assert isinstance(await failure(downloader, output), DownloadRefusedError)
 
 
-async def test_too_large_by_its_own_word(media: MediaServer) -> None:
+async def test_an_announced_length_above_the_limit_is_refused(media: MediaServer) -> None:
     """A Content-Length above the limit is refused before the body is read."""
     output = media.output("/secret", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 1001\r\n\r\n", hold=True))
     error = await failure(limited_downloader(media, download_limits(max_bytes=1000)), output)
@@ -212,7 +212,7 @@ async def test_a_length_beside_chunks_does_not_count(media: MediaServer, downloa
         assert b"".join([chunk async for chunk in download]) == b"hello"
 
 
-async def test_what_comes_after_the_body_is_not_of_it(media: MediaServer, downloader: Downloader) -> None:
+async def test_bytes_after_the_body_do_not_count(media: MediaServer, downloader: Downloader) -> None:
     """The announced length holds where more is sent, and the connection is not used again."""
     output = media.output("/secret", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello world"))
     assert await read(downloader, output) == await read(downloader, output) == b"hello"
@@ -231,8 +231,8 @@ async def test_what_comes_after_the_body_is_not_of_it(media: MediaServer, downlo
         ("401 Who", False),
     ],
 )
-async def test_answers_other_than_200(media: MediaServer, downloader: Downloader, status: str, expired: bool) -> None:
-    """Only 200 is an output. 403, 404 and 410 say that a fresh URL is needed."""
+async def test_statuses_other_than_200(media: MediaServer, downloader: Downloader, status: str, expired: bool) -> None:
+    """Only 200 is an output. 403, 404 and 410 mean that the URL has expired."""
     error = await failure(downloader, media.output("/secret", page(b"", status=status)))
     assert isinstance(error, DownloadFailedError)
     assert error.expired is expired
@@ -251,8 +251,8 @@ async def test_answers_other_than_200(media: MediaServer, downloader: Downloader
         b"",
     ],
 )
-async def test_cut_and_broken_answers_fail(media: MediaServer, downloader: Downloader, raw: bytes) -> None:
-    """Less than what was promised is never taken for the whole, and nothing is not an output."""
+async def test_cut_and_broken_responses_fail(media: MediaServer, downloader: Downloader, raw: bytes) -> None:
+    """Fewer bytes than announced are never an output, nor is an empty body."""
     assert isinstance(await failure(downloader, media.output("/secret", Page(raw))), DownloadFailedError)
 
 
@@ -274,7 +274,7 @@ async def test_silence_is_a_stall(media: MediaServer, raw: bytes) -> None:
 
 @pytest.mark.parametrize("raw", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort"])
 async def test_the_deadline_ends_any_download(media: MediaServer, raw: bytes) -> None:
-    """However it is slow, a download is over when its time is."""
+    """However it is slow, a download ends at its deadline."""
     limits = download_limits(stall_seconds=60, deadline_seconds=0.05)
     error = await failure(limited_downloader(media, limits), media.output("/secret", Page(raw, hold=True)))
     assert isinstance(error, DownloadFailedError)
@@ -282,7 +282,7 @@ async def test_the_deadline_ends_any_download(media: MediaServer, raw: bytes) ->
 
 
 async def test_names_that_do_not_resolve_may_resolve_later() -> None:
-    """DNS is infrastructure: its failure is no verdict on the output."""
+    """A failure of DNS says nothing about the output."""
 
     async def resolve(host: str, port: int) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_AGAIN, "try again")
@@ -293,7 +293,7 @@ async def test_names_that_do_not_resolve_may_resolve_later() -> None:
     assert "could not be resolved" in str(error)
 
 
-async def test_nobody_listening_fails(media: MediaServer) -> None:
+async def test_a_refused_connection_fails(media: MediaServer) -> None:
     """A refused connection may be accepted later."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         authority = f"127.0.0.1:{closed.getsockname()[1]}"
@@ -360,8 +360,8 @@ async def test_redirects_in_public(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         await downloader.aclose()
 
 
-async def test_a_cancelled_download_lets_go_of_its_connection(media: MediaServer, downloader: Downloader) -> None:
-    """Cancellation goes straight through, and the server sees the connection end."""
+async def test_a_cancelled_download_closes_its_connection(media: MediaServer, downloader: Downloader) -> None:
+    """The server sees the connection end at once."""
     output = media.output("/secret", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort", hold=True))
     task = asyncio.create_task(read(downloader, output))
     await media.held.wait()

@@ -26,11 +26,11 @@ SIGNED = "https://media.example/a/b%20c.png?sig=1&t=2"
     ],
 )
 def test_no_more_than_the_host_shows(url: str, text: str, shown: str) -> None:
-    """Whole, as FLORA spelled it, as it travels, with and without its query."""
+    """The whole URL, its path as FLORA wrote it and as it is sent, with and without its query."""
     assert conceal_urls(text, [url]) == shown
 
 
-def test_one_that_begins_another_leaves_no_rest() -> None:
-    """The longest is taken first."""
+def test_a_url_that_begins_another_leaves_no_rest() -> None:
+    """The longest is replaced first."""
     urls = ["https://media.example/media/1", "https://media.example/media/1/large.png"]
     assert conceal_urls("/media/1/large.png and /media/1", urls) == "/… and /…"

@@ -61,8 +61,8 @@ async def test_a_connection_is_used_again(there: Target) -> None:
     assert (there.connections, len(there.posts)) == (1, 3)
 
 
-async def test_a_redirect_is_an_answer(there: Target) -> None:
-    """It is not followed, and what may be shown of it is where it leads, not how."""
+async def test_a_redirect_is_a_response(there: Target) -> None:
+    """It is not followed, and of its target only scheme and host are shown."""
     async with target() as other:
         there.answers = [answer("307 Moved", b"", f"Location: {other.url}?token=secret")]
         found = await post_once(there)
@@ -94,8 +94,8 @@ async def test_a_body_that_never_ends_is_not_waited_for(there: Target, monkeypat
 
 
 @pytest.mark.parametrize("raw", [b"", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nX: 1\r\n"])
-async def test_an_answer_that_does_not_come_is_given_up(there: Target, raw: bytes) -> None:
-    """Silence, or a head that drips: one deadline holds for all of it."""
+async def test_a_missing_response_is_given_up(there: Target, raw: bytes) -> None:
+    """Silence, or a head that drips: one deadline holds for both."""
     there.answers = [Page(raw, hold=True)]
     error = await post_failure(Poster(there.url, allow_private=True, timeout_seconds=0.1))
     assert isinstance(error, PostFailedError)
@@ -103,13 +103,13 @@ async def test_an_answer_that_does_not_come_is_given_up(there: Target, raw: byte
 
 
 @pytest.mark.parametrize("raw", [b"", b"HTTP/1.1 200", b"secret nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nbroken"])
-async def test_an_answer_that_is_none_fails(there: Target, raw: bytes) -> None:
-    """It may have arrived all the same: the same message will come again."""
+async def test_a_malformed_response_fails(there: Target, raw: bytes) -> None:
+    """The post may have arrived nevertheless, so it will be repeated."""
     there.answers = [Page(raw)]
     assert isinstance(await post_failure(Poster(there.url, allow_private=True)), PostFailedError)
 
 
-async def test_nobody_there() -> None:
+async def test_a_refused_connection() -> None:
     """A refused connection may be accepted later; `connect` raises the same error."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/secret"
@@ -131,7 +131,7 @@ async def test_a_name_that_leads_inside_is_refused() -> None:
 
 
 async def test_a_name_that_does_not_resolve_may_later() -> None:
-    """DNS is infrastructure."""
+    """A failure of DNS may pass."""
 
     async def resolve(host: str, port: int) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_AGAIN, "try again")
@@ -165,7 +165,7 @@ async def test_plain_http_where_tls_is_spoken(there: Target) -> None:
     assert not there.posts
 
 
-async def test_what_is_shown_of_an_answer_holds_no_secret(there: Target) -> None:
+async def test_an_excerpt_of_a_response_has_no_secret(there: Target) -> None:
     """Header values, the URL and media URLs are concealed in every spelling that servers quote."""
     body = (
         b'<b>no</b>\r\n\x1b[31m token s3cr&et/key and "s3cr\\&et" s3cr&amp;et/key s3cr%26et%2Fkey s3cr&et\\/key '
@@ -177,13 +177,13 @@ async def test_what_is_shown_of_an_answer_holds_no_secret(there: Target) -> None
     assert found.excerpt == '<b>no</b> [31m token … and "s3cr\\&et" … … … … … … POST … \ufffd end'
 
 
-async def test_what_is_shown_is_short(there: Target) -> None:
+async def test_an_excerpt_is_short(there: Target) -> None:
     there.answers = [answer("500 Oops", b"x" * 100_000)]
     assert (await post_once(there)).excerpt == "x" * 200
 
 
-async def test_cancellation_lets_go_of_the_connection(there: Target) -> None:
-    """Shutdown does not wait for a server that thinks."""
+async def test_cancellation_closes_the_connection(there: Target) -> None:
+    """Shutdown does not wait for a slow server."""
     there.answers = [Page(b"", hold=True)]
     task = asyncio.create_task(post_once(there))
     await there.held.wait()
@@ -246,7 +246,7 @@ def test_addresses_that_are_posted_to(text: str) -> None:
     ],
 )
 def test_headers_that_no_request_may_carry(headers: dict[str, str], words: str) -> None:
-    """Neither a second header in a value nor one of ours; the message never has the value."""
+    """No header inside a value, no reserved header; the message never shows the value."""
     with pytest.raises(ValueError, match=words) as caught:
         usable_headers(headers, reserved=("webhook-",))
     assert "secret" not in str(caught.value)
@@ -280,11 +280,11 @@ NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
     ],
 )
 def test_retry_after_in_both_forms(value: str, seconds: float | None) -> None:
-    """Seconds or a date; nonsense and the past ask for nothing."""
+    """Seconds or a date; malformed and past values count as none."""
     assert _retry_after(value, NOW) == seconds
 
 
-def test_a_file_that_holds_no_ca_is_told(tmp_path: Path) -> None:
+def test_a_file_without_a_ca_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("nothing")
     with pytest.raises(ValueError, match="ca_file"):
         Poster("https://example.com/", ca_file=tmp_path / "ca.pem")

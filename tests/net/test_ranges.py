@@ -39,7 +39,7 @@ async def downloader(media: MediaServer) -> AsyncIterator[Downloader]:
 
 
 def cut(at: int, *headers: str, body: bytes = BODY) -> Page:
-    """Promise the whole body, and end the connection after `at` bytes of it."""
+    """Announce the whole body, and close the connection after `at` bytes of it."""
     raw = page(body, "image/png", *headers).raw
     return Page(raw[: len(raw) - len(body) + at])
 
@@ -58,14 +58,14 @@ async def read(downloader: Downloader, output: Output) -> bytes:
 
 
 def range_lines(media: MediaServer) -> list[str]:
-    """What each request wanted of the body."""
+    """Return the range headers of each request."""
     lines = [line for head in media.requests for line in [*head.lower().split("\r\n"), "range: all"]]
     return [line for line in lines if line.startswith(("range: ", "if-range: "))]
 
 
 @pytest.mark.parametrize("first", [1, 700_000, len(BODY) - 1])
-async def test_a_cut_body_is_continued_where_it_ended(media: MediaServer, downloader: Downloader, first: int) -> None:
-    """One request for the rest, tied to the same body; what comes out is the whole."""
+async def test_a_cut_body_is_resumed_where_it_ended(media: MediaServer, downloader: Downloader, first: int) -> None:
+    """One request for the rest, bound to the same body; the result is the whole body."""
     output = media.output("/secret", rest(first, *STRONG))
     media.first["/secret"] = [cut(first, *STRONG)]
     assert await read(downloader, output) == BODY
@@ -73,7 +73,7 @@ async def test_a_cut_body_is_continued_where_it_ended(media: MediaServer, downlo
 
 
 async def test_the_rest_may_be_cut_too(media: MediaServer, downloader: Downloader) -> None:
-    """A few times over, whatever comes between; then the download fails."""
+    """Several resumptions are tried, whatever their errors; then the download fails."""
     output = media.output("/secret", rest(900_000, *STRONG))
     media.first["/secret"] = [
         cut(300_000, *STRONG),
@@ -103,18 +103,18 @@ async def test_the_rest_may_be_cut_too(media: MediaServer, downloader: Downloade
         ("Accept-Ranges: bytes", "Date: yesterday", "Last-Modified: Tue, 24 Nov 2026 12:00:00 GMT"),
     ],
 )
-async def test_what_cannot_be_told_to_be_the_same_is_not_continued(
+async def test_a_body_that_may_have_changed_is_not_resumed(
     media: MediaServer, downloader: Downloader, headers: tuple[str, ...]
 ) -> None:
-    """Without a strong validator, or without ranges, a cut download fails as it always did."""
+    """Without a strong validator or without ranges, a cut download fails."""
     output = media.output("/secret", cut(1000, *headers))
     with pytest.raises(DownloadFailedError, match="cut"):
         await read(downloader, output)
     assert len(media.requests) == 1
 
 
-async def test_a_date_of_long_ago_is_strong(media: MediaServer, downloader: Downloader) -> None:
-    """As RFC 9110 has it: changed at least a minute before it was sent."""
+async def test_an_old_date_is_a_strong_validator(media: MediaServer, downloader: Downloader) -> None:
+    """As in RFC 9110: changed at least a minute before it was sent."""
     old = ("Date: Tue, 24 Nov 2026 12:01:00 GMT", "Last-Modified: Tue, 24 Nov 2026 12:00:00 GMT")
     output = media.output("/secret", rest(1000))
     media.first["/secret"] = [cut(1000, "Accept-Ranges: bytes", *old)]
@@ -137,7 +137,7 @@ async def test_a_date_of_long_ago_is_strong(media: MediaServer, downloader: Down
     ],
 )
 async def test_another_body_is_never_appended(media: MediaServer, downloader: Downloader, answer: Page) -> None:
-    """What is not exactly the rest ends the download."""
+    """A response that is not exactly the rest ends the download."""
     output = media.output("/secret", answer)
     media.first["/secret"] = [cut(1000, *STRONG)]
     with pytest.raises(DownloadFailedError, match="cut"):
@@ -146,7 +146,7 @@ async def test_another_body_is_never_appended(media: MediaServer, downloader: Do
 
 
 async def test_more_than_the_whole_is_an_error(media: MediaServer, downloader: Downloader) -> None:
-    """A rest that is longer than it says it is does not pass."""
+    """A rest that is longer than announced is refused."""
     extra = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 1000-%d/%d\r\nTransfer-Encoding: chunked\r\n\r\n"
     extra %= (len(BODY) - 1, len(BODY))
     output = media.output("/secret", Page(extra + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)))
@@ -167,7 +167,7 @@ async def test_more_than_the_whole_is_an_error(media: MediaServer, downloader: D
 async def test_the_guards_hold_for_the_rest(
     media: MediaServer, downloader: Downloader, answer: Page, kind: type[DownloadError], expired: bool | None
 ) -> None:
-    """A request for the rest is a request like the first; an expired URL says so."""
+    """A request for the rest is guarded like the first; an expired URL is reported as expired."""
     output = media.output("/secret", answer)
     media.first["/secret"] = [cut(1000, *STRONG)]
     with pytest.raises(kind) as caught:
@@ -176,8 +176,8 @@ async def test_the_guards_hold_for_the_rest(
     assert "secret" not in str(caught.value)
 
 
-async def test_a_stall_is_continued_too(media: MediaServer) -> None:
-    """Silence is a cut as well."""
+async def test_a_stall_is_resumed_too(media: MediaServer) -> None:
+    """Silence counts as a cut."""
     limits = download_limits(stall_seconds=0.05, deadline_seconds=10)
     downloader = Downloader(limits=limits, allow_private_hosts=[media.authority], tls=TLS)
     output = media.output("/secret", rest(1000, *STRONG))
@@ -197,8 +197,8 @@ async def test_cancellation_ends_the_rest(media: MediaServer, downloader: Downlo
         await task
 
 
-def test_only_complete_answers_say_how_they_go_on() -> None:
-    """Length, ranges and a strong validator, or nothing."""
+def test_only_some_responses_can_be_resumed() -> None:
+    """A length, ranges and a strong validator are all required."""
     headers = {"accept-ranges": "bytes", "content-length": "5", "etag": '"x"'}
     assert parse_resumable(headers) == ResumableBody(5, '"x"')
     assert parse_resumable({**headers, "content-length": "five"}) is None

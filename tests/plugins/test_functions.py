@@ -85,7 +85,7 @@ def handler_of(name: str, **more: Any) -> Any:
         ("anonymous", {"run": "run_1", "key": "run_1:test:settled:0"}),
     ],
 )
-async def test_whatever_can_be_called_with_run_and_context(
+async def test_every_callable_with_run_and_context_is_a_handler(
     name: str, result: dict[str, Any], context_of: ContextOf
 ) -> None:
     """Async on the loop, plain in a thread of its own; objects, partials and lambdas too."""
@@ -102,7 +102,7 @@ async def test_whatever_can_be_called_with_run_and_context(
         ("absent", "cannot be imported"),
     ],
 )
-def test_what_is_no_handler_is_told(name: str, words: str) -> None:
+def test_an_object_that_is_no_handler_is_reported(name: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         handler_of(name)
     (problem,) = caught.value.problems
@@ -146,8 +146,8 @@ async def run_attempt(handler: FunctionHandler, context: MemoryContext, seconds:
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit("no"), KeyboardInterrupt("no"), StopIteration("no")])
-async def test_whatever_a_function_raises_means_later(error: BaseException, context_of: ContextOf) -> None:
-    """Even what would end a program, or a coroutine."""
+async def test_an_exception_of_a_function_means_retry(error: BaseException, context_of: ContextOf) -> None:
+    """Also one that would end a program or a coroutine."""
 
     def fail(run: SettledRun, context: BlockingContext) -> None:
         raise error
@@ -199,7 +199,7 @@ async def test_a_plain_function_has_the_whole_context(
     assert ("info", "all.there", {}) in context.log.lines
 
 
-async def test_one_that_hangs_is_left_behind(context_of: ContextOf) -> None:
+async def test_a_function_that_hangs_is_abandoned(context_of: ContextOf) -> None:
     """Its attempt ends in time, and further calls are refused while all its threads hang."""
     release = threading.Event()
     refused: list[Exception] = []
@@ -225,7 +225,7 @@ async def test_one_that_hangs_is_left_behind(context_of: ContextOf) -> None:
     assert await run_attempt(handler, context_of()) == Done()
 
 
-async def test_a_download_under_way_is_cleaned_up(media: MediaServer, context_of: ContextOf, tmp_path: Path) -> None:
+async def test_a_running_download_is_cleaned_up(media: MediaServer, context_of: ContextOf, tmp_path: Path) -> None:
     """When its time is over, no partial file is left, and the function gets an error."""
     slow = media.output("/slow", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort", hold=True))
     heard = threading.Event()
@@ -271,8 +271,8 @@ asyncio.run(main())
     assert (done.returncode, done.stdout, done.stderr) == (0, "left behind 2\n", "")
 
 
-async def test_one_that_hangs_starves_nobody(context_of: ContextOf) -> None:
-    """Every call has its own thread: not one of the loop's, which disk and name look-ups need."""
+async def test_a_function_that_hangs_takes_no_shared_thread(context_of: ContextOf) -> None:
+    """Every call has its own thread, none of the loop's, which disk and name lookups need."""
     release = threading.Event()
     seen: list[str] = []
 

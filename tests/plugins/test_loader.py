@@ -27,7 +27,7 @@ class Options(BaseModel):
 
 
 class Plain:
-    """A handler with no opinions of its own."""
+    """A handler without defaults of its own."""
 
     Config: ClassVar[type[BaseModel]] = Options
 
@@ -53,7 +53,7 @@ class Extravagant(Plain):
 
 
 class Modest(Plain):
-    """Sets its own limits, and looks for somebody who is not there."""
+    """Sets its own limits, and checks a target that does not respond."""
 
     max_attempts = 3
     timeout_seconds = 5.0
@@ -158,8 +158,8 @@ def test_limits_come_from_the_entry_then_from_the_section() -> None:
         (entry("Plain", options={"sise": 1}), "handlers.0.sise", "no option"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_path(handler: dict[str, Any], path: str, words: str) -> None:
-    """Whatever a plug-in does, the operator hears which entry of the file it is."""
+def test_a_problem_has_the_path_of_its_entry(handler: dict[str, Any], path: str, words: str) -> None:
+    """Whatever a plug-in does, the problem names the entry in the file."""
     with pytest.raises(ConfigError) as caught:
         load_handlers(settings(handler))
     (problem,) = caught.value.problems
@@ -167,7 +167,7 @@ def test_what_is_wrong_is_told_with_its_path(handler: dict[str, Any], path: str,
     assert words in problem.message
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_every_problem_is_reported_at_once() -> None:
     """All problems of a file are reported at once."""
     with pytest.raises(ConfigError) as caught:
         load_handlers(settings({"use": "nonsense"}, entry("Plain"), entry("Explosive"), entry("NoConfig")))
@@ -181,7 +181,7 @@ def test_a_value_is_never_repeated_in_a_problem() -> None:
     assert "whsec_very_secret" not in str(caught.value)
 
 
-def test_a_module_that_exits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_exits_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that calls `sys.exit` when it is imported is a reported problem."""
     (tmp_path / "a_script_that_exits.py").write_text("import sys\nsys.exit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -193,7 +193,7 @@ def test_a_module_that_exits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_a_module_that_is_not_found_is_told_where_it_would_be() -> None:
+def test_a_module_that_is_not_found_gets_a_hint() -> None:
     """A module that is not found gets a hint at the working directory.
 
     A missing import inside a module does not.
@@ -206,7 +206,7 @@ def test_a_module_that_is_not_found_is_told_where_it_would_be() -> None:
     assert "`python -m receiver` finds" not in str(caught.value)
 
 
-def test_a_missing_extra_is_told_with_its_cure() -> None:
+def test_a_missing_extra_is_reported_with_its_fix() -> None:
     """Before the first run: which library is missing, and what to install."""
     with pytest.raises(ConfigError) as caught:
         load_handlers(settings(entry("Extravagant")))
@@ -225,7 +225,7 @@ def test_a_class_may_set_its_own_limits() -> None:
 
 
 def test_pauses_between_attempts_are_set_for_each_handler() -> None:
-    """What is not named stays as usual."""
+    """A value that is not set keeps its default."""
     usual, own = load_handlers(
         settings(entry("Plain"), {**entry("Plain", backoff={"first_seconds": 60, "factor": 1}), "name": "b"})
     )
@@ -235,8 +235,8 @@ def test_pauses_between_attempts_are_set_for_each_handler() -> None:
         settings(entry("Plain", backoff={"first_seconds": 7200}))
 
 
-async def test_checks_tell_what_is_wrong_from_what_may_pass() -> None:
-    """A target that does not answer is a warning: it may be back when it is needed."""
+async def test_checks_separate_problems_from_warnings() -> None:
+    """A target that does not respond is a warning: it may recover before it is needed."""
     loaded = load_handlers(settings(entry("Plain"), entry("Modest"), entry("Broken"), entry("Leaving")))
     problems, warnings = await check_handlers(loaded)
     assert problems == [Problem("broken", "no right to write"), Problem("leaving", "gone")]
@@ -244,7 +244,7 @@ async def test_checks_tell_what_is_wrong_from_what_may_pass() -> None:
 
 
 class Stubborn(Plain):
-    """A check that swallows its cancellation once, and ends when it is let."""
+    """Its check ignores its cancellation once, and ends when it is released."""
 
     free: ClassVar[asyncio.Event]
 
@@ -254,7 +254,7 @@ class Stubborn(Plain):
         await self.free.wait()
 
 
-async def test_a_check_that_does_not_end_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_check_that_does_not_end_delays_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that hangs is a warning, even if it ignores its cancellation."""
     monkeypatch.setattr(plugins, "_CHECK_SECONDS", 0.01)
     Stubborn.free = asyncio.Event()
@@ -282,7 +282,7 @@ class Closing(Plain):
         self.closed.append(f"{self.config.size}")
 
 
-async def test_closing_is_over_whatever_a_handler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_closing_ends_whatever_a_handler_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler that does not close delays the service only briefly; all others are closed."""
     monkeypatch.setattr(plugins, "_CLOSE_SECONDS", 0.01)
     names = ("a", "b", "c", "d", "e")
@@ -294,7 +294,7 @@ async def test_closing_is_over_whatever_a_handler_does(monkeypatch: pytest.Monke
 
 
 def test_a_secret_may_stand_in_the_environment(tmp_path: Path) -> None:
-    """As everywhere in the settings: `env:NAME` or `file:/path`; and it is never shown."""
+    """As in all settings: `env:NAME` or `file:/path`; it is never shown."""
     kept = tmp_path / "token"
     kept.write_text("from a file\n")
     first, second = load_handlers(

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @pytest.fixture(autouse=True)
 async def threads() -> AsyncIterator[Threads]:
-    """What the service sets, on the loop of the test."""
+    """The pool that the service sets, on the test's loop."""
     made = Threads()
     asyncio.get_running_loop().set_default_executor(made)
     yield made
@@ -26,12 +26,12 @@ async def threads() -> AsyncIterator[Threads]:
 
 
 async def own(handler: str, call: Callable[[], T]) -> T:
-    """Call in a thread, as a handler's code does."""
+    """Call a function in a thread, as a handler's code does."""
     use_threads_of(handler)
     return await asyncio.to_thread(call)
 
 
-async def test_one_that_hangs_in_every_thread_holds_up_nobody(threads: Threads) -> None:
+async def test_a_handler_that_hangs_in_every_thread_delays_no_other(threads: Threads) -> None:
     """Other handlers, the service and lookups go on; its own further calls wait."""
     release, hanging = threading.Event(), threading.Semaphore(0)
 
@@ -63,7 +63,7 @@ async def test_threads_are_used_again_and_started_as_they_are_needed() -> None:
     await asyncio.gather(*(asyncio.create_task(own("a", lambda: meeting.wait(30))) for _ in range(8)))
 
 
-async def test_an_error_is_the_callers() -> None:
+async def test_an_error_reaches_the_caller() -> None:
     def fail() -> None:
         raise SystemExit(3)
 

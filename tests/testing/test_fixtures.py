@@ -28,7 +28,7 @@ def installed_example(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 
 
 def test_the_example_is_found_by_its_entry_point(installed_example: dict[str, str], tmp_path: Path) -> None:
-    """Its name is all that the settings need, and its options are shown like anybody's."""
+    """Its name is all that the settings need, and its options are shown like those of any handler."""
 
     def say(*arguments: str) -> str:
         command = [sys.executable, "-m", "receiver", *arguments]
@@ -82,7 +82,7 @@ def _blocks(file: str, language: str) -> list[str]:
 async def test_contexts_share_their_places(
     flora_run: Callable[..., SettledRun], flora_context: Callable[..., MemoryContext]
 ) -> None:
-    """As the ledger does: what one run reserved is taken for another."""
+    """As in the ledger, a location that one run has reserved is taken for another."""
     first: Context = flora_context(flora_run("text"))
     await first.reserve(0, "output_1", "/a")
     await first.store_artifact(0, size=1, sha256="0" * 64, content_type=None)
