@@ -1,4 +1,4 @@
-"""The parse door: what passes is clean, what does not is one PayloadError, and odd corners cost no more than themselves."""
+"""FLORA's messages: what is parsed is clean, and anything else raises PayloadError."""
 
 import contextlib
 import json
@@ -47,7 +47,8 @@ def a_row(**fields: Any) -> dict[str, Any]:
     return {"run_id": "run_1", "status": "running", **fields}
 
 
-# --- recorded samples --------------------------------------------------------------------------------------------
+# --- recorded samples
+# --------------------------------------------------------------------------------------------
 
 
 def test_reads_the_documented_callbacks() -> None:
@@ -69,7 +70,10 @@ def test_reads_the_documented_callbacks() -> None:
 
 
 def test_reads_a_technique_run() -> None:
-    """A single read names no technique: the one asked for is taken over; a text output's `url` is the text."""
+    """A single read names no technique: the requested one is used.
+
+    The `url` of a text output is the text.
+    """
     run = parse_run(parse_json(sample("technique-run-completed")), technique_id="tech_1")
     assert (run.run_id, run.status, run.run_type, run.technique_id) == ("run_tec1", "completed", "technique", "tech_1")
     assert run.outputs == (
@@ -121,7 +125,8 @@ def test_reads_a_refusal() -> None:
     assert error.fields == (("inputs.0.value", "must be a URL"),)
 
 
-# --- callbacks ---------------------------------------------------------------------------------------------------
+# --- callbacks ------------------------------------------------------------------------------------
+# ---------------
 
 
 @pytest.mark.parametrize(
@@ -160,7 +165,10 @@ def test_refuses_what_is_no_callback(body: bytes) -> None:
     "bad", ["", " ", "a b", "a\nb", "a\x00b", "\ud800", "x" * 201, ".", "..", 1, True, [], {}, 1.5, "\x7f"]
 )
 def test_refuses_ids_that_are_none(bad: Any) -> None:
-    """An id becomes a key and a part of a path: white space, NUL, half characters and dots are none."""
+    """An id becomes a key and a part of a path.
+
+    White space, NUL, half characters and dots are none.
+    """
     with pytest.raises(PayloadError):
         parse_callback(callback(id=bad))
     with pytest.raises(PayloadError):
@@ -195,7 +203,10 @@ def test_odd_values_of_optional_fields_are_left_out(name: str, odd: Any) -> None
     ],
 )
 def test_what_a_callback_tells(event: str, status: str | None, callback_status: CallbackStatus | None) -> None:
-    """The event's type decides; a status that contradicts it is told as both; an unknown event tells nothing."""
+    """The event's type decides.
+
+    A status that contradicts it makes both; an unknown event has none.
+    """
     assert parse_callback(callback(type=event, data__status=status)).callback_status is callback_status
 
 
@@ -269,7 +280,8 @@ def test_any_run_parses_or_is_a_payload_error(row: dict[str, Any]) -> None:
         assert output.value.encode() is not None
 
 
-# --- runs and pages ----------------------------------------------------------------------------------------------
+# --- runs and pages
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", [None, [], 1, "run_1", {}, {"run_id": "run_1"}, {"status": "running"}, a_row(status=1)])
@@ -299,7 +311,10 @@ def test_a_run_needs_its_id_and_its_status(row: Any) -> None:
     ],
 )
 def test_times(given_time: Any, expected: datetime | None) -> None:
-    """Unix milliseconds or ISO 8601, in UTC; anything else is no time, and no reason to refuse the run."""
+    """Unix milliseconds or ISO 8601, in UTC.
+
+    Anything else is no time, and no reason to refuse the run.
+    """
     assert parse_run(a_row(completed_at=given_time)).completed_at == expected
 
 
@@ -331,7 +346,10 @@ def test_progress_fits_its_range(progress: Any, expected: int | None) -> None:
     ],
 )
 def test_outputs_are_all_there_or_not_there_at_all(half: Any) -> None:
-    """One output without its URL yet means that the run's outputs are not there: it must not settle by halves."""
+    """One output without its URL yet means that the run's outputs are not there.
+
+    It must not settle by halves.
+    """
     whole = {"output_id": "a", "type": "imageUrl", "url": "https://media.flora.ai/a.png"}
     assert parse_run(a_row(outputs=[whole, half])).outputs == ()
     assert parse_run(a_row(outputs=[half, whole])).outputs == ()
@@ -344,7 +362,10 @@ def test_an_empty_text_is_an_output() -> None:
 
 
 def test_outputs_are_told_apart_by_position() -> None:
-    """Output ids may repeat or be missing; positions never do. Values are kept whole, however long."""
+    """Output ids may repeat or be missing; positions never do.
+
+    Values are kept whole, however long.
+    """
     url = "https://media.flora.ai/" + "a" * 9000
     rows = [{"output_id": "a", "type": "imageUrl", "url": url}, {"output_id": "a", "url": url}, {"url": url}]
     run = parse_run(a_row(outputs=rows))

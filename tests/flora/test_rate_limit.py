@@ -1,4 +1,7 @@
-"""How many requests are in flight: half as many after a 429, slowly more after successes, none during a hold."""
+"""The limit of requests in flight.
+
+Half as many after a 429, slowly more after successes, none during a hold.
+"""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Signatures: FLORA's own verdicts, what each refusal is called, and that nothing but a refusal ever comes out."""
+"""Signatures: FLORA's own results, the code of each refusal, and no other error."""
 
 import contextlib
 import json
@@ -85,18 +85,22 @@ def test_there_are_33_vectors() -> None:
         (sign(BODY, SECRET, timestamp=NOW + 301), SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE),
         (sign(BODY, SECRET, timestamp=0), SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE),
         (sign(BODY, SECRET, timestamp=999_999_999_999_999), SignatureProblem.TIMESTAMP_OUT_OF_TOLERANCE),
-        # A forged signature at a wrong time tells nothing about our clock: the signature is judged first.
+        # A forged signature at a wrong time tells nothing about our clock: the signature is judged
+        # first.
         (sign(BODY, OTHER, timestamp=0), SignatureProblem.SIGNATURE_MISMATCH),
     ],
 )  # fmt: skip
 def test_every_refusal_has_its_code(header: str | None, problem: SignatureProblem) -> None:
-    """A header that does not verify is refused under the one code that tells the sender what is wrong."""
+    """A header that does not verify is refused with the code of its problem."""
     assert refusal_of(header).problem is problem
 
 
 @pytest.mark.parametrize("header", [f"t={NOW},v1={DIGEST}" + ",v1=zz" * 15, f"t={NOW},v1={'0' * 64},v1={DIGEST}"])
 def test_one_good_signature_among_others_is_enough(header: str) -> None:
-    """FLORA sends several while a secret is rotated; ones that we cannot read do not spoil the one that we can."""
+    """FLORA sends several while a secret is rotated.
+
+    Unreadable ones do not spoil the readable one.
+    """
     assert verify(BODY, header, [SECRET], now=NOW) == Verified(0, 0)
 
 
@@ -155,7 +159,7 @@ def test_an_authentic_body_at_a_wrong_time_names_its_secret() -> None:
 
 
 def test_a_secret_that_is_not_unicode_matches_nothing() -> None:
-    """A secret from a badly encoded environment does not match, and does not break the door for the others."""
+    """A secret from a badly encoded environment matches nothing, and does not affect the others."""
     header = sign(BODY, SECRET, timestamp=NOW)
     assert verify(BODY, header, ["whsec_\udcff", SECRET], now=NOW).secret == 1
 

@@ -1,6 +1,7 @@
-"""The stage of the end-to-end tests: a real emulator, a receiver over HTTPS with real files and a real SQLite file.
+"""The stage of the end-to-end tests: an emulator and a receiver over HTTPS, with real files.
 
-`Stage.service()` runs the receiver inside the test's own loop; `tests.e2e.lives` runs it as processes that can be killed.
+`Stage.service()` runs the receiver inside the test's own loop; `tests.support.lives` runs it as
+processes that can be killed.
 """
 
 import asyncio
@@ -43,7 +44,7 @@ FINISHED = ("done", "dead", "skipped")
 
 
 async def eventually(probe: Callable[[], Awaitable[T]], *, within: float = PATIENCE_SECONDS, what: str = "") -> T:
-    """Ask until the answer is truthy, and return it. The one place of these tests that waits for time to pass."""
+    """Call `probe` until its result is truthy, and return it: the one wait for time to pass."""
     deadline = asyncio.get_running_loop().time() + within
     while not (found := await probe()):
         if asyncio.get_running_loop().time() > deadline:
@@ -64,7 +65,10 @@ class Clock:
 
 @dataclass
 class Stage:
-    """One emulator, one certificate, one directory; any number of receivers, one after the other."""
+    """One emulator, one certificate, one directory.
+
+    Any number of receivers, one after the other.
+    """
 
     directory: Path
     emulator: Emulator
@@ -98,7 +102,10 @@ class Stage:
         return f"https://127.0.0.1:{self.port}{CALLBACK_PATH}"
 
     def document(self, **sections: Any) -> dict[str, Any]:
-        """Return the settings as a nested dict: production's, with shorter waits; `sections` are laid over them."""
+        """Return the settings as a nested dict: production's, with shorter waits.
+
+        `sections` are laid over them.
+        """
         base: dict[str, Any] = {
             "public": {"host": "127.0.0.1", "port": self.port},
             "operations": {"port": 0},
@@ -160,12 +167,17 @@ class Stage:
                 **{"workspace_id": run.workspace_id, **known},
             )
         )
-        service.signals.poll.set()  # the poller may have planned to sleep for longer than this run's first read
+        # The poller may have planned to sleep for longer than this run's first read.
+        service.signals.poll.set()
 
-    # --- looking at the ledger, from outside ---------------------------------------------------------------------
+    # --- looking at the ledger, from outside
+    # ---------------------------------------------------------------------
 
     def rows(self, statement: str, *values: Any) -> list[dict[str, Any]]:
-        """Read from the SQLite file, as another process would: on a connection that cannot write."""
+        """Read from the SQLite file, as another process would.
+
+        On a connection that cannot write.
+        """
         if self.postgres is not None:
             with psycopg.connect(self.postgres, row_factory=psycopg.rows.dict_row) as session:
                 return session.execute(statement.replace("?", "%s").encode(), values or None).fetchall()
@@ -188,7 +200,10 @@ class Stage:
         return self.rows("SELECT * FROM deliveries WHERE run_id = ?", run_id)
 
     def end_runs(self) -> None:
-        """Let every run that the emulator has started end now; those to come are as short as ever."""
+        """Let every run that the emulator has started end now.
+
+        Those to come are as short as ever.
+        """
         self.emulator.faults.add(parse_faults([{"kind": "run_seconds", "seconds": 0.2}]))
         for run_id in list(self.emulator.runs._order):
             self.emulator._starter.bind(run_id, parse_faults([{"kind": "run_seconds", "seconds": 0}]))
@@ -207,7 +222,8 @@ class Stage:
         left = list(run_ids)
 
         async def look() -> bool:
-            # In a thread: the emulator is in this loop, and a receiver that waits for it must not wait for our looking.
+            # In a thread: the emulator is in this loop, and a receiver that waits for it must not
+            # wait for our looking.
             while left:
                 over: bool = await asyncio.to_thread(self.is_over, left[-1])
                 if not over:
@@ -235,7 +251,8 @@ class Stage:
         assert found is not None
         return found
 
-    # --- files ---------------------------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------
+    # ---------------
 
     def files(self, run_id: str) -> dict[int, Path]:
         """Return the stored files of a run by position, -1 being the manifest."""
@@ -247,7 +264,10 @@ class Stage:
         return [path for path in self.outputs.rglob("*") if ".part" in path.name]
 
     def check_files(self, run_id: str) -> dict[str, Any]:
-        """Hold every file of a completed run against the emulator's outputs and against its manifest; return that."""
+        """Check every file of a completed run against the emulator and the manifest.
+
+        Return that.
+        """
         planned = self.emulator.runs.get(run_id).outputs
         files = self.files(run_id)
         assert sorted(files) == [-1, *range(len(planned))], f"{run_id}: {files}"
@@ -267,7 +287,8 @@ class Stage:
                 MAGIC[output.type](content)
         return manifest
 
-    # --- callbacks of our own ------------------------------------------------------------------------------------
+    # --- callbacks of our own
+    # ------------------------------------------------------------------------------------
 
     def body(self, run_id: str, *, status: str = "completed", delivery_id: str | None = None, **more: Any) -> bytes:
         """Return a callback's body as FLORA writes it; `more` is laid over its top level."""
@@ -374,7 +395,10 @@ def free_port() -> int:
 
 
 def toml(document: Mapping[str, Any]) -> str:
-    """Write settings as TOML: plain values first, then tables of plain values, and lists of tables."""
+    """Write settings as TOML.
+
+    Plain values first, then tables of plain values, and lists of tables.
+    """
     plain = {name: value for name, value in document.items() if not isinstance(value, Mapping | list)}
     tables = {name: value for name, value in document.items() if name not in plain}
     return "\n".join([*(f"{name} = {json.dumps(value)}" for name, value in plain.items()), *_toml(tables)])

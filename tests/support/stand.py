@@ -1,4 +1,7 @@
-"""A database and an emulated FLORA with the same runs, and the poller that reads them: for tests at scale."""
+"""A database and an emulated FLORA with the same runs, and the poller that reads them.
+
+For tests at scale.
+"""
 
 import contextlib
 import random
@@ -31,7 +34,10 @@ OUTPUTS = (PlannedOutput("output_1", "text", "a lighthouse"),)
 
 @dataclass
 class Stand:
-    """One emulator and the requests that it got; `workspace_id` is the only workspace that it knows."""
+    """One emulator and the requests that it got.
+
+    `workspace_id` is the only workspace that it knows.
+    """
 
     emulator: Emulator
     client: FloraClient
@@ -141,7 +147,10 @@ async def a_stand(clock: Clock, *, workspace_id: str = "ws_1", concurrency: int 
 
 @dataclass
 class Ledger:
-    """A ledger with a poller over one or more stands; the first one's client is for every other workspace, too."""
+    """A ledger with a poller over one or more stands.
+
+    The first one's client is for every other workspace, too.
+    """
 
     core: Core
     readers: Mapping[str | None, RunReader]

@@ -1,4 +1,4 @@
-"""The dispatcher: a handler may do anything, and its dispatch still ends as done, as dead with an alert, or tries again."""
+"""The dispatcher: whatever a handler does, its dispatch is done, dead or retried."""
 
 import asyncio
 import json
@@ -135,7 +135,8 @@ def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher_module, "_RETRY_WRITE_SECONDS", 0.0)
 
 
-# --- answers -----------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
+# ---------------
 
 
 async def test_done_is_done_once(bench: Bench) -> None:
@@ -173,7 +174,10 @@ async def test_retry_waits_its_pause_under_the_same_key(bench: Bench) -> None:
 
 
 async def test_a_handler_has_its_run_read_again(bench: Bench) -> None:
-    """Where an output's URL has expired: the run is due at once, and the next attempt sees the URL it has then."""
+    """When an output's URL has expired, the run is due at once.
+
+    The next attempt sees its new URL.
+    """
     handler = scripted_handler(Retry("expired", reread=True), Done())
     dispatcher = bench.dispatcher(handler)
     await bench.settle()
@@ -190,7 +194,10 @@ async def test_a_handler_has_its_run_read_again(bench: Bench) -> None:
 
 
 async def test_a_handler_can_ask_what_flora_was_asked_for(bench: Bench) -> None:
-    """Of a run that was started here, without the key and the callback URL, whose token is a secret; else nothing."""
+    """The request of a run started here, without its key and callback URL.
+
+    For other runs, nothing.
+    """
     body = {"inputs": [{"id": "prompt", "type": "text", "value": "a fox"}], "mode": "async"}
     start = Start(
         token="t1",
@@ -311,7 +318,10 @@ LOOP["self"] = LOOP
     ],
 )
 async def test_an_odd_answer_never_leaves_its_lease_behind(bench: Bench, answer: Any, state: str) -> None:
-    """What it says about itself may be lost, what it decides is not: Done stays done, and no effect is applied twice."""
+    """A result that cannot be stored is dropped, its decision is not.
+
+    Done stays done, and no effect is applied twice.
+    """
     await bench.settle()
     dispatcher = bench.dispatcher(scripted_handler(answer))
     await bench.round(dispatcher)
@@ -319,7 +329,10 @@ async def test_an_odd_answer_never_leaves_its_lease_behind(bench: Bench, answer:
 
 
 async def test_what_a_handler_says_shows_no_media_url_and_no_secret(bench: Bench) -> None:
-    """Libraries quote URLs, or paths alone; whoever reads the ledger, an answer of the API or a log sees the host."""
+    """Libraries quote URLs, or paths alone.
+
+    The database, the API and the log show only the host.
+    """
     await bench.core.register("run_1")
     await bench.core.settle("run_1", outputs=[Output(0, "out", "imageUrl", MEDIA), Output(1, "t", "text", "a text")])
     told = f"Max retries exceeded with url: /media/fox.png?sig=1 {MEDIA} https://chat.example/T0/secret whsec_abc"
@@ -353,7 +366,8 @@ async def test_a_result_is_kept_as_strict_json_if_it_is_small(bench: Bench) -> N
     assert row.state is DispatchState.DONE
 
 
-# --- time --------------------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
+# ---------------
 
 
 @pytest.mark.parametrize("stubborn", [0, 10])
@@ -411,7 +425,8 @@ async def test_the_next_look_is_when_the_next_retry_is_due(bench: Bench) -> None
     assert await bench.dispatcher(scripted_handler(Done()), names=["nobody"]).tick(NOW) == idle
 
 
-# --- death and alerts --------------------------------------------------------------------------------------------
+# --- death and alerts
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -422,7 +437,7 @@ def bench_with_alerts(database: Database, clock: Clock, bench: Bench) -> Bench:
 
 
 async def test_used_up_attempts_are_dead_and_told(bench_with_alerts: Bench) -> None:
-    """Loudly: in the same commit, whoever listens to deaths gets a dispatch, and the loop is woken for it."""
+    """In the same commit, handlers of `dead` get a dispatch, and the loop is woken for it."""
     await bench_with_alerts.settle()
     alert = scripted_handler(Done())
     dispatcher = bench_with_alerts.dispatcher(scripted_handler(Retry("no")), alert, max_attempts=2)
@@ -465,7 +480,10 @@ async def test_each_death_of_a_run_is_an_alert_of_its_own(database: Database, cl
 
 
 async def test_what_killed_its_process_on_the_last_attempt_is_dead_and_told(bench_with_alerts: Bench) -> None:
-    """It never answered: after the restart it is buried, not handed out again, and whoever listens is told."""
+    """It never returned.
+
+    After the restart it is dead, not leased again, and listeners get the change.
+    """
     await bench_with_alerts.settle()
     for _ in range(2):
         handler, free = hanging_handler()
@@ -480,7 +498,8 @@ async def test_what_killed_its_process_on_the_last_attempt_is_dead_and_told(benc
     assert await bench_with_alerts.states() == {"h:settled:0": ("dead", 2), "i:dead:0": ("ready", 0)}
 
 
-# --- leases ------------------------------------------------------------------------------------------------------
+# --- leases ---------------------------------------------------------------------------------------
+# ---------------
 
 
 async def test_a_worker_that_lost_its_lease_writes_nothing(bench: Bench) -> None:
@@ -535,7 +554,7 @@ async def test_stopping_gives_back_uncounted(bench: Bench, stubborn: int) -> Non
 
 
 async def test_running_until_stopped(bench: Bench) -> None:
-    """The loop does what is due, wakes for what comes, and ends when told, with nothing left in its hands."""
+    """The loop does what is due, wakes for new work, and ends when stopped, with no lease left."""
     await bench.settle()
     handler = scripted_handler(Done())
     dispatcher = bench.dispatcher(handler)
@@ -553,7 +572,10 @@ async def test_running_until_stopped(bench: Bench) -> None:
 async def test_an_answer_that_cannot_be_written_is_kept_until_it_can(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The effect is applied: a full disk for a moment must neither leave the lease behind nor call the handler again."""
+    """The effect is applied.
+
+    A disk that is full for a moment neither leaves the lease behind nor calls the handler again.
+    """
     await bench.settle()
     handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler)
@@ -577,7 +599,10 @@ async def test_an_answer_that_cannot_be_written_is_kept_until_it_can(
 
 
 async def test_what_is_being_written_down_is_not_given_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopping comes while the answer is on its way to the database: given back then, the effect would be applied again."""
+    """The stop comes while the result is being written.
+
+    Released then, the effect would be applied again.
+    """
     await bench.settle()
     handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler)
@@ -620,7 +645,10 @@ async def test_stopping_does_not_wait_for_a_database_that_is_gone(bench: Bench) 
 
 
 async def test_renewing_leaves_alone_what_has_just_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its lease is gone because it is done: nobody took it over, and whoever waits for it is told."""
+    """Its lease is gone because it is done.
+
+    No process took it over, and listeners get the change.
+    """
     await bench.settle()
     handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler)
@@ -646,7 +674,10 @@ async def test_renewing_leaves_alone_what_has_just_ended(bench: Bench, monkeypat
 
 
 async def test_renewing_leaves_alone_what_has_begun_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lease that could not be renewed was the attempt's before: the one that runs now has its own."""
+    """The lease that could not be renewed was the attempt's before.
+
+    The one that runs now has its own.
+    """
     await bench.settle()
     handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler)
@@ -671,7 +702,10 @@ async def test_renewing_leaves_alone_what_has_begun_anew(bench: Bench, monkeypat
 
 
 async def test_a_commit_whose_answer_is_lost_is_recognised(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection was cut just then: the second try finds its own writing, and whoever waits is told."""
+    """The connection was cut just then.
+
+    The second try finds what the first wrote, and listeners get the change.
+    """
     await bench.settle()
     handler, free = hanging_handler()
     dispatcher = bench.dispatcher(handler)
@@ -697,7 +731,8 @@ async def test_a_commit_whose_answer_is_lost_is_recognised(bench: Bench, monkeyp
     assert len(handler.calls) == 1
 
 
-# --- what a handler gets -----------------------------------------------------------------------------------------
+# --- what a handler gets
+# -----------------------------------------------------------------------------------------
 
 
 async def test_a_context_reserves_and_stores(bench: Bench) -> None:

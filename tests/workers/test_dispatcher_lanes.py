@@ -1,4 +1,4 @@
-"""Lanes at work: the real dispatcher, real downloads from loopback, the real storage handler, on both databases."""
+"""Lanes with the dispatcher, the storage handler and downloads from loopback."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -115,7 +115,10 @@ def count_requests(media: MediaServer, prefix: str) -> int:
 
 
 async def test_a_small_output_is_stored_while_large_ones_never_end(bench: Bench, tmp_path: Path) -> None:
-    """Twenty endless videos wait for eight slots, all of them older: the image is stored at once, and then another."""
+    """Twenty endless videos wait for eight slots, all of them older.
+
+    The image is stored at once, and then another.
+    """
     for n in range(20):
         await bench.settle(f"run_v{n}", bench.output(f"/v{n}", endless(), "videoUrl"))
     storage = Storage(StorageConfig(url=str(tmp_path), key="{run_id}{ext}"))
@@ -132,7 +135,10 @@ async def test_a_small_output_is_stored_while_large_ones_never_end(bench: Bench,
 
 @pytest.mark.parametrize("concurrency", [1, 2, 8])
 async def test_a_large_output_comes_through_an_endless_stream_of_small_ones(bench: Bench, concurrency: int) -> None:
-    """Each small run that ends is followed by two more, so that there is always one due: the video still starts."""
+    """Each small run that ends is followed by two more, so that there is always one due.
+
+    The video still starts.
+    """
     begun = asyncio.Event()
     made = 0
 
@@ -170,7 +176,10 @@ async def test_with_one_slot_the_oldest_goes_first(bench: Bench) -> None:
 
 @pytest.mark.parametrize("size", [LARGE, None])
 async def test_an_image_that_turns_out_large_counts_as_heavy(bench: Bench, size: int | None) -> None:
-    """By what the server says, or by what comes: heavy work waits then, light work does not, its retry knows."""
+    """By what the server says, or by what comes.
+
+    Heavy work waits then, light work does not, its retry knows.
+    """
     raw = Page(endless(size).raw + (bytes(HEAVY_BYTES) if size is None else b""), hold=True)
     turns_out, free = asyncio.Event(), asyncio.Event()
 
@@ -195,7 +204,7 @@ async def test_an_image_that_turns_out_large_counts_as_heavy(bench: Bench, size:
     assert [attempt.progress.lane for attempt in dispatcher._running.values()] == [Lane.HEAVY]
     await bench.settle("run_video", bench.output("/video", endless(), "videoUrl"))
     await bench.settle("run_small", bench.output("/small", page(PNG)))
-    while (await bench.lanes("run_small"))[0] != "done":  # noqa: ASYNC110  # the ledger sets no event
+    while (await bench.lanes("run_small"))[0] != "done":  # noqa: ASYNC110  # no event is set
         await asyncio.sleep(0)
     assert handler.began == ["run_large", "run_small"]
     free.set()
@@ -237,7 +246,10 @@ async def test_what_is_stored_weighs_nothing_any_more(bench: Bench) -> None:
 
 
 async def test_whatever_turns_out_large_no_more_run_than_allowed(bench: Bench) -> None:
-    """Four slots, all taken by images that turn out large: the next free one is for light work, whatever is older."""
+    """Four slots, all taken by images that turn out large.
+
+    The next free one is for light work, whatever is older.
+    """
     handler = Scripted(read_all)
     for n in range(4):
         await bench.settle(f"run_l{n}", bench.output(f"/l{n}", endless()))

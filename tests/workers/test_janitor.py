@@ -90,7 +90,10 @@ async def test_retention(core: Core, janitor: Janitor) -> None:
 
 
 async def test_a_clock_that_jumped_a_year_ahead_and_came_back(core: Core, janitor: Janitor) -> None:
-    """Nothing that it put off stays put off: runs are read, and dispatches are due, within a tick."""
+    """Nothing that it put off stays put off.
+
+    Runs are read, and dispatches are due, within a tick.
+    """
     core.clock.forward(days=365)
     await core.register()
     await core.call("whd_2", "run_2")

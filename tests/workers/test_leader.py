@@ -24,7 +24,10 @@ def candidate(database: Database, clock: Clock, name: str = "poller", work: Any 
 
 
 async def test_one_holds_a_lease_until_it_runs_out(database: Database, clock: Clock) -> None:
-    """Its holder extends it; another gets it at its end, not before, and then the first has lost it."""
+    """Its holder extends it.
+
+    Another gets it at its end, not before, and then the first has lost it.
+    """
     one, other = candidate(database, clock), candidate(database, clock)
     assert await one.acquire()
     assert not await other.acquire()
@@ -120,7 +123,10 @@ async def test_who_cannot_renew_stops_before_its_lease_ends(database: Database, 
 async def test_a_lease_counts_from_when_it_was_asked_for(
     database: Database, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The answer came late, and then none comes: the work has ended by the time that the lease has."""
+    """The answer came late, and then none comes.
+
+    The work has ended by the time that the lease has.
+    """
     lease, loop = timedelta(seconds=3), asyncio.get_running_loop()
     ended: list[float] = []
     write, never = database.write, asyncio.Event()

@@ -1,4 +1,7 @@
-"""The poller against the emulated FLORA in every weather: no run is lost by an outage, and no answer makes us spin."""
+"""The poller against the emulated FLORA.
+
+No run is lost by an outage, no response is read in a loop.
+"""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -52,7 +55,10 @@ class Sky:
         self.emulator.faults.add(parse_faults(list(faults)))
 
     async def poll(self, seconds: float = 0) -> int:
-        """Read what is due, `seconds` later than now, until nothing more follows; return the requests that it took."""
+        """Read what is due, `seconds` later than now, until nothing more follows.
+
+        Return the requests that it took.
+        """
         before = self.emulator.gate.requests.total()
         self.core.clock.forward(seconds)
         for _ in range(20):
@@ -87,7 +93,8 @@ async def sky(database: Database, clock: Clock) -> AsyncIterator[Sky]:
     await emulator.aclose()
 
 
-# --- fair weather ------------------------------------------------------------------------------------------------
+# --- fair weather
+# ------------------------------------------------------------------------------------------------
 
 
 async def test_a_technique_run_is_read_to_its_end(sky: Sky) -> None:
@@ -131,7 +138,10 @@ async def test_a_run_that_goes_on_is_read_again_later(sky: Sky) -> None:
 
 @pytest.mark.parametrize("run_type", ["technique", None])
 async def test_a_technique_run_whose_technique_nobody_told_us(sky: Sky, run_type: str | None) -> None:
-    """Its callback names no technique: it is found in the list, and a 404 on the other route counts for nothing."""
+    """Its callback names no technique.
+
+    It is found in the list, and a 404 on the other route counts for nothing.
+    """
     run_id = sky.start()
     sky.core.clock.forward(100)
     await sky.core.call(run_id=run_id, run_type=run_type, workspace_id=WORKSPACE)
@@ -157,7 +167,8 @@ async def test_many_runs_cost_few_requests(sky: Sky) -> None:
     assert await sky.core.rows("SELECT state, count(*) FROM runs GROUP BY state") == [("completed", 120)]
 
 
-# --- lag ---------------------------------------------------------------------------------------------------------
+# --- lag ------------------------------------------------------------------------------------------
+# ---------------
 
 
 async def test_an_api_that_lags_behind_its_own_callback(sky: Sky) -> None:
@@ -185,7 +196,10 @@ async def test_a_cost_that_lags_is_told_when_it_comes(sky: Sky) -> None:
 
 
 async def test_hurrying_reads_what_is_not_settled_at_once(sky: Sky) -> None:
-    """Every open run, or those that are named; what is settled is left alone, and a run that goes on has its next read."""
+    """Every open run, or those that are named.
+
+    What is settled is left alone, and a run that goes on has its next read.
+    """
     done = await sky.start_tracked()
     await sky.poll()
     long = {"kind": "run_seconds", "seconds": 1000}
@@ -203,7 +217,10 @@ async def test_hurrying_reads_what_is_not_settled_at_once(sky: Sky) -> None:
 
 
 async def test_many_costs_that_lag_do_not_make_us_spin(sky: Sky) -> None:
-    """A list that shows a settled run still without its cost is an answer: the run is due later, not at once."""
+    """A list that shows a settled run still without its cost is an answer.
+
+    The run is due later, not at once.
+    """
     run_ids = [sky.start({"kind": "cost_lag", "seconds": 1000}) for _ in range(40)]
     for run_id in run_ids:
         await sky.track(run_id)
@@ -223,7 +240,8 @@ async def test_completed_without_outputs_ends_loudly(sky: Sky) -> None:
     assert await sky.poll(10**6) == 0
 
 
-# --- foul weather ------------------------------------------------------------------------------------------------
+# --- foul weather
+# ------------------------------------------------------------------------------------------------
 
 WEATHER: list[dict[str, object]] = [
     {"kind": "unauthorized"},
@@ -243,7 +261,10 @@ WEATHER: list[dict[str, object]] = [
 
 @pytest.mark.parametrize("fault", WEATHER, ids=lambda fault: "-".join(str(value) for value in fault.values()))
 async def test_no_weather_loses_a_run_and_every_weather_passes(sky: Sky, fault: dict[str, object]) -> None:
-    """However long it lasts, past the deadline too: the run backs off without a spin, and settles when FLORA is back."""
+    """However long it lasts, past the deadline too.
+
+    The run backs off without a spin, and settles when FLORA is back.
+    """
     run_id = await sky.start_tracked()
     sky.break_it(fault)
     assert await sky.poll() <= 2
@@ -272,7 +293,7 @@ async def test_floras_own_404_counts(sky: Sky) -> None:
 
 
 async def test_a_refused_key_is_told_once_and_loudly(sky: Sky) -> None:
-    """One critical line however many runs wait; nothing is asked meanwhile; and it is said when the key works again."""
+    """One critical line however many runs wait, and no requests until the key works again."""
     run_ids = [await sky.start_tracked() for _ in range(3)]
     sky.break_it({"kind": "unauthorized"})
     with capture_logs() as lines:
@@ -304,7 +325,7 @@ async def test_a_rate_limit_is_obeyed_by_all(sky: Sky, fault: dict[str, object],
 
 
 async def test_a_hold_from_a_clock_that_was_wrong_does_not_last(sky: Sky) -> None:
-    """The clock jumped a year ahead, FLORA said 429, the clock came back: we do not keep still for a year."""
+    """The clock jumped a year ahead, FLORA sent a 429, the clock came back: no pause of a year."""
     run_id = await sky.start_tracked()
     sky.break_it({"kind": "rate_limited", "next": 1})
     await sky.poll(365 * 86_400)
@@ -345,7 +366,10 @@ async def test_without_a_key_runs_wait(sky: Sky) -> None:
 
 
 async def test_one_workspaces_refused_key_starves_no_other(sky: Sky) -> None:
-    """Many runs of a workspace whose key is refused are due first: the others are read all the same."""
+    """Many runs of a workspace whose key is refused are due first.
+
+    The others are read all the same.
+    """
     core = sky.core
     transport = httpx.ASGITransport(app=sky.emulator.app)
     base_url = sky.emulator.base_url("http://flora")

@@ -1,4 +1,4 @@
-"""Many due runs against a real emulator over loopback: how many requests a look costs, and that no run is forgotten."""
+"""Many due runs against a real emulator: how many requests a tick takes, and that it reads all."""
 
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -84,7 +84,10 @@ async def test_a_run_with_a_callback_is_read_alone_beside_a_scan(ours: Ledger, f
 
 
 async def test_a_callback_during_a_scan_is_not_made_to_wait_for_it(ours: Ledger, flora: Stand, clock: Clock) -> None:
-    """The run is in a scan's hands since before its callback came: it is read alone all the same."""
+    """A scan has looked for the run since before its callback came.
+
+    It is read alone all the same.
+    """
     runs = flora.fill(200)
     flora.end(runs)
     await ours.add(flora.to_rows(runs))
@@ -192,7 +195,10 @@ async def test_bystanders_are_settled_and_settled_rows_cost_no_commit(ours: Ledg
 
 
 async def test_runs_due_soon_ride_along(ours: Ledger, flora: Stand, clock: Clock) -> None:
-    """Jitter spreads a thousand runs over seconds: the first that is due brings the others along."""
+    """Jitter spreads a thousand runs over seconds.
+
+    The first that is due brings the others along.
+    """
     runs = flora.to_rows(flora.fill(1000))
     rows = [replace(run, next_poll_at=clock.now + timedelta(milliseconds=20 * n)) for n, run in enumerate(runs)]
     await ours.add(rows)

@@ -1,4 +1,4 @@
-"""Starting runs against the real emulator: whatever happens on the way, one run at FLORA, and the ledger knows it."""
+"""Starts at the emulator: whatever happens, there is one run, and the database has it."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,10 @@ GENERATE = {"type": "image", "prompt": "a lighthouse", "workspace_id": "ws_emula
 
 @dataclass
 class Scene:
-    """A ledger, an emulated FLORA on the same clock, and Starters: another one is the process after a crash."""
+    """A database, an emulated FLORA on the same clock, and starters.
+
+    Another one is the process after a crash.
+    """
 
     core: Core
     emulator: Emulator
@@ -92,7 +95,7 @@ class Scene:
         assert await self.core.intake.accept(body, signed(body, self.core.clock.now), start=start) == Accepted()
 
     async def is_known(self, start: Start) -> None:
-        """Hold that there is exactly one run at FLORA, that it is this start's, and that the ledger has it."""
+        """Check that FLORA has exactly one run, of this start, and that the database has it."""
         [run] = self.runs
         assert (start.state, start.run_id) == (StartState.STARTED, run.run_id)
         known = await self.core.run(run.run_id)
@@ -124,7 +127,10 @@ async def scene(core: Core) -> AsyncIterator[Scene]:
 
 
 async def test_a_start_is_committed_asked_and_linked(scene: Scene) -> None:
-    """FLORA gets our callback URL with the start's token and the caller's key; the run carries the metadata."""
+    """FLORA gets the callback URL with the start's token, and the caller's key.
+
+    The run has the metadata.
+    """
     start = await scene.start(scene.process())
     await scene.is_known(start)
     assert scene.runs[0].callback_url == f"{OURS}?start={start.token}"
@@ -133,7 +139,7 @@ async def test_a_start_is_committed_asked_and_linked(scene: Scene) -> None:
 
 
 async def test_the_same_key_again_starts_nothing(scene: Scene) -> None:
-    """In the same process and in the next; metadata may differ, since FLORA is not asked about it."""
+    """In the same process and in the next. Metadata may differ, since FLORA does not get it."""
     first = await scene.start(scene.process())
     for starter in (scene.starters[0], scene.process()):
         begun = await starter.start(StartRequest(technique_id="emu-image", inputs=(PROMPT,), idempotency_key="k"))
@@ -198,7 +204,10 @@ async def test_a_generation_is_started_by_header_key(scene: Scene) -> None:
     ids=lambda fault: "-".join(str(part) for part in fault.values()),
 )
 async def test_an_answer_that_says_nothing_is_asked_again(scene: Scene, fault: Mapping[str, Any]) -> None:
-    """Whether FLORA carried the first request out or not: the same bytes are sent again, and one run exists."""
+    """Whether FLORA carried the first request out or not.
+
+    The same bytes are sent again, and one run exists.
+    """
     scene.break_it(**fault)
     starter = scene.process()
     start = await scene.start(starter)
@@ -208,7 +217,10 @@ async def test_an_answer_that_says_nothing_is_asked_again(scene: Scene, fault: M
 
 
 async def test_an_answer_that_takes_too_long_is_asked_again(scene: Scene) -> None:
-    """FLORA carries the first request out after we have given up on it: the key keeps the second from starting another."""
+    """FLORA carries out the first request after its time-out.
+
+    The key keeps the second from starting another run.
+    """
     scene.break_it(kind="slow", seconds=0.3)
     scene.client._timeout_seconds = 0.1
     starter = scene.process()
@@ -295,9 +307,12 @@ async def test_a_callback_that_overtakes_the_answer_names_the_run(scene: Scene) 
 
 
 async def test_a_run_of_others_waits_for_earlier_starts_alone(scene: Scene) -> None:
-    """A start that is being asked may name a run whose callback brought no token; one made after the callback cannot.
+    """A start without a response may name a run whose callback had no token.
 
-    Else, where one start follows the other, as in a batch, the runs of others in that workspace would never be settled.
+    One made after the callback cannot.
+
+    Else, where one start follows the other, as in a batch, the runs of others in that workspace
+    would never be settled.
     """
     core, starter = scene.core, scene.process(asks=False)
     await scene.start(starter)
@@ -313,7 +328,10 @@ async def test_a_run_of_others_waits_for_earlier_starts_alone(scene: Scene) -> N
 
 
 async def test_two_runs_that_could_be_meant_are_not_guessed(scene: Scene) -> None:
-    """Searched for a while, then unknown, and it says what to do; its callback settles it by itself."""
+    """Searched for a while, then unknown, and it says what to do.
+
+    Its callback settles it by itself.
+    """
     start = await scene.start(scene.process(asks=False))
     await scene.client.start_technique_run(start.technique_id, json.loads(start.request))
     mine = scene.runs[0]
@@ -344,7 +362,10 @@ async def test_two_starts_that_could_be_meant_are_not_guessed(scene: Scene) -> N
 
 
 async def test_the_last_of_several_starts_is_told_apart(scene: Scene) -> None:
-    """After a crash two starts and two runs could belong together; a callback names one, which leaves one for the other."""
+    """After a crash two starts and two runs could belong together.
+
+    A callback names one, which leaves one for the other.
+    """
     starter = scene.process(asks=False)
     one = await scene.start(starter)
     two = await scene.start(
@@ -372,7 +393,10 @@ async def test_a_run_that_the_ledger_knows_is_nobody_elses(scene: Scene) -> None
 
 
 async def test_what_is_older_than_flora_keeps_keys_is_not_posted_again(scene: Scene) -> None:
-    """After 100 minutes a second POST could be a second run: looked for, then said to be unknown."""
+    """After 100 minutes a second POST could start a second run.
+
+    The start is searched for, then unknown.
+    """
     start = await scene.start(scene.process(asks=False))
     after = await scene.again(scene.process(), start, 101 * 60)
     assert (after.state, scene.posts, scene.runs) == (StartState.UNKNOWN, 0, [])
@@ -404,7 +428,10 @@ async def test_without_a_public_url_runs_are_polled(scene: Scene) -> None:
 
 
 async def test_another_address_counts_from_the_next_start_on(scene: Scene) -> None:
-    """A tunnel has moved: what is started now is called back there; the same key again starts nothing."""
+    """A tunnel has moved: what is started now is called back there.
+
+    The same key again starts nothing.
+    """
     starter = scene.process(callback_url=None)
     before = await scene.start(starter)
     starter.callback_url = OURS

@@ -1,4 +1,4 @@
-"""Runs that nobody registered are found in FLORA's lists, once, from where the last whole sweep ended."""
+"""Unregistered runs are found in FLORA's lists, once, from where the last sweep ended."""
 
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -73,7 +73,10 @@ async def test_the_first_sweep_goes_back_a_day(ours: Ledger, flora: Stand, clock
 async def test_the_next_sweep_goes_back_to_the_watermark_and_a_little_further(
     ours: Ledger, flora: Stand, clock: Clock
 ) -> None:
-    """A run that showed up late behind the watermark is still found; what is older costs no page."""
+    """A run that showed up late behind the watermark is still found.
+
+    What is older costs no page.
+    """
     flora.fill(400, apart_seconds=60)
     sweeper = a_sweeper(ours, overlap=timedelta(minutes=30))
     pause = await sweeper.tick(clock.now)
@@ -139,7 +142,10 @@ async def test_an_empty_list_is_swept_too(ours: Ledger, clock: Clock) -> None:
 
 
 async def test_a_run_that_a_start_may_be_about_to_name_is_left_alone(ours: Ledger, flora: Stand, clock: Clock) -> None:
-    """Taken up now, its handlers would miss the metadata that its start knows. The overlap shows it again."""
+    """Taken up now, its handlers would miss the metadata that its start knows.
+
+    The overlap shows it again.
+    """
     start = Start(
         token="t1",
         workspace_id="",
