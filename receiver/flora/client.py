@@ -1,7 +1,7 @@
 """All HTTP requests to FLORA. Called by the run reader and the starter.
 
-Responses become values of the model, and failures of any kind one FloraError. The API key is sent to
-the base URL's origin only: redirects are not followed, and a `poll_url` is never fetched.
+Responses become values of the model, and failures of any kind one FloraError. The API key is sent
+to the base URL's origin only: redirects are not followed, and a `poll_url` is never fetched.
 """
 
 import asyncio

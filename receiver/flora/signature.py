@@ -73,7 +73,8 @@ def verify(
     if secret is None:
         raise SignatureError(
             SignatureProblem.SIGNATURE_MISMATCH,
-            "no configured secret made this signature: is FLORA_WEBHOOK_SECRET this workspace's, is the body unaltered?",
+            "no configured secret made this signature: is FLORA_WEBHOOK_SECRET this workspace's, "
+            "is the body unaltered?",
         )
     age = now - int(seconds)
     if (tolerance_past is not None and age > tolerance_past) or (

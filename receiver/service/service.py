@@ -198,7 +198,7 @@ class Service:
             log.warning("dispatch.leases_released", count=count, reason="the process that held them was killed")
 
     async def _log_warnings(self) -> None:
-        """Log odd settings, unhealthy handlers, and dispatches of handlers that are not configured."""
+        """Log odd settings, unhealthy handlers, and dispatches without a configured handler."""
         for problem in self._settings.find_warnings():
             log.warning("config.odd", setting=problem.path, reason=problem.message)
         problems, warnings = await check_handlers(self._parts.handlers)

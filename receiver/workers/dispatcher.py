@@ -184,52 +184,57 @@ class Dispatcher:
     async def _claim(
         self, registration: Registration, running: Counter[Lane], due: frozenset[Lane], now: datetime
     ) -> None:
-        token = secrets.token_hex(16)
-        limit, order = registration.concurrency, fill_order(registration.concurrency)
-        free_lanes = {lane for turn in order if free_slots(turn, running, limit) for lane in turn.lanes}
-        if due.isdisjoint(free_lanes):
+        """Lease dispatches of one handler for its free slots, and start an attempt of each."""
+        name, limit = registration.name, registration.concurrency
+        turns = [turn for turn in fill_order(limit) if not due.isdisjoint(turn.lanes)]
+        if not any(free_slots(turn, running, limit) for turn in turns):
             return  # the common case costs no write
+        token = secrets.token_hex(16)
 
-        def job(tx: Any) -> tuple[tuple[Leased, ...], tuple[Dispatch, ...]]:
+        def job(tx: Any) -> tuple[list[Leased], tuple[Dispatch, ...]]:
             expired_by = self._expired_by(tx, now)
             exhausted = queue.mark_exhausted(
-                tx, registration.name, max_attempts=registration.max_attempts, now=now, expired_by=expired_by
+                tx, name, max_attempts=registration.max_attempts, now=now, expired_by=expired_by
             )
             for dispatch in exhausted:
                 self._alert(tx, dispatch.run_id, dispatch.event, now)
             claimed: list[Leased] = []
-            for turn in order:
+            for turn in turns:
                 busy = running + Counter(leased.dispatch.lane for leased in claimed)
-                if due.isdisjoint(turn.lanes) or not free_slots(turn, busy, limit):
+                if (slots := free_slots(turn, busy, limit)) == 0:
                     continue
                 claimed += queue.claim(
                     tx,
-                    registration.name,
+                    name,
                     lanes=turn.lanes,
-                    limit=free_slots(turn, busy, limit),
+                    limit=slots,
                     max_attempts=registration.max_attempts,
                     token=token,
                     now=now,
                     until=(expired_by or now) + self._lease,
                     expired_by=expired_by,
                 )
-            return tuple(claimed), exhausted
+            return claimed, exhausted
 
-        name = registration.name
         claimed, exhausted = await self._database.write(job)
         if exhausted:
-            log.error("dispatch.dead", handler=name, reason="each worker that tried it was killed")
-            for dispatch in exhausted:
-                self._signals.changes.publish(Change("dispatch", dispatch.run_id, dispatch.state.value, name))
-            self._signals.dispatch.set()
+            self._report_exhausted(name, exhausted)
         for leased in claimed:
-            progress = TransferProgress(leased.dispatch.event, leased.outputs, leased.artifacts)
-            attempt = _Attempt(leased, registration, token, progress)
-            self._running[leased.seq] = attempt
-            attempt.task = asyncio.create_task(
-                self._attempt(attempt), name=f"dispatch {leased.dispatch.idempotency_key}"
-            )
-            attempt.task.add_done_callback(partial(self._finish, leased.seq))
+            self._start_attempt(leased, registration, token)
+
+    def _report_exhausted(self, name: str, exhausted: Sequence[Dispatch]) -> None:
+        log.error("dispatch.dead", handler=name, reason="each worker that tried it was killed")
+        for dispatch in exhausted:
+            self._signals.changes.publish(Change("dispatch", dispatch.run_id, dispatch.state.value, name))
+        self._signals.dispatch.set()
+
+    def _start_attempt(self, leased: Leased, registration: Registration, token: str) -> None:
+        progress = TransferProgress(leased.dispatch.event, leased.outputs, leased.artifacts)
+        attempt = _Attempt(leased, registration, token, progress)
+        self._running[leased.seq] = attempt
+        name = f"dispatch {leased.dispatch.idempotency_key}"
+        attempt.task = asyncio.create_task(self._attempt(attempt), name=name)
+        attempt.task.add_done_callback(partial(self._finish, leased.seq))
 
     def _finish(self, seq: int, _: asyncio.Task[None]) -> None:
         self._running.pop(seq, None)

@@ -8,11 +8,11 @@ A plan is either
   * a scan: pages of a list, newest run first, until the due runs have been seen or another page
     costs more than reading the rest one by one.
 
-Three sets keep the plans of one API key apart (`_KeyState`). `single_ids` are runs being read alone.
-`scanned` are runs that a scan is looking for, with the row version that it was planned for: a
-callback that arrives during the scan makes a newer version, and that run may be read at once, beside
-the scan. `passed_ids` are runs that a scan has passed without seeing: they are read alone next, and
-never lost between two scans.
+Three sets keep the plans of one API key apart (`_KeyState`). `single_ids` are runs being read
+alone. `scanned` are runs that a scan is looking for, with the row version that it was planned for:
+a callback that arrives during the scan makes a newer version, and that run may be read at once,
+beside the scan. `passed_ids` are runs that a scan has passed without seeing: they are read alone
+next, and never lost between two scans.
 
 A run stays due in the database until a report about it is committed, so a crash or a cancelled task
 costs one more read.

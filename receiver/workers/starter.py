@@ -323,8 +323,11 @@ class Starter:
     async def _commit_error(self, start: Start, error: FloraError) -> None:
         now = self._clock()
         known = {
-            "key": start.idempotency_key, "status": error.status, "code": error.code, "request_id": error.request_id,
-        }  # fmt: skip
+            "key": start.idempotency_key,
+            "status": error.status,
+            "code": error.code,
+            "request_id": error.request_id,
+        }
         reply = reply_of(error)
         if reply is Reply.EXISTS:
             log.warning("start.exists", **known)
