@@ -12,6 +12,8 @@ from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import yaml
+
 from receiver.cli.doctor.findings import FINDING_KINDS
 from receiver.cli.trigger.cases import CASES
 from receiver.config import Setting, describe, environment_variables
@@ -115,6 +117,16 @@ def _findings() -> str:
     return to_table("finding | severity | meaning | usual cause | fix", rows)
 
 
+def _alerts() -> str:
+    rules = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text("utf-8"))["groups"][0]["rules"]
+    rows = (
+        (to_code(rule["alert"]), rule["labels"]["severity"], f"{notes['summary']}.", notes["description"])
+        for rule in rules
+        for notes in (rule["annotations"],)
+    )
+    return to_table("alert | severity | meaning | what to do", rows)
+
+
 def _cases() -> str:
     return to_table("case | request", ((to_code(name), CASE_MEANINGS[name]) for name in CASES))
 
@@ -146,6 +158,7 @@ PARTS: Mapping[str, Callable[..., str]] = {
     "refusals": _refusals,
     "endpoints": _endpoints,
     "findings": _findings,
+    "alerts": _alerts,
     "cases": _cases,
     "faults": _faults,
     "members": member_table,
