@@ -118,7 +118,7 @@ class SharedConnection(Generic[Connection]):
 
     def drop(self, connection: Connection) -> None:
         """Give up a connection that failed; the next caller gets a new one."""
-        if self._connected() is not connection:
+        if self._current_connection() is not connection:
             return  # it was dropped before
         self._connecting = None
         task = asyncio.create_task(self._disconnect_quietly(connection))
@@ -130,12 +130,12 @@ class SharedConnection(Generic[Connection]):
         if self._connecting is not None and not self._connecting.done():
             self._connecting.cancel()
             await asyncio.wait({self._connecting})
-        if (connection := self._connected()) is not None:
+        if (connection := self._current_connection()) is not None:
             self.drop(connection)
         if self._disconnecting:
             await asyncio.wait(self._disconnecting)
 
-    def _connected(self) -> Connection | None:
+    def _current_connection(self) -> Connection | None:
         task = self._connecting
         if task is None or not task.done() or task.cancelled() or task.exception():
             return None

@@ -9,22 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped]
-from aiokafka.conn import create_conn  # type: ignore[import-untyped]
-from aiokafka.errors import (  # type: ignore[import-untyped]
-    AuthenticationFailedError,
-    ClusterAuthorizationFailedError,
-    IllegalSaslStateError,
-    InvalidTopicError,
-    KafkaConnectionError,
-    KafkaError,
-    MessageSizeTooLargeError,
-    RecordListTooLargeError,
-    SaslAuthenticationFailed,
-    TopicAuthorizationFailedError,
-    UnknownTopicOrPartitionError,
-    UnsupportedSaslMechanismError,
-)
+from aiokafka import AIOKafkaProducer, conn, errors  # type: ignore[import-untyped]  # has no types
 
 from handlers.publish.broker import (
     Access,
@@ -37,10 +22,10 @@ from handlers.publish.broker import (
 )
 
 _CREDENTIAL_ERRORS = (
-    AuthenticationFailedError,
-    IllegalSaslStateError,
-    SaslAuthenticationFailed,
-    UnsupportedSaslMechanismError,
+    errors.AuthenticationFailedError,
+    errors.IllegalSaslStateError,
+    errors.SaslAuthenticationFailed,
+    errors.UnsupportedSaslMechanismError,
 )
 _ABANDON_SECONDS = 1.0
 _MAX_REQUEST_BYTES = 64 * 1024 * 1024  # the broker decides what a topic accepts
@@ -69,16 +54,16 @@ class KafkaBroker:
         producer = await self._producers.get()
         try:
             place = await producer.send_and_wait(message.to, message.body, key=message.key.encode(), headers=headers)
-        except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
+        except (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError) as error:
             raise MessageRefusedError(
                 f"the message has {len(message.body)} bytes, more than the topic {message.to!r} accepts: "
                 "raise its max.message.bytes"
             ) from error
-        except InvalidTopicError as error:
+        except errors.InvalidTopicError as error:
             raise MessageRefusedError(f"Kafka does not accept the topic name {message.to!r}") from error
         except BaseException as error:  # also after cancellation: a producer never gives up a message
             self._producers.drop(producer)
-            if isinstance(error, KafkaError | OSError):
+            if isinstance(error, errors.KafkaError | OSError):
                 raise self._to_broker_error(error, message.to) from error
             raise
         return {"topic": place.topic, "partition": place.partition, "offset": place.offset}
@@ -89,7 +74,7 @@ class KafkaBroker:
             return
         try:
             cluster = await producer.client.fetch_all_metadata()  # of all topics: a request for one may create it
-        except KafkaError as error:
+        except errors.KafkaError as error:
             self._producers.drop(producer)
             raise self._to_broker_error(error, to) from error
         if to not in cluster.topics(exclude_internal_topics=False):
@@ -113,9 +98,9 @@ class KafkaBroker:
                 await producer.start()
         except BaseException as error:
             await self._abandon(producer)
-            if isinstance(error, KafkaConnectionError):
+            if isinstance(error, errors.KafkaConnectionError):
                 raise await self._diagnose() from error
-            if isinstance(error, KafkaError | OSError) and not isinstance(error, TimeoutError):
+            if isinstance(error, errors.KafkaError | OSError) and not isinstance(error, TimeoutError):
                 raise self._to_broker_error(error, None) from error
             if isinstance(error, TimeoutError):
                 raise BrokerUnreachableError(f"{self._access.url} cannot be reached: {excerpt(error)}") from error
@@ -132,8 +117,8 @@ class KafkaBroker:
         (host, port), *_ = self._access.hosts
         options = {**self._security, "request_timeout_ms": self._request_ms}
         try:
-            connection = await create_conn(host, port, **options)
-        except (KafkaError, OSError) as error:
+            connection = await conn.create_conn(host, port, **options)
+        except (errors.KafkaError, OSError) as error:
             return self._to_broker_error(error, None)
         connection.close()
         return BrokerUnreachableError(f"{self._access.url} cannot be reached: it did not respond to the first request")
@@ -151,7 +136,7 @@ class KafkaBroker:
         await asyncio.sleep(0)
         with suppress(Exception):
             await producer.client.close()
-        messages.fail_all(KafkaError("given up"))
+        messages.fail_all(errors.KafkaError("given up"))
         await asyncio.wait({ending}, timeout=_ABANDON_SECONDS)
         if not ending.done():
             ending.cancel()
@@ -163,11 +148,11 @@ class KafkaBroker:
         url = self._access.url
         if isinstance(error, _CREDENTIAL_ERRORS):
             return BrokerError(f"{url} refuses our credentials: {excerpt(error)}")
-        if isinstance(error, UnknownTopicOrPartitionError) and topic:
+        if isinstance(error, errors.UnknownTopicOrPartitionError) and topic:
             return BrokerError(_no_topic(topic))
-        if isinstance(error, TopicAuthorizationFailedError | ClusterAuthorizationFailedError):
+        if isinstance(error, errors.TopicAuthorizationFailedError | errors.ClusterAuthorizationFailedError):
             return BrokerError(f"{url} does not allow it: {excerpt(error)}; the user needs Write and IdempotentWrite")
-        if isinstance(error, KafkaConnectionError | OSError):
+        if isinstance(error, errors.KafkaConnectionError | OSError):
             return BrokerUnreachableError(f"{url} cannot be reached: {excerpt(error)}")
         return BrokerError(f"{url} did not accept it: {excerpt(error)}")
 

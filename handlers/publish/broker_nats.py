@@ -165,10 +165,14 @@ class NatsBroker:
             if not isinstance(error, Error | OSError | TimeoutError):
                 raise
             cause = errors[0] if isinstance(error, NoServersError) and errors else error
-            if "authorization" in str(cause).lower() or "authentication" in str(cause).lower():
-                raise BrokerError(f"{access.url} refuses our credentials: {excerpt(cause)}") from error
-            raise BrokerUnreachableError(f"{access.url} cannot be reached: {excerpt(cause)}") from error
+            raise self._to_connect_error(cause) from error
         return _Session(client, failure)
+
+    def _to_connect_error(self, cause: Exception) -> BrokerError:
+        url, text = self._access.url, str(cause).lower()
+        if "authorization" in text or "authentication" in text:
+            return BrokerError(f"{url} refuses our credentials: {excerpt(cause)}")
+        return BrokerUnreachableError(f"{url} cannot be reached: {excerpt(cause)}")
 
     async def _disconnect(self, session: _Session) -> None:
         async with asyncio.timeout(1):  # a frozen server reads nothing more; its socket is closed with the client
@@ -176,7 +180,7 @@ class NatsBroker:
 
 
 def _require_tls(client: Client, access: Access, secret: str) -> str:
-    """Return a secret, but not if TLS is configured and the server offers none: nats-py would send it."""
+    """Return a secret. Raises BrokerError if TLS is configured but not in use: nats-py would send it."""
     if access.tls is not None and not client._server_info.get("tls_required"):  # noqa: SLF001  # not public
         raise BrokerError(f"{access.url} offers no TLS: use nats://, unless the connection is being intercepted")
     return secret
