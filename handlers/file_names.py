@@ -83,7 +83,7 @@ _SUFFIX = re.compile(r"\.(?=[a-z0-9]*[a-z])[a-z0-9]{2,5}")
 
 
 def file_extension(content_type: str | None, output: Output) -> str:
-    """Return an output's extension, dot included: by content type, else URL suffix, else output type."""
+    """Return an output's extension, with dot, by content type, else URL, else output type."""
     if output.is_text:
         return ".txt"
     media_type = (content_type or "").partition(";")[0].strip().lower()

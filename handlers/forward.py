@@ -1,7 +1,7 @@
 """The handler `forward`: posts settled runs to a URL as JSON, signed as Standard Webhooks asks.
 
-`webhook-id` is the dispatch's idempotency key, the same on every attempt and after a crash. A target
-that acts once for each `webhook-id` acts once for each run, however often it is posted.
+`webhook-id` is the dispatch's idempotency key, the same on every attempt and after a crash. A
+target that acts once for each `webhook-id` acts once for each run, however often it is posted.
 """
 
 import base64
@@ -77,7 +77,7 @@ class ForwardConfig(BaseModel):
     allow_private: bool = False
     """Whether the URL may be private or plain http."""
     url: Secret
-    """Where to post: public HTTPS. A URL that is itself a secret may be `env:NAME` or `file:/path`."""
+    """Where to post: public HTTPS. A secret URL may be `env:NAME` or `file:/path`."""
     secret: Annotated[tuple[Secret, ...], BeforeValidator(_to_tuple), AfterValidator(_check_secrets)] = ()
     """Signing secret of Standard Webhooks, `whsec_…`; a list signs with each, for rotation."""
     unsigned: bool = False
@@ -109,8 +109,8 @@ class ForwardConfig(BaseModel):
     def _check_signing(self) -> "ForwardConfig":
         if not self.secret and not self.unsigned:
             raise ValueError(
-                '`secret` is missing: create one for both sides with `echo "whsec_$(openssl rand -base64 32)"`, '
-                "or set `unsigned = true`"
+                "`secret` is missing: create one for both sides with "
+                '`echo "whsec_$(openssl rand -base64 32)"`, or set `unsigned = true`'
             )
         if self.secret and self.unsigned:
             raise ValueError("`secret` and `unsigned = true` contradict each other")
@@ -120,8 +120,9 @@ class ForwardConfig(BaseModel):
 class Forward:
     """Posts each run that ends. The 24 attempts span about seven hours.
 
-    Only 410 and redirects end it at once. Other refusals (401, 404, 422, …) are retried like an outage:
-    a faulty deployment of the target may respond so for an hour, and no run of that hour must be lost.
+    Only 410 and redirects end it at once. Other refusals (401, 404, 422, …) are retried like an
+    outage: a faulty deployment of the target may respond so for an hour, and no run of that hour
+    must be lost.
     """
 
     Config: ClassVar[type[BaseModel]] = ForwardConfig
@@ -191,7 +192,7 @@ class Forward:
 
 
 def _pause(retry_after: float | None, attempt: int) -> float | None:
-    """Return `Retry-After` within limits: not below our own pause, which would use up the attempts."""
+    """Return `Retry-After` within limits: less than the usual pause would use up the attempts."""
     if retry_after is None:
         return None
     return min(max(retry_after, 2.0 ** min(attempt - 1, 11)), _MAX_PAUSE_SECONDS)

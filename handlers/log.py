@@ -14,7 +14,7 @@ class LogConfig(BaseModel):
 
 
 class Log:
-    """Logs `run.completed` as info; `run.failed` and `run.lost`, with the error code, as warnings."""
+    """Logs `run.completed` as info; `run.failed` and `run.lost`, with error code, as warnings."""
 
     Config: ClassVar[type[BaseModel]] = LogConfig
     on: ClassVar[tuple[Event, ...]] = (Event.SETTLED,)

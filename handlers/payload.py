@@ -1,7 +1,7 @@
 """The run document: the JSON form in which settled runs leave the service. Pure; for any handler.
 
-`schema` is 1. Within it, fields may be added; none changes its meaning or is removed. Readers ignore
-fields and values that they do not know. `run_schema()` returns its JSON Schema.
+`schema` is 1. Within it, fields may be added; none changes its meaning or is removed. Readers
+ignore fields and values that they do not know. `run_schema()` returns its JSON Schema.
 """
 
 import json
@@ -119,7 +119,7 @@ class RunDocument(BaseModel):
     settled_by: str
     """`callback`, or `poll` if the callback had not arrived by then."""
     verdict: str | None
-    """How the callback fared: `matched`, `recovered`, `late`, `diverged`; null if not decided yet."""
+    """How the callback fared: `matched`, `recovered`, `late`, `diverged`; null if undecided."""
     outputs: list[RunOutput]
     """In FLORA's order."""
     artifacts: list[StoredArtifact]
@@ -131,7 +131,8 @@ def run_document(
 ) -> dict[str, Any]:
     """Return the run document as strict JSON values. What JSON cannot hold is null, text or U+FFFD.
 
-    `artifacts` comes from `context.stored()` or `context.artifacts`. Those not stored yet are left out.
+    `artifacts` comes from `context.stored()` or `context.artifacts`. Those not stored yet are left
+    out.
     """
     stored = [(artifact, artifact.stored_at) for artifact in artifacts if artifact.stored_at is not None]
     has_failed = run.error_code is not None or run.error_message is not None

@@ -76,7 +76,7 @@ class Template:
 
 
 def run_text(run: SettledRun, field: Placeholder, escape: Callable[[str], str]) -> str:
-    """Return the text of one of RUN_FIELDS, escaped. A time is in UTC, `_` if unknown, unescaped."""
+    """Return the text of one of RUN_FIELDS, escaped. Times are in UTC, `_` if unknown."""
     if field.kind is FieldKind.TIME:
         at: datetime | None = getattr(run, field.name)
         return "_" if at is None else at.astimezone(UTC).strftime(field.spec or _DEFAULT_TIME)

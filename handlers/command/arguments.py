@@ -1,8 +1,8 @@
 """A program's arguments, made from templates, and its environment variables. Pure.
 
 For the handler `command`. Values come from outside. In an argument each becomes a harmless file
-name, and the argument never starts with a dash because of one. In the environment they are complete,
-under names that mean nothing to other programs.
+name, and the argument never starts with a dash because of one. In the environment they are
+complete, under names that mean nothing to other programs.
 """
 
 import re
@@ -15,7 +15,7 @@ from receiver.handler import SettledRun, storable_text
 
 _MAX_VALUE = 8 * 1024
 _MAX_METADATA = 64 * 1024
-"""Bytes. Systems limit the environment: what is longer, in one value or in all, is in the JSON only."""
+"""Bytes, in one value and in all. Systems limit the environment; the JSON has what is longer."""
 
 _FIELDS: Fields = {**RUN_FIELDS, "run_file": FieldKind.TEXT, "outputs_dir": FieldKind.TEXT}
 
@@ -40,7 +40,7 @@ class ArgumentTemplate:
 
 
 def to_variables(document: Mapping[str, Any]) -> dict[str, str]:
-    """Return the fields of a run document as `RUN_…`. Null is empty, so that `set -u` does not fail."""
+    """Return the fields of a run document as `RUN_…`. Null is empty, which suits `set -u`."""
     error = document["error"] or {"code": None, "message": None}
     values = {
         "RUN_ID": document["run_id"],

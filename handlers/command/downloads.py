@@ -33,7 +33,8 @@ async def fetch_all(outputs: Sequence[Output], directory: Path, context: Context
                 return Retry(f"{label}: {error}", reread=error.expired)
             except OSError as error:
                 return Retry(f"{label}: {error.strerror or error}")
-        name = f"{output.position}-{to_file_name(output.output_id)}{file_extension(saved.content_type, output)}"
+        extension = file_extension(saved.content_type, output)
+        name = f"{output.position}-{to_file_name(output.output_id)}{extension}"
         return Saved(saved.path.rename(directory / name), saved.size, saved.sha256, saved.content_type)
 
     async with asyncio.TaskGroup() as group:  # if cancelled, it waits until every download has cleaned up

@@ -65,8 +65,8 @@ def _check_command(command: tuple[str, ...]) -> tuple[str, ...]:
 def _check_passed(name: str) -> str:
     if name.upper().startswith(_RESERVED_PREFIXES):
         raise ValueError(
-            f"{name} cannot be passed: FLORA_ and RECEIVER_ variables may hold the service's secrets; "
-            "use env to set a variable for the program"
+            f"{name} cannot be passed: FLORA_ and RECEIVER_ variables may hold the service's "
+            "secrets; use env to set a variable for the program"
         )
     return _check_variable(name)
 
@@ -102,7 +102,7 @@ class CommandConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     command: Annotated[tuple[str, ...], BeforeValidator(_check_is_list), AfterValidator(_check_command)]
-    """The program and its arguments, as a list, without a shell. Arguments may contain fields: `{run_id}`."""
+    """Program and arguments, as a list (no shell). Arguments may contain fields: `{run_id}`."""
     cwd: Path | None = None
     """Working directory. Default: a temporary directory, which is removed afterwards."""
     env: dict[Name, Given] = {}
@@ -176,7 +176,7 @@ class Command:
         return await self._run(process, workdir, output)
 
     async def check(self) -> None:
-        """Look for the program and its directory, and remove what killed services have left behind."""
+        """Look for the program and its directory, and clean up after killed services."""
         await self._in_thread(self._check)
 
     async def close(self) -> None:
@@ -258,7 +258,7 @@ class Command:
 
     def _answer_start_error(self, error: OSError) -> Answer:
         if error.errno == errno.E2BIG:
-            return Reject(f"{self._name} cannot be started: arguments and environment exceed the system's limit")
+            return Reject(f"{self._name} cannot be started: its arguments exceed the system's limit")
         hint = {
             errno.ENOENT: "; does the interpreter in its first line exist?",
             errno.ENOEXEC: "; a script must start with #! and its interpreter",

@@ -18,7 +18,7 @@ class OutputFilter:
 
     @property
     def keep_bytes(self) -> int:
-        """How many of the last bytes `to_text` needs, so that no part of a cut secret can remain."""
+        """How many of the last bytes `to_text` needs, so that no part of a secret remains."""
         return self._limit + max(map(len, self._hidden), default=0)
 
     def to_text(self, tail: bytes, *, size: int) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 _CHUNK_BYTES = 64 * 1024
 _TICK_SECONDS = 0.1
 _FLOOD_SECONDS = 0.001
-"""Pause after a full chunk: slows down a program that floods, in favour of the service's other work."""
+"""Pause after a full chunk, so that a program that floods does not slow the service down."""
 _LINGER_SECONDS = 1.0
 """How long children of a program may go on writing after the program itself has ended."""
 _REAP_SECONDS = 10.0
@@ -144,7 +144,7 @@ class Process:
             child.wait(0)
 
     def _has_ended(self, child: subprocess.Popen[bytes]) -> bool:
-        """Whether the program has ended. Reaps it only where waitid is missing (macOS, Python < 3.13)."""
+        """Whether the program has ended. Reaps it only without waitid (macOS, Python < 3.13)."""
         if not hasattr(os, "waitid"):
             self._code = child.poll()
             return self._code is not None

@@ -26,7 +26,7 @@ def default_parent() -> Path:
 
 
 class Workdir:
-    """A new directory below `parent` that only this user can enter. OSError if it cannot be made."""
+    """A new directory below `parent`, only for this user. OSError if it cannot be made."""
 
     def __init__(self, parent: Path) -> None:
         ensure_parent(parent)
@@ -47,7 +47,7 @@ class Workdir:
             raise
 
     def record_program(self, pid: int) -> None:
-        """Record the program that runs here, if the system can identify it beyond its process id."""
+        """Record which program runs here, if the system can identify it for good."""
         if identity := _read_identity(pid):
             with suppress(OSError):
                 (self._root / _PROGRAM_FILE).write_text(f"{pid} {identity}")

@@ -76,7 +76,7 @@ class Connections:
                     connection.commit()
                     return result
             except exc.DBAPIError as error:
-                # A pooled connection that has died fails at its first use. Every job can be repeated.
+                # A dead pooled connection fails at its first use. Every job can be repeated.
                 if error.connection_invalidated and not has_retried and not is_cancelled.is_set():
                     has_retried = True
                     continue
@@ -147,7 +147,7 @@ def to_url(secret: Secret) -> URL:
     if url.drivername not in {"postgresql", "sqlite"}:
         raise ValueError("must be postgresql://… or sqlite:///path/to/file.db")
     if url.drivername == "sqlite" and (url.host or url.query or (url.database or ":memory:") == ":memory:"):
-        raise ValueError("must name a file and nothing else, as in sqlite:///runs.db (four slashes: an absolute path)")
+        raise ValueError("must name a file and no more, as in sqlite:///runs.db (absolute: four slashes)")
     return url
 
 

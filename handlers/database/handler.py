@@ -68,7 +68,7 @@ class DatabaseConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     url: Annotated[Secret, AfterValidator(_usable_url)]
-    """`postgresql://user:password@host/name` or `sqlite:///path/to/file.db` (absolute: four slashes)."""
+    """`postgresql://user:password@host/name` or `sqlite:///to/file.db` (absolute: four slashes)."""
     tables: TableNames = TableNames()
     """Names of the tables `runs`, `outputs` and `artifacts`; on PostgreSQL also `schema.table`."""
     create: bool = False
@@ -89,7 +89,7 @@ class DatabaseConfig(BaseModel):
 
 
 class Database:
-    """Upserts every run that ends, and again when its cost is known or its callback contradicts it."""
+    """Upserts every run that ends, and again when its cost is final or it diverged."""
 
     Config: ClassVar[type[BaseModel]] = DatabaseConfig
     on: ClassVar[tuple[Event, ...]] = (Event.SETTLED, Event.COST_FINAL, Event.LOST, Event.DIVERGED)
@@ -122,7 +122,7 @@ class Database:
         return Done({"outputs": len(rows.outputs), "artifacts": len(rows.artifacts), "newest": is_newest})
 
     async def check(self) -> None:
-        """Write a sample run and roll it back, which finds any missing table, column or permission."""
+        """Write a sample run and roll it back, which finds missing tables and permissions."""
         try:
             await self._connections.run(self._write_sample)
         except DatabaseFailedError as error:

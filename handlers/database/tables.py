@@ -132,7 +132,7 @@ class Tables:
         )
 
     def _to_time(self, at: datetime | None) -> datetime | str | None:
-        """Return a timestamptz for PostgreSQL; for SQLite text that sorts and its functions can read."""
+        """Return a timestamptz for PostgreSQL; for SQLite, text that sorts and that it parses."""
         if at is None or self.dialect == "postgresql":
             return at
         return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -154,7 +154,8 @@ class Tables:
     def _upsert_run(self) -> ReturningInsert[Any]:
         """Return the upsert of a run, which returns a row if it wrote one.
 
-        A version is newer if it was settled later, then by its number. A known cost is never erased.
+        A version is newer if it was settled later, then by its number. A known cost is never
+        erased.
         """
         table, statement = self.runs, self._insert(self.runs)
         new: dict[str, ColumnElement[Any]] = {
@@ -231,7 +232,7 @@ def _output_row(run_id: str, output: Output, *, text: bool) -> Row:
 
 
 def _to_storable(value: Any, depth: int = 0) -> Any:
-    """Return what PostgreSQL and JSON can store of a value. Nesting beyond _MAX_DEPTH is cut off."""
+    """Return what PostgreSQL and JSON can store of a value; nesting beyond _MAX_DEPTH is cut."""
     match value:
         case str():
             return storable_text(value)

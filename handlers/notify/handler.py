@@ -1,8 +1,9 @@
 """The handler `notify`: sends messages to people by chat or mail, through Apprise (extra `notify`).
 
-A message is sent at least once: chats cannot recognise a repeated one. What each target has accepted
-is kept in memory, so that a retry for one target does not repeat the message to the others. After a
-crash, or if a target accepted a message but did not confirm it in time, it may arrive twice.
+A message is sent at least once: chats cannot recognise a repeated one. What each target has
+accepted is kept in memory, so that a retry for one target does not repeat the message to the
+others. After a crash, or if a target accepted a message but did not confirm it in time, it may
+arrive twice.
 """
 
 import asyncio
@@ -50,7 +51,7 @@ class NotifyConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     urls: Annotated[tuple[Secret, ...], Field(min_length=1)]
-    """Apprise URLs, one per target: `slack://…`, `mailto://…`; better as `env:NAME` or `file:/path`."""
+    """Apprise URLs, one per target: `slack://…`, …; better as `env:NAME` or `file:/path`."""
     completed: Texts = Texts()
     """`title` and `body` for a run that completed."""
     failed: Texts = Texts()
@@ -68,7 +69,7 @@ class NotifyConfig(BaseModel):
 
 
 class Notify:
-    """Notifies every target of each run that ends, and of what needs attention; one run at a time."""
+    """Notifies every target of each run that ends or needs attention; one run at a time."""
 
     Config: ClassVar[type[BaseModel]] = NotifyConfig
     on: ClassVar[tuple[Event, ...]] = (Event.SETTLED, Event.LOST, Event.DIVERGED, Event.DEAD)
@@ -108,14 +109,14 @@ class Notify:
 
 
 class Target:
-    """One Apprise service, called in a daemon thread, so that one that hangs delays nothing else."""
+    """One Apprise service, called in a daemon thread: one that hangs delays nothing else."""
 
     def __init__(self, apprise: Any, url: str, number: int) -> None:
         with warnings.catch_warnings():  # it imports every service, some with deprecated modules
             warnings.simplefilter("ignore", DeprecationWarning)
             service = apprise.Apprise.instantiate(url)
         if service is None:
-            raise ValueError(f"urls: number {number} is not a URL that Apprise can use; see its page on that service")
+            raise ValueError(f"urls: number {number} cannot be used; see Apprise's page on that service")
         if "overflow=" not in url:  # by default, a text that is too long would be refused on every attempt
             service.overflow_mode = apprise.OverflowMode.TRUNCATE
         self._name = f"target {number} ({service.service_name})"
@@ -132,7 +133,7 @@ class Target:
         self._is_busy = False
 
     async def send(self, message: Message, key: str, seconds: float) -> str | None:
-        """Send a message unless it was accepted under this key before; return what failed, if anything."""
+        """Send a message unless it was accepted under this key before; return any failure."""
         if key in self._accepted:
             return None
         if self._is_busy:
@@ -183,7 +184,7 @@ class Target:
 
 
 class _StatusFilter(logging.Filter):
-    """Keeps the HTTP status of what Apprise would log, and drops the line, which may hold tokens."""
+    """Keeps the HTTP status of what Apprise would log; the line may hold tokens."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         with suppress(Exception):
@@ -203,7 +204,7 @@ _last_response = _Response()
 
 
 def _capture_logs() -> None:
-    """Filter Apprise's logger, and keep urllib3 from logging paths, which are secret for many chats."""
+    """Filter Apprise's logger, and keep urllib3 from logging paths, which may be secrets."""
     logger = logging.getLogger("apprise")
     if not any(isinstance(each, _StatusFilter) for each in logger.filters):
         logger.addFilter(_StatusFilter())

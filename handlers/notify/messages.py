@@ -54,7 +54,8 @@ DEFAULTS: Mapping[Occasion, tuple[str, str]] = {
         "Handler gave up on {run_id}",
         (
             "A dispatch of this run ({status}) is dead.\n"
-            "See which: flora-receiver runs show {run_id}\nRetry: flora-receiver dispatches retry --run-id {run_id}"
+            "See which: flora-receiver runs show {run_id}\n"
+            "Retry: flora-receiver dispatches retry --run-id {run_id}"
         ),
     ),
 }
@@ -108,7 +109,7 @@ def to_values(run: SettledRun, event: Event, handler: str, artifacts: Sequence[A
 
 
 def compose(occasion: Occasion, title: MessageTemplate, body: MessageTemplate, values: Mapping[str, Any]) -> Message:
-    """Fill in a message. Its title is one line; its body is not empty, which many targets refuse."""
+    """Fill in a message. The title is one line; the body is never empty: many refuse that."""
     line = " ".join(title.render(values).split())[:_MAX_TITLE]
     text = body.render(values).strip()
     return Message(occasion, line, text or line or occasion)

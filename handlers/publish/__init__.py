@@ -1,4 +1,4 @@
-"""Publishes runs to a message broker. The handler is in `handler`, each broker in its own module."""
+"""Publishes runs to a message broker. The handler is in `handler`, brokers in `broker_*`."""
 
 from handlers.publish.handler import Publish, PublishConfig
 

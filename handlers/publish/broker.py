@@ -18,7 +18,7 @@ _MAX_EXCERPT = 200
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message. `id` is the same on every attempt, so that the broker or a consumer can deduplicate."""
+    """A message. `id` is the same on every attempt: brokers or consumers deduplicate by it."""
 
     to: str
     id: str
@@ -46,12 +46,12 @@ class Broker(Protocol):
     async def publish(self, message: Message) -> Mapping[str, Any]:
         """Publish a message and return the broker's receipt, once it has acknowledged it.
 
-        Raises BrokerError or MessageRefusedError. After cancellation nothing more is sent, except what
-        the operating system already holds.
+        Raises BrokerError or MessageRefusedError. After cancellation nothing more is sent, except
+        what the operating system already holds.
         """
 
     async def check(self, to: str | None) -> None:
-        """Connect, and check that `to` exists (None: not known before a run). Raises BrokerError."""
+        """Connect, and check that `to` exists (None: not known yet). Raises BrokerError."""
 
     async def close(self) -> None: ...
 
@@ -146,6 +146,6 @@ class SharedConnection(Generic[Connection]):
             await self._disconnect(connection)
 
     def _forget_failure(self, task: asyncio.Task[Connection]) -> None:
-        """Let the next caller connect anew. Reading the exception also keeps asyncio from logging it."""
+        """Let the next caller connect anew. An exception that is read is not logged by asyncio."""
         if (task.cancelled() or task.exception()) and self._connecting is task:
             self._connecting = None

@@ -1,7 +1,7 @@
 """Kafka for the handler `publish`. All in-sync replicas acknowledge; the key is the run's id.
 
-Kafka does not deduplicate across attempts: consumers do, on the header `idempotency-key`. The producer
-is idempotent, so what it repeats by itself within an attempt is written once.
+Kafka does not deduplicate across attempts: consumers do, on the header `idempotency-key`. The
+producer is idempotent, so what it repeats by itself within an attempt is written once.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class KafkaBroker:
             place = await producer.send_and_wait(message.to, message.body, key=message.key.encode(), headers=headers)
         except (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError) as error:
             raise MessageRefusedError(
-                f"the message has {len(message.body)} bytes, more than the topic {message.to!r} accepts: "
+                f"the message of {len(message.body)} bytes is too large for topic {message.to!r}: "
                 "raise its max.message.bytes"
             ) from error
         except errors.InvalidTopicError as error:
@@ -126,17 +126,17 @@ class KafkaBroker:
     async def _abandon(self, producer: Any) -> None:
         """Stop a producer without delivering its messages.
 
-        Its own `stop` waits for ever for an unreachable broker, since an idempotent producer of aiokafka
-        never lets a message expire. So its sender and connections are closed and its messages failed
-        first.
+        Its own `stop` waits for ever for an unreachable broker, since an idempotent producer of
+        aiokafka never lets a message expire. So its sender and connections are closed and its
+        messages failed first.
         """
-        sender, messages = producer._sender, producer._message_accumulator  # noqa: SLF001  # no public way
+        sender, queue = producer._sender, producer._message_accumulator  # noqa: SLF001  # private
         # The sender ends before the connections, or it would open new ones for unsent messages.
         ending = asyncio.ensure_future(sender.close())
         await asyncio.sleep(0)
         with suppress(Exception):
             await producer.client.close()
-        messages.fail_all(errors.KafkaError("given up"))
+        queue.fail_all(errors.KafkaError("given up"))
         await asyncio.wait({ending}, timeout=_ABANDON_SECONDS)
         if not ending.done():
             ending.cancel()
@@ -151,7 +151,7 @@ class KafkaBroker:
         if isinstance(error, errors.UnknownTopicOrPartitionError) and topic:
             return BrokerError(_no_topic(topic))
         if isinstance(error, errors.TopicAuthorizationFailedError | errors.ClusterAuthorizationFailedError):
-            return BrokerError(f"{url} does not allow it: {excerpt(error)}; the user needs Write and IdempotentWrite")
+            return BrokerError(f"{url} does not allow it: {excerpt(error)}; the user needs Write, IdempotentWrite")
         if isinstance(error, errors.KafkaConnectionError | OSError):
             return BrokerUnreachableError(f"{url} cannot be reached: {excerpt(error)}")
         return BrokerError(f"{url} did not accept it: {excerpt(error)}")
@@ -159,6 +159,6 @@ class KafkaBroker:
 
 def _no_topic(topic: str) -> str:
     return (
-        f"the topic {topic!r} does not exist: create it with kafka-topics.sh --create --topic {topic}, "
+        f"the topic {topic!r} does not exist: kafka-topics.sh --create --topic {topic}, "
         "unless the cluster creates topics itself"
     )

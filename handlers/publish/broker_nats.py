@@ -57,8 +57,8 @@ class NatsBroker:
         session = await self._session()
         if size > session.client.max_payload:
             raise MessageRefusedError(
-                f"the message has {size} bytes, {self._access.url} accepts {session.client.max_payload}: "
-                "raise its max_payload"
+                f"the message has {size} bytes, more than {self._access.url} accepts: "
+                f"raise its max_payload, {session.client.max_payload}"
             )
         try:
             receipt = await self._publish(session, message, headers)
@@ -67,8 +67,8 @@ class NatsBroker:
         except APIError as error:
             if error.err_code in _TOO_LARGE:
                 raise MessageRefusedError(
-                    f"the stream accepts no message of {size} bytes ({excerpt(error.description)}): "
-                    "raise its --max-msg-size"
+                    f"the stream accepts no message of {size} bytes: raise its --max-msg-size "
+                    f"({excerpt(error.description)})"
                 ) from error
             raise BrokerError(f"JetStream did not accept it: {excerpt(error.description)}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -81,7 +81,7 @@ class NatsBroker:
         return {"stream": receipt.stream, "sequence": receipt.seq, "duplicate": bool(receipt.duplicate)}
 
     async def _publish(self, session: _Session, message: Message, headers: dict[str, str]) -> PubAck:
-        """Publish and wait for the receipt. nats-py alone would go on waiting after a lost connection."""
+        """Publish and wait for the receipt, or for a lost connection, which nats-py would not."""
         stream = session.client.jetstream()
         publishing = asyncio.ensure_future(
             stream.publish(message.to, message.body, timeout=self._access.answer_seconds, headers=headers)
@@ -119,7 +119,7 @@ class NatsBroker:
         return await self._sessions.get()
 
     async def _connect(self) -> _Session:
-        """Connect, with reconnecting off: the client would then send messages that were given up."""
+        """Connect. Reconnecting is off: the client would send messages that were given up."""
         access, client = self._access, Client()
         failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         errors: list[Exception] = []
@@ -131,9 +131,8 @@ class NatsBroker:
 
         async def on_close() -> None:
             if not failure.done():
-                failure.set_result(
-                    f"{access.url} closed the connection: {excerpt(errors[-1] if errors else 'no reason')}"
-                )
+                reason = excerpt(errors[-1] if errors else "no reason")
+                failure.set_result(f"{access.url} closed the connection: {reason}")
 
         def over_tls(secret: str | None) -> Callable[[], str] | None:
             return None if secret is None else lambda: _require_tls(client, access, secret)
@@ -180,8 +179,9 @@ class NatsBroker:
 
 
 def _require_tls(client: Client, access: Access, secret: str) -> str:
-    """Return a secret. Raises BrokerError if TLS is configured but not in use: nats-py would send it."""
-    if access.tls is not None and not client._server_info.get("tls_required"):  # noqa: SLF001  # not public
+    """Return a secret. BrokerError if TLS is configured but not in use, which nats-py ignores."""
+    server = client._server_info  # noqa: SLF001  # not public
+    if access.tls is not None and not server.get("tls_required"):
         raise BrokerError(f"{access.url} offers no TLS: use nats://, unless the connection is being intercepted")
     return secret
 
@@ -209,7 +209,7 @@ class _Signer:
 
 
 def _parse_credentials(text: str) -> _Signer:
-    """Parse a `.creds` file, as `nats` and `nsc` write it. ValueError, without any of its content."""
+    """Parse a `.creds` file, as `nats` and `nsc` write it. ValueError, without its content."""
     jwt = re.search(_PEM_BLOCK.format("NATS USER JWT"), text)
     seed = re.search(_PEM_BLOCK.format("USER NKEY SEED"), text)
     if not jwt or not seed:

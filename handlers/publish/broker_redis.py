@@ -1,8 +1,8 @@
 """Redis streams for the handler `publish`. A script adds a message and its id in one step, once.
 
-An id is remembered in a key beside the stream, `{stream}:published:id`, which expires. The braces keep
-both on one node of a cluster. The key is set before the message is added, and gets the entry's id
-afterwards: a user without permission for these keys fails before anything is published twice.
+An id is remembered in a key beside the stream, `{stream}:published:id`, which expires. The braces
+keep both on one node of a cluster. The key is set before the message is added, and gets the entry's
+id afterwards: a user without permission for these keys fails before anything is published twice.
 """
 
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ class RedisBroker:
             raise BrokerError(f"{url} refuses our credentials: {excerpt(error)}") from error
         except exceptions.NoPermissionError as error:
             raise BrokerError(
-                f"{url} does not allow it: {excerpt(error)}; the user needs +eval +get +set +xadd on these keys"
+                f"{url} does not allow it: {excerpt(error)}; the user needs +eval +get +set +xadd"
             ) from error
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
             raise BrokerUnreachableError(f"{url} cannot be reached: {excerpt(error)}") from error

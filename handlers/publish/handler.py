@@ -1,4 +1,4 @@
-"""The handler `publish`: sends each run to a message broker (NATS JetStream, Redis streams or Kafka).
+"""The handler `publish`: sends each run to NATS JetStream, Redis streams or Kafka.
 
 The id of the message is the idempotency key, and the broker acknowledges it before the handler
 returns `Done`. After a crash in between it is published again with the same id. JetStream and Redis
@@ -91,11 +91,11 @@ class PublishConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     url: Annotated[str, AfterValidator(_check_url)]
-    """`nats://`, `tls://` (NATS), `redis://`, `rediss://`, `kafka://` or `kafka+ssl://` and `host:port,…`"""
+    """`nats://host:port,…`, `tls://…` (NATS), `redis[s]://…`, `kafka://…` or `kafka+ssl://…`."""
     to: Annotated[str, Field(max_length=_MAX_NAME), AfterValidator(_check_name)] = "flora.runs"
     """Subject, stream or topic; may contain fields, as in `flora.{workspace_id}.{status}`."""
     cloudevents: bool = False
-    """Whether to add CloudEvents attributes, in binary mode: `ce-…` (NATS), `ce_…` (Redis, Kafka)."""
+    """Whether to add CloudEvents attributes (binary mode): `ce-…` (NATS), `ce_…` (Redis, Kafka)."""
     user: str | None = None
     """User name, if the broker requires one."""
     password: Secret | None = None
@@ -127,9 +127,7 @@ class PublishConfig(BaseModel):
             if only[name] != kind:
                 raise ValueError(f"`{name}` is for {only[name]} only")
         if "{run_id}" in self.to and kind != "nats":
-            raise ValueError(
-                "`to` may contain {run_id} with NATS only: elsewhere each run would create a stream or topic"
-            )
+            raise ValueError("`to` may contain {run_id} with NATS only: each run would create a stream or topic")
         if not tls and (self.ca_file or self.cert_file):
             raise ValueError("`ca_file` and `cert_file` need tls://, rediss:// or kafka+ssl://")
         if self.key_file and not self.cert_file:
@@ -160,9 +158,7 @@ class Publish:
     async def handle(self, run: SettledRun, context: Context) -> Answer:
         to = self._fill_name(run, context)
         if len(to) > _MAX_NAME:
-            return Reject(
-                f"`to` is {len(to)} characters long with its fields, the limit is {_MAX_NAME}: use fewer fields"
-            )
+            return Reject(f"`to` is {len(to)} characters long, the limit is {_MAX_NAME}: use fewer fields")
         document = run_document(
             run, event=context.event, idempotency_key=context.idempotency_key, artifacts=await context.stored()
         )
@@ -205,7 +201,7 @@ class Publish:
 
 
 def _to_word(value: str | None) -> str:
-    """Return a value as one word of a name: it cannot add levels, wildcards or control characters."""
+    """Return a value as one word of a name, without dots, wildcards and control characters."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", value or "")[:_MAX_VALUE] or "_"
 
 
@@ -262,7 +258,7 @@ def _create_tls_context(config: PublishConfig) -> ssl.SSLContext:
 
 
 def _create_broker(kind: Kind, access: Access) -> Broker:
-    """Create a client of the configured broker. MissingExtraError if its library is not installed."""
+    """Create the client of a broker. MissingExtraError if its library is not installed."""
     match kind:
         case "nats":
             with needs("flora-receiver[nats]"):

@@ -1,4 +1,4 @@
-"""Stores outputs. The handler is in `handler`, the work on one run in `writer`, places in `disk` and `objects`."""
+"""Stores outputs. `handler` has the handler, `writer` a run's work, `disk` and `objects` places."""
 
 from handlers.storage.handler import Storage, StorageConfig, open_place
 

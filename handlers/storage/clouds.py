@@ -1,7 +1,7 @@
 """Clouds: opening the store of a URL, and translating obstore's errors. For `objects`.
 
-obstore reads each cloud's environment variables (`AWS_…`, `GOOGLE_…`, `AZURE_…`); the option `store`
-takes precedence. Its errors quote URLs, signed ones too, so none is passed on as it is.
+obstore reads each cloud's environment variables (`AWS_…`, `GOOGLE_…`, `AZURE_…`); the option
+`store` takes precedence. Its errors quote URLs, signed ones too, so none is passed on as it is.
 """
 
 import os
@@ -50,7 +50,7 @@ _PREFIX = re.compile("^(aws|google|azure_storage|azure)_")
 _HINTS = {
     "Missing SecretAccessKey": "access_key_id without secret_access_key",
     "Missing AccessKeyId": "secret_access_key without access_key_id",
-    "Account must be specified": "the account is missing: account_name, or AZURE_STORAGE_ACCOUNT_NAME",
+    "Account must be specified": "set account_name, or AZURE_STORAGE_ACCOUNT_NAME",
 }
 _CREDENTIAL_OPTIONS = {
     S3Store: "access_key_id and secret_access_key, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -67,7 +67,7 @@ _INSTANCE_CREDENTIALS = re.compile(r"169\.254\.|metadata\.google|fd00:ec2|token 
 
 
 def open_store(url: str, options: Mapping[str, SecretStr]) -> Store:
-    """Open `s3://…`, `gs://…`, `az://…` and similar URLs. ValueError, for operators, if not possible."""
+    """Open `s3://…`, `gs://…`, `az://…` or a similar URL. ValueError, for operators."""
     values = {_to_short_name(key): value.get_secret_value() for key, value in options.items()}
     for name in _SET_BY_URL & values.keys():
         raise ValueError(f"`store` must not contain {name}: it is part of the URL")
@@ -100,30 +100,29 @@ def to_place_error(failure: str, error: Exception, store: object) -> PlaceError:
         return PlaceError(f"{failure}: no credentials; set {_CREDENTIAL_OPTIONS.get(type(store), 'some')}")
     if isinstance(error, FileNotFoundError):
         return PlaceError(f"{failure}: {_service_message(text) or '404'}; does the bucket exist?")
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or (status and status[1] in {"401", "403"}):
-        return PlaceError(
-            f"{failure}: {_service_message(text) or 'refused'}; check the credentials and their permissions"
-        )
+    is_denied = isinstance(error, PermissionDeniedError | UnauthenticatedError)
+    if is_denied or (status and status[1] in {"401", "403"}):
+        return PlaceError(f"{failure}: {_service_message(text) or 'refused'}; check credentials and permissions")
     if status is not None:
         kind = PlaceUnreachableError if status[1].startswith("5") else PlaceError
         return kind(f"{failure}: it responded with {status[1]}{_in_parentheses(text)}")
     not_sent = _NOT_SENT.search(text)
     if not_sent is not None and "builder error" in not_sent[1]:
-        return PlaceError(f"{failure}: its endpoint is not an https URL; allow http with allow_http = true in `store`")
+        return PlaceError(f"{failure}: its endpoint is not https; to allow http, set allow_http = true in `store`")
     if not_sent is not None:
         return PlaceUnreachableError(f"{failure}: no response from its endpoint ({not_sent[1].strip()})")
     return PlaceError(f"{failure}: {_without_urls(text)}")
 
 
 def _to_short_name(key: str) -> str:
-    """Return obstore's short name of an option, which may be written like the environment variable."""
+    """Return obstore's short name of an option that may be named as an environment variable."""
     name = key.lower()
     short = _PREFIX.sub("", name)
     return short if short in _CLIENT_OPTIONS | _SET_BY_URL else name
 
 
 def _is_http_allowed() -> bool:
-    """Whether the environment allows http. obstore reads only the first of these, and not always."""
+    """Whether the environment allows http; obstore reads only the first, and not always."""
     names = ("AWS_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP", "AZURE_ALLOW_HTTP")
     return any(os.environ.get(name, "").lower() in {"1", "true"} for name in names)
 

@@ -1,11 +1,12 @@
 """A directory as a place for outputs: temporary file, hash, fsync, rename, fsync of the directory.
 
-The hidden temporary file is in the directory of its target, which may be another file system. What a
-killed process left there is removed by the next one that writes there. All file work runs in threads;
-a lock per file makes the clean-up of a cancelled download wait for the write that it interrupts.
+The hidden temporary file is in the directory of its target, which may be another file system. What
+a killed process left there is removed by the next one that writes there. All file work runs in
+threads; a lock per file makes the clean-up of a cancelled download wait for the write that it
+interrupts.
 
-Links in the tree are followed: files may have been moved elsewhere, and directories may be elsewhere.
-A link in place of a file is replaced, never written through.
+Links in the tree are followed: files may have been moved elsewhere, and directories may be
+elsewhere. A link in place of a file is replaced, never written through.
 """
 
 import asyncio
@@ -96,7 +97,7 @@ class LocalDisk:
                 await asyncio.shield(self._run(part.discard))
 
     async def check(self) -> None:
-        """Create the directory, write and remove a file in it, and clean up after killed processes."""
+        """Create the directory, write and remove a file, clean up after killed processes."""
         await self._run(self._probe)
 
     async def close(self) -> None:
@@ -124,7 +125,7 @@ class LocalDisk:
 
 
 class _Tree:
-    """Creates directories that survive a power failure: each is synced in its parent, once per process.
+    """Creates directories that survive a power failure: each is synced once per process.
 
     Existing directories too: the thread or process that created one may not have synced it yet.
     """

@@ -60,9 +60,7 @@ def _check_header(text: str | None) -> str | None:
 def _check_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
     for name, text in labels.items():
         if not _LABEL_NAME.fullmatch(name) or name in OWN_LABELS:
-            raise ValueError(
-                f"{name!r} must consist of a-z, 0-9 and _, and not be one of {', '.join(sorted(OWN_LABELS))}"
-            )
+            raise ValueError(f"{name!r} must be of a-z, 0-9 and _, and none of {', '.join(sorted(OWN_LABELS))}")
         LabelTemplate(text)
     return labels
 
@@ -80,21 +78,21 @@ class StorageConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True)
 
     url: Annotated[str, Field(min_length=1), AfterValidator(_check_url)] = "outputs"
-    """A directory, `file:///…`, or a bucket: `s3://bucket/prefix`, `gs://…`, `az://container/prefix`."""
+    """A directory, `file:///…`, or a bucket: `s3://bucket/prefix`, `gs://…`, `az://container/…`."""
     store: Mapping[str, Annotated[Secret, BeforeValidator(_to_option_text)]] = Field(default_factory=dict)
-    """Options of the bucket, as obstore names them: `region`, `endpoint`, …; may be secrets, `env:NAME`."""
+    """Options of the bucket, as obstore names them: `region`, `endpoint`, …; also as `env:NAME`."""
     key: Annotated[str, AfterValidator(_check_key)] = _DEFAULT_KEY
     """Template for the name of each output below `url`."""
     overwrite: Overwrite = Overwrite.SAME
-    """Whether to use a name at which another file exists: `never`, if it has the `same` bytes, `always`."""
+    """Use of names at which another file exists: `never`, if it has the `same` bytes, `always`."""
     max_size: Annotated[ByteSize, Field(ge=1)] | None = None
-    """Largest output, in bytes or as `500MB`; a larger one is rejected. Default: `downloads.max_bytes`."""
+    """Largest output, in bytes or as `500MB`; larger: rejected. Default: `downloads.max_bytes`."""
     manifest: bool = True
     """Whether to write `run.json`."""
     embed_metadata: bool = False
-    """Whether `run.json` includes the prompt and other text inputs of runs started by the receiver."""
+    """Whether `run.json` includes prompt and text inputs of runs that the receiver started."""
     thumbnails: bool = False
-    """Whether to store a small WebP beside each image, as `<name>.thumb.webp` (extra `thumbnails`)."""
+    """Whether to store a small WebP beside each image, `….thumb.webp` (extra `thumbnails`)."""
     cache_control: Annotated[str | None, AfterValidator(_check_header)] = None
     """`Cache-Control` of the objects in a bucket, such as `public, max-age=31536000, immutable`."""
     labels: Annotated[Mapping[str, str], Field(max_length=4), AfterValidator(_check_labels)] = Field(

@@ -1,7 +1,7 @@
 """Keys of stored outputs: relative paths made from a template. Pure; the handler and writer use it.
 
-Ids and metadata come from outside: each becomes one path segment at most. Only literal text and time
-formats, which come from the configuration, may contain a `/`.
+Ids and metadata come from outside: each becomes one path segment at most. Only literal text and
+time formats, which come from the configuration, may contain a `/`.
 """
 
 import unicodedata
@@ -71,7 +71,10 @@ def _directory_has_run_id(template: Template) -> bool:
 def _check(text: str, sample: str) -> None:
     for segment in sample.split("/"):
         if not segment or segment.startswith(".") or segment != segment.rstrip(". "):
-            raise ValueError(f"{text!r} must be a relative path: no empty part, none with dots or spaces at its ends")
+            raise ValueError(
+                f"{text!r} must be a relative path without empty parts, and no part may start "
+                "with a dot or end with a dot or space"
+            )
     if FORBIDDEN.search(sample.replace("/", "")):
         raise ValueError(f"{text!r} has characters that file names cannot have everywhere")
 
@@ -123,7 +126,7 @@ class RunKeys:
         return self._claim(_add_suffix(key, self._suffixes[output.position], ext), ext, output.position)
 
     def manifest(self, position: int, beside: str | None) -> str:
-        """Return the key of the manifest: in the directory of the key `beside`, else of any output."""
+        """Return the manifest's key: in the directory of the key `beside`, else of any output."""
         if beside is None:
             no_output = Output(position=0, output_id="", type="", value="")
             beside = self._template.render(self._run, no_output, "")

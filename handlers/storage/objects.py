@@ -1,8 +1,8 @@
 """A bucket as a place for outputs: S3, Google Cloud Storage or Azure, through obstore.
 
-What fits into one part is held in memory and written by one request, with its SHA-256 in the metadata.
-Anything larger is streamed in parts. Either way the object appears as a whole or not at all, and is
-verified: its size, and its ETag where that is a checksum.
+What fits into one part is held in memory and written by one request, with its SHA-256 in the
+metadata. Anything larger is streamed in parts. Either way the object appears as a whole or not at
+all, and is verified: its size, and its ETag where that is a checksum.
 """
 
 import asyncio
@@ -94,7 +94,7 @@ class ObjectStore:
             await self.close()
 
     async def close(self) -> None:
-        """Wait for obstore's threads to release their last response, or exiting would abort (SIGABRT)."""
+        """Wait until obstore's threads release the last response; exiting earlier is a SIGABRT."""
         await asyncio.sleep(_SETTLE_SECONDS)
 
     async def _probe(self) -> None:
@@ -184,7 +184,7 @@ class ObjectStore:
 
 
 class _Source:
-    """The chunks of one upload: hashed as they pass, and ended by an error once `stop` is called."""
+    """The chunks of one upload: hashed as they pass, ended by an error after `stop`."""
 
     def __init__(self, head: Sequence[bytes], rest: AsyncIterator[bytes]) -> None:
         self.failure: BaseException | None = None

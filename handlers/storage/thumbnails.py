@@ -18,7 +18,7 @@ SIDE = 512
 MAX_BYTES = 32 * 1024 * 1024
 MAX_MEMORY = 320_000_000  # bytes; 8K video has 33 million pixels
 _MAX_SIDE = 32_768
-MAX_SCANS = 100  # of a progressive JPEG; about ten are usual, and each few bytes of one cost a pass over all pixels
+MAX_SCANS = 100  # of a progressive JPEG, about ten are usual; each is a pass over all pixels
 _SCAN = b"\xff\xda"
 
 _BYTES_PER_PIXEL = {"WEBP": 16}
@@ -50,7 +50,10 @@ def require_pillow() -> None:
 
 
 def make_thumbnail(body: bytes, content_type: str | None) -> bytes:
-    """Return a WebP of at most 512 × 512 pixels, the same for the same bytes. Raises NoThumbnailError."""
+    """Return a WebP of at most 512 × 512 pixels, the same for the same bytes.
+
+    Raises NoThumbnailError.
+    """
     from PIL import Image, ImageOps  # noqa: PLC0415  # an extra
 
     kind = _format(content_type)

@@ -1,7 +1,8 @@
 """Writes the outputs of one run to a place: reserve, stream, verify, record.
 
-After a crash at any step, the next attempt changes nothing that is stored already. Locations that the
-run reserved in an earlier attempt are its own. What happens to a file at any other, `overwrite` says.
+After a crash at any step, the next attempt changes nothing that is stored already. Locations that
+the run reserved in an earlier attempt are its own. What happens to a file at any other, `overwrite`
+says.
 """
 
 import asyncio
@@ -251,7 +252,8 @@ class OutputWriter:
         await self._record(position, digest, content_type)
 
     def _explain_conflict(self, error: Exception) -> str:
-        return f"{error}; make the key template {self._template.text!r} unique, for example with {{run_id}}"
+        key = self._template.text
+        return f"{error}; make the key template {key!r} unique, for example with {{run_id}}"
 
 
 def _to_stored_output(

@@ -644,7 +644,8 @@ async def test_a_file_system_that_can_do_less(
 ) -> None:
     """No locks, directories that cannot be flushed, nothing told about free space: files are stored all the same.
 
-    Without locks nobody can tell what is still being written: parts of others go when they are a day old.
+    Without locks nobody can tell what is still being written: parts of others go when they are a
+    day old.
     """
     fsync, statvfs = os.fsync, os.statvfs
 

@@ -110,7 +110,7 @@ async def test_a_run_becomes_labelled_blobs(
 async def test_wrong_key_and_missing_container(azurite: str) -> None:
     """Each is named, and no key is shown."""
     wrong = base64.b64encode(b"another").decode()
-    with pytest.raises(PlaceError, match="check the credentials and their permissions") as caught:
+    with pytest.raises(PlaceError, match="check credentials and permissions") as caught:
         await storage(azurite, key=wrong).check()
     assert wrong not in str(caught.value)
     with pytest.raises(PlaceError, match=r"ContainerNotFound.*does the bucket exist"):

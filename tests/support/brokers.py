@@ -1,6 +1,7 @@
 """Message brokers of the tests' own on loopback: nats-server, redis-server, and librdkafka's mock of a Kafka cluster.
 
-Each is a child process that is stopped by its id, can be frozen, and comes back on the same port with its data.
+Each is a child process that is stopped by its id, can be frozen, and comes back on the same port
+with its data.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """A program that dies: storage on a disk, killed before and after each step of it. Run by `test_storage_kill`.
 
-It prints one line of JSON for each point of death: what lay there afterwards, and what the next attempt made of it.
+It prints one line of JSON for each point of death: what lay there afterwards, and what the next
+attempt made of it.
 """
 
 import asyncio

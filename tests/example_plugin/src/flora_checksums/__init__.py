@@ -1,6 +1,7 @@
 """Keeps a file of SHA-256 sums for every completed run, in the form that `sha256sum --check` reads.
 
-Idempotent by its place: a run has one file, written as a whole or not at all, so whoever repeats writes the same bytes.
+Idempotent by its place: a run has one file, written as a whole or not at all, so whoever repeats
+writes the same bytes.
 """
 
 import asyncio
