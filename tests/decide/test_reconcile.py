@@ -47,14 +47,14 @@ def decide(run: Run | None, report: Report, *, now: datetime = LATER, policy: Po
     return reconcile(run, report, policy, now=now, jitter=0.0)
 
 
-def changed(run: Run | None, report: Report, *, now: datetime = LATER, policy: Policy = POLICY) -> Changed:
+def decide_change(run: Run | None, report: Report, *, now: datetime = LATER, policy: Policy = POLICY) -> Changed:
     decision = decide(run, report, now=now, policy=policy)
     assert isinstance(decision, Changed), f"{kind_of(report)} left {run and run.state} as it was"
     return decision
 
 
 def after(run: Run | None, report: Report, *, now: datetime = LATER, policy: Policy = POLICY) -> Run:
-    return changed(run, report, now=now, policy=policy).run
+    return decide_change(run, report, now=now, policy=policy).run
 
 
 def in_state(state: RunState | None) -> Run | None:
@@ -64,7 +64,7 @@ def in_state(state: RunState | None) -> Run | None:
     return a_run(state, run_type=None, origin=Origin.DISCOVERED, callback_expected=False)
 
 
-def settled(state: RunState, **fields: Any) -> Run:
+def a_settled_run(state: RunState, **fields: Any) -> Run:
     """Return a settled run whose cost is still asked for."""
     return a_run(state, cost_due_at=NOW + timedelta(minutes=10), next_poll_at=NOW, **fields)
 
@@ -72,14 +72,14 @@ def settled(state: RunState, **fields: Any) -> Run:
 # --- what a cell does --------------------------------------------------------------------------------------------
 
 
-def nothing(state: RunState | None, kind: Kind) -> None:
+def changes_nothing(state: RunState | None, kind: Kind) -> None:
     assert decide(in_state(state), REPORTS[kind]) == Unchanged()
 
 
 def enters(state: RunState | None, kind: Kind) -> None:
     report = REPORTS[kind]
     if kind is not Kind.REGISTERED:
-        nothing(state, kind)  # a read of a run that left the ledger
+        changes_nothing(state, kind)  # a read of a run that left the ledger
         report = replace(cast("RunRead", report), origin=Origin.DISCOVERED)
     run = after(None, report)
     assert (run.state, run.first_seen_at, run.deadline_at) == (RunState.OPEN, LATER, LATER + POLICY.deadline)
@@ -100,7 +100,7 @@ def is_heard(state: RunState | None, kind: Kind) -> None:
     assert (run.state, run.callback_status) == (RunState.REPORTED, CallbackStatus.COMPLETED)
     assert run.next_poll_at == LATER
     assert run.lost_reason is None
-    assert changed(in_state(state), REPORTS[kind]).outputs == ()
+    assert decide_change(in_state(state), REPORTS[kind]).outputs == ()
 
 
 def is_heard_again(state: RunState | None, kind: Kind) -> None:
@@ -136,9 +136,9 @@ def waits(state: RunState | None, kind: Kind) -> None:
 def settles(state: RunState | None, kind: Kind) -> None:
     report = REPORTS[kind]
     if state is None:
-        nothing(state, kind)
+        changes_nothing(state, kind)
         report = replace(cast("RunRead", report), origin=Origin.DISCOVERED)
-    decision = changed(in_state(state), report)
+    decision = decide_change(in_state(state), report)
     run = decision.run
     assert run.state is RunState(kind.value)
     assert (run.settled_at, run.next_poll_at, run.lost_reason) == (LATER, None, None)
@@ -148,7 +148,7 @@ def settles(state: RunState | None, kind: Kind) -> None:
 
 
 def climbs(state: RunState | None, kind: Kind) -> None:
-    decision = changed(in_state(state), REPORTS[kind])
+    decision = decide_change(in_state(state), REPORTS[kind])
     assert (decision.run.state, decision.run.unconfirmed_reads, decision.run.polls) == (state, 1, 1)
     assert decision.run.next_poll_at == LATER + POLICY.confirmation_delays[1]
     assert (decision.outputs, decision.events) == ((), ())
@@ -178,9 +178,9 @@ def reopens(state: RunState | None, kind: Kind) -> None:
 
 
 def bills(state: RunState | None, kind: Kind) -> None:
-    nothing(state, kind)
+    changes_nothing(state, kind)
     assert state is not None
-    decision = changed(settled(state), REPORTS[kind])
+    decision = decide_change(a_settled_run(state), REPORTS[kind])
     assert (decision.run.charged_cost, decision.run.cost_due_at, decision.run.next_poll_at) == (0.5, None, None)
     assert (decision.events, decision.outputs) == ((Event.COST_FINAL,), ())
     assert decision.run.state is state
@@ -188,34 +188,34 @@ def bills(state: RunState | None, kind: Kind) -> None:
 
 def asks_for_the_bill(state: RunState | None, kind: Kind) -> None:
     """Nothing but the next read of the cost; that one is never due at once, or we would ask without pause."""
-    nothing(state, kind)
+    changes_nothing(state, kind)
     assert state is not None
-    before = settled(state)
-    decision = changed(before, REPORTS[kind])
+    before = a_settled_run(state)
+    decision = decide_change(before, REPORTS[kind])
     assert decision.run.next_poll_at is not None
     assert decision.run.next_poll_at >= LATER + timedelta(seconds=5)
     assert decision == Changed(replace(before, polls=1, next_poll_at=decision.run.next_poll_at))
-    over = changed(before, REPORTS[kind], now=NOW + timedelta(minutes=10))
+    over = decide_change(before, REPORTS[kind], now=NOW + timedelta(minutes=10))
     assert (over.run.cost_due_at, over.run.next_poll_at, over.events) == (None, None, (Event.COST_FINAL,))
 
 
 def disputes(state: RunState | None, kind: Kind) -> None:
     assert state is not None
-    decision = changed(in_state(state), REPORTS[kind])
+    decision = decide_change(in_state(state), REPORTS[kind])
     assert decision == Changed(replace(in_state(state) or a_run(), verdict=Verdict.DIVERGED), events=(Event.DIVERGED,))
     assert decide(decision.run, REPORTS[kind]) == Unchanged()
-    asking = changed(settled(state, verdict_due_at=NOW + timedelta(minutes=7)), REPORTS[kind])
+    asking = decide_change(a_settled_run(state, verdict_due_at=NOW + timedelta(minutes=7)), REPORTS[kind])
     assert asking.run.next_poll_at is not None
     assert asking.run.next_poll_at >= LATER + timedelta(seconds=5)
     assert (asking.run.verdict, asking.run.verdict_due_at) == (Verdict.DIVERGED, None)
-    again = changed(asking.run, REPORTS[kind])
+    again = decide_change(asking.run, REPORTS[kind])
     assert again.events == ()
     assert again.run.next_poll_at is not None
     assert again.run.next_poll_at > LATER
 
 
 def writes_off(state: RunState | None, kind: Kind) -> None:
-    nothing(state, kind)
+    changes_nothing(state, kind)
     assert state is not None
     due = a_run(state, verdict_due_at=LATER)
     assert decide(due, REPORTS[kind], now=LATER - timedelta(milliseconds=1)) == Unchanged()
@@ -228,17 +228,17 @@ GRID: dict[RunState | None, tuple[Effect, ...]] = {
     #                    REGISTERED HEARD           RUNNING            COMPLETED EMPTY              FAILED
     None:               (enters,   is_heard,       enters,            settles,  enters,            settles,
     #                    MISSING             UNANSWERED         ASKED    SILENT
-                         nothing,            nothing,           nothing, nothing),
+                         changes_nothing,            changes_nothing,           changes_nothing, changes_nothing),
     RunState.OPEN:      (enriches, is_heard,       waits,             settles,  climbs,            settles,
-                         misses,             backs_off,         hurries, nothing),
+                         misses,             backs_off,         hurries, changes_nothing),
     RunState.REPORTED:  (enriches, is_heard_again, climbs,            settles,  climbs,            settles,
-                         misses,             backs_off,         hurries, nothing),
+                         misses,             backs_off,         hurries, changes_nothing),
     RunState.COMPLETED: (enriches, is_heard_of,    asks_for_the_bill, bills,    asks_for_the_bill, disputes,
                          asks_for_the_bill,  asks_for_the_bill, hurries, writes_off),
     RunState.FAILED:    (enriches, is_heard_of,    asks_for_the_bill, disputes, asks_for_the_bill, bills,
-                         asks_for_the_bill,  asks_for_the_bill, nothing, writes_off),
-    RunState.LOST:      (enriches, is_heard,       nothing,           settles,  nothing,           settles,
-                         nothing,            nothing,           reopens, nothing),
+                         asks_for_the_bill,  asks_for_the_bill, changes_nothing, writes_off),
+    RunState.LOST:      (enriches, is_heard,       changes_nothing,           settles,  changes_nothing,           settles,
+                         changes_nothing,            changes_nothing,           reopens, changes_nothing),
 }
 # fmt: on
 CELLS = [(state, kind, effect) for state, row in GRID.items() for kind, effect in zip(Kind, row, strict=True)]
@@ -264,7 +264,12 @@ def test_the_table_is_closed() -> None:
 @pytest.mark.parametrize("kind", list(Kind))
 def test_a_settled_run_is_never_left(state: RunState, kind: Kind) -> None:
     """Whatever comes: the state, the time of settling and the outputs stay; nothing is dispatched as settled again."""
-    for run in (a_run(state), settled(state), a_run(state, verdict_due_at=NOW), a_run(state, verdict=Verdict.DIVERGED)):
+    for run in (
+        a_run(state),
+        a_settled_run(state),
+        a_run(state, verdict_due_at=NOW),
+        a_run(state, verdict=Verdict.DIVERGED),
+    ):
         decision = decide(run, REPORTS[kind])
         if isinstance(decision, Changed):
             assert (decision.run.state, decision.run.settled_at) == (state, NOW)
@@ -278,7 +283,7 @@ def test_no_read_leaves_a_run_due_at_once(state: RunState | None, kind: Kind) ->
     """After an answered or unanswered read, the next one is later, or we would ask FLORA without pause."""
     if kind in {Kind.REGISTERED, Kind.CALLBACK_RECEIVED, Kind.READ_REQUESTED, Kind.CALLBACK_EXPIRED} or state is None:
         return
-    for run in (in_state(state), settled(state) if state in {RunState.COMPLETED, RunState.FAILED} else None):
+    for run in (in_state(state), a_settled_run(state) if state in {RunState.COMPLETED, RunState.FAILED} else None):
         if run is None or run.next_poll_at is None:
             continue
         decision = decide(run, REPORTS[kind])
@@ -291,25 +296,25 @@ def test_a_settled_run_that_somebody_asks_for_is_read_once_more() -> None:
     asked = after(a_run(RunState.COMPLETED), ReadRequested("run_1", LATER))
     assert asked.next_poll_at == LATER
     refreshed = (Output(OUTPUT.position, OUTPUT.output_id, OUTPUT.type, "https://media.flora.example/again.png"),)
-    decision = changed(asked, a_read("completed", LATER, outputs=refreshed))
+    decision = decide_change(asked, a_read("completed", LATER, outputs=refreshed))
     assert decision == Changed(replace(asked, polls=1, next_poll_at=None), refreshed=refreshed)
     for unhelpful in (Kind.RUNNING, Kind.EMPTY, Kind.NOT_FOUND):
         assert after(asked, REPORTS[unhelpful]).next_poll_at is None
-    unanswered = changed(asked, REPORTS[Kind.READ_FAILED])
+    unanswered = decide_change(asked, REPORTS[Kind.READ_FAILED])
     assert unanswered.run.next_poll_at is not None
     assert unanswered.run.next_poll_at > LATER
 
 
 def test_reads_for_the_bill_bring_new_urls_too() -> None:
     """A run whose cost is awaited is read anyway."""
-    decision = changed(settled(RunState.COMPLETED), a_read("completed", LATER))
+    decision = decide_change(a_settled_run(RunState.COMPLETED), a_read("completed", LATER))
     assert decision.refreshed == (OUTPUT,)
 
 
 # --- lost --------------------------------------------------------------------------------------------------------
 
 
-def missing(run: Run, at: timedelta) -> Run:
+def after_404(run: Run, at: timedelta) -> Run:
     return after(run, RunNotFound("run_1", NOW + at, conclusive=True), now=NOW + at)
 
 
@@ -317,11 +322,11 @@ def test_five_404s_over_ten_minutes_lose_a_run() -> None:
     """Not four, not five within a shorter time; the fifth after ten minutes does, and says why."""
     run = a_run()
     for minute in (0, 2, 4, 6):
-        run = missing(run, timedelta(minutes=minute))
-    assert missing(run, timedelta(minutes=10) - timedelta(seconds=1)).state is RunState.OPEN
+        run = after_404(run, timedelta(minutes=minute))
+    assert after_404(run, timedelta(minutes=10) - timedelta(seconds=1)).state is RunState.OPEN
     four = replace(run, missing=3)
-    assert missing(four, timedelta(minutes=60)).state is RunState.OPEN
-    decision = changed(
+    assert after_404(four, timedelta(minutes=60)).state is RunState.OPEN
+    decision = decide_change(
         run, RunNotFound("run_1", NOW + timedelta(minutes=10), conclusive=True), now=NOW + timedelta(minutes=10)
     )
     assert (decision.run.state, decision.run.lost_reason) == (RunState.LOST, LostReason.NOT_FOUND)
@@ -332,10 +337,10 @@ def test_any_answer_between_404s_starts_the_count_again() -> None:
     """In a row means in a row."""
     run = a_run()
     for minute in (0, 2, 4, 6):
-        run = missing(run, timedelta(minutes=minute))
+        run = after_404(run, timedelta(minutes=minute))
     run = after(run, a_read("running", NOW + timedelta(minutes=7)), now=NOW + timedelta(minutes=7))
     assert (run.missing, run.missing_since) == (0, None)
-    assert missing(run, timedelta(minutes=20)).state is RunState.OPEN
+    assert after_404(run, timedelta(minutes=20)).state is RunState.OPEN
 
 
 def test_outages_never_lose_a_run() -> None:
@@ -353,14 +358,14 @@ def test_outages_never_lose_a_run() -> None:
 def test_a_404_streak_survives_a_clock_that_was_set_back() -> None:
     """A streak that began in a future that did not come begins now."""
     run = a_run(missing=4, missing_since=NOW + timedelta(days=365))
-    assert missing(run, timedelta(0)).missing_since == NOW
+    assert after_404(run, timedelta(0)).missing_since == NOW
 
 
 def test_the_deadline_needs_a_read() -> None:
     """Past the deadline, a read that is not terminal loses the run; before it, or without a read, nothing does."""
     run = a_run(deadline_at=LATER)
     assert after(run, a_read("running", LATER), now=LATER - timedelta(milliseconds=1)).state is RunState.OPEN
-    decision = changed(run, a_read("running", LATER))
+    decision = decide_change(run, a_read("running", LATER))
     assert (decision.run.state, decision.run.lost_reason) == (RunState.LOST, LostReason.DEADLINE)
     assert decision.events == (Event.LOST,)
 
@@ -383,7 +388,7 @@ def climb(run: Run, status: str, times: int, **fields: Any) -> list[Changed]:
     decisions = []
     for _ in range(times):
         assert run.next_poll_at is not None
-        decisions.append(changed(run, a_read(status, run.next_poll_at, **fields), now=run.next_poll_at))
+        decisions.append(decide_change(run, a_read(status, run.next_poll_at, **fields), now=run.next_poll_at))
         run = decisions[-1].run
     return decisions
 
@@ -402,7 +407,7 @@ def test_completed_without_outputs_is_never_an_empty_success(state: RunState) ->
 
 def test_outputs_that_appear_on_the_ladder_settle_the_run() -> None:
     decisions = climb(a_run(RunState.REPORTED), "completed", len(POLICY.confirmation_delays) - 1, outputs=())
-    decision = changed(decisions[-1].run, a_read("completed", LATER))
+    decision = decide_change(decisions[-1].run, a_read("completed", LATER))
     assert (decision.run.state, decision.outputs) == (RunState.COMPLETED, (OUTPUT,))
 
 
@@ -427,7 +432,7 @@ def test_a_diverged_run_still_settles_and_is_judged_by_its_facts() -> None:
 
 def test_a_diverged_run_is_lost_at_its_deadline() -> None:
     run = climb(a_run(RunState.REPORTED), "running", len(POLICY.confirmation_delays))[-1].run
-    decision = changed(run, a_read("running", run.deadline_at), now=run.deadline_at)
+    decision = decide_change(run, a_read("running", run.deadline_at), now=run.deadline_at)
     assert (decision.run.state, decision.events) == (RunState.LOST, (Event.LOST,))
 
 
@@ -448,7 +453,7 @@ def test_a_read_asked_before_the_callback_changes_nothing_but_polls(state: RunSt
 def test_a_callback_from_a_future_that_did_not_come_does_not_make_us_spin(kind: Kind) -> None:
     """The clock was set back: if every read counted as too old, the run would be due at once for ever."""
     run = a_run(RunState.REPORTED, reported_at=NOW + timedelta(days=365))
-    decision = changed(run, REPORTS[kind])
+    decision = decide_change(run, REPORTS[kind])
     assert decision.run.next_poll_at is not None
     assert decision.run.next_poll_at > LATER
 
@@ -473,7 +478,7 @@ def test_a_lost_run_comes_back(reason: LostReason) -> None:
         assert after(run, a_read("running", LATER)).state is run.state
         assert after(run, RunNotFound("run_1", LATER, conclusive=True)).state is run.state
     assert after(lost, a_read("completed", LATER)).state is RunState.COMPLETED
-    again = changed(asked, a_read("running", asked.deadline_at), now=asked.deadline_at)
+    again = decide_change(asked, a_read("running", asked.deadline_at), now=asked.deadline_at)
     assert (again.run.losses, again.events) == (2, (Event.LOST,))
 
 
@@ -535,8 +540,8 @@ def test_a_start_that_comes_last_still_expects_its_callback() -> None:
 )
 def test_a_contradiction_diverges_in_either_order(callback_status: CallbackStatus, status: str) -> None:
     """The API decides about the state; that the callback said otherwise is an alert, raised once."""
-    early = changed(after(a_run(), a_callback_received(callback_status)), a_read(status, LATER))
-    late = changed(by_poll(status), a_callback_received(callback_status))
+    early = decide_change(after(a_run(), a_callback_received(callback_status)), a_read(status, LATER))
+    late = decide_change(by_poll(status), a_callback_received(callback_status))
     for decision in (early, late):
         assert (decision.run.state.value, decision.run.verdict) == (status, Verdict.DIVERGED)
         assert decision.events.count(Event.DIVERGED) == 1
@@ -562,7 +567,7 @@ def test_a_missing_cost_is_asked_for_ever_more_slowly_and_then_no_more() -> None
     events: list[Event] = []
     while run.next_poll_at is not None:
         now = run.next_poll_at
-        decision = changed(run, a_read("completed", now), now=now)
+        decision = decide_change(run, a_read("completed", now), now=now)
         run = decision.run
         events += decision.events
         if run.next_poll_at is not None:
@@ -576,7 +581,7 @@ def test_a_missing_cost_is_asked_for_ever_more_slowly_and_then_no_more() -> None
 
 def test_a_free_run_has_a_cost() -> None:
     """0 is a cost: it must not be asked for again."""
-    decision = changed(a_run(), a_read("completed", LATER, charged_cost=0.0))
+    decision = decide_change(a_run(), a_read("completed", LATER, charged_cost=0.0))
     assert (decision.run.cost_due_at, decision.events) == (None, (Event.SETTLED, Event.COST_FINAL))
 
 

@@ -131,7 +131,7 @@ def _is_running(report: Report) -> bool:
 
 
 @st.composite
-def anything(draw: st.DrawFn) -> Report:
+def any_report(draw: st.DrawFn) -> Report:
     """Return any report at all: reads that contradict each other, clocks that jump."""
     at = draw(seconds(-400_000, 400_000))
     report: Report = draw(
@@ -162,7 +162,9 @@ def anything(draw: st.DrawFn) -> Report:
     return report
 
 
-@given(st.lists(st.tuples(anything(), st.integers(-100_000, 100_000), st.floats(0, 1, exclude_max=True)), max_size=30))
+@given(
+    st.lists(st.tuples(any_report(), st.integers(-100_000, 100_000), st.floats(0, 1, exclude_max=True)), max_size=30)
+)
 @example([(a_callback_received(), 0, 0.0), (a_read("completed", outputs=(), charged_cost=None), 0, 0.0)] * 9)
 def test_whatever_comes_the_row_is_sound(steps: list[tuple[Report, int, float]]) -> None:
     """What the database CHECKs holds after every step; a run settles once; each loss is told; no read spins."""

@@ -22,7 +22,7 @@ import yaml
 from receiver.config import environment_variables, load_settings
 from receiver.service.service import check_role
 from tests.support.lives import served
-from tests.support.postgres import hand_over, unprivileged
+from tests.support.postgres import hand_over, unprivileged_user
 from tests.support.stage import Stage, eventually, free_port, run_stage, toml
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ async def test_the_service_runs_from_the_image_on_a_read_only_root(
     config = stage.directory / "receiver.toml"
     config.write_text(toml(document))
     serve = [f"{image}/bin/flora-receiver", "serve", "--config", str(config)]
-    further: dict[str, Any] = unprivileged()
+    further: dict[str, Any] = unprivileged_user()
     if can_remount():
         # `mount` as root, then nobody: what the engine does for `read_only: true` and `USER`.
         script = (

@@ -21,7 +21,7 @@ from receiver.service import service as service_module
 from receiver.store import postgres
 from tests.support.lives import Served, is_ready, served
 from tests.support.postgres import Postgres
-from tests.support.severing_proxy import severing
+from tests.support.severing_proxy import run_severing_proxy
 from tests.support.stage import Stage, eventually, free_port
 
 LEASE: dict[str, Any] = {"dispatch": {"lease_seconds": 3}}
@@ -256,7 +256,7 @@ async def test_the_database_restarts(shared: Stage, postgres_server: Postgres) -
 async def test_connections_to_the_database_are_reset(shared: Stage, postgres_server: Postgres) -> None:
     """As in a failover, again and again, just before a COMMIT or just after it: what was not confirmed is done once."""
     effects = Effects(shared)
-    with severing(postgres_server, "suite") as way:
+    with run_severing_proxy(postgres_server, "suite") as way:
         sections = {"database": {"url": way.url}, "handlers": effects.handlers}
         async with replicas(shared, (), (), environ=effects.environ, **sections) as them:
             run_ids: list[str] = []
@@ -295,7 +295,7 @@ async def test_a_database_that_hangs_does_not_keep_the_process(
     monkeypatch.setattr(postgres, "_CLOSE_SECONDS", 0.2)
     for name in ("_LOOPS_SECONDS", "_COMMIT_SECONDS"):
         monkeypatch.setattr(service_module, name, 0.2)
-    with severing(postgres_server, "suite") as way:
+    with run_severing_proxy(postgres_server, "suite") as way:
         async with asyncio.timeout(60), shared.client() as client, shared.service(database={"url": way.url}):
             assert (await shared.send(client, shared.body("run_1"))).status_code == 200
             way.holding = True

@@ -27,7 +27,7 @@ from tests.support.core import (
     a_read,
     a_registration,
     callback_body,
-    signed,
+    sign_body,
     writable,
 )
 
@@ -65,7 +65,7 @@ async def test_a_canary_comes_in_and_leaves_no_trace(core: Core) -> None:
     key = canary_key(SECRET)
     assert key != SECRET
     for body in (b"canary", b"", callback_body()):
-        assert await core.intake.accept(body, signed(body, secret=key)) == Canary()
+        assert await core.intake.accept(body, sign_body(body, secret=key)) == Canary()
     assert await core.find() is None
     assert not core.intake.rejections
     assert not core.signals.poll.is_set()
@@ -79,7 +79,7 @@ async def test_a_canary_is_refused_like_anything_else_when_it_is_altered_or_old(
         (b"canary", NOW - timedelta(seconds=61)),
         (b"canary", NOW + timedelta(hours=1)),
     ):
-        answer = await core.intake.accept(body, signed(b"canary", at, key))
+        answer = await core.intake.accept(body, sign_body(b"canary", at, key))
         assert isinstance(answer, Refused)
         assert answer.code == "signature_mismatch"
 
@@ -128,7 +128,7 @@ async def test_an_unknown_event_is_kept_and_nothing_done(core: Core) -> None:
 async def test_an_unreadable_body_is_kept_and_refused(core: Core, body: bytes) -> None:
     """The signature holds, so it is authentic: FLORA may have changed its format, and the body is the only witness."""
     for times in range(2):
-        answer = await core.intake.accept(body, signed(body))
+        answer = await core.intake.accept(body, sign_body(body))
         assert isinstance(answer, Refused)
         assert answer.code == "invalid_payload"
         (row,) = await core.rows(
@@ -176,16 +176,16 @@ async def test_a_workspace_may_not_speak_for_another(database: Database, clock: 
     """Each secret belongs to its workspace, where the settings say so; one that belongs to none speaks for all."""
     core = a_core(database, clock, secrets=[Secret("whsec_a", "ws_a"), Secret("whsec_b", "ws_b"), Secret("whsec_any")])
     body = callback_body(workspace_id="ws_b")
-    answer = await core.intake.accept(body, signed(body, secret="whsec_a"))
+    answer = await core.intake.accept(body, sign_body(body, secret="whsec_a"))
     assert isinstance(answer, Refused)
     assert answer.code == "workspace_mismatch"
     assert await core.count("deliveries") == 0
-    assert await core.intake.accept(body, signed(body, secret="whsec_b")) == Accepted()
+    assert await core.intake.accept(body, sign_body(body, secret="whsec_b")) == Accepted()
     for number, workspace in enumerate((None, "ws_a")):  # none named: the secret speaks
         body = callback_body(f"whd_a{number}", workspace_id=workspace)
-        assert await core.intake.accept(body, signed(body, secret="whsec_a")) == Accepted()
+        assert await core.intake.accept(body, sign_body(body, secret="whsec_a")) == Accepted()
     body = callback_body("whd_any", workspace_id="ws_z")
-    assert await core.intake.accept(body, signed(body, secret="whsec_any")) == Accepted()
+    assert await core.intake.accept(body, sign_body(body, secret="whsec_any")) == Accepted()
     assert {row[0] for row in await core.rows("SELECT secret FROM deliveries")} == {0, 1, 2}
 
 
@@ -194,7 +194,7 @@ async def test_a_workspace_may_not_speak_for_another(database: Database, clock: 
 
 async def late_call(core: Core, run_id: str = "run_1") -> CallbackResult:
     body = callback_body(run_id=run_id)
-    return await core.intake.accept(body, signed(body, core.clock.now - timedelta(seconds=901)))
+    return await core.intake.accept(body, sign_body(body, core.clock.now - timedelta(seconds=901)))
 
 
 async def test_an_old_callback_makes_a_known_run_due_and_stays_refused(core: Core) -> None:
@@ -385,11 +385,13 @@ async def test_an_entry_times_out_before_flora_does(core: Core, monkeypatch: pyt
     free = asyncio.Event()
     write = core.database.write
 
-    async def held(job: Any) -> Any:  # a job that only blocks one of PostgreSQL's connections would hold nobody up
+    async def write_when_free(
+        job: Any,
+    ) -> Any:  # a job that only blocks one of PostgreSQL's connections would hold nobody up
         await free.wait()
         return await write(job)
 
-    monkeypatch.setattr(core.database, "write", held)
+    monkeypatch.setattr(core.database, "write", write_when_free)
     with pytest.raises(StoreUnavailableError):
         await core.call()
     free.set()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ async def test_a_closed_database_says_so(sqlite_path: Path) -> None:
 async def test_the_settings_that_durability_rests_on(database: SqliteDatabase) -> None:
     """A commit is an fsync (2: FULL), the log is a WAL, references are checked."""
     for name, value in (("synchronous", 2), ("journal_mode", "wal"), ("foreign_keys", 1), ("busy_timeout", 20)):
-        assert await database.run(lambda c, n=name: c.exec_driver_sql(f"PRAGMA {n}").scalar_one()) == value  # type: ignore[misc]
+        result = await database.run(partial(Connection.exec_driver_sql, statement=f"PRAGMA {name}"))
+        assert result.scalar_one() == value
     assert await database.read(lambda tx: tx.exec_driver_sql("PRAGMA query_only").scalar_one()) == 1
 
 
@@ -275,7 +277,7 @@ async def test_readers_cannot_write(database: SqliteDatabase) -> None:
     """Whatever a reader tries, the one writer stays the only one."""
     for sql in ("DELETE FROM runs", "CREATE TABLE x (y)", "INSERT INTO watermarks VALUES ('a', 1, 1)"):
         with pytest.raises(StoreError):
-            await database.read(lambda tx, sql=sql: tx.exec_driver_sql(sql))  # type: ignore[misc]
+            await database.read(partial(Connection.exec_driver_sql, statement=sql))
 
 
 async def test_many_readers_do_not_wait_for_the_writer(database: SqliteDatabase) -> None:

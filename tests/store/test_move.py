@@ -114,7 +114,7 @@ def content(url: str) -> dict[str, list[tuple[Any, ...]]]:
     return found
 
 
-def emptied(url: str) -> bool:
+def is_empty(url: str) -> bool:
     return not any(content(url).values())
 
 
@@ -197,7 +197,7 @@ def test_what_does_not_arrive_as_it_was_is_not_kept(
         _on_each_output(postgres_server, "altering", alteration)
         with pytest.raises(StoreError, match=told):
             move(ledger, url)
-        assert emptied(url)
+        assert is_empty(url)
         postgres_server.execute("DROP TRIGGER t ON outputs", "altering")
         assert move(ledger, url).copied
     finally:
@@ -228,7 +228,7 @@ def test_killed_half_way_it_leaves_an_empty_target(ledger: Path, postgres_server
         process.wait()
     while postgres_server.execute("SELECT 1 FROM pg_stat_activity WHERE datname = 'target'"):
         pass  # the server notices that nobody listens, and rolls back
-    assert emptied(url)
+    assert is_empty(url)
     assert move(ledger, url).copied
 
 

@@ -21,14 +21,14 @@ from receiver.store import ledger, open_database, postgres
 from receiver.store.postgres import PostgresDatabase
 from tests.support.core import NOW, Clock, Core, a_core, a_read, a_run, all_runs
 from tests.support.postgres import Postgres, sweep
-from tests.support.severing_proxy import Moment, severing
+from tests.support.severing_proxy import Moment, run_severing_proxy
 
 ROOT = Path(__file__).parents[2]
 IDLE = "idle_in_transaction_session_timeout"
 
 
 @asynccontextmanager
-async def opened(url: str, **options: Any) -> AsyncIterator[PostgresDatabase]:
+async def open_postgres(url: str, **options: Any) -> AsyncIterator[PostgresDatabase]:
     database = PostgresDatabase(url, connections=3, **options)
     try:
         yield database
@@ -38,14 +38,14 @@ async def opened(url: str, **options: Any) -> AsyncIterator[PostgresDatabase]:
 
 @pytest.fixture
 async def database(postgres_url: str) -> AsyncIterator[PostgresDatabase]:
-    async with opened(postgres_url) as made:
+    async with open_postgres(postgres_url) as made:
         yield made
 
 
 @pytest.fixture
 async def doors(postgres_url: str, clock: Clock) -> AsyncIterator[tuple[Core, Core]]:
     """Two processes' doors before one database."""
-    async with opened(postgres_url) as one, opened(postgres_url) as other:
+    async with open_postgres(postgres_url) as one, open_postgres(postgres_url) as other:
         yield a_core(one, clock), a_core(other, clock)
 
 
@@ -91,7 +91,7 @@ async def test_a_deadlock_is_tried_again(database: PostgresDatabase) -> None:
     meet = threading.Barrier(2)
     ran: list[str] = []
 
-    def crossing(first: str, second: str) -> Any:
+    def lock_both(first: str, second: str) -> Any:
         def job(tx: Connection) -> None:
             ran.append(first)
             ledger.runs_by_id(tx, [first], for_update=True)
@@ -101,7 +101,7 @@ async def test_a_deadlock_is_tried_again(database: PostgresDatabase) -> None:
 
         return job
 
-    await asyncio.gather(*(database.write(crossing(*pair)) for pair in (("run_a", "run_b"), ("run_b", "run_a"))))
+    await asyncio.gather(*(database.write(lock_both(*pair)) for pair in (("run_a", "run_b"), ("run_b", "run_a"))))
     assert len(ran) > 2
 
 
@@ -138,8 +138,8 @@ async def test_a_connection_cut_around_the_commit_is_answered_by_the_retry(
 ) -> None:
     """Nobody can know which it was, so every waiter gets its 503; FLORA's retry is then new, or a duplicate. Never both."""
     assert postgres_url
-    with severing(postgres_server, "suite") as way:
-        async with opened(way.url) as database:
+    with run_severing_proxy(postgres_server, "suite") as way:
+        async with open_postgres(way.url) as database:
             door = a_core(database, clock)
             await door.call("whd_0", "run_0")
             way.cut_next = moment
@@ -157,8 +157,8 @@ async def test_a_run_is_settled_once_though_the_commit_was_cut(
 ) -> None:
     """The poller reads it again, and finds it settled: one set of outputs, one dispatch."""
     assert postgres_url
-    with severing(postgres_server, "suite") as way:
-        async with opened(way.url) as database:
+    with run_severing_proxy(postgres_server, "suite") as way:
+        async with open_postgres(way.url) as database:
             door = a_core(database, clock)
             await door.register("run_1")
             way.cut_next = "after COMMIT"
@@ -174,7 +174,7 @@ async def test_closing_does_not_wait_for_a_server_that_hangs(
     """What waits for its answer ends with an error, and what is queued behind it is never begun."""
     assert postgres_url
     monkeypatch.setattr(postgres, "_CLOSE_SECONDS", 0.2)
-    with severing(postgres_server, "suite") as way:
+    with run_severing_proxy(postgres_server, "suite") as way:
         database = PostgresDatabase(way.url, connections=1)
         await database.write(lambda _: None)
         way.holding = True
@@ -193,7 +193,7 @@ async def test_a_server_that_is_gone_is_unavailable(postgres_server: Postgres) -
     with pytest.raises(StoreUnavailableError) as caught:
         open_database(url)
     assert "hunter2" not in str(caught.value)
-    async with opened(url) as database:
+    async with open_postgres(url) as database:
         for use in (database.read, database.write, database.run):
             with pytest.raises(StoreUnavailableError):
                 await use(lambda _: None)
@@ -226,7 +226,7 @@ async def test_a_jobs_own_error_is_its_own(database: PostgresDatabase) -> None:
 
 
 async def test_a_closed_database_says_so(postgres_url: str) -> None:
-    async with opened(postgres_url) as database:
+    async with open_postgres(postgres_url) as database:
         pass
     with pytest.raises(StoreUnavailableError):
         await database.write(lambda _: None)
@@ -239,7 +239,7 @@ async def test_leases_go_by_the_databases_clock(database: PostgresDatabase) -> N
 
 
 async def test_what_one_process_notifies_another_hears(postgres_url: str, database: PostgresDatabase) -> None:
-    async with opened(postgres_url) as other:
+    async with open_postgres(postgres_url) as other:
         notices = other.notices()
         assert await anext(notices) == ""
         await database.notify("poll")
@@ -304,7 +304,7 @@ async def test_reads_never_take_all_connections(database: PostgresDatabase) -> N
 
 async def test_a_frozen_process_does_not_keep_its_locks(postgres_url: str, clock: Clock) -> None:
     """Whoever stops in the middle of a transaction loses it; callbacks for that run and for others come through again."""
-    async with opened(postgres_url) as frozen, opened(postgres_url) as other:
+    async with open_postgres(postgres_url) as frozen, open_postgres(postgres_url) as other:
         door = a_core(other, clock)
         await door.register("run_1")
         begun, thaw = threading.Event(), threading.Event()
@@ -329,7 +329,7 @@ async def test_a_frozen_process_does_not_keep_its_locks(postgres_url: str, clock
 
 async def test_a_lock_that_is_not_let_go_is_not_waited_for(postgres_url: str, postgres_server: Postgres) -> None:
     """Whoever holds it, an operator's session perhaps: a job ends with an error in time, and the next one has its turn."""
-    async with opened(postgres_url) as database:
+    async with open_postgres(postgres_url) as database:
         await database.write(insert("run_1"))
         with psycopg.connect(postgres_url) as session:
             session.execute("SELECT * FROM runs FOR UPDATE")
@@ -339,11 +339,11 @@ async def test_a_lock_that_is_not_let_go_is_not_waited_for(postgres_url: str, po
 
 
 def _in_no_time(job: Any) -> Any:
-    def hurried(tx: Connection) -> None:
+    def with_short_timeout(tx: Connection) -> None:
         tx.exec_driver_sql("SET LOCAL lock_timeout = '50ms'")
         job(tx)
 
-    return hurried
+    return with_short_timeout
 
 
 def test_a_server_whose_tests_were_killed_is_swept_up() -> None:

@@ -311,7 +311,7 @@ async def test_impossible_dispatches_are_refused(database: Database, change: str
     """A lease has a holder and an end, or there is none."""
     await add(database, ("run_1", Event.SETTLED))
     with pytest.raises(exc.IntegrityError):
-        await database.write(lambda tx: tx.exec_driver_sql(f"UPDATE dispatches SET {change}"))  # noqa: S608
+        await database.write(lambda tx: tx.exec_driver_sql(f"UPDATE dispatches SET {change}"))  # noqa: S608  # a column's name of ours
 
 
 # --- artifacts ---------------------------------------------------------------------------------------------------

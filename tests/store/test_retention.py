@@ -1,6 +1,8 @@
 """The janitor's statements: what they delete, and what they must leave."""
 
-from datetime import timedelta
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection
 
 from receiver.model import Delivery, Dispatch, DispatchState, Event, Rejection, RunState
 from receiver.store import Database, ledger, queue, retention
@@ -10,8 +12,8 @@ from tests.support.core import NOW, OUTPUT, Core, a_run
 OLD, EDGE = NOW - timedelta(days=31), NOW - timedelta(days=30)
 
 
-def a_delivery(delivery_id: str, run_id: str | None, received_at: object = OLD) -> Delivery:
-    return Delivery(delivery_id, b"{}", "t=1", received_at, 0, 0, run_id=run_id)  # type: ignore[arg-type]
+def a_delivery(delivery_id: str, run_id: str | None, received_at: datetime = OLD) -> Delivery:
+    return Delivery(delivery_id, b"{}", "t=1", received_at, 0, 0, run_id=run_id)
 
 
 async def test_the_ring_of_rejections_is_bounded(core: Core) -> None:
@@ -42,24 +44,24 @@ async def test_bodies_go_and_deliveries_stay(core: Core) -> None:
 async def fill(database: Database) -> None:
     """Old runs in every state, with everything that can hang on a run."""
 
-    def job(tx: object) -> None:
+    def job(tx: Connection) -> None:
         for state in RunState:
-            ledger.add_runs(tx, [a_run(state, run_id=f"run_{state}", first_seen_at=OLD)])  # type: ignore[arg-type]
-        ledger.add_runs(tx, [a_run(RunState.COMPLETED, run_id="run_busy", first_seen_at=OLD)])  # type: ignore[arg-type]
-        ledger.add_runs(tx, [a_run(RunState.COMPLETED, run_id="run_new", first_seen_at=EDGE)])  # type: ignore[arg-type]
-        ledger.add_outputs(tx, {"run_completed": [OUTPUT]})  # type: ignore[arg-type]
+            ledger.add_runs(tx, [a_run(state, run_id=f"run_{state}", first_seen_at=OLD)])
+        ledger.add_runs(tx, [a_run(RunState.COMPLETED, run_id="run_busy", first_seen_at=OLD)])
+        ledger.add_runs(tx, [a_run(RunState.COMPLETED, run_id="run_new", first_seen_at=EDGE)])
+        ledger.add_outputs(tx, {"run_completed": [OUTPUT]})
         ledger.add_dispatches(
-            tx,  # type: ignore[arg-type]
+            tx,
             [
                 Dispatch("run_completed", "h", Event.SETTLED, 0, DispatchState.READY, NOW),
                 Dispatch("run_busy", "h2", Event.SETTLED, 0, DispatchState.READY, NOW),
             ],
         )
-        queue.reserve_location(tx, "run_completed", "h", 0, "output_1", "/a")  # type: ignore[arg-type]
-        (leased,) = queue.claim(tx, "h", limit=1, max_attempts=1, token="t", now=NOW, until=NOW)  # type: ignore[arg-type]
-        queue.finish(tx, leased, token="t", state=DispatchState.DONE, now=NOW)  # type: ignore[arg-type]
+        queue.reserve_location(tx, "run_completed", "h", 0, "output_1", "/a")
+        (leased,) = queue.claim(tx, "h", limit=1, max_attempts=1, token="t", now=NOW, until=NOW)
+        queue.finish(tx, leased, token="t", state=DispatchState.DONE, now=NOW)
         ledger.add_deliveries(
-            tx,  # type: ignore[arg-type]
+            tx,
             [
                 a_delivery("whd_completed", "run_completed"),
                 a_delivery("whd_open", "run_open"),
@@ -93,10 +95,10 @@ async def test_what_a_wrong_clock_put_off_is_due_now(core: Core) -> None:
     """Reads and retries further ahead than anything is ever put; what is put off in order stays put off."""
     far, near = NOW + timedelta(days=365), NOW + timedelta(days=1)
 
-    def job(tx: object) -> None:
-        ledger.add_runs(tx, [a_run(next_poll_at=far), a_run(run_id="run_2", next_poll_at=near)])  # type: ignore[arg-type]
+    def job(tx: Connection) -> None:
+        ledger.add_runs(tx, [a_run(next_poll_at=far), a_run(run_id="run_2", next_poll_at=near)])
         ledger.add_dispatches(
-            tx,  # type: ignore[arg-type]
+            tx,
             [
                 Dispatch("run_1", "h", Event.SETTLED, 0, DispatchState.READY, far),
                 Dispatch("run_2", "h", Event.SETTLED, 0, DispatchState.READY, near),

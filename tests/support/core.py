@@ -81,7 +81,7 @@ class Clock:
 async def until(holds: Callable[[], bool]) -> None:
     """Let the loop turn until something holds."""
     async with asyncio.timeout(20):
-        while not holds():  # noqa: ASYNC110  what holds may be another thread's
+        while not holds():  # noqa: ASYNC110  # another thread may make it hold
             await asyncio.sleep(0)
 
 
@@ -158,7 +158,7 @@ def callback_body(
     ).encode()
 
 
-def signed(body: bytes, at: datetime = NOW, secret: str = SECRET) -> str:
+def sign_body(body: bytes, at: datetime = NOW, secret: str = SECRET) -> str:
     """Return the header that goes with a body."""
     return sign(body, secret, timestamp=int(at.timestamp()))
 
@@ -184,7 +184,7 @@ class Core:
     ) -> CallbackResult:
         """Send one callback, signed now."""
         body = callback_body(delivery_id, run_id, event, **data)
-        return await self.intake.accept(body, signed(body, self.clock.now))
+        return await self.intake.accept(body, sign_body(body, self.clock.now))
 
     async def register(self, run_id: str = "run_1", **fields: Any) -> Run:
         await self.intake.apply(a_registration(run_id, registered_at=self.clock.now, **fields))
@@ -216,7 +216,7 @@ class Core:
         return await self.database.read(lambda tx: list(tx.execute(text(sql)).all()))
 
     async def count(self, table: str) -> int:
-        return int((await self.rows(f"SELECT count(*) FROM {table}"))[0][0])  # noqa: S608  -- a table's name of ours
+        return int((await self.rows(f"SELECT count(*) FROM {table}"))[0][0])  # noqa: S608  # a table's name of ours
 
 
 def a_core(

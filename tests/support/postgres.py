@@ -47,7 +47,7 @@ def tool(name: str) -> str:
     pytest.fail(f"{name} is missing: the tests run on PostgreSQL too. apt-get install postgresql", pytrace=False)
 
 
-def unprivileged() -> dict[str, Any]:
+def unprivileged_user() -> dict[str, Any]:
     """Return how to start a program that does not want to be root."""
     if os.geteuid() != 0:
         return {}
@@ -56,7 +56,7 @@ def unprivileged() -> dict[str, Any]:
 
 
 def hand_over(directory: Path) -> None:
-    """Give a directory to whom `unprivileged` programs run as."""
+    """Give a directory to whom `unprivileged_user` programs run as."""
     if os.geteuid() == 0:
         nobody = pwd.getpwnam("nobody")
         os.chown(directory, nobody.pw_uid, grp.getgrgid(nobody.pw_gid).gr_gid)
@@ -89,7 +89,7 @@ class Postgres:
     def empty(self, name: str) -> None:
         """Delete every row and number anew: a tenth of what TRUNCATE costs on tables that are almost empty."""
         tables = reversed(metadata.sorted_tables)
-        deletes = "; ".join(f"DELETE FROM {table.name}" for table in tables)  # noqa: S608  names of our own
+        deletes = "; ".join(f"DELETE FROM {table.name}" for table in tables)  # noqa: S608  # names of our own
         numbers = "SELECT setval(seqrelid::regclass, 1, false) FROM pg_sequence"
         self.execute(f"BEGIN; {deletes}; {numbers}; COMMIT", name)
 
@@ -99,7 +99,7 @@ class Postgres:
         done = subprocess.run(
             [tool("pg_ctl"), "-D", data, "-w", "-t", "30", "-l", str(self.directory / "log"), *words],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
-            cwd="/", **unprivileged(),
+            cwd="/", **unprivileged_user(),
         )  # fmt: skip
         if done.returncode:
             log = self.directory / "log"
@@ -130,7 +130,7 @@ def postgres() -> Iterator[Postgres]:
         data = directory / "data"
         done = subprocess.run(
             [tool("initdb"), "-D", str(data), "-U", "flora", "-A", "trust", "-E", "UTF8", "--no-locale", "-N"],
-            capture_output=True, text=True, check=False, cwd="/", **unprivileged(),
+            capture_output=True, text=True, check=False, cwd="/", **unprivileged_user(),
         )  # fmt: skip
         if done.returncode:
             pytest.fail(f"initdb: {done.stderr}", pytrace=False)
@@ -165,7 +165,7 @@ def pooler(server: Postgres, database: str) -> Iterator[str]:
         config.write_text(config.read_text().replace("[databases]\n* =", f"[databases]\n{database} = user=flora"))
         process = subprocess.Popen(
             [program, str(config)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            cwd="/", **unprivileged(),
+            cwd="/", **unprivileged_user(),
         )  # fmt: skip
         url = f"postgresql://flora@/{database}?host={directory}&port=6432"
         try:

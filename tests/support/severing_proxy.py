@@ -15,7 +15,7 @@ _COMMIT = b"Q\x00\x00\x00\x0bCOMMIT\x00"
 
 
 @dataclass
-class Severing:
+class SeveringProxy:
     """A relay on loopback. `cut_next` names the moment at which the next transaction's connection is reset."""
 
     server: Postgres
@@ -95,9 +95,9 @@ class Severing:
 
 
 @contextlib.contextmanager
-def severing(server: Postgres, database: str) -> Iterator[Severing]:
+def run_severing_proxy(server: Postgres, database: str) -> Iterator[SeveringProxy]:
     """Relay inside the block, on a thread of its own: whoever connects may block the test's loop meanwhile."""
-    made, ready = Severing(server), threading.Event()
+    made, ready = SeveringProxy(server), threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(made.run(database, ready)), name="severing")
     thread.start()
     assert ready.wait(20)

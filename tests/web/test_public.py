@@ -13,7 +13,7 @@ from receiver.intake.callbacks import Secret
 from receiver.model import RunState
 from receiver.store import Database
 from receiver.web.public import STATUS, public_app
-from tests.support.core import NOW, SECRET, Clock, Core, a_core, callback_body, signed, writable
+from tests.support.core import NOW, SECRET, Clock, Core, a_core, callback_body, sign_body, writable
 
 PATH = "/callbacks/flora"
 
@@ -35,7 +35,7 @@ class PublicListener:
         return await self.client.post(path, content=body, headers=list(headers))
 
     async def call(self, body: bytes, path: str = PATH) -> httpx.Response:
-        return await self.post(body, (HEADER, signed(body)), path=path)
+        return await self.post(body, (HEADER, sign_body(body)), path=path)
 
     def count_responses(self, result: str) -> float:
         return float(self.core.metrics.callbacks.labels(result)._value.get())
@@ -75,7 +75,7 @@ async def test_an_unknown_event_is_ignored(listener: PublicListener) -> None:
 
 async def test_a_canary_is_confirmed(listener: PublicListener) -> None:
     """It is counted as a canary, not as a callback."""
-    response = await listener.post(b"any bytes", (HEADER, signed(b"any bytes", secret=canary_key(SECRET))))
+    response = await listener.post(b"any bytes", (HEADER, sign_body(b"any bytes", secret=canary_key(SECRET))))
     assert (response.status_code, response.json()) == (200, {"status": "canary"})
     assert (listener.count_responses("canary"), listener.count_responses("accepted")) == (1, 0)
 
@@ -93,11 +93,11 @@ async def test_the_path_may_end_in_a_slash(listener: PublicListener, path: str) 
         (callback_body(), [], 401, "missing_signature"),
         (callback_body(), [(HEADER, "")], 401, "missing_signature"),
         (callback_body(), [(HEADER, "hello")], 400, "malformed_signature"),
-        (callback_body(), [(HEADER, signed(callback_body(), secret="whsec_other"))], 401, "signature_mismatch"),
-        (callback_body(), [(HEADER, signed(callback_body() + b" "))], 401, "signature_mismatch"),
+        (callback_body(), [(HEADER, sign_body(callback_body(), secret="whsec_other"))], 401, "signature_mismatch"),
+        (callback_body(), [(HEADER, sign_body(callback_body() + b" "))], 401, "signature_mismatch"),
         (callback_body(), [(HEADER, sign(callback_body(), SECRET, timestamp=1))], 401, "timestamp_out_of_tolerance"),
-        (b"{}", [(HEADER, signed(b"{}"))], 400, "invalid_payload"),
-        (b"x" * 1001, [(HEADER, signed(b"x" * 1001))], 413, "body_too_large"),
+        (b"{}", [(HEADER, sign_body(b"{}"))], 400, "invalid_payload"),
+        (b"x" * 1001, [(HEADER, sign_body(b"x" * 1001))], 413, "body_too_large"),
     ],
 )
 async def test_refusals(listener: PublicListener, body: bytes, headers: Any, status: int, expected: str) -> None:
@@ -112,7 +112,7 @@ async def test_refusals(listener: PublicListener, body: bytes, headers: Any, sta
 async def test_a_doubled_header_is_malformed(listener: PublicListener) -> None:
     """FLORA sends one header; a second one is not FLORA's, even if they are equal."""
     body = callback_body()
-    good, bad = signed(body), signed(body, secret="whsec_other")
+    good, bad = sign_body(body), sign_body(body, secret="whsec_other")
     for pair in ((good, good), (bad, good), (good, bad)):
         response = await listener.post(body, *((HEADER, value) for value in pair))
         assert code_of(response) == "malformed_signature"
@@ -120,7 +120,7 @@ async def test_a_doubled_header_is_malformed(listener: PublicListener) -> None:
 
 async def test_the_header_name_ignores_case(listener: PublicListener) -> None:
     body = callback_body()
-    assert (await listener.post(body, ("FLORA-SIGNATURE", signed(body)))).status_code == 200
+    assert (await listener.post(body, ("FLORA-SIGNATURE", sign_body(body)))).status_code == 200
 
 
 async def test_a_header_that_is_not_ascii_is_malformed(listener: PublicListener) -> None:

@@ -20,7 +20,7 @@ from receiver.model import Origin, RunState, Start, StartState
 from receiver.net.clients import api_client
 from receiver.web.server import Server, bind
 from receiver.workers.starter import Committed, Conflict, Starter
-from tests.support.core import Core, a_read, a_registration, callback_body, signed
+from tests.support.core import Core, a_read, a_registration, callback_body, sign_body
 
 OURS = "https://hooks.example.com/callbacks/flora"
 PROMPT = {"id": "prompt", "type": "text", "value": "a lighthouse"}
@@ -92,7 +92,7 @@ class Scene:
         query = parse_qs(urlsplit(run.callback_url or "").query)
         body = callback_body(f"whd_{run.run_id}", run.run_id, run_type="technique", workspace_id=run.workspace_id)
         start = token or query["start"][0]
-        assert await self.core.intake.accept(body, signed(body, self.core.clock.now), start=start) == Accepted()
+        assert await self.core.intake.accept(body, sign_body(body, self.core.clock.now), start=start) == Accepted()
 
     async def is_known(self, start: Start) -> None:
         """Check that FLORA has exactly one run, of this start, and that the database has it."""
@@ -499,7 +499,7 @@ async def test_a_tracked_run_meets_its_early_callback(scene: Scene) -> None:
     """Tracked after its callback came: what only the caller knows is filled in."""
     run_id = scene.emulator.start_run("emu-image")
     body = callback_body("whd_early", run_id, run_type="technique")
-    await scene.core.intake.accept(body, signed(body, scene.core.clock.now))
+    await scene.core.intake.accept(body, sign_body(body, scene.core.clock.now))
     run = await scene.process().track(a_registration(run_id, technique_id="emu-image", metadata={"a": 1}))
     assert (run.state, run.technique_id, run.metadata) == (RunState.REPORTED, "emu-image", {"a": 1})
 

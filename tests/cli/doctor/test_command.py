@@ -328,7 +328,7 @@ def no_space(_: Path) -> int:
 
 
 @contextlib.contextmanager
-def unprivileged() -> Iterator[None]:
+def unprivileged_user() -> Iterator[None]:
     """Run as a user who cannot write every file: as root, become `nobody` for the block."""
     root = os.geteuid() == 0
     if root:
@@ -346,7 +346,7 @@ async def test_a_ledger_that_is_read_only(stage: Stage) -> None:
         file = Path(made) / "receiver.db"
         file.parent.chmod(0o777)
         here = settings(stage, database={"url": f"sqlite:///{file}"})
-        with unprivileged():
+        with unprivileged_user():
             database = open_database(here.database.url)
             await database.close()
             assert ids(await check_database(here)) == set()
