@@ -28,7 +28,7 @@ __all__ = ["Download", "DownloadLimits", "Downloader", "Saved", "save", "text_do
 
 CHUNK_BYTES = 512 * 1024
 MAX_REDIRECTS = 3
-MAX_RESUMES = 5  # of one download
+MAX_RESUMES = 5  # in a row that bring no further byte; the deadline bounds all others
 
 _RESUME_SECONDS = 0.1  # before the first; each further one waits three times as long
 _RANGE_STATUSES = frozenset({200, 206, 416})  # the rest, the whole, or that there is no such rest
@@ -220,6 +220,7 @@ class Downloader:
         if body.resumable is None or not offset:
             raise cut
         await body.response.aclose()
+        body.count_progress(offset)
         while body.resumes < MAX_RESUMES:
             pause = _RESUME_SECONDS * 3**body.resumes
             if loop.time() + pause >= body.deadline:
@@ -258,7 +259,13 @@ class _Body:
         self.resumable = resumable
         self.deadline = deadline
         self.resumes = 0
+        self._resumed_at = 0
         self.switch_to(response)
+
+    def count_progress(self, offset: int) -> None:
+        """Forget the resumes so far if bytes have come since the last one."""
+        if offset > self._resumed_at:
+            self.resumes, self._resumed_at = 0, offset
 
     def switch_to(self, response: httpx.Response) -> None:
         self.response = response

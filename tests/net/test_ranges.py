@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import pairwise
 
 import pytest
 
@@ -73,7 +74,7 @@ async def test_a_cut_body_is_resumed_where_it_ended(media: MediaServer, download
 
 
 async def test_the_rest_may_be_cut_too(media: MediaServer, downloader: Downloader) -> None:
-    """Several resumptions are tried, whatever their errors; then the download fails."""
+    """Several resumptions are tried, whatever their errors; those in a row without a byte are limited."""
     output = media.output("/secret", rest(900_000, *STRONG))
     media.first["/secret"] = [
         cut(300_000, *STRONG),
@@ -85,6 +86,26 @@ async def test_the_rest_may_be_cut_too(media: MediaServer, downloader: Downloade
     with pytest.raises(DownloadFailedError, match="cut"):
         await read(downloader, output)
     assert len(media.requests) == 4 + 1 + MAX_RESUMES
+
+
+async def test_resumes_that_bring_bytes_are_not_counted(media: MediaServer, downloader: Downloader) -> None:
+    """A server that cuts every few bytes is read to the end; only resumes in vain are limited."""
+    cuts = [len(BODY) * part // 20 for part in range(1, 21)]
+    output = media.output("/secret", page(b"", status="500 Oops"))
+    media.first["/secret"] = [
+        cut(cuts[0], *STRONG),
+        *(rest(start, *STRONG, until=stop) for start, stop in pairwise(cuts)),
+    ]
+    assert await read(downloader, output) == BODY
+    assert len(media.requests) == len(cuts) > 2 * MAX_RESUMES
+
+
+async def test_resumes_in_vain_are_counted_anew_after_each_byte(media: MediaServer, downloader: Downloader) -> None:
+    """Almost as many failures as are allowed, twice, are survived."""
+    busy = [page(b"", status="503 Busy")] * (MAX_RESUMES - 1)
+    output = media.output("/secret", page(b"", status="500 Oops"))
+    media.first["/secret"] = [cut(1, *STRONG), *busy, rest(1, *STRONG, until=2), *busy, rest(2, *STRONG)]
+    assert await read(downloader, output) == BODY
 
 
 @pytest.mark.parametrize(
