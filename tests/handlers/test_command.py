@@ -55,7 +55,7 @@ def build(work: Path) -> Iterator[Build]:
         return Command(config, parent=work, environ=ENVIRONMENT)
 
     yield make
-    assert left(work) == []
+    assert leftovers(work) == []
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def left(work: Path) -> list[Path]:
+def leftovers(work: Path) -> list[Path]:
     return list(work.glob("*")) if work.exists() else []
 
 
@@ -93,7 +93,7 @@ def reason(answer: Answer) -> str:
     return answer.reason
 
 
-def printed(answer: Answer) -> str:
+def output_of(answer: Answer) -> str:
     assert isinstance(answer, Done), answer
     return str(answer.result["output"])
 
@@ -102,7 +102,7 @@ def text(position: int, value: str, output_id: str = "words") -> Output:
     return Output(position=position, output_id=output_id, type="text", value=value)
 
 
-async def heard(fifo: Path) -> int:
+async def wait_for_pid(fifo: Path) -> int:
     """Wait until a program writes a process id into a FIFO, and return a descriptor that tells when it has ended."""
     pid = int(await asyncio.to_thread(fifo.read_text))
     return os.pidfd_open(pid)
@@ -118,7 +118,7 @@ def is_gone(process: int) -> bool:
         os.close(process)
 
 
-async def test_it_is_what_the_service_takes_for_a_handler(build: Build) -> None:
+async def test_it_is_a_handler_with_a_check(build: Build) -> None:
     """The contract's protocols; and its own check passes where the program is there."""
     handler = build("sh")
     assert isinstance(handler, Handler)
@@ -130,8 +130,8 @@ async def test_it_is_what_the_service_takes_for_a_handler(build: Build) -> None:
 
 async def test_the_run_comes_on_stdin_and_in_a_file(build: Build, run: SettledRun, context_of: ContextOf) -> None:
     """The same bytes twice: the JSON form of the run."""
-    told = printed(await build("sh", "-c", 'cmp - "$RUN_FILE" && cat "$RUN_FILE"').handle(run, context_of()))
-    document = json.loads(told)
+    output = output_of(await build("sh", "-c", 'cmp - "$RUN_FILE" && cat "$RUN_FILE"').handle(run, context_of()))
+    document = json.loads(output)
     assert (document["schema"], document["run_id"], document["metadata"]) == (1, "run_1", {"market": "DE"})
     assert document["idempotency_key"] == "run_1:test:settled:0"
 
@@ -139,7 +139,7 @@ async def test_the_run_comes_on_stdin_and_in_a_file(build: Build, run: SettledRu
 async def test_the_whole_environment_is_known(build: Build, run: SettledRun, context_of: ContextOf) -> None:
     """What is passed on, what is configured and what tells about the run; nothing else, and no secret of ours."""
     handler = build("env", env={"TOKEN": "for the program"}, max_output=65536)
-    result = printed(await handler.handle(run, context_of(attempt=3)))
+    result = output_of(await handler.handle(run, context_of(attempt=3)))
     found = dict(line.split("=", 1) for line in result.splitlines())
     place = found.pop("RUN_FILE")
     assert place.endswith("/run.json")
@@ -186,11 +186,11 @@ async def test_metadata_cannot_take_another_name_or_burst_the_environment(
         "nul": "a\x00b\ud800",
         **{f"many{n}": "m" * 8000 for n in range(1000)},
     }
-    told = printed(await build("env", max_output=65536).handle(replace(run, metadata=metadata), context_of()))
-    assert sum(line.startswith("RUN_METADATA_MANY") for line in told.splitlines()) == 8
+    output = output_of(await build("env", max_output=65536).handle(replace(run, metadata=metadata), context_of()))
+    assert sum(line.startswith("RUN_METADATA_MANY") for line in output.splitlines()) == 8
     few = dict(list(metadata.items())[:6])
-    told = printed(await build("env", max_output=65536).handle(replace(run, metadata=few), context_of()))
-    found = {line for line in told.splitlines() if line.startswith("RUN_METADATA")}
+    output = output_of(await build("env", max_output=65536).handle(replace(run, metadata=few), context_of()))
+    found = {line for line in output.splitlines() if line.startswith("RUN_METADATA")}
     assert found == {
         "RUN_METADATA_PATH__EVIL=x",
         "RUN_METADATA_TWO_WORDS=[1, null]",
@@ -203,8 +203,8 @@ async def test_arguments_pass_unchanged(build: Build, run: SettledRun, context_o
     odd = ["$(id)", "; rm -rf x", "`id`", "*", "a b", "", "'\"", "-n", "Grüße\n2", "{{}}", "> out", "\\", "~"]
     show = "import json, sys; print(json.dumps(sys.argv[1:]))"
     show = show.replace("{", "{{").replace("}", "}}")
-    told = printed(await build(sys.executable, "-c", show, *odd).handle(run, context_of()))
-    assert json.loads(told) == [argument.replace("{{}}", "{}") for argument in odd]
+    output = output_of(await build(sys.executable, "-c", show, *odd).handle(run, context_of()))
+    assert json.loads(output) == [argument.replace("{{}}", "{}") for argument in odd]
 
 
 async def test_fields_in_arguments_are_safe_for_file_names(
@@ -220,10 +220,10 @@ async def test_fields_in_arguments_are_safe_for_file_names(
         "{project_id}",
         "{created_at}",
     ]
-    told = printed(await build("printf", "%s\n", *arguments).handle(run, context_of())).splitlines()
-    assert told[0] == "run_1/2026/11"
-    assert told[1].startswith("--market=_.._etc-")
-    assert told[2:] == ["_--delete", "3_", "_", "20261124T115800Z"]
+    output = output_of(await build("printf", "%s\n", *arguments).handle(run, context_of())).splitlines()
+    assert output[0] == "run_1/2026/11"
+    assert output[1].startswith("--market=_.._etc-")
+    assert output[2:] == ["_--delete", "3_", "_", "20261124T115800Z"]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ async def test_where_the_system_cannot_look_without_reaping(
 ) -> None:
     """Without `waitid`, as macOS was for long: exit codes and signals are read all the same."""
     monkeypatch.delattr(os, "waitid")
-    assert printed(await build("echo", "fine").handle(run, context_of())) == "fine"
+    assert output_of(await build("echo", "fine").handle(run, context_of())) == "fine"
     assert reason(await build("sh", "-c", "exit 7").handle(run, context_of())) == "sh ended with code 7"
     assert "SIGSEGV" in reason(await build("sh", "-c", "kill -SEGV $$").handle(run, context_of()))
 
@@ -313,10 +313,10 @@ def resident() -> int:
 async def test_output_is_text_whatever_it_is(build: Build, run: SettledRun, context_of: ContextOf) -> None:
     """Bytes that are no UTF-8, control characters and half characters cannot hurt the record or a terminal."""
     body = "printf '\\377\\000\\033[31mred\\r\\nnext\\304\\223'"
-    assert printed(await build("sh", "-c", body).handle(run, context_of())) == "\ufffd\ufffd\ufffd[31mred\nnextē"
+    assert output_of(await build("sh", "-c", body).handle(run, context_of())) == "\ufffd\ufffd\ufffd[31mred\nnextē"
     body = "printf 'aēē'"
-    assert printed(await build("sh", "-c", body, max_output=3).handle(run, context_of())) == "ē"
-    assert printed(await build("sh", "-c", body, max_output=0).handle(run, context_of())) == ""
+    assert output_of(await build("sh", "-c", body, max_output=3).handle(run, context_of())) == "ē"
+    assert output_of(await build("sh", "-c", body, max_output=0).handle(run, context_of())) == ""
 
 
 @pytest.mark.parametrize("padding", range(60, 110, 7))
@@ -328,26 +328,26 @@ async def test_secrets_and_media_urls_are_not_kept(
     picture = Output(position=0, output_id="hero", type="imageUrl", value=url)
     body = f"echo $TOKEN {url} $TOKEN {'.' * padding}; exit 3"
     handler = build("sh", "-c", body, env={"TOKEN": "tok-" + "t" * 30}, max_output=100)
-    told = reason(await handler.handle(replace(run, outputs=(picture,)), context_of()))
-    assert "ttt" not in told
-    assert "uuu" not in told
-    assert told.endswith("...")
+    output = reason(await handler.handle(replace(run, outputs=(picture,)), context_of()))
+    assert "ttt" not in output
+    assert "uuu" not in output
+    assert output.endswith("...")
 
 
 async def test_what_is_passed_on_may_be_a_secret_too(build: Build, run: SettledRun, context_of: ContextOf) -> None:
     """It is the program's to use, and not the record's to keep; what every program has is no secret."""
     handler = build("sh", "-c", 'echo "$AWS_SECRET_ACCESS_KEY at $HOME"', pass_env=["AWS_SECRET_ACCESS_KEY", "HOME"])
-    assert printed(await handler.handle(run, context_of())) == "[hidden] at /home/of/the/service"
+    assert output_of(await handler.handle(run, context_of())) == "[hidden] at /home/of/the/service"
 
 
-async def test_outputs_are_there_beforehand_if_asked(
+async def test_outputs_are_downloaded_beforehand_if_configured(
     build: Build, run: SettledRun, context_of: ContextOf, media: MediaServer, work: Path
 ) -> None:
     """Each in a file whose name is safe, in one directory, named in the JSON."""
     picture = media.output("/x", page(b"PNG bytes"), output_id="../../-rf")
     run = replace(run, outputs=(picture, text(1, "Grüße")))
     body = 'ls "$RUN_OUTPUTS_DIR"; cat "$RUN_OUTPUTS_DIR"/*; echo; cat'
-    listed = printed(await build("sh", "-c", body, download=True).handle(run, context_of())).splitlines()
+    listed = output_of(await build("sh", "-c", body, download=True).handle(run, context_of())).splitlines()
     *names, contents, document = listed
     assert contents == "PNG bytesGrüße"
     paths = [Path(output["path"]) for output in json.loads(document)["outputs"]]
@@ -405,7 +405,7 @@ async def test_time_up_means_the_whole_group(
     os.mkfifo(fifo)
     handler = build(script(STUBBORN.format(fifo=fifo)), kill_after_seconds=grace)
     task = asyncio.create_task(handler.handle(run, context_of()))
-    grandchild = await heard(fifo)
+    grandchild = await wait_for_pid(fifo)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -420,7 +420,7 @@ async def test_sigterm_comes_first(
     os.mkfifo(fifo)
     body = f"trap 'touch {tidy}; exit 0' TERM; echo $$ > {fifo}; while :; do sleep 0.01; done"
     task = asyncio.create_task(build(script(body), kill_after_seconds=4).handle(run, context_of()))
-    process = await heard(fifo)
+    process = await wait_for_pid(fifo)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -444,7 +444,7 @@ async def test_cancelled_twice_the_clean_up_goes_on(
     os.mkfifo(fifo)
     handler = build(script(STUBBORN.format(fifo=fifo)), kill_after_seconds=0.5)
     task = asyncio.create_task(handler.handle(run, context_of()))
-    grandchild = await heard(fifo)
+    grandchild = await wait_for_pid(fifo)
     task.cancel()
     await asyncio.sleep(0)
     task.cancel()
@@ -465,9 +465,9 @@ async def test_what_a_program_leaves_running_is_ended(
     )
     os.mkfifo(f"{fifo}.go")
     task = asyncio.create_task(build(script(body)).handle(run, context_of()))
-    child = await heard(fifo)
+    child = await wait_for_pid(fifo)
     await asyncio.to_thread(Path(f"{fifo}.go").write_text, "go\n")
-    assert printed(await task) == "begun\ngo"
+    assert output_of(await task) == "begun\ngo"
     assert is_gone(child)
 
 
@@ -480,10 +480,10 @@ async def test_a_child_that_has_left_the_group_hangs_nothing(
     body = f"setsid sh -c 'echo $$ > {fifo}; exec sleep 1000' & cat {fifo}.go; exit 0"
     os.mkfifo(f"{fifo}.go")
     task = asyncio.create_task(build(script(body)).handle(run, context_of()))
-    process = await heard(fifo)
+    process = await wait_for_pid(fifo)
     await asyncio.to_thread(Path(f"{fifo}.go").write_text, "go\n")
     try:
-        assert printed(await task) == "go"
+        assert output_of(await task) == "go"
     finally:
         signal.pidfd_send_signal(process, signal.SIGKILL)
     assert is_gone(process)
@@ -493,14 +493,14 @@ async def test_nothing_of_ours_is_inherited(build: Build, run: SettledRun, conte
     """Not a listening socket, not even one that was made inheritable: 0, 1 and 2 are all there is."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.set_inheritable(True)
-        told = printed(await build("ls", "-l", "/proc/self/fd").handle(run, context_of()))
-    assert "socket" not in told
-    numbers = [line.split()[-3] for line in told.splitlines() if "->" in line]
-    assert numbers == ["0", "1", "2", "3"], told  # 3 is ls reading the directory
-    assert "/proc/" in told.splitlines()[-1]
+        output = output_of(await build("ls", "-l", "/proc/self/fd").handle(run, context_of()))
+    assert "socket" not in output
+    numbers = [line.split()[-3] for line in output.splitlines() if "->" in line]
+    assert numbers == ["0", "1", "2", "3"], output  # 3 is ls reading the directory
+    assert "/proc/" in output.splitlines()[-1]
 
 
-async def test_it_leads_a_session_and_hears_signals(build: Build, run: SettledRun, context_of: ContextOf) -> None:
+async def test_it_leads_a_session_and_gets_signals(build: Build, run: SettledRun, context_of: ContextOf) -> None:
     """A session and group of its own; SIGPIPE as usual and nothing blocked, whatever our thread blocks."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -508,11 +508,11 @@ async def test_it_leads_a_session_and_hears_signals(build: Build, run: SettledRu
             "import os; print(os.getsid(0) == os.getpgid(0) == os.getpid());"
             "print(*[l.split()[1] for l in open('/proc/self/status') if l[:6] in ('SigBlk', 'SigIgn')])"
         )
-        told = printed(await build(sys.executable, "-c", show).handle(run, context_of())).splitlines()
+        output = output_of(await build(sys.executable, "-c", show).handle(run, context_of())).splitlines()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert told[0] == "True"
-    blocked, ignored = (int(mask, 16) for mask in told[1].split())
+    assert output[0] == "True"
+    blocked, ignored = (int(mask, 16) for mask in output[1].split())
     assert blocked == 0
     assert not ignored & (1 << (signal.SIGTERM - 1))
 
@@ -520,15 +520,17 @@ async def test_it_leads_a_session_and_hears_signals(build: Build, run: SettledRu
 async def test_its_directory_is_private_and_fresh(build: Build, run: SettledRun, context_of: ContextOf) -> None:
     """It runs in its own directory, for this user alone, and cannot keep it by locking us out."""
     handler = build("sh", "-c", "stat -c %a .; ls; mkdir -p a/b; touch a/b/c; ln -s /etc link; chmod 0 a; pwd")
-    told = printed(await handler.handle(run, context_of())).splitlines()
-    assert told[:2] == ["700", "run.json"]
-    again = printed(await handler.handle(run, context_of())).splitlines()
+    output = output_of(await handler.handle(run, context_of())).splitlines()
+    assert output[:2] == ["700", "run.json"]
+    again = output_of(await handler.handle(run, context_of())).splitlines()
     assert again[:2] == ["700", "run.json"]
-    assert again[2] != told[2]
+    assert again[2] != output[2]
 
 
-async def test_it_runs_where_it_is_told(build: Build, run: SettledRun, context_of: ContextOf, tmp_path: Path) -> None:
-    assert printed(await build("pwd", cwd=str(tmp_path)).handle(run, context_of())) == str(tmp_path)
+async def test_it_runs_in_the_configured_directory(
+    build: Build, run: SettledRun, context_of: ContextOf, tmp_path: Path
+) -> None:
+    assert output_of(await build("pwd", cwd=str(tmp_path)).handle(run, context_of())) == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -602,7 +604,7 @@ async def test_a_full_disk_is_tried_again(
         ({"shell": True}, "Extra inputs"),
     ],
 )
-def test_a_wrong_configuration_is_told_at_once(options: dict[str, Any], words: str) -> None:
+def test_a_wrong_configuration_is_refused_at_once(options: dict[str, Any], words: str) -> None:
     """Before anything runs, with words that say what to do."""
     with pytest.raises(ValidationError) as caught:
         CommandConfig.model_validate({"command": ["true"], **options}, context={"environ": {}})
@@ -655,7 +657,7 @@ async def test_directories_of_dead_processes_are_swept_up(build: Build, work: Pa
     (dead.path / "outputs" / "big").write_bytes(b"x")
     os.close(dead._lock)  # as the system does for a process that is killed
     await build("true").check()
-    assert left(work) == [used.path.parent]
+    assert leftovers(work) == [used.path.parent]
     used.remove()
 
 
@@ -686,9 +688,9 @@ async def test_a_killed_service_leaves_neither_program_nor_directory(
     os.mkfifo(fifo)
     program = script(STUBBORN.format(fifo=fifo))
     service = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVICE, program, str(work), cwd=ROOT)
-    orphan = await heard(fifo)
+    orphan = await wait_for_pid(fifo)
     await build("true").check()
-    assert len(left(work)) == 1, "what is in use stays"
+    assert len(leftovers(work)) == 1, "what is in use stays"
     service.kill()
     await service.wait()
     await build("true").check()
@@ -704,7 +706,7 @@ async def test_a_number_that_another_process_has_now_is_spared(build: Build, wor
             (dead.path.parent / "program").write_text(record)
             os.close(dead._lock)
             await build("true").check()
-            assert left(work) == []
+            assert leftovers(work) == []
         assert bystander.returncode is None
     finally:
         bystander.kill()
@@ -718,7 +720,7 @@ async def test_many_at_once_keep_apart(build: Build, run: SettledRun, context_of
     before = open_files()
     names = [f"run_{n}" for n in range(20)]
     answers = await asyncio.gather(*(handler.handle(replace(run, run_id=name), context_of(name)) for name in names))
-    assert [printed(answer) for answer in answers] == names
+    assert [output_of(answer) for answer in answers] == names
     assert open_files() == before
 
 

@@ -200,8 +200,8 @@ async def test_retry_after_is_obeyed_within_limits(
     most: float | None,
 ) -> None:
     """Seconds or date; an hour at most, and never so short that the attempts are used up at once."""
-    told = value if isinstance(value, str) else format_datetime(datetime.now(UTC) + value, usegmt=True)
-    stand.target.answers = [answer(status, b"", f"Retry-After: {told}")]
+    retry_after = value if isinstance(value, str) else format_datetime(datetime.now(UTC) + value, usegmt=True)
+    stand.target.answers = [answer(status, b"", f"Retry-After: {retry_after}")]
     found = await stand.forward(run, context_of(attempt=attempt))
     assert isinstance(found, Retry)
     if least is None or most is None:
@@ -211,7 +211,7 @@ async def test_retry_after_is_obeyed_within_limits(
         assert least <= found.after_seconds <= most
 
 
-async def test_no_secret_is_ever_told(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
+async def test_no_secret_is_ever_reported(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
     """A server that quotes everything back puts none of it into the reason; nor does the configuration's repr."""
     context = context_of()
     image = Output(position=0, output_id="hero", type="imageUrl", value="https://media.test/a.png")
@@ -287,7 +287,7 @@ async def test_check_connects_and_posts_nothing(stand: Stand, run: SettledRun, c
         ({"redirects": True}, "Extra"),
     ],
 )
-def test_what_is_wrong_is_told_before_the_first_run(options: dict[str, Any], words: str) -> None:
+def test_a_wrong_configuration_is_refused_before_the_first_run(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         ForwardConfig.model_validate(
             {"url": "https://example.com/x", "secret": SECRET, **options}, context={"environ": {}}

@@ -124,14 +124,14 @@ def reason(answer: Answer) -> str:
     return answer.reason
 
 
-def stored(position: int, location: str) -> Artifact:
+def stored_artifact(position: int, location: str) -> Artifact:
     return Artifact("run_1", "storage", position, "hero", location, 3, "ab", "image/png", NOW)
 
 
-async def test_a_completed_run_is_told(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_completed_run_is_notified(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
     """By default: which run, what it cost, where its files are; never a media URL."""
     run = replace(run, outputs=(MEDIA,), charged_cost=0.04)
-    context = context_of(others=(stored(-1, "file:///o/run.json"), stored(0, "s3://bucket/hero.png")))
+    context = context_of(others=(stored_artifact(-1, "file:///o/run.json"), stored_artifact(0, "s3://bucket/hero.png")))
     handler = notify(chat.url())
     assert isinstance(handler, Handler)
     assert await handler.handle(run, context) == Done({"targets": 1})
@@ -231,7 +231,7 @@ async def test_a_service_that_raises_is_free_again(
     assert isinstance(await handler.handle(run, context_of()), Done)
 
 
-async def test_a_target_that_hangs_holds_up_itself(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_target_that_hangs_delays_only_itself(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
     """The other one is told; the hanging one gets no second thread, and works when it is back."""
     other = Chat()
     other.gate.set()
@@ -270,14 +270,14 @@ async def test_waits_for_the_files_of_others(chat: Chat, run: SettledRun, contex
     run = replace(run, outputs=(MEDIA,))
     assert "storage" in reason(await handler.handle(run, context_of()))
     assert chat.messages == []
-    assert isinstance(await handler.handle(run, context_of(others=(stored(0, "file:///o/hero.png"),))), Done)
+    assert isinstance(await handler.handle(run, context_of(others=(stored_artifact(0, "file:///o/hero.png"),))), Done)
     assert isinstance(await handler.handle(run, context_of(event=Event.DEAD)), Done)
 
 
 async def test_what_a_message_cannot_hold_is_cut(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
     """Many files, long words, characters that are none."""
     run = replace(run, technique_id="x" * 9999 + "\x00", error_message="\ud800")
-    others = tuple(stored(n, f"s3://b/{n}") for n in range(100))
+    others = tuple(stored_artifact(n, f"s3://b/{n}") for n in range(100))
     body = "{technique_id} {error_message} {outputs}"
     await notify(chat.url(), completed={"title": "{technique_id}", "body": body}).handle(run, context_of(others=others))
     (message,) = chat.messages
@@ -306,13 +306,13 @@ async def test_no_secret_reaches_a_log(
     contexts = [context_of(), context_of()]
     answers = [await handler.handle(run, context) for context in contexts]
     out, err = capfd.readouterr()
-    told = f"{caplog.text}{out}{err}{answers}{[context.log.lines for context in contexts]}{handler._config!r}"
-    assert TOKEN not in told
+    output = f"{caplog.text}{out}{err}{answers}{[context.log.lines for context in contexts]}{handler._config!r}"
+    assert TOKEN not in output
     assert len(chat.messages) == 1
 
 
 @pytest.mark.parametrize("url", [f"nonsense://{TOKEN}", TOKEN, "slack://short", "mailto://"])
-def test_a_url_that_is_none_is_told_at_once(
+def test_a_wrong_url_is_refused_at_once(
     url: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """By `check` and at start, which build it; by its number, without a word of it."""
@@ -336,7 +336,7 @@ def test_a_url_that_is_none_is_told_at_once(
         ({"urls": ["json://h"], "sucess": {"body": "x"}}, "Extra"),
     ],
 )
-def test_what_is_wrong_is_told_at_once(options: dict[str, Any], words: str) -> None:
+def test_a_wrong_configuration_is_refused_at_once(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         NotifyConfig.model_validate(options)
 

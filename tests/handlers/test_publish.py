@@ -59,9 +59,9 @@ def test_a_url_that_names_no_broker_is_refused(url: str, words: str) -> None:
 
 def test_credentials_in_a_url_are_refused_without_showing_them() -> None:
     """URLs stand in logs and reasons; secrets have options of their own."""
-    told = refusal(url="redis://:s3cret@host")
-    assert "`password`" in told
-    assert "s3cret" not in told
+    message = refusal(url="redis://:s3cret@host")
+    assert "`password`" in message
+    assert "s3cret" not in message
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ async def test_what_can_be_used_builds(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["ca_file", "cert_file"])
-def test_a_file_without_a_certificate_is_told_when_the_handler_is_built(tmp_path: Path, name: str) -> None:
+def test_a_file_without_a_certificate_is_refused_when_the_handler_is_built(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty.pem").write_text("nothing\n")
     with pytest.raises(ValueError, match=name):
         Publish(PublishConfig.model_validate({"url": "tls://host", name: tmp_path / "empty.pem"}))
@@ -177,7 +177,7 @@ async def test_a_broker_that_is_down_is_a_retry(
 
 
 @pytest.mark.parametrize("kind", BROKERS)
-async def test_somebody_who_answers_nothing_is_a_retry_within_the_time(
+async def test_a_silent_server_is_a_retry_within_the_time(
     run: SettledRun, context_of: Callable[..., Any], kind: str
 ) -> None:
     """Eight runs at a time wait as long as one: nobody queues behind a connection that does not come."""

@@ -116,7 +116,7 @@ async def test_each_run_is_one_message(stand: Stand, run: SettledRun, context_of
     await handler.close()
 
 
-async def test_told_twice_it_is_there_once_where_the_broker_can_tell(
+async def test_a_repeated_message_is_stored_once_where_the_broker_deduplicates(
     stand: Stand, run: SettledRun, context_of: ContextOf
 ) -> None:
     """As after a crash between message and answer: NATS and Redis keep one, with Kafka the reader's header tells."""
@@ -199,7 +199,7 @@ async def test_a_subject_without_a_stream_says_which_to_make(
     await handler.close()
 
 
-async def test_what_the_stream_never_takes_is_rejected(run: SettledRun, context_of: ContextOf) -> None:
+async def test_what_the_stream_never_accepts_is_rejected(run: SettledRun, context_of: ContextOf) -> None:
     """Larger than the server's payload, or than the stream's messages: trying again cannot help."""
     large = replace(run, metadata={"text": "x" * 40_000})
     for settings, stream, words in (
@@ -218,7 +218,9 @@ async def test_what_the_stream_never_takes_is_rejected(run: SettledRun, context_
 
 
 @pytest.mark.parametrize("kind", ["nats", "redis"])
-async def test_wrong_credentials_are_told_and_never_shown(kind: str, run: SettledRun, context_of: ContextOf) -> None:
+async def test_wrong_credentials_are_reported_and_never_shown(
+    kind: str, run: SettledRun, context_of: ContextOf
+) -> None:
     """A retry, since they can be mended; the check calls it an error."""
     with contextlib.ExitStack() as stack:
         if kind == "nats":
@@ -266,7 +268,7 @@ async def test_events_for_clouds_carry_their_attributes(
     await handler.close()
 
 
-async def test_a_name_that_is_no_stream_is_told(servers: dict[str, Any]) -> None:
+async def test_a_key_that_is_no_stream_is_reported(servers: dict[str, Any]) -> None:
     url = f"redis://{servers['redis'].address}"
     async with Redis.from_url(url) as client:
         await client.set("taken", "x")

@@ -83,16 +83,16 @@ async def test_a_run_becomes_files_records_and_a_manifest(
     assert context.records[MANIFEST].sha256 == hashlib.sha256(manifest).hexdigest()
     assert all(record.stored_at for record in context.records.values())
 
-    told = json.loads(manifest)
+    content = json.loads(manifest)
     assert b"secret" not in manifest
-    assert (told["run_id"], told["settled_by"], told["verdict"], told["charged_cost"]) == (
+    assert (content["run_id"], content["settled_by"], content["verdict"], content["charged_cost"]) == (
         "run_1",
         "callback",
         "matched",
         None,
     )
-    assert [each["sha256"] for each in told["outputs"]] == [image.sha256, context.records[1].sha256]
-    assert told["outputs"][0]["location"] == image.location
+    assert [each["sha256"] for each in content["outputs"]] == [image.sha256, context.records[1].sha256]
+    assert content["outputs"][0]["location"] == image.location
 
 
 @pytest.mark.parametrize("place", ["{root}", "../outputs"])
@@ -165,7 +165,7 @@ async def test_the_cost_brings_the_manifest_up_to_date(
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("start_request", "included"),
     [
         (
             {
@@ -191,28 +191,28 @@ async def test_the_cost_brings_the_manifest_up_to_date(
         (None, {}),
     ],
 )
-async def test_the_manifest_tells_the_prompt_where_that_is_wanted(
-    root: Path, run: SettledRun, context_of: ContextOf, asked: dict[str, Any] | None, told: dict[str, Any]
+async def test_the_manifest_includes_the_prompt_if_configured(
+    root: Path, run: SettledRun, context_of: ContextOf, start_request: dict[str, Any] | None, included: dict[str, Any]
 ) -> None:
     """Texts alone, since whoever has a media URL has the media; of a run that was started elsewhere nothing is known."""
     run = replace(run, outputs=(text(0),))
     path, names = root / "2026-11-24/run_1/run.json", ("inputs", "prompt", "model")
-    context = context_of(asked=asked)
+    context = context_of(asked=start_request)
     assert isinstance(await storage(root).handle(run, context), Done)
     assert not set(names) & json.loads(path.read_bytes()).keys()
     assert isinstance(await storage(root, embed_metadata=True).handle(run, context), Done)
     content = json.loads(path.read_bytes())
-    assert {name: content[name] for name in names if name in content} == told
+    assert {name: content[name] for name in names if name in content} == included
     assert (content["technique_id"], content["run_id"]) == ("tech_1", "run_1")
     assert b"secret" not in path.read_bytes()
 
 
-async def test_a_run_that_is_started_here_is_told_with_its_prompt(root: Path, tmp_path: Path) -> None:
+async def test_the_manifest_of_a_run_started_here_has_its_prompt(root: Path, tmp_path: Path) -> None:
     """From the API through FLORA into the file, without the token that links the callback to its start."""
     handler = {"use": "storage", "options": {"url": str(root), "embed_metadata": True, "key": "{output_id}{ext}"}}
     async with run_stand(tmp_path, [handler]) as stand:
-        told = await stand.run("emu-text")
-    manifest = files(root)[f"{told.run_id}.run.json"]
+        started = await stand.run("emu-text")
+    manifest = files(root)[f"{started.run_id}.run.json"]
     assert json.loads(manifest)["inputs"] == [{"id": "prompt", "type": "text", "value": "a lighthouse"}]
     assert b"start=" not in manifest
 
@@ -244,8 +244,8 @@ async def test_a_run_without_outputs_is_its_manifest(root: Path, run: SettledRun
     """Where failed runs are wanted too, they leave a trace."""
     run = replace(run, status="failed", error_code="model_timeout", error_message="too slow")
     assert await storage(root).handle(run, context_of()) == Done({"files": 0, "bytes": 0})
-    told = json.loads(files(root)["2026-11-24/run_1/run.json"])
-    assert told["error"] == {"code": "model_timeout", "message": "too slow"}
+    content = json.loads(files(root)["2026-11-24/run_1/run.json"])
+    assert content["error"] == {"code": "model_timeout", "message": "too slow"}
 
 
 async def test_another_runs_place_is_never_written_to(root: Path, run: SettledRun, context_of: ContextOf) -> None:
@@ -276,11 +276,11 @@ async def test_one_failure_does_not_stop_the_others(
     """The other outputs are safe, no manifest claims that all are, and the answer says which failed and why."""
     outputs = (media.output("/secret", answer), media.output("/good", page(PNG), position=1, output_id="good"), text(2))
     context = context_of()
-    told = await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context)
-    assert isinstance(told, kind)
-    assert reason(told).startswith("output 0 (out): ")
-    assert why in reason(told)
-    assert "secret" not in reason(told)
+    result = await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context)
+    assert isinstance(result, kind)
+    assert reason(result).startswith("output 0 (out): ")
+    assert why in reason(result)
+    assert "secret" not in reason(result)
     assert set(files(root)) == {"2026-11-24/run_1/good.png", "2026-11-24/run_1/words.txt"}
     assert {position for position, record in context.records.items() if record.stored_at} == {1, 2}
 
@@ -346,8 +346,8 @@ async def test_two_receivers_may_share_a_directory(
 
     async def receiver(verdict: str) -> list[Answer]:
         handler = storage(root, key="{technique_id}/{run_id}-{output_id}{ext}")
-        told = [(replace(each, verdict=verdict), context_of(each.run_id, places={})) for each in runs]
-        return await asyncio.gather(*(handler.handle(*each) for each in told))
+        attempts = [(replace(each, verdict=verdict), context_of(each.run_id, places={})) for each in runs]
+        return await asyncio.gather(*(handler.handle(*each) for each in attempts))
 
     answers = await asyncio.gather(receiver("matched"), receiver("recovered"), receiver("late"))
     assert all(isinstance(answer, Done) for each in answers for answer in each)
@@ -404,9 +404,7 @@ async def test_what_is_no_file_is_in_the_way(root: Path, run: SettledRun, contex
     assert set(files(directory)) == {"b.txt", "c.txt"}
 
 
-async def test_another_ledgers_manifest_is_renewed_and_nobody_elses(
-    root: Path, run: SettledRun, context_of: ContextOf
-) -> None:
+async def test_only_a_manifest_of_the_same_run_is_renewed(root: Path, run: SettledRun, context_of: ContextOf) -> None:
     """After the loss of a ledger the same files are taken as they are; `run.json` must be of the same run."""
     run = replace(run, outputs=(text(0),))
     await storage(root).handle(run, context_of())
@@ -537,7 +535,7 @@ async def test_a_place_that_cannot_be_written_to(tmp_path: Path, run: SettledRun
     assert "cannot write to" in answer.reason
 
 
-async def test_a_disk_without_room_is_seen_before_the_download(
+async def test_a_full_disk_is_noticed_before_the_download(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The announced length is compared with the free space."""
@@ -654,12 +652,12 @@ async def test_a_file_system_that_can_do_less(
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         fsync(fd)
 
-    def unsupported(*args: Any) -> None:
+    def fail_lock(*args: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(os, "fsync", of_files)
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*statvfs(path)[:2], *[0] * 8]))
-    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", fail_lock)
     directory = root / "2026-11-24/run_1"
     directory.mkdir(parents=True)
     for name in ("old", "young"):

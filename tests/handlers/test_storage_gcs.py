@@ -53,7 +53,7 @@ class Google:
         match method:
             case "POST" if "uploads" in query:
                 name = f"upload-{len(self.requests)}"
-                self.uploads[name] = (key, _kept(headers), {})
+                self.uploads[name] = (key, _stored_headers(headers), {})
                 return (
                     200,
                     {},
@@ -68,35 +68,35 @@ class Google:
                 self.objects[name] = (b"".join(pieces[number] for number in order), kept)
                 return 200, {}, b'<CompleteMultipartUploadResult><ETag>"whole"</ETag></CompleteMultipartUploadResult>'
             case "PUT":
-                self.objects[key] = (body, _kept(headers))
+                self.objects[key] = (body, _stored_headers(headers))
                 return 200, {"ETag": f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'}, b""
             case "DELETE":
                 (self.uploads if upload else self.objects).pop(upload or key, None)
                 return 204, {}, b""
             case _ if not key:
-                return 200, {}, self._listing(query["prefix"][0])
+                return 200, {}, self._list_objects(query["prefix"][0])
             case _ if key not in self.objects:
                 return 404, {}, b"<Error><Code>NoSuchKey</Code></Error>"
             case _:
                 body, kept = self.objects[key]
                 return 200, {"ETag": '"whole"', **kept}, body
 
-    def _listing(self, prefix: str) -> bytes:
+    def _list_objects(self, prefix: str) -> bytes:
         rest = "<LastModified>2026-11-24T12:00:00Z</LastModified><ETag>e</ETag>"
         entry = f"<Contents><Key>{{}}</Key><Size>{{}}</Size>{rest}</Contents>"
         found = [entry.format(key, len(body)) for key, (body, _) in self.objects.items() if key.startswith(prefix)]
         return f"<ListBucketResult>{''.join(found)}</ListBucketResult>".encode()
 
 
-def _kept(headers: dict[str, str]) -> dict[str, str]:
+def _stored_headers(headers: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.startswith(KEPT)}
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Google]:
+async def serve_google() -> AsyncIterator[Google]:
     google = Google()
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
@@ -114,7 +114,7 @@ async def serving() -> AsyncIterator[Google]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=2**20)
+    server = await asyncio.start_server(handle_connection, "127.0.0.1", 0, limit=2**20)
     google.port = server.sockets[0].getsockname()[1]
     try:
         yield google
@@ -124,7 +124,7 @@ async def serving() -> AsyncIterator[Google]:
 
 @pytest.fixture
 async def google() -> AsyncIterator[Google]:
-    async with serving() as server:
+    async with serve_google() as server:
         yield server
 
 
@@ -181,7 +181,9 @@ async def test_a_source_that_fails_is_aborted(google: Google) -> None:
     assert not google.uploads
 
 
-async def test_refusals_are_told(google: Google, run: SettledRun, media: MediaServer, context_of: ContextOf) -> None:
+async def test_refusals_are_reported(
+    google: Google, run: SettledRun, media: MediaServer, context_of: ContextOf
+) -> None:
     """A missing bucket, and a service account without rights."""
     with pytest.raises(PlaceError, match=r"NoSuchBucket, .*does the bucket exist"):
         await storage(google, "gs://nowhere/pre").check()

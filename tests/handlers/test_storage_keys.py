@@ -122,7 +122,7 @@ def test_equal_keys_get_the_position_whatever_comes_first() -> None:
     assert keys_of(outputs, [4, 3, 2, 1, 0]) == expected
 
 
-def test_spellings_that_file_systems_do_not_tell_apart() -> None:
+def test_spellings_that_file_systems_take_as_equal() -> None:
     """The composed and the decomposed ä are one file on some disks, as A and a are."""
     outputs = [output(0, "\u00e4"), output(1, "a\u0308"), output(2, "A\u0308")]
     assert keys_of(outputs, [2, 1, 0]) == {
@@ -139,7 +139,7 @@ def test_equal_ids_of_different_types_need_no_position() -> None:
     assert [keys.output(outputs[0], ".jpg"), keys.output(outputs[1], ".txt")] == ["a.jpg", "a.txt"]
 
 
-def test_keys_that_turn_out_equal_are_told_apart_too() -> None:
+def test_keys_that_turn_out_equal_get_the_position_too() -> None:
     """An image and a video that both come as `.bin`, now or in an earlier attempt."""
     outputs = [output(0, "a"), output(1, "a", "videoUrl")]
     assert keys_of(outputs, [0, 1], ext=".bin") == {0: "run_1/a.bin", 1: "run_1/a-1.bin"}

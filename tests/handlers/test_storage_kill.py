@@ -16,8 +16,8 @@ WHOLE = {name: hashlib.sha256(body).hexdigest() for name, body in TEXTS.items()}
 def deaths(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     """One for each step, and at the end the attempt that was let live."""
     command = [sys.executable, "-m", "tests.support.storage_deaths", str(tmp_path_factory.mktemp("deaths"))]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-    return [json.loads(line) for line in told.splitlines()]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def test_whenever_it_is_killed_files_are_whole_or_not_there(deaths: list[dict[str, object]]) -> None:

@@ -21,7 +21,7 @@ from handlers.storage.objects import PART_BYTES, ObjectStore
 from handlers.storage.places import PlaceError, PlaceUnreachableError
 from receiver.handler import THUMBNAIL, Done, Output, Reject, Retry, SettledRun, TargetUnreachableError
 from tests.handlers.test_storage_thumbnails import picture
-from tests.support.clouds import SECRET, Bucket, link, moto, told
+from tests.support.clouds import SECRET, Bucket, link, moto, scripted_store
 from tests.support.media import MediaServer, Page, page
 
 ContextOf = Callable[..., Any]
@@ -59,7 +59,7 @@ async def chunks(body: bytes, size: int = 500_000) -> AsyncIterator[bytes]:
         yield body[start : start + size]
 
 
-async def held(bucket: Bucket, key: str) -> tuple[bytes, dict[str, str], str]:
+async def read_object(bucket: Bucket, key: str) -> tuple[bytes, dict[str, str], str]:
     """What an object is, how it is labelled, and its ETag."""
     found = await obstore.get_async(bucket.place()._store, key)
     return (
@@ -69,7 +69,7 @@ async def held(bucket: Bucket, key: str) -> tuple[bytes, dict[str, str], str]:
     )
 
 
-async def put(place: ObjectStore, key: str, body: bytes) -> None:
+async def write_checked(place: ObjectStore, key: str, body: bytes) -> None:
     stored = await place.write(key, chunks(body), content_type=None, expected=None)
     assert (stored.size, stored.sha256) == (len(body), hashlib.sha256(body).hexdigest())
 
@@ -89,7 +89,7 @@ async def test_a_run_becomes_labelled_objects(
     context = context_of()
     assert await handler.handle(run, context) == Done({"files": 2, "bytes": len(body) + len(BIG)})
 
-    image, labels, _ = await held(bucket, "2026-11-24/run_1/out.png")
+    image, labels, _ = await read_object(bucket, "2026-11-24/run_1/out.png")
     assert image == body
     assert labels == {
         "Content-Type": "image/png",
@@ -101,13 +101,13 @@ async def test_a_run_becomes_labelled_objects(
         "market": "a/b%3F: 00.png",
         "sha256": hashlib.sha256(body).hexdigest(),
     }
-    video, labels, etag = await held(bucket, "2026-11-24/run_1/Größe 1.mp4")
+    video, labels, etag = await read_object(bucket, "2026-11-24/run_1/Größe 1.mp4")
     assert video == BIG
     assert labels["output"] == "Gr%C3%B6%C3%9Fe 1"
     assert etag.endswith('-4"')
     assert context.records[1].location == "s3://bucket/pre/2026-11-24/run_1/Gr%C3%B6%C3%9Fe%201.mp4"
     assert context.records[THUMBNAIL].location.endswith("/out.png.thumb.webp")
-    manifest = json.loads((await held(bucket, "2026-11-24/run_1/run.json"))[0])
+    manifest = json.loads((await read_object(bucket, "2026-11-24/run_1/run.json"))[0])
     assert [each["size"] for each in manifest["outputs"]] == [len(body), len(BIG)]
 
     requests, stores = len(media.requests), context.stores
@@ -121,7 +121,7 @@ async def test_a_run_becomes_labelled_objects(
 async def test_sizes_around_a_part(bucket: Bucket, size: int) -> None:
     """One request up to a part, parts beyond it: the same bytes come back, and the ETag is as expected."""
     place, body = bucket.place(), (BIG * 2)[:size]
-    await put(place, "a b/Größe#1?.bin", body)
+    await write_checked(place, "a b/Größe#1?.bin", body)
     assert place._etag_may_be_md5
     assert b"".join([chunk async for chunk in place.read("a b/Größe#1?.bin")]) == body
     assert await place.size("a b/Größe#1?.bin") == size
@@ -135,13 +135,13 @@ async def test_a_file_that_is_not_the_runs_own(
     """An object of someone else is compared by its bytes, and left as it is."""
     place, key = bucket.place(), "2026-11-24/run_1/out.png"
     run = replace(run, outputs=(media.output("/a", page(BIG)),))
-    await put(place, key, BIG)
+    await write_checked(place, key, BIG)
     assert isinstance(await storage(bucket, overwrite="never").handle(run, context_of()), Reject)
     assert isinstance(await storage(bucket).handle(run, context_of("run_1")), Done)
-    await put(place, key, BIG[::-1])
+    await write_checked(place, key, BIG[::-1])
     context = context_of()
     assert isinstance(await storage(bucket).handle(run, context), Reject)
-    assert (await held(bucket, key))[0] == BIG[::-1]
+    assert (await read_object(bucket, key))[0] == BIG[::-1]
     assert isinstance(await storage(bucket, overwrite="always").handle(run, context), Done)
 
 
@@ -183,7 +183,7 @@ async def test_a_crash_between_object_and_record_changes_nothing(
     assert context.records[0].stored_at is None
     context.store_artifact = record
     assert isinstance(await handler.handle(run, context), Done)
-    assert (await held(bucket, "2026-11-24/run_1/out.png"))[0] == b"small"
+    assert (await read_object(bucket, "2026-11-24/run_1/out.png"))[0] == b"small"
     assert (await bucket.get("?list-type=2")).text.count("<Key>") == 1
 
 
@@ -215,9 +215,9 @@ async def test_a_cancelled_upload_is_aborted(bucket: Bucket) -> None:
 async def test_connections_that_break_in_the_middle(bucket: Bucket) -> None:
     """Every other connection is cut in the middle of a part: that part is sent again."""
     async with link(bucket.endpoint, cuts=lambda number: 3_000_000 if number % 2 == 0 else None) as bad:
-        await put(Bucket(bad.endpoint).place(), "a", BIG)
+        await write_checked(Bucket(bad.endpoint).place(), "a", BIG)
         assert bad.broken >= 1
-    assert (await held(bucket, "a"))[0] == BIG
+    assert (await read_object(bucket, "a"))[0] == BIG
     assert await bucket.open_uploads() == 0
 
 
@@ -232,14 +232,14 @@ async def test_a_link_that_never_lasts(
     assert isinstance(answer, Retry)
     assert "cannot write to s3://bucket/pre: no response from its endpoint" in answer.reason
     assert isinstance(await storage(bucket).handle(run, context), Done)
-    assert (await held(bucket, "2026-11-24/run_1/out.png"))[0] == BIG
+    assert (await read_object(bucket, "2026-11-24/run_1/out.png"))[0] == BIG
 
 
 async def test_a_slow_link(bucket: Bucket) -> None:
     """Slow is no error."""
     async with link(bucket.endpoint, bytes_per_second=20_000_000) as slow:
-        await put(Bucket(slow.endpoint).place(), "a", BIG)
-    assert (await held(bucket, "a"))[0] == BIG
+        await write_checked(Bucket(slow.endpoint).place(), "a", BIG)
+    assert (await read_object(bucket, "a"))[0] == BIG
 
 
 async def test_targets_that_do_not_answer(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,9 @@ async def test_targets_that_do_not_answer(bucket: Bucket, monkeypatch: pytest.Mo
     monkeypatch.setitem(handlers.storage.clouds._RETRIES, "max_retries", 0)
     with pytest.raises(TargetUnreachableError, match="no response from its endpoint"):
         await storage(Bucket("http://127.0.0.1:1")).check()
-    async with told(PUT=(503, {}, b"<Error><Code>SlowDown</Code><Message>Please wait</Message></Error>")) as busy:
+    async with scripted_store(
+        PUT=(503, {}, b"<Error><Code>SlowDown</Code><Message>Please wait</Message></Error>")
+    ) as busy:
         with pytest.raises(TargetUnreachableError, match=r"responded with 503 \(SlowDown, Please wait\)"):
             await storage(Bucket(busy.endpoint)).check()
 
@@ -302,7 +304,7 @@ DENIED: tuple[int, dict[str, str], bytes] = (403, {}, b"<Error><Code>AccessDenie
 )
 async def test_the_check_names_the_right_that_is_missing(answers: dict[str, Any], what: str) -> None:
     """Write, read and delete are tried apart; S3 says 403 of what is missing to whoever may not list."""
-    async with told(**{"POST": DENIED, **answers}) as store:
+    async with scripted_store(**{"POST": DENIED, **answers}) as store:
         with pytest.raises(PlaceError) as caught:
             await Bucket(store.endpoint).place(disable_bulk_delete=True).check()
     assert str(caught.value).startswith(what)
@@ -312,23 +314,23 @@ async def test_what_a_store_holds_is_compared(monkeypatch: pytest.MonkeyPatch) -
     """A wrong size is an error; an ETag that is no MD5 of ours is looked into once, and only other bytes are an error."""
     body, md5 = b"hello", hashlib.md5(b"hello", usedforsecurity=False).hexdigest()
     sized = {"Content-Length": "5", "ETag": '"x"'}
-    for etag, held, head, error in [
+    for etag, content, head, error in [
         (md5, b"hullo", sized, None),
         (md5, b"hello", {**sized, "Content-Length": "4"}, "holds 4 bytes of an object of 5"),
         ("0" * 32, b"hullo", sized, "holds other bytes than were sent"),
         ("0" * 32, b"hello", sized, None),
         ("opaque", b"hullo", sized, None),
     ]:
-        async with told(
-            PUT=(200, {"ETag": f'"{etag}"'}, b""), GET=(200, {"ETag": '"x"'}, held), HEAD=(200, head, b"")
+        async with scripted_store(
+            PUT=(200, {"ETag": f'"{etag}"'}, b""), GET=(200, {"ETag": '"x"'}, content), HEAD=(200, head, b"")
         ) as store:
             place = Bucket(store.endpoint).place()
             if error:
                 with pytest.raises(PlaceError, match=error):
-                    await put(place, "a", body)
+                    await write_checked(place, "a", body)
                 continue
-            await put(place, "a", body)
-            await put(place, "a", body)
+            await write_checked(place, "a", body)
+            await write_checked(place, "a", body)
             reads = sum(request.startswith("GET") for request in store.requests)
             assert reads == (1 if etag == "0" * 32 else 0)
 
@@ -338,24 +340,24 @@ async def test_what_came_in_parts_is_compared_too() -> None:
     body = BIG[: PART_BYTES + 5]
     parts = [hashlib.md5(part, usedforsecurity=False).digest() for part in (body[:PART_BYTES], body[PART_BYTES:])]
     etag = f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-2"
-    for shown, held, error in [
+    for shown, content, error in [
         (etag, b"never read", None),
         (etag.replace("-2", "-3"), body, None),
         (etag.replace("-2", "-3"), body[::-1], "holds other bytes than were sent"),
     ]:
         xml = f'<R><UploadId>u</UploadId><ETag>"{shown}"</ETag></R>'.encode()
-        async with told(
+        async with scripted_store(
             POST=(200, {}, xml),
             PUT=(200, {"ETag": '"part"'}, b""),
-            GET=(200, {"ETag": '"x"'}, held),
+            GET=(200, {"ETag": '"x"'}, content),
             HEAD=(200, {"Content-Length": str(len(body)), "ETag": '"x"'}, b""),
         ) as store:
             place = Bucket(store.endpoint).place()
             if error:
                 with pytest.raises(PlaceError, match=error):
-                    await put(place, "a", body)
+                    await write_checked(place, "a", body)
             else:
-                await put(place, "a", body)
+                await write_checked(place, "a", body)
             assert any(request.startswith("GET") for request in store.requests) == (shown != etag)
 
 
@@ -363,7 +365,7 @@ async def test_what_came_in_parts_is_compared_too() -> None:
 async def test_labels_end_with_a_whole_character(bucket: Bucket, name: str) -> None:
     """What is too long for a label is cut, never within a character."""
     await bucket.place().write("a", chunks(b"x"), content_type=None, expected=None, metadata={"output": name})
-    _, labels, _ = await held(bucket, "a")
+    _, labels, _ = await read_object(bucket, "a")
     assert 240 < len(labels["output"]) <= 256
     assert name.startswith(unquote(labels["output"], errors="strict"))
 
@@ -412,7 +414,7 @@ def test_secrets_come_from_where_secrets_come_from(tmp_path: Any) -> None:
         ("outputs", {"region": "x"}, "are for buckets"),
     ],
 )
-def test_bad_options_are_told_at_once(url: str, options: dict[str, Any], says: str) -> None:
+def test_wrong_options_are_refused_at_once(url: str, options: dict[str, Any], says: str) -> None:
     """In plain words, when the configuration is read, without the values."""
     with pytest.raises(ValueError, match="validation error") as caught:
         StorageConfig.model_validate({"url": url, "store": options})
@@ -449,10 +451,10 @@ asyncio.run(main())
 
 def test_two_hundred_megabytes_take_little_memory(bucket: Bucket) -> None:
     """In parts, a few at a time: what a large output takes is what a small one took."""
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", UPLOAD, bucket.endpoint], check=True, capture_output=True, text=True, timeout=120
     ).stdout
-    size, sha256, growth = told.split()
+    size, sha256, growth = printed.split()
     digest = hashlib.sha256()
     for n in range(400):
         digest.update(bytes([n % 256]) * (512 * 1024))

@@ -28,7 +28,7 @@ def picture(kind: str = "PNG", size: tuple[int, int] = (1200, 600), mode: str = 
     return made.getvalue()
 
 
-def opened(body: bytes) -> Image.Image:
+def open_webp(body: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(body), formats=["WEBP"])
     image.load()
     return image
@@ -44,7 +44,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def scanned(times: int) -> bytes:
+def repeat_scan(times: int) -> bytes:
     """A progressive JPEG with its last scan many times over: work without end in a few bytes."""
     body = picture("JPEG", progressive=True)
     scan = body.rindex(b"\xff\xda")
@@ -56,14 +56,14 @@ def test_each_format_becomes_a_small_webp(kind: str) -> None:
     """In proportion, at most 512 pixels, the same bytes each time."""
     body = picture(kind)
     made = make_thumbnail(body, KINDS[kind])
-    assert opened(made).size == (SIDE, SIDE // 2)
+    assert open_webp(made).size == (SIDE, SIDE // 2)
     assert made == make_thumbnail(body, f"{KINDS[kind]}; x=1")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
 def test_every_kind_of_pixel(mode: str) -> None:
     """Palettes, transparency, one bit and sixteen."""
-    assert opened(make_thumbnail(picture(mode=mode), "image/png")).size == (SIDE, SIDE // 2)
+    assert open_webp(make_thumbnail(picture(mode=mode), "image/png")).size == (SIDE, SIDE // 2)
 
 
 def test_a_photo_stands_upright() -> None:
@@ -71,19 +71,19 @@ def test_a_photo_stands_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "private"
-    made = opened(make_thumbnail(picture("JPEG", exif=exif), "image/jpeg"))
+    made = open_webp(make_thumbnail(picture("JPEG", exif=exif), "image/jpeg"))
     assert made.size == (SIDE // 2, SIDE)
     assert not made.getexif()
 
 
 def test_a_progressive_one_may_have_many_scans() -> None:
     """Ten are usual."""
-    assert opened(make_thumbnail(scanned(MAX_SCANS - 20), "image/jpeg")).size == (SIDE, SIDE // 2)
+    assert open_webp(make_thumbnail(repeat_scan(MAX_SCANS - 20), "image/jpeg")).size == (SIDE, SIDE // 2)
 
 
 def test_small_ones_are_not_blown_up() -> None:
     """One pixel is one pixel."""
-    assert opened(make_thumbnail(picture(size=(1, 1)), "image/png")).size == (1, 1)
+    assert open_webp(make_thumbnail(picture(size=(1, 1)), "image/png")).size == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_small_ones_are_not_blown_up() -> None:
         (b"", "image/png"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/png"),
         (picture("JPEG"), "image/png"),
-        (scanned(MAX_SCANS), "image/jpeg"),
+        (repeat_scan(MAX_SCANS), "image/jpeg"),
         (picture("TIFF"), "image/tiff"),
         (b"<svg/>", "image/svg+xml"),
         (picture(), None),
@@ -138,8 +138,8 @@ def test_the_largest_take_as_much_memory_as_is_said(tmp_path: Path, kind: str, m
     for name, size in (("small", 16), ("large", side)):
         (tmp_path / name).write_bytes(picture(kind, (size, size), mode, **options))
     command = [sys.executable, "-c", LARGEST, KINDS[kind]]
-    told = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120).stdout
-    assert int(told) <= MAX_MEMORY * 1.1
+    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert int(printed) <= MAX_MEMORY * 1.1
 
 
 async def test_a_thumbnail_lies_beside_its_image_and_is_on_record(
@@ -161,7 +161,7 @@ async def test_a_thumbnail_lies_beside_its_image_and_is_on_record(
     assert (context.stores, len(media.requests)) == (stores, requests)
     file.unlink()
     await handler.handle(run, context)
-    assert opened(file.read_bytes()).size == (SIDE, SIDE // 2)
+    assert open_webp(file.read_bytes()).size == (SIDE, SIDE // 2)
     assert len(media.requests) == requests
 
 

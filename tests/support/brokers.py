@@ -111,7 +111,7 @@ def nats(settings: str = "", *, jetstream: bool = True) -> Iterator[Server]:
         config = directory / "nats.conf"
         store = f'jetstream {{ store_dir: "{directory}/store" }}\n' if jetstream else ""
         config.write_text(f'listen: "127.0.0.1:{port}"\n{store}{settings}')
-        with _running(Server([program("nats-server"), "-c", str(config)], port, directory / "log")) as server:
+        with _run_server(Server([program("nats-server"), "-c", str(config)], port, directory / "log")) as server:
             yield server
 
 
@@ -123,7 +123,7 @@ def redis(*options: str, tls: bool = False) -> Iterator[Server]:
         ports = ["--port", "0", "--tls-port", str(port)] if tls else ["--port", str(port)]
         durable = ["--appendonly", "yes", "--appendfsync", "always", "--save", "", "--dir", str(directory)]
         command = [program("redis-server"), "--bind", "127.0.0.1", *ports, *durable, *options]
-        with _running(Server(command, port, directory / "log")) as server:
+        with _run_server(Server(command, port, directory / "log")) as server:
             yield server
 
 
@@ -173,7 +173,7 @@ def _directory(name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _running(server: Server) -> Iterator[Server]:
+def _run_server(server: Server) -> Iterator[Server]:
     server.start()
     try:
         yield server

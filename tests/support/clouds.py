@@ -112,7 +112,7 @@ async def link(target: str, **how: Any) -> AsyncIterator[Link]:
     made = Link(**how)
     host, port = urlsplit(target).hostname, urlsplit(target).port
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         limit, made.connections = made.cuts(made.connections), made.connections + 1
         made.writers.append(writer)
         there, away = await asyncio.open_connection(host, port)
@@ -138,7 +138,7 @@ async def link(target: str, **how: Any) -> AsyncIterator[Link]:
                 await back
             writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await asyncio.start_server(handle_connection, "127.0.0.1", 0)
     made.port = server.sockets[0].getsockname()[1]
     try:
         yield made
@@ -171,10 +171,10 @@ class RequestLog:
 
 
 @asynccontextmanager
-async def told(**answers: tuple[int, dict[str, str], bytes]) -> AsyncIterator[RequestLog]:
+async def scripted_store(**answers: tuple[int, dict[str, str], bytes]) -> AsyncIterator[RequestLog]:
     made = RequestLog(answers)
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
@@ -198,7 +198,7 @@ async def told(**answers: tuple[int, dict[str, str], bytes]) -> AsyncIterator[Re
         finally:
             writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await asyncio.start_server(handle_connection, "127.0.0.1", 0)
     made.port = server.sockets[0].getsockname()[1]
     try:
         yield made

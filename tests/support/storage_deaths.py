@@ -44,13 +44,13 @@ class Death:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **fields: Any) -> Any:
+        def call(*args: Any, **fields: Any) -> Any:
             self.step(f"before {name}")
             answer = function(*args, **fields)
             self.step(f"after {name}")
             return answer
 
-        return wrapped
+        return call
 
 
 @dataclass
@@ -94,19 +94,19 @@ def attempt(root: Path, die_at: int) -> None:
     )
     run = replace(a_settled_run(), outputs=outputs)
 
-    async def handled() -> object:
+    async def handle_run() -> object:
         handler = Storage(StorageConfig(url=str(root), key="{run_id}/{output_id}{ext}", outputs_at_once=1))
         context = LastingContext(
             "run_1", Downloader(limits=download_limits(), tls=TLS), ledger=root.with_suffix(".ledger"), death=death
         )
         return await handler.handle(run, context.load())
 
-    if not isinstance(asyncio.run(handled()), Done):
+    if not isinstance(asyncio.run(handle_run()), Done):
         os._exit(1)
     root.with_suffix(".steps").write_text(json.dumps(death.steps))
 
 
-def ended(work: Callable[[], None]) -> int:
+def run_child(work: Callable[[], None]) -> int:
     """Do something in a child; return its exit code, or the negative signal that killed it."""
     child = os.fork()
     if child == 0:
@@ -129,11 +129,11 @@ def main(root: Path) -> None:
     while code:
         number += 1
         place = root / str(number)
-        code = ended(lambda: attempt(place, die_at=number))  # noqa: B023 - it is over before the next begins
+        code = run_child(lambda: attempt(place, die_at=number))  # noqa: B023 - it is over before the next begins
         left = visible(place)
-        again = ended(lambda: attempt(place, die_at=0))  # noqa: B023
+        again = run_child(lambda: attempt(place, die_at=0))  # noqa: B023
         records = RECORDS.validate_json(place.with_suffix(".ledger").read_bytes())
-        told = {
+        report = {
             "code": code,
             "left": left,
             "again": again,
@@ -142,7 +142,7 @@ def main(root: Path) -> None:
             "recorded": {Path(each.location).name: each.sha256 for each in records.values()},
             "steps": json.loads(place.with_suffix(".steps").read_text()),
         }
-        sys.stdout.write(f"{json.dumps(told)}\n")
+        sys.stdout.write(f"{json.dumps(report)}\n")
 
 
 if __name__ == "__main__":
