@@ -1,4 +1,4 @@
-"""The user's tables on a real PostgreSQL and a real SQLite file: repeats, old facts, missing tables, frozen servers."""
+"""The handler `database` on PostgreSQL and SQLite: repeats, old versions, failures."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ NUMBERS = iter(range(10_000))
 
 @dataclass
 class Place:
-    """A database of the user's: its URL, and how its owner looks into it."""
+    """A database of the user's: its URL, and queries as its owner."""
 
     dialect: DialectName
     url: str
@@ -108,7 +108,7 @@ OpenHandler = Callable[..., Database]
 
 
 async def command(*words: str | Path, **env: str) -> str:
-    """Run `handlers schema` with some words in a directory, the last one, and return what it printed."""
+    """Run `handlers schema` with some words in a directory, the last one; return its output."""
     *arguments, directory = words
     process = await asyncio.create_subprocess_exec(
         Path(sys.executable).with_name("flora-receiver"), "handlers", "schema", *arguments,
@@ -145,7 +145,7 @@ def all_rows(place: Place) -> list[list[Any]]:
 async def test_a_run_becomes_rows(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Run, outputs and everybody's artifacts; times and metadata in the database's own form."""
+    """Run, outputs and artifacts of all handlers; times and metadata in native types."""
     text = Output(position=1, output_id="words", type="text", value="Grüße")
     run = replace(run, outputs=(media(0), text), metadata={"market": "DE", "n": [1, 2.5, None]}, charged_cost=0.04)
     context = context_of(others=(artifact(0), artifact(0, "copies"), artifact(1, stored_at=None)))
@@ -176,7 +176,7 @@ async def test_a_run_becomes_rows(
 async def test_what_is_printed_is_what_is_needed(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf, tmp_path: Path
 ) -> None:
-    """The command's SQL, applied by psql or sqlite3 (twice: it makes only what is missing), serves the handler."""
+    """The command's SQL, applied twice by psql or sqlite3, creates tables for the handler."""
     tables = 'tables = { runs = "Runs", outputs = "order", artifacts = "artifacts_of_runs" }'
     (tmp_path / "receiver.toml").write_text(
         f'[[handlers]]\nuse = "database"\nname = "mine"\nurl = "env:DB"\n{tables}\n', "utf-8"
@@ -198,7 +198,7 @@ async def test_what_is_printed_is_what_is_needed(
 async def test_again_changes_nothing(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """The same attempt twice, from two processes, and after a kill between commit and answer: the same rows."""
+    """An attempt repeated, from another process or after a crash, ends in the same rows."""
     run = replace(run, outputs=(media(0), media(1)), charged_cost=0.5)
     context = context_of(others=(artifact(0),))
     first, second = open_handler(place.url, create=True), open_handler(place.url, create=True)
@@ -210,7 +210,7 @@ async def test_again_changes_nothing(
 
 
 async def test_many_at_once(place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf) -> None:
-    """Two replicas write the same runs at the same time, tables made on the way: no deadlock, nothing twice."""
+    """Two replicas write the same runs and create the tables: no deadlock, nothing twice."""
     handlers = [open_handler(place.url, create=True) for _ in range(2)]
     runs = [replace(run, run_id=f"run_{n}", outputs=(media(0), media(1))) for n in range(20)]
     answers = await asyncio.gather(
@@ -239,7 +239,7 @@ async def test_old_facts_never_replace_new_ones(
 async def test_new_facts_replace_old_ones(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Lost, then found; fewer outputs under fresh URLs; the cost comes, and is not forgotten by a new ledger."""
+    """Lost, then found; fewer outputs with new URLs; a known cost survives a new ledger."""
     handler = open_handler(place.url, create=True)
     await handler.handle(replace(run, status="lost", version=1), context_of(event=Event.LOST))
     found = replace(run, outputs=(media(0), media(1)), settled_at=NOW + timedelta(hours=1), version=2)
@@ -256,7 +256,7 @@ async def test_new_facts_replace_old_ones(
 async def test_columns_of_the_users_own_stay(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A row that the user made beforehand is filled in; what the user added to it, or to an output, is kept."""
+    """A row of the user's is filled in; columns that the user added are kept."""
     await open_handler(place.url, create=True).check()
     place.execute("ALTER TABLE flora_runs ADD campaign TEXT")
     place.execute("ALTER TABLE flora_outputs ADD approved INTEGER")
@@ -273,7 +273,7 @@ async def test_columns_of_the_users_own_stay(
 async def test_what_no_database_can_hold_is_replaced(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """NUL, lone surrogates, numbers that are none, and nesting without end: stored as near as can be."""
+    """NUL, lone surrogates, NaN and endless nesting are stored as closely as possible."""
     deep: Any = "end"
     for _ in range(500):
         deep = [deep]
@@ -303,7 +303,7 @@ async def test_texts_may_be_left_out(
 async def test_waits_for_the_files_of_others(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """With `wait_for` the facts are written at once, and the attempt is done when the named handler's files are, too."""
+    """With `wait_for` rows are written at once; it is done with the other handler's files."""
     handler = open_handler(place.url, create=True, wait_for=["storage"])
     run = replace(run, outputs=(media(0), media(1)))
     answer = await handler.handle(run, context_of(others=(artifact(0),)))
@@ -326,7 +326,7 @@ MISSING = {
 async def test_a_missing_table_says_what_to_do(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf, missing: str
 ) -> None:
-    """By the check, and at a run; that one is tried again, and works once the table is there. Nothing is half written."""
+    """The check fails, a run is retried until the table exists. Nothing is half written."""
     await open_handler(place.url, create=True).check()
     sql, word = MISSING[missing]
     place.program(sql + ";")
@@ -347,7 +347,7 @@ async def test_a_missing_table_says_what_to_do(
 
 
 async def test_a_missing_key_is_reported(place: Place, open_handler: OpenHandler) -> None:
-    """Tables without primary keys would take everything twice."""
+    """Tables without primary keys would accept rows twice."""
     place.program("CREATE TABLE plain (run_id TEXT, position INTEGER);")
     ddl = Database.schema(DatabaseConfig.model_validate({"url": place.url, "tables": {"runs": "flora_runs"}}))
     lines = ddl.splitlines()
@@ -361,7 +361,7 @@ async def test_a_missing_key_is_reported(place: Place, open_handler: OpenHandler
 
 
 async def test_a_check_leaves_nothing(place: Place, open_handler: OpenHandler) -> None:
-    """It writes a made-up run to be sure, and takes it back; rules of the user's own do not make it fail."""
+    """It writes a sample run and rolls it back; the user's constraints do not make it fail."""
     handler = open_handler(place.url, create=True)
     await handler.check()
     await handler.check()
@@ -371,7 +371,7 @@ async def test_a_check_leaves_nothing(place: Place, open_handler: OpenHandler) -
 async def test_values_that_the_users_rules_refuse_are_rejected(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Trying again would not help; the words name the rule, and never the value."""
+    """A retry would not help; the message names the constraint, and never the value."""
     ddl = Database.schema(DatabaseConfig.model_validate({"url": place.url}))
     place.program(ddl.replace("url TEXT,", "url TEXT CONSTRAINT short CHECK (length(url) < 9),"))
     handler = open_handler(place.url)
@@ -399,7 +399,7 @@ async def test_a_login_without_rights_says_so(
 async def test_schemas_and_their_making(
     postgres_place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """`schema.table` names put the tables anywhere; `create` makes the schema as well."""
+    """`schema.table` names put the tables anywhere; `create` creates the schema too."""
     names = {"runs": "Sales.runs", "outputs": "Sales.outputs", "artifacts": "archive.artifacts"}
     handler = open_handler(postgres_place.url, create=True, tables=names)
     await handler.check()
@@ -412,7 +412,7 @@ async def test_schemas_and_their_making(
 async def test_a_database_that_is_away(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf, tmp_path: Path
 ) -> None:
-    """Nobody there: a warning of the check, a retry of a run, and never the password in it."""
+    """If unreachable: a warning of the check, a retry of a run, and never the password."""
     if place.dialect == "sqlite":
         handler = open_handler(f"sqlite:///{tmp_path}/nowhere/runs.db")
         with pytest.raises(DatabaseFailedError, match="create = true"):
@@ -436,7 +436,7 @@ async def test_a_missing_database_is_no_passing_trouble(postgres_place: Place, o
 async def test_a_connection_that_died_meanwhile_is_made_anew(
     postgres_place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A restart of the server between two runs is not even a retry."""
+    """A restart of the server between two runs does not even cause a retry."""
     handler = open_handler(postgres_place.url, create=True)
     await handler.handle(run, context_of())
     postgres_place.execute(
@@ -477,7 +477,7 @@ async def test_a_cancelled_attempt_frees_the_thread(
     freeze_process: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A server that froze in the middle holds one attempt, until its timeout; the next one has a connection of its own."""
+    """A server that froze delays one attempt, until its timeout; the next one connects anew."""
     handler = open_handler(postgres_place.url, create=True)
     await handler.handle(run, context_of())
     (pid,) = backends(postgres_place)
@@ -502,7 +502,7 @@ async def test_a_cancelled_attempt_frees_the_thread(
 async def test_a_locked_table_holds_an_attempt_only_for_a_while(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody's long transaction: the attempt gives up by itself, says so, and works afterwards."""
+    """With a long transaction of another program, an attempt fails, says so, and works later."""
     monkeypatch.setattr("handlers.database.connections.STATEMENT_SECONDS", 0.2 if place.dialect == "sqlite" else 1)
     handler = open_handler(place.url, create=True)
     await handler.check()
@@ -582,7 +582,7 @@ def test_the_password_shows_nowhere() -> None:
 
 
 def test_a_view_of_a_run_has_its_version() -> None:
-    """By which older views are told from newer ones."""
+    """`version` distinguishes older views from newer ones."""
     run = Run("run_1", RunState.COMPLETED, Origin.STARTED, NOW, NOW, version=7)
     assert to_settled_run(run, ()).version == 7
 

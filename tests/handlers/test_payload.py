@@ -1,4 +1,4 @@
-"""The JSON form of a run: complete, strict, and as its schema says."""
+"""The run document: complete, strict, and as its schema says."""
 
 import json
 from dataclasses import replace
@@ -41,7 +41,7 @@ def artifact(position: int = 0, handler: str = "storage", **fields: Any) -> Arti
 
 
 def make_document(run: SettledRun, *artifacts: Artifact, event: Event = Event.SETTLED) -> dict[str, Any]:
-    """Make the document, and hold it to the schema's model and to strict JSON on the way."""
+    """Return the document, checked against model, schema and strict JSON."""
     made = run_document(run, event=event, idempotency_key="run_1:forward:settled:0", artifacts=artifacts)
     assert json.loads(run_json(made), parse_constant=pytest.fail) == made
     RunDocument.model_validate_json(run_json(made), strict=True)
@@ -50,7 +50,7 @@ def make_document(run: SettledRun, *artifacts: Artifact, event: Event = Event.SE
 
 
 def check_schema(value: Any, schema: dict[str, Any], defs: dict[str, Any]) -> None:
-    """Check what our schema uses of JSON Schema: types, required fields, and that no field is missing from it."""
+    """Check the parts of JSON Schema that our schema uses: types, required and known fields."""
     if "$ref" in schema:
         return check_schema(value, defs[schema["$ref"].removeprefix("#/$defs/")], defs)
     if "anyOf" in schema:
@@ -95,14 +95,14 @@ def test_a_whole_document() -> None:
 
 
 def test_what_is_only_reserved_is_left_out() -> None:
-    """A place without bytes is nothing that a reader could fetch."""
+    """A reserved location has no bytes to fetch."""
     made = make_document(replace(RUN, outputs=(IMAGE,)), artifact(stored_at=None))
     assert made["artifacts"] == []
     assert made["outputs"][0]["artifact"] is None
 
 
 def test_the_copy_that_was_stored_first_is_the_output_s_own() -> None:
-    """Whatever order the artifacts come in; what another handler made of it under another name is not its copy."""
+    """In any order of artifacts; what a handler stored under another id is not its copy."""
     later = artifact(handler="backup", stored_at=NOW + timedelta(seconds=1))
     small = artifact(handler="small", output_id="hero-small", stored_at=NOW - timedelta(seconds=1))
     for order in ([later, small, artifact()], [artifact(), later, small]):
@@ -113,7 +113,7 @@ def test_the_copy_that_was_stored_first_is_the_output_s_own() -> None:
 
 @pytest.mark.parametrize(("code", "message"), [("model_timeout", "too slow"), ("model_timeout", None), (None, "why")])
 def test_a_failure_has_its_error(code: str | None, message: str | None) -> None:
-    """By code, by message, by whatever FLORA gave."""
+    """By code, by message, or both."""
     made = make_document(replace(RUN, status="failed", error_code=code, error_message=message))
     assert made["error"] == {"code": code, "message": message}
 
@@ -130,7 +130,7 @@ def test_times_are_in_utc() -> None:
 
 
 def test_what_json_cannot_hold_becomes_what_it_can() -> None:
-    """No NaN, no half of a character, no object: readers in other languages would choke on it."""
+    """No NaN, no lone surrogate, no object: readers in other languages would fail."""
     metadata: dict[Any, Any] = {
         "nan": float("nan"),
         "inf": [float("inf"), (1, 2)],
@@ -154,7 +154,7 @@ def test_what_json_cannot_hold_becomes_what_it_can() -> None:
 
 
 def test_nesting_without_end_is_cut() -> None:
-    """Metadata that refers to itself, or nests deeper than parsers go, still leaves."""
+    """Metadata that contains itself, or nests deeper than parsers go, is still sent."""
     endless: dict[str, Any] = {}
     endless["again"] = endless
     made = make_document(replace(RUN, metadata=endless))
@@ -176,7 +176,7 @@ def test_any_metadata_and_any_text_leave_as_strict_json(metadata: dict[str, Any]
 
 
 def test_writing_refuses_what_json_cannot_hold() -> None:
-    """A document that somebody added to is not bent silently."""
+    """A document with values that JSON cannot hold is refused."""
     for wrong in (float("nan"), "\ud800", object()):
         with pytest.raises((ValueError, TypeError)):
             run_json({"extra": wrong})

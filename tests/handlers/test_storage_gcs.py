@@ -1,4 +1,4 @@
-"""Storage in Google Cloud Storage, against a server that speaks as much of its XML API as was recorded of obstore."""
+"""The handler `storage` in Google Cloud Storage, with a server of what obstore needs."""
 
 import asyncio
 import hashlib
@@ -35,7 +35,7 @@ class Google:
     refuses: bool = False
 
     def account(self) -> str:
-        """A service account that leads here and needs no token."""
+        """Return a service account for this server, without a token."""
         place = {"gcs_base_url": f"http://127.0.0.1:{self.port}", "disable_oauth": True}
         return json.dumps({**place, "client_email": "", "private_key": "", "private_key_id": ""})
 
@@ -136,7 +136,7 @@ def storage(google: Google, url: str = "gs://bucket/pre", **more: Any) -> Storag
 async def test_a_run_becomes_labelled_objects(
     google: Google, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """Put, head, get and list as Google has them; large ones in parts; again, nothing."""
+    """Put, head, get and list; large objects in parts; repeated, nothing."""
     big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="big", kind="videoUrl")
     run = replace(run, outputs=(media.output("/a", page(b"small")), big))
     handler, context = storage(google, cache_control="no-cache"), context_of()
@@ -168,7 +168,7 @@ async def test_a_run_becomes_labelled_objects(
 
 
 async def test_a_source_that_fails_is_aborted(google: Google) -> None:
-    """No object, and no parts that nobody sees."""
+    """No object, and no invisible parts."""
 
     async def source() -> AsyncIterator[bytes]:
         for start in range(0, len(BIG), 500_000):
@@ -184,7 +184,7 @@ async def test_a_source_that_fails_is_aborted(google: Google) -> None:
 async def test_refusals_are_reported(
     google: Google, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """A missing bucket, and a service account without rights."""
+    """A missing bucket, and a service account without permission."""
     with pytest.raises(PlaceError, match=r"NoSuchBucket, .*does the bucket exist"):
         await storage(google, "gs://nowhere/pre").check()
     google.refuses = True

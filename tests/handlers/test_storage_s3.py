@@ -1,4 +1,4 @@
-"""Storage in S3: moto over HTTP, through bad links, with wrong credentials, and against stores that lie."""
+"""The handler `storage` in S3: moto, bad links, wrong credentials, stores that lie."""
 
 import asyncio
 import hashlib
@@ -60,7 +60,7 @@ async def chunks(body: bytes, size: int = 500_000) -> AsyncIterator[bytes]:
 
 
 async def read_object(bucket: Bucket, key: str) -> tuple[bytes, dict[str, str], str]:
-    """What an object is, how it is labelled, and its ETag."""
+    """Return an object's content, its attributes and its ETag."""
     found = await obstore.get_async(bucket.place()._store, key)
     return (
         bytes(await found.bytes_async()),
@@ -77,7 +77,7 @@ async def write_checked(place: ObjectStore, key: str, body: bytes) -> None:
 async def test_a_run_becomes_labelled_objects(
     bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """Type, cache rule and who it is of travel with each object; told again, nothing is fetched or written."""
+    """Objects have type, cache control and metadata; repeated, nothing is fetched or written."""
     body = picture()
     big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="Größe 1", kind="videoUrl")
     run = replace(
@@ -119,7 +119,7 @@ async def test_a_run_becomes_labelled_objects(
 
 @pytest.mark.parametrize("size", [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES + 1])
 async def test_sizes_around_a_part(bucket: Bucket, size: int) -> None:
-    """One request up to a part, parts beyond it: the same bytes come back, and the ETag is as expected."""
+    """One request up to a part, parts beyond: the bytes and the ETag are as expected."""
     place, body = bucket.place(), (BIG * 2)[:size]
     await write_checked(place, "a b/Größe#1?.bin", body)
     assert place._etag_may_be_md5
@@ -132,7 +132,7 @@ async def test_sizes_around_a_part(bucket: Bucket, size: int) -> None:
 async def test_a_file_that_is_not_the_runs_own(
     bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """An object of someone else is compared by its bytes, and left as it is."""
+    """An object of another run is compared by its bytes, and left as it is."""
     place, key = bucket.place(), "2026-11-24/run_1/out.png"
     run = replace(run, outputs=(media.output("/a", page(BIG)),))
     await write_checked(place, key, BIG)
@@ -148,7 +148,7 @@ async def test_a_file_that_is_not_the_runs_own(
 async def test_what_fails_on_the_way_leaves_nothing(
     bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """A download that is cut in the middle of an upload: its own reason, no object, no open upload."""
+    """A download cut during the upload: its own reason, no object, no open upload."""
     cut = Page(page(BIG).raw[:-1000])
     run = replace(run, outputs=(media.output("/secret", cut),))
     answer = await storage(bucket).handle(run, context_of())
@@ -170,7 +170,7 @@ async def test_what_fails_on_the_way_leaves_nothing(
 async def test_a_crash_between_object_and_record_changes_nothing(
     bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """The place is this run's own by then: the next attempt puts the same bytes there, even where nothing else may."""
+    """The location is reserved: the next attempt writes there, even with `never`."""
     run, context = replace(run, outputs=(media.output("/a", page(b"small")),)), context_of()
     record = context.store_artifact
 
@@ -188,7 +188,7 @@ async def test_a_crash_between_object_and_record_changes_nothing(
 
 
 async def test_a_cancelled_upload_is_aborted(bucket: Bucket) -> None:
-    """Parts that nobody sees would be billed: they are gone when the cancellation goes on."""
+    """Invisible parts would be billed: they are removed before the cancellation goes on."""
     begun, never = asyncio.Event(), asyncio.Event()
 
     async def endless() -> AsyncIterator[bytes]:
@@ -213,7 +213,7 @@ async def test_a_cancelled_upload_is_aborted(bucket: Bucket) -> None:
 
 
 async def test_connections_that_break_in_the_middle(bucket: Bucket) -> None:
-    """Every other connection is cut in the middle of a part: that part is sent again."""
+    """Every other connection is cut within a part, which is sent again."""
     async with link(bucket.endpoint, cuts=lambda number: 3_000_000 if number % 2 == 0 else None) as bad:
         await write_checked(Bucket(bad.endpoint).place(), "a", BIG)
         assert bad.broken >= 1
@@ -224,7 +224,7 @@ async def test_connections_that_break_in_the_middle(bucket: Bucket) -> None:
 async def test_a_link_that_never_lasts(
     bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Given up after a few tries, with a plain reason; the next attempt over a good link needs nothing else."""
+    """It fails after a few tries, with a clear reason; the next attempt works."""
     monkeypatch.setitem(handlers.storage.clouds._RETRIES, "max_retries", 1)
     run, context = replace(run, outputs=(media.output("/a", page(BIG)),)), context_of()
     async with link(bucket.endpoint, cuts=lambda _: 3_000_000) as bad:
@@ -236,14 +236,14 @@ async def test_a_link_that_never_lasts(
 
 
 async def test_a_slow_link(bucket: Bucket) -> None:
-    """Slow is no error."""
+    """A slow link is not an error."""
     async with link(bucket.endpoint, bytes_per_second=20_000_000) as slow:
         await write_checked(Bucket(slow.endpoint).place(), "a", BIG)
     assert (await read_object(bucket, "a"))[0] == BIG
 
 
 async def test_targets_that_do_not_answer(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silence, a closed port and a server in trouble may pass: the check only warns."""
+    """A silent, closed or failing server may recover: the check only warns."""
     monkeypatch.setattr(handlers.storage.objects, "CHECK_SECONDS", 0.3)
     async with link(bucket.endpoint, silent=True) as silent:
         with pytest.raises(TargetUnreachableError, match="did not respond within"):
@@ -260,7 +260,7 @@ async def test_targets_that_do_not_answer(bucket: Bucket, monkeypatch: pytest.Mo
 
 
 async def test_a_bucket_that_does_not_exist(bucket: Bucket, run: SettledRun, context_of: ContextOf) -> None:
-    """Said by the check, and by the reason of the run that waits for it."""
+    """The check and the reason of a run both say it."""
     handler = storage(bucket, "s3://nobucket/pre")
     with pytest.raises(PlaceError, match=r"s3://nobucket/pre: NoSuchBucket, .*; does the bucket exist\?"):
         await handler.check()
@@ -271,7 +271,7 @@ async def test_a_bucket_that_does_not_exist(bucket: Bucket, run: SettledRun, con
 
 
 async def test_wrong_credentials(bucket: Bucket, run: SettledRun, context_of: ContextOf) -> None:
-    """Named as such, never shown, and nothing is retried for minutes."""
+    """Reported as such, never shown, and not retried for minutes."""
     run = replace(run, outputs=(Output(position=0, output_id="a", type="text", value="x"),))
     await bucket.let_in_nobody()
     try:
@@ -303,7 +303,7 @@ DENIED: tuple[int, dict[str, str], bytes] = (403, {}, b"<Error><Code>AccessDenie
     ],
 )
 async def test_the_check_names_the_right_that_is_missing(answers: dict[str, Any], what: str) -> None:
-    """Write, read and delete are tried apart; S3 says 403 of what is missing to whoever may not list."""
+    """Write, read and delete are tried apart; S3 responds 403 to a HEAD without list permission."""
     async with scripted_store(**{"POST": DENIED, **answers}) as store:
         with pytest.raises(PlaceError) as caught:
             await Bucket(store.endpoint).place(disable_bulk_delete=True).check()
@@ -311,7 +311,7 @@ async def test_the_check_names_the_right_that_is_missing(answers: dict[str, Any]
 
 
 async def test_what_a_store_holds_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong size is an error; an ETag that is no MD5 of ours is looked into once, and only other bytes are an error."""
+    """A wrong size is an error; another ETag is checked once, and other bytes are an error."""
     body, md5 = b"hello", hashlib.md5(b"hello", usedforsecurity=False).hexdigest()
     sized = {"Content-Length": "5", "ETag": '"x"'}
     for etag, content, head, error in [
@@ -336,7 +336,7 @@ async def test_what_a_store_holds_is_compared(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_what_came_in_parts_is_compared_too() -> None:
-    """The ETag of an upload in parts tells their checksums: another one is looked into, and other bytes are an error."""
+    """The ETag of an upload in parts is checked likewise."""
     body = BIG[: PART_BYTES + 5]
     parts = [hashlib.md5(part, usedforsecurity=False).digest() for part in (body[:PART_BYTES], body[PART_BYTES:])]
     etag = f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-2"
@@ -363,7 +363,7 @@ async def test_what_came_in_parts_is_compared_too() -> None:
 
 @pytest.mark.parametrize("name", ["ä" * 60, "aä" * 60, "aaä" * 60, "x" * 300, "日" * 1000, "😀" * 90])
 async def test_labels_end_with_a_whole_character(bucket: Bucket, name: str) -> None:
-    """What is too long for a label is cut, never within a character."""
+    """A label is cut if too long, between characters."""
     await bucket.place().write("a", chunks(b"x"), content_type=None, expected=None, metadata={"output": name})
     _, labels, _ = await read_object(bucket, "a")
     assert 240 < len(labels["output"]) <= 256
@@ -373,7 +373,7 @@ async def test_labels_end_with_a_whole_character(bucket: Bucket, name: str) -> N
 async def test_the_usual_environment_works_and_options_override_it(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`AWS_…` as for every other program; what `store` names comes first."""
+    """`AWS_…` as for other programs; options in `store` take precedence."""
     names = {"ENDPOINT_URL": bucket.endpoint, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ALLOW_HTTP": "true"}
     for name, value in {**names, "REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
@@ -415,7 +415,7 @@ def test_secrets_come_from_where_secrets_come_from(tmp_path: Any) -> None:
     ],
 )
 def test_wrong_options_are_refused_at_once(url: str, options: dict[str, Any], says: str) -> None:
-    """In plain words, when the configuration is read, without the values."""
+    """When the configuration is read, without the values."""
     with pytest.raises(ValueError, match="validation error") as caught:
         StorageConfig.model_validate({"url": url, "store": options})
     assert says in str(caught.value)
@@ -450,7 +450,7 @@ asyncio.run(main())
 
 
 def test_two_hundred_megabytes_take_little_memory(bucket: Bucket) -> None:
-    """In parts, a few at a time: what a large output takes is what a small one took."""
+    """In parts, a few at a time: a large output takes as much as a small one."""
     printed = subprocess.run(
         [sys.executable, "-c", UPLOAD, bucket.endpoint], check=True, capture_output=True, text=True, timeout=120
     ).stdout

@@ -1,4 +1,4 @@
-"""Thumbnails: small, safe, an extra that never fails a run."""
+"""Thumbnails: small, safe, and never a reason for a run to fail."""
 
 import io
 import struct
@@ -67,7 +67,7 @@ def test_every_kind_of_pixel(mode: str) -> None:
 
 
 def test_a_photo_stands_upright() -> None:
-    """The camera's word on which side is up is followed, and does not go along."""
+    """The orientation in EXIF is applied, and removed with all else."""
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "private"
@@ -106,7 +106,7 @@ def test_small_ones_are_not_blown_up() -> None:
     ],
 )
 def test_what_has_no_thumbnail(body: bytes, content_type: str | None) -> None:
-    """Bombs, broken files, formats that lie about themselves or that are not opened at all."""
+    """Bombs, broken files, wrong formats, unsupported formats."""
     with pytest.raises(NoThumbnailError):
         make_thumbnail(body, content_type)
 
@@ -133,7 +133,7 @@ print(peak() - before)
     [("PNG", "RGBA", 6_300), ("PNG", "LA", 6_300), ("JPEG", "CMYK", 6_300), ("WEBP", "RGB", 4_470)],
 )
 def test_the_largest_take_as_much_memory_as_is_said(tmp_path: Path, kind: str, mode: str, side: int) -> None:
-    """A file of a few kilobytes must not take the service down: all copies together stay within what is documented."""
+    """A small file must not exhaust the memory: all copies stay within the documented limit."""
     options = {"WEBP": {"method": 0}, "PNG": {"compress_level": 1}}.get(kind, {})
     for name, size in (("small", 16), ("large", side)):
         (tmp_path / name).write_bytes(picture(kind, (size, size), mode, **options))
@@ -145,7 +145,7 @@ def test_the_largest_take_as_much_memory_as_is_said(tmp_path: Path, kind: str, m
 async def test_a_thumbnail_lies_beside_its_image_and_is_on_record(
     tmp_path: Path, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """Made once; made again only where it is gone; words have none, and the manifest tells of outputs alone."""
+    """Made once, and again only if missing; texts have none; the manifest lists outputs only."""
     body = picture()
     words = media.output("/words", page(b"x", "text/plain"), position=1, output_id="words")
     run = replace(run, outputs=(media.output("/a", page(body)), words))
@@ -168,7 +168,7 @@ async def test_a_thumbnail_lies_beside_its_image_and_is_on_record(
 async def test_a_broken_image_does_not_fail_its_run(
     tmp_path: Path, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """It is stored as it is; a line in the log says why it has no thumbnail."""
+    """The image is stored; the log says why it has no thumbnail."""
     run = replace(run, outputs=(media.output("/secret", page(bomb(40_000, 40_000))),))
     context = context_of()
     answer = await Storage(StorageConfig(url=str(tmp_path), thumbnails=True)).handle(run, context)
@@ -183,7 +183,7 @@ async def test_a_broken_image_does_not_fail_its_run(
 async def test_a_file_of_someone_else_is_not_replaced_by_a_thumbnail(
     tmp_path: Path, run: SettledRun, media: MediaServer, context_of: ContextOf, overwrite: str
 ) -> None:
-    """What lies there stays; the run does not care."""
+    """The existing file stays; the run succeeds."""
     file = tmp_path / "2026-11-24/run_1/out.png.thumb.webp"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"mine")
@@ -196,7 +196,7 @@ async def test_a_file_of_someone_else_is_not_replaced_by_a_thumbnail(
 
 
 def test_pillow_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it thumbnails cannot be asked for, and nothing else is missed."""
+    """Without Pillow, only the option is refused."""
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     Storage(StorageConfig(url=str(tmp_path)))
