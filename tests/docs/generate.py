@@ -136,7 +136,7 @@ def _faults() -> str:
         (to_code(kind), family, ", ".join(_fault_option(*option) for option in own.items()), FAULT_MEANINGS[kind])
         for kind, (family, own) in KINDS.items()
     )
-    return to_table("kind | strikes | options | effect", rows)
+    return to_table("kind | affects | options | effect", rows)
 
 
 def _fault_option(name: str, default: object) -> str:
