@@ -125,7 +125,17 @@ def media(position: int, url: str = "https://media.example/secret") -> Output:
 
 def artifact(position: int, handler: str = "storage", **fields: Any) -> Artifact:
     return replace(
-        Artifact("run_1", handler, position, f"out_{position}", f"file:///o/{position}", 3, "ab", "image/png", NOW),
+        Artifact(
+            "run_1",
+            handler,
+            position,
+            f"out_{position}",
+            f"file:///o/{position}",
+            3,
+            "ab",
+            "image/png",
+            NOW,
+        ),
         **fields,
     )
 
@@ -147,7 +157,9 @@ async def test_a_run_becomes_rows(
 ) -> None:
     """Run, outputs and artifacts of all handlers; times and metadata in native types."""
     text = Output(position=1, output_id="words", type="text", value="Grüße")
-    run = replace(run, outputs=(media(0), text), metadata={"market": "DE", "n": [1, 2.5, None]}, charged_cost=0.04)
+    run = replace(
+        run, outputs=(media(0), text), metadata={"market": "DE", "n": [1, 2.5, None]}, charged_cost=0.04
+    )
     context = context_of(others=(artifact(0), artifact(0, "copies"), artifact(1, stored_at=None)))
     handler = open_handler(place.url, create=True)
     assert isinstance(handler, Handler | Checks | Closes)
@@ -162,7 +174,9 @@ async def test_a_run_becomes_rows(
     else:
         assert json.loads(metadata) == run.metadata
         assert (created_at, completed_at) == ("2026-11-24T11:58:00.000Z", "2026-11-24T12:00:00.000Z")
-        assert place.execute("SELECT unixepoch(completed_at) - unixepoch(created_at) FROM flora_runs") == [(120,)]
+        assert place.execute("SELECT unixepoch(completed_at) - unixepoch(created_at) FROM flora_runs") == [
+            (120,)
+        ]
     assert place.execute("SELECT position, type, url, text FROM flora_outputs ORDER BY 1") == [
         (0, "imageUrl", "https://media.example/secret", None),
         (1, "text", None, "Grüße"),
@@ -188,7 +202,9 @@ async def test_what_is_printed_is_what_is_needed(
     place.program(printed)
     place.program(printed)
 
-    handler = open_handler(place.url, tables={"runs": "Runs", "outputs": "order", "artifacts": "artifacts_of_runs"})
+    handler = open_handler(
+        place.url, tables={"runs": "Runs", "outputs": "order", "artifacts": "artifacts_of_runs"}
+    )
     await handler.check()
     assert isinstance(await handler.handle(replace(run, outputs=(media(0),)), context_of()), Done)
     assert place.execute('SELECT run_id FROM "Runs"') == [("run_1",)]
@@ -209,7 +225,9 @@ async def test_again_changes_nothing(
     assert all_rows(place) == before
 
 
-async def test_many_at_once(place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf) -> None:
+async def test_many_at_once(
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
+) -> None:
     """Two replicas write the same runs and create the tables: no deadlock, nothing twice."""
     handlers = [open_handler(place.url, create=True) for _ in range(2)]
     runs = [replace(run, run_id=f"run_{n}", outputs=(media(0), media(1))) for n in range(20)]
@@ -226,10 +244,16 @@ async def test_old_facts_never_replace_new_ones(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf, older: dict[str, Any]
 ) -> None:
     """A stale worker finds its row newer: cost, verdict, outputs and artifacts stay as they are."""
-    new = replace(run, outputs=(media(0, "https://media.example/new"),), charged_cost=0.5, verdict="late", version=4)
-    old = replace(run, **older, status="lost", outputs=(media(0), media(1)), charged_cost=None, verdict=None)
+    new = replace(
+        run, outputs=(media(0, "https://media.example/new"),), charged_cost=0.5, verdict="late", version=4
+    )
+    old = replace(
+        run, **older, status="lost", outputs=(media(0), media(1)), charged_cost=None, verdict=None
+    )
     handler = open_handler(place.url, create=True)
-    await handler.handle(new, context_of(others=(artifact(0, size=7, stored_at=NOW + timedelta(seconds=9)),)))
+    await handler.handle(
+        new, context_of(others=(artifact(0, size=7, stored_at=NOW + timedelta(seconds=9)),))
+    )
     before = all_rows(place)
     answer = await handler.handle(old, context_of(others=(artifact(0),)))
     assert answer == Done({"outputs": 2, "artifacts": 1, "newest": False})
@@ -265,7 +289,9 @@ async def test_columns_of_the_users_own_stay(
     await handler.handle(run, context_of())
     place.execute("UPDATE flora_runs SET campaign = 'spring'")
     place.execute("UPDATE flora_outputs SET approved = 1")
-    await handler.handle(replace(run, outputs=(media(0, "https://media.example/2"),), version=1), context_of())
+    await handler.handle(
+        replace(run, outputs=(media(0, "https://media.example/2"),), version=1), context_of()
+    )
     assert place.execute("SELECT campaign, version FROM flora_runs") == [("spring", 1)]
     assert place.execute("SELECT approved, url FROM flora_outputs") == [(1, "https://media.example/2")]
 
@@ -286,7 +312,9 @@ async def test_what_no_database_can_hold_is_replaced(
         metadata={bad: bad, "nan": float("nan"), "deep": deep, "big": 2**80},
         outputs=(Output(position=0, output_id=bad, type="text", value=bad),),
     )
-    answer = await open_handler(place.url, create=True).handle(run, context_of(others=(artifact(0, location=bad),)))
+    answer = await open_handler(place.url, create=True).handle(
+        run, context_of(others=(artifact(0, location=bad),))
+    )
     assert isinstance(answer, Done)
     assert place.execute("SELECT technique_id FROM flora_runs") == [("a\ufffdb\ufffdc",)]
     assert place.execute("SELECT text FROM flora_outputs") == [("a\ufffdb\ufffdc",)]
@@ -296,7 +324,9 @@ async def test_texts_may_be_left_out(
     place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
     words = Output(position=0, output_id="words", type="text", value="private")
-    await open_handler(place.url, create=True, text=False).handle(replace(run, outputs=(words,)), context_of())
+    await open_handler(place.url, create=True, text=False).handle(
+        replace(run, outputs=(words,)), context_of()
+    )
     assert place.execute("SELECT type, url, text FROM flora_outputs") == [("text", None, None)]
 
 
@@ -349,12 +379,18 @@ async def test_a_missing_table_says_what_to_do(
 async def test_a_missing_key_is_reported(place: Place, open_handler: OpenHandler) -> None:
     """Tables without primary keys would accept rows twice."""
     place.program("CREATE TABLE plain (run_id TEXT, position INTEGER);")
-    ddl = Database.schema(DatabaseConfig.model_validate({"url": place.url, "tables": {"runs": "flora_runs"}}))
+    ddl = Database.schema(
+        DatabaseConfig.model_validate({"url": place.url, "tables": {"runs": "flora_runs"}})
+    )
     lines = ddl.splitlines()
-    broken = [line for line in lines if not line.strip().startswith(("PRIMARY KEY (run_id, position)", "FOREIGN"))]
+    broken = [
+        line for line in lines if not line.strip().startswith(("PRIMARY KEY (run_id, position)", "FOREIGN"))
+    ]
     sql = "\n".join(broken).replace("text TEXT,\n", "text TEXT\n").replace("position),\n)", "position)\n)")
     place.program(
-        sql.replace("PRIMARY KEY (run_id, handler, position),\n", "PRIMARY KEY (run_id, handler, position)\n")
+        sql.replace(
+            "PRIMARY KEY (run_id, handler, position),\n", "PRIMARY KEY (run_id, handler, position)\n"
+        )
     )
     with pytest.raises(DatabaseFailedError, match="handlers schema database"):
         await open_handler(place.url).check()
@@ -428,7 +464,9 @@ async def test_a_database_that_is_away(
     assert "hunter2" not in answer.reason
 
 
-async def test_a_missing_database_is_no_passing_trouble(postgres_place: Place, open_handler: OpenHandler) -> None:
+async def test_a_missing_database_is_no_passing_trouble(
+    postgres_place: Place, open_handler: OpenHandler
+) -> None:
     with pytest.raises(DatabaseFailedError, match="refuses the login"):
         await open_handler(postgres_place.url.replace("/user_", "/nobody_")).check()
 
@@ -500,10 +538,16 @@ async def test_a_cancelled_attempt_frees_the_thread(
 
 
 async def test_a_locked_table_holds_an_attempt_only_for_a_while(
-    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    open_handler: OpenHandler,
+    run: SettledRun,
+    context_of: ContextOf,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a long transaction of another program, an attempt fails, says so, and works later."""
-    monkeypatch.setattr("handlers.database.connections.STATEMENT_SECONDS", 0.2 if place.dialect == "sqlite" else 1)
+    monkeypatch.setattr(
+        "handlers.database.connections.STATEMENT_SECONDS", 0.2 if place.dialect == "sqlite" else 1
+    )
     handler = open_handler(place.url, create=True)
     await handler.check()
     if place.dialect == "sqlite":
@@ -564,7 +608,9 @@ def test_the_receivers_own_ledger_is_refused(tmp_path: Path) -> None:
     """A second writer could damage that file."""
     (tmp_path / "receiver.db.lock").touch()
     with pytest.raises(ValueError, match="a ledger of flora-receiver itself"):
-        Database(DatabaseConfig.model_validate({"url": f"sqlite:///{tmp_path}/receiver.db", "create": True}))
+        Database(
+            DatabaseConfig.model_validate({"url": f"sqlite:///{tmp_path}/receiver.db", "create": True})
+        )
 
 
 def test_without_psycopg_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,7 +640,9 @@ def test_a_view_of_a_run_has_its_version() -> None:
         ('[[handlers]]\nuse = "log"\nname = "database"', "log keeps no tables"),
         ('[[handlers]]\nuse = "database"', "handlers.0.url"),
         (
-            "".join(f'[[handlers]]\nuse = "database"\nname = "{name}"\nurl = "sqlite:///x"\n' for name in "ab"),
+            "".join(
+                f'[[handlers]]\nuse = "database"\nname = "{name}"\nurl = "sqlite:///x"\n' for name in "ab"
+            ),
             "say which of a, b",
         ),
     ],

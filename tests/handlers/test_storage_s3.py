@@ -81,9 +81,16 @@ async def test_a_run_becomes_labelled_objects(
     body = picture()
     big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="Größe 1", kind="videoUrl")
     run = replace(
-        run, technique_id="tech ü", metadata={"market": "a/b?"}, outputs=(media.output("/a", page(body)), big)
+        run,
+        technique_id="tech ü",
+        metadata={"market": "a/b?"},
+        outputs=(media.output("/a", page(body)), big),
     )
-    labels = {"team": "studio", "market": "{metadata[market]}: {position:02d}{ext}", "missing": "{metadata[none]}"}
+    labels = {
+        "team": "studio",
+        "market": "{metadata[market]}: {position:02d}{ext}",
+        "missing": "{metadata[none]}",
+    }
     handler = storage(bucket, cache_control="public, max-age=60", thumbnails=True, labels=labels)
     await handler.check()
     context = context_of()
@@ -222,7 +229,11 @@ async def test_connections_that_break_in_the_middle(bucket: Bucket) -> None:
 
 
 async def test_a_link_that_never_lasts(
-    bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket,
+    run: SettledRun,
+    media: MediaServer,
+    context_of: ContextOf,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It fails after a few tries, with a clear reason; the next attempt works."""
     monkeypatch.setitem(handlers.storage.clouds._RETRIES, "max_retries", 1)
@@ -275,7 +286,9 @@ async def test_wrong_credentials(bucket: Bucket, run: SettledRun, context_of: Co
     run = replace(run, outputs=(Output(position=0, output_id="a", type="text", value="x"),))
     await bucket.let_in_nobody()
     try:
-        with pytest.raises(PlaceError, match=r"InvalidAccessKeyId, .*check credentials and permissions") as caught:
+        with pytest.raises(
+            PlaceError, match=r"InvalidAccessKeyId, .*check credentials and permissions"
+        ) as caught:
             await storage(bucket).check()
         answer = await storage(bucket).handle(run, context_of())
     finally:
@@ -295,7 +308,10 @@ DENIED: tuple[int, dict[str, str], bytes] = (403, {}, b"<Error><Code>AccessDenie
     [
         ({"PUT": DENIED}, "cannot write to s3://bucket/pre: AccessDenied"),
         ({"PUT": OK, "GET": DENIED}, "can write to, but not read from, s3://bucket/pre: AccessDenied"),
-        ({"PUT": OK, "GET": OK, "DELETE": DENIED}, "can write to, but not delete from, s3://bucket/pre: AccessDenied"),
+        (
+            {"PUT": OK, "GET": OK, "DELETE": DENIED},
+            "can write to, but not delete from, s3://bucket/pre: AccessDenied",
+        ),
         (
             {"PUT": OK, "GET": OK, "DELETE": OK, "HEAD": DENIED},
             "can write to, but not look up missing objects in, s3://bucket/pre: refused",
@@ -322,7 +338,9 @@ async def test_what_a_store_holds_is_compared(monkeypatch: pytest.MonkeyPatch) -
         ("opaque", b"hullo", sized, None),
     ]:
         async with scripted_store(
-            PUT=(200, {"ETag": f'"{etag}"'}, b""), GET=(200, {"ETag": '"x"'}, content), HEAD=(200, head, b"")
+            PUT=(200, {"ETag": f'"{etag}"'}, b""),
+            GET=(200, {"ETag": '"x"'}, content),
+            HEAD=(200, head, b""),
         ) as store:
             place = Bucket(store.endpoint).place()
             if error:
@@ -338,7 +356,9 @@ async def test_what_a_store_holds_is_compared(monkeypatch: pytest.MonkeyPatch) -
 async def test_what_came_in_parts_is_compared_too() -> None:
     """The ETag of an upload in parts is checked likewise."""
     body = BIG[: PART_BYTES + 5]
-    parts = [hashlib.md5(part, usedforsecurity=False).digest() for part in (body[:PART_BYTES], body[PART_BYTES:])]
+    parts = [
+        hashlib.md5(part, usedforsecurity=False).digest() for part in (body[:PART_BYTES], body[PART_BYTES:])
+    ]
     etag = f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-2"
     for shown, content, error in [
         (etag, b"never read", None),
@@ -364,7 +384,9 @@ async def test_what_came_in_parts_is_compared_too() -> None:
 @pytest.mark.parametrize("name", ["ä" * 60, "aä" * 60, "aaä" * 60, "x" * 300, "日" * 1000, "😀" * 90])
 async def test_labels_end_with_a_whole_character(bucket: Bucket, name: str) -> None:
     """A label is cut if too long, between characters."""
-    await bucket.place().write("a", chunks(b"x"), content_type=None, expected=None, metadata={"output": name})
+    await bucket.place().write(
+        "a", chunks(b"x"), content_type=None, expected=None, metadata={"output": name}
+    )
     _, labels, _ = await read_object(bucket, "a")
     assert 240 < len(labels["output"]) <= 256
     assert name.startswith(unquote(labels["output"], errors="strict"))
@@ -374,7 +396,12 @@ async def test_the_usual_environment_works_and_options_override_it(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`AWS_…` as for other programs; options in `store` take precedence."""
-    names = {"ENDPOINT_URL": bucket.endpoint, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ALLOW_HTTP": "true"}
+    names = {
+        "ENDPOINT_URL": bucket.endpoint,
+        "ACCESS_KEY_ID": "a",
+        "SECRET_ACCESS_KEY": "b",
+        "ALLOW_HTTP": "true",
+    }
     for name, value in {**names, "REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     handler = Storage(StorageConfig(url="s3://bucket/env"))
@@ -387,7 +414,12 @@ def test_secrets_come_from_where_secrets_come_from(tmp_path: Any) -> None:
     """Each option may point to the environment or to a file; none is shown."""
     file = tmp_path / "secret"
     file.write_text(f"{SECRET}\n")
-    options = {"access_key_id": "env:KEY", "secret_access_key": f"file:{file}", "timeout": "5s", "aws_allow_http": True}
+    options = {
+        "access_key_id": "env:KEY",
+        "secret_access_key": f"file:{file}",
+        "timeout": "5s",
+        "aws_allow_http": True,
+    }
     config = StorageConfig.model_validate(
         {"url": "s3://bucket", "store": options}, context={"environ": {"KEY": "AKIAEXAMPLE"}}
     )
@@ -452,7 +484,11 @@ asyncio.run(main())
 def test_two_hundred_megabytes_take_little_memory(bucket: Bucket) -> None:
     """In parts, a few at a time: a large output takes as much as a small one."""
     printed = subprocess.run(
-        [sys.executable, "-c", UPLOAD, bucket.endpoint], check=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", UPLOAD, bucket.endpoint],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
     ).stdout
     size, sha256, growth = printed.split()
     digest = hashlib.sha256()
