@@ -333,9 +333,7 @@ class CallbackExpired(msgspec.Struct, frozen=True):
     run_id: str
 
 
-Report = (
-    RunRegistered | CallbackReceived | RunRead | RunNotFound | ReadFailed | ReadRequested | CallbackExpired
-)
+Report = RunRegistered | CallbackReceived | RunRead | RunNotFound | ReadFailed | ReadRequested | CallbackExpired
 
 
 class Delivery(msgspec.Struct, frozen=True):

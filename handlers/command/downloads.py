@@ -18,9 +18,7 @@ from receiver.handler import (
 _MAX_CONCURRENT = 4
 
 
-async def fetch_all(
-    outputs: Sequence[Output], directory: Path, context: Context
-) -> list[Saved] | Retry | Reject:
+async def fetch_all(outputs: Sequence[Output], directory: Path, context: Context) -> list[Saved] | Retry | Reject:
     """Save every output, a few at a time. Reject only if no failed download may work later."""
     slots = asyncio.Semaphore(_MAX_CONCURRENT)
 
@@ -43,9 +41,7 @@ async def fetch_all(
         tasks = [group.create_task(save(output)) for output in outputs]
     results = [task.result() for task in tasks]
     if retries := [each for each in results if isinstance(each, Retry)]:
-        return Retry(
-            "; ".join(each.reason for each in retries), reread=any(each.reread for each in retries)
-        )
+        return Retry("; ".join(each.reason for each in retries), reread=any(each.reread for each in retries))
     if rejected := [each for each in results if isinstance(each, Reject)]:
         return Reject("; ".join(each.reason for each in rejected))
     return [each for each in results if isinstance(each, Saved)]

@@ -27,9 +27,7 @@ async def _serve(settings: EmulatorSettings) -> None:
     try:
         sockets = bind(settings.host, settings.port)
     except ConfigError as error:  # its problems name the receiver's settings; here they are options
-        raise ConfigError(
-            [Problem("--host, --port", problem.message) for problem in error.problems]
-        ) from error
+        raise ConfigError([Problem("--host, --port", problem.message) for problem in error.problems]) from error
     server = Server(emulator.app, sockets)
     await server.start()
     origin = f"http://{settings.host}:{server.port}"

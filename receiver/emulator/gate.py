@@ -77,9 +77,7 @@ class Gate:
     def _authorize(self, request: Request) -> None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:
-            raise ApiProblem(
-                401, "unauthorized", "Authentication required: send Authorization: Bearer <API key>"
-            )
+            raise ApiProblem(401, "unauthorized", "Authentication required: send Authorization: Bearer <API key>")
         if not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
             raise ApiProblem(401, "invalid_api_key", "Invalid API key")
 

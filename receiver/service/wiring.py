@@ -112,9 +112,7 @@ def build_parts(settings: Settings, *, policy: Policy, clock: Callable[[], datet
     subscriptions = [each.subscription for each in handlers]
     metrics, signals = Metrics(), Signals()
     database = open_database(
-        settings.database.url,
-        listen_url=settings.database.listen_url,
-        pool_size=settings.database.pool_size,
+        settings.database.url, listen_url=settings.database.listen_url, pool_size=settings.database.pool_size
     )
     intake = build_intake(settings, database, subscriptions, policy, signals, metrics, clock)
     flora = settings.flora
@@ -144,9 +142,7 @@ def build_parts(settings: Settings, *, policy: Policy, clock: Callable[[], datet
             head_start=_HEAD_START if database.shared else timedelta(0),
             clock=clock,
         ),
-        dispatcher=build_dispatcher(
-            settings, database, handlers, downloader, intake, signals, metrics, clock
-        ),
+        dispatcher=build_dispatcher(settings, database, handlers, downloader, intake, signals, metrics, clock),
         janitor=build_janitor(settings, database, intake, clock),
         notifier=ChangeNotifier(database, signals),
     )
@@ -229,9 +225,7 @@ def build_dispatcher(
     )
 
 
-def build_janitor(
-    settings: Settings, database: Database, intake: Intake, clock: Callable[[], datetime]
-) -> Janitor:
+def build_janitor(settings: Settings, database: Database, intake: Intake, clock: Callable[[], datetime]) -> Janitor:
     pause = min(_LONGEST_JANITOR_PAUSE_SECONDS, settings.reconcile.callback_window_seconds / 4)
     return Janitor(database, intake, retention=to_retention(settings), pause_seconds=pause, clock=clock)
 
@@ -285,7 +279,15 @@ def build_public_server(
         app = wrap(app)
     sockets = [listener] if listener else bind(public.host, public.port, setting="public")
     guard = build_public_guard(settings, parts.metrics)
-    return Server(app, sockets, cert=settings.tls.cert, key=settings.tls.key, guard=guard, name="public")
+    return Server(
+        app,
+        sockets,
+        cert=settings.tls.cert,
+        key=settings.tls.key,
+        guard=guard,
+        keep_alive_seconds=public.keep_alive_seconds,
+        name="public",
+    )
 
 
 def build_public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
@@ -319,12 +321,11 @@ def build_operations_server(
     is_plain = is_loopback(operations.host) or operations.allow_plaintext
     cert, key = (None, None) if is_plain else (settings.tls.cert, settings.tls.key)
     guard = Guard(_OPERATIONS_LIMITS, on_close=partial(parts.metrics.count_closed_connection, "operations"))
-    return Server(app, sockets, cert=cert, key=key, guard=guard, name="operations")
+    keep_alive = operations.keep_alive_seconds
+    return Server(app, sockets, cert=cert, key=key, guard=guard, keep_alive_seconds=keep_alive, name="operations")
 
 
-def build_operations_app(
-    parts: Parts, access: Access, *, stopping: asyncio.Event, only_probes: bool
-) -> ASGIApp:
+def build_operations_app(parts: Parts, access: Access, *, stopping: asyncio.Event, only_probes: bool) -> ASGIApp:
     monitor = MonitorRoutes(
         parts.database,
         parts.metrics,
@@ -347,9 +348,7 @@ def build_operations_app(
     )
     return ops_app(
         access,
-        DispatchRoutes(
-            parts.database, parts.subscriptions, signals=parts.signals, clock=parts.clock
-        ).routes(),
+        DispatchRoutes(parts.database, parts.subscriptions, signals=parts.signals, clock=parts.clock).routes(),
         runs.routes(),
         BackupRoutes(parts.database).routes(),
         CallbackRoutes(parts.database, clock=parts.clock).routes(),

@@ -19,15 +19,19 @@ A connection is closed, without a response, for one of these reasons:
     too_many    More than `pipelined` requests wait for the response to an earlier one.
     crowded     There are more than `connections`: see `Guard.evict`.
 
-Three things are less obvious:
+What is not HTTP gets a 400 in JSON before its connection is closed: `malformed`.
+
+Four things are less obvious:
 
 - A message that is too large is closed only when *more* comes. uvicorn stops reading until the app
   has consumed what there is, and the app refuses with 413 first.
 - A client may read that response only after it has sent its whole body. What comes after a response
   is therefore read and dropped, up to `discard_bytes`.
-- A request with `Upgrade` is refused. httptools takes its body for the other protocol, uvicorn
-  takes it for the next request. Behind a proxy that would be a request that no caller has sent,
-  and another caller would get its response.
+- An offer of another protocol (`Upgrade`, which Java and curl send for HTTP/2) is ignored. httptools
+  would end such a request at its head and take its body for the other protocol. Behind a proxy that
+  would be a request that no caller has sent, and another caller would get its response. So the head
+  is parsed again without the offer, by a new parser, which then frames the body like any other.
+- What follows on a request that is malformed belongs to no request and is discarded.
 
 A request that arrives in one piece costs a few comparisons. `heads` and `bodies` are dicts in the
 order of their times, so `sweep` looks at the first entries only.
@@ -42,12 +46,15 @@ from itertools import islice
 from operator import itemgetter
 from typing import Any, Literal
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from receiver.web.connections import UNIX_PEER, is_unix, malformed_response
 
 _SWEEP_SECONDS = 0.5
 _PROMPT_SECONDS = 1.0
 """Proper requests are complete within this time, so younger ones are evicted last."""
-Reason = Literal["slow_head", "slow_body", "too_large", "too_many", "crowded"]
+Reason = Literal["slow_head", "slow_body", "too_large", "too_many", "crowded", "malformed"]
 """Why a connection was closed."""
 
 
@@ -149,11 +156,15 @@ class Guard:
 
     def close(self, connection: "GuardedProtocol", reason: Reason) -> None:
         """Close at once, without a response: such a client does not wait for one."""
+        self.count(connection, reason)
+        if connection.transport is not None:
+            connection.transport.abort()
+
+    def count(self, connection: "GuardedProtocol", reason: Reason) -> None:
+        """Count a connection that is closed for a reason, and watch it no longer."""
         self.forget(connection)
         self.closed += 1
         self._on_close(reason)
-        if connection.transport is not None:
-            connection.transport.abort()
 
     async def sweep_forever(self) -> None:
         """Sweep until cancelled."""
@@ -177,9 +188,13 @@ class GuardedProtocol(HttpToolsProtocol):
         """Bytes of the piece that is being parsed."""
         self._discards = False
         """Whether everything that comes is discarded until the connection is closed."""
+        self._offers = False
+        """Whether the head that was just parsed offers another protocol."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if self.client is None and is_unix(transport):
+            self.client = UNIX_PEER
         self._guard.await_head(self)
         self._guard.evict(self, len(self.connections))
 
@@ -192,14 +207,13 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         guard, limits = self._guard, self._guard.limits
         # Before this piece is counted: uvicorn stops reading until the app has consumed what came.
-        if self._bytes > limits.message_bytes and (
-            not self.has_responded or self._bytes > limits.discard_bytes
-        ):
+        if self._bytes > limits.message_bytes and (not self.has_responded or self._bytes > limits.discard_bytes):
             guard.close(self, "too_large")
             return
         self._piece = len(data)
         self._bytes += self._piece
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
         if self._in_body:
             guard.await_body(self)
         elif self._in_head:
@@ -207,25 +221,20 @@ class GuardedProtocol(HttpToolsProtocol):
                 guard.close(self, "too_large")
             else:
                 guard.await_head(self)
-        elif (
-            self._complete
-        ):  # the next piece begins a new message; until then uvicorn's keep-alive timer runs
+        elif self._complete:  # the next piece begins a new message; until then uvicorn's keep-alive timer runs
             self._bytes = 0
             self._complete = False
             guard.await_nothing(self)
 
     def on_message_begin(self) -> None:
         self._in_head = True
-        if (
-            self._complete
-        ):  # in this same piece, whose share of the new message is unknown and counts as none
+        if self._complete:  # in this same piece, whose share of the new message is unknown and counts as none
             self._bytes = 0
             self._complete = False
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._in_body = True
         if (
             self._piece + self._bytes > self._guard.limits.head_bytes
             and self._head_size() > self._guard.limits.head_bytes
@@ -237,27 +246,61 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._guard.close(self, "too_many")
             return
         if self.parser.should_upgrade():
-            self._refuse_upgrade()
+            self._offers = True
             return
         super().on_headers_complete()
+        self._in_body = True
+        self.headers = []  # trailers, which are no headers of the request
 
-    def _refuse_upgrade(self) -> None:
-        """Respond with 400 and discard what follows."""
+    def _feed(self, data: bytes) -> None:
+        """Parse a piece; replaces uvicorn's loop around the parser."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                if not self._offers:
+                    return  # the connection is being closed
+                self._offers = False
+                if (method := self.parser.get_method()) == b"CONNECT":
+                    self._refuse("this is no proxy: CONNECT is not supported")
+                    return
+                data = self._head_without_offer(method) + data[offer.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+            except httptools.HttpParserError as error:
+                self._refuse(_describe(error))
+                return
+            else:
+                return
+
+    def _head_without_offer(self, method: bytes) -> bytes:
+        """Return the head that was just parsed without its `Upgrade` headers."""
+        lines = [b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join((*lines, b"", b""))
+
+    def _refuse(self, message: str) -> None:
+        """Respond with 400, close, and discard what follows."""
+        cycle, is_own = self._last_cycle, self._in_body
         self._discards = True
-        self._in_body = False
-        self._guard.forget(self)
-        cycle: RequestResponseCycle | None = self.cycle
-        if cycle is None or cycle.response_complete:
-            self.send_400_response("No other protocol is supported: leave Upgrade out.")
-        else:
-            self.transport.abort()  # the response to an earlier request would come after this one
-
-    def _unsupported_upgrade_warning(self) -> None:
-        pass  # the request is refused, and uvicorn's advice does not apply
+        self._in_head = self._in_body = self._complete = False
+        if self.transport.is_closing():
+            return
+        self._guard.count(self, "malformed")
+        if cycle is not None and not is_own and not cycle.response_complete:
+            cycle.keep_alive = False  # earlier requests get their responses, and nothing comes after
+            return
+        if cycle is not None and is_own:
+            cycle.disconnected = True  # its app may wait for the rest of the body
+            if cycle.response_started or self.pipeline:
+                self.transport.close()  # a second response would be taken for another request's
+                return
+        self.transport.write(malformed_response(message, self.server_state.default_headers))
+        self.transport.close()
 
     def on_message_complete(self) -> None:
-        if self._discards:
-            return
+        if self._offers:
+            return  # httptools ends the message at its head; it is parsed again
         self._in_body = False
         self._complete = True
         super().on_message_complete()
@@ -265,8 +308,21 @@ class GuardedProtocol(HttpToolsProtocol):
     @property
     def has_responded(self) -> bool:
         """Whether the response to the last request is complete."""
-        cycle: RequestResponseCycle | None = self.cycle  # None at first, which uvicorn's type does not say
+        cycle = self._last_cycle
         return cycle is not None and cycle.response_complete
+
+    @property
+    def _last_cycle(self) -> RequestResponseCycle | None:
+        return self.cycle  # None at first, which uvicorn's type does not say
 
     def _head_size(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+
+
+def _describe(error: httptools.HttpParserError) -> str:
+    """Return what is wrong with a request, in the parser's own words where it has any."""
+    if isinstance(error, httptools.HttpParserCallbackError):
+        return "the target of the request is not a URL"
+    if "PRI" in str(error):
+        return "HTTP/2 is not supported: use HTTP/1.1"
+    return f"this is not valid HTTP/1.1: {error}"

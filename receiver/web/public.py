@@ -23,11 +23,13 @@ from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import HEADER
 from receiver.intake.callbacks import Accepted, CallbackResult, Canary, Duplicate, Ignored, Intake, Refused
 from receiver.telemetry import Metrics
+from receiver.web.connections import MALFORMED
 from receiver.web.forwarded import FORWARDED, make_remote_finder
 
 CALLBACK_PATH = "/callbacks/flora"
 
 STATUS = {
+    MALFORMED: 400,
     "malformed_signature": 400,
     "invalid_payload": 400,
     "missing_signature": 401,
@@ -59,9 +61,7 @@ _SUCCESS = {
     name: _constant_response(HTTPStatus.OK, b'{"status":"%s"}' % name.encode())
     for name in ("accepted", "duplicate", "ignored", "canary")
 } | {
-    "disconnected": _constant_response(
-        HTTPStatus.BAD_REQUEST, b""
-    )  # the sender is gone and does not read it
+    "disconnected": _constant_response(HTTPStatus.BAD_REQUEST, b"")  # the sender is gone and does not read it
 }
 
 
@@ -116,9 +116,7 @@ class CallbackEndpoint:
             try:
                 body = await self._bodies.read(receive, limit)
             except TimeoutError:
-                return intake.refuse(
-                    "body_timeout", "the body did not arrive in time", remote=remote, size=0
-                )
+                return intake.refuse("body_timeout", "the body did not arrive in time", remote=remote, size=0)
             except ClientDisconnect:
                 return "disconnected"
         if body is None:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from receiver.errors import ConfigError, Problem
 from receiver.web.accept_limits import Acceptor, max_handshakes
 from receiver.web.connection_guard import Guard
+from receiver.web.connections import H11Connection
 
 _UNGUARDED_CONNECTIONS = 2000
 """How many connections a listener without a guard is prepared for."""
@@ -33,11 +34,7 @@ def bind(host: str, port: int, *, setting: str = "public") -> list[socket.socket
     except OSError as error:
         listener.close()
         raise ConfigError(
-            [
-                Problem(
-                    f"{setting}.port", f"cannot listen on {host}:{port}: {error.strerror}; choose another"
-                )
-            ]
+            [Problem(f"{setting}.port", f"cannot listen on {host}:{port}: {error.strerror}; choose another")]
         ) from error
     listener.set_inheritable(True)
     return [listener]
@@ -54,25 +51,27 @@ class Server(uvicorn.Server):
         cert: Path | None = None,
         key: Path | None = None,
         guard: Guard | None = None,
+        keep_alive_seconds: int = 120,
         name: str = "http",
     ) -> None:
         """Configure uvicorn: httptools within the limits of `guard`, or else h11, which is slower.
 
-        `name` is that of the listener's tasks.
+        `keep_alive_seconds` is how long a connection may be idle: longer than a proxy in front keeps
+        it, so that it is the proxy that ends idle ones. `name` is that of the listener's tasks.
         """
         super().__init__(
             uvicorn.Config(
                 app,
                 lifespan="off",
                 # uvicorn calls the class, so a function that returns a protocol serves as well.
-                http="h11" if guard is None else cast("type[asyncio.Protocol]", guard.protocol),
+                http=H11Connection if guard is None else cast("type[asyncio.Protocol]", guard.protocol),
                 h11_max_incomplete_event_size=16 * 1024,
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,  # the public listener reads them itself
-                timeout_keep_alive=120,  # longer than a proxy's, which then ends idle ones
+                timeout_keep_alive=keep_alive_seconds,
                 timeout_graceful_shutdown=5,
                 ssl_certfile=cert,
                 ssl_keyfile=key,

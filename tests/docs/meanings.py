@@ -6,6 +6,7 @@ The generated tables show these texts beside the names that the code has.
 from collections.abc import Mapping
 
 REFUSAL_MEANINGS: Mapping[str, str] = {
+    "malformed_request": "The request is not valid HTTP/1.1. The connection is closed.",
     "malformed_signature": "The `Flora-Signature` header is not `t=…,v1=…`.",
     "invalid_payload": "The body is signed, but is not a callback as FLORA documents it. It is stored.",
     "missing_signature": "There is no `Flora-Signature` header.",
@@ -30,6 +31,8 @@ CASE_MEANINGS: Mapping[str, str] = {
     "contradicting_pair": "Two deliveries about one run, the first `completed`, the second `failed`.",
     "retry_after_six_minutes": "An authentic callback signed 400 seconds ago, "
     "as FLORA's last retry may be: expects `accepted`.",
+    "malformed_request": "Both `Content-Length` and `Transfer-Encoding`, which HTTP forbids: expects 400 "
+    '(`public.http = "h11"` allows it).',
     "missing_signature": "No `Flora-Signature` header: expects 401.",
     "malformed_signature": "A `Flora-Signature` header that cannot be parsed: expects 400.",
     "signature_mismatch": "Signed with another secret: expects 401.",

@@ -1,4 +1,4 @@
-"""The handler `forward` with an HTTPS server that verifies as Standard Webhooks does."""
+"""Posting runs: to a real HTTPS server that verifies them as Standard Webhooks does, in good weather and bad."""
 
 import asyncio
 import base64
@@ -51,13 +51,7 @@ class Stand:
     ca: Path
 
     def config(self, **options: Any) -> ForwardConfig:
-        values = {
-            "url": self.target.url,
-            "secret": SECRET,
-            "allow_private": True,
-            "ca_file": self.ca,
-            **options,
-        }
+        values = {"url": self.target.url, "secret": SECRET, "allow_private": True, "ca_file": self.ca, **options}
         return ForwardConfig.model_validate(values, context={"environ": {"TOKEN": TOKEN}})
 
     async def forward(self, run: SettledRun, context: MemoryContext, **options: Any) -> Answer:
@@ -76,7 +70,7 @@ async def stand(tmp_path: Path) -> AsyncIterator[Stand]:
 
 
 async def test_a_run_arrives_signed(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """The request is complete, and the library accepts its signature, not one of another secret."""
+    """What the other side needs is all there, and its own library takes the signature; another secret's does not."""
     context = context_of()
     image = Output(position=0, output_id="hero", type="imageUrl", value="https://media.test/a.png")
     text = Output(position=1, output_id="words", type="text", value="Grüße\u2028")
@@ -96,7 +90,7 @@ async def test_a_run_arrives_signed(stand: Stand, run: SettledRun, context_of: C
 
 
 async def test_the_id_stays_the_same(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """Posted again, after a crash or a lost response, it has the same id."""
+    """However often it is posted, after a crash or a lost answer: the other side can tell a repeat."""
     stand.target.answers = [
         Page(b"HTTP/1.1 200"),
         answer(),
@@ -109,19 +103,15 @@ async def test_the_id_stays_the_same(stand: Stand, run: SettledRun, context_of: 
     assert (first.headers["webhook-id"], first.body) == (second.headers["webhook-id"], second.body)
 
 
-async def test_while_a_secret_is_rotated_both_verify(
-    stand: Stand, run: SettledRun, context_of: ContextOf
-) -> None:
+async def test_while_a_secret_is_rotated_both_verify(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
     await stand.forward(run, context_of(), secret=[OTHER, SECRET])
     (post,) = stand.target.posts
     for secret in (SECRET, OTHER):
         assert Webhook(secret).verify(post.body, post.headers)["run_id"] == "run_1"
 
 
-async def test_a_strange_run_id_is_signed_as_it_is_sent(
-    stand: Stand, run: SettledRun, context_of: ContextOf
-) -> None:
-    """FLORA's ids are opaque: what headers cannot hold is encoded, and signed so."""
+async def test_a_strange_run_id_is_signed_as_it_is_sent(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
+    """FLORA's ids are opaque: what no header can hold is encoded, in the signature as in the header."""
     strange = 'run_ü%"\r\nInjected: 1'
     await stand.forward(replace(run, run_id=strange), context_of(strange), cloudevents=True)
     (post,) = stand.target.posts
@@ -131,11 +121,9 @@ async def test_a_strange_run_id_is_signed_as_it_is_sent(
 
 
 async def test_cloudevents_and_own_headers(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """If configured; the values may come from the environment."""
+    """On demand; the values may come from the environment."""
     context = context_of(event=Event.LOST)
-    await stand.forward(
-        run, context, cloudevents=True, headers={"Authorization": "env:TOKEN", "X-Team": "art"}
-    )
+    await stand.forward(run, context, cloudevents=True, headers={"Authorization": "env:TOKEN", "X-Team": "art"})
     (post,) = stand.target.posts
     assert {name: value for name, value in post.headers.items() if name.startswith("ce-")} == {
         "ce-specversion": "1.0",
@@ -149,11 +137,9 @@ async def test_cloudevents_and_own_headers(stand: Stand, run: SettledRun, contex
 
 
 async def test_unsigned_and_without_text(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """Both only if configured."""
+    """Both only where it is said."""
     text = Output(position=0, output_id="words", type="text", value="long")
-    await stand.forward(
-        replace(run, outputs=(text,)), context_of(), secret=[], unsigned=True, include_text=False
-    )
+    await stand.forward(replace(run, outputs=(text,)), context_of(), secret=[], unsigned=True, include_text=False)
     (post,) = stand.target.posts
     assert "webhook-signature" not in post.headers
     assert json.loads(post.body)["outputs"][0]["text"] is None
@@ -169,10 +155,8 @@ async def test_2xx_is_done(stand: Stand, run: SettledRun, context_of: ContextOf,
     ("status", "words"),
     [("410 Gone", "remove the handler"), ("301 Moved", "redirects are not followed"), ("308 M", "`url`")],
 )
-async def test_what_ends_it(
-    stand: Stand, run: SettledRun, context_of: ContextOf, status: str, words: str
-) -> None:
-    """410 is final; a redirect is not followed, and the reason says what to do."""
+async def test_what_ends_it(stand: Stand, run: SettledRun, context_of: ContextOf, status: str, words: str) -> None:
+    """Gone is gone; a redirect is not followed, and says what to do."""
     async with target() as other:
         stand.target.answers = [answer(status, b"", f"Location: {other.url}")]
         found = await stand.forward(run, context_of())
@@ -181,13 +165,9 @@ async def test_what_ends_it(
         assert not other.posts
 
 
-@pytest.mark.parametrize(
-    "status", [400, 401, 403, 404, 405, 408, 409, 413, 418, 422, 429, 500, 502, 503, 504, 599]
-)
-async def test_what_is_tried_again(
-    stand: Stand, run: SettledRun, context_of: ContextOf, status: int
-) -> None:
-    """A faulty deployment of the target responds with any of these; runs must outlast it."""
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 408, 409, 413, 418, 422, 429, 500, 502, 503, 504, 599])
+async def test_what_is_tried_again(stand: Stand, run: SettledRun, context_of: ContextOf, status: int) -> None:
+    """A wrong deploy on the other side answers any of these; runs must outlast it."""
     stand.target.answers = [answer(f"{status} No", b"because")]
     found = await stand.forward(run, context_of())
     assert isinstance(found, Retry)
@@ -219,11 +199,9 @@ async def test_retry_after_is_obeyed_within_limits(
     least: float | None,
     most: float | None,
 ) -> None:
-    """Seconds or date; an hour at most, and not so short that the attempts are used up."""
-    retry_after = (
-        value if isinstance(value, str) else format_datetime(datetime.now(UTC) + value, usegmt=True)
-    )
-    stand.target.answers = [answer(status, b"", f"Retry-After: {retry_after}")]
+    """Seconds or date; an hour at most, and never so short that the attempts are used up at once."""
+    told = value if isinstance(value, str) else format_datetime(datetime.now(UTC) + value, usegmt=True)
+    stand.target.answers = [answer(status, b"", f"Retry-After: {told}")]
     found = await stand.forward(run, context_of(attempt=attempt))
     assert isinstance(found, Retry)
     if least is None or most is None:
@@ -233,8 +211,8 @@ async def test_retry_after_is_obeyed_within_limits(
         assert least <= found.after_seconds <= most
 
 
-async def test_no_secret_is_ever_reported(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """A server that echoes everything puts no secret into the reason; nor does repr."""
+async def test_no_secret_is_ever_told(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
+    """A server that quotes everything back puts none of it into the reason; nor does the configuration's repr."""
     context = context_of()
     image = Output(position=0, output_id="hero", type="imageUrl", value="https://media.test/a.png")
     echo = f"POST /hooks/flora Authorization: {TOKEN} s3cret {image.value} end".encode()
@@ -250,15 +228,13 @@ async def test_no_secret_is_ever_reported(stand: Stand, run: SettledRun, context
 
 
 async def test_silence_is_tried_again(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """A response that trickles in does not exceed the timeout."""
+    """A head that drips does not hold the handler beyond its time."""
     stand.target.answers = [Page(b"HTTP/1.1 200 OK\r\nX-", hold=True)]
-    assert await stand.forward(run, context_of(), answer_seconds=0.1) == Retry(
-        "localhost: no answer within 0.1 s"
-    )
+    assert await stand.forward(run, context_of(), answer_seconds=0.1) == Retry("localhost: no answer within 0.1 s")
 
 
 async def test_cancellation_hangs_up(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """The end of the attempt or of the service leaves no connection open."""
+    """The attempt's end, or the service's, leaves no connection behind."""
     stand.target.answers = [Page(b"", hold=True)]
     task = asyncio.create_task(stand.forward(run, context_of()))
     await stand.target.held.wait()
@@ -268,10 +244,8 @@ async def test_cancellation_hangs_up(stand: Stand, run: SettledRun, context_of: 
     await stand.target.gone.wait()
 
 
-async def test_check_connects_and_posts_nothing(
-    stand: Stand, run: SettledRun, context_of: ContextOf
-) -> None:
-    """An unreachable target is a warning; a wrong certificate or a private address is an error."""
+async def test_check_connects_and_posts_nothing(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
+    """Nobody there is a warning; a wrong certificate, or an address inside, is an error."""
     await Forward(stand.config()).check()
     assert not stand.target.posts
     with pytest.raises(PostRefusedError, match="ca_file"):
@@ -283,9 +257,7 @@ async def test_check_connects_and_posts_nothing(
     moved = Forward(stand.config(), poster=Poster("https://hooks.test/", resolve=inside))
     with pytest.raises(PostRefusedError, match=r"hooks\.test is at 192\.168\.0\.1"):
         await moved.check()
-    assert isinstance(
-        await moved.handle(run, context_of()), Retry
-    )  # names are put right, and nothing is lost
+    assert isinstance(await moved.handle(run, context_of()), Retry)  # names are put right, and nothing is lost
     stand.target.port = 1
     nobody = Forward(stand.config())
     with pytest.raises(TargetUnreachableError):
@@ -315,7 +287,7 @@ async def test_check_connects_and_posts_nothing(
         ({"redirects": True}, "Extra"),
     ],
 )
-def test_a_wrong_configuration_is_refused_before_the_first_run(options: dict[str, Any], words: str) -> None:
+def test_what_is_wrong_is_told_before_the_first_run(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         ForwardConfig.model_validate(
             {"url": "https://example.com/x", "secret": SECRET, **options}, context={"environ": {}}
@@ -326,10 +298,8 @@ def test_every_option_is_explained() -> None:
     assert all(field.description for field in ForwardConfig.model_fields.values())
 
 
-async def test_several_targets_are_several_handlers(
-    stand: Stand, run: SettledRun, context_of: ContextOf
-) -> None:
-    """Each has its name, key and result: what one refuses, the other has accepted."""
+async def test_several_targets_are_several_handlers(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
+    """Each has its name, its key and its own luck: what one refuses the other has got."""
     options = {"secret": SECRET, "allow_private": True, "ca_file": str(stand.ca)}
     async with target() as other:
         other.answers = [answer("500 Oops")]

@@ -1,4 +1,4 @@
-"""The handler `storage` on a disk: repeats, interruptions, failures."""
+"""Storage: real downloads from loopback onto a real disk, again and again, interrupted, and where it cannot work."""
 
 import asyncio
 import errno
@@ -20,19 +20,7 @@ from handlers.storage import Storage, StorageConfig, open_place
 from handlers.storage.disk import LocalDisk
 from handlers.storage.objects import ObjectStore
 from handlers.storage.places import Place, PlaceError
-from receiver.handler import (
-    MANIFEST,
-    Answer,
-    Checks,
-    Closes,
-    Done,
-    Event,
-    Handler,
-    Output,
-    Reject,
-    Retry,
-    SettledRun,
-)
+from receiver.handler import MANIFEST, Answer, Checks, Closes, Done, Event, Handler, Output, Reject, Retry, SettledRun
 from receiver.testing.stand import run_stand
 from tests.support.media import MediaServer, Page, page
 
@@ -55,13 +43,11 @@ def text(position: int, value: str = "Grüße", output_id: str = "words") -> Out
 
 
 def files(root: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def identities(root: Path, of: str = "*") -> dict[str, tuple[int, int]]:
-    """Inode and time of every file and directory, or of those matching `of`."""
+    """What changes when anything is written: inode and time of every file and directory, or of those matching `of`."""
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in root.rglob(of)}
 
 
@@ -81,7 +67,7 @@ def reason(answer: Answer) -> str:
 async def test_a_run_becomes_files_records_and_a_manifest(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """By default: a directory per day and run, a file per output, `run.json`, all recorded."""
+    """The default: a directory per day and run, one file per output, `run.json` beside them, all of it on record."""
     picture = media.output("/secret", page(PNG), output_id="hero")
     context = context_of()
     answer = await storage(root).handle(replace(run, outputs=(picture, text(1))), context)
@@ -93,24 +79,20 @@ async def test_a_run_becomes_files_records_and_a_manifest(
 
     image = context.records[0]
     assert image.location == (root / "2026-11-24/run_1/hero.png").as_uri()
-    assert (image.size, image.sha256, image.content_type) == (
-        len(PNG),
-        hashlib.sha256(PNG).hexdigest(),
-        "image/png",
-    )
+    assert (image.size, image.sha256, image.content_type) == (len(PNG), hashlib.sha256(PNG).hexdigest(), "image/png")
     assert context.records[MANIFEST].sha256 == hashlib.sha256(manifest).hexdigest()
     assert all(record.stored_at for record in context.records.values())
 
-    content = json.loads(manifest)
+    told = json.loads(manifest)
     assert b"secret" not in manifest
-    assert (content["run_id"], content["settled_by"], content["verdict"], content["charged_cost"]) == (
+    assert (told["run_id"], told["settled_by"], told["verdict"], told["charged_cost"]) == (
         "run_1",
         "callback",
         "matched",
         None,
     )
-    assert [each["sha256"] for each in content["outputs"]] == [image.sha256, context.records[1].sha256]
-    assert content["outputs"][0]["location"] == image.location
+    assert [each["sha256"] for each in told["outputs"]] == [image.sha256, context.records[1].sha256]
+    assert told["outputs"][0]["location"] == image.location
 
 
 @pytest.mark.parametrize("place", ["{root}", "../outputs"])
@@ -122,7 +104,7 @@ async def test_running_again_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     place: str,
 ) -> None:
-    """What is recorded and exists is not fetched, whatever the directory's spelling."""
+    """What is on record and still there is not even fetched, wherever the directory is said to be."""
     here = root.parent / "here"
     here.mkdir(parents=True)
     monkeypatch.chdir(here)
@@ -137,7 +119,7 @@ async def test_running_again_writes_nothing(
 async def test_a_crash_between_rename_and_record_changes_nothing(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Files that are not recorded are fetched to compare, and left as they are."""
+    """Files that are there but not on record are fetched to compare, and left as they are."""
     run = replace(run, outputs=(media.output("/a", page(PNG)), text(1)))
     await storage(root).handle(run, context_of())
     before = identities(root, of="*.*")
@@ -151,7 +133,7 @@ async def test_a_crash_between_rename_and_record_changes_nothing(
 async def test_what_is_gone_or_damaged_is_stored_again(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, damage: bytes | None
 ) -> None:
-    """A record counts only if a file of that size exists."""
+    """A record is believed only while a file of that size is there."""
     run = replace(run, outputs=(media.output("/a", page(PNG)),))
     context = context_of()
     await storage(root).handle(run, context)
@@ -167,7 +149,7 @@ async def test_what_is_gone_or_damaged_is_stored_again(
 async def test_the_cost_brings_the_manifest_up_to_date(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """With the final cost, only the manifest is replaced."""
+    """Told of the cost, only the manifest is replaced."""
     run = replace(run, outputs=(media.output("/a", page(PNG)),))
     handler, context = storage(root), context_of()
     assert handler.on == (Event.SETTLED, Event.COST_FINAL)
@@ -183,7 +165,7 @@ async def test_the_cost_brings_the_manifest_up_to_date(
 
 
 @pytest.mark.parametrize(
-    ("start_request", "included"),
+    ("asked", "told"),
     [
         (
             {
@@ -201,12 +183,7 @@ async def test_the_cost_brings_the_manifest_up_to_date(
             },
         ),
         (
-            {
-                "type": "image",
-                "prompt": "a fox",
-                "model": "m1",
-                "params": {"image": "https://media.test/secret"},
-            },
+            {"type": "image", "prompt": "a fox", "model": "m1", "params": {"image": "https://media.test/secret"}},
             {"prompt": "a fox", "model": "m1"},
         ),
         ({"type": "text", "prompt": "a fox", "inputs": "none"}, {"prompt": "a fox", "model": None}),
@@ -214,35 +191,28 @@ async def test_the_cost_brings_the_manifest_up_to_date(
         (None, {}),
     ],
 )
-async def test_the_manifest_includes_the_prompt_if_configured(
-    root: Path,
-    run: SettledRun,
-    context_of: ContextOf,
-    start_request: dict[str, Any] | None,
-    included: dict[str, Any],
+async def test_the_manifest_tells_the_prompt_where_that_is_wanted(
+    root: Path, run: SettledRun, context_of: ContextOf, asked: dict[str, Any] | None, told: dict[str, Any]
 ) -> None:
-    """Only texts, since media URLs are secrets; nothing of a run that was started elsewhere."""
+    """Texts alone, since whoever has a media URL has the media; of a run that was started elsewhere nothing is known."""
     run = replace(run, outputs=(text(0),))
     path, names = root / "2026-11-24/run_1/run.json", ("inputs", "prompt", "model")
-    context = context_of(asked=start_request)
+    context = context_of(asked=asked)
     assert isinstance(await storage(root).handle(run, context), Done)
     assert not set(names) & json.loads(path.read_bytes()).keys()
     assert isinstance(await storage(root, embed_metadata=True).handle(run, context), Done)
     content = json.loads(path.read_bytes())
-    assert {name: content[name] for name in names if name in content} == included
+    assert {name: content[name] for name in names if name in content} == told
     assert (content["technique_id"], content["run_id"]) == ("tech_1", "run_1")
     assert b"secret" not in path.read_bytes()
 
 
-async def test_the_manifest_of_a_run_started_here_has_its_prompt(root: Path, tmp_path: Path) -> None:
-    """From the API to the file, without the token that links the callback to its start."""
-    handler = {
-        "use": "storage",
-        "options": {"url": str(root), "embed_metadata": True, "key": "{output_id}{ext}"},
-    }
+async def test_a_run_that_is_started_here_is_told_with_its_prompt(root: Path, tmp_path: Path) -> None:
+    """From the API through FLORA into the file, without the token that links the callback to its start."""
+    handler = {"use": "storage", "options": {"url": str(root), "embed_metadata": True, "key": "{output_id}{ext}"}}
     async with run_stand(tmp_path, [handler]) as stand:
-        started = await stand.run("emu-text")
-    manifest = files(root)[f"{started.run_id}.run.json"]
+        told = await stand.run("emu-text")
+    manifest = files(root)[f"{told.run_id}.run.json"]
     assert json.loads(manifest)["inputs"] == [{"id": "prompt", "type": "text", "value": "a lighthouse"}]
     assert b"start=" not in manifest
 
@@ -252,9 +222,7 @@ async def test_equal_ids_become_different_files(
 ) -> None:
     """Output ids may repeat within a run."""
     outputs = tuple(media.output(f"/{n}", page(PNG + bytes([n])), position=n) for n in range(6))
-    assert isinstance(
-        await storage(root, manifest=False).handle(replace(run, outputs=outputs), context_of()), Done
-    )
+    assert isinstance(await storage(root, manifest=False).handle(replace(run, outputs=outputs), context_of()), Done)
     directory = "2026-11-24/run_1"
     names = ["out.png", *(f"out-{n}.png" for n in range(1, 6))]
     assert files(root) == {f"{directory}/{name}": PNG + bytes([n]) for n, name in enumerate(names)}
@@ -263,10 +231,7 @@ async def test_equal_ids_become_different_files(
 async def test_hostile_names_stay_inside(root: Path, run: SettledRun, context_of: ContextOf) -> None:
     """An id or metadata with a path in it names one file below the root."""
     run = replace(
-        run,
-        run_id="run_/../../x",
-        metadata={"m": "../../../etc"},
-        outputs=(text(0, output_id="../../evil\0"),),
+        run, run_id="run_/../../x", metadata={"m": "../../../etc"}, outputs=(text(0, output_id="../../evil\0"),)
     )
     assert isinstance(
         await storage(root, key="{metadata[m]}/{run_id}/{output_id}{ext}").handle(run, context_of()), Done
@@ -275,24 +240,18 @@ async def test_hostile_names_stay_inside(root: Path, run: SettledRun, context_of
     assert [path.name for path in root.parent.iterdir()] == ["outputs"]
 
 
-async def test_a_run_without_outputs_is_its_manifest(
-    root: Path, run: SettledRun, context_of: ContextOf
-) -> None:
-    """If failed runs are configured, they have a manifest."""
+async def test_a_run_without_outputs_is_its_manifest(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """Where failed runs are wanted too, they leave a trace."""
     run = replace(run, status="failed", error_code="model_timeout", error_message="too slow")
     assert await storage(root).handle(run, context_of()) == Done({"files": 0, "bytes": 0})
-    content = json.loads(files(root)["2026-11-24/run_1/run.json"])
-    assert content["error"] == {"code": "model_timeout", "message": "too slow"}
+    told = json.loads(files(root)["2026-11-24/run_1/run.json"])
+    assert told["error"] == {"code": "model_timeout", "message": "too slow"}
 
 
-async def test_another_runs_place_is_never_written_to(
-    root: Path, run: SettledRun, context_of: ContextOf
-) -> None:
-    """Of two runs with one key, the second is rejected with a fix; the first keeps its file."""
+async def test_another_runs_place_is_never_written_to(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """Two runs under one key: the second is rejected, and told how to cure it; the first keeps its file."""
     handler = storage(root, key="{output_id}{ext}", manifest=False)
-    assert isinstance(
-        await handler.handle(replace(run, outputs=(text(0, "first"),)), context_of("run_1")), Done
-    )
+    assert isinstance(await handler.handle(replace(run, outputs=(text(0, "first"),)), context_of("run_1")), Done)
     second = replace(run, run_id="run_2", outputs=(text(0, "second"), text(1, "fine", "other")))
     answer = await handler.handle(second, context_of("run_2"))
     assert isinstance(answer, Reject)
@@ -312,26 +271,16 @@ async def test_another_runs_place_is_never_written_to(
     ],
 )
 async def test_one_failure_does_not_stop_the_others(
-    root: Path,
-    media: MediaServer,
-    run: SettledRun,
-    context_of: ContextOf,
-    answer: Page,
-    kind: type[Answer],
-    why: str,
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, answer: Page, kind: type[Answer], why: str
 ) -> None:
-    """The others are stored, no manifest claims more, and the reason says what failed."""
-    outputs = (
-        media.output("/secret", answer),
-        media.output("/good", page(PNG), position=1, output_id="good"),
-        text(2),
-    )
+    """The other outputs are safe, no manifest claims that all are, and the answer says which failed and why."""
+    outputs = (media.output("/secret", answer), media.output("/good", page(PNG), position=1, output_id="good"), text(2))
     context = context_of()
-    result = await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context)
-    assert isinstance(result, kind)
-    assert reason(result).startswith("output 0 (out): ")
-    assert why in reason(result)
-    assert "secret" not in reason(result)
+    told = await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context)
+    assert isinstance(told, kind)
+    assert reason(told).startswith("output 0 (out): ")
+    assert why in reason(told)
+    assert "secret" not in reason(told)
     assert set(files(root)) == {"2026-11-24/run_1/good.png", "2026-11-24/run_1/words.txt"}
     assert {position for position, record in context.records.items() if record.stored_at} == {1, 2}
 
@@ -339,18 +288,14 @@ async def test_one_failure_does_not_stop_the_others(
 async def test_what_is_likely_small_is_safe_first(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Text, images, sound, film, in any order of the run, which the manifest keeps."""
+    """Text before images before sound before film, whatever the order in the run, which the manifest keeps."""
     kinds = ("videoUrl", "audioUrl", "imageUrl", "documentUrl", "text", "somethingNewUrl")
     outputs = tuple(
-        text(n)
-        if kind == "text"
-        else media.output(f"/{kind}", page(PNG), position=n, output_id=kind, kind=kind)
+        text(n) if kind == "text" else media.output(f"/{kind}", page(PNG), position=n, output_id=kind, kind=kind)
         for n, kind in enumerate(kinds)
     )
     context = context_of()
-    assert isinstance(
-        await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context), Done
-    )
+    assert isinstance(await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context), Done)
     assert [kinds[n] for n in list(context.records) if n != MANIFEST] == [
         "text", "imageUrl", "documentUrl", "audioUrl", "videoUrl", "somethingNewUrl",
     ]  # fmt: skip
@@ -370,15 +315,9 @@ async def test_what_is_likely_small_is_safe_first(
     ],
 )
 async def test_a_file_that_is_not_the_runs_own(
-    root: Path,
-    media: MediaServer,
-    run: SettledRun,
-    context_of: ContextOf,
-    overwrite: str,
-    there: bytes,
-    kind: type,
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, overwrite: str, there: bytes, kind: type
 ) -> None:
-    """`overwrite` decides; a refusal names the file and leaves nothing reserved."""
+    """It is met as `overwrite` says, and a refusal says what lies in the way and leaves nothing reserved."""
     path = root / "2026-11-24/run_1/out.png"
     path.parent.mkdir(parents=True)
     path.write_bytes(there)
@@ -401,17 +340,14 @@ async def test_a_file_that_is_not_the_runs_own(
 async def test_two_receivers_may_share_a_directory(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Separate ledgers, the same runs at the same time: each file is whole."""
-    outputs = (
-        media.output("/a", page(PNG * 200)),
-        *(text(n, "x" * n * 1000, f"words-{n}") for n in range(1, 5)),
-    )
+    """Ledgers that know nothing of each other, the same runs at the same time: each file is whole, and nobody loses."""
+    outputs = (media.output("/a", page(PNG * 200)), *(text(n, "x" * n * 1000, f"words-{n}") for n in range(1, 5)))
     runs = [replace(run, run_id=f"run_{n}", outputs=outputs) for n in range(8)]
 
     async def receiver(verdict: str) -> list[Answer]:
         handler = storage(root, key="{technique_id}/{run_id}-{output_id}{ext}")
-        attempts = [(replace(each, verdict=verdict), context_of(each.run_id, places={})) for each in runs]
-        return await asyncio.gather(*(handler.handle(*each) for each in attempts))
+        told = [(replace(each, verdict=verdict), context_of(each.run_id, places={})) for each in runs]
+        return await asyncio.gather(*(handler.handle(*each) for each in told))
 
     answers = await asyncio.gather(receiver("matched"), receiver("recovered"), receiver("late"))
     assert all(isinstance(answer, Done) for each in answers for answer in each)
@@ -426,7 +362,7 @@ async def test_two_receivers_may_share_a_directory(
 async def test_a_link_in_the_place_of_a_file(
     root: Path, tmp_path: Path, run: SettledRun, context_of: ContextOf, overwrite: str
 ) -> None:
-    """Nothing is written through it; `always` replaces the link itself."""
+    """Nothing is ever written through it: it is someone else's file, and `always` replaces the link itself."""
     victim, place = tmp_path / "victim", root / "2026-11-24/run_1/words.txt"
     victim.write_bytes(b"precious")
     place.parent.mkdir(parents=True)
@@ -441,7 +377,7 @@ async def test_a_link_in_the_place_of_a_file(
 async def test_what_was_moved_elsewhere_and_linked_is_still_there(
     root: Path, tmp_path: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Operators free space so; nothing is fetched again, and new files follow."""
+    """Operators make room so, for files and for directories; nothing is fetched again, and new files follow."""
     run = replace(run, outputs=(media.output("/a", page(PNG)),))
     handler, context = storage(root), context_of()
     await handler.handle(run, context)
@@ -456,7 +392,7 @@ async def test_what_was_moved_elsewhere_and_linked_is_still_there(
 
 
 async def test_what_is_no_file_is_in_the_way(root: Path, run: SettledRun, context_of: ContextOf) -> None:
-    """A directory is not read or replaced, a pipe does not block, a dead link is nothing."""
+    """A directory is neither read nor replaced, a pipe holds nobody up, a link to nowhere is nothing."""
     directory = root / "2026-11-24/run_1"
     (directory / "a.txt").mkdir(parents=True)
     os.mkfifo(directory / "b.txt")
@@ -468,10 +404,10 @@ async def test_what_is_no_file_is_in_the_way(root: Path, run: SettledRun, contex
     assert set(files(directory)) == {"b.txt", "c.txt"}
 
 
-async def test_only_a_manifest_of_the_same_run_is_renewed(
+async def test_another_ledgers_manifest_is_renewed_and_nobody_elses(
     root: Path, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """After the loss of a ledger, files are used as they are; `run.json` must be of the run."""
+    """After the loss of a ledger the same files are taken as they are; `run.json` must be of the same run."""
     run = replace(run, outputs=(text(0),))
     await storage(root).handle(run, context_of())
     later = replace(run, verdict="recovered")
@@ -489,7 +425,7 @@ async def test_only_a_manifest_of_the_same_run_is_renewed(
 async def test_an_own_place_is_written_again_whatever_lies_there(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Reserved in an earlier attempt: `never` concerns files of others."""
+    """Reserved in an earlier attempt: `never` is about others' files."""
     run, context = replace(run, outputs=(media.output("/a", page(PNG)),)), context_of()
     handler = storage(root, overwrite="never")
     await handler.handle(run, context)
@@ -503,7 +439,7 @@ async def test_an_own_place_is_written_again_whatever_lies_there(
 async def test_outputs_beyond_max_size_are_given_up(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, announced: bool
 ) -> None:
-    """By its announced or actual length; the others are stored, and the limit itself passes."""
+    """By its announced length or by counting; the others are stored, and the limit itself still passes."""
     big = b"x" * 1001
     chunked = Page(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n%s\r\n0\r\n\r\n" % big)
     outputs = (media.output("/a", page(big) if announced else chunked), text(1, "x" * 1000))
@@ -515,7 +451,7 @@ async def test_outputs_beyond_max_size_are_given_up(
 async def test_an_expired_url_has_the_run_read_again(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """What is stored stays; only what is missing is fetched, by the new URL."""
+    """What is stored stays; the fresh URL is fetched for what is missing alone."""
     gone = media.output("/gone", page(b"", status="403 Forbidden"))
     good = media.output("/good", page(PNG), position=1, output_id="good")
     handler, context = storage(root), context_of()
@@ -533,11 +469,8 @@ async def test_an_expired_url_has_the_run_read_again(
 async def test_another_output_at_the_same_position_is_fetched(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A run that is read again may have its outputs in another order."""
-    first, second = (
-        media.output("/a", page(PNG), output_id="a"),
-        media.output("/b", page(b"b"), output_id="b"),
-    )
+    """A run that is read again may tell of its outputs in another order."""
+    first, second = media.output("/a", page(PNG), output_id="a"), media.output("/b", page(b"b"), output_id="b")
     handler, context = storage(root), context_of()
     await handler.handle(replace(run, outputs=(first, replace(second, position=1))), context)
     swapped = (second, replace(first, position=1))
@@ -545,10 +478,8 @@ async def test_another_output_at_the_same_position_is_fetched(
     assert [context.records[n].size for n in (0, 1)] == [1, len(PNG)]
 
 
-async def test_what_may_still_come_is_tried_again(
-    root: Path, run: SettledRun, context_of: ContextOf
-) -> None:
-    """One output that never works does not give up one that may."""
+async def test_what_may_still_come_is_tried_again(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """One output that never will come does not give up the one that may."""
     never = Output(position=0, output_id="never", type="imageUrl", value="https://127.0.0.1/a")
     later = Output(position=1, output_id="later", type="imageUrl", value="https://name.invalid/a")
     answer = await storage(root).handle(replace(run, outputs=(later, never)), context_of())
@@ -557,10 +488,8 @@ async def test_what_may_still_come_is_tried_again(
     assert "later" in answer.reason
 
 
-async def test_unexpected_errors_are_a_reason_to_retry(
-    root: Path, run: SettledRun, context_of: ContextOf
-) -> None:
-    """A database that fails while recording does not stop the other outputs."""
+async def test_unexpected_errors_are_a_reason_to_retry(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """A database that is away while recording does not stop the other outputs."""
     context = context_of()
 
     async def away(*args: Any, **fields: Any) -> None:
@@ -575,11 +504,9 @@ async def test_unexpected_errors_are_a_reason_to_retry(
 async def test_cancellation_leaves_no_part_behind(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A cancelled download removes its temporary file first."""
+    """A download that is cancelled half-way removes its temporary file before the cancellation goes on."""
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
-    outputs = tuple(
-        media.output(f"/{n}", Page(head + b"x" * 3_000_000, hold=True), position=n) for n in range(3)
-    )
+    outputs = tuple(media.output(f"/{n}", Page(head + b"x" * 3_000_000, hold=True), position=n) for n in range(3))
     task = asyncio.create_task(storage(root).handle(replace(run, outputs=outputs), context_of()))
     await media.held.wait()
     while not has_begun(root):  # noqa: ASYNC110  # the disk has no event to wait for
@@ -593,18 +520,14 @@ async def test_cancellation_leaves_no_part_behind(
 async def test_a_cut_download_leaves_no_part_behind(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Nor does one that the server ends early."""
+    """Nor does one that the server ends too early."""
     cut = Page(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + b"x" * 3_000_000)
-    assert isinstance(
-        await storage(root).handle(replace(run, outputs=(media.output("/a", cut),)), context_of()), Retry
-    )
+    assert isinstance(await storage(root).handle(replace(run, outputs=(media.output("/a", cut),)), context_of()), Retry)
     assert files(root) == {}
 
 
-async def test_a_place_that_cannot_be_written_to(
-    tmp_path: Path, run: SettledRun, context_of: ContextOf
-) -> None:
-    """A directory below a regular file: the check says so, and runs wait."""
+async def test_a_place_that_cannot_be_written_to(tmp_path: Path, run: SettledRun, context_of: ContextOf) -> None:
+    """A directory below a regular file: the check says so, and runs wait until it is put right."""
     (tmp_path / "file").write_text("in the way")
     handler = storage(tmp_path / "file" / "outputs")
     with pytest.raises(PlaceError, match=r"cannot write to .*outputs: Not a directory"):
@@ -614,7 +537,7 @@ async def test_a_place_that_cannot_be_written_to(
     assert "cannot write to" in answer.reason
 
 
-async def test_a_full_disk_is_noticed_before_the_download(
+async def test_a_disk_without_room_is_seen_before_the_download(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The announced length is compared with the free space."""
@@ -637,7 +560,7 @@ async def test_a_full_disk_is_noticed_before_the_download(
 async def test_a_disk_without_inodes(
     root: Path, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Free bytes, but no inodes: the megabytes alone would mislead."""
+    """Room for bytes and none for files: nobody would find that by the megabytes."""
     statvfs = os.statvfs
 
     def none_left(path: Any) -> os.statvfs_result:
@@ -656,7 +579,7 @@ async def test_a_disk_without_inodes(
 async def test_a_disk_that_fills_up_on_the_way(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ENOSPC within a file: nothing stays, the reason is clear, and the next attempt works."""
+    """ENOSPC in the middle of a file: nothing stays, the reason is plain, and the next attempt works."""
     write = os.write
     monkeypatch.setattr(os, "write", full_after(1_000_000))
     body = b"x" * 3_000_000
@@ -672,7 +595,7 @@ async def test_a_disk_that_fills_up_on_the_way(
 
 
 def full_after(room: int) -> Callable[[int, memoryview], int]:
-    """Write like a disk with `room` bytes left: first a part, then nothing."""
+    """Write like a disk with `room` bytes left: partly at first, then not at all."""
     original = os.write
 
     def write(fd: int, data: memoryview) -> int:
@@ -697,7 +620,7 @@ async def test_a_disk_that_fails_at_the_end(
     step: str,
     code: int,
 ) -> None:
-    """What could not be synced or renamed is not recorded, and the next attempt starts anew."""
+    """What could not be flushed or named is not on record and leaves nothing; the next attempt begins anew."""
 
     def fails(*args: Any) -> None:
         raise OSError(code, os.strerror(code))
@@ -719,10 +642,10 @@ async def test_a_disk_that_fails_at_the_end(
 async def test_a_file_system_that_can_do_less(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without locks, sync of directories and free space, files are still stored.
+    """No locks, directories that cannot be flushed, nothing told about free space: files are stored all the same.
 
-    Without locks it is not known what is still being written: unfinished files of others are removed
-    after a day.
+    Without locks nobody can tell what is still being written: parts of others go when they are a
+    day old.
     """
     fsync, statvfs = os.fsync, os.statvfs
 
@@ -731,12 +654,12 @@ async def test_a_file_system_that_can_do_less(
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         fsync(fd)
 
-    def fail_lock(*args: Any) -> None:
+    def unsupported(*args: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(os, "fsync", of_files)
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*statvfs(path)[:2], *[0] * 8]))
-    monkeypatch.setattr(fcntl, "flock", fail_lock)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     directory = root / "2026-11-24/run_1"
     directory.mkdir(parents=True)
     for name in ("old", "young"):
@@ -750,7 +673,7 @@ async def test_a_file_system_that_can_do_less(
 
 
 def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:
-    """Unfinished files without a lock are removed; locked ones and other files stay."""
+    """Parts that no living process holds go; one that is being written stays, and so do files that are not ours."""
     root.mkdir(parents=True)
     dead, living, other = root / ".part-flora-dead", root / ".part-flora-living", root / "old"
     for path in (dead, living, other):
@@ -764,7 +687,7 @@ def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:
 async def test_a_directory_is_swept_by_who_comes_to_write_there(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A killed process leaves its unfinished file beside the target: the retry removes it."""
+    """A killed process leaves its part beside the file that it was to become: the retry removes it."""
     directory = root / "2026-11-24/run_1"
     directory.mkdir(parents=True)
     (directory / ".part-flora-dead").write_bytes(PNG[:100])
@@ -776,7 +699,7 @@ async def test_a_directory_is_swept_by_who_comes_to_write_there(
 async def test_a_part_lies_where_its_file_will(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Directories may be other file systems: nothing is renamed across."""
+    """What is below the root may be another file system: nothing is renamed across."""
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
     run = replace(run, outputs=(media.output("/a", Page(head + b"x" * 3_000_000, hold=True)),))
     task = asyncio.create_task(storage(root).handle(run, context_of()))
@@ -812,10 +735,7 @@ async def test_a_part_lies_where_its_file_will(
         {"cache_control": "no-cache\n"},
         {"store": {"region": "x"}},
         {"labels": {"team": "x"}},
-        *(
-            {"url": "s3://bucket", "labels": {name: "x"}}
-            for name in ("run", "sha256", "Team", "content-type", "1", "")
-        ),
+        *({"url": "s3://bucket", "labels": {name: "x"}} for name in ("run", "sha256", "Team", "content-type", "1", "")),
         {"url": "s3://bucket", "labels": {"team": "{nonsense}"}},
         {"url": "s3://bucket", "labels": {f"n{n}": "x" for n in range(5)}},
         {"cache_control": "no-cache"},
@@ -827,7 +747,7 @@ async def test_a_part_lies_where_its_file_will(
     ],
 )
 def test_settings_that_cannot_be_used(settings: dict[str, Any]) -> None:
-    """Wrong options are refused when the configuration is read."""
+    """What is wrong with the configuration is said when it is read."""
     with pytest.raises(ValidationError):
         StorageConfig(**settings)
 
@@ -842,7 +762,7 @@ def test_the_kind_of_place_follows_from_the_url(tmp_path: Path) -> None:
 
 
 def test_storage_is_a_handler_that_checks_and_closes(root: Path) -> None:
-    """It has the methods that the service looks for."""
+    """The service finds what it looks for."""
     handler = storage(root)
     assert isinstance(handler, Handler)
     assert isinstance(handler, Checks)
@@ -856,22 +776,16 @@ async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
 
 @pytest.fixture(params=["disk", "objects"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return (
-        LocalDisk(tmp_path / "a b")
-        if request.param == "disk"
-        else ObjectStore("memory:///p", MemoryStore())
-    )
+    return LocalDisk(tmp_path / "a b") if request.param == "disk" else ObjectStore("memory:///p", MemoryStore())
 
 
 async def test_places_give_back_what_was_put(place: Place) -> None:
-    """Size and hash are of the bytes; keys and URIs match; writing again replaces."""
+    """Size and hash are those of the bytes; keys and URIs lead to each other; putting again replaces."""
     await place.check()
     key = "2026/Größe #1?.bin"
     assert await place.size(key) is None
     for body in (b"x" * 20_000_000, b"short", b""):
-        stored = await place.write(
-            key, chunks(body[:9_000_000], body[9_000_000:]), content_type="a/b", expected=None
-        )
+        stored = await place.write(key, chunks(body[:9_000_000], body[9_000_000:]), content_type="a/b", expected=None)
         assert (stored.size, stored.sha256) == (len(body), hashlib.sha256(body).hexdigest())
         assert await place.size(key) == len(body)
     assert place.key_of(place.locate(key)) == key
@@ -881,7 +795,7 @@ async def test_places_give_back_what_was_put(place: Place) -> None:
 
 
 async def test_places_show_nothing_of_what_failed(place: Place) -> None:
-    """An error of the source is raised, and there is no object."""
+    """When the source breaks, its own error comes out, and there is no object."""
 
     async def broken() -> AsyncIterator[bytes]:
         yield b"x" * 9_000_000
@@ -892,9 +806,7 @@ async def test_places_show_nothing_of_what_failed(place: Place) -> None:
     assert await place.size("a/b") is None
 
 
-async def test_storage_into_an_object_store(
-    run: SettledRun, media: MediaServer, context_of: ContextOf
-) -> None:
+async def test_storage_into_an_object_store(run: SettledRun, media: MediaServer, context_of: ContextOf) -> None:
     """The same handler, another place."""
     place = ObjectStore("memory:///bucket", MemoryStore())
     handler = Storage(StorageConfig(), place=place)

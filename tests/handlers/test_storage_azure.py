@@ -1,4 +1,4 @@
-"""The handler `storage` in Azure Blob, with Microsoft's emulator Azurite from npm."""
+"""Storage in Azure Blob, against Microsoft's own emulator Azurite, which npm brings."""
 
 import asyncio
 import base64
@@ -35,23 +35,12 @@ BIG = bytes(range(256)) * 100_000
 def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Azurite's endpoint, with one container named `container`."""
     for program in ("node", "npm"):
-        assert shutil.which(program), (
-            f"{program} is missing: install nodejs and npm to check against Azurite"
-        )
+        assert shutil.which(program), f"{program} is missing: install nodejs and npm to check against Azurite"
     folder = tmp_path_factory.mktemp("azurite")
     for name in ("package.json", "package-lock.json"):
         shutil.copy(AZURITE / name, folder)
-    subprocess.run(
-        ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--silent"], cwd=folder, check=True
-    )
-    command = [
-        "node",
-        "node_modules/azurite/dist/src/blob/main.js",
-        "--blobPort",
-        "0",
-        "--location",
-        "data",
-    ]
+    subprocess.run(["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--silent"], cwd=folder, check=True)
+    command = ["node", "node_modules/azurite/dist/src/blob/main.js", "--blobPort", "0", "--location", "data"]
     environment = {"PATH": os.environ["PATH"], "AZURITE_ACCOUNTS": f"{ACCOUNT}:{KEY}"}
     options = ["--skipApiVersionCheck", "--silent", "--disableTelemetry"]
     with subprocess.Popen(
@@ -91,7 +80,7 @@ async def chunks(body: bytes) -> AsyncIterator[bytes]:
 async def test_a_run_becomes_labelled_blobs(
     azurite: str, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """One request for small objects, blocks for large ones; with metadata; repeated, nothing."""
+    """One request for what is small, blocks for what is large; type, cache rule and metadata; again, nothing."""
     big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="Größe 1", kind="videoUrl")
     run = replace(run, outputs=(media.output("/a", page(b"small")), big))
     handler, context = storage(azurite, cache_control="no-cache"), context_of()
@@ -129,7 +118,7 @@ async def test_wrong_key_and_missing_container(azurite: str) -> None:
 
 
 async def test_failures_and_cancellation_in_the_middle(azurite: str) -> None:
-    """No blob exists after an upload that failed or was cancelled."""
+    """No blob is seen of an upload whose source fails or that is cancelled."""
     place, begun, never = storage(azurite)._place, asyncio.Event(), asyncio.Event()
 
     async def source(failure: Exception | None) -> AsyncIterator[bytes]:

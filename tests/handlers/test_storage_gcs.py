@@ -1,4 +1,4 @@
-"""The handler `storage` in Google Cloud Storage, with a server of what obstore needs."""
+"""Storage in Google Cloud Storage, against a server that speaks as much of its XML API as was recorded of obstore."""
 
 import asyncio
 import hashlib
@@ -35,7 +35,7 @@ class Google:
     refuses: bool = False
 
     def account(self) -> str:
-        """Return a service account for this server, without a token."""
+        """A service account that leads here and needs no token."""
         place = {"gcs_base_url": f"http://127.0.0.1:{self.port}", "disable_oauth": True}
         return json.dumps({**place, "client_email": "", "private_key": "", "private_key_id": ""})
 
@@ -49,15 +49,11 @@ class Google:
         if self.refuses:
             return 403, {}, b"<Error><Code>AccessDenied</Code><Message>Access denied.</Message></Error>"
         if bucket != "bucket":
-            return (
-                404,
-                {},
-                b"<Error><Code>NoSuchBucket</Code><Message>The bucket does not exist.</Message></Error>",
-            )
+            return 404, {}, b"<Error><Code>NoSuchBucket</Code><Message>The bucket does not exist.</Message></Error>"
         match method:
             case "POST" if "uploads" in query:
                 name = f"upload-{len(self.requests)}"
-                self.uploads[name] = (key, _stored_headers(headers), {})
+                self.uploads[name] = (key, _kept(headers), {})
                 return (
                     200,
                     {},
@@ -70,64 +66,47 @@ class Google:
                 name, kept, pieces = self.uploads.pop(upload)
                 order = [int(number) for number in re.findall(rb"<PartNumber>(\d+)", body)]
                 self.objects[name] = (b"".join(pieces[number] for number in order), kept)
-                return (
-                    200,
-                    {},
-                    b'<CompleteMultipartUploadResult><ETag>"whole"</ETag></CompleteMultipartUploadResult>',
-                )
+                return 200, {}, b'<CompleteMultipartUploadResult><ETag>"whole"</ETag></CompleteMultipartUploadResult>'
             case "PUT":
-                self.objects[key] = (body, _stored_headers(headers))
+                self.objects[key] = (body, _kept(headers))
                 return 200, {"ETag": f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'}, b""
             case "DELETE":
                 (self.uploads if upload else self.objects).pop(upload or key, None)
                 return 204, {}, b""
             case _ if not key:
-                return 200, {}, self._list_objects(query["prefix"][0])
+                return 200, {}, self._listing(query["prefix"][0])
             case _ if key not in self.objects:
                 return 404, {}, b"<Error><Code>NoSuchKey</Code></Error>"
             case _:
                 body, kept = self.objects[key]
                 return 200, {"ETag": '"whole"', **kept}, body
 
-    def _list_objects(self, prefix: str) -> bytes:
+    def _listing(self, prefix: str) -> bytes:
         rest = "<LastModified>2026-11-24T12:00:00Z</LastModified><ETag>e</ETag>"
         entry = f"<Contents><Key>{{}}</Key><Size>{{}}</Size>{rest}</Contents>"
-        found = [
-            entry.format(key, len(body))
-            for key, (body, _) in self.objects.items()
-            if key.startswith(prefix)
-        ]
+        found = [entry.format(key, len(body)) for key, (body, _) in self.objects.items() if key.startswith(prefix)]
         return f"<ListBucketResult>{''.join(found)}</ListBucketResult>".encode()
 
 
-def _stored_headers(headers: dict[str, str]) -> dict[str, str]:
+def _kept(headers: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.startswith(KEPT)}
 
 
 @asynccontextmanager
-async def serve_google() -> AsyncIterator[Google]:
+async def serving() -> AsyncIterator[Google]:
     google = Google()
 
-    async def handle_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-                headers = {
-                    name.lower(): value.strip()
-                    for name, _, value in (line.partition(":") for line in lines)
-                }
+                headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
                 method, target, _ = first.split(" ")
                 google.requests.append(f"{method} {target}")
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 status, more, said = google.answer(method, target, headers, body)
-                head = {
-                    "Content-Length": str(len(said)),
-                    "Last-Modified": "Tue, 24 Nov 2026 12:00:00 GMT",
-                    **more,
-                }
-                text = "\r\n".join(
-                    [f"HTTP/1.1 {status} OK", *(f"{name}: {value}" for name, value in head.items())]
-                )
+                head = {"Content-Length": str(len(said)), "Last-Modified": "Tue, 24 Nov 2026 12:00:00 GMT", **more}
+                text = "\r\n".join([f"HTTP/1.1 {status} OK", *(f"{name}: {value}" for name, value in head.items())])
                 writer.write(text.encode() + b"\r\n\r\n" + (b"" if method == "HEAD" else said))
                 await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -135,7 +114,7 @@ async def serve_google() -> AsyncIterator[Google]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(handle_connection, "127.0.0.1", 0, limit=2**20)
+    server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=2**20)
     google.port = server.sockets[0].getsockname()[1]
     try:
         yield google
@@ -145,7 +124,7 @@ async def serve_google() -> AsyncIterator[Google]:
 
 @pytest.fixture
 async def google() -> AsyncIterator[Google]:
-    async with serve_google() as server:
+    async with serving() as server:
         yield server
 
 
@@ -157,7 +136,7 @@ def storage(google: Google, url: str = "gs://bucket/pre", **more: Any) -> Storag
 async def test_a_run_becomes_labelled_objects(
     google: Google, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """Put, head, get and list; large objects in parts; repeated, nothing."""
+    """Put, head, get and list as Google has them; large ones in parts; again, nothing."""
     big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="big", kind="videoUrl")
     run = replace(run, outputs=(media.output("/a", page(b"small")), big))
     handler, context = storage(google, cache_control="no-cache"), context_of()
@@ -189,7 +168,7 @@ async def test_a_run_becomes_labelled_objects(
 
 
 async def test_a_source_that_fails_is_aborted(google: Google) -> None:
-    """No object, and no invisible parts."""
+    """No object, and no parts that nobody sees."""
 
     async def source() -> AsyncIterator[bytes]:
         for start in range(0, len(BIG), 500_000):
@@ -202,10 +181,8 @@ async def test_a_source_that_fails_is_aborted(google: Google) -> None:
     assert not google.uploads
 
 
-async def test_refusals_are_reported(
-    google: Google, run: SettledRun, media: MediaServer, context_of: ContextOf
-) -> None:
-    """A missing bucket, and a service account without permission."""
+async def test_refusals_are_told(google: Google, run: SettledRun, media: MediaServer, context_of: ContextOf) -> None:
+    """A missing bucket, and a service account without rights."""
     with pytest.raises(PlaceError, match=r"NoSuchBucket, .*does the bucket exist"):
         await storage(google, "gs://nowhere/pre").check()
     google.refuses = True

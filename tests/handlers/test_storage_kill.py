@@ -1,4 +1,4 @@
-"""The handler `storage`, killed at every step: no file is partial, and the retry succeeds."""
+"""Storage killed at every step on the disk and in the ledger: nothing half is ever seen, and the next attempt ends well."""
 
 import hashlib
 import json
@@ -14,14 +14,14 @@ WHOLE = {name: hashlib.sha256(body).hexdigest() for name, body in TEXTS.items()}
 
 @pytest.fixture(scope="module")
 def deaths(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    """Return a report for each step, and of the attempt that was not killed."""
+    """One for each step, and at the end the attempt that was let live."""
     command = [sys.executable, "-m", "tests.support.storage_deaths", str(tmp_path_factory.mktemp("deaths"))]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-    return [json.loads(line) for line in printed.splitlines()]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return [json.loads(line) for line in told.splitlines()]
 
 
 def test_whenever_it_is_killed_files_are_whole_or_not_there(deaths: list[dict[str, object]]) -> None:
-    """No file is partial; the retry leaves all complete, recorded, and no leftovers."""
+    """No name ever shows a part; what the next attempt leaves is complete, on record, and without leftovers."""
     *killed, lived = deaths
     assert len(killed) > 30
     assert {death["code"] for death in killed} == {-9}
@@ -38,11 +38,9 @@ def test_whenever_it_is_killed_files_are_whole_or_not_there(deaths: list[dict[st
 
 
 def test_each_step_waits_for_the_one_that_it_relies_on(deaths: list[dict[str, object]]) -> None:
-    """Reserved, written, synced, renamed, directory synced, recorded: in this order."""
+    """Reserved, written, flushed, named, its name flushed, on record: a power cut must find them in this order."""
     steps = deaths[0]["steps"]
     assert isinstance(steps, list)
-    done = [
-        step.removeprefix("after ") for step in steps if step.startswith("after ") and step != "after mkdir"
-    ]
+    done = [step.removeprefix("after ") for step in steps if step.startswith("after ") and step != "after mkdir"]
     second = done[done.index("record") + 1 :]
     assert second[:8] == ["reserve", "write", "write", "write", "fsync", "replace", "fsync", "record"]

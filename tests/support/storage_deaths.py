@@ -1,4 +1,4 @@
-"""A program for `test_storage_kill`: storage on a disk, killed before and after each step.
+"""A program that dies: storage on a disk, killed before and after each step of it. Run by `test_storage_kill`.
 
 It prints one line of JSON for each point of death: what lay there afterwards, and what the next
 attempt made of it.
@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ RECORDS = TypeAdapter(dict[int, Artifact])
 
 @dataclass
 class Death:
-    """Kills the process at the step of this number; 0: never."""
+    """Comes at the step with this number; 0: never."""
 
     at: int
     steps: list[str] = field(default_factory=list)
@@ -45,18 +44,18 @@ class Death:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **fields: Any) -> Any:
+        def wrapped(*args: Any, **fields: Any) -> Any:
             self.step(f"before {name}")
             answer = function(*args, **fields)
             self.step(f"after {name}")
             return answer
 
-        return call
+        return wrapped
 
 
 @dataclass
 class LastingContext(MemoryContext):
-    """A context whose records outlive the process, in a file."""
+    """Its records outlive it, in a file, as a ledger's do."""
 
     ledger: Path = Path()
     death: Death = field(default_factory=lambda: Death(0))
@@ -78,16 +77,14 @@ class LastingContext(MemoryContext):
         await super().reserve(position, output_id, location)
         self.save_ledger("reserve")
 
-    async def store_artifact(
-        self, position: int, *, size: int, sha256: str, content_type: str | None
-    ) -> None:
+    async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
         self.death.step("before record")
         await super().store_artifact(position, size=size, sha256=sha256, content_type=content_type)
         self.save_ledger("record")
 
 
 def attempt(root: Path, die_at: int) -> None:
-    """Store a run, and write down the steps that this took."""
+    """Store a run in a process of its own, and leave there which steps that took."""
     death = Death(die_at)
     for module, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "write")):
         setattr(module, name, death.around(name, getattr(module, name)))
@@ -97,23 +94,20 @@ def attempt(root: Path, die_at: int) -> None:
     )
     run = replace(a_settled_run(), outputs=outputs)
 
-    async def handle_run() -> object:
+    async def handled() -> object:
         handler = Storage(StorageConfig(url=str(root), key="{run_id}/{output_id}{ext}", outputs_at_once=1))
         context = LastingContext(
-            "run_1",
-            Downloader(limits=download_limits(), tls=TLS),
-            ledger=root.with_suffix(".ledger"),
-            death=death,
+            "run_1", Downloader(limits=download_limits(), tls=TLS), ledger=root.with_suffix(".ledger"), death=death
         )
         return await handler.handle(run, context.load())
 
-    if not isinstance(asyncio.run(handle_run()), Done):
+    if not isinstance(asyncio.run(handled()), Done):
         os._exit(1)
     root.with_suffix(".steps").write_text(json.dumps(death.steps))
 
 
-def run_child(work: Callable[[], None]) -> int:
-    """Run a function in a child; return its exit code, or the negative signal."""
+def ended(work: Callable[[], None]) -> int:
+    """Do something in a child; return its exit code, or the negative signal that killed it."""
     child = os.fork()
     if child == 0:
         work()
@@ -122,7 +116,7 @@ def run_child(work: Callable[[], None]) -> int:
 
 
 def visible(root: Path) -> dict[str, str]:
-    """Return the visible files of a directory, with their hashes."""
+    """What whoever looks into the directory takes for files, with their hashes."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in root.rglob("*")
@@ -135,11 +129,11 @@ def main(root: Path) -> None:
     while code:
         number += 1
         place = root / str(number)
-        code = run_child(partial(attempt, place, die_at=number))
+        code = ended(lambda: attempt(place, die_at=number))  # noqa: B023 - it is over before the next begins
         left = visible(place)
-        again = run_child(partial(attempt, place, die_at=0))
+        again = ended(lambda: attempt(place, die_at=0))  # noqa: B023
         records = RECORDS.validate_json(place.with_suffix(".ledger").read_bytes())
-        report = {
+        told = {
             "code": code,
             "left": left,
             "again": again,
@@ -148,7 +142,7 @@ def main(root: Path) -> None:
             "recorded": {Path(each.location).name: each.sha256 for each in records.values()},
             "steps": json.loads(place.with_suffix(".steps").read_text()),
         }
-        sys.stdout.write(f"{json.dumps(report)}\n")
+        sys.stdout.write(f"{json.dumps(told)}\n")
 
 
 if __name__ == "__main__":

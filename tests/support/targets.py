@@ -1,4 +1,4 @@
-"""An HTTP(S) server on loopback that records posts and sends scripted responses."""
+"""A server on loopback that takes posts, keeps them, and answers as it is told to."""
 
 import asyncio
 import ssl
@@ -33,9 +33,9 @@ class Target:
     posts: list[Post] = field(default_factory=list)
     connections: int = 0
     held: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when a page that holds has been sent."""
+    """Set when a page that holds has sent all it will."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the client has disconnected."""
+    """Set when the other side has hung up."""
 
     @property
     def url(self) -> str:
@@ -46,9 +46,7 @@ class Target:
         try:
             while True:
                 line, *rest = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").strip().split("\r\n")
-                headers = {
-                    name.lower(): value.strip() for name, _, value in (each.partition(":") for each in rest)
-                }
+                headers = {name.lower(): value.strip() for name, _, value in (each.partition(":") for each in rest)}
                 body = await reader.readexactly(int(headers["content-length"]))
                 self.posts.append(Post(line, headers, body))
                 chosen = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -68,7 +66,7 @@ class Target:
 
 @asynccontextmanager
 async def target(host: str = "localhost", tls: ssl.SSLContext | None = None) -> AsyncIterator[Target]:
-    """Listen on 127.0.0.1; `host` is the name in its URL."""
+    """Listen on 127.0.0.1; `host` is what its URL calls it."""
     made = Target("https" if tls else "http", host, answers=[answer()])
     server = await asyncio.start_server(made.serve, "127.0.0.1", 0, ssl=tls)
     made.port = server.sockets[0].getsockname()[1]

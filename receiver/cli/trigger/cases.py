@@ -96,6 +96,12 @@ def _mismatch(factory: CallbackFactory) -> Sequence[CallbackRequest]:
     return (factory.make_request(expected="workspace_mismatch"),)
 
 
+def _malformed_request(factory: CallbackFactory) -> Sequence[CallbackRequest]:
+    request = factory.make_request(expected="malformed_request")
+    framing = {"Content-Length": str(len(request.body)), "Transfer-Encoding": "chunked"}
+    return (replace(request, headers={**request.headers, **framing}),)
+
+
 CASES: Mapping[str, Callable[[CallbackFactory], Sequence[CallbackRequest]]] = {
     "completed": lambda it: (it.make_request(),),
     "failed": lambda it: (it.make_request(it.make_body("failed")),),
@@ -104,13 +110,10 @@ CASES: Mapping[str, Callable[[CallbackFactory], Sequence[CallbackRequest]]] = {
     "duplicate": _duplicate,
     "contradicting_pair": _contradicting_pair,
     "retry_after_six_minutes": lambda it: (it.make_request(age_seconds=_LAST_RETRY_SECONDS),),
+    "malformed_request": _malformed_request,
     "missing_signature": lambda it: (CallbackRequest(it.make_body(), {}, "missing_signature"),),
-    "malformed_signature": lambda it: (
-        CallbackRequest(it.make_body(), {HEADER: "hello"}, "malformed_signature"),
-    ),
-    "signature_mismatch": lambda it: (
-        it.make_request(expected="signature_mismatch", secret=f"{it.secret}-another"),
-    ),
+    "malformed_signature": lambda it: (CallbackRequest(it.make_body(), {HEADER: "hello"}, "malformed_signature"),),
+    "signature_mismatch": lambda it: (it.make_request(expected="signature_mismatch", secret=f"{it.secret}-another"),),
     "timestamp_out_of_tolerance": lambda it: (
         it.make_request(expected="timestamp_out_of_tolerance", age_seconds=3600),
     ),

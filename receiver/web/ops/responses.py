@@ -43,26 +43,17 @@ class Refusal(HTTPException):
     def response(self) -> Response:
         """Return the refusal as it is sent; parts that are empty are left out."""
         given = {"fields": self.fields, "request_id": self.request_id}
-        error = {
-            "code": self.code,
-            "message": self.message,
-            **{name: part for name, part in given.items() if part},
-        }
+        error = {"code": self.code, "message": self.message, **{name: part for name, part in given.items() if part}}
         refused = {"error": error} if self.start is None else {"error": error, "start": self.start}
         return json_response(Refused.model_validate(refused), status=self.status_code, headers=self.headers)
 
 
 def json_response(
-    data: Message | Mapping[str, Any],
-    *,
-    status: int = HTTPStatus.OK,
-    headers: Mapping[str, str] | None = None,
+    data: Message | Mapping[str, Any], *, status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Return a JSON response that no cache keeps."""
     content = data.to_json() if isinstance(data, Message) else data
-    return JSONResponse(
-        content, status_code=status, headers={"Cache-Control": "no-store", **(headers or {})}
-    )
+    return JSONResponse(content, status_code=status, headers={"Cache-Control": "no-store", **(headers or {})})
 
 
 def not_found(what: str) -> Refusal:
@@ -95,13 +86,7 @@ def flora_refusal(error: FloraError, *, start: messages.Start | None = None) -> 
         else:
             status = HTTPStatus.BAD_GATEWAY
     return Refusal(
-        status,
-        code,
-        message,
-        fields=error.fields,
-        request_id=error.request_id,
-        headers=headers,
-        start=start,
+        status, code, message, fields=error.fields, request_id=error.request_id, headers=headers, start=start
     )
 
 
@@ -130,9 +115,7 @@ async def handle_http_error(request: Request, error: Exception) -> Response:
         case HTTPStatus.NOT_FOUND:
             refusal = Refusal(status, "not_found", "there is nothing here: see /api/openapi.json")
         case HTTPStatus.METHOD_NOT_ALLOWED:
-            refusal = Refusal(
-                status, "method_not_allowed", f"{request.method} is not allowed here", headers=headers
-            )
+            refusal = Refusal(status, "method_not_allowed", f"{request.method} is not allowed here", headers=headers)
         case _:
             refusal = Refusal(status, "refused", "the request cannot be carried out", headers=headers)
     return refusal.response()
