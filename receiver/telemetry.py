@@ -1,14 +1,12 @@
-"""Logs and metrics. Every module above may call this one; it imports `model` alone.
+"""Logs and metrics. Every module above may call this one; it imports `model` and `scrubber` alone.
 
 No log line shows a secret, a body or a media URL: `scrub_event` cleans every value on its way out.
 """
 
 import contextlib
 import logging
-import re
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
-from functools import lru_cache
 from typing import Any, Literal, TextIO, cast
 
 import structlog
@@ -17,20 +15,12 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from structlog.typing import Processor
 
 from receiver.model import Event, Run, RunState, Verdict
+from receiver.scrubber import clean
 
-__all__ = ["Metrics", "configure_logging", "scrub", "scrub_event"]
+__all__ = ["Metrics", "configure_logging", "scrub_event"]
 
-MASK = "***"
 # Below warning, these libraries log URLs, SQL statements or their parameters.
 _VERBOSE_LIBRARIES = ("uvicorn", "httpx", "httpcore", "sqlalchemy", "alembic", "asyncio")
-_SECRET_KEY = re.compile(
-    r"(^|_)(secrets?|tokens?|authorization|api_?keys?|signatures?|body|passw(or)?d|cookies?)$",
-    re.IGNORECASE,
-)
-_SUSPECT = re.compile(r"://|whsec_|sk_live_|sk_test_|bearer ", re.IGNORECASE)
-_CREDENTIAL = re.compile(r"(whsec_|sk_live_|sk_test_|bearer )[^\s\"',;)\]}]+", re.IGNORECASE)
-_WEB_URL = re.compile(r"\b((?:https?|wss?)://)(?:[^\s/?#\"'<>]*@)?([^\s/?#\"'<>@]*)([^\s\"'<>]*)", re.IGNORECASE)
-_USERINFO = re.compile(r"(?<=://)[^\s/?#\"'<>]*@")
 
 
 def configure_logging(
@@ -106,46 +96,8 @@ def scrub_event(_: Any, method: str, event: MutableMapping[str, Any]) -> Mutable
     """
     shorten = method != "debug"
     for key, value in event.items():
-        event[key] = _clean(key, value, shorten=shorten)
+        event[key] = clean(key, value, shorten=shorten)
     return event
-
-
-def scrub(text: str) -> str:
-    """Return a text as a log line shows it: secrets masked, web URLs cut to scheme and host."""
-    return _clean_text(text, shorten=True) if _SUSPECT.search(text) else text
-
-
-def _clean(key: str, value: Any, *, shorten: bool) -> Any:
-    """Return `value` as it may be shown under `key`."""
-    if value is None or isinstance(value, int | float):
-        return value
-    if _is_secret(key):
-        return MASK
-    if isinstance(value, bytes | bytearray | memoryview):
-        return f"<{len(value)} bytes>"
-    if isinstance(value, Mapping):
-        return {str(name): _clean(str(name), each, shorten=shorten) for name, each in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_clean("", each, shorten=shorten) for each in value]
-    text = str(value) if isinstance(value, str | BaseException) else repr(value)
-    return _clean_text(text, shorten=shorten) if _SUSPECT.search(text) else text
-
-
-@lru_cache(maxsize=1024)
-def _is_secret(key: str) -> bool:
-    return _SECRET_KEY.search(key.replace("-", "_")) is not None
-
-
-def _clean_text(text: str, *, shorten: bool) -> str:
-    text = _CREDENTIAL.sub(rf"\1{MASK}", text)
-    if shorten:
-        text = _WEB_URL.sub(_shorten, text)
-    return _USERINFO.sub(f"{MASK}@", text)
-
-
-def _shorten(url: re.Match[str]) -> str:
-    scheme, host, rest = url.groups()
-    return f"{scheme}{host}{'/…' if len(rest) > 1 else rest}"
 
 
 _ACKNOWLEDGEMENT = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1, 8)

@@ -69,7 +69,9 @@ def test_no_cycle_of_any_kind() -> None:
         ("receiver.decide", ("receiver.model", "receiver.errors")),
         ("receiver.flora.signature", ("receiver.errors",)),
         ("receiver.emulator", ("receiver.flora.signature", "receiver.errors")),
-        ("receiver.telemetry", ("receiver.model",)),
+        ("receiver.telemetry", ("receiver.model", "receiver.scrubber")),
+        ("receiver.scrubber", ()),
+        ("receiver.credentials", ()),
         ("receiver.net.certificates", ()),
         (
             "receiver.cli.dev.tunnel",

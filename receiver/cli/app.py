@@ -18,6 +18,7 @@ from receiver.cli.handlers import handlers
 from receiver.cli.options import Ca, Config, Json, OpsPort
 from receiver.cli.runs import runs, techniques_runs
 from receiver.cli.trigger import options as of_trigger
+from receiver.credentials import split_list
 
 app = typer.Typer(
     name="flora-receiver",
@@ -157,7 +158,7 @@ def emulator(
     """Run an emulated FLORA to test against."""
     from receiver.cli.emulator import run
 
-    secrets = tuple(webhook_secret.split(",")) if webhook_secret else None
+    secrets = tuple(split_list(webhook_secret)) if webhook_secret else None
     run(
         host=host, port=port, api_key=api_key or None, webhook_secrets=secrets,
         workspace_id=workspace_id, run_seconds=run_seconds, time_scale=time_scale,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from receiver.cli.output import FAILED, print_result, report_errors
+from receiver.cli.output import FAILED, print_findings, report_errors
 from receiver.config import load_settings, redact
 from receiver.errors import Problem, ReceiverError, StoreInUseError
 from receiver.plugins.loader import (
@@ -42,7 +42,7 @@ def run(config: Path | None, *, json: bool) -> None:
             "warnings": [{"path": each.path, "message": each.message} for each in warnings],
             "problems": [{"path": each.path, "message": each.message} for each in problems],
         }
-        print_result(data, "\n".join(lines), as_json=json)
+        print_findings(data, "\n".join(lines), as_json=json)
         if problems:
             raise typer.Exit(FAILED)
 

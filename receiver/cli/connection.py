@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from receiver.cli.output import report_errors
+from receiver.credentials import find_fault
 from receiver.errors import ConfigError, Problem
 from receiver.net.addresses import http_origin, is_loopback, local_host
 
@@ -36,6 +37,8 @@ def connect() -> "ReceiverClient":
     if not (url and token):
         settings = load_settings(None, os.environ, need_secrets=False)
         url, token = url or _url(settings), token or _token(settings)
+    elif (fault := find_fault(token)) is not None:
+        raise ConfigError([Problem("RECEIVER_OPS_TOKEN", fault)])
     return ReceiverClient(url, token, ca=Path(ca) if ca else None)
 
 
@@ -53,9 +56,11 @@ def _token(settings: "Settings") -> str:
         return settings.operations.token.get_secret_value()
     path = token_path(settings)
     try:
-        if token := path.read_text("utf-8").strip():
+        token = path.read_text("utf-8-sig").strip()
+        fault = find_fault(token)
+        if fault is None:
             return token
-        reason = "is empty"
+        reason = fault.partition(";")[0]
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
     except UnicodeDecodeError:

@@ -5,6 +5,7 @@ import signal
 from typing import Any
 
 from receiver.cli.output import report_errors
+from receiver.credentials import find_fault
 from receiver.emulator import Emulator, EmulatorSettings
 from receiver.errors import ConfigError, Problem
 from receiver.telemetry import configure_logging
@@ -15,8 +16,18 @@ def run(**options: Any) -> None:
     """Serve with `options` of EmulatorSettings, where None stands for the default."""
     given = {name: value for name, value in options.items() if value is not None}
     with report_errors():
+        _check_credentials(given)
         configure_logging("warning")
         asyncio.run(_serve(EmulatorSettings(**given)))
+
+
+def _check_credentials(given: dict[str, Any]) -> None:
+    """Raise ConfigError for a key or a secret that no receiver would accept."""
+    named = [("--api-key", value) for value in (given.get("api_key"),) if value is not None]
+    named += [("--webhook-secret", value) for value in given.get("webhook_secrets", ())]
+    problems = [Problem(option, fault) for option, value in named if (fault := find_fault(value)) is not None]
+    if problems:
+        raise ConfigError(problems)
 
 
 async def _serve(settings: EmulatorSettings) -> None:

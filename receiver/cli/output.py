@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from receiver.errors import ConfigError, ReceiverApiError, ReceiverError, StoreUnavailableError
+from receiver.scrubber import mask, mask_all
 
 FAILED = 1
 """Exit code: the command was carried out and failed."""
@@ -22,12 +23,17 @@ def print_result(data: Any, text: str, *, as_json: bool) -> None:
     print(json.dumps(data, indent=2, default=str, ensure_ascii=False) if as_json else text)
 
 
+def print_findings(data: Any, text: str, *, as_json: bool) -> None:
+    """Print what a command found out about the set-up, with keys, secrets and passwords masked."""
+    print_result(mask_all(data), mask(text), as_json=as_json)
+
+
 def print_error(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
-    """Print `data` as JSON on standard output, or `text` on standard error."""
+    """Print `data` as JSON on standard output, or `text` on standard error; both are masked."""
     if as_json:
-        print(json.dumps(data, indent=2, ensure_ascii=False))
+        print(json.dumps(mask_all(data), indent=2, ensure_ascii=False))
     else:
-        print(text, file=sys.stderr)
+        print(mask(text), file=sys.stderr)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import httpx
 from pydantic import ValidationError
 
 from receiver.client.messages import ErrorView, Message, Refused
+from receiver.credentials import find_fault
 from receiver.errors import ReceiverApiError
 from receiver.net.clients import operations_client
 
@@ -25,8 +26,11 @@ class Connection:
     def __init__(self, url: str | None, token: str | None, *, timeout_seconds: float, ca: Path | None) -> None:
         self.url = (url or os.environ.get("RECEIVER_OPS_URL") or DEFAULT_URL).rstrip("/")
         self._timeout_seconds = timeout_seconds
+        token = token or _find_token()
+        if token and (fault := find_fault(token)) is not None:
+            raise ReceiverApiError(f"the token of the operations API {fault}", code="unusable_token")
         try:
-            self.http = operations_client(self.url, token or _find_token(), timeout_seconds=timeout_seconds, ca=ca)
+            self.http = operations_client(self.url, token, timeout_seconds=timeout_seconds, ca=ca)
         except (ValueError, OSError, httpx.InvalidURL) as error:
             raise ReceiverApiError(f"{self.url} cannot be used: {error}", code="unusable_url") from error
 
@@ -101,7 +105,7 @@ def _find_token() -> str:
     if token := os.environ.get("RECEIVER_OPS_TOKEN"):
         return token.strip()
     try:
-        return Path(os.environ.get("RECEIVER_OPS_TOKEN_FILE") or TOKEN_FILE).read_text("utf-8").strip()
+        return Path(os.environ.get("RECEIVER_OPS_TOKEN_FILE") or TOKEN_FILE).read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError):
         return ""
 

@@ -38,11 +38,15 @@ class Variable:
 
 @dataclass(slots=True)
 class Sources:
-    """Nested values, the variable that set each dotted path, and problems."""
+    """Nested values, the variable that set each dotted path, and problems.
+
+    `is_complete` is False where the file could not be read, so that what it would set is unknown.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    is_complete: bool = True
 
 
 def read_sources(path: Path | None, environ: Mapping[str, str], variables: Mapping[str, Variable]) -> Sources:
@@ -67,17 +71,20 @@ def _read_file(path: Path | None, environ: Mapping[str, str], sources: Sources) 
     if named is None and not DEFAULT_PATH.exists():
         return
     file = named or DEFAULT_PATH
+    message = None
     try:
-        sources.values = tomllib.loads(file.read_text("utf-8"))
+        sources.values = tomllib.loads(file.read_text("utf-8-sig"))
     except OSError as error:
-        sources.problems.append(Problem(str(file), f"cannot be read: {error.strerror}"))
+        message = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError:
-        sources.problems.append(Problem(str(file), "is not UTF-8 text"))
+        message = "is not UTF-8 text; save it as UTF-8"
     except tomllib.TOMLDecodeError as error:
         # Only the position: the parser's message may quote the line, which may contain a secret.
         match = re.search(r"\((at [^()]*)\)$", str(error))
-        position = f" ({match[1]})" if match else ""
-        sources.problems.append(Problem(str(file), f"is not valid TOML{position}"))
+        message = f"is not valid TOML{f' ({match[1]})' if match else ''}"
+    if message is not None:
+        sources.problems.append(Problem(str(file), message))
+        sources.is_complete = False
 
 
 def _read_variable(name: str, environ: Mapping[str, str], sources: Sources) -> str | None:

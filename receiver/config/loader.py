@@ -37,7 +37,8 @@ def load_settings(path: Path | None, environ: Mapping[str, str], *, need_secrets
     problems = list(sources.problems)
     settings = _validate(sources, environ, problems)
     wrong = [path for problem in problems for path in _affected_paths(problem.path, variables)]
-    problems.extend(_check_rules(settings, wrong, need_secrets=need_secrets))
+    if sources.is_complete:
+        problems.extend(_check_rules(settings, wrong, need_secrets=need_secrets))
     if problems:
         raise ConfigError(problems)
     return settings

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from receiver.config.settings import Settings
+from receiver.credentials import find_fault
 from receiver.errors import ConfigError, Problem
 
 __all__ = ["ensure_token", "token_path"]
@@ -27,7 +28,9 @@ def ensure_token(settings: Settings) -> str:
         return settings.operations.token.get_secret_value()
     path = token_path(settings)
     try:
-        if path.exists() and (token := path.read_text("utf-8").strip()):
+        if path.exists() and (token := path.read_text("utf-8-sig").strip()):
+            if (fault := find_fault(token)) is not None:
+                raise ConfigError([Problem("operations.token", f"in {path} {fault}")])
             path.chmod(0o600)
             return token
         path.parent.mkdir(parents=True, exist_ok=True)

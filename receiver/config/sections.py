@@ -19,6 +19,8 @@ from pydantic_core import core_schema
 
 from receiver.config.values import (
     Count,
+    Credential,
+    CredentialList,
     DatabaseUrl,
     Duration,
     DurationOrZero,
@@ -26,8 +28,6 @@ from receiver.config.values import (
     FloraUrl,
     Port,
     PostgresUrl,
-    Secret,
-    SecretList,
     Tolerance,
     Words,
     check_not_empty,
@@ -112,7 +112,7 @@ class Operations(Section):
 
     host: str = Field("127.0.0.1", min_length=1, description="Address to bind.")
     port: Port = Field(8081, description="Port to bind.")
-    token: Secret | None = Field(
+    token: Credential | None = Field(
         None,
         description="Bearer token; default: generated into `var/ops-token` (loopback only).",
     )
@@ -166,8 +166,8 @@ class Flora(Section):
         "https://app.flora.ai/api/v1",
         description="Base URL of FLORA's API; the API key is sent to this origin only.",
     )
-    api_key: Secret | None = Field(None, description="API key, `sk_live_…` or `sk_test_…`.")
-    webhook_secrets: SecretList = Field((), description="Signing secrets, `whsec_…`; several while one is rotated.")
+    api_key: Credential | None = Field(None, description="API key, `sk_live_…` or `sk_test_…`.")
+    webhook_secrets: CredentialList = Field((), description="Signing secrets, `whsec_…`; several while one is rotated.")
     tolerance_past_seconds: Tolerance = Field(
         900, description='Maximum age of a signature in seconds; `"off"` accepts any.'
     )
@@ -267,10 +267,10 @@ class Workspace(Section):
     """One of several FLORA workspaces."""
 
     id: str = Field(min_length=1, description="Id of the workspace in FLORA, `ws_…`.")
-    secrets: Annotated[SecretList, AfterValidator(check_not_empty)] = Field(
+    secrets: Annotated[CredentialList, AfterValidator(check_not_empty)] = Field(
         description="Signing secrets: each the secret itself, `env:NAME` or `file:/path`."
     )
-    api_key: Secret | None = Field(None, description="API key of this workspace; default: `flora.api_key`.")
+    api_key: Credential | None = Field(None, description="API key of this workspace; default: `flora.api_key`.")
 
 
 class _WhenTable(Section):

@@ -3,7 +3,6 @@
 Built by `load_settings`; each part of the service gets the sections that it needs.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -30,6 +29,7 @@ from receiver.config.sections import (
 from receiver.config.values import HttpUrl
 from receiver.errors import Problem
 from receiver.model import OutputType
+from receiver.scrubber import MASK, is_secret_name, mask
 
 __all__ = ["LISTS", "Setting", "Settings", "describe", "redact", "section_of"]
 
@@ -42,10 +42,6 @@ _KNOWN_WORDS = {
 }
 _LAST_RETRY_SECONDS = 400
 """From signing to FLORA's last retry: pauses of 10 s, 60 s and 300 s, and three time-outs."""
-_SECRET_KEY = re.compile(
-    r"secret|token|passw(or)?d|authorization|api_?key|access_?key|credential|private", re.IGNORECASE
-)
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 def _check_names(handlers: tuple[HandlerEntry, ...]) -> tuple[HandlerEntry, ...]:
@@ -185,5 +181,5 @@ def _mask(value: object, key: str) -> object:
     if isinstance(value, list):
         return [_mask(each, key) for each in value]
     if isinstance(value, str):
-        return "***" if _SECRET_KEY.search(key) else _USERINFO.sub("***", value)
+        return MASK if is_secret_name(key) else mask(value)
     return value

@@ -11,10 +11,13 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo
 
 from receiver.config.callback_url import split_http_url
+from receiver.credentials import find_fault, split_list
 from receiver.net.addresses import is_loopback
 
 __all__ = [
     "Count",
+    "Credential",
+    "CredentialList",
     "DatabaseUrl",
     "Duration",
     "DurationOrZero",
@@ -24,7 +27,6 @@ __all__ = [
     "Port",
     "PostgresUrl",
     "Secret",
-    "SecretList",
     "Tolerance",
     "Words",
     "check_not_empty",
@@ -52,9 +54,9 @@ def _resolve_reference(value: object, info: ValidationInfo) -> object:
 
 
 def read_secret(path: Path) -> str:
-    """Return the text of a file without its final newline. Raises ValueError."""
+    """Return the text of a file without its final newline and a byte order mark. Raises ValueError."""
     try:
-        return path.read_text("utf-8").removesuffix("\n").removesuffix("\r")
+        return path.read_text("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except OSError as error:  # without the path: it may be the secret itself, by mistake
         reason = os.strerror(error.errno or 0)
         raise ValueError(f"names a file that cannot be read: {reason}") from None
@@ -69,6 +71,25 @@ def _check_secret(secret: SecretStr) -> SecretStr:
     if value != value.strip():
         raise ValueError("has white space around it; remove the newline or space that was copied")
     return secret
+
+
+def _check_credential(secret: SecretStr) -> SecretStr:
+    if (fault := find_fault(secret.get_secret_value())) is not None:
+        raise ValueError(fault)
+    return secret
+
+
+def _split_credentials(value: object) -> object:
+    """Return the texts of a list, each split where it holds several; references stay whole."""
+    items = to_tuple(value)
+    if not isinstance(items, list | tuple):
+        return items
+    parts = (split_list(each) if isinstance(each, str) and not _is_reference(each) else (each,) for each in items)
+    return tuple(part for each in parts for part in each)
+
+
+def _is_reference(value: str) -> bool:
+    return value.startswith(("env:", "file:"))
 
 
 def _to_http_url(value: str) -> str:
@@ -131,7 +152,10 @@ def _check_postgres_url(value: str) -> str:
 
 
 Secret = Annotated[SecretStr, BeforeValidator(_resolve_reference), AfterValidator(_check_secret)]
-SecretList = Annotated[tuple[Secret, ...], BeforeValidator(to_tuple)]
+"""Any text that is not shown: a password, a header, a URL."""
+Credential = Annotated[SecretStr, BeforeValidator(_resolve_reference), AfterValidator(_check_credential)]
+"""An API key, a signing secret or a token, by the rule of `receiver.credentials`."""
+CredentialList = Annotated[tuple[Credential, ...], BeforeValidator(_split_credentials)]
 Tolerance = Annotated[int | None, Field(ge=0), BeforeValidator(_off_to_none)]
 Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DurationOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]

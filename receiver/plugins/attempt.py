@@ -23,9 +23,9 @@ from receiver.net.download import Download, Downloader, Saved, save
 from receiver.net.media_urls import conceal_urls
 from receiver.plugins.progress import TransferProgress
 from receiver.plugins.threads import use_threads_of
+from receiver.scrubber import scrub
 from receiver.store import Database, queue, starts
 from receiver.store.queue import Leased
-from receiver.telemetry import scrub
 
 _GRACE_SECONDS = 5.0
 """How long a handler may take to clean up once its attempt is cancelled."""

@@ -1,5 +1,6 @@
 """What `load_settings` accepts, what it refuses and how, and that no secret is shown."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from receiver.config.callback_url import check_callback_url
 from receiver.errors import ConfigError
 from receiver.model import Event, When
 from receiver.net.addresses import is_loopback
+from receiver.scrubber import is_secret_name
 
 KEY = "sk_live_0123456789"
 SECRET = "whsec_abcdef"
@@ -120,6 +122,37 @@ def test_several_webhook_secrets_are_given_while_one_is_rotated() -> None:
     assert found.secrets_by_workspace() == (("whsec_new", None), ("whsec_old", None))
 
 
+@pytest.mark.parametrize("separator", [",", ", ", ";", "; ", "\n", "\r\n", "\n\n", ",\n"])
+def test_secrets_may_be_separated_in_any_usual_way(separator: str) -> None:
+    """In a variable, in a file, and in one text of receiver.toml."""
+    both = (("whsec_new", None), ("whsec_old", None))
+    text = f"whsec_new{separator}whsec_old"
+    Path("secrets").write_text(f"{text}\n", "utf-8", newline="")
+    in_file = {"FLORA_API_KEY": KEY, "FLORA_WEBHOOK_SECRET_FILE": "secrets"}
+    assert load_settings(None, BASE | {"FLORA_WEBHOOK_SECRET": text}).secrets_by_workspace() == both
+    assert load_settings(None, in_file).secrets_by_workspace() == both
+    toml = f"[flora]\nwebhook_secrets = {json.dumps(text)}"
+    assert settings(toml, {"FLORA_API_KEY": KEY}).secrets_by_workspace() == both
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_file_is_taken_off() -> None:
+    """Notepad and PowerShell write one, in front of settings and of keys."""
+    Path("bom.toml").write_text("[public]\nport = 1234", "utf-8-sig")
+    Path("key").write_text(f"{KEY}\n", "utf-8-sig")
+    found = load_settings(Path("bom.toml"), {"FLORA_API_KEY_FILE": "key", "FLORA_WEBHOOK_SECRET": SECRET})
+    assert (found.public.port, found.api_key_for(None)) == (1234, KEY)
+
+
+@pytest.mark.parametrize("content", [b"= 1", b"\xff\xfea\x00", None])
+def test_nothing_is_said_about_the_content_of_a_file_that_cannot_be_read(content: bytes | None) -> None:
+    """The secrets may be in it."""
+    if content is not None:
+        Path("broken.toml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(Path("broken.toml"), {"RECEIVER_OPERATIONS__HOST": "0.0.0.0"})
+    assert [problem.path for problem in caught.value.problems] == ["broken.toml"]
+
+
 def test_handlers_and_workspaces_can_come_from_the_environment_as_json() -> None:
     handlers = '[{"use": "log", "name": "quiet", "level": "debug"}]'
     found = load_settings(None, BASE | {"RECEIVER_HANDLERS": handlers})
@@ -203,6 +236,25 @@ WORKSPACE = '[[workspaces]]\nid = "ws_1"\nsecrets = ["whsec_1"]\n'
         ("", {"RECEIVER_PUBLICURL": "x"}, "RECEIVER_PUBLICURL", "did you mean RECEIVER_PUBLIC_URL"),
         ("", {"FLORA_WEBHOOK_SECRETS": "x"}, "FLORA_WEBHOOK_SECRETS", "did you mean FLORA_WEBHOOK_SECRET?"),
         ("a = ]", {}, "given.toml", "not valid TOML (at line 1, column 5)"),
+        ("", {"FLORA_API_KEY": f'"{KEY}"'}, "flora.api_key", "a quotation mark"),
+        ("", {"FLORA_WEBHOOK_SECRET": f"'{SECRET}'"}, "flora.webhook_secrets.0", "a quotation mark"),
+        ("", {"FLORA_WEBHOOK_SECRET": f"{SECRET}\u201d"}, "flora.webhook_secrets.0", "U+201D"),
+        ("", {"FLORA_API_KEY": f"\ufeff{KEY}"}, "flora.api_key", "byte order mark"),
+        ("", {"FLORA_API_KEY": "sk_live_\u200b1"}, "flora.api_key", "U+200B"),
+        ("", {"FLORA_API_KEY": f"{KEY}\n# made today"}, "flora.api_key", "a line break"),
+        ("", {"FLORA_API_KEY": f"{KEY},{KEY}"}, "flora.api_key", "more than one"),
+        ("", {"FLORA_WEBHOOK_SECRET": f"{SECRET} whsec_2"}, "flora.webhook_secrets.0", "with commas"),
+        ("", {"FLORA_WEBHOOK_SECRET": f"{SECRET}|whsec_2"}, "flora.webhook_secrets.0", "more than one"),
+        ("", {"FLORA_WEBHOOK_SECRET": f"{SECRET}\n# of today"}, "flora.webhook_secrets.1", "white space"),
+        ("", {"RECEIVER_OPS_TOKEN": "a b"}, "operations.token", "white space"),
+        ("", {"RECEIVER_OPS_TOKEN": "schlüssel"}, "operations.token", "not ASCII (U+00FC)"),
+        (
+            WORKSPACE.replace("whsec_1", "env:TWO"),
+            {"TWO": "whsec_1,whsec_2"},
+            "workspaces.0.secrets.0",
+            "more than",
+        ),
+        (WORKSPACE + "api_key = '“sk_live_1”'", {}, "workspaces.0.api_key", "U+201C"),
     ],
 )
 def test_a_mistake_is_one_problem_with_its_path(toml: str, environ: Mapping[str, str], path: str, words: str) -> None:
@@ -359,6 +411,15 @@ def test_neither_repr_nor_redact_shows_a_secret() -> None:
     assert LEAK not in repr(found.model_copy(update={"handlers": ()}))
     assert shown["database"]["url"] == "postgresql://***@db/receiver"
     assert shown["public"]["port"] == 8080
+
+
+def test_a_setting_is_hidden_if_it_is_a_secret_and_shown_otherwise() -> None:
+    """Its type says so; the names agree with it."""
+    plain = [setting for setting in describe() if "[]" not in setting.path]
+    hidden = {setting.path for setting in plain if is_secret_name(setting.path.rpartition(".")[2])}
+    assert hidden == {setting.path for setting in plain if "secret" in setting.type}
+    shown = redact(settings("[downloads]\nallow_private_hosts = ['10.0.0.1:80']"))
+    assert shown["downloads"]["allow_private_hosts"] == ["10.0.0.1:80"]
 
 
 def test_every_setting_has_a_help_text() -> None:

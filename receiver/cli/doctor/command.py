@@ -12,7 +12,7 @@ from receiver.cli.doctor.findings import Finding, Severity
 from receiver.cli.doctor.flora import check_flora
 from receiver.cli.doctor.public import check_public_url
 from receiver.cli.doctor.settings import check_settings, findings_from_problems
-from receiver.cli.output import FAILED, USAGE_ERROR, print_result, report_errors
+from receiver.cli.output import FAILED, USAGE_ERROR, print_findings, report_errors
 from receiver.config import Settings, load_settings
 from receiver.errors import ConfigError, Problem
 from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers
@@ -39,7 +39,7 @@ def _print_findings(findings: list[Finding], *, as_json: bool) -> None:
     verdict = f"Errors: {errors}, warnings: {warnings}." if errors or warnings else "No problems found."
     lines = [*(line for each in findings for line in _to_lines(each)), verdict]
     data = {"ok": not errors, "findings": [_to_json(each) for each in findings]}
-    print_result(data, "\n".join(lines), as_json=as_json)
+    print_findings(data, "\n".join(lines), as_json=as_json)
 
 
 def _has_errors(findings: list[Finding]) -> bool:

@@ -48,6 +48,12 @@ FINDING_KINDS: Mapping[str, FindingKind] = {
         "A newline or a space was copied with it.",
         "Set it again without the white space.",
     ),
+    "secrets.character": FindingKind(
+        _ERROR,
+        "A key or a secret has a character in it that no key has and no header can hold.",
+        "An editor, a shell or --env-file added it, or a file holds more than the key.",
+        "Set it again: one line of plain text, without quotation marks, comments or spaces.",
+    ),
     "secrets.prefix": FindingKind(
         _WARNING,
         "A key or a secret does not have FLORA's prefix.",

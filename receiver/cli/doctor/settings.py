@@ -11,6 +11,14 @@ from receiver.net.addresses import is_loopback
 
 _KINDS_BY_WORDS = {
     "white space around": "secrets.white_space",
+    "a quotation mark": "secrets.character",
+    "a byte order mark": "secrets.character",
+    "a line break": "secrets.character",
+    "white space (": "secrets.character",
+    "a control character": "secrets.character",
+    "an invisible character": "secrets.character",
+    "not ASCII": "secrets.character",
+    "more than one key": "secrets.character",
     "same secret": "secrets.shared",
     "does not start": "secrets.prefix",
 }

@@ -24,6 +24,7 @@ from receiver.cli.trigger.cases import (
 )  # fmt: skip
 from receiver.cli.trigger.sender import SUCCESSES, TIMEOUT_SECONDS, Result, send
 from receiver.config import load_settings
+from receiver.credentials import find_fault
 from receiver.errors import ConfigError, Problem
 from receiver.net.clients import probe_client
 
@@ -174,7 +175,7 @@ def _describe_expected(request: CallbackRequest) -> str:
 
 def _read_record(source: Path) -> Group:
     try:
-        lines = source.read_text("utf-8").splitlines()
+        lines = source.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([Problem("--from", f"{source} cannot be read")]) from error
     requests = []
@@ -209,6 +210,8 @@ def _is_web_url(text: str) -> bool:
 def _find_factory(secret: str | None, workspace_id: str | None) -> CallbackFactory:
     """Return a factory with the given secret, or with a configured one of the workspace."""
     if secret:
+        if (fault := find_fault(secret)) is not None:
+            raise ConfigError([Problem("--secret", fault)])
         return CallbackFactory(secret, workspace_id or DEFAULT_WORKSPACE)
     configured = load_settings(None, os.environ, need_secrets=False).secrets_by_workspace()
     if not configured:

@@ -12,6 +12,7 @@ from receiver.client import messages
 from receiver.client.messages import Message, Refused
 from receiver.errors import FloraError, ReceiverError
 from receiver.model import Start
+from receiver.scrubber import mask
 from receiver.web.ops.views import to_start
 
 _PASSED_ON = frozenset({400, 402, 403, 404, 409, 422})
@@ -42,8 +43,13 @@ class Refusal(HTTPException):
 
     def response(self) -> Response:
         """Return the refusal as it is sent; parts that are empty are left out."""
-        given = {"fields": self.fields, "request_id": self.request_id}
-        error = {"code": self.code, "message": self.message, **{name: part for name, part in given.items() if part}}
+        fields = [(field, mask(message)) for field, message in self.fields]
+        given = {"fields": fields, "request_id": self.request_id}
+        error = {
+            "code": self.code,
+            "message": mask(self.message),
+            **{name: part for name, part in given.items() if part},
+        }
         refused = {"error": error} if self.start is None else {"error": error, "start": self.start}
         return json_response(Refused.model_validate(refused), status=self.status_code, headers=self.headers)
 

@@ -423,6 +423,14 @@ secrets = ["{secret}"]
         ({}, "", {"settings.unusable"}),
         ({"FLORA_WEBHOOK_SECRET": "whsec_1\n"}, "", {"secrets.white_space"}),
         ({"FLORA_API_KEY": " sk_live_1"}, "", {"secrets.white_space"}),
+        ({"FLORA_API_KEY": "sk_live_1\n# made today"}, "", {"secrets.character"}),
+        ({"FLORA_API_KEY": "\ufeffsk_live_1"}, "", {"secrets.character"}),
+        ({"FLORA_API_KEY": "sk_live\u200b_1"}, "", {"secrets.character"}),
+        ({"FLORA_API_KEY": "sk_live_1\x01"}, "", {"secrets.character"}),
+        ({"FLORA_API_KEY": "sk_live_ü"}, "", {"secrets.character"}),
+        ({"FLORA_WEBHOOK_SECRET": "whsec_1 whsec_2"}, "", {"secrets.character"}),
+        ({"FLORA_WEBHOOK_SECRET": "whsec_1|whsec_2"}, "", {"secrets.character"}),
+        ({"FLORA_WEBHOOK_SECRET": '"whsec_1"'}, "", {"secrets.character"}),
         ({"RECEIVER_PUBLIC__PROT": "1"}, "", {"settings.unusable"}),
         ({"RECEIVER_PUBLIC_URL": "https://localhost"}, "", {"public.refused_by_flora"}),
         ({"RECEIVER_PUBLIC_URL": "http://hooks.example.com"}, "", {"public.refused_by_flora"}),
@@ -439,11 +447,35 @@ def test_unusable_settings(env: dict[str, str], toml: str, wanted: set[str], tmp
     assert not any(value in done.stdout for value in env.values() if value.strip().startswith(("sk_", "whsec_")))
 
 
+def test_a_key_in_the_text_of_an_error_is_not_printed(
+    tmp_path: Path,
+) -> None:
+    """Whatever a library or a plug-in writes into its errors."""
+    (tmp_path / "talkative.py").write_text(
+        """
+from receiver.plugins.functions import NoOptions
+
+class Talkative:
+    Config = NoOptions
+    def __init__(self, config): pass
+    async def handle(self, run, context): ...
+    async def check(self): raise ValueError("no: Bearer abc, sk_live_SECRET, postgresql://u:p?w@host/db")
+"""
+    )
+    (tmp_path / "receiver.toml").write_text('[[handlers]]\nuse = "talkative:Talkative"\n')
+    for command in ("check", "doctor"):
+        for flag in ((), ("--json",)):
+            env = {**KEYS, "PYTHONPATH": str(tmp_path), "FLORA_BASE_URL": f"http://127.0.0.1:{free_port()}"}
+            done = run_command(command, *flag, cwd=tmp_path, env=env)
+            assert "no: Bearer ***, sk_live_***, postgresql://***@host/db" in done.stdout
+            assert done.returncode == 1
+
+
 def test_secrets_in_the_wrong_place(stage: Stage) -> None:
     """They are swapped, or have no known prefix."""
     swapped = settings(stage, flora={"api_key": "whsec_x", "webhook_secrets": ["sk_live_x"]})
     assert ids(list(check_settings(swapped))) == {"secrets.swapped", "secrets.prefix", "public.missing"}
-    other = settings(stage, flora={"webhook_secrets": ["a part of it"]})
+    other = settings(stage, flora={"webhook_secrets": ["a_part_of_it"]})
     assert ids(list(check_settings(other))) == {"secrets.prefix", "public.missing"}
     odd = settings(stage, flora={"tolerance_past_seconds": 300})
     assert ids(list(check_settings(odd))) == {"settings.odd", "public.missing"}
