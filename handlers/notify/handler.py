@@ -79,7 +79,7 @@ class Notify:
     def __init__(self, config: NotifyConfig) -> None:
         """Does not connect. ValueError, without the URL in it, if Apprise cannot use a URL."""
         with needs("flora-receiver[notify]"):
-            import apprise  # noqa: PLC0415  # an extra, and slow to import
+            import apprise  # an extra, and slow to import
         _capture_logs()
         self._config = config
         self._targets = [

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from aiokafka import AIOKafkaProducer, conn, errors  # type: ignore[import-untyped]  # has no types
+from aiokafka import AIOKafkaProducer, conn, errors
 
 from handlers.publish.broker import (
     Access,

@@ -262,14 +262,14 @@ def _create_broker(kind: Kind, access: Access) -> Broker:
     match kind:
         case "nats":
             with needs("flora-receiver[nats]"):
-                from handlers.publish.broker_nats import NatsBroker  # noqa: PLC0415  # an extra
+                from handlers.publish.broker_nats import NatsBroker  # an extra
             return NatsBroker(access)
         case "redis":
             with needs("flora-receiver[redis]"):
-                from handlers.publish.broker_redis import RedisBroker  # noqa: PLC0415  # an extra
+                from handlers.publish.broker_redis import RedisBroker  # an extra
             return RedisBroker(access)
         case "kafka":
             with needs("flora-receiver[kafka]"):
-                from handlers.publish.broker_kafka import KafkaBroker  # noqa: PLC0415  # an extra
+                from handlers.publish.broker_kafka import KafkaBroker  # an extra
             return KafkaBroker(access)
     assert_never(kind)

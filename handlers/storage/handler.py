@@ -177,8 +177,8 @@ def open_place(url: str, store: Mapping[str, SecretStr], cache_control: str | No
         if store or cache_control:
             raise ValueError("`store` and `cache_control` are for buckets only")
         return LocalDisk(_directory(url))
-    from handlers.storage.clouds import open_store  # noqa: PLC0415  # slow to import
-    from handlers.storage.objects import ObjectStore  # noqa: PLC0415  # slow to import
+    from handlers.storage.clouds import open_store  # slow to import
+    from handlers.storage.objects import ObjectStore  # slow to import
 
     return ObjectStore(url, open_store(url, store), cache_control=cache_control)
 

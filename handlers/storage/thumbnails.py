@@ -54,7 +54,7 @@ def make_thumbnail(body: bytes, content_type: str | None) -> bytes:
 
     Raises NoThumbnailError.
     """
-    from PIL import Image, ImageOps  # noqa: PLC0415  # an extra
+    from PIL import Image, ImageOps  # an extra
 
     kind = _format(content_type)
     if kind is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import nats as nats_client
 import pytest
-from aiokafka import AIOKafkaConsumer  # type: ignore[import-untyped]
+from aiokafka import AIOKafkaConsumer
 from nats.js.errors import NotFoundError
 from redis.asyncio import Redis
 
