@@ -40,13 +40,12 @@ from receiver.handler import (
     SettledRun,
     TargetUnreachableError,
     When,
+    growing_pause,
     header_value,
     target_url,
     usable_headers,
 )
 
-_MAX_PAUSE_SECONDS = 3600.0
-"""Longest pause that `Retry-After` of a response can set."""
 _MIN_KEY_BYTES = 24  # the minimum of Standard Webhooks
 _RESERVED_PREFIXES = ("webhook-", "ce-")
 
@@ -188,14 +187,7 @@ class Forward:
                 return Reject(f"{result} (gone): remove the handler, or change `url`{excerpt}")
             case 413 if self._config.include_text:
                 result = f"{result} (too large: `include_text = false` makes it smaller)"
-        return Retry(f"{result}{excerpt}", after_seconds=_pause(posted.retry_after_seconds, attempt))
-
-
-def _pause(retry_after: float | None, attempt: int) -> float | None:
-    """Return `Retry-After` within limits: less than the usual pause would use up the attempts."""
-    if retry_after is None:
-        return None
-    return min(max(retry_after, 2.0 ** min(attempt - 1, 11)), _MAX_PAUSE_SECONDS)
+        return Retry(f"{result}{excerpt}", after_seconds=growing_pause(posted.retry_after_seconds, attempt))
 
 
 def _cloudevents(document: Mapping[str, Any]) -> dict[str, str]:

@@ -92,7 +92,8 @@ class StoreInUseError(StoreError):
 class FloraError(ReceiverError):
     """A call of FLORA's API failed.
 
-    `status` is None if there was no HTTP response; `retry_after` is in seconds, if FLORA named one.
+    `status` is None if there was no HTTP response; `retry_after` is in seconds, at most an hour,
+    if FLORA named one.
     """
 
     def __init__(
@@ -125,10 +126,12 @@ class DownloadFailedError(DownloadError):
     """The download may work later: cut off, stalled, 5xx, expired.
 
     `expired` means that the URL answered 403, 404 or 410: a read of the run returns a fresh one.
+    `retry_after_seconds` is the pause that the server asked for, at most an hour, or None.
     """
 
-    def __init__(self, message: str, *, expired: bool = False) -> None:
+    def __init__(self, message: str, *, expired: bool = False, retry_after_seconds: float | None = None) -> None:
         self.expired = expired
+        self.retry_after_seconds = retry_after_seconds
         super().__init__(message)
 
 

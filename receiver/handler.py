@@ -31,6 +31,7 @@ from receiver.errors import (
 from receiver.model import Artifact, Event, Output, OutputType, RunState, When, storable_text
 from receiver.net.download import Download, Saved
 from receiver.net.post import Posted, Poster, header_value, target_url, usable_headers
+from receiver.net.retry_after import growing_pause
 
 __all__ = [
     "MANIFEST",
@@ -67,6 +68,7 @@ __all__ = [
     "SettledRun",
     "TargetUnreachableError",
     "When",
+    "growing_pause",
     "header_value",
     "needs",
     "storable_text",

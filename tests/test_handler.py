@@ -21,7 +21,7 @@ NAMES = """
 MANIFEST THUMBNAIL Answer Artifact AttemptOverError Checks Closes Context DescribesSchema Done Download DownloadError
 DownloadFailedError DownloadRefusedError Event Handler LocationTakenError Log MissingExtraError Output OutputType
 PostError PostFailedError PostRefusedError Posted Poster Reject Retry RunState Saved Secret SettledRun
-TargetUnreachableError When header_value needs storable_text target_url usable_headers
+TargetUnreachableError When growing_pause header_value needs storable_text target_url usable_headers
 """
 FIELDS = {
     "Artifact": "run_id handler position output_id location size sha256 content_type stored_at",

@@ -13,6 +13,7 @@ from receiver.handler import (
     Reject,
     Retry,
     Saved,
+    growing_pause,
 )
 
 _MAX_CONCURRENT = 4
@@ -30,7 +31,8 @@ async def fetch_all(outputs: Sequence[Output], directory: Path, context: Context
             except DownloadRefusedError as error:
                 return Reject(f"{label}: {error}")
             except DownloadFailedError as error:
-                return Retry(f"{label}: {error}", reread=error.expired)
+                pause = growing_pause(error.retry_after_seconds, context.attempt)
+                return Retry(f"{label}: {error}", after_seconds=pause, reread=error.expired)
             except OSError as error:
                 return Retry(f"{label}: {error.strerror or error}")
         extension = file_extension(saved.content_type, output)
@@ -41,7 +43,12 @@ async def fetch_all(outputs: Sequence[Output], directory: Path, context: Context
         tasks = [group.create_task(save(output)) for output in outputs]
     results = [task.result() for task in tasks]
     if retries := [each for each in results if isinstance(each, Retry)]:
-        return Retry("; ".join(each.reason for each in retries), reread=any(each.reread for each in retries))
+        pauses = [each.after_seconds for each in retries if each.after_seconds is not None]
+        return Retry(
+            "; ".join(each.reason for each in retries),
+            max(pauses, default=None),
+            reread=any(each.reread for each in retries),
+        )
     if rejected := [each for each in results if isinstance(each, Reject)]:
         return Reject("; ".join(each.reason for each in rejected))
     return [each for each in results if isinstance(each, Saved)]

@@ -219,4 +219,5 @@ def _combine(results: Sequence[StoredOutput | Retry | Reject]) -> Answer:
     reason = "; ".join([*rejected, *(result.reason for result in retries)])
     if not retries:
         return Reject(reason)
-    return Retry(reason, reread=any(result.reread for result in retries))
+    pauses = [result.after_seconds for result in retries if result.after_seconds is not None]
+    return Retry(reason, max(pauses, default=None), reread=any(result.reread for result in retries))

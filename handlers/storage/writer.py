@@ -37,6 +37,7 @@ from receiver.handler import (
     Reject,
     Retry,
     SettledRun,
+    growing_pause,
 )
 
 OWN_LABELS = frozenset({"run", "output", "technique", "sha256"})
@@ -96,7 +97,8 @@ class OutputWriter:
         except (LocationTakenError, NotOursError) as error:
             return Reject(f"{label}: {self._explain_conflict(error)}")
         except DownloadFailedError as error:
-            return Retry(f"{label}: {error}", reread=error.expired)
+            pause = growing_pause(error.retry_after_seconds, self._context.attempt)
+            return Retry(f"{label}: {error}", after_seconds=pause, reread=error.expired)
         except PlaceError as error:
             return Retry(f"{label}: {error}")
         except Exception as error:

@@ -8,11 +8,13 @@ server, or the start of a run.
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from email.utils import format_datetime
 from enum import StrEnum
 
 from receiver.emulator.settings import API_PATH
 
-__all__ = ["KINDS", "Family", "Fault", "FaultBook", "InvalidFaultError", "parse_faults"]
+__all__ = ["KINDS", "Family", "Fault", "FaultBook", "InvalidFaultError", "parse_faults", "retry_after_headers"]
 
 Option = str | float | int | bool | None
 
@@ -29,7 +31,7 @@ class Family(StrEnum):
 # Each kind with its options and their defaults, which have the types of the options.
 KINDS: Mapping[str, tuple[Family, Mapping[str, Option]]] = {
     # API: in place of the response
-    "rate_limited": (Family.API, {"retry_after": None}),
+    "rate_limited": (Family.API, {"retry_after": None, "as_date": False}),
     "internal_error": (Family.API, {}),
     "service_unavailable": (Family.API, {}),
     "unauthorized": (Family.API, {}),
@@ -56,6 +58,7 @@ KINDS: Mapping[str, tuple[Family, Mapping[str, Option]]] = {
     "cut": (Family.MEDIA, {"after_bytes": 0}),
     "wrong_length": (Family.MEDIA, {"delta": 100}),
     "expired": (Family.MEDIA, {"status": 403}),
+    "unavailable": (Family.MEDIA, {"status": 503, "retry_after": None, "as_date": False}),
     "redirect": (Family.MEDIA, {"url": "", "status": 302}),
     "content_type": (Family.MEDIA, {"value": "application/octet-stream"}),
     # The run itself, fixed when it starts
@@ -179,6 +182,17 @@ def parse_faults(document: object) -> tuple[Fault, ...]:
     """Parse one fault or a list of them. Raises InvalidFaultError."""
     items: Sequence[object] = document if isinstance(document, list | tuple) else [document]
     return tuple(_parse(item) for item in items)
+
+
+def retry_after_headers(fault: Fault, now: datetime) -> dict[str, str]:
+    """Return the header `retry-after` of a fault that may have one."""
+    after = fault.options["retry_after"]
+    if after is None:
+        return {}
+    if fault.options["as_date"]:
+        at = now + timedelta(seconds=fault.number("retry_after"))
+        return {"retry-after": format_datetime(at, usegmt=True)}
+    return {"retry-after": f"{after}"}
 
 
 def _parse(item: object) -> Fault:

@@ -5,12 +5,13 @@ import hmac
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from receiver.emulator.faults import Family, Fault, FaultBook, InvalidFaultError, parse_faults
+from receiver.emulator.faults import Family, Fault, FaultBook, InvalidFaultError, parse_faults, retry_after_headers
 from receiver.emulator.problems import ApiProblem, Field, invalid_input
 from receiver.emulator.runs import RunBook
 
@@ -87,8 +88,7 @@ def _replacement(fault: Fault) -> Response | None:
     if fault.kind in _REFUSALS:
         return ApiProblem(*_REFUSALS[fault.kind]).response()
     if fault.kind == "rate_limited":
-        after = fault.options["retry_after"]
-        headers = {} if after is None else {"retry-after": f"{after}"}
+        headers = retry_after_headers(fault, datetime.now(UTC))
         return ApiProblem(429, "rate_limited", "Too many requests", headers=headers).response()
     if fault.kind == "html":
         return HTMLResponse(_GARBAGE, status_code=int(fault.number("status")))

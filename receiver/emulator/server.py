@@ -3,13 +3,14 @@
 import asyncio
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from receiver.emulator.faults import Family, Fault, FaultBook
+from receiver.emulator.faults import Family, Fault, FaultBook, retry_after_headers
 from receiver.emulator.media import Media, file_type, make_media
 from receiver.emulator.runs import RunBook
 
@@ -57,6 +58,9 @@ class MediaServer:
         for fault in faults:
             if fault.kind == "expired":
                 return PlainTextResponse("expired", int(fault.number("status")))
+            if fault.kind == "unavailable":
+                headers = retry_after_headers(fault, datetime.now(UTC))
+                return PlainTextResponse("unavailable", int(fault.number("status")), headers)
             if fault.kind == "redirect":
                 return RedirectResponse(fault.text("url"), int(fault.number("status")))
             if fault.kind == "content_type":

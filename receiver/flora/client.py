@@ -6,6 +6,7 @@ to the base URL's origin only: redirects are not followed, and a `poll_url` is n
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -164,7 +165,7 @@ class FloraClient:
             raise FloraError(f"FLORA cannot be reached: {type(error).__name__}") from error
         self._on_response(status)
         if not 200 <= status < 300:
-            raise parse_error(status, body, response_headers)
+            raise parse_error(status, body, response_headers, datetime.now(UTC))
         try:
             return parse(parse_json(body))
         except PayloadError as error:

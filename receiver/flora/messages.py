@@ -19,6 +19,7 @@ import msgspec
 
 from receiver.errors import FloraError, PayloadError
 from receiver.model import CallbackStatus, Output, OutputType, Snapshot, storable_text
+from receiver.net.retry_after import parse_retry_after
 
 _MAX_ID = 200
 _ID = re.compile(rf"[^\s\x00-\x1f\x7f]{{1,{_MAX_ID}}}")
@@ -237,10 +238,13 @@ def parse_technique(payload: Any, *, technique_id: str) -> Technique:
     )
 
 
-def parse_error(status: int, body: bytes, headers: Mapping[str, str]) -> FloraError:
-    """Return FLORA's refusal as an error, from whatever came: its JSON, or some proxy's HTML."""
+def parse_error(status: int, body: bytes, headers: Mapping[str, str], now: datetime) -> FloraError:
+    """Return FLORA's refusal as an error, from whatever came: its JSON, or some proxy's HTML.
+
+    `now` is the time of the response, where its own headers do not have it.
+    """
     request_id = headers.get("request-id")
-    retry_after = _seconds(headers.get("retry-after"))
+    retry_after = parse_retry_after(headers, now)
     try:
         payload = parse_json(body)
     except PayloadError:
@@ -372,11 +376,6 @@ def _money(value: Any) -> float | None:
 def _progress(value: Any) -> int | None:
     number = _number(value)
     return None if number is None else max(0, min(100, int(number)))
-
-
-def _seconds(value: str | None) -> float | None:
-    number = _number(value)
-    return number if number is not None and number >= 0 else None
 
 
 def _time(value: Any) -> datetime | None:

@@ -13,6 +13,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from receiver.model import Output
 from receiver.net.clients import PrivateAddressError, Resolve, media_client, resolve, tls_context
 from receiver.net.media_urls import parse_media_url, redirect_target
 from receiver.net.ranges import ResumableBody, parse_resumable
+from receiver.net.retry_after import parse_retry_after
 
 __all__ = ["Download", "DownloadLimits", "Downloader", "Saved", "save", "text_download"]
 
@@ -174,7 +176,8 @@ class Downloader:
         if status in _EXPIRED:
             raise DownloadFailedError(f"{host} answered {status}: the output is no longer there", expired=True)
         if status not in (_RANGE_STATUSES if partial else {HTTPStatus.OK}):
-            raise DownloadFailedError(f"{host} answered {status}")
+            pause = parse_retry_after(response.headers, datetime.now(UTC))
+            raise DownloadFailedError(f"{host} answered {status}", retry_after_seconds=pause)
         if response.headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
             raise DownloadRefusedError(f"{host} sent an encoded body although none was requested")
         self._check_size(host, _content_length(response) or 0)

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -32,6 +31,7 @@ from receiver.net.clients import (
     resolve,
     tls_context,
 )
+from receiver.net.retry_after import parse_retry_after
 
 __all__ = ["Posted", "Poster", "header_value", "target_url", "usable_headers"]
 
@@ -66,7 +66,7 @@ class Posted:
     status: int
     """The HTTP status."""
     retry_after_seconds: float | None
-    """The pause in `Retry-After`, given there in seconds or as a date; None without one."""
+    """The pause in `Retry-After`, given there in seconds or as a date, at most an hour; else None."""
     location: str | None
     """Scheme and host of a redirect's target. Redirects are not followed."""
     excerpt: str
@@ -203,7 +203,7 @@ class Poster:
             await response.aclose()
         return Posted(
             status=response.status_code,
-            retry_after_seconds=_retry_after(response.headers.get("retry-after", ""), datetime.now(UTC)),
+            retry_after_seconds=parse_retry_after(response.headers, datetime.now(UTC)) or None,
             location=_origin(response),
             excerpt=_excerpt(received, self._secrets),
         )
@@ -307,16 +307,3 @@ def _origin(response: httpx.Response) -> str | None:
     except (KeyError, httpx.InvalidURL, UnicodeError):
         return None
     return f"{target.scheme}://{target.raw_host.decode('ascii', 'replace')}"[:EXCERPT]
-
-
-def _retry_after(value: str, now: datetime) -> float | None:
-    """Parse seconds or an HTTP date; None for a past or malformed value."""
-    text = value.strip()
-    if text.isascii() and text.isdecimal():
-        return float(text[-9:]) or None if len(text) <= 9 else 1e9
-    try:
-        at = parsedate_to_datetime(text)
-        seconds = ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now).total_seconds()
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
-    return seconds if seconds > 0 else None

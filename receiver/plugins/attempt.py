@@ -17,7 +17,8 @@ from typing import Any, assert_never
 import structlog
 
 from receiver.decide import Backoff
-from receiver.handler import Answer, Context, Done, Handler, Log, Reject, Retry, SettledRun
+from receiver.errors import DownloadFailedError
+from receiver.handler import Answer, Context, Done, Handler, Log, Reject, Retry, SettledRun, growing_pause
 from receiver.model import Artifact, DispatchState, Output, Run, storable_text
 from receiver.net.download import Download, Downloader, Saved, save
 from receiver.net.media_urls import conceal_urls
@@ -87,6 +88,9 @@ async def _handle(handler: Handler, run: SettledRun, context: Context, conceal: 
         # Libraries quote the URL that failed, or its path alone, which only a comparison with the
         # run's URLs recognizes.
         context.log.warning("handler.raised", exception=conceal(_format_traceback(error)))
+        if isinstance(error, DownloadFailedError):
+            pause = growing_pause(error.retry_after_seconds, context.attempt)
+            return Retry(_describe(error), pause, reread=error.expired)
         return Retry(_describe(error))
 
 

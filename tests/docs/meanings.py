@@ -48,7 +48,7 @@ CASE_MEANINGS: Mapping[str, str] = {
 }
 
 FAULT_MEANINGS: Mapping[str, str] = {
-    "rate_limited": "The API responds 429 `rate_limited`, with `retry-after` if given.",
+    "rate_limited": "The API responds 429 `rate_limited`, with `retry-after` if given, in seconds or as a date.",
     "internal_error": "The API responds 500 `internal_error`.",
     "service_unavailable": "The API responds 503 `service_unavailable`.",
     "unauthorized": "The API responds 401.",
@@ -72,6 +72,7 @@ FAULT_MEANINGS: Mapping[str, str] = {
     "cut": "The download's connection is closed after this many bytes.",
     "wrong_length": "`Content-Length` differs from the bytes by this much.",
     "expired": "The output's URL has expired.",
+    "unavailable": "The media server responds with this status, and `retry-after` as above.",
     "redirect": "The output's URL redirects to another.",
     "content_type": "The output has this `Content-Type`.",
     "fail": "The run fails with this error code.",

@@ -1,6 +1,8 @@
 """Faults of the API and of runs, and how they are selected."""
 
 import random
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 
 import httpx
 import pytest
@@ -35,6 +37,13 @@ async def test_retry_after(bench: Bench) -> None:
     assert first.headers["retry-after"] == "2"
     assert "retry-after" not in second.headers
     assert first.headers["request-id"].startswith("req_")
+
+
+async def test_retry_after_as_a_date(bench: Bench) -> None:
+    """HTTP allows both forms."""
+    await bench.break_it({"kind": "rate_limited", "retry_after": 90, "as_date": True})
+    until = parsedate_to_datetime((await bench.client.get("/techniques")).headers["retry-after"])
+    assert timedelta(seconds=80) < until - datetime.now(UTC) < timedelta(seconds=100)
 
 
 async def test_html(bench: Bench) -> None:

@@ -77,6 +77,24 @@ async def test_a_429_slows_down_all_requests_of_the_key() -> None:
     assert client.rate_limit.held_seconds > 6
 
 
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("Tue, 24 Nov 2026 12:00:40 GMT", 40), ("Tue, 24 Nov 2099 12:00:00 GMT", 3600), ("9" * 30, 3600)],
+)
+async def test_retry_after_is_a_date_or_absurd(value: str, seconds: float) -> None:
+    """A date counts from the response's own, and what is logged and held is an hour at most."""
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        headers = {"retry-after": value, "date": "Tue, 24 Nov 2026 12:00:00 GMT"}
+        return httpx.Response(429, headers=headers, json={"error": {"code": "rate_limited"}})
+
+    client = a_client(respond, [])
+    with pytest.raises(FloraError) as caught:
+        await client.run("run_1")
+    assert caught.value.retry_after == seconds
+    assert seconds - 1 < client.rate_limit.held_seconds <= seconds
+
+
 @pytest.mark.parametrize("start", ["technique", "generate"])
 async def test_a_start_that_may_not_be_sent_any_more_is_not_sent(start: str) -> None:
     """The check is made when a slot is free, right before the request."""

@@ -368,6 +368,11 @@ async def test_a_download_that_fails_starts_no_program(
     answer = await handler.handle(replace(run, outputs=(gone, refused)), context_of())
     assert isinstance(answer, Retry)
     assert answer.reread
+    assert answer.after_seconds is None
+    busy = media.output("/busy", page(b"", "text/plain", "Retry-After: 90", status="503 Busy"))
+    waiting = await handler.handle(replace(run, outputs=(gone, busy)), context_of())
+    assert isinstance(waiting, Retry)
+    assert (waiting.after_seconds, waiting.reread) == (90, True)
     answer = await handler.handle(replace(run, outputs=(refused,)), context_of())
     assert isinstance(answer, Reject)
     assert not (tmp_path / "started").exists()

@@ -466,6 +466,22 @@ async def test_an_expired_url_has_the_run_read_again(
     assert not other.reread
 
 
+async def test_a_busy_media_host_says_when_to_come_back(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """The longest pause that a host asks for holds for the run."""
+    busy = page(b"", "text/plain", "Retry-After: 90", status="503 Busy")
+    slow = page(b"", "text/plain", "Retry-After: Tue, 24 Nov 2026 12:05:00 GMT", "Date: Tue, 24 Nov 2026 12:00:00 GMT")
+    outputs = (
+        media.output("/busy", busy),
+        media.output("/slow", Page(slow.raw.replace(b"200 OK", b"429 Slow")), position=1, output_id="b"),
+        media.output("/cut", CUT, position=2, output_id="c"),
+    )
+    answer = await storage(root).handle(replace(run, outputs=outputs), context_of())
+    assert isinstance(answer, Retry)
+    assert answer.after_seconds == 300
+
+
 async def test_another_output_at_the_same_position_is_fetched(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:

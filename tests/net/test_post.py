@@ -3,15 +3,14 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from receiver.errors import PostError, PostFailedError, PostRefusedError
-from receiver.net.post import MAX_BODY_BYTES, Posted, Poster, _retry_after, header_value, target_url, usable_headers
+from receiver.net.post import MAX_BODY_BYTES, Posted, Poster, header_value, target_url, usable_headers
 from tests.support.media import Page, certificate
 from tests.support.targets import Target, answer, target
 
@@ -259,29 +258,6 @@ def test_any_text_can_be_a_header_s_value() -> None:
 
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        ("7", 7.0),
-        (" 120 ", 120.0),
-        ("0", None),
-        ("-5", None),
-        ("1.5", None),
-        ("\u0667", None),
-        ("9" * 5000, 1e9),
-        (format_datetime(NOW + timedelta(seconds=90), usegmt=True), 90.0),
-        ("Tue, 24 Nov 2026 12:00:30 -0000", 30.0),
-        (format_datetime(NOW - timedelta(days=1), usegmt=True), None),
-        ("soon", None),
-        ("", None),
-        ("Tue, 99 Nov 2026 99:00:00 GMT", None),
-    ],
-)
-def test_retry_after_in_both_forms(value: str, seconds: float | None) -> None:
-    """Seconds or a date; malformed and past values count as none."""
-    assert _retry_after(value, NOW) == seconds
 
 
 def test_a_file_without_a_ca_is_refused(tmp_path: Path) -> None:

@@ -157,6 +157,24 @@ async def test_an_exception_of_a_function_means_retry(error: BaseException, cont
     assert "no" in answer.reason or "StopIteration" in answer.reason
 
 
+async def test_a_download_that_fails_in_a_function_is_retried_as_it_should_be(
+    media: MediaServer, context_of: ContextOf
+) -> None:
+    """An expired URL has the run read again, and a pause that the server asks for is kept."""
+
+    def read(run: SettledRun, blocking: BlockingContext) -> None:
+        blocking.read(gone if blocking.attempt == 1 else busy)
+
+    gone = media.output("/gone", page(b"", status="410 Gone"))
+    busy = media.output("/busy", page(b"", "text/plain", "Retry-After: 90", status="503 Busy"))
+    first = await run_attempt(FunctionHandler(read), context_of())
+    second = await run_attempt(FunctionHandler(read), context_of(attempt=2))
+    assert isinstance(first, Retry)
+    assert isinstance(second, Retry)
+    assert (first.reread, first.after_seconds) == (True, None)
+    assert (second.reread, second.after_seconds) == (False, 90)
+
+
 async def test_a_plain_function_has_the_whole_context(
     media: MediaServer, context_of: ContextOf, tmp_path: Path
 ) -> None:

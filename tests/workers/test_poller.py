@@ -311,7 +311,15 @@ async def test_a_refused_key_is_told_once_and_loudly(sky: Sky) -> None:
         assert (await sky.core.run(run_id)).state is RunState.COMPLETED
 
 
-@pytest.mark.parametrize(("fault", "seconds"), [({}, 5), ({"retry_after": 30}, 30), ({"retry_after": 10**9}, 3600)])
+@pytest.mark.parametrize(
+    ("fault", "seconds"),
+    [
+        ({}, 5),
+        ({"retry_after": 30}, 30),
+        ({"retry_after": 10**9}, 3600),
+        ({"retry_after": 10**6, "as_date": True}, 3600),
+    ],
+)
 async def test_a_rate_limit_is_obeyed_by_all(sky: Sky, fault: dict[str, object], seconds: float) -> None:
     """Not one request of that key before its time is over; afterwards everything goes on."""
     await sky.start_tracked()
