@@ -143,7 +143,10 @@ class Forward:
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:
         document = run_document(
-            run, event=context.event, idempotency_key=context.idempotency_key, artifacts=await context.stored()
+            run,
+            event=context.event,
+            idempotency_key=context.idempotency_key,
+            artifacts=await context.stored(),
         )
         if not self._config.include_text:
             document["outputs"] = [{**output, "text": None} for output in document["outputs"]]
@@ -182,7 +185,9 @@ class Forward:
                 return Done({"status": status})
             case status if 300 <= status < 400:
                 where = f" (to {posted.location})" if posted.location else ""
-                return Reject(f"{result}{where}; redirects are not followed: set `url` to the final address")
+                return Reject(
+                    f"{result}{where}; redirects are not followed: set `url` to the final address"
+                )
             case 410:
                 return Reject(f"{result} (gone): remove the handler, or change `url`{excerpt}")
             case 413 if self._config.include_text:

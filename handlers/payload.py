@@ -226,7 +226,10 @@ def _to_json_value(value: object, depth: int = 0) -> Any:
         case Mapping() | list() | tuple() if depth >= MAX_DEPTH:
             return None
         case Mapping():
-            return {_SURROGATE.sub("\ufffd", str(key)): _to_json_value(each, depth + 1) for key, each in value.items()}
+            return {
+                _SURROGATE.sub("\ufffd", str(key)): _to_json_value(each, depth + 1)
+                for key, each in value.items()
+            }
         case list() | tuple():
             return [_to_json_value(each, depth + 1) for each in value]
         case _:

@@ -13,7 +13,9 @@ __all__ = ["describe_character", "find_fault", "split_list"]
 _QUOTES = frozenset(
     "\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\u300c\u300d\uff02\uff07"
 )
-_INVISIBLE = frozenset("\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u2060\u2061\u2062\u2063\u2064\ufeff")
+_INVISIBLE = frozenset(
+    "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u2060\u2061\u2062\u2063\u2064\ufeff"
+)
 _BYTE_ORDER_MARK = "\ufeff"
 _PREFIX = re.compile(r"whsec_|sk_live_|sk_test_")
 _SEPARATOR = re.compile(r"(?<=\S)\s*[,;\r\n][\s,;]*(?=\S)")

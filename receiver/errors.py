@@ -129,7 +129,9 @@ class DownloadFailedError(DownloadError):
     `retry_after_seconds` is the pause that the server asked for, at most an hour, or None.
     """
 
-    def __init__(self, message: str, *, expired: bool = False, retry_after_seconds: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, expired: bool = False, retry_after_seconds: float | None = None
+    ) -> None:
         self.expired = expired
         self.retry_after_seconds = retry_after_seconds
         super().__init__(message)

@@ -245,7 +245,9 @@ class Context(Protocol):
         another run or position holds the location.
         """
 
-    async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
+    async def store_artifact(
+        self, position: int, *, size: int, sha256: str, content_type: str | None
+    ) -> None:
         """Record that the bytes at the reserved location are durable; committed on return."""
 
 

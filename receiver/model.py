@@ -333,7 +333,9 @@ class CallbackExpired(msgspec.Struct, frozen=True):
     run_id: str
 
 
-Report = RunRegistered | CallbackReceived | RunRead | RunNotFound | ReadFailed | ReadRequested | CallbackExpired
+Report = (
+    RunRegistered | CallbackReceived | RunRead | RunNotFound | ReadFailed | ReadRequested | CallbackExpired
+)
 
 
 class Delivery(msgspec.Struct, frozen=True):

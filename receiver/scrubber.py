@@ -18,7 +18,9 @@ _SECRET_NAME = re.compile(
 )
 _SUSPECT = re.compile(r"://|whsec_|sk_live_|sk_test_|bearer |password=", re.IGNORECASE)
 _CREDENTIAL = re.compile(r"(whsec_|sk_live_|sk_test_|bearer )[^\s\"',;)\]}]+", re.IGNORECASE)
-_WEB_URL = re.compile(r"\b((?:https?|wss?)://)(?:[^\s/?#\"'<>]*@)?([^\s/?#\"'<>@]*)([^\s\"'<>]*)", re.IGNORECASE)
+_WEB_URL = re.compile(
+    r"\b((?:https?|wss?)://)(?:[^\s/?#\"'<>]*@)?([^\s/?#\"'<>@]*)([^\s\"'<>]*)", re.IGNORECASE
+)
 # A password may hold any of ?, # and / where nobody has escaped it. Paths of stores may hold an @.
 _SERVER_USERINFO = re.compile(
     r"((?:postgres(?:ql)?|mysql|mariadb|mssql|oracle|rediss?|amqps?|nats|mqtts?|kafka)(?:\+\w+)?://)[^\s\"'<>]*@",

@@ -45,7 +45,9 @@ def configure_logging(
     ]
     renderer: Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
     if console:
-        renderer = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=colors, exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
@@ -74,7 +76,9 @@ class _OurHandler(logging.StreamHandler[TextIO]):
     """A type of its own, so that configuring again replaces this handler and no other."""
 
 
-def _route_standard_library(stream: TextIO, threshold: int, shared: Sequence[Processor], renderer: Processor) -> None:
+def _route_standard_library(
+    stream: TextIO, threshold: int, shared: Sequence[Processor], renderer: Processor
+) -> None:
     handler = _OurHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -110,7 +114,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.callbacks = self._counter("callbacks", "Requests to the callback path, by their answer.", "result")
+        self.callbacks = self._counter(
+            "callbacks", "Requests to the callback path, by their answer.", "result"
+        )
         self._callbacks_by_result: dict[str, Counter] = {}
         self.callback_seconds = self._histogram(
             "callback_seconds",
@@ -140,8 +146,12 @@ class Metrics:
             "Verdicts on the callback channel; `recovered` above zero: callbacks do not arrive.",
             "verdict",
         )
-        self.dispatches = self._counter("dispatches", "Handler calls, by how they ended.", "handler", "outcome")
-        self.dispatch_seconds = self._histogram("dispatch_seconds", "Duration of a handler call.", _WORK, "handler")
+        self.dispatches = self._counter(
+            "dispatches", "Handler calls, by how they ended.", "handler", "outcome"
+        )
+        self.dispatch_seconds = self._histogram(
+            "dispatch_seconds", "Duration of a handler call.", _WORK, "handler"
+        )
         self.download_bytes = self._counter("download_bytes", "Bytes of outputs fetched.")
         self._add_gauges()
         # An alert on a series that does not exist yet never fires.
@@ -151,7 +161,9 @@ class Metrics:
             self.verdicts.labels(verdict.value)
 
     def _add_gauges(self) -> None:
-        self.runs = self._gauge("runs", "Runs that are not settled, by state; counted at each scrape.", "state")
+        self.runs = self._gauge(
+            "runs", "Runs that are not settled, by state; counted at each scrape.", "state"
+        )
         self.dispatch_backlog = self._gauge(
             "dispatch_backlog",
             "Dispatches that are not done, by state; counted at each scrape.",
@@ -210,7 +222,9 @@ class Metrics:
         """Count bytes of an output as they arrive."""
         self.download_bytes.inc(size)
 
-    def set_backlog(self, runs: Mapping[str, int], backlog: Mapping[str, int], overdue: Mapping[str, float]) -> None:
+    def set_backlog(
+        self, runs: Mapping[str, int], backlog: Mapping[str, int], overdue: Mapping[str, float]
+    ) -> None:
         """Set the gauges: unsettled runs and dispatches by state, seconds overdue by queue."""
         for queue, seconds in overdue.items():
             self.overdue.labels(queue).set(seconds)

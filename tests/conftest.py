@@ -69,7 +69,9 @@ async def database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
     if request.param == "sqlite":
         database = SqliteDatabase(request.getfixturevalue("sqlite_path"), busy_timeout_ms=50)
     else:
-        database = PostgresDatabase(request.getfixturevalue("postgres_url"), connections=4, database_clock=False)
+        database = PostgresDatabase(
+            request.getfixturevalue("postgres_url"), connections=4, database_clock=False
+        )
     yield database
     await database.close()
 

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from receiver.credentials import describe_character, find_fault, split_list
 
 
-@pytest.mark.parametrize("value", ["sk_live_0123456789", "whsec_aB1+/=", "t", "a.b-c_d~!#$%&()*:<=>?@[]^{|}"])
+@pytest.mark.parametrize(
+    "value", ["sk_live_0123456789", "whsec_aB1+/=", "t", "a.b-c_d~!#$%&()*:<=>?@[]^{|}"]
+)
 def test_printable_ascii_is_accepted(value: str) -> None:
     assert find_fault(value) is None
 

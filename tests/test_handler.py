@@ -53,7 +53,13 @@ def test_no_name_is_removed() -> None:
     assert set(NAMES.split()) <= set(handler.__all__)
     assert (handler.MANIFEST, handler.THUMBNAIL) == (-1, -2)
     assert {event.value for event in Event} >= {"settled", "cost_final", "lost", "diverged", "dead"}
-    assert {each.value for each in OutputType} >= {"imageUrl", "videoUrl", "audioUrl", "documentUrl", "text"}
+    assert {each.value for each in OutputType} >= {
+        "imageUrl",
+        "videoUrl",
+        "audioUrl",
+        "documentUrl",
+        "text",
+    }
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -76,7 +82,11 @@ def test_every_context_has_all_of_it(context: type) -> None:
     for names, parameters in contract.items():
         for name in names.split():
             if parameters is None:
-                known = {*dir(context), *getattr(context, "__annotations__", ()), *_names_in_constructor(context)}
+                known = {
+                    *dir(context),
+                    *getattr(context, "__annotations__", ()),
+                    *_names_in_constructor(context),
+                }
                 assert name in known
             else:
                 assert list(inspect.signature(getattr(context, name)).parameters)[1:] == parameters
@@ -91,7 +101,11 @@ def _names_in_constructor(context: type) -> set[str]:
 def test_every_public_member_is_documented(module: Any) -> None:
     """Each class, function, field and method of the contract and of the kit has a docstring."""
     public = {name: getattr(module, name) for name in module.__all__}
-    ours = {name: each for name, each in public.items() if getattr(each, "__module__", "").startswith("receiver.")}
+    ours = {
+        name: each
+        for name, each in public.items()
+        if getattr(each, "__module__", "").startswith("receiver.")
+    }
     assert ours
     assert [name for name, each in ours.items() if not each.__doc__] == []
     classes = [each for each in ours.values() if inspect.isclass(each)]

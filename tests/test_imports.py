@@ -117,5 +117,7 @@ if {arguments!r}:
         pass
 print("loaded:", *sorted({HEAVY!r} & sys.modules.keys()))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.stdout.splitlines()[-1:] == ["loaded:"], done.stdout + done.stderr

@@ -6,7 +6,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
-NOT_MIRRORED = {"bench", "deploy", "docs", "e2e", "example_plugin", "proof", "samples", "support", "vectors"}
+NOT_MIRRORED = {
+    "bench",
+    "deploy",
+    "docs",
+    "e2e",
+    "example_plugin",
+    "proof",
+    "samples",
+    "support",
+    "vectors",
+}
 """Folders about the whole: processes, documents, recipes, figures; and data."""
 WHOLE = {"test_imports.py", "test_layout.py", "test_names.py"}
 """Files about the whole."""
@@ -29,13 +39,19 @@ def test_each_test_file_is_named_after_a_module(test: Path) -> None:
     words = test.stem.removeprefix("test_").split("_")
     names = {"_".join(words[:count]) for count in range(1, len(words) + 1)}
     folder = folder_of(test)
-    modules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    modules = {
+        path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert names & modules, f"{folder.relative_to(ROOT)} has none of {sorted(names)}"
 
 
 @pytest.mark.parametrize(
     "package",
-    [path.parent for name in ("receiver", "handlers") for path in sorted((ROOT / name).rglob("__init__.py"))],
+    [
+        path.parent
+        for name in ("receiver", "handlers")
+        for path in sorted((ROOT / name).rglob("__init__.py"))
+    ],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_each_package_says_what_it_is_for(package: Path) -> None:

@@ -36,7 +36,8 @@ def test_the_body_of_a_delivery_is_not_in_its_repr() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "stored"), [("", ""), ("Ä 🧪\n\x7f", "Ä 🧪\n\x7f"), ("a\x00b\ud800\udfff", "a\ufffdb\ufffd\ufffd")]
+    ("text", "stored"),
+    [("", ""), ("Ä 🧪\n\x7f", "Ä 🧪\n\x7f"), ("a\x00b\ud800\udfff", "a\ufffdb\ufffd\ufffd")],
 )
 def test_text_that_no_database_holds_is_replaced(text: str, stored: str) -> None:
     """NUL and lone surrogates become U+FFFD, one each; everything else stays."""

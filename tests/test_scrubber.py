@@ -29,7 +29,9 @@ def test_a_log_line_shows_no_path_of_a_url() -> None:
     assert scrub("no https://me:pw@h.example/a?sig=1 now") == "no https://h.example/… now"
 
 
-@pytest.mark.parametrize("name", ["api_key", "apiKey", "webhook_secrets", "Flora-Signature", "AWS_SECRET_ACCESS_KEY"])
+@pytest.mark.parametrize(
+    "name", ["api_key", "apiKey", "webhook_secrets", "Flora-Signature", "AWS_SECRET_ACCESS_KEY"]
+)
 def test_names_of_secrets(name: str) -> None:
     assert is_secret_name(name)
 

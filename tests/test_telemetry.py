@@ -93,7 +93,9 @@ def test_a_json_line_has_a_utc_time_a_level_and_an_event() -> None:
     ("terminal", "format_", "is_json"),
     [(True, "auto", False), (False, "auto", True), (True, "json", True), (False, "console", False)],
 )
-def test_the_format_follows_the_stream_unless_it_is_set(terminal: bool, format_: Any, is_json: bool) -> None:
+def test_the_format_follows_the_stream_unless_it_is_set(
+    terminal: bool, format_: Any, is_json: bool
+) -> None:
     class Stream(io.StringIO):
         def isatty(self) -> bool:
             return terminal
@@ -137,7 +139,9 @@ def test_standard_library_records_are_written_once() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["uvicorn.access", "httpx", "httpcore.http11", "sqlalchemy.engine", "alembic"])
+@pytest.mark.parametrize(
+    "name", ["uvicorn.access", "httpx", "httpcore.http11", "sqlalchemy.engine", "alembic"]
+)
 def test_libraries_that_log_urls_and_parameters_are_quiet_below_warning(name: str) -> None:
     stream = io.StringIO()
     configure_logging("debug", "json", stream)
@@ -153,7 +157,11 @@ def test_a_plain_record_passes_unchanged() -> None:
 
 def scrape(metrics: Metrics) -> dict[str, float]:
     """Every sample that is not zero, without the creation times."""
-    lines = [line.rsplit(" ", 1) for line in metrics.render()[0].decode().splitlines() if not line.startswith("#")]
+    lines = [
+        line.rsplit(" ", 1)
+        for line in metrics.render()[0].decode().splitlines()
+        if not line.startswith("#")
+    ]
     return {name: float(value) for name, value in lines if float(value) and "_created" not in name}
 
 
@@ -166,7 +174,11 @@ def test_a_scrape_shows_our_prefix_and_verdicts_from_the_start() -> None:
 
 
 RUN = Run(
-    "run_1", RunState.COMPLETED, Origin.STARTED, datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
+    "run_1",
+    RunState.COMPLETED,
+    Origin.STARTED,
+    datetime(2026, 1, 1, tzinfo=UTC),
+    datetime(2026, 1, 2, tzinfo=UTC),
 )
 
 
@@ -183,8 +195,14 @@ RUN = Run(
         (lambda m: m.count_event(Event.SETTLED, RUN), 'runs_settled_total{state="completed"}'),
         (lambda m: m.count_verdict(None, Verdict.RECOVERED), 'verdicts_total{verdict="recovered"}'),
         (lambda m: m.count_verdict(Verdict.RECOVERED, Verdict.LATE), 'verdicts_total{verdict="late"}'),
-        (lambda m: m.observe_dispatch("log", "done", 0.2), 'dispatches_total{handler="log",outcome="done"}'),
-        (lambda m: m.observe_dispatch("log", "done", 0.2), 'dispatch_seconds_bucket{handler="log",le="0.5"}'),
+        (
+            lambda m: m.observe_dispatch("log", "done", 0.2),
+            'dispatches_total{handler="log",outcome="done"}',
+        ),
+        (
+            lambda m: m.observe_dispatch("log", "done", 0.2),
+            'dispatch_seconds_bucket{handler="log",le="0.5"}',
+        ),
     ],
 )
 def test_what_happens_is_counted(happens: Callable[[Metrics], None], sample: str) -> None:

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from handlers.file_names import to_file_name
-from handlers.template import RUN_FIELDS, RUN_TIMES, FieldKind, Fields, Placeholder, Template, run_text, to_text
+from handlers.template import (
+    RUN_FIELDS,
+    RUN_TIMES,
+    FieldKind,
+    Fields,
+    Placeholder,
+    Template,
+    run_text,
+    to_text,
+)
 from receiver.handler import SettledRun, storable_text
 
 _MAX_VALUE = 8 * 1024

@@ -19,7 +19,9 @@ from receiver.handler import (
 _MAX_CONCURRENT = 4
 
 
-async def fetch_all(outputs: Sequence[Output], directory: Path, context: Context) -> list[Saved] | Retry | Reject:
+async def fetch_all(
+    outputs: Sequence[Output], directory: Path, context: Context
+) -> list[Saved] | Retry | Reject:
     """Save every output, a few at a time. Reject only if no failed download may work later."""
     slots = asyncio.Semaphore(_MAX_CONCURRENT)
 

@@ -49,7 +49,9 @@ _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def _check_is_list(value: object) -> object:
     if not isinstance(value, str):
         return value
-    raise ValueError('must be a list, the program first, as in ["./note.sh", "{run_id}"]: there is no shell')
+    raise ValueError(
+        'must be a list, the program first, as in ["./note.sh", "{run_id}"]: there is no shell'
+    )
 
 
 def _check_command(command: tuple[str, ...]) -> tuple[str, ...]:
@@ -80,7 +82,9 @@ def _check_variable(name: str) -> str:
 
 
 def _check_secret_source(value: object) -> object:
-    if isinstance(value, str) and value.upper().startswith(tuple(f"ENV:{name}" for name in _RESERVED_PREFIXES)):
+    if isinstance(value, str) and value.upper().startswith(
+        tuple(f"ENV:{name}" for name in _RESERVED_PREFIXES)
+    ):
         raise ValueError(f"{value} is the service's own secret: give the program one of its own")
     return value
 
@@ -138,13 +142,21 @@ class Command:
     concurrency: ClassVar[int] = 4
 
     def __init__(
-        self, config: CommandConfig, *, parent: Path | None = None, environ: Mapping[bytes, bytes] | None = None
+        self,
+        config: CommandConfig,
+        *,
+        parent: Path | None = None,
+        environ: Mapping[bytes, bytes] | None = None,
     ) -> None:
         self._config = config
         self._parent = parent or default_parent()
         environ = os.environb if environ is None else environ
-        self._environ = {name.encode(): environ[name.encode()] for name in config.pass_env if name.encode() in environ}
-        self._environ |= {name.encode(): value.get_secret_value().encode() for name, value in config.env.items()}
+        self._environ = {
+            name.encode(): environ[name.encode()] for name in config.pass_env if name.encode() in environ
+        }
+        self._environ |= {
+            name.encode(): value.get_secret_value().encode() for name, value in config.env.items()
+        }
         self._program = _find_program(config.command[0], self._environ.get(b"PATH", environ.get(b"PATH")))
         self._arguments = [ArgumentTemplate(argument) for argument in config.command[1:]]
         self._cwd = None if config.cwd is None else config.cwd.expanduser().absolute()
@@ -205,7 +217,10 @@ class Command:
     ) -> Process | Retry | Reject:
         """Write the program's input, and download the outputs if configured."""
         document = run_document(
-            run, event=context.event, idempotency_key=context.idempotency_key, artifacts=await context.stored()
+            run,
+            event=context.event,
+            idempotency_key=context.idempotency_key,
+            artifacts=await context.stored(),
         )
         outputs_dir = workdir.path / "outputs"
         if self._config.download:
@@ -217,7 +232,10 @@ class Command:
                 output["path"] = str(each.path)
         run_file = workdir.path / "run.json"
         run_file.write_bytes(run_json(document))
-        paths = {"run_file": str(run_file), "outputs_dir": str(outputs_dir) if self._config.download else ""}
+        paths = {
+            "run_file": str(run_file),
+            "outputs_dir": str(outputs_dir) if self._config.download else "",
+        }
         variables = to_variables(document) | {
             "RUN_FILE": paths["run_file"],
             "RUN_OUTPUTS_DIR": paths["outputs_dir"],
@@ -228,7 +246,8 @@ class Command:
         return Process(
             [self._program, *(argument.render(run, paths) for argument in self._arguments)],
             directory=self._cwd or workdir.path,
-            environment=self._environ | {name.encode(): value.encode() for name, value in variables.items()},
+            environment=self._environ
+            | {name.encode(): value.encode() for name, value in variables.items()},
             stdin=run_file,
             keep_bytes=keep_bytes,
             grace_seconds=self._config.kill_after_seconds,

@@ -34,7 +34,9 @@ class Workdir:
             self._root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             with suppress(FileNotFoundError):
                 self._lock = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                with suppress(OSError):  # no locks on this file system: `sweep` fails likewise and removes nothing
+                with suppress(
+                    OSError
+                ):  # no locks on this file system: `sweep` fails likewise and removes nothing
                     fcntl.flock(self._lock, fcntl.LOCK_EX)
                 if self._root.exists():  # else a sweep removed it before it was locked
                     break

@@ -44,7 +44,9 @@ class Connections:
 
     def __init__(self, url: URL, *, create: bool) -> None:
         self._driver_connection: Any = None
-        self._engine = self._postgres(url) if dialect_of(url) == "postgresql" else _sqlite(url, create=create)
+        self._engine = (
+            self._postgres(url) if dialect_of(url) == "postgresql" else _sqlite(url, create=create)
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="handler-database")
 
     async def run(self, job: Callable[[Connection], T]) -> T:
@@ -99,7 +101,9 @@ class Connections:
             url.set(drivername="postgresql+psycopg"),
             pool_size=1,
             max_overflow=0,
-            connect_args={name: value for name, value in _POSTGRES_OPTIONS.items() if name not in url.query},
+            connect_args={
+                name: value for name, value in _POSTGRES_OPTIONS.items() if name not in url.query
+            },
             json_serializer=_to_json,
             hide_parameters=True,
         )

@@ -79,7 +79,9 @@ def _from_message(message: str) -> DatabaseFailedError:
     if any(sign in lower for sign in _LOGIN):
         return DatabaseFailedError(FailureKind.TABLES, f"the database refuses the login: {message}")
     if any(sign in lower for sign in _SQLITE_BUSY):
-        return DatabaseFailedError(FailureKind.BUSY, f"the database is locked by another program: {message}")
+        return DatabaseFailedError(
+            FailureKind.BUSY, f"the database is locked by another program: {message}"
+        )
     return DatabaseFailedError(FailureKind.UNREACHABLE, f"the database does not answer: {message}")
 
 

@@ -83,7 +83,9 @@ class DatabaseConfig(BaseModel):
         names = (self.tables.runs, self.tables.outputs, self.tables.artifacts)
         if dialect_of(to_url(self.url)) == "sqlite" and any("." in name for name in names):
             raise ValueError("SQLite has no schemas: leave the dot out of the tables' names")
-        if dialect_of(to_url(self.url)) == "sqlite" and any(name.lower().startswith("sqlite_") for name in names):
+        if dialect_of(to_url(self.url)) == "sqlite" and any(
+            name.lower().startswith("sqlite_") for name in names
+        ):
             raise ValueError("SQLite keeps names that begin with sqlite_ to itself")
         return self
 
@@ -128,7 +130,9 @@ class Database:
         except DatabaseFailedError as error:
             if error.kind in {FailureKind.UNREACHABLE, FailureKind.BUSY}:
                 raise TargetUnreachableError(str(error)) from error
-            if error.kind is not FailureKind.VALUES:  # constraints of the user's, which a sample cannot know
+            if (
+                error.kind is not FailureKind.VALUES
+            ):  # constraints of the user's, which a sample cannot know
                 raise
 
     async def close(self) -> None:
@@ -144,7 +148,9 @@ class Database:
             if rows.outputs:
                 connection.execute(tables.upsert_output, rows.outputs)
             positions = [row["position"] for row in rows.outputs]
-            connection.execute(tables.drop_outputs, {"_run_id": rows.run["run_id"], "_positions": positions})
+            connection.execute(
+                tables.drop_outputs, {"_run_id": rows.run["run_id"], "_positions": positions}
+            )
         if rows.artifacts:
             connection.execute(tables.upsert_artifact, rows.artifacts)
         return is_newest

@@ -88,7 +88,9 @@ class Tables:
             *(CreateTable(table, if_not_exists=True) for table in self.metadata.sorted_tables),
         ]
         statements = (str(step.compile(dialect=dialect)).strip().replace("\t", "    ") for step in steps)
-        return "\n\n".join("\n".join(line.rstrip() for line in each.splitlines()) + ";" for each in statements)
+        return "\n\n".join(
+            "\n".join(line.rstrip() for line in each.splitlines()) + ";" for each in statements
+        )
 
     def rows(self, run: SettledRun, artifacts: Sequence[Artifact], *, text: bool) -> Rows:
         """Return a run as rows. In text, only what no database can store is replaced."""
@@ -143,7 +145,9 @@ class Tables:
     def _upsert(self, table: Table, *, newer_by: str | None = None) -> Upsert:
         statement = self._insert(table)
         new: Mapping[str, ColumnElement[Any]] = {
-            column.name: statement.excluded[column.name] for column in table.columns if not column.primary_key
+            column.name: statement.excluded[column.name]
+            for column in table.columns
+            if not column.primary_key
         }
         newer = None
         if newer_by is not None:
@@ -159,7 +163,9 @@ class Tables:
         """
         table, statement = self.runs, self._insert(self.runs)
         new: dict[str, ColumnElement[Any]] = {
-            column.name: statement.excluded[column.name] for column in table.columns if not column.primary_key
+            column.name: statement.excluded[column.name]
+            for column in table.columns
+            if not column.primary_key
         }
         newer = tuple_(new["settled_at"], new["version"]) >= tuple_(table.c.settled_at, table.c.version)
         new["charged_cost"] = func.coalesce(new["charged_cost"], table.c.charged_cost)

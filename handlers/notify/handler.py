@@ -18,7 +18,15 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from handlers.dependencies import pending_handlers
-from handlers.notify.messages import DEFAULTS, Message, MessageTemplate, Occasion, choose_occasion, compose, to_values
+from handlers.notify.messages import (
+    DEFAULTS,
+    Message,
+    MessageTemplate,
+    Occasion,
+    choose_occasion,
+    compose,
+    to_values,
+)
 from receiver.handler import Answer, Context, Done, Event, Retry, Secret, SettledRun, When, needs
 
 _MAX_ACCEPTED = 1000
@@ -83,7 +91,8 @@ class Notify:
         _capture_logs()
         self._config = config
         self._targets = [
-            Target(apprise, secret.get_secret_value(), number) for number, secret in enumerate(config.urls, 1)
+            Target(apprise, secret.get_secret_value(), number)
+            for number, secret in enumerate(config.urls, 1)
         ]
         self._templates: dict[Occasion, tuple[MessageTemplate, MessageTemplate]] = {}
         for name, (title, body) in DEFAULTS.items():

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from handlers.template import RUN_FIELDS, RUN_IDS, RUN_TIMES, FieldKind, Fields, Placeholder, Template, to_text
+from handlers.template import (
+    RUN_FIELDS,
+    RUN_IDS,
+    RUN_TIMES,
+    FieldKind,
+    Fields,
+    Placeholder,
+    Template,
+    to_text,
+)
 from receiver.handler import Artifact, Event, SettledRun
 
 Occasion = Literal["completed", "failed", "lost", "diverged", "dead"]
@@ -91,7 +100,9 @@ def choose_occasion(event: Event, status: str) -> Occasion:
     return "lost" if status == "lost" else "failed"
 
 
-def to_values(run: SettledRun, event: Event, handler: str, artifacts: Sequence[Artifact]) -> Mapping[str, Any]:
+def to_values(
+    run: SettledRun, event: Event, handler: str, artifacts: Sequence[Artifact]
+) -> Mapping[str, Any]:
     """Return the values of all fields."""
     fields = {name: getattr(run, name) for name in (*RUN_IDS, *RUN_TIMES, *_OWN_FIELDS)}
     files = [each.location for each in artifacts if each.position >= 0 and each.stored_at is not None]
@@ -108,7 +119,9 @@ def to_values(run: SettledRun, event: Event, handler: str, artifacts: Sequence[A
     }
 
 
-def compose(occasion: Occasion, title: MessageTemplate, body: MessageTemplate, values: Mapping[str, Any]) -> Message:
+def compose(
+    occasion: Occasion, title: MessageTemplate, body: MessageTemplate, values: Mapping[str, Any]
+) -> Message:
     """Fill in a message. The title is one line; the body is never empty: many refuse that."""
     line = " ".join(title.render(values).split())[:_MAX_TITLE]
     text = body.render(values).strip()

@@ -53,7 +53,9 @@ class KafkaBroker:
         headers += [(f"ce_{name}", value.encode()) for name, value in message.attributes.items()]
         producer = await self._producers.get()
         try:
-            place = await producer.send_and_wait(message.to, message.body, key=message.key.encode(), headers=headers)
+            place = await producer.send_and_wait(
+                message.to, message.body, key=message.key.encode(), headers=headers
+            )
         except (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError) as error:
             raise MessageRefusedError(
                 f"the message of {len(message.body)} bytes is too large for topic {message.to!r}: "
@@ -73,12 +75,16 @@ class KafkaBroker:
         if to is None:
             return
         try:
-            cluster = await producer.client.fetch_all_metadata()  # of all topics: a request for one may create it
+            cluster = (
+                await producer.client.fetch_all_metadata()
+            )  # of all topics: a request for one may create it
         except errors.KafkaError as error:
             self._producers.drop(producer)
             raise self._to_broker_error(error, to) from error
         if to not in cluster.topics(exclude_internal_topics=False):
-            raise BrokerUnreachableError(_no_topic(to))  # a warning: many clusters create topics on first use
+            raise BrokerUnreachableError(
+                _no_topic(to)
+            )  # a warning: many clusters create topics on first use
 
     async def close(self) -> None:
         await self._producers.close()
@@ -103,7 +109,9 @@ class KafkaBroker:
             if isinstance(error, errors.KafkaError | OSError) and not isinstance(error, TimeoutError):
                 raise self._to_broker_error(error, None) from error
             if isinstance(error, TimeoutError):
-                raise BrokerUnreachableError(f"{self._access.url} cannot be reached: {excerpt(error)}") from error
+                raise BrokerUnreachableError(
+                    f"{self._access.url} cannot be reached: {excerpt(error)}"
+                ) from error
             raise
         return producer
 
@@ -121,7 +129,9 @@ class KafkaBroker:
         except (errors.KafkaError, OSError) as error:
             return self._to_broker_error(error, None)
         connection.close()
-        return BrokerUnreachableError(f"{self._access.url} cannot be reached: it did not respond to the first request")
+        return BrokerUnreachableError(
+            f"{self._access.url} cannot be reached: it did not respond to the first request"
+        )
 
     async def _abandon(self, producer: Any) -> None:
         """Stop a producer without delivering its messages.
@@ -151,7 +161,9 @@ class KafkaBroker:
         if isinstance(error, errors.UnknownTopicOrPartitionError) and topic:
             return BrokerError(_no_topic(topic))
         if isinstance(error, errors.TopicAuthorizationFailedError | errors.ClusterAuthorizationFailedError):
-            return BrokerError(f"{url} does not allow it: {excerpt(error)}; the user needs Write, IdempotentWrite")
+            return BrokerError(
+                f"{url} does not allow it: {excerpt(error)}; the user needs Write, IdempotentWrite"
+            )
         if isinstance(error, errors.KafkaConnectionError | OSError):
             return BrokerUnreachableError(f"{url} cannot be reached: {excerpt(error)}")
         return BrokerError(f"{url} did not accept it: {excerpt(error)}")

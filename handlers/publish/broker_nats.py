@@ -29,7 +29,10 @@ from handlers.publish.broker import (
     excerpt,
 )
 
-_TOO_LARGE = {10054, 10097}  # JetStream's codes: the message, or its headers, exceed the limit of the stream
+_TOO_LARGE = {
+    10054,
+    10097,
+}  # JetStream's codes: the message, or its headers, exceed the limit of the stream
 _HEADER_OVERHEAD = 32  # bytes of the version line and the blank line around headers
 _PEM_BLOCK = "-----BEGIN {0}-----\\s+(\\S+)\\s+-+END {0}-+"
 
@@ -53,7 +56,11 @@ class NatsBroker:
     async def publish(self, message: Message) -> Mapping[str, Any]:
         headers = {"Nats-Msg-Id": _escape(message.id), "Content-Type": "application/json"}
         headers |= {f"ce-{name}": _escape(value) for name, value in message.attributes.items()}
-        size = len(message.body) + _HEADER_OVERHEAD + sum(len(name) + len(value) + 4 for name, value in headers.items())
+        size = (
+            len(message.body)
+            + _HEADER_OVERHEAD
+            + sum(len(name) + len(value) + 4 for name, value in headers.items())
+        )
         session = await self._session()
         if size > session.client.max_payload:
             raise MessageRefusedError(
@@ -72,7 +79,9 @@ class NatsBroker:
                 ) from error
             raise BrokerError(f"JetStream did not accept it: {excerpt(error.description)}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise BrokerError(f"something other than JetStream responds on the subject {message.to!r}") from error
+            raise BrokerError(
+                f"something other than JetStream responds on the subject {message.to!r}"
+            ) from error
         except BaseException as error:  # also after cancellation: the connection may still hold the message
             self._sessions.drop(session)
             if isinstance(error, Error | OSError):
@@ -100,7 +109,9 @@ class NatsBroker:
         if to is None:
             return
         try:
-            await session.client.jetstream(timeout=self._access.answer_seconds / 2).find_stream_name_by_subject(to)
+            await session.client.jetstream(
+                timeout=self._access.answer_seconds / 2
+            ).find_stream_name_by_subject(to)
         except (NotFoundError, NoStreamResponseError) as error:
             raise BrokerError(_no_stream(to)) from error
         except APIError as error:
@@ -138,7 +149,9 @@ class NatsBroker:
             return None if secret is None else lambda: _require_tls(client, access, secret)
 
         signer = self._signer
-        jwt: JWTCallback | None = None if signer is None else lambda: _require_tls(client, access, signer.jwt).encode()
+        jwt: JWTCallback | None = (
+            None if signer is None else lambda: _require_tls(client, access, signer.jwt).encode()
+        )
         try:
             async with asyncio.timeout(access.connect_seconds):
                 await client.connect(
@@ -174,7 +187,9 @@ class NatsBroker:
         return BrokerUnreachableError(f"{url} cannot be reached: {excerpt(cause)}")
 
     async def _disconnect(self, session: _Session) -> None:
-        async with asyncio.timeout(1):  # a frozen server reads nothing more; its socket is closed with the client
+        async with asyncio.timeout(
+            1
+        ):  # a frozen server reads nothing more; its socket is closed with the client
             await session.client.close()
 
 
@@ -182,7 +197,9 @@ def _require_tls(client: Client, access: Access, secret: str) -> str:
     """Return a secret. BrokerError if TLS is configured but not in use, which nats-py ignores."""
     server = client._server_info  # noqa: SLF001  # not public
     if access.tls is not None and not server.get("tls_required"):
-        raise BrokerError(f"{access.url} offers no TLS: use nats://, unless the connection is being intercepted")
+        raise BrokerError(
+            f"{access.url} offers no TLS: use nats://, unless the connection is being intercepted"
+        )
     return secret
 
 
@@ -213,7 +230,9 @@ def _parse_credentials(text: str) -> _Signer:
     jwt = re.search(_PEM_BLOCK.format("NATS USER JWT"), text)
     seed = re.search(_PEM_BLOCK.format("USER NKEY SEED"), text)
     if not jwt or not seed:
-        raise ValueError("credentials must be the content of a .creds file: give it as file:/path/to/user.creds")
+        raise ValueError(
+            "credentials must be the content of a .creds file: give it as file:/path/to/user.creds"
+        )
     try:
         raw = base64.b32decode(seed[1] + "=" * (-len(seed[1]) % 8))
         key = Ed25519PrivateKey.from_private_bytes(raw[2:34])  # between its type, and a checksum

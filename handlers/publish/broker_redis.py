@@ -45,7 +45,9 @@ class RedisBroker:
         seconds = self._access.remember_hours * 3600
         id_key = f"{{{message.to}}}:published:{message.id}"
         maxlen = self._access.maxlen or ""
-        entry, duplicate = await self._run_script(_PUBLISH, message.to, id_key, arguments=[seconds, maxlen, *parts])
+        entry, duplicate = await self._run_script(
+            _PUBLISH, message.to, id_key, arguments=[seconds, maxlen, *parts]
+        )
         return {"entry": entry.decode(), "duplicate": bool(duplicate)}
 
     async def check(self, to: str | None) -> None:

@@ -15,7 +15,14 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FilePath, model_validator
 
 from handlers.payload import run_document, run_json
-from handlers.publish.broker import Access, Broker, BrokerError, BrokerUnreachableError, Message, MessageRefusedError
+from handlers.publish.broker import (
+    Access,
+    Broker,
+    BrokerError,
+    BrokerUnreachableError,
+    Message,
+    MessageRefusedError,
+)
 from handlers.template import RUN_IDS, FieldKind, Fields, Template
 from receiver.handler import (
     Answer,
@@ -122,12 +129,20 @@ class PublishConfig(BaseModel):
     @model_validator(mode="after")
     def _check_fits_broker(self) -> Self:
         kind, tls, _, _ = _parse_url(self.url)
-        only = {"token": "nats", "credentials": "nats", "sasl": "kafka", "maxlen": "redis", "remember_hours": "redis"}
+        only = {
+            "token": "nats",
+            "credentials": "nats",
+            "sasl": "kafka",
+            "maxlen": "redis",
+            "remember_hours": "redis",
+        }
         for name in sorted(only.keys() & self.model_fields_set):
             if only[name] != kind:
                 raise ValueError(f"`{name}` is for {only[name]} only")
         if "{run_id}" in self.to and kind != "nats":
-            raise ValueError("`to` may contain {run_id} with NATS only: each run would create a stream or topic")
+            raise ValueError(
+                "`to` may contain {run_id} with NATS only: each run would create a stream or topic"
+            )
         if not tls and (self.ca_file or self.cert_file):
             raise ValueError("`ca_file` and `cert_file` need tls://, rediss:// or kafka+ssl://")
         if self.key_file and not self.cert_file:
@@ -160,7 +175,10 @@ class Publish:
         if len(to) > _MAX_NAME:
             return Reject(f"`to` is {len(to)} characters long, the limit is {_MAX_NAME}: use fewer fields")
         document = run_document(
-            run, event=context.event, idempotency_key=context.idempotency_key, artifacts=await context.stored()
+            run,
+            event=context.event,
+            idempotency_key=context.idempotency_key,
+            artifacts=await context.stored(),
         )
         message = Message(
             to=to,
@@ -196,7 +214,9 @@ class Publish:
 
     def _fill_name(self, run: SettledRun, context: Context) -> str:
         return self._to.fill(
-            lambda field: context.event.value if field.name == "event" else _to_word(getattr(run, field.name))
+            lambda field: (
+                context.event.value if field.name == "event" else _to_word(getattr(run, field.name))
+            )
         )
 
 

@@ -11,7 +11,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
 import obstore.store
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError, UnknownConfigurationKeyError
+from obstore.exceptions import (
+    BaseError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnknownConfigurationKeyError,
+)
 from obstore.store import AzureStore, GCSStore, S3Store
 from pydantic import SecretStr
 
@@ -102,13 +107,17 @@ def to_place_error(failure: str, error: Exception, store: object) -> PlaceError:
         return PlaceError(f"{failure}: {_service_message(text) or '404'}; does the bucket exist?")
     is_denied = isinstance(error, PermissionDeniedError | UnauthenticatedError)
     if is_denied or (status and status[1] in {"401", "403"}):
-        return PlaceError(f"{failure}: {_service_message(text) or 'refused'}; check credentials and permissions")
+        return PlaceError(
+            f"{failure}: {_service_message(text) or 'refused'}; check credentials and permissions"
+        )
     if status is not None:
         kind = PlaceUnreachableError if status[1].startswith("5") else PlaceError
         return kind(f"{failure}: it responded with {status[1]}{_in_parentheses(text)}")
     not_sent = _NOT_SENT.search(text)
     if not_sent is not None and "builder error" in not_sent[1]:
-        return PlaceError(f"{failure}: its endpoint is not https; to allow http, set allow_http = true in `store`")
+        return PlaceError(
+            f"{failure}: its endpoint is not https; to allow http, set allow_http = true in `store`"
+        )
     if not_sent is not None:
         return PlaceUnreachableError(f"{failure}: no response from its endpoint ({not_sent[1].strip()})")
     return PlaceError(f"{failure}: {_without_urls(text)}")

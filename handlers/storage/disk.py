@@ -114,7 +114,9 @@ class LocalDisk:
 
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, lambda: function(*args, **kwargs)
+            )
         except OSError as error:
             raise PlaceError(self._describe(error)) from error
 
@@ -217,7 +219,9 @@ class _Part:
             return
         self._tree.enter(self._target.parent)
         usage = os.statvfs(self._target.parent)
-        if usage.f_blocks and usage.f_bavail * usage.f_frsize < self._expected:  # some file systems report zeros
+        if (
+            usage.f_blocks and usage.f_bavail * usage.f_frsize < self._expected
+        ):  # some file systems report zeros
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         while True:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

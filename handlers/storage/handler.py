@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    model_validator,
+)
 
 from handlers.storage.disk import LocalDisk
 from handlers.storage.keys import KeyTemplate, LabelTemplate
@@ -60,7 +69,9 @@ def _check_header(text: str | None) -> str | None:
 def _check_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
     for name, text in labels.items():
         if not _LABEL_NAME.fullmatch(name) or name in OWN_LABELS:
-            raise ValueError(f"{name!r} must be of a-z, 0-9 and _, and none of {', '.join(sorted(OWN_LABELS))}")
+            raise ValueError(
+                f"{name!r} must be of a-z, 0-9 and _, and none of {', '.join(sorted(OWN_LABELS))}"
+            )
         LabelTemplate(text)
     return labels
 
@@ -75,7 +86,9 @@ def _to_option_text(value: object) -> object:
 class StorageConfig(BaseModel):
     """Where outputs are stored, and under which names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True
+    )
 
     url: Annotated[str, Field(min_length=1), AfterValidator(_check_url)] = "outputs"
     """A directory, `file:///…`, or a bucket: `s3://bucket/prefix`, `gs://…`, `az://container/…`."""
@@ -148,7 +161,9 @@ class Storage:
                 return await writer.write_output(output)
 
         by_size = sorted(run.outputs, key=lambda output: output.likely_bytes)  # small ones first
-        async with asyncio.TaskGroup() as group:  # if cancelled, it waits until every download has cleaned up
+        async with (
+            asyncio.TaskGroup() as group
+        ):  # if cancelled, it waits until every download has cleaned up
             tasks = {output.position: group.create_task(store(output)) for output in by_size}
         results = [tasks[output.position].result() for output in run.outputs]
         stored = [result for result in results if isinstance(result, StoredOutput)]
@@ -196,7 +211,12 @@ def _directory(url: str) -> Path:
         except RuntimeError:
             raise ValueError(f"{url!r} starts with the home of a user that does not exist") from None
     parts = urlsplit(url)
-    if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/") or parts.query or parts.fragment:
+    if (
+        parts.netloc not in {"", "localhost"}
+        or not parts.path.startswith("/")
+        or parts.query
+        or parts.fragment
+    ):
         raise ValueError(f"{url!r} must be file:///absolute/path")
     return Path(unquote(parts.path))
 

@@ -79,7 +79,9 @@ def _check(text: str, sample: str) -> None:
         raise ValueError(f"{text!r} has characters that file names cannot have everywhere")
 
 
-def _value(field: Placeholder, run: SettledRun, output: Output, ext: str, escape: Callable[[str], str]) -> str:
+def _value(
+    field: Placeholder, run: SettledRun, output: Output, ext: str, escape: Callable[[str], str]
+) -> str:
     match field.name:
         case "ext":
             return ext
@@ -131,7 +133,11 @@ class RunKeys:
             no_output = Output(position=0, output_id="", type="", value="")
             beside = self._template.render(self._run, no_output, "")
         directory = beside.rpartition("/")[0]
-        name = "run.json" if self._template.directory_names_run else f"{to_file_name(self._run.run_id)}.run.json"
+        name = (
+            "run.json"
+            if self._template.directory_names_run
+            else f"{to_file_name(self._run.run_id)}.run.json"
+        )
         return self._claim(f"{directory}/{name}" if directory else name, ".json", position)
 
     def _claim(self, key: str, ext: str, position: int) -> str:

@@ -26,7 +26,9 @@ class StoredOutput:
     content_type: str | None
 
 
-def to_manifest(run: SettledRun, outputs: Sequence[StoredOutput], request: Mapping[str, Any] | None = None) -> bytes:
+def to_manifest(
+    run: SettledRun, outputs: Sequence[StoredOutput], request: Mapping[str, Any] | None = None
+) -> bytes:
     """Return the manifest as JSON: always the same bytes for the same facts, and no media URL.
 
     `request` comes from `Context.request`; its texts are included, such as the prompt.

@@ -77,7 +77,9 @@ class ObjectStore:
         if sum(map(len, head)) <= PART_BYTES:
             digest = await self._write_whole(key, b"".join(head), content_type, metadata)
         else:
-            digest = await self._write_parts(key, _Source(head, source), self._attributes(content_type, metadata))
+            digest = await self._write_parts(
+                key, _Source(head, source), self._attributes(content_type, metadata)
+            )
         size = await self.size(key)
         if size != digest.size:
             raise PlaceError(f"{self._url} holds {size} bytes of an object of {digest.size}")
@@ -120,10 +122,14 @@ class ObjectStore:
         digest = Digest(len(body), hashlib.sha256(body).hexdigest())
         attributes = self._attributes(content_type, {**metadata, "sha256": digest.sha256})
         try:
-            result = await obstore.put_async(self._store, key, body, attributes=attributes, use_multipart=False)
+            result = await obstore.put_async(
+                self._store, key, body, attributes=attributes, use_multipart=False
+            )
         except (BaseError, OSError) as error:
             raise self._to_error("write to", error) from None
-        await self._verify(key, hashlib.md5(body, usedforsecurity=False).hexdigest(), digest, result.get("e_tag"))
+        await self._verify(
+            key, hashlib.md5(body, usedforsecurity=False).hexdigest(), digest, result.get("e_tag")
+        )
         return digest
 
     async def _verify(self, key: str, md5: str, digest: Digest, etag: str | None) -> None:

@@ -85,7 +85,9 @@ class OutputWriter:
         self._own_labels = labels
         self._known = {artifact.position: artifact for artifact in context.artifacts}
         keys = {position: place.key_of(artifact.location) for position, artifact in self._known.items()}
-        self._keys = RunKeys(template, run, {position: key for position, key in keys.items() if key is not None})
+        self._keys = RunKeys(
+            template, run, {position: key for position, key in keys.items() if key is not None}
+        )
 
     async def write_output(self, output: Output) -> StoredOutput | Retry | Reject:
         """Store one output unless it is stored already. Failures concern this output only."""
@@ -123,7 +125,9 @@ class OutputWriter:
         except (NoThumbnailError, PlaceError, LocationTakenError, NotOursError) as error:
             self._context.log.warning("storage.no_thumbnail", position=output.position, reason=str(error))
         except Exception as error:
-            self._context.log.warning("storage.no_thumbnail", position=output.position, reason=type(error).__name__)
+            self._context.log.warning(
+                "storage.no_thumbnail", position=output.position, reason=type(error).__name__
+            )
 
     async def _find_stored(self, output: Output) -> StoredOutput | None:
         known = self._known.get(output.position)
@@ -132,7 +136,9 @@ class OutputWriter:
         key = self._place.key_of(known.location)
         if key is None or known.size is None or known.sha256 is None:
             return None
-        return _to_stored_output(output, key, known.location, Digest(known.size, known.sha256), known.content_type)
+        return _to_stored_output(
+            output, key, known.location, Digest(known.size, known.sha256), known.content_type
+        )
 
     async def _is_intact(self, known: Artifact) -> bool:
         key = self._place.key_of(known.location)
@@ -160,7 +166,9 @@ class OutputWriter:
         await self._record(output.position, digest, content_type)
         return _to_stored_output(output, key, location, digest, content_type)
 
-    async def _check_existing(self, output: Output, key: str, location: str, download: Download) -> Digest | None:
+    async def _check_existing(
+        self, output: Output, key: str, location: str, download: Download
+    ) -> Digest | None:
         """Check a file that exists at the key.
 
         Returns None if the output is to be written, or the digest of the file if it is the output.
@@ -195,13 +203,22 @@ class OutputWriter:
 
     def _labels(self, output: Output, ext: str) -> Mapping[str, str]:
         own = {name: template.render(self._run, output, ext) for name, template in self._own_labels.items()}
-        return {**own, "run": self._run.run_id, "output": output.output_id, "technique": self._run.technique_id or ""}
+        return {
+            **own,
+            "run": self._run.run_id,
+            "output": output.output_id,
+            "technique": self._run.technique_id or "",
+        }
 
     async def _record(self, position: int, digest: Digest, content_type: str | None) -> None:
-        await self._context.store_artifact(position, size=digest.size, sha256=digest.sha256, content_type=content_type)
+        await self._context.store_artifact(
+            position, size=digest.size, sha256=digest.sha256, content_type=content_type
+        )
 
     async def _write_manifest(self, outputs: Sequence[StoredOutput]) -> None:
-        body = to_manifest(self._run, outputs, await self._context.request() if self._include_prompts else None)
+        body = to_manifest(
+            self._run, outputs, await self._context.request() if self._include_prompts else None
+        )
         key = self._keys.manifest(MANIFEST, outputs[0].key if outputs else None)
         location = self._place.locate(key)
         known = self._known.get(MANIFEST)
@@ -212,7 +229,9 @@ class OutputWriter:
         if known is not None and is_current and await self._is_intact(known):
             return
         size = await self._foreign_size(MANIFEST, key, location)
-        if size is not None and (self._overwrite is Overwrite.NEVER or not await self._is_of_this_run(key, size)):
+        if size is not None and (
+            self._overwrite is Overwrite.NEVER or not await self._is_of_this_run(key, size)
+        ):
             raise NotOursError(f"another file exists at {location}")
         await self._write_own(MANIFEST, "run.json", key, body, "application/json")
 
@@ -238,18 +257,26 @@ class OutputWriter:
         image = b"".join([chunk async for chunk in self._place.read(output.key)])
         body = await asyncio.to_thread(make_thumbnail, image, output.content_type)
         size = await self._foreign_size(position, key, location)
-        if size is not None and (self._overwrite is Overwrite.NEVER or not await self._has_content(key, body)):
+        if size is not None and (
+            self._overwrite is Overwrite.NEVER or not await self._has_content(key, body)
+        ):
             raise NotOursError(f"another file exists at {location}")
         await self._write_own(position, output.output_id, key, body, CONTENT_TYPE)
 
     async def _has_content(self, key: str, body: bytes) -> bool:
-        return await compute_digest(self._place.read(key)) == Digest(len(body), hashlib.sha256(body).hexdigest())
+        return await compute_digest(self._place.read(key)) == Digest(
+            len(body), hashlib.sha256(body).hexdigest()
+        )
 
     async def _write_own(self, position: int, name: str, key: str, body: bytes, content_type: str) -> None:
         """Write a file that the handler itself made."""
         await self._context.reserve(position, name, self._place.locate(key))
         digest = await self._place.write(
-            key, _once(body), content_type=content_type, expected=len(body), metadata={"run": self._run.run_id}
+            key,
+            _once(body),
+            content_type=content_type,
+            expected=len(body),
+            metadata={"run": self._run.run_id},
         )
         await self._record(position, digest, content_type)
 

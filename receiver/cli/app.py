@@ -37,7 +37,9 @@ app.add_typer(dispatches, name="dispatches")
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
 ) -> None:
     if version:
         print(__version__)
@@ -47,10 +49,14 @@ def root(
 @app.command()
 def serve(
     config: Config = None,
-    host: Annotated[str | None, typer.Option(help="Public address to bind; default: [public] host.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Public address to bind; default: [public] host.")
+    ] = None,
     port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="Public port to bind, 0 for a free one; default: [public] port."),
+        typer.Option(
+            min=0, max=65535, help="Public port to bind, 0 for a free one; default: [public] port."
+        ),
     ] = None,
     ops_host: Annotated[
         str | None, typer.Option(help="Operations address to bind; default: [operations] host.")
@@ -58,7 +64,9 @@ def serve(
     ops_port: OpsPort = None,
     only: Annotated[
         Literal["door", "workers"] | None,
-        typer.Option(help="Only receive callbacks (door), or do everything else (workers); PostgreSQL only."),
+        typer.Option(
+            help="Only receive callbacks (door), or do everything else (workers); PostgreSQL only."
+        ),
     ] = None,
 ) -> None:
     """Run the receiver until it is stopped."""
@@ -141,7 +149,9 @@ def emulator(
     ] = None,
     webhook_secret: Annotated[
         str | None,
-        typer.Option(envvar="FLORA_WEBHOOK_SECRET", help="Secrets that sign callbacks, separated by commas."),
+        typer.Option(
+            envvar="FLORA_WEBHOOK_SECRET", help="Secrets that sign callbacks, separated by commas."
+        ),
     ] = None,
     workspace_id: Annotated[str, typer.Option(help="Workspace of the runs.")] = "ws_emulator",
     run_seconds: Annotated[float, typer.Option(min=0, help="Duration of a run in seconds.")] = 5.0,
@@ -206,7 +216,9 @@ def backup(
 
 @app.command()
 def restore(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file that `backup` has written.")],
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A file that `backup` has written.")
+    ],
     config: Config = None,
     json: Json = False,
 ) -> None:
@@ -218,7 +230,9 @@ def restore(
 
 @app.command()
 def move(
-    to: Annotated[str, typer.Option(help="An empty database, postgresql://…; the password can be in ~/.pgpass.")],
+    to: Annotated[
+        str, typer.Option(help="An empty database, postgresql://…; the password can be in ~/.pgpass.")
+    ],
     config: Config = None,
     json: Json = False,
 ) -> None:
@@ -230,10 +244,12 @@ def move(
 
 @app.command("dev-cert")
 def dev_cert(
-    host: Annotated[list[str] | None, typer.Option(help="Host name or address; default: this machine's own.")] = None,
-    directory: Annotated[Path, typer.Option("--dir", file_okay=False, help="Directory for the files.")] = Path(
-        "var/tls"
-    ),
+    host: Annotated[
+        list[str] | None, typer.Option(help="Host name or address; default: this machine's own.")
+    ] = None,
+    directory: Annotated[
+        Path, typer.Option("--dir", file_okay=False, help="Directory for the files.")
+    ] = Path("var/tls"),
     days: Annotated[int, typer.Option(min=1, max=825, help="Days until the certificate expires.")] = 90,
     force: Annotated[bool, typer.Option("--force", help="Create a new CA too.")] = False,
     json: Json = False,
@@ -246,10 +262,16 @@ def dev_cert(
 
 @app.command()
 def init(
-    directory: Annotated[Path, typer.Option("--dir", file_okay=False, help="Directory for the files.")] = Path(),
-    public_url: Annotated[str | None, typer.Option(help="Public URL of this service, which FLORA calls.")] = None,
+    directory: Annotated[
+        Path, typer.Option("--dir", file_okay=False, help="Directory for the files.")
+    ] = Path(),
+    public_url: Annotated[
+        str | None, typer.Option(help="Public URL of this service, which FLORA calls.")
+    ] = None,
     database: Annotated[str | None, typer.Option(help="sqlite:///… or postgresql://….")] = None,
-    storage: Annotated[str, typer.Option(help="Where outputs are stored: a directory, or s3://….")] = "outputs",
+    storage: Annotated[
+        str, typer.Option(help="Where outputs are stored: a directory, or s3://….")
+    ] = "outputs",
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     json: Json = False,
 ) -> None:

@@ -42,7 +42,9 @@ def show_delivery(
     """Show a callback with its raw body."""
     with api_client(json=json) as receiver:
         found = receiver.delivery(delivery_id)
-        lines = [f"{name:<18} {value}" for name, value in found.items() if name != "body" and value is not None]
+        lines = [
+            f"{name:<18} {value}" for name, value in found.items() if name != "body" and value is not None
+        ]
         body = found["body"]
         if body is None:
             body = "The body has been deleted ([retention] bodies_days)."

@@ -25,7 +25,9 @@ def _check_credentials(given: dict[str, Any]) -> None:
     """Raise ConfigError for a key or a secret that no receiver would accept."""
     named = [("--api-key", value) for value in (given.get("api_key"),) if value is not None]
     named += [("--webhook-secret", value) for value in given.get("webhook_secrets", ())]
-    problems = [Problem(option, fault) for option, value in named if (fault := find_fault(value)) is not None]
+    problems = [
+        Problem(option, fault) for option, value in named if (fault := find_fault(value)) is not None
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -38,7 +40,9 @@ async def _serve(settings: EmulatorSettings) -> None:
     try:
         sockets = bind(settings.host, settings.port)
     except ConfigError as error:  # its problems name the receiver's settings; here they are options
-        raise ConfigError([Problem("--host, --port", problem.message) for problem in error.problems]) from error
+        raise ConfigError(
+            [Problem("--host, --port", problem.message) for problem in error.problems]
+        ) from error
     server = Server(emulator.app, sockets)
     await server.start()
     origin = f"http://{settings.host}:{server.port}"

@@ -32,7 +32,9 @@ def list_handlers(config: Config = None, json: Json = False) -> None:
 
 @handlers.command("show")
 def show_handler(
-    use: Annotated[str, typer.Argument(help="The handler's `use`: storage, forward or package.module:Class.")],
+    use: Annotated[
+        str, typer.Argument(help="The handler's `use`: storage, forward or package.module:Class.")
+    ],
     json: Json = False,
 ) -> None:
     """Show the options of a handler."""

@@ -69,7 +69,11 @@ def _check(text: str) -> None:
         try:
             load_settings(file, os.environ, need_secrets=False)
         except ConfigError as error:
-            problems = [Problem(_OPTIONS[each.path], each.message) for each in error.problems if each.path in _OPTIONS]
+            problems = [
+                Problem(_OPTIONS[each.path], each.message)
+                for each in error.problems
+                if each.path in _OPTIONS
+            ]
             if problems:  # all others come from the environment, not from this file
                 raise ConfigError(problems) from error
 

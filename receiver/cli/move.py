@@ -29,6 +29,8 @@ def run(config: Path | None, to: str, *, json: bool) -> None:
             "Set [database] url (RECEIVER_DATABASE__URL) to it, then start the service. "
             "Do not start the service on the SQLite file again."
         )
-        tables = {name: {"rows": copy.rows, "checksum": copy.checksum} for name, copy in moved.tables.items()}
+        tables = {
+            name: {"rows": copy.rows, "checksum": copy.checksum} for name, copy in moved.tables.items()
+        }
         data = {"ledger": str(ledger), "copied": moved.copied, "tables": tables}
         print_result(data, text, as_json=json)

@@ -75,7 +75,8 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     table = (head, *rows)
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
     )
 
 

@@ -33,7 +33,9 @@ CallbackUrl = Annotated[
     str | None,
     typer.Option(help="URL of another receiver, so that the run is polled; default: this service's."),
 ]
-IdempotencyKey = Annotated[str | None, typer.Option(help="A repeated key starts nothing and returns the same run.")]
+IdempotencyKey = Annotated[
+    str | None, typer.Option(help="A repeated key starts nothing and returns the same run.")
+]
 Generate = Annotated[
     str | None,
     typer.Option(help="Body of POST /generate in JSON or YAML, instead of a technique."),
@@ -171,21 +173,29 @@ def refresh(run_id: RunId, json: Json = False) -> None:
 def redispatch(
     run_id: Annotated[str | None, typer.Argument(help="The run's id; not with --missing.")] = None,
     handler: Handler = None,
-    again: Annotated[bool, typer.Option("--again", help="Repeat the effects, under new idempotency keys.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Repeat the effects, under new idempotency keys.")
+    ] = False,
     missing: Annotated[
         bool,
-        typer.Option("--missing", help="Dispatch the runs settled since --since to a handler that was added later."),
+        typer.Option(
+            "--missing", help="Dispatch the runs settled since --since to a handler that was added later."
+        ),
     ] = False,
     since: Annotated[
         datetime | None,
-        typer.Option(help="With --missing: a date or a time in UTC.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]),
+        typer.Option(
+            help="With --missing: a date or a time in UTC.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
     """Dispatch a run again, or old runs to a new handler."""
     if missing:
         if run_id is not None or again or handler is None or since is None:
-            raise typer.BadParameter("--missing needs --handler and --since, and excludes a run and --again")
+            raise typer.BadParameter(
+                "--missing needs --handler and --since, and excludes a run and --again"
+            )
         with api_client(json=json) as receiver:
             count = receiver.redispatch_missing(handler, since.replace(tzinfo=UTC))
             text = f"{count} runs are due for {handler}."
@@ -205,7 +215,9 @@ def redispatch(
 def resolve(
     start: Annotated[str, typer.Argument(help="The start's idempotency key or token.")],
     run_id: Annotated[str | None, typer.Option(help="The run that was started.")] = None,
-    no_run: Annotated[bool, typer.Option("--no-run", help="No run was started; the start may be repeated.")] = False,
+    no_run: Annotated[
+        bool, typer.Option("--no-run", help="No run was started; the start may be repeated.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Resolve a start whose outcome is unknown."""
@@ -230,18 +242,26 @@ def batch(
             help="Template of an input, such as 'headline={headline}'; repeat it for each input.",
         ),
     ],
-    name: Annotated[str | None, typer.Option(help="Template of a row's name in file names; default: its key.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Template of a row's name in file names; default: its key.")
+    ] = None,
     batch: Annotated[
         str | None, typer.Option(help="Name of the batch; default: the file's name without its suffix.")
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, max=256, help="Maximum number of rows in progress at once.")] = 8,
+    parallel: Annotated[
+        int, typer.Option(min=1, max=256, help="Maximum number of rows in progress at once.")
+    ] = 8,
     results: Annotated[Path, typer.Option(help="File for the results.")] = Path("results.csv"),
     patience: Annotated[
         float,
         typer.Option(min=0, max=86400, help="Seconds to keep trying while the service does not respond."),
     ] = 120,
-    cost_wait: Annotated[float, typer.Option(min=0, max=3600, help="Seconds to wait for final costs at the end.")] = 90,
-    workspace_id: Annotated[str | None, typer.Option(help="Workspace whose API key starts the runs.")] = None,
+    cost_wait: Annotated[
+        float, typer.Option(min=0, max=3600, help="Seconds to wait for final costs at the end.")
+    ] = 90,
+    workspace_id: Annotated[
+        str | None, typer.Option(help="Workspace whose API key starts the runs.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     json: Json = False,
 ) -> None:

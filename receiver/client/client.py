@@ -51,7 +51,12 @@ __all__ = [
 
 _LONGEST_POLL_SECONDS = 60.0
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
-_RESTART_STATUSES = (None, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+_RESTART_STATUSES = (
+    None,
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)
 """Statuses that are explained by a restart of the service; None: no response."""
 
 
@@ -104,7 +109,12 @@ class ReceiverClient:
         with FLORA's status, code and fields if it refuses, and with 409 `unknown_outcome` if it is not
         known whether a run exists.
         """
-        request = {"technique_id": technique_id, "inputs": list(inputs), "mode": mode, "callback_url": callback_url}
+        request = {
+            "technique_id": technique_id,
+            "inputs": list(inputs),
+            "mode": mode,
+            "callback_url": callback_url,
+        }
         return self._start(request, idempotency_key, metadata, workspace_id, wait_seconds)
 
     def generate(
@@ -181,7 +191,9 @@ class ReceiverClient:
             try:
                 run = self._to_run_view(self._connection.get(path, timeout=f"{timeout:.3f}"))
             except ReceiverApiError as error:
-                if error.status not in _RESTART_STATUSES or (deadline is not None and monotonic() >= deadline):
+                if error.status not in _RESTART_STATUSES or (
+                    deadline is not None and monotonic() >= deadline
+                ):
                     raise
                 sleep(min(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)], left))
                 failures += 1
@@ -209,7 +221,9 @@ class ReceiverClient:
         """Dispatch runs settled since an aware time to a handler added later; return how many."""
         armed = 0
         while True:
-            page = self._connection.post("/api/runs/redispatch", {"handler": handler, "since": since.isoformat()})
+            page = self._connection.post(
+                "/api/runs/redispatch", {"handler": handler, "since": since.isoformat()}
+            )
             armed += int(page["dispatches"])
             if not page["more"]:
                 return armed
@@ -245,7 +259,9 @@ class ReceiverClient:
 
     def delivery(self, delivery_id: str) -> dict[str, Any]:
         """Return one callback with its raw body."""
-        delivery: dict[str, Any] = self._connection.get(f"/api/deliveries/{_segment(delivery_id)}")["delivery"]
+        delivery: dict[str, Any] = self._connection.get(f"/api/deliveries/{_segment(delivery_id)}")[
+            "delivery"
+        ]
         return delivery
 
     def rejections(self, limit: int = 100) -> Iterator[dict[str, Any]]:
@@ -262,7 +278,9 @@ class ReceiverClient:
 
     def retry_dispatches(self, handler: str | None = None, run_id: str | None = None) -> int:
         """Retry dead dispatches: all, or those of a handler or a run; return how many."""
-        body = {name: value for name, value in (("handler", handler), ("run_id", run_id)) if value is not None}
+        body = {
+            name: value for name, value in (("handler", handler), ("run_id", run_id)) if value is not None
+        }
         return int(self._connection.post("/api/dispatches/retry", body)["dispatches"])
 
     def backup(self, path: Path) -> int:

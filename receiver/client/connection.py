@@ -23,7 +23,9 @@ T = TypeVar("T", bound=Message)
 class Connection:
     """A connection pool to one service."""
 
-    def __init__(self, url: str | None, token: str | None, *, timeout_seconds: float, ca: Path | None) -> None:
+    def __init__(
+        self, url: str | None, token: str | None, *, timeout_seconds: float, ca: Path | None
+    ) -> None:
         self.url = (url or os.environ.get("RECEIVER_OPS_URL") or DEFAULT_URL).rstrip("/")
         self._timeout_seconds = timeout_seconds
         token = token or _find_token()
@@ -36,7 +38,9 @@ class Connection:
 
     def get(self, path: str, *, timeout: str | None = None, **params: str | None) -> dict[str, Any]:
         """Return the JSON at a path; `timeout` is a parameter that lets the service wait that long."""
-        given = {name: value for name, value in (*params.items(), ("timeout", timeout)) if value is not None}
+        given = {
+            name: value for name, value in (*params.items(), ("timeout", timeout)) if value is not None
+        }
         return self._call(self.http.build_request("GET", path, params=given), float(timeout or 0))
 
     def post(self, path: str, body: Mapping[str, Any], *, wait_seconds: float = 0.0) -> dict[str, Any]:
@@ -97,7 +101,9 @@ class Connection:
             ) from error
 
     def _not_a_receiver(self) -> ReceiverApiError:
-        return ReceiverApiError(f"{self.url} does not respond as flora-receiver does", code="not_a_receiver")
+        return ReceiverApiError(
+            f"{self.url} does not respond as flora-receiver does", code="not_a_receiver"
+        )
 
 
 def _find_token() -> str:

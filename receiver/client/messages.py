@@ -61,7 +61,11 @@ class Message(BaseModel):
     """A JSON object of the operations API."""
 
     model_config = ConfigDict(
-        defer_build=True, frozen=True, from_attributes=True, hide_input_in_errors=True, use_attribute_docstrings=True
+        defer_build=True,
+        frozen=True,
+        from_attributes=True,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
     )
 
     def to_json(self) -> dict[str, Any]:
@@ -206,7 +210,11 @@ class RunView(Message):
     @property
     def succeeded(self) -> bool:
         """Whether the run completed and no handler failed."""
-        return self.state == "completed" and self.finished and all(one.state != "dead" for one in self.dispatches)
+        return (
+            self.state == "completed"
+            and self.finished
+            and all(one.state != "dead" for one in self.dispatches)
+        )
 
     @property
     def files(self) -> tuple[ArtifactView, ...]:

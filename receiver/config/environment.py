@@ -23,7 +23,9 @@ OTHER_NAMES = frozenset({"RECEIVER_CONFIG", "RECEIVER_OPS_URL"})
 """Environment variables of this program that are not settings."""
 
 # Kubernetes sets these in every pod beside a service named "receiver" or "receiver-public".
-_KUBERNETES = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)?)$")
+_KUBERNETES = re.compile(
+    r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)?)$"
+)
 _SIMILAR = 0.7
 _VERY_SIMILAR = 0.9
 
@@ -49,7 +51,9 @@ class Sources:
     is_complete: bool = True
 
 
-def read_sources(path: Path | None, environ: Mapping[str, str], variables: Mapping[str, Variable]) -> Sources:
+def read_sources(
+    path: Path | None, environ: Mapping[str, str], variables: Mapping[str, Variable]
+) -> Sources:
     """Read the file and then the environment; report names that look like settings but are none."""
     sources = Sources()
     _read_file(path, environ, sources)

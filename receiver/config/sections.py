@@ -81,7 +81,9 @@ class Public(Section):
     max_body_bytes: Count = Field(
         65_536, description="Maximum size of a callback body; a larger one is refused with 413."
     )
-    body_timeout_seconds: Duration = Field(10, description="Time within which the body of a callback must arrive.")
+    body_timeout_seconds: Duration = Field(
+        10, description="Time within which the body of a callback must arrive."
+    )
     http: Literal["httptools", "h11"] = Field(
         "httptools",
         description="HTTP parser: `httptools`, which applies the two limits below, or `h11`, which "
@@ -167,7 +169,9 @@ class Flora(Section):
         description="Base URL of FLORA's API; the API key is sent to this origin only.",
     )
     api_key: Credential | None = Field(None, description="API key, `sk_live_…` or `sk_test_…`.")
-    webhook_secrets: CredentialList = Field((), description="Signing secrets, `whsec_…`; several while one is rotated.")
+    webhook_secrets: CredentialList = Field(
+        (), description="Signing secrets, `whsec_…`; several while one is rotated."
+    )
     tolerance_past_seconds: Tolerance = Field(
         900, description='Maximum age of a signature in seconds; `"off"` accepts any.'
     )
@@ -176,7 +180,9 @@ class Flora(Section):
         description='Maximum seconds a signature may be ahead of the clock; `"off"` accepts any.',
     )
     timeout_seconds: Duration = Field(30, description="Time limit of one API request.")
-    ca_file: ExistingFile | None = Field(None, description="PEM file with additional CAs to trust for the API.")
+    ca_file: ExistingFile | None = Field(
+        None, description="PEM file with additional CAs to trust for the API."
+    )
 
 
 class Reconcile(Section):
@@ -196,23 +202,35 @@ class Reconcile(Section):
         description="Pauses between reads after a callback, until the API confirms it.",
     )
     max_gap_seconds: Duration = Field(900, description="Maximum pause between two reads of an open run.")
-    cost_seconds: Duration = Field(600, description="Time to wait for the final cost after a run has settled.")
+    cost_seconds: Duration = Field(
+        600, description="Time to wait for the final cost after a run has settled."
+    )
     concurrency: Count = Field(8, description="Maximum number of concurrent API requests.")
 
 
 class Discover(Section):
     """Discovery of runs that were not registered, from FLORA's lists."""
 
-    enabled: bool = Field(default=False, description="Add runs that FLORA lists and the ledger does not have.")
-    every_seconds: Duration = Field(900, description="Pause between two sweeps; the first one runs at start-up.")
-    workspace_ids: Words = Field((), description="Workspaces to search; default: all that the API keys can list.")
+    enabled: bool = Field(
+        default=False, description="Add runs that FLORA lists and the ledger does not have."
+    )
+    every_seconds: Duration = Field(
+        900, description="Pause between two sweeps; the first one runs at start-up."
+    )
+    workspace_ids: Words = Field(
+        (), description="Workspaces to search; default: all that the API keys can list."
+    )
     project_ids: Words = Field((), description="Projects to search; default: all.")
-    technique_ids: Words = Field((), description="Techniques to search, without any generations; default: all.")
+    technique_ids: Words = Field(
+        (), description="Techniques to search, without any generations; default: all."
+    )
     run_types: Annotated[
         tuple[Literal["technique", "generation"], ...],
         BeforeValidator(to_tuple),
         AfterValidator(check_not_empty),
-    ] = Field(("technique", "generation"), description="Types of runs to search: `technique`, `generation`.")
+    ] = Field(
+        ("technique", "generation"), description="Types of runs to search: `technique`, `generation`."
+    )
     overlap_seconds: DurationOrZero = Field(
         600,
         description="How far a sweep goes back before the newest run that the previous one found.",
@@ -239,9 +257,13 @@ class Downloads(Section):
         description="Exact `host:port` pairs that may be private and http; others: public HTTPS.",
     )
     max_bytes: Count = Field(20 * 1024**3, description="Maximum size of an output.")
-    stall_seconds: Duration = Field(30, description="Time without a byte after which a download is aborted.")
+    stall_seconds: Duration = Field(
+        30, description="Time without a byte after which a download is aborted."
+    )
     deadline_seconds: Duration = Field(840, description="Time limit of one download.")
-    ca_file: ExistingFile | None = Field(None, description="PEM file with additional CAs to trust for downloads.")
+    ca_file: ExistingFile | None = Field(
+        None, description="PEM file with additional CAs to trust for downloads."
+    )
 
 
 class Retention(Section):
@@ -270,11 +292,15 @@ class Workspace(Section):
     secrets: Annotated[CredentialList, AfterValidator(check_not_empty)] = Field(
         description="Signing secrets: each the secret itself, `env:NAME` or `file:/path`."
     )
-    api_key: Credential | None = Field(None, description="API key of this workspace; default: `flora.api_key`.")
+    api_key: Credential | None = Field(
+        None, description="API key of this workspace; default: `flora.api_key`."
+    )
 
 
 class _WhenTable(Section):
-    status: Annotated[tuple[Literal["completed", "failed", "lost"], ...] | None, BeforeValidator(to_tuple)] = None
+    status: Annotated[
+        tuple[Literal["completed", "failed", "lost"], ...] | None, BeforeValidator(to_tuple)
+    ] = None
     run_type: Words | None = None
     technique_id: Words | None = None
     workspace_id: Words | None = None
@@ -290,7 +316,9 @@ def _to_when(table: _WhenTable) -> When:
 Filter = Annotated[
     When,
     GetPydanticSchema(
-        lambda _, handler: core_schema.no_info_after_validator_function(_to_when, handler.generate_schema(_WhenTable))
+        lambda _, handler: core_schema.no_info_after_validator_function(
+            _to_when, handler.generate_schema(_WhenTable)
+        )
     ),
 ]
 
@@ -326,9 +354,11 @@ class HandlerEntry(Section):
         None,
         description="Filter: `status`, `run_type`, `technique_id`, `workspace_id`, `output_type`, `metadata`.",
     )
-    on: Annotated[tuple[Event, ...] | None, BeforeValidator(to_tuple), AfterValidator(check_not_empty)] = Field(
-        None,
-        description="Any of `settled`, `cost_final`, `lost`, `diverged`, `dead`; default: its own.",
+    on: Annotated[tuple[Event, ...] | None, BeforeValidator(to_tuple), AfterValidator(check_not_empty)] = (
+        Field(
+            None,
+            description="Any of `settled`, `cost_final`, `lost`, `diverged`, `dead`; default: its own.",
+        )
     )
     max_attempts: Count | None = Field(
         None,
@@ -345,7 +375,9 @@ class HandlerEntry(Section):
     concurrency: Count | None = Field(
         None, description="Maximum number of concurrent calls; default: the handler's, else 8."
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="All other keys, which are the handler's own.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="All other keys, which are the handler's own."
+    )
 
     @model_validator(mode="before")
     @classmethod

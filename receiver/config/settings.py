@@ -84,15 +84,17 @@ class Settings(Section):
     retention: Retention = Retention()
     log: Logging = Logging()
     workspaces: Annotated[tuple[Workspace, ...], AfterValidator(_check_workspaces)] = ()
-    handlers: Annotated[tuple[HandlerEntry, ...], AfterValidator(_check_names), BeforeValidator(_default_handlers)] = (
-        Field((), validate_default=True)
-    )
+    handlers: Annotated[
+        tuple[HandlerEntry, ...], AfterValidator(_check_names), BeforeValidator(_default_handlers)
+    ] = Field((), validate_default=True)
 
     def secrets_by_workspace(self) -> tuple[tuple[str, str | None], ...]:
         """Return every signing secret with its workspace (None: any), in the order to try them."""
         shared = {secret.get_secret_value(): None for secret in self.flora.webhook_secrets}
         owned = {
-            secret.get_secret_value(): workspace.id for workspace in self.workspaces for secret in workspace.secrets
+            secret.get_secret_value(): workspace.id
+            for workspace in self.workspaces
+            for secret in workspace.secrets
         }
         return tuple({**shared, **owned}.items())
 

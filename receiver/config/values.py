@@ -84,7 +84,9 @@ def _split_credentials(value: object) -> object:
     items = to_tuple(value)
     if not isinstance(items, list | tuple):
         return items
-    parts = (split_list(each) if isinstance(each, str) and not _is_reference(each) else (each,) for each in items)
+    parts = (
+        split_list(each) if isinstance(each, str) and not _is_reference(each) else (each,) for each in items
+    )
     return tuple(part for each in parts for part in each)
 
 

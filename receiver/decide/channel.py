@@ -19,7 +19,9 @@ class ChannelHealth:
     cure: str | None = None
 
 
-def channel_health(outcomes: Mapping[str, int], *, arrivals: int, refusals: Mapping[str, int]) -> ChannelHealth:
+def channel_health(
+    outcomes: Mapping[str, int], *, arrivals: int, refusals: Mapping[str, int]
+) -> ChannelHealth:
     """Judge a period by its outcomes of runs, its callbacks, and its refusals by code."""
     missed = sum(outcomes.get(name, 0) for name in _BROKEN)
     cause, cure = _cause(arrivals, refusals) if missed else (None, None)

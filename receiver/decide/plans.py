@@ -269,7 +269,9 @@ def _newest_first(due: Iterable[Run], soon: Iterable[Run]) -> list[_Queued]:
     return sorted(queue, key=lambda each: each.created_at, reverse=True)
 
 
-def _reach(queue: Sequence[_Queued], *, since: datetime, depth: Depth | None, least: float) -> tuple[int, int]:
+def _reach(
+    queue: Sequence[_Queued], *, since: datetime, depth: Depth | None, least: float
+) -> tuple[int, int]:
     """Return how many of these runs, newest first, to read by paging from `since`, and the pages.
 
     The best prefix saves the most requests; it is empty if that is fewer than `least`. Only due
@@ -298,5 +300,7 @@ def _created_after(run: Run) -> datetime:
 def _urgency(plan: Plan) -> tuple[int, datetime]:
     """Runs with callbacks first, missing costs last; within these, the longest due first."""
     runs = plan.due if isinstance(plan, Scan) else (plan.run,)
-    rank = min(0 if run.state is RunState.REPORTED else 2 if run.state in SETTLED_STATES else 1 for run in runs)
+    rank = min(
+        0 if run.state is RunState.REPORTED else 2 if run.state in SETTLED_STATES else 1 for run in runs
+    )
     return rank, min(run.next_poll_at or run.first_seen_at for run in runs)

@@ -22,7 +22,13 @@ import msgspec
 from msgspec.structs import replace
 
 from receiver.decide.decision import Changed, Decision, Unchanged
-from receiver.decide.merge import combine_status, read_succeeded, with_callback, with_registration, with_snapshot
+from receiver.decide.merge import (
+    combine_status,
+    read_succeeded,
+    with_callback,
+    with_registration,
+    with_snapshot,
+)
 from receiver.decide.policy import Policy
 from receiver.decide.poll_schedule import failure_pause, next_poll
 from receiver.decide.settlement import callback_expires_at
@@ -88,7 +94,9 @@ def kind_of(report: Report) -> Kind:
     assert_never(report)
 
 
-def reconcile(run: Run | None, report: Report, policy: Policy, *, now: datetime, jitter: float = 0.5) -> Decision:
+def reconcile(
+    run: Run | None, report: Report, policy: Policy, *, now: datetime, jitter: float = 0.5
+) -> Decision:
     """Return what `report` does to `run`, which is None if the ledger does not have it.
 
     `jitter` is a random number in [0, 1).
@@ -136,7 +144,8 @@ def _enter(case: _Case) -> Decision:
     match case.report:
         case RunRegistered() as report:
             run = with_registration(
-                _new_run(case, report.run_id, report.origin, callback_expected=report.callback_expected), report
+                _new_run(case, report.run_id, report.origin, callback_expected=report.callback_expected),
+                report,
             )
             wait = case.policy.first_poll
             if report.estimated_seconds:
@@ -145,9 +154,13 @@ def _enter(case: _Case) -> Decision:
                 wait = case.policy.eager_poll
             return Changed(replace(run, next_poll_at=case.after(min(wait, case.policy.max_gap))))
         case RunRead(origin=Origin() as origin):
-            run = with_snapshot(_new_run(case, case.report.run_id, origin, callback_expected=False), case.snapshot)
+            run = with_snapshot(
+                _new_run(case, case.report.run_id, origin, callback_expected=False), case.snapshot
+            )
             return Changed(
-                replace(run, polls=1, next_poll_at=next_poll(run, case.policy, now=case.now, jitter=case.jitter))
+                replace(
+                    run, polls=1, next_poll_at=next_poll(run, case.policy, now=case.now, jitter=case.jitter)
+                )
             )
         case _:
             return Unchanged()  # a read of a run that left the ledger
@@ -339,9 +352,17 @@ def _set_cost(case: _Case) -> Decision:
     run = case.known
     if run.cost_due_at is None or case.snapshot.charged_cost is None:
         decision = _await_cost(case)
-        return replace(decision, refreshed=case.snapshot.outputs) if isinstance(decision, Changed) else decision
+        return (
+            replace(decision, refreshed=case.snapshot.outputs)
+            if isinstance(decision, Changed)
+            else decision
+        )
     run = replace(
-        run, charged_cost=case.snapshot.charged_cost, cost_due_at=None, next_poll_at=None, polls=run.polls + 1
+        run,
+        charged_cost=case.snapshot.charged_cost,
+        cost_due_at=None,
+        next_poll_at=None,
+        polls=run.polls + 1,
     )
     return Changed(run, events=(Event.COST_FINAL,), refreshed=case.snapshot.outputs)
 
@@ -374,7 +395,9 @@ def _dispute(case: _Case) -> Decision:
     if case.known.verdict is Verdict.DIVERGED:
         return decision
     run, events = (decision.run, decision.events) if isinstance(decision, Changed) else (case.known, ())
-    return Changed(replace(run, verdict=Verdict.DIVERGED, verdict_due_at=None), events=(Event.DIVERGED, *events))
+    return Changed(
+        replace(run, verdict=Verdict.DIVERGED, verdict_due_at=None), events=(Event.DIVERGED, *events)
+    )
 
 
 def _read_now(case: _Case) -> Decision:
@@ -425,7 +448,9 @@ _RULES: Mapping[Kind, tuple[_Rule, ...]] = {
 # fmt: on
 
 TABLE: Mapping[tuple[RunState | None, Kind], _Rule] = {
-    (state, kind): rule for kind, rules in _RULES.items() for state, rule in zip(_STATES, rules, strict=True)
+    (state, kind): rule
+    for kind, rules in _RULES.items()
+    for state, rule in zip(_STATES, rules, strict=True)
 }
 
 
@@ -489,7 +514,9 @@ def _judge(run: Run, case: _Case) -> Changed:
             verdict = Verdict.MATCHED
         else:
             verdict = Verdict.LATE
-    events = (Event.DIVERGED,) if verdict is Verdict.DIVERGED and run.verdict is not Verdict.DIVERGED else ()
+    events = (
+        (Event.DIVERGED,) if verdict is Verdict.DIVERGED and run.verdict is not Verdict.DIVERGED else ()
+    )
     pending = verdict is None and run.callback_expected
     due_at = callback_expires_at(run, case.policy) if pending else None
     return Changed(replace(run, verdict=verdict, verdict_due_at=due_at), events=events)

@@ -7,7 +7,9 @@ from urllib.parse import urlsplit
 
 __all__ = ["callback_problem"]
 
-_REFUSED_NAMES = frozenset({"localhost", "metadata", "instance-data", "metadata.google.internal", "metadata.azure.com"})
+_REFUSED_NAMES = frozenset(
+    {"localhost", "metadata", "instance-data", "metadata.google.internal", "metadata.azure.com"}
+)
 _REFUSED_ENDINGS = (".localhost", ".local", ".internal", ".home.arpa")
 _MAX_URL = 2048
 # Resolvers also read 127.1, 0x7f000001 and 2130706433 as the loopback address.

@@ -71,8 +71,13 @@ class Api:
         limit, before = _page(request)
         wanted = request.query_params.get("query", "").lower()
         first = 0 if before is None else before
-        matching = [one for one in TECHNIQUES if wanted in f"{one.name} {one.slug} {one.description}".lower()]
-        if request.query_params.get("workspace_id", self._settings.workspace_id) != self._settings.workspace_id:
+        matching = [
+            one for one in TECHNIQUES if wanted in f"{one.name} {one.slug} {one.description}".lower()
+        ]
+        if (
+            request.query_params.get("workspace_id", self._settings.workspace_id)
+            != self._settings.workspace_id
+        ):
             matching = []
         page = matching[first : first + limit]
         cursor = _cursor(first + limit) if first + limit < len(matching) else None
@@ -159,10 +164,14 @@ class Api:
         remembered = self._keys.recall(scope) if scope is not None else None
         if remembered is not None:
             if remembered.digest != fingerprint:
-                raise ApiProblem(422, "idempotency_conflict", "This idempotency key was used with another request body")
+                raise ApiProblem(
+                    422, "idempotency_conflict", "This idempotency key was used with another request body"
+                )
             if not self._settings.replay_idempotent:
                 raise ApiProblem(409, "idempotency_duplicate", "This idempotency key was already used")
-            return JSONResponse(remembered.response, status_code=201, headers={"idempotent-replayed": "true"})
+            return JSONResponse(
+                remembered.response, status_code=201, headers={"idempotent-replayed": "true"}
+            )
         document = start([fault for fault in requested_faults(request) if fault.family is not Family.API])
         if scope is not None:
             self._keys.remember(scope, fingerprint, document)
@@ -180,13 +189,17 @@ class Api:
         status = request.query_params.get("status")
         if status is not None and status not in _STATUSES:
             raise invalid_input(Field("status", f"must be one of {', '.join(_STATUSES)}"))
-        owner = {key: value for key in ("workspace_id", "project_id") if (value := request.query_params.get(key))}
+        owner = {
+            key: value for key in ("workspace_id", "project_id") if (value := request.query_params.get(key))
+        }
         now = self._runs.clock()
         page: list[dict[str, object]] = []
         cursor: str | None = None
         last = 0
         for place, run in self._runs.newest(before):
-            if run.subject.run_type != run_type or (subject_id is not None and run.subject.id != subject_id):
+            if run.subject.run_type != run_type or (
+                subject_id is not None and run.subject.id != subject_id
+            ):
                 continue
             ids = {"workspace_id": run.workspace_id, "project_id": run.project_id}
             if not owner.items() <= ids.items() or (status is not None and run.status_at(now) != status):
@@ -199,7 +212,9 @@ class Api:
         return JSONResponse({name: page, "meta": {"limit": limit, "next_cursor": cursor}})
 
     def _scope(self, operation: str, destination: str, key: str | None) -> KeyScope | None:
-        return KeyScope(self._settings.workspace_id, operation, destination, key) if key is not None else None
+        return (
+            KeyScope(self._settings.workspace_id, operation, destination, key) if key is not None else None
+        )
 
     def _find_run(self, request: Request) -> Run:
         run = self._runs.find(request.path_params["run_id"])

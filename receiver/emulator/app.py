@@ -34,14 +34,18 @@ class Emulator:
     request.
     """
 
-    def __init__(self, settings: EmulatorSettings | None = None, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, settings: EmulatorSettings | None = None, *, clock: Callable[[], float] = time.time
+    ) -> None:
         self.settings = settings or EmulatorSettings()
         self.public_origin = self.settings.public_origin
         # Separate generators: drawing a fault must not change the ids that follow.
         self.faults = FaultBook(random.Random(self.settings.seed), parse_faults(self.settings.faults))
         self.runs = RunBook(clock, random.Random(self.settings.seed))
         randomness = random.Random(self.settings.seed)
-        self._callbacks = Callbacks(self.settings, self.runs, self.faults, clock=clock, randomness=randomness)
+        self._callbacks = Callbacks(
+            self.settings, self.runs, self.faults, clock=clock, randomness=randomness
+        )
         self._starter = Starter(self.settings, self.runs, self.faults, self._callbacks, clock=clock)
         self._media = MediaServer(self.runs, self.faults)
         self._keys = KeyBook(clock, time_scale=self.settings.time_scale)
@@ -128,4 +132,6 @@ class Emulator:
         )
 
     async def _fail(self, _request: Request, _error: Exception) -> Response:
-        return self.gate.stamp(ApiProblem(500, "internal_error", "The emulator has failed: see its log").response())
+        return self.gate.stamp(
+            ApiProblem(500, "internal_error", "The emulator has failed: see its log").response()
+        )

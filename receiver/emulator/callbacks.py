@@ -58,7 +58,9 @@ class Delivery:
     attempts: list[Attempt] = field(default_factory=list)
 
     def fault(self, kind: str, attempt: int) -> Fault | None:
-        return next((fault for fault in self.faults if fault.kind == kind and fault.applies_to(attempt)), None)
+        return next(
+            (fault for fault in self.faults if fault.kind == kind and fault.applies_to(attempt)), None
+        )
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -116,7 +118,9 @@ class Callbacks:
         waiting = self._tasks.pop(run.run_id, None)
         if waiting is not None:
             waiting.cancel()
-        task = asyncio.create_task(self._send(run.run_id, run.callback_url), name=f"callback of {run.run_id}")
+        task = asyncio.create_task(
+            self._send(run.run_id, run.callback_url), name=f"callback of {run.run_id}"
+        )
         self._tasks[run.run_id] = task
         task.add_done_callback(lambda done: self._forget(run.run_id, done))
 
@@ -205,7 +209,9 @@ class Callbacks:
             await asyncio.sleep(wait / self._settings.time_scale)
             duplicate = delivery.fault("duplicate", attempt)
             copies = int(duplicate.number("copies")) if duplicate is not None else 0
-            sent = await asyncio.gather(*(self._attempt(delivery, attempt, copy) for copy in range(copies + 1)))
+            sent = await asyncio.gather(
+                *(self._attempt(delivery, attempt, copy) for copy in range(copies + 1))
+            )
             delivery.attempts.extend(sent)
             if attempt == 1:
                 self._release_held()
@@ -268,7 +274,9 @@ class Callbacks:
             seconds = int(self._clock())
         if (stale := delivery.fault("stale", attempt)) is not None:
             seconds -= int(stale.number("seconds"))
-        one, *others = (sign(delivery.body, secret, timestamp=seconds) for secret in self._secrets(delivery, attempt))
+        one, *others = (
+            sign(delivery.body, secret, timestamp=seconds) for secret in self._secrets(delivery, attempt)
+        )
         return ",".join((one, *(other.partition(",")[2] for other in others)))
 
     def _secrets(self, delivery: Delivery, attempt: int) -> tuple[str, ...]:

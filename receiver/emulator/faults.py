@@ -14,7 +14,15 @@ from enum import StrEnum
 
 from receiver.emulator.settings import API_PATH
 
-__all__ = ["KINDS", "Family", "Fault", "FaultBook", "InvalidFaultError", "parse_faults", "retry_after_headers"]
+__all__ = [
+    "KINDS",
+    "Family",
+    "Fault",
+    "FaultBook",
+    "InvalidFaultError",
+    "parse_faults",
+    "retry_after_headers",
+]
 
 Option = str | float | int | bool | None
 
@@ -156,7 +164,9 @@ class FaultBook:
             if one.left != 0
         ]
 
-    def take(self, family: Family, *, run_id: str | None = None, path: str = "", method: str = "") -> tuple[Fault, ...]:
+    def take(
+        self, family: Family, *, run_id: str | None = None, path: str = "", method: str = ""
+    ) -> tuple[Fault, ...]:
         """Return the faults that apply on this occasion, and count it against their `next`."""
         bound = self._bound.get(run_id, []) if run_id is not None else []
         return tuple(
@@ -167,7 +177,9 @@ class FaultBook:
 
     def _applies(self, one: _Active, path: str, method: str) -> bool:
         fault = one.fault
-        if one.left == 0 or not (path.startswith(fault.path) or path.removeprefix(API_PATH).startswith(fault.path)):
+        if one.left == 0 or not (
+            path.startswith(fault.path) or path.removeprefix(API_PATH).startswith(fault.path)
+        ):
             return False
         if fault.method and fault.method != method:
             return False
@@ -205,7 +217,9 @@ def _parse(item: object) -> Fault:
             raise InvalidFaultError(
                 f"`{kind}` has no option `{name}`; it takes {', '.join(sorted({*defaults, *_SELECTORS}))}"
             )
-    options = {name: _option(kind, name, item.get(name, default), default) for name, default in defaults.items()}
+    options = {
+        name: _option(kind, name, item.get(name, default), default) for name, default in defaults.items()
+    }
     probability, next_, attempts = item.get("probability", 1.0), item.get("next"), item.get("attempts", ())
     if not _is_number(probability) or not 0 <= probability <= 1:
         raise InvalidFaultError("`probability` is a number from 0 to 1")
@@ -227,7 +241,9 @@ def _parse(item: object) -> Fault:
 def _option(kind: str, name: str, value: object, default: Option) -> Option:
     if value is None and default is None:
         return None
-    fits = _is_number(value) if name in _NUMBERS or _is_number(default) else isinstance(value, type(default))
+    fits = (
+        _is_number(value) if name in _NUMBERS or _is_number(default) else isinstance(value, type(default))
+    )
     if not fits or not isinstance(value, str | int | float):
         raise InvalidFaultError(f"`{name}` of `{kind}` has the wrong type")
     return value

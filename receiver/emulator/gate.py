@@ -11,7 +11,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from receiver.emulator.faults import Family, Fault, FaultBook, InvalidFaultError, parse_faults, retry_after_headers
+from receiver.emulator.faults import (
+    Family,
+    Fault,
+    FaultBook,
+    InvalidFaultError,
+    parse_faults,
+    retry_after_headers,
+)
 from receiver.emulator.problems import ApiProblem, Field, invalid_input
 from receiver.emulator.runs import RunBook
 
@@ -78,7 +85,9 @@ class Gate:
     def _authorize(self, request: Request) -> None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:
-            raise ApiProblem(401, "unauthorized", "Authentication required: send Authorization: Bearer <API key>")
+            raise ApiProblem(
+                401, "unauthorized", "Authentication required: send Authorization: Bearer <API key>"
+            )
         if not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
             raise ApiProblem(401, "invalid_api_key", "Invalid API key")
 

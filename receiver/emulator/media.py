@@ -129,7 +129,9 @@ def _wav(colour: bytes, size: int) -> Media:
     Beyond 4 GiB the header has the largest size, which means "until the end".
     """
     rate, frequency = 8000, 220 + 20 * (colour[0] % 16)
-    tone = b"".join(struct.pack("<h", round(12000 * math.sin(math.tau * frequency * n / rate))) for n in range(rate))
+    tone = b"".join(
+        struct.pack("<h", round(12000 * math.sin(math.tau * frequency * n / rate))) for n in range(rate)
+    )
     length = max(size - 44, len(tone)) if size else len(tone)
     limit = 0xFFFFFFFF
     head = struct.pack("<4sI4s", b"RIFF", min(length + 36, limit), b"WAVE")

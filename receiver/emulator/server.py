@@ -54,7 +54,9 @@ class MediaServer:
         if f".{extension}" != expected:
             return PlainTextResponse("not found", 404)
         media = make_media(output.type, f"{run_id}/{place}", output.size)
-        faults = self._faults.take(Family.MEDIA, run_id=run_id, path=request.url.path, method=request.method)
+        faults = self._faults.take(
+            Family.MEDIA, run_id=run_id, path=request.url.path, method=request.method
+        )
         for fault in faults:
             if fault.kind == "expired":
                 return PlainTextResponse("expired", int(fault.number("status")))
@@ -72,7 +74,9 @@ class MediaServer:
     ) -> Response:
         headers = {"content-type": content_type, "accept-ranges": "bytes", "etag": etag}
         start, stop, status = 0, media.size, 200
-        if (requested := request.headers.get("range")) is not None and request.headers.get("if-range", etag) == etag:
+        if (requested := request.headers.get("range")) is not None and request.headers.get(
+            "if-range", etag
+        ) == etag:
             found = _parse_range(requested, media.size)
             if found is None:
                 headers["content-range"] = f"bytes */{media.size}"
@@ -123,7 +127,13 @@ class _MediaResponse(Response):
     """Streams a range of a file. A fault may make what it announces and what it sends differ."""
 
     def __init__(
-        self, media: Media, start: int, wire: _Wire, status: int, headers: dict[str, str], closing: asyncio.Event
+        self,
+        media: Media,
+        start: int,
+        wire: _Wire,
+        status: int,
+        headers: dict[str, str],
+        closing: asyncio.Event,
     ) -> None:
         self._media = media
         self._start = start

@@ -69,7 +69,8 @@ class Starter:
                 project_id=self._settings.project_id,
                 cost=technique.run_cost,
                 outputs=tuple(
-                    PlannedOutput(declared.id, declared.type, prompt, size) for declared in technique.outputs
+                    PlannedOutput(declared.id, declared.type, prompt, size)
+                    for declared in technique.outputs
                 ),
                 callback_url=callback_url,
                 error_code=technique.error_code,

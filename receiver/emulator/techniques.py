@@ -74,9 +74,12 @@ class Technique:
         }
 
 
-def _technique(kind: str, description: str, *types: str, cost: float, error_code: str | None = None) -> Technique:
+def _technique(
+    kind: str, description: str, *types: str, cost: float, error_code: str | None = None
+) -> Technique:
     outputs = tuple(
-        Output(f"output_{number}", f"Output {number}", media_type) for number, media_type in enumerate(types, 1)
+        Output(f"output_{number}", f"Output {number}", media_type)
+        for number, media_type in enumerate(types, 1)
     )
     return Technique(
         technique_id="tech_emu_" + kind.replace("-", "_"),
@@ -107,7 +110,11 @@ TECHNIQUES: tuple[Technique, ...] = (
         cost=0.6,
     ),
     _technique(
-        "fail", "Always refused by moderation.", "imageUrl", cost=0.04, error_code="GENERATION_PROMPT_MODERATED"
+        "fail",
+        "Always refused by moderation.",
+        "imageUrl",
+        cost=0.04,
+        error_code="GENERATION_PROMPT_MODERATED",
     ),
 )
 
@@ -122,7 +129,9 @@ GENERATED: dict[str, tuple[str, float, str]] = {
 
 def find_technique(name: str) -> Technique | None:
     """Return the technique with this id or slug."""
-    return next((technique for technique in TECHNIQUES if name in (technique.technique_id, technique.slug)), None)
+    return next(
+        (technique for technique in TECHNIQUES if name in (technique.technique_id, technique.slug)), None
+    )
 
 
 def input_values(technique: Technique, inputs: object) -> tuple[dict[str, str], list[Field]]:
@@ -166,5 +175,7 @@ def _find_problem(given: object, declared: dict[str, Input], seen: dict[str, str
 
 def _missing_inputs(inputs: Sequence[Input], values: dict[str, str]) -> list[Field]:
     return [
-        Field("inputs", f"input {one.id!r} is required") for one in inputs if not one.optional and one.id not in values
+        Field("inputs", f"input {one.id!r} is required")
+        for one in inputs
+        if not one.optional and one.id not in values
     ]

@@ -110,7 +110,9 @@ class FloraClient:
         async with self.rate_limit.request():
             if not may_send():
                 return None
-            return await self._exchange("POST", f"techniques/{_segment(technique_id)}/runs", json=request, parse=parse)
+            return await self._exchange(
+                "POST", f"techniques/{_segment(technique_id)}/runs", json=request, parse=parse
+            )
 
     async def generate(
         self,
@@ -135,7 +137,9 @@ class FloraClient:
         parse = partial(parse_technique, technique_id=technique_id)
         return await self._get(f"techniques/{_segment(technique_id)}", parse=parse)
 
-    async def _get(self, path: str, *, parse: Callable[[Any], T], params: Mapping[str, str] | None = None) -> T:
+    async def _get(
+        self, path: str, *, parse: Callable[[Any], T], params: Mapping[str, str] | None = None
+    ) -> T:
         async with self.rate_limit.request():
             return await self._exchange("GET", path, params=params, parse=parse)
 
@@ -182,7 +186,8 @@ class FloraClient:
                 body += chunk
                 if len(body) > _MAX_RESPONSE:
                     raise FloraError(
-                        f"FLORA's response is larger than {_MAX_RESPONSE} bytes", status=response.status_code
+                        f"FLORA's response is larger than {_MAX_RESPONSE} bytes",
+                        status=response.status_code,
                     )
             return response.status_code, bytes(body), response.headers
         finally:

@@ -155,7 +155,9 @@ def parse_run(payload: Any, *, technique_id: str | None = None) -> Snapshot:
     if run_id is None or status is None:
         raise PayloadError("the run has no run_id or no status")
     technique = payload.get("technique")
-    listed_technique = _identifier(technique, "technique_id", "techniqueId") if isinstance(technique, Mapping) else None
+    listed_technique = (
+        _identifier(technique, "technique_id", "techniqueId") if isinstance(technique, Mapping) else None
+    )
     technique_id = technique_id or listed_technique or _identifier(payload, "technique_id", "techniqueId")
     return Snapshot(
         run_id=run_id,

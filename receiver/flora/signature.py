@@ -130,8 +130,12 @@ def _match(body: bytes, seconds: str, candidates: Sequence[bytes], secrets: Sequ
 
 def _digest(secret: str, seconds: str, body: bytes) -> bytes:
     # surrogatepass: a secret read from a badly encoded environment must fail to match, not raise.
-    return hmac.digest(secret.encode("utf-8", "surrogatepass"), seconds.encode("ascii") + b"." + body, hashlib.sha256)
+    return hmac.digest(
+        secret.encode("utf-8", "surrogatepass"), seconds.encode("ascii") + b"." + body, hashlib.sha256
+    )
 
 
 def _malformed_header(why: str) -> SignatureError:
-    return SignatureError(SignatureProblem.MALFORMED_SIGNATURE, f"the {HEADER} header cannot be read: {why}")
+    return SignatureError(
+        SignatureProblem.MALFORMED_SIGNATURE, f"the {HEADER} header cannot be read: {why}"
+    )

@@ -41,7 +41,9 @@ class StartRequest:
 
     def to_body(self, key: str, token: str, *, own_url: str | None) -> tuple[str, bool]:
         """Return the JSON for FLORA, and whether its callback comes to the receiver's `own_url`."""
-        is_own = own_url is not None and (self.callback_url is None or is_same_address(self.callback_url, own_url))
+        is_own = own_url is not None and (
+            self.callback_url is None or is_same_address(self.callback_url, own_url)
+        )
         url = add_token(self.callback_url or own_url or "", token) if is_own else self.callback_url
         if self.generate is None:
             body: dict[str, Any] = {"inputs": list(self.inputs), "mode": self.mode, "idempotency_key": key}

@@ -216,7 +216,9 @@ def _to_report(callback: Callback, now: datetime) -> CallbackReceived | None:
     )
 
 
-def _delivery(callback: Callback, body: bytes, signature: str | None, verified: Verified, now: datetime) -> Delivery:
+def _delivery(
+    callback: Callback, body: bytes, signature: str | None, verified: Verified, now: datetime
+) -> Delivery:
     return Delivery(
         delivery_id=callback.delivery_id,
         body=body,

@@ -71,7 +71,9 @@ class BatchState:
         return sorted(rows, key=lambda run: run.run_id)
 
     def changed_runs(self) -> list[Run]:
-        rows = (run for key, run in self.current.items() if key in self.before and run is not self.before[key])
+        rows = (
+            run for key, run in self.current.items() if key in self.before and run is not self.before[key]
+        )
         return sorted(rows, key=lambda run: run.run_id)
 
     def channel_outcomes(self) -> dict[str, int]:
@@ -120,7 +122,9 @@ class Recorder:
             results.append(CommitResult(is_new, decision))
         self._write(tx, state, now)
         runs_by_token = {
-            entry.start: entry.report.run_id for entry in batch if entry.report and entry.start in known_starts
+            entry.start: entry.report.run_id
+            for entry in batch
+            if entry.report and entry.start in known_starts
         }
         starts.mark_started(tx, runs_by_token)
         channel.add_outcomes(tx, state.channel_outcomes(), now=now)
@@ -136,7 +140,9 @@ class Recorder:
         ledger.update_output_urls(tx, state.refreshed)
         ledger.add_dispatches(tx, state.dispatches)
 
-    def _apply(self, tx: Connection, state: BatchState, report: Report, start: Start | None, now: datetime) -> Decision:
+    def _apply(
+        self, tx: Connection, state: BatchState, report: Report, start: Start | None, now: datetime
+    ) -> Decision:
         """Decide about a report, after the registration of its run if a start has made it."""
         if start is not None and not isinstance(report, RunRegistered):
             self._decide(tx, state, to_registration(start, report.run_id, now), now)
@@ -160,10 +166,14 @@ class Recorder:
                 state.refreshed[run_id] = decision.refreshed
             if decision.events:
                 outputs = state.outputs.get(run_id) or ledger.outputs_of_runs(tx, [run_id])[run_id]
-                state.dispatches += settle(decision.run, outputs, decision.events, self._subscriptions, now=now)
+                state.dispatches += settle(
+                    decision.run, outputs, decision.events, self._subscriptions, now=now
+                )
         return decision
 
-    def _must_wait_for_start(self, tx: Connection, state: BatchState, run: Run, report: Report, now: datetime) -> bool:
+    def _must_wait_for_start(
+        self, tx: Connection, state: BatchState, run: Run, report: Report, now: datetime
+    ) -> bool:
         """Return whether settling a run has to wait because one of our own starts may have made it.
 
         Its callback came before the response to its start, and without a token. If it were settled

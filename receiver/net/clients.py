@@ -55,7 +55,9 @@ def is_public(address: str) -> bool:
         parsed = ipaddress.ip_address(address)
     except ValueError:
         return False
-    if isinstance(parsed, ipaddress.IPv6Address) and (parsed.scope_id is not None or parsed not in _GLOBAL_UNICAST):
+    if isinstance(parsed, ipaddress.IPv6Address) and (
+        parsed.scope_id is not None or parsed not in _GLOBAL_UNICAST
+    ):
         return False
     return (
         parsed.is_global
@@ -133,7 +135,9 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         failure: Exception | None = None
         for address in addresses:
             try:
-                return _Stream(await self._backend.connect_tcp(address, port, share, local_address, socket_options))
+                return _Stream(
+                    await self._backend.connect_tcp(address, port, share, local_address, socket_options)
+                )
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure or httpcore.ConnectError("no address")
@@ -270,7 +274,9 @@ def api_client(
 
     async def check_origin(request: httpx.Request) -> None:
         if _origin(request.url) != origin:
-            raise httpx.UnsupportedProtocol(f"not an address of the API: {request.url.host}", request=request)
+            raise httpx.UnsupportedProtocol(
+                f"not an address of the API: {request.url.host}", request=request
+            )
 
     return httpx.AsyncClient(
         base_url=base,
@@ -324,7 +330,9 @@ def own_client(*, bound: str | None = None, timeout_seconds: float = 5.0) -> htt
     )
 
 
-def operations_client(url: str, token: str, *, timeout_seconds: float, ca: Path | None = None) -> httpx.Client:
+def operations_client(
+    url: str, token: str, *, timeout_seconds: float, ca: Path | None = None
+) -> httpx.Client:
     """Build a client for an operations listener. It sends the token to the origin of `url` alone.
 
     Raises ValueError where `url` is not an http or https URL, or the token cannot be sent.
@@ -338,11 +346,17 @@ def operations_client(url: str, token: str, *, timeout_seconds: float, ca: Path 
 
     def check_origin(request: httpx.Request) -> None:
         if _origin(request.url) != _origin(base):
-            raise httpx.UnsupportedProtocol(f"not the operations listener: {request.url.host}", request=request)
+            raise httpx.UnsupportedProtocol(
+                f"not the operations listener: {request.url.host}", request=request
+            )
 
     return httpx.Client(
         base_url=base,
-        headers={"User-Agent": USER_AGENT, "Accept": "application/json", "Authorization": f"Bearer {token}"},
+        headers={
+            "User-Agent": USER_AGENT,
+            "Accept": "application/json",
+            "Authorization": f"Bearer {token}",
+        },
         # Loading the public roots takes longer than a whole request to loopback.
         verify=tls_context(ca) if is_https else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         timeout=httpx.Timeout(timeout_seconds, connect=min(10.0, timeout_seconds)),

@@ -149,16 +149,22 @@ class Downloader:
         finally:
             await body.response.aclose()
 
-    async def _follow(self, url: httpx.URL, deadline: float, headers: dict[str, str] | None = None) -> httpx.Response:
+    async def _follow(
+        self, url: httpx.URL, deadline: float, headers: dict[str, str] | None = None
+    ) -> httpx.Response:
         """Send a request, follow its redirects, and return the final response."""
         client = self._client
         for _ in range(MAX_REDIRECTS + 1):
             async with _enforce_deadline(url.host, deadline):
                 try:
-                    response = await client.send(client.build_request("GET", url, headers=headers), stream=True)
+                    response = await client.send(
+                        client.build_request("GET", url, headers=headers), stream=True
+                    )
                 except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
                     # Most likely the server closed an idle connection: try once more.
-                    response = await client.send(client.build_request("GET", url, headers=headers), stream=True)
+                    response = await client.send(
+                        client.build_request("GET", url, headers=headers), stream=True
+                    )
             try:
                 if response.status_code not in _REDIRECTS:
                     self._check_response(response, partial=headers is not None)
@@ -174,7 +180,9 @@ class Downloader:
     def _check_response(self, response: httpx.Response, *, partial: bool) -> None:
         host, status = response.url.host, response.status_code
         if status in _EXPIRED:
-            raise DownloadFailedError(f"{host} answered {status}: the output is no longer there", expired=True)
+            raise DownloadFailedError(
+                f"{host} answered {status}: the output is no longer there", expired=True
+            )
         if status not in (_RANGE_STATUSES if partial else {HTTPStatus.OK}):
             pause = parse_retry_after(response.headers, datetime.now(UTC))
             raise DownloadFailedError(f"{host} answered {status}", retry_after_seconds=pause)
@@ -198,7 +206,11 @@ class Downloader:
                                 self._count_bytes(len(part))
                             if size >= CHUNK_BYTES:
                                 break
-                    if size >= CHUNK_BYTES or body.resumable is None or received + size >= body.resumable.length:
+                    if (
+                        size >= CHUNK_BYTES
+                        or body.resumable is None
+                        or received + size >= body.resumable.length
+                    ):
                         break
                     cut = DownloadFailedError(f"{host}: cut")
                 except DownloadFailedError as error:
@@ -231,7 +243,9 @@ class Downloader:
             body.resumes += 1
             await asyncio.sleep(pause)
             try:
-                response = await self._follow(body.start, body.deadline, body.resumable.range_headers(offset))
+                response = await self._follow(
+                    body.start, body.deadline, body.resumable.range_headers(offset)
+                )
             except DownloadFailedError as failure:
                 if failure.expired:
                     raise
@@ -245,7 +259,9 @@ class Downloader:
 
     def _check_size(self, host: str, size: int) -> None:
         if size > self._limits.max_bytes:
-            raise DownloadRefusedError(f"{host}: the output is larger than the limit of {self._limits.max_bytes} bytes")
+            raise DownloadRefusedError(
+                f"{host}: the output is larger than the limit of {self._limits.max_bytes} bytes"
+            )
 
 
 class _Body:

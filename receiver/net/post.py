@@ -160,7 +160,9 @@ class Poster:
         self._ascii_host = self._url.raw_host.decode("ascii")
         self._secrets = _secret_spellings(self._url, self._headers)
         names = {self._url.host, self._ascii_host} if allow_private else set()
-        self._backend = GuardedBackend(allowed=[(name.lower(), self._port) for name in names], resolve=resolve)
+        self._backend = GuardedBackend(
+            allowed=[(name.lower(), self._port) for name in names], resolve=resolve
+        )
         self._client = media_client(
             allow_private_hosts=[f"{f'[{name}]' if ':' in name else name}:{self._port}" for name in names],
             resolve=resolve,
@@ -178,7 +180,9 @@ class Poster:
         """Close the connections."""
         await self._client.aclose()
 
-    async def post(self, body: bytes, *, content_type: str, headers: Mapping[str, str] | None = None) -> Posted:
+    async def post(
+        self, body: bytes, *, content_type: str, headers: Mapping[str, str] | None = None
+    ) -> Posted:
         """Post once and return the response; `headers` are sent with this post only.
 
         A response counts once its status is known: its body may be slow, cut or endless. Raises
@@ -222,7 +226,9 @@ class Poster:
                 finally:
                     await stream.aclose()
         except TimeoutError:
-            raise PostFailedError(f"{self.host}: no connection within {self._timeout_seconds:g} s") from None
+            raise PostFailedError(
+                f"{self.host}: no connection within {self._timeout_seconds:g} s"
+            ) from None
         except (httpcore.NetworkError, httpcore.TimeoutException) as error:
             raise self._to_connect_error(error) from None
 
@@ -275,7 +281,9 @@ async def _read_beginning(response: httpx.Response) -> bytes:
 
 def _secret_spellings(url: httpx.URL, headers: Mapping[str, str]) -> list[str]:
     """Return the secrets that a server may quote, in every usual spelling, longest first."""
-    words = {word for value in headers.values() for word in (value, *value.split()) if len(word) >= _MIN_SECRET}
+    words = {
+        word for value in headers.values() for word in (value, *value.split()) if len(word) >= _MIN_SECRET
+    }
     target = url.raw_path.decode("ascii")
     words |= {part for part in (target, url.path) if part != "/"}
     spellings = {

@@ -45,7 +45,12 @@ def parse_resumable(headers: Mapping[str, str]) -> ResumableBody | None:
     units = {unit.strip().lower() for unit in headers.get("accept-ranges", "").split(",")}
     length = headers.get("content-length", "")
     validator = _validator(headers)
-    if "bytes" not in units or not length.isdecimal() or "transfer-encoding" in headers or validator is None:
+    if (
+        "bytes" not in units
+        or not length.isdecimal()
+        or "transfer-encoding" in headers
+        or validator is None
+    ):
         return None
     return ResumableBody(int(length), validator)
 

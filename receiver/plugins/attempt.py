@@ -50,7 +50,9 @@ class Registration:
     backoff: Backoff
 
 
-async def call_handler(handler: Handler, run: SettledRun, context: Context, timeout_seconds: float) -> Answer:
+async def call_handler(
+    handler: Handler, run: SettledRun, context: Context, timeout_seconds: float
+) -> Answer:
     """Call a handler and return its answer in a form that the ledger can store.
 
     An exception, a time-out or an answer of another type becomes Retry. The handler runs in a task
@@ -78,7 +80,9 @@ async def call_handler(handler: Handler, run: SettledRun, context: Context, time
     return _to_storable(answer, conceal)
 
 
-async def _handle(handler: Handler, run: SettledRun, context: Context, conceal: Callable[[str], str]) -> object:
+async def _handle(
+    handler: Handler, run: SettledRun, context: Context, conceal: Callable[[str], str]
+) -> object:
     use_threads_of(context.handler)
     try:
         return await handler.handle(run, context)
@@ -234,7 +238,9 @@ class AttemptContext:
             lambda tx: queue.reserve_location(tx, run_id, handler, position, output_id, location)
         )
 
-    async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
+    async def store_artifact(
+        self, position: int, *, size: int, sha256: str, content_type: str | None
+    ) -> None:
         run_id, handler, now = self._leased.run.run_id, self._leased.dispatch.handler, self._clock()
         await self._database.write(
             lambda tx: queue.store_artifact(

@@ -63,7 +63,9 @@ def to_factory(found: object, use: str) -> FunctionFactory:
     except TypeError:
         raise HandlerLoadError(f"{use} cannot be called with (run, context)") from None
     except ValueError:  # some builtins have no signature
-        raise HandlerLoadError(f"{use} does not name its parameters: wrap it in a function (run, context)") from None
+        raise HandlerLoadError(
+            f"{use} does not name its parameters: wrap it in a function (run, context)"
+        ) from None
     return FunctionFactory(found)
 
 
@@ -89,7 +91,9 @@ class FunctionHandler:
         if self._is_async:
             answer = await self._function(run, context)
         elif self._running >= self.threads:
-            return Retry(f"{self._running} earlier calls have not returned; the function should end by itself")
+            return Retry(
+                f"{self._running} earlier calls have not returned; the function should end by itself"
+            )
         else:
             answer = await self._in_thread(run, context)
             if inspect.isawaitable(answer):  # a lambda around an `async def`, for example
@@ -208,7 +212,9 @@ class BlockingContext:
     def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
         """Record that the bytes at the reserved location are durable; committed on return."""
         self._wait_for(
-            lambda: self._context.store_artifact(position, size=size, sha256=sha256, content_type=content_type)
+            lambda: self._context.store_artifact(
+                position, size=size, sha256=sha256, content_type=content_type
+            )
         )
 
     async def end(self) -> None:

@@ -80,7 +80,9 @@ async def close_handlers(loaded: tuple[Loaded, ...]) -> None:
     """Close every handler; one that does not return within five seconds is abandoned."""
     registered = [each.registration for each in loaded]
     closing = {
-        asyncio.create_task(_close(each.name, each.handler)) for each in registered if isinstance(each.handler, Closes)
+        asyncio.create_task(_close(each.name, each.handler))
+        for each in registered
+        if isinstance(each.handler, Closes)
     }
     if closing:
         _, pending = await asyncio.wait(closing, timeout=_CLOSE_SECONDS)
@@ -204,7 +206,9 @@ def _load(entry: HandlerEntry, settings: Settings, environ: Mapping[str, str]) -
 
 def _backoff(entry: HandlerEntry) -> Backoff:
     pauses = entry.backoff or Pauses()
-    return Backoff(timedelta(seconds=pauses.first_seconds), pauses.factor, timedelta(seconds=pauses.longest_seconds))
+    return Backoff(
+        timedelta(seconds=pauses.first_seconds), pauses.factor, timedelta(seconds=pauses.longest_seconds)
+    )
 
 
 def _problems(error: ValidationError, index: int) -> list[Problem]:
@@ -251,5 +255,7 @@ def find_handler(use: str) -> Any:
 
 def _hint(use: str, error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name == use.partition(":")[0].partition(".")[0]:
-        return "; `python -m receiver` finds a module in the working directory, any other has to be installed"
+        return (
+            "; `python -m receiver` finds a module in the working directory, any other has to be installed"
+        )
     return ""

@@ -31,7 +31,9 @@ class TransferProgress:
         self._stored.add(position)
 
     @asynccontextmanager
-    async def track(self, output: Output, opening: AbstractAsyncContextManager[Download]) -> AsyncIterator[Download]:
+    async def track(
+        self, output: Output, opening: AbstractAsyncContextManager[Download]
+    ) -> AsyncIterator[Download]:
         """Open a download and record its size: as announced, or as received if that is more."""
         async with opening as download:
             if download.content_length is not None:

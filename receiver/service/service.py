@@ -165,7 +165,9 @@ class Service:
         await self._log_warnings()
         if self._only != "workers":
             listener = self._listeners.get("public")
-            self._public = build_public_server(self._parts, ready=self.ready, wrap=self._around, listener=listener)
+            self._public = build_public_server(
+                self._parts, ready=self.ready, wrap=self._around, listener=listener
+            )
             await self._public.start()
         self._operations = build_operations_server(
             self._parts,
@@ -179,7 +181,8 @@ class Service:
         log.info(
             "service.ready",
             role=self._only or "all",
-            listening=self._public and f"{'https' if self._settings.tls.cert else 'http'}://{_join(self.address)}",
+            listening=self._public
+            and f"{'https' if self._settings.tls.cert else 'http'}://{_join(self.address)}",
             operations=_join(self.operations_address),
             database=redact_url(self._settings.database.url),
             handlers=self._parts.handler_names,
@@ -195,7 +198,9 @@ class Service:
         if before != after:
             log.info("database.migrated", before=before, after=after)
         if not self.database.shared and (count := await self.database.write(queue.release_all)):
-            log.warning("dispatch.leases_released", count=count, reason="the process that held them was killed")
+            log.warning(
+                "dispatch.leases_released", count=count, reason="the process that held them was killed"
+            )
 
     async def _log_warnings(self) -> None:
         """Log odd settings, unhealthy handlers, and dispatches without a configured handler."""
@@ -207,7 +212,9 @@ class Service:
         for warning in warnings:
             log.warning("handler.unreachable", handler=warning.path, reason=warning.message)
         with contextlib.suppress(StoreUnavailableError):
-            orphans = await self.database.read(lambda tx: queries.count_orphans(tx, self._parts.handler_names))
+            orphans = await self.database.read(
+                lambda tx: queries.count_orphans(tx, self._parts.handler_names)
+            )
             for handler, number in orphans.items():
                 fix = "configure the handler again"
                 log.warning("dispatches.orphaned", handler=handler, dispatches=number, fix=fix)
@@ -253,7 +260,9 @@ def check_role(settings: Settings, only: Only | None) -> Problem | None:
     if only == "door" and os.environ.get("RECEIVER_BENCH_DOOR") == "1":
         # tests/bench measures the callback listener alone; this is no setting for users.
         return None
-    return Problem("--only", "a SQLite file belongs to one process that does everything: use a postgresql:// url")
+    return Problem(
+        "--only", "a SQLite file belongs to one process that does everything: use a postgresql:// url"
+    )
 
 
 def _address(server: Server | None) -> tuple[str, int]:

@@ -50,7 +50,10 @@ class Supervisor:
     @classmethod
     def from_environment(cls, environ: Mapping[str, str], pid: int) -> "Supervisor":
         seconds = None
-        if environ.get("WATCHDOG_PID", str(pid)) == str(pid) and environ.get("WATCHDOG_USEC", "").isdecimal():
+        if (
+            environ.get("WATCHDOG_PID", str(pid)) == str(pid)
+            and environ.get("WATCHDOG_USEC", "").isdecimal()
+        ):
             seconds = int(environ["WATCHDOG_USEC"]) / 1e6
         return cls(environ.get("NOTIFY_SOCKET") or None, seconds or None)
 

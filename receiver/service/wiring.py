@@ -112,7 +112,9 @@ def build_parts(settings: Settings, *, policy: Policy, clock: Callable[[], datet
     subscriptions = [each.subscription for each in handlers]
     metrics, signals = Metrics(), Signals()
     database = open_database(
-        settings.database.url, listen_url=settings.database.listen_url, pool_size=settings.database.pool_size
+        settings.database.url,
+        listen_url=settings.database.listen_url,
+        pool_size=settings.database.pool_size,
     )
     intake = build_intake(settings, database, subscriptions, policy, signals, metrics, clock)
     flora = settings.flora
@@ -142,7 +144,9 @@ def build_parts(settings: Settings, *, policy: Policy, clock: Callable[[], datet
             head_start=_HEAD_START if database.shared else timedelta(0),
             clock=clock,
         ),
-        dispatcher=build_dispatcher(settings, database, handlers, downloader, intake, signals, metrics, clock),
+        dispatcher=build_dispatcher(
+            settings, database, handlers, downloader, intake, signals, metrics, clock
+        ),
         janitor=build_janitor(settings, database, intake, clock),
         notifier=ChangeNotifier(database, signals),
     )
@@ -225,7 +229,9 @@ def build_dispatcher(
     )
 
 
-def build_janitor(settings: Settings, database: Database, intake: Intake, clock: Callable[[], datetime]) -> Janitor:
+def build_janitor(
+    settings: Settings, database: Database, intake: Intake, clock: Callable[[], datetime]
+) -> Janitor:
     pause = min(_LONGEST_JANITOR_PAUSE_SECONDS, settings.reconcile.callback_window_seconds / 4)
     return Janitor(database, intake, retention=to_retention(settings), pause_seconds=pause, clock=clock)
 
@@ -322,10 +328,14 @@ def build_operations_server(
     cert, key = (None, None) if is_plain else (settings.tls.cert, settings.tls.key)
     guard = Guard(_OPERATIONS_LIMITS, on_close=partial(parts.metrics.count_closed_connection, "operations"))
     keep_alive = operations.keep_alive_seconds
-    return Server(app, sockets, cert=cert, key=key, guard=guard, keep_alive_seconds=keep_alive, name="operations")
+    return Server(
+        app, sockets, cert=cert, key=key, guard=guard, keep_alive_seconds=keep_alive, name="operations"
+    )
 
 
-def build_operations_app(parts: Parts, access: Access, *, stopping: asyncio.Event, only_probes: bool) -> ASGIApp:
+def build_operations_app(
+    parts: Parts, access: Access, *, stopping: asyncio.Event, only_probes: bool
+) -> ASGIApp:
     monitor = MonitorRoutes(
         parts.database,
         parts.metrics,
@@ -348,7 +358,9 @@ def build_operations_app(parts: Parts, access: Access, *, stopping: asyncio.Even
     )
     return ops_app(
         access,
-        DispatchRoutes(parts.database, parts.subscriptions, signals=parts.signals, clock=parts.clock).routes(),
+        DispatchRoutes(
+            parts.database, parts.subscriptions, signals=parts.signals, clock=parts.clock
+        ).routes(),
         runs.routes(),
         BackupRoutes(parts.database).routes(),
         CallbackRoutes(parts.database, clock=parts.clock).routes(),

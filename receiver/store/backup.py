@@ -51,7 +51,9 @@ def restore(source: Path, ledger: Path, *, now: datetime | None = None) -> Path 
     try:
         with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as copied:
             _check_integrity(copied, source)
-            known = copied.execute("SELECT count(*) FROM sqlite_master WHERE name = 'alembic_version'").fetchone()[0]
+            known = copied.execute(
+                "SELECT count(*) FROM sqlite_master WHERE name = 'alembic_version'"
+            ).fetchone()[0]
         if not known:
             raise StoreUnavailableError(f"{source} is not a ledger of flora-receiver")
         if not ledger.parent.exists():

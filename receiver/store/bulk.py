@@ -8,7 +8,18 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import Any
 
-from sqlalchemy import Column, Connection, Dialect, Executable, FromClause, Insert, bindparam, column, func, values
+from sqlalchemy import (
+    Column,
+    Connection,
+    Dialect,
+    Executable,
+    FromClause,
+    Insert,
+    bindparam,
+    column,
+    func,
+    values,
+)
 from sqlalchemy.dialects import postgresql
 
 _STYLES = {"sqlite": "qmark", "postgresql": "format"}
@@ -39,7 +50,10 @@ class BulkInsert:
                 count, parameters = 0, tuple(list(column) for column in zip(*some, strict=True))
             else:
                 count = _round_up(len(some))
-                parameters = (*chain.from_iterable(some), *(None,) * (len(self._columns) * (count - len(some))))
+                parameters = (
+                    *chain.from_iterable(some),
+                    *(None,) * (len(self._columns) * (count - len(some))),
+                )
             text = self._texts.get((tx.dialect.name, count)) or self._compile(tx.dialect, count)
             tx.exec_driver_sql(text, parameters)
 
@@ -72,7 +86,9 @@ class SelectByKeys:
 
     def _compile(self, dialect: Dialect, count: int) -> str:
         statement: Any = self._make(count)
-        compiled = statement.compile(dialect=_positional(dialect), compile_kwargs={"render_postcompile": True})
+        compiled = statement.compile(
+            dialect=_positional(dialect), compile_kwargs={"render_postcompile": True}
+        )
         return self._texts.setdefault((dialect.name, count), str(compiled))
 
 

@@ -21,12 +21,16 @@ def add_outcomes(tx: Connection, outcomes: Mapping[str, int], *, now: datetime) 
     upsert = statement.on_conflict_do_update(
         index_elements=["hour", "outcome"], set_={"runs": channel_hours.c.runs + statement.excluded.runs}
     )
-    tx.execute(upsert, [{"hour": hour, "outcome": key, "runs": runs} for key, runs in sorted(outcomes.items())])
+    tx.execute(
+        upsert, [{"hour": hour, "outcome": key, "runs": runs} for key, runs in sorted(outcomes.items())]
+    )
 
 
 def outcomes_by_hour(tx: Connection, *, since: datetime) -> dict[datetime, dict[str, int]]:
     """Return the counts of each hour since `since`, oldest first; empty hours are left out."""
-    statement = select(channel_hours).where(channel_hours.c.hour >= to_ms(since)).order_by(channel_hours.c.hour)
+    statement = (
+        select(channel_hours).where(channel_hours.c.hour >= to_ms(since)).order_by(channel_hours.c.hour)
+    )
     hours: dict[datetime, dict[str, int]] = {}
     for row in tx.execute(statement).mappings():
         hours.setdefault(from_ms(row["hour"]), {})[row["outcome"]] = row["runs"]

@@ -4,7 +4,18 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, FromClause, Select, bindparam, func, insert, literal_column, or_, select, update
+from sqlalchemy import (
+    Connection,
+    FromClause,
+    Select,
+    bindparam,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql
 
 from receiver.errors import StoreUnavailableError
@@ -42,7 +53,8 @@ _RUNS = SelectByKeys(_select_runs)
 # FOR NO KEY UPDATE: rows that refer to a run, such as dispatches, may be inserted meanwhile.
 _RUNS_LOCKED = SelectByKeys(lambda count: _select_runs(count).with_for_update(key_share=True))
 _INSERT_RUN = BulkInsert(
-    [runs.c[name] for name in RUN_COLUMNS], lambda rows: insert(runs).from_select(RUN_COLUMNS, _from_rows(rows))
+    [runs.c[name] for name in RUN_COLUMNS],
+    lambda rows: insert(runs).from_select(RUN_COLUMNS, _from_rows(rows)),
 )
 _INSERT_CALLBACK_RUN = BulkInsert(
     [runs.c[name] for name in FIRST_CALLBACK_COLUMNS],
@@ -51,10 +63,23 @@ _INSERT_CALLBACK_RUN = BulkInsert(
         _from_rows(rows).add_columns(*map(literal_column, NEW_RUN_DEFAULTS.values())),
     ),
 )
-_UPDATE_RUN = update(runs).where(runs.c.run_id == bindparam("_run_id"), runs.c.version == bindparam("_version"))
-_DELIVERY = ("delivery_id", "run_id", "event", "api_version", "received_at", "age", "secret", "readable", "duplicates")
+_UPDATE_RUN = update(runs).where(
+    runs.c.run_id == bindparam("_run_id"), runs.c.version == bindparam("_version")
+)
+_DELIVERY = (
+    "delivery_id",
+    "run_id",
+    "event",
+    "api_version",
+    "received_at",
+    "age",
+    "secret",
+    "readable",
+    "duplicates",
+)
 _INSERT_DELIVERY = BulkInsert(
-    [deliveries.c[name] for name in _DELIVERY], lambda rows: insert(deliveries).from_select(_DELIVERY, _from_rows(rows))
+    [deliveries.c[name] for name in _DELIVERY],
+    lambda rows: insert(deliveries).from_select(_DELIVERY, _from_rows(rows)),
 )
 _INSERT_BODY = BulkInsert(
     [deliveries.c.delivery_id, delivery_bodies.c.signature, delivery_bodies.c.body],
@@ -62,7 +87,9 @@ _INSERT_BODY = BulkInsert(
         ["seq", "signature", "body"],
         # Not a join: the planner might start with all deliveries.
         _from_rows(rows).with_only_columns(
-            select(deliveries.c.seq).where(deliveries.c.delivery_id == rows.c.delivery_id).scalar_subquery(),
+            select(deliveries.c.seq)
+            .where(deliveries.c.delivery_id == rows.c.delivery_id)
+            .scalar_subquery(),
             rows.c.signature,
             rows.c.body,
         ),
@@ -100,7 +127,9 @@ def runs_by_id(tx: Connection, run_ids: Collection[str], *, for_update: bool = F
 
 def outputs_of_runs(tx: Connection, run_ids: Collection[str]) -> dict[str, tuple[Output, ...]]:
     """Return the outputs of each of these runs, in order."""
-    statement = select(outputs).where(outputs.c.run_id.in_(run_ids)).order_by(outputs.c.run_id, outputs.c.position)
+    statement = (
+        select(outputs).where(outputs.c.run_id.in_(run_ids)).order_by(outputs.c.run_id, outputs.c.position)
+    )
     found: dict[str, list[Output]] = {run_id: [] for run_id in run_ids}
     for row in tx.execute(statement).mappings():
         found[row["run_id"]].append(to_output(row))
@@ -124,7 +153,8 @@ def update_runs(tx: Connection, changed: Sequence[Run]) -> None:
     if not changed:
         return
     rows = [
-        {**run_row(run), "_run_id": run.run_id, "_version": run.version, "version": run.version + 1} for run in changed
+        {**run_row(run), "_run_id": run.run_id, "_version": run.version, "version": run.version + 1}
+        for run in changed
     ]
     if tx.execute(_UPDATE_RUN, rows).rowcount != len(rows):
         raise StoreUnavailableError("a run was changed by another process at the same time")
@@ -180,7 +210,10 @@ def count_duplicates(tx: Connection, times: Mapping[str, int], *, at: datetime) 
     if times:
         tx.execute(
             _COUNT_DUPLICATES,
-            [{"_delivery_id": key, "_times": count, "_at": to_ms(at)} for key, count in sorted(times.items())],
+            [
+                {"_delivery_id": key, "_times": count, "_at": to_ms(at)}
+                for key, count in sorted(times.items())
+            ],
         )
 
 
@@ -232,5 +265,7 @@ def next_read_due_ms(tx: Connection, *, after: datetime | None = None) -> int | 
 
 def runs_past_callback(tx: Connection, *, now: datetime, limit: int) -> tuple[Run, ...]:
     """Return settled runs whose callback has not arrived in time."""
-    statement = select(runs).where(runs.c.verdict_due_at <= to_ms(now)).order_by(runs.c.verdict_due_at).limit(limit)
+    statement = (
+        select(runs).where(runs.c.verdict_due_at <= to_ms(now)).order_by(runs.c.verdict_due_at).limit(limit)
+    )
     return tuple(to_run(row) for row in tx.execute(statement).mappings())

@@ -20,7 +20,9 @@ def current_revision(connection: Connection) -> str | None:
     """Return the revision of a database, or None if it is empty."""
     if not inspect(connection).has_table("alembic_version"):
         return None
-    revision: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+    revision: str | None = connection.execute(
+        text("SELECT version_num FROM alembic_version")
+    ).scalar_one_or_none()
     return revision
 
 
@@ -49,7 +51,9 @@ def _upgrade_shared(connection: Connection) -> tuple[str | None, str]:
         # transaction's, not the session's, because of PgBouncer. All migrations are one
         # transaction, so that a failure changes nothing.
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-        connection.execute(text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": _LOCK_TIMEOUT})
+        connection.execute(
+            text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": _LOCK_TIMEOUT}
+        )
         before = current_revision(connection)
         if before != HEAD:
             _upgrade(connection, before)

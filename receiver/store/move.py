@@ -50,7 +50,9 @@ def move(ledger: Path, url: str) -> MoveResult:
     """
     with open_read_only(ledger) as old, connect(url) as new:
         if (revision := current_revision(old)) != HEAD:
-            raise StoreError(f"{ledger} is at revision {revision}, this version works on {HEAD}: `migrate` it first")
+            raise StoreError(
+                f"{ledger} is at revision {revision}, this version works on {HEAD}: `migrate` it first"
+            )
         if (revision := current_revision(new)) is None:
             new.rollback()
             upgrade(new)

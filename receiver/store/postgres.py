@@ -70,14 +70,18 @@ class PostgresDatabase:
         """
         self._writing = _engine(url, connections)
         # A snapshot, as on SQLite; set by BEGIN, so that it applies behind a pooler too.
-        self._reading = self._writing.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        self._reading = self._writing.execution_options(
+            isolation_level="REPEATABLE READ", postgresql_readonly=True
+        )
         self._sessions: weakref.WeakSet[psycopg.Connection[Any]] = weakref.WeakSet()
         event.listen(self._writing, "connect", lambda session, _: self._sessions.add(session))
         self._is_aborted = False
         self._listen_url = _to_libpq_url(listen_url or url)
         self._database_clock = database_clock
         self._writers = ThreadPoolExecutor(connections, thread_name_prefix="ledger")
-        self._readers = ThreadPoolExecutor(max(1, connections - _KEPT_FOR_WRITERS), thread_name_prefix="ledger-read")
+        self._readers = ThreadPoolExecutor(
+            max(1, connections - _KEPT_FOR_WRITERS), thread_name_prefix="ledger-read"
+        )
 
     @classmethod
     def open(cls, url: str, *, listen_url: str | None = None, connections: int = 8) -> "PostgresDatabase":
@@ -114,12 +118,16 @@ class PostgresDatabase:
     async def notify(self, what: str) -> None:
         """Notify the other processes, in a transaction of its own. Never needed for correctness."""
         with contextlib.suppress(StoreUnavailableError):
-            await self.write(lambda tx: tx.exec_driver_sql("SELECT pg_notify(%s, %s)", (CHANNEL, what)).close())
+            await self.write(
+                lambda tx: tx.exec_driver_sql("SELECT pg_notify(%s, %s)", (CHANNEL, what)).close()
+            )
 
     async def notices(self) -> AsyncIterator[str]:
         """Yield notifications of all processes until the connection is lost; "" once it listens."""
         try:
-            connection = await psycopg.AsyncConnection.connect(self._listen_url, autocommit=True, **_TIMEOUTS)
+            connection = await psycopg.AsyncConnection.connect(
+                self._listen_url, autocommit=True, **_TIMEOUTS
+            )
             async with connection:
                 await connection.execute(f"LISTEN {CHANNEL}".encode())
                 yield ""
@@ -142,7 +150,10 @@ class PostgresDatabase:
         for threads in (self._writers, self._readers):
             threads.shutdown(wait=False, cancel_futures=True)
         for session in list(self._sessions):
-            with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(session.fileno())) as line:
+            with (
+                contextlib.suppress(OSError, psycopg.Error),
+                socket.socket(fileno=os.dup(session.fileno())) as line,
+            ):
                 line.shutdown(socket.SHUT_RDWR)
 
     def _release(self) -> None:
@@ -209,7 +220,9 @@ def begin_writing(connection: Connection) -> None:
         raise StoreUnavailableError("the database takes no writes now: it is read-only or a standby")
 
 
-def _in_thread(threads: ThreadPoolExecutor, call: Callable[[Job[T]], T], job: Job[T]) -> "asyncio.Future[T]":
+def _in_thread(
+    threads: ThreadPoolExecutor, call: Callable[[Job[T]], T], job: Job[T]
+) -> "asyncio.Future[T]":
     try:
         return asyncio.get_running_loop().run_in_executor(threads, call, job)
     except RuntimeError as error:

@@ -10,11 +10,29 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, func, select, tuple_
 
-from receiver.model import Artifact, Dispatch, DispatchState, Output, Rejection, Run, RunState, Start, StartState
+from receiver.model import (
+    Artifact,
+    Dispatch,
+    DispatchState,
+    Output,
+    Rejection,
+    Run,
+    RunState,
+    Start,
+    StartState,
+)
 from receiver.store.ledger import outputs_of_runs
 from receiver.store.queue import artifacts_of_run, dispatches_of_run
 from receiver.store.rows import from_ms, from_ms_or_none, to_dispatch, to_ms, to_run
-from receiver.store.schema import deliveries, delivery_bodies, dispatch_attempts, dispatches, rejections, runs, starts
+from receiver.store.schema import (
+    deliveries,
+    delivery_bodies,
+    dispatch_attempts,
+    dispatches,
+    rejections,
+    runs,
+    starts,
+)
 from receiver.store.starts import to_start
 
 _UNFINISHED = (DispatchState.READY.value, DispatchState.LEASED.value)
@@ -97,7 +115,9 @@ def is_finished(tx: Connection, run_id: str, handlers: Collection[str]) -> bool 
 def runs_with_work(tx: Connection, run_ids: Collection[str], handlers: Collection[str]) -> frozenset[str]:
     """Return those of these runs for which these handlers still have something to do."""
     statement = select(dispatches.c.run_id).where(
-        dispatches.c.run_id.in_(run_ids), dispatches.c.state.in_(_UNFINISHED), dispatches.c.handler.in_(handlers)
+        dispatches.c.run_id.in_(run_ids),
+        dispatches.c.state.in_(_UNFINISHED),
+        dispatches.c.handler.in_(handlers),
     )
     return frozenset(tx.execute(statement.distinct()).scalars())
 
@@ -164,13 +184,16 @@ def delivery_by_id(tx: Connection, delivery_id: str) -> DeliveryRecord | None:
     return None if row is None else _to_delivery_record(row, body=row.body, signature=row.signature)
 
 
-def rejection_page(tx: Connection, *, limit: int, before: int | None = None) -> tuple[tuple[int, Rejection], ...]:
+def rejection_page(
+    tx: Connection, *, limit: int, before: int | None = None
+) -> tuple[tuple[int, Rejection], ...]:
     """Return refused requests with their sequence, newest first."""
     statement = select(rejections).order_by(rejections.c.seq.desc()).limit(limit)
     if before is not None:
         statement = statement.where(rejections.c.seq < before)
     return tuple(
-        (row.seq, Rejection(from_ms(row.rejected_at), row.code, row.remote, row.size)) for row in tx.execute(statement)
+        (row.seq, Rejection(from_ms(row.rejected_at), row.code, row.remote, row.size))
+        for row in tx.execute(statement)
     )
 
 
@@ -179,7 +202,10 @@ def dispatch_page(
 ) -> tuple[tuple[int, Dispatch], ...]:
     """Return the dispatches in a state with their sequence, newest first."""
     statement = (
-        select(dispatches).where(dispatches.c.state == state.value).order_by(dispatches.c.seq.desc()).limit(limit)
+        select(dispatches)
+        .where(dispatches.c.state == state.value)
+        .order_by(dispatches.c.seq.desc())
+        .limit(limit)
     )
     if before is not None:
         statement = statement.where(dispatches.c.seq < before)
@@ -190,7 +216,9 @@ def orphan_page(
     tx: Connection, *, limit: int, handlers: Collection[str], before: int | None = None
 ) -> tuple[tuple[int, Dispatch], ...]:
     """Return dispatches that wait for other handlers than these, with `seq`, newest first."""
-    statement = select(dispatches).where(_is_orphaned(handlers)).order_by(dispatches.c.seq.desc()).limit(limit)
+    statement = (
+        select(dispatches).where(_is_orphaned(handlers)).order_by(dispatches.c.seq.desc()).limit(limit)
+    )
     if before is not None:
         statement = statement.where(dispatches.c.seq < before)
     return tuple((row["seq"], to_dispatch(row)) for row in tx.execute(statement).mappings())
@@ -198,7 +226,11 @@ def orphan_page(
 
 def count_orphans(tx: Connection, handlers: Collection[str]) -> dict[str, int]:
     """Return how many dispatches wait for handlers other than these, by handler."""
-    statement = select(dispatches.c.handler, func.count()).where(_is_orphaned(handlers)).group_by(dispatches.c.handler)
+    statement = (
+        select(dispatches.c.handler, func.count())
+        .where(_is_orphaned(handlers))
+        .group_by(dispatches.c.handler)
+    )
     return {handler: int(rows) for handler, rows in tx.execute(statement)}
 
 
@@ -251,7 +283,9 @@ def overdue_seconds(tx: Connection, handlers: Collection[str], *, now: datetime)
         ).scalar_one_or_none(),
         "dispatch": tx.execute(select(func.min(dispatches.c.due_at)).where(ready)).scalar_one_or_none(),
     }
-    return {queue: 0.0 if due is None else max(0.0, (to_ms(now) - due) / 1000) for queue, due in oldest.items()}
+    return {
+        queue: 0.0 if due is None else max(0.0, (to_ms(now) - due) / 1000) for queue, due in oldest.items()
+    }
 
 
 def run_key(run: Run) -> tuple[int, str]:
@@ -268,7 +302,9 @@ def _is_orphaned(handlers: Collection[str]) -> ColumnElement[bool]:
     return and_(dispatches.c.state.in_(_UNFINISHED), dispatches.c.handler.not_in(handlers))
 
 
-def _to_delivery_record(row: Row[Any], *, body: bytes | None = None, signature: str | None = None) -> DeliveryRecord:
+def _to_delivery_record(
+    row: Row[Any], *, body: bytes | None = None, signature: str | None = None
+) -> DeliveryRecord:
     return DeliveryRecord(
         seq=row.seq,
         delivery_id=row.delivery_id,

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CTE, ColumnElement, Connection, and_, exists, func, literal_column, or_, select, update
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Connection,
+    and_,
+    exists,
+    func,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import IntegrityError
 
@@ -68,19 +79,30 @@ def claim(
         return ()
     tx.execute(
         postgresql.insert(dispatch_attempts).on_conflict_do_nothing(),
-        [{"dispatch_seq": row["seq"], "attempt": row["attempts"], "started_at": to_ms(now)} for row in rows],
+        [
+            {"dispatch_seq": row["seq"], "attempt": row["attempts"], "started_at": to_ms(now)}
+            for row in rows
+        ],
     )
     run_ids = {row["run_id"] for row in rows}
     runs, outputs = runs_by_id(tx, run_ids), outputs_of_runs(tx, run_ids)
     stored = artifacts_of_runs(tx, run_ids, handler)
     return tuple(
-        Leased(row["seq"], to_dispatch(row), runs[row["run_id"]], outputs[row["run_id"]], stored[row["run_id"]])
+        Leased(
+            row["seq"], to_dispatch(row), runs[row["run_id"]], outputs[row["run_id"]], stored[row["run_id"]]
+        )
         for row in rows
     )
 
 
 def _claimable(
-    handler: str, lanes: Collection[Lane], limit: int, max_attempts: int, *, now: datetime, expired_by: datetime | None
+    handler: str,
+    lanes: Collection[Lane],
+    limit: int,
+    max_attempts: int,
+    *,
+    now: datetime,
+    expired_by: datetime | None,
 ) -> CTE:
     """Select the dispatches that `claim` may lease."""
     earlier = dispatches.alias("earlier")
@@ -122,7 +144,9 @@ def mark_exhausted(
             lease_token=None,
             lease_until=None,
             finished_at=to_ms(now),
-            last_error=func.coalesce(dispatches.c.last_error, "every worker that tried it stopped before it answered"),
+            last_error=func.coalesce(
+                dispatches.c.last_error, "every worker that tried it stopped before it answered"
+            ),
         )
         .returning(dispatches)
     )
@@ -177,7 +201,10 @@ def finish(
         return False
     tx.execute(
         update(dispatch_attempts)
-        .where(dispatch_attempts.c.dispatch_seq == leased.seq, dispatch_attempts.c.attempt == leased.dispatch.attempts)
+        .where(
+            dispatch_attempts.c.dispatch_seq == leased.seq,
+            dispatch_attempts.c.attempt == leased.dispatch.attempts,
+        )
         .values(ended_at=to_ms(now), outcome=state.value, error=error)
     )
     return True
@@ -201,7 +228,8 @@ def release(tx: Connection, seqs: Collection[int], *, token: str) -> int:
     for row in tx.execute(held).mappings().all():
         tx.execute(
             dispatch_attempts.delete().where(
-                dispatch_attempts.c.dispatch_seq == row["seq"], dispatch_attempts.c.attempt == row["attempts"]
+                dispatch_attempts.c.dispatch_seq == row["seq"],
+                dispatch_attempts.c.attempt == row["attempts"],
             )
         )
     return tx.execute(
@@ -225,11 +253,15 @@ def release_all(tx: Connection) -> int:
     ).rowcount
 
 
-def due_lanes(tx: Connection, handler: str, *, now: datetime, expired_by: datetime | None = None) -> frozenset[Lane]:
+def due_lanes(
+    tx: Connection, handler: str, *, now: datetime, expired_by: datetime | None = None
+) -> frozenset[Lane]:
     """Return the lanes in which a handler has due dispatches."""
     due = [
         exists().where(
-            dispatches.c.handler == handler, dispatches.c.lane == lane.value, _is_due(now, expired_by=expired_by)
+            dispatches.c.handler == handler,
+            dispatches.c.lane == lane.value,
+            _is_due(now, expired_by=expired_by),
         )
         for lane in Lane
     ]
@@ -256,12 +288,16 @@ def next_dispatch_due_ms(tx: Connection, handlers: Collection[str], *, after: da
 def next_round(tx: Connection, run_id: str, event: Event) -> int:
     """Return the round after the last one of an event of a run."""
     last = tx.execute(
-        select(func.max(dispatches.c.round)).where(dispatches.c.run_id == run_id, dispatches.c.event == event.value)
+        select(func.max(dispatches.c.round)).where(
+            dispatches.c.run_id == run_id, dispatches.c.event == event.value
+        )
     ).scalar_one_or_none()
     return 0 if last is None else last + 1
 
 
-def artifacts_of_runs(tx: Connection, run_ids: Collection[str], handler: str) -> dict[str, tuple[Artifact, ...]]:
+def artifacts_of_runs(
+    tx: Connection, run_ids: Collection[str], handler: str
+) -> dict[str, tuple[Artifact, ...]]:
     """Return what a handler has reserved or stored for each of these runs, by position."""
     statement = (
         select(artifacts)
@@ -274,7 +310,9 @@ def artifacts_of_runs(tx: Connection, run_ids: Collection[str], handler: str) ->
     return {run_id: tuple(rows) for run_id, rows in found.items()}
 
 
-def reserve_location(tx: Connection, run_id: str, handler: str, position: int, output_id: str, location: str) -> None:
+def reserve_location(
+    tx: Connection, run_id: str, handler: str, position: int, output_id: str, location: str
+) -> None:
     """Reserve a location for an output, in place of an earlier one of the same output.
 
     Raises LocationTakenError if the location belongs to another output.
@@ -284,7 +322,13 @@ def reserve_location(tx: Connection, run_id: str, handler: str, position: int, o
     )
     moved = statement.on_conflict_do_update(
         index_elements=["run_id", "handler", "position"],
-        set_={"location": location, "output_id": output_id, "stored_at": None, "sha256": None, "size": None},
+        set_={
+            "location": location,
+            "output_id": output_id,
+            "stored_at": None,
+            "sha256": None,
+            "size": None,
+        },
         where=artifacts.c.location != location,
     )
     try:
@@ -307,7 +351,9 @@ def store_artifact(
     """Record that the bytes at a reserved location are stored."""
     tx.execute(
         update(artifacts)
-        .where(artifacts.c.run_id == run_id, artifacts.c.handler == handler, artifacts.c.position == position)
+        .where(
+            artifacts.c.run_id == run_id, artifacts.c.handler == handler, artifacts.c.position == position
+        )
         .values(size=size, sha256=sha256, content_type=content_type, stored_at=to_ms(now))
     )
 
@@ -334,5 +380,7 @@ def _is_due(now: datetime, *, expired_by: datetime | None) -> Any:
 
 def _is_leased_by(seqs: Collection[int], token: str) -> Any:
     return and_(
-        dispatches.c.seq.in_(seqs), dispatches.c.state == DispatchState.LEASED.value, dispatches.c.lease_token == token
+        dispatches.c.seq.in_(seqs),
+        dispatches.c.state == DispatchState.LEASED.value,
+        dispatches.c.lease_token == token,
     )

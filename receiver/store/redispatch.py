@@ -60,7 +60,9 @@ def open_round(
         if row.state in OVER
     ]
     if new:
-        tx.execute(postgresql.insert(dispatches).on_conflict_do_nothing(), [dispatch_row(row) for row in new])
+        tx.execute(
+            postgresql.insert(dispatches).on_conflict_do_nothing(), [dispatch_row(row) for row in new]
+        )
     return tuple(new)
 
 
@@ -74,5 +76,9 @@ def runs_unknown_to(tx: Connection, handler: str, *, since: datetime, limit: int
         dispatches.c.handler == handler,
         dispatches.c.event == Event.SETTLED.value,
     )
-    statement = select(runs.c.run_id).where(runs.c.settled_at >= to_ms(since), ~dispatched).order_by(runs.c.settled_at)
+    statement = (
+        select(runs.c.run_id)
+        .where(runs.c.settled_at >= to_ms(since), ~dispatched)
+        .order_by(runs.c.settled_at)
+    )
     return tuple(tx.execute(statement.limit(limit)).scalars())

@@ -17,7 +17,12 @@ def add_rejections(tx: Connection, new: Sequence[Rejection], *, keep: int) -> No
     tx.execute(
         insert(rejections),
         [
-            {"rejected_at": to_ms(row.rejected_at), "code": row.code, "remote": row.remote, "size": row.size}
+            {
+                "rejected_at": to_ms(row.rejected_at),
+                "code": row.code,
+                "remote": row.remote,
+                "size": row.size,
+            }
             for row in new[-keep:]
         ],
     )

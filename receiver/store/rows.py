@@ -58,7 +58,9 @@ _RUN_VALUES = attrgetter(*_RUN_FIELDS)
 _COLUMN_OF: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(_ENUMS, attrgetter("_value_")),  # `value` is a slow property, and this runs often
     **dict.fromkeys(_TIMES, to_ms),
-    "metadata": lambda metadata: json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True) if metadata else "{}",
+    "metadata": lambda metadata: (
+        json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True) if metadata else "{}"
+    ),
 }
 FIRST_CALLBACK_COLUMNS = (
     "run_id", "state", "origin", "first_seen_at", "deadline_at", "run_type", "workspace_id", "error_code",
@@ -74,17 +76,24 @@ NEW_RUN_DEFAULTS = {
     **dict.fromkeys(("losses", "polls", "ladder", "failures", "missing", "version"), "0"),
 }
 """Those of the others that are not NULL, as SQL."""
-_OTHERS = tuple(field for field in fields(Run) if _RENAMED.get(field.name, field.name) not in FIRST_CALLBACK_COLUMNS)
+_OTHERS = tuple(
+    field for field in fields(Run) if _RENAMED.get(field.name, field.name) not in FIRST_CALLBACK_COLUMNS
+)
 _OTHER_VALUES = attrgetter(*(field.name for field in _OTHERS))
 _NEW_VALUES: tuple[Any, ...] = tuple({} if field.name == "metadata" else field.default for field in _OTHERS)
-_FIRST_CALLBACK_VALUES = attrgetter(*(_RUN_FIELDS[RUN_COLUMNS.index(name)] for name in FIRST_CALLBACK_COLUMNS))
+_FIRST_CALLBACK_VALUES = attrgetter(
+    *(_RUN_FIELDS[RUN_COLUMNS.index(name)] for name in FIRST_CALLBACK_COLUMNS)
+)
 
 
 def _conversions(names: Sequence[str]) -> tuple[tuple[int, Callable[[Any], Any]], ...]:
     return tuple((index, _COLUMN_OF[name]) for index, name in enumerate(names) if name in _COLUMN_OF)
 
 
-_RUN_CONVERSIONS, _FIRST_CALLBACK_CONVERSIONS = _conversions(RUN_COLUMNS), _conversions(FIRST_CALLBACK_COLUMNS)
+_RUN_CONVERSIONS, _FIRST_CALLBACK_CONVERSIONS = (
+    _conversions(RUN_COLUMNS),
+    _conversions(FIRST_CALLBACK_COLUMNS),
+)
 
 
 def run_values(run: Run) -> list[Any]:

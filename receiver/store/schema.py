@@ -119,7 +119,9 @@ deliveries = Table(
 delivery_bodies = Table(
     "delivery_bodies",
     metadata,
-    Column("seq", _Seq, ForeignKey("deliveries.seq", ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Column(
+        "seq", _Seq, ForeignKey("deliveries.seq", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    ),
     Column("signature", Text, nullable=False),
     Column("body", LargeBinary, nullable=False),
 )

@@ -154,7 +154,9 @@ class SqliteDatabase:
             with self._connection.begin() as whole:
                 for job, future in batch:
                     try:
-                        with self._connection.begin_nested() if len(batch) > 1 else contextlib.nullcontext():
+                        with (
+                            self._connection.begin_nested() if len(batch) > 1 else contextlib.nullcontext()
+                        ):
                             answers.append((future, job(self._connection), None))
                     except exc.OperationalError:
                         raise  # full, locked, read-only: SQLite may have ended the whole transaction
@@ -250,7 +252,9 @@ def _lock_file(path: Path) -> int:
 
 
 def _sqlite_engine(path: Path, busy_timeout_ms: int, *, read_only: bool) -> Engine:
-    engine = create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False}, **_pool(read_only))
+    engine = create_engine(
+        f"sqlite:///{path}", connect_args={"check_same_thread": False}, **_pool(read_only)
+    )
 
     @event.listens_for(engine, "connect")
     def prepare(connection: sqlite3.Connection, _record: Any) -> None:

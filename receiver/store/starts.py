@@ -48,7 +48,9 @@ def by_token(tx: Connection, tokens: Collection[str]) -> dict[str, Start]:
 
 def request_of(tx: Connection, run_id: str) -> str | None:
     """Return the body that was sent to FLORA to start a run, or None if it was not started here."""
-    return tx.execute(select(starts.c.request).where(starts.c.run_id == run_id).limit(1)).scalar_one_or_none()
+    return tx.execute(
+        select(starts.c.request).where(starts.c.run_id == run_id).limit(1)
+    ).scalar_one_or_none()
 
 
 def add_start(tx: Connection, start: Start) -> None:
@@ -79,14 +81,19 @@ def mark_started(tx: Connection, runs_by_token: Mapping[str, str]) -> None:
     """Mark starts as started by their runs, whatever their state was."""
     if runs_by_token:
         tx.execute(
-            _MARK_STARTED, [{"_token": token, "_run_id": run_id} for token, run_id in sorted(runs_by_token.items())]
+            _MARK_STARTED,
+            [{"_token": token, "_run_id": run_id} for token, run_id in sorted(runs_by_token.items())],
         )
 
 
 def due_starts(tx: Connection, *, now: datetime, limit: int) -> tuple[Start, ...]:
     """Return the starts whose request is due, longest due first."""
-    statement = select(starts).where(starts.c.state == StartState.ASKING.value, starts.c.due_at <= to_ms(now))
-    return tuple(to_start(row) for row in tx.execute(statement.order_by(starts.c.due_at).limit(limit)).mappings())
+    statement = select(starts).where(
+        starts.c.state == StartState.ASKING.value, starts.c.due_at <= to_ms(now)
+    )
+    return tuple(
+        to_start(row) for row in tx.execute(statement.order_by(starts.c.due_at).limit(limit)).mappings()
+    )
 
 
 def next_attempt_due_ms(tx: Connection) -> int | None:

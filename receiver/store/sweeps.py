@@ -11,7 +11,9 @@ from receiver.store.schema import watermarks
 
 def watermark(tx: Connection, scope: str) -> datetime | None:
     """Return the creation time of the newest run of the last complete sweep of a list, or None."""
-    found = tx.execute(select(watermarks.c.created_at).where(watermarks.c.scope == scope)).scalar_one_or_none()
+    found = tx.execute(
+        select(watermarks.c.created_at).where(watermarks.c.scope == scope)
+    ).scalar_one_or_none()
     return None if found is None else from_ms(found)
 
 

@@ -89,7 +89,9 @@ class MemoryContext:
     async def stored(self) -> Sequence[Artifact]:
         """Return the artifacts that are stored, those of `others` included, by position."""
         found = [*self.others, *self.records.values()]
-        return sorted((each for each in found if each.stored_at is not None), key=lambda each: each.position)
+        return sorted(
+            (each for each in found if each.stored_at is not None), key=lambda each: each.position
+        )
 
     async def request(self) -> Mapping[str, Any] | None:
         """Return `asked`."""
@@ -116,9 +118,15 @@ class MemoryContext:
             stored_at=None,
         )
 
-    async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
+    async def store_artifact(
+        self, position: int, *, size: int, sha256: str, content_type: str | None
+    ) -> None:
         """Record that the artifact at `position` is stored."""
         self.stores += 1
         self.records[position] = replace(
-            self.records[position], size=size, sha256=sha256, content_type=content_type, stored_at=SETTLED_AT
+            self.records[position],
+            size=size,
+            sha256=sha256,
+            content_type=content_type,
+            stored_at=SETTLED_AT,
         )

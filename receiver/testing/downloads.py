@@ -94,7 +94,9 @@ class MediaServer:
 
 
 @asynccontextmanager
-async def serve_media(host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> AsyncIterator[MediaServer]:
+async def serve_media(
+    host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
+) -> AsyncIterator[MediaServer]:
     """Run a download server on 127.0.0.1; `host` is the name in its URLs."""
     media = MediaServer("https" if tls else "http", host, 0)
     server = await asyncio.start_server(media.answer, "127.0.0.1", 0, ssl=tls)

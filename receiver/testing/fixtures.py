@@ -43,8 +43,12 @@ def flora_run(flora_media: MediaServer) -> Callable[..., SettledRun]:
     """
 
     def make(*types: str, **fields: Any) -> SettledRun:
-        kinds = types or (() if fields.get("status", "completed") != "completed" else (*MEDIA_TYPES, "text"))
-        return a_settled_run(*(_output(flora_media, kind, place) for place, kind in enumerate(kinds)), **fields)
+        kinds = types or (
+            () if fields.get("status", "completed") != "completed" else (*MEDIA_TYPES, "text")
+        )
+        return a_settled_run(
+            *(_output(flora_media, kind, place) for place, kind in enumerate(kinds)), **fields
+        )
 
     return make
 
@@ -80,4 +84,6 @@ def _output(media: MediaServer, kind: str, position: int) -> Output:
     made = make_media(kind, name, 0)
     extension, content_type = file_type(kind)
     body = b"".join(made.read(0, made.size))
-    return media.output(f"/{name}{extension}", page(body, content_type), position=position, output_id=name, kind=kind)
+    return media.output(
+        f"/{name}{extension}", page(body, content_type), position=position, output_id=name, kind=kind
+    )

@@ -56,7 +56,12 @@ def signed_callback(
         "type": f"run.{status}",
         "api_version": "2026-06-11",
         "created_at": int(time.time() * 1000),
-        "data": {"run_id": run_id, "run_type": "technique", "workspace_id": "ws_emulator", "status": status},
+        "data": {
+            "run_id": run_id,
+            "run_type": "technique",
+            "workspace_id": "ws_emulator",
+            "status": status,
+        },
     }
     body = json.dumps(message, separators=(",", ":")).encode()
     signed_at = int(time.time()) - age_seconds

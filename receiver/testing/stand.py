@@ -85,7 +85,9 @@ class Stand:
 
 
 @asynccontextmanager
-async def run_stand(directory: Path, handlers: Sequence[Mapping[str, Any]], **sections: Any) -> AsyncIterator[Stand]:
+async def run_stand(
+    directory: Path, handlers: Sequence[Mapping[str, Any]], **sections: Any
+) -> AsyncIterator[Stand]:
     """Run an emulated FLORA and a receiver, with their files in `directory`.
 
     `handlers` are entries as in receiver.toml, `sections` further settings.
@@ -97,7 +99,11 @@ async def run_stand(directory: Path, handlers: Sequence[Mapping[str, Any]], **se
     secret, token = f"whsec_{secrets.token_hex(16)}", secrets.token_hex(16)
     emulator = Emulator(
         EmulatorSettings(
-            run_seconds=0.1, time_scale=20.0, allow_private_callbacks=True, callback_ca=ca, webhook_secrets=(secret,)
+            run_seconds=0.1,
+            time_scale=20.0,
+            allow_private_callbacks=True,
+            callback_ca=ca,
+            webhook_secrets=(secret,),
         )
     )
     flora = Server(emulator.app, bind("127.0.0.1", 0))

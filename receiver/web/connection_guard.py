@@ -207,7 +207,9 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         guard, limits = self._guard, self._guard.limits
         # Before this piece is counted: uvicorn stops reading until the app has consumed what came.
-        if self._bytes > limits.message_bytes and (not self.has_responded or self._bytes > limits.discard_bytes):
+        if self._bytes > limits.message_bytes and (
+            not self.has_responded or self._bytes > limits.discard_bytes
+        ):
             guard.close(self, "too_large")
             return
         self._piece = len(data)
@@ -221,14 +223,18 @@ class GuardedProtocol(HttpToolsProtocol):
                 guard.close(self, "too_large")
             else:
                 guard.await_head(self)
-        elif self._complete:  # the next piece begins a new message; until then uvicorn's keep-alive timer runs
+        elif (
+            self._complete
+        ):  # the next piece begins a new message; until then uvicorn's keep-alive timer runs
             self._bytes = 0
             self._complete = False
             guard.await_nothing(self)
 
     def on_message_begin(self) -> None:
         self._in_head = True
-        if self._complete:  # in this same piece, whose share of the new message is unknown and counts as none
+        if (
+            self._complete
+        ):  # in this same piece, whose share of the new message is unknown and counts as none
             self._bytes = 0
             self._complete = False
         super().on_message_begin()

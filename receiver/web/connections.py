@@ -55,7 +55,11 @@ class H11Connection(H11Protocol):
             return
         body = malformed_body("this is not valid HTTP/1.1")
         length = b"%d" % len(body)
-        headers = [(b"content-type", b"application/json"), (b"content-length", length), (b"connection", b"close")]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", length),
+            (b"connection", b"close"),
+        ]
         headers = [*self.server_state.default_headers, *headers]
         response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):

@@ -61,7 +61,9 @@ _SUCCESS = {
     name: _constant_response(HTTPStatus.OK, b'{"status":"%s"}' % name.encode())
     for name in ("accepted", "duplicate", "ignored", "canary")
 } | {
-    "disconnected": _constant_response(HTTPStatus.BAD_REQUEST, b"")  # the sender is gone and does not read it
+    "disconnected": _constant_response(
+        HTTPStatus.BAD_REQUEST, b""
+    )  # the sender is gone and does not read it
 }
 
 
@@ -116,7 +118,9 @@ class CallbackEndpoint:
             try:
                 body = await self._bodies.read(receive, limit)
             except TimeoutError:
-                return intake.refuse("body_timeout", "the body did not arrive in time", remote=remote, size=0)
+                return intake.refuse(
+                    "body_timeout", "the body did not arrive in time", remote=remote, size=0
+                )
             except ClientDisconnect:
                 return "disconnected"
         if body is None:

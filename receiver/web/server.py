@@ -34,7 +34,11 @@ def bind(host: str, port: int, *, setting: str = "public") -> list[socket.socket
     except OSError as error:
         listener.close()
         raise ConfigError(
-            [Problem(f"{setting}.port", f"cannot listen on {host}:{port}: {error.strerror}; choose another")]
+            [
+                Problem(
+                    f"{setting}.port", f"cannot listen on {host}:{port}: {error.strerror}; choose another"
+                )
+            ]
         ) from error
     listener.set_inheritable(True)
     return [listener]

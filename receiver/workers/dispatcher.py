@@ -22,7 +22,13 @@ from receiver.errors import StoreUnavailableError
 from receiver.handler import Done, Retry
 from receiver.model import Dispatch, DispatchState, Event, Lane, ReadRequested, Report, Subscription
 from receiver.net.download import Downloader
-from receiver.plugins.attempt import AttemptContext, Registration, call_handler, to_dispatch_state, to_settled_run
+from receiver.plugins.attempt import (
+    AttemptContext,
+    Registration,
+    call_handler,
+    to_dispatch_state,
+    to_settled_run,
+)
 from receiver.plugins.progress import TransferProgress
 from receiver.store import Database, ledger, queue
 from receiver.store.changes import Change, Signals
@@ -112,14 +118,18 @@ class Dispatcher:
 
         def read_due(tx: Any) -> tuple[dict[str, frozenset[Lane]], int | None]:
             expired_by = self._expired_by(tx, now)
-            due = {each.name: queue.due_lanes(tx, each.name, now=now, expired_by=expired_by) for each in free}
+            due = {
+                each.name: queue.due_lanes(tx, each.name, now=now, expired_by=expired_by) for each in free
+            }
             return due, queue.next_dispatch_due_ms(tx, names, after=now)
 
         # One read for all handlers: it is repeated after each attempt of any of them.
         due, next_ms = await self._database.read(read_due)
         for registration in free:
             await self._claim(registration, busy[registration.name], due[registration.name], now)
-        until = self._idle_seconds if next_ms is None else (from_ms(next_ms) - self._clock()).total_seconds()
+        until = (
+            self._idle_seconds if next_ms is None else (from_ms(next_ms) - self._clock()).total_seconds()
+        )
         return min(self._idle_seconds, max(until, 0.0))
 
     async def drain(self) -> None:
@@ -246,7 +256,13 @@ class Dispatcher:
         started_at = self._clock()
         deadline_at = started_at + timedelta(seconds=registration.timeout_seconds)
         context = AttemptContext(
-            self._database, self._downloader, leased, registration, deadline_at, self._clock, attempt.progress
+            self._database,
+            self._downloader,
+            leased,
+            registration,
+            deadline_at,
+            self._clock,
+            attempt.progress,
         )
         run = to_settled_run(leased.run, leased.outputs)
         result = await call_handler(registration.handler, run, context, registration.timeout_seconds)
@@ -302,7 +318,9 @@ class Dispatcher:
             try:
                 return await self._database.write(job)
             except StoreUnavailableError as error:
-                log.error("dispatch.not_written", dispatch=leased.dispatch.idempotency_key, reason=str(error))
+                log.error(
+                    "dispatch.not_written", dispatch=leased.dispatch.idempotency_key, reason=str(error)
+                )
                 await asyncio.sleep(_RETRY_WRITE_SECONDS)
 
     def _alert(self, tx: Any, run_id: str, event: Event, now: datetime) -> None:
@@ -317,7 +335,9 @@ class Dispatcher:
         rows = settle(run, outputs, [Event.DEAD], self._subscriptions, now=now, round_=round_)
         ledger.add_dispatches(tx, rows)
 
-    def _report(self, leased: Leased, outcome: Outcome, reason: str | None, *, written: bool, seconds: float) -> None:
+    def _report(
+        self, leased: Leased, outcome: Outcome, reason: str | None, *, written: bool, seconds: float
+    ) -> None:
         name = leased.dispatch.handler
         state = outcome.state if written else None
         if state is not None:
@@ -334,4 +354,6 @@ class Dispatcher:
         elif state is DispatchState.DEAD:
             line.error("dispatch.dead", reason=reason)
         else:
-            line.warning("dispatch.retry", reason=reason, due_at=outcome.due_at and outcome.due_at.isoformat())
+            line.warning(
+                "dispatch.retry", reason=reason, due_at=outcome.due_at and outcome.due_at.isoformat()
+            )

@@ -87,7 +87,9 @@ class Janitor:
             sizes.append(rows)
             if rows:
                 log.info("janitor.deleted", rows=rows)
-        repaired = await self._database.write(lambda tx: retention.make_due_by(tx, now=now, latest=now + _LATEST_DUE))
+        repaired = await self._database.write(
+            lambda tx: retention.make_due_by(tx, now=now, latest=now + _LATEST_DUE)
+        )
         if repaired:
             log.warning("janitor.due_times_repaired", rows=repaired)
         return max(sizes)

@@ -73,9 +73,13 @@ class LeaderLease:
         def job(tx: Connection) -> bool:
             now = self._database.now(tx, self._clock())
             until = now + self._lease
-            is_ours = leases.claim(tx, self._name, owner=self._owner, token=self._token, now=now, until=until)
+            is_ours = leases.claim(
+                tx, self._name, owner=self._owner, token=self._token, now=now, until=until
+            )
             ends = None if is_ours else leases.held_until(tx, self._name)
-            self._free_in = math.inf if ends is None else max((ends - now).total_seconds(), 0.0) + _MARGIN_SECONDS
+            self._free_in = (
+                math.inf if ends is None else max((ends - now).total_seconds(), 0.0) + _MARGIN_SECONDS
+            )
             return is_ours
 
         self._free_in = math.inf

@@ -67,7 +67,9 @@ async def wait_for_any(*waits: asyncio.Event | asyncio.Future[Any], timeout: flo
             event.cancel()
 
 
-async def run_until(stopping: asyncio.Event, work: Coroutine[Any, Any, T], *, timeout: float | None = None) -> T | None:
+async def run_until(
+    stopping: asyncio.Event, work: Coroutine[Any, Any, T], *, timeout: float | None = None
+) -> T | None:
     """Return the result of `work`, or None once `stopping` is set or `timeout` seconds have passed.
 
     Work that is unfinished by then is cancelled, and has ended when this returns.

@@ -78,7 +78,9 @@ class _KeyState:
 
     @property
     def free_slots(self) -> int:
-        return 0 if self.reader.held_seconds > 0 else max(0, self.reader.rate_limit.allowed - len(self.tasks))
+        return (
+            0 if self.reader.held_seconds > 0 else max(0, self.reader.rate_limit.allowed - len(self.tasks))
+        )
 
     def is_being_read(self, run: Run) -> bool:
         """Return whether a read in progress covers the run.
@@ -163,7 +165,9 @@ class Poller:
             for key, state in self._keys.items()
             if state.free_slots
         }
-        due = await self._database.read(lambda tx: {key: self._due(tx, key, now, n) for key, n in limits.items()})
+        due = await self._database.read(
+            lambda tx: {key: self._due(tx, key, now, n) for key, n in limits.items()}
+        )
         for key, runs in due.items():
             state = self._keys[key]
             state.passed_ids &= {run.run_id for run in runs}
@@ -187,7 +191,9 @@ class Poller:
         """
         found = await self._database.read(ledger.unsettled_ids)
         ids = found if only is None else found & frozenset(only)
-        await asyncio.gather(*(self._intake.apply(ReadRequested(run_id, self._clock())) for run_id in sorted(ids)))
+        await asyncio.gather(
+            *(self._intake.apply(ReadRequested(run_id, self._clock())) for run_id in sorted(ids))
+        )
         return ids
 
     async def drain(self) -> None:
@@ -247,9 +253,13 @@ class Poller:
         async for page in state.reader.pages(scan.scope):
             requested_at = page.requested_at
             if isinstance(page, PageFailed):
-                await self._report_failed_page(state, [run for run in scan.due if run.run_id in unseen], page)
+                await self._report_failed_page(
+                    state, [run for run in scan.due if run.run_id in unseen], page
+                )
                 return
-            useful = await self._apply_rows(state, page.snapshots, requested_at, {run.run_id for run in scan.due})
+            useful = await self._apply_rows(
+                state, page.snapshots, requested_at, {run.run_id for run in scan.due}
+            )
             for snapshot in page.snapshots:
                 unseen.discard(snapshot.run_id)
                 state.scanned.pop(snapshot.run_id, None)
@@ -285,7 +295,9 @@ class Poller:
         if state.reader.held_seconds > 0:
             return
         retry_after = page.error.retry_after
-        await self._apply(state, [ReadFailed(run.run_id, page.requested_at, retry_after=retry_after) for run in runs])
+        await self._apply(
+            state, [ReadFailed(run.run_id, page.requested_at, retry_after=retry_after) for run in runs]
+        )
 
     async def _apply(self, state: _KeyState, reports: Sequence[Report]) -> None:
         """Apply reports together: those that arrive at once share a commit."""

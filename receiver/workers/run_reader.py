@@ -120,7 +120,12 @@ class RunReader:
             # FLORA's own 404. One of a proxy, or of a wrong base URL, must not lose a run.
             self._note_key_accepted()
             self._metrics.count_poll("missing")
-            log.info("poll.missing", run_id=run.run_id, request_id=error.request_id, conclusive=is_404_conclusive(run))
+            log.info(
+                "poll.missing",
+                run_id=run.run_id,
+                request_id=error.request_id,
+                conclusive=is_404_conclusive(run),
+            )
             return RunNotFound(run.run_id, requested_at, conclusive=is_404_conclusive(run))
         self._metrics.count_poll("unanswered")
         return ReadFailed(run.run_id, requested_at, retry_after=self._react_to(error, run_id=run.run_id))
@@ -134,11 +139,17 @@ class RunReader:
                 # Logged once: callbacks are still accepted, but no run can be read.
                 if not self._is_refused:
                     self._is_refused = True
-                    log.critical("flora.key_refused", **known, fix="check FLORA_API_KEY; polling waits until it works")
+                    log.critical(
+                        "flora.key_refused",
+                        **known,
+                        fix="check FLORA_API_KEY; polling waits until it works",
+                    )
                 return _KEY_REFUSED_SECONDS
             case 429:
                 pause = pause_after(error)
-                log.warning("flora.rate_limited", **known, pause_seconds=pause, requests=self.rate_limit.allowed)
+                log.warning(
+                    "flora.rate_limited", **known, pause_seconds=pause, requests=self.rate_limit.allowed
+                )
                 return pause
             case _:
                 log.warning("poll.unanswered", **known, reason=str(error))

@@ -168,10 +168,15 @@ class Starter:
             await self._link(start, run_id)
         else:
             refused = replace(
-                start, state=StartState.REFUSED, error_code="resolved", error_message="no run, says an operator"
+                start,
+                state=StartState.REFUSED,
+                error_code="resolved",
+                error_message="no run, says an operator",
             )
             await self._database.write(lambda tx: starts.update_start(tx, refused, only_in=_OPEN))
-        self._signals.changes.publish(Change("start", token, StartState.STARTED.value if run_id else "refused"))
+        self._signals.changes.publish(
+            Change("start", token, StartState.STARTED.value if run_id else "refused")
+        )
         return await self.find(token)
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -224,7 +229,9 @@ class Starter:
             await asyncio.wait(set(self._requests.values()))
             await asyncio.sleep(0)
 
-    def _commit(self, tx: Connection, *, request: StartRequest, key: str, now: datetime) -> Committed | Conflict | None:
+    def _commit(
+        self, tx: Connection, *, request: StartRequest, key: str, now: datetime
+    ) -> Committed | Conflict | None:
         """Store a start, unless its key has one.
 
         None: another process has just replaced that one.
@@ -246,7 +253,11 @@ class Starter:
         if before is not None:
             start = retry_refused(before, token=token, request=body, now=now)
             start = replace(start, metadata=request.metadata, due_at=due_at)
-            return Committed(start, is_repeat=False) if starts.replace_refused(tx, before.token, start) else None
+            return (
+                Committed(start, is_repeat=False)
+                if starts.replace_refused(tx, before.token, start)
+                else None
+            )
         start = Start(
             token=token,
             workspace_id=request.workspace_id,
@@ -355,7 +366,12 @@ class Starter:
                 estimated_seconds=response.estimated_seconds,
             )
         await self._intake.apply(report, start=start.token)
-        log.info("start.started", key=start.idempotency_key, run_id=run_id, technique_id=start.technique_id or None)
+        log.info(
+            "start.started",
+            key=start.idempotency_key,
+            run_id=run_id,
+            technique_id=start.technique_id or None,
+        )
         self._signals.changes.publish(Change("start", start.token, StartState.STARTED.value, run_id))
 
     async def _search(self, start: Start) -> None:
@@ -405,7 +421,9 @@ class Starter:
                 break
         ids = [snapshot.run_id for snapshot in found]
         unknown = set(await self._database.read(lambda tx: starts.unknown_to_ledger(tx, ids)))
-        return tuple({snapshot.run_id: snapshot for snapshot in found if snapshot.run_id in unknown}.values())
+        return tuple(
+            {snapshot.run_id: snapshot for snapshot in found if snapshot.run_id in unknown}.values()
+        )
 
     def _client(self, workspace_id: str) -> FloraClient:
         key = workspace_id if workspace_id in self._clients else None

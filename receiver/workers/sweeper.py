@@ -112,7 +112,12 @@ class Sweeper:
                 break
         reached = newest or since
         await self._database.write(lambda tx: sweeps.set_watermark(tx, _name(scope), reached, swept_at=now))
-        log.info("sweep.done", listing=scope.listing.value, workspace_id=scope.workspace_id, discovered=discovered)
+        log.info(
+            "sweep.done",
+            listing=scope.listing.value,
+            workspace_id=scope.workspace_id,
+            discovered=discovered,
+        )
         return self._discovery.every
 
     async def _apply(self, scope: Scope, rows: Sequence[Snapshot], requested_at: datetime) -> int:
@@ -132,12 +137,16 @@ def scopes(discovery: Discovery, keys: Collection[str | None]) -> tuple[Scope, .
     listings: list[tuple[Listing, str | None]] = []
     workspaces: Collection[str | None] = discovery.workspace_ids or keys
     if "technique" in discovery.run_types:
-        listings += [(Listing.TECHNIQUE_RUNS, technique) for technique in discovery.technique_ids or (None,)]
+        listings += [
+            (Listing.TECHNIQUE_RUNS, technique) for technique in discovery.technique_ids or (None,)
+        ]
     if "generation" in discovery.run_types and not discovery.technique_ids:
         listings.append((Listing.GENERATIONS, None))
     return tuple(
         Scope(listing, workspace, technique, project)
-        for workspace, project, (listing, technique) in product(workspaces, discovery.project_ids or (None,), listings)
+        for workspace, project, (listing, technique) in product(
+            workspaces, discovery.project_ids or (None,), listings
+        )
     )
 
 
@@ -147,14 +156,23 @@ def _reports_of(
     """Return what to report of listed rows, and how many of them are unknown. Reads only."""
     listed = {row.run_id: row for row in rows}
     known = ledger.runs_by_id(tx, listed.keys()) if listed else {}
-    reports = [RunRead(listed[run_id], requested_at) for run_id, run in known.items() if is_news(run, listed[run_id])]
+    reports = [
+        RunRead(listed[run_id], requested_at)
+        for run_id, run in known.items()
+        if is_news(run, listed[run_id])
+    ]
     unknown = [row for row in listed.values() if row.run_id not in known]
     since = young_since(requested_at)
-    if unknown and starts.oldest_unanswered_at(tx, workspace_id=scope.workspace_id, since=since) is not None:
+    if (
+        unknown
+        and starts.oldest_unanswered_at(tx, workspace_id=scope.workspace_id, since=since) is not None
+    ):
         # A row may be the run of a start without a response yet. It is left to the next sweep, by
         # way of the overlap.
         unknown = [row for row in unknown if not may_be_of_start(row.created_at, since)]
-    return [*reports, *(RunRead(row, requested_at, origin=Origin.DISCOVERED) for row in unknown)], len(unknown)
+    return [*reports, *(RunRead(row, requested_at, origin=Origin.DISCOVERED) for row in unknown)], len(
+        unknown
+    )
 
 
 def _is_older(row: Snapshot, than: datetime) -> bool:
@@ -162,4 +180,6 @@ def _is_older(row: Snapshot, than: datetime) -> bool:
 
 
 def _name(scope: Scope) -> str:
-    return "|".join((scope.listing.value, scope.workspace_id or "", scope.project_id or "", scope.technique_id or ""))
+    return "|".join(
+        (scope.listing.value, scope.workspace_id or "", scope.project_id or "", scope.technique_id or "")
+    )

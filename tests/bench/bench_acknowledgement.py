@@ -32,7 +32,11 @@ def test_acknowledgement(room: Path, table: Table) -> None:
             with door(fresh(room)) as process:
                 rest.append(late(from_due for from_due, _ in steady(process)))
             with receiver(fresh(room), settings=exported) as process:
-                began, flora_before, ours_before = time.perf_counter(), flora.cpu_seconds(), process.cpu_seconds()
+                began, flora_before, ours_before = (
+                    time.perf_counter(),
+                    flora.cpu_seconds(),
+                    process.cpu_seconds(),
+                )
                 took = steady(process)
                 seconds = time.perf_counter() - began
                 busy.append(late(from_due for from_due, _ in took))

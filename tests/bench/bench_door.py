@@ -35,7 +35,9 @@ class Measured:
     """Processor time of the server for one answer, all of its threads."""
 
 
-def measured(server: AbstractContextManager[Process], requests: Requests, *, again: bool = False) -> Measured:
+def measured(
+    server: AbstractContextManager[Process], requests: Requests, *, again: bool = False
+) -> Measured:
     with server as process:
         before = process.cpu_seconds()
         result = drive(process.port, requests, seconds=SECONDS, again=again)
@@ -56,7 +58,9 @@ def _installed(*command: str, cwd: Path) -> None:
 
 def _node(room: Path) -> tuple[str, str]:
     for program in ("node", "npm"):
-        assert shutil.which(program), f"the rivals need {program}; on Debian and Ubuntu: apt-get install nodejs npm"
+        assert shutil.which(program), (
+            f"the rivals need {program}; on Debian and Ubuntu: apt-get install nodejs npm"
+        )
     folder = fresh(room)
     shutil.copy(RIVALS / "express.mjs", folder)
     (folder / "package.json").write_text('{"type": "module"}')
@@ -66,7 +70,17 @@ def _node(room: Path) -> tuple[str, str]:
 
 def _aiosqlite(room: Path) -> str:
     folder = fresh(room)
-    _installed(sys.executable, "-m", "pip", "install", "-q", "--target", str(folder), "aiosqlite==0.22.1", cwd=folder)
+    _installed(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--target",
+        str(folder),
+        "aiosqlite==0.22.1",
+        cwd=folder,
+    )
     return str(folder)
 
 
@@ -99,11 +113,19 @@ def test_against_rivals(room: Path, table: Table) -> None:
     table.row(".. ids in no order", ratios([each.cpu_us for each in mixed], cpu["bare"]))
     table.row("callbacks per second: door / bare route", ratios(speed["ours"], speed["bare"]))
     table.row(".. / Express + unwrap, no storage", ratios(speed["ours"], speed["express"]), at_least=2)
-    table.row(".. / Express + unwrap + better-sqlite3", ratios(speed["ours"], speed["express and SQLite"]), at_least=5)
+    table.row(
+        ".. / Express + unwrap + better-sqlite3",
+        ratios(speed["ours"], speed["express and SQLite"]),
+        at_least=5,
+    )
     table.row(".. / Starlette + aiosqlite", ratios(speed["ours"], speed["aiosqlite"]))
     if "ours, uvloop" in found:
-        table.row("with uvloop: CPU per callback: door / bare", ratios(cpu["ours, uvloop"], cpu["bare, uvloop"]))
+        table.row(
+            "with uvloop: CPU per callback: door / bare", ratios(cpu["ours, uvloop"], cpu["bare, uvloop"])
+        )
         fast = speed["ours, uvloop"]
         table.row("with uvloop: callbacks per second: door / bare", ratios(fast, speed["bare, uvloop"]))
         table.row("with uvloop: .. / Express + unwrap, no storage", ratios(fast, speed["express"]))
-        table.row("with uvloop: .. / Express + unwrap + better-sqlite3", ratios(fast, speed["express and SQLite"]))
+        table.row(
+            "with uvloop: .. / Express + unwrap + better-sqlite3", ratios(fast, speed["express and SQLite"])
+        )

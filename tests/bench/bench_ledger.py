@@ -19,14 +19,23 @@ ROWS = 1_000_000
 def fill(path: Path, count: int) -> None:
     """Put settled runs with their deliveries and bodies into a ledger, as a year of traffic leaves them; ids in no order."""
     with closing(sqlite3.connect(path)) as connection:
-        for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -1000000", "temp_store = MEMORY"):
+        for pragma in (
+            "journal_mode = OFF",
+            "synchronous = OFF",
+            "cache_size = -1000000",
+            "temp_store = MEMORY",
+        ):
             connection.execute(f"PRAGMA {pragma}")
-        connection.create_function("key", 1, lambda number: f"{spread(number)}{number:08x}", deterministic=True)
+        connection.create_function(
+            "key", 1, lambda number: f"{spread(number)}{number:08x}", deterministic=True
+        )
         now = int(time.time() * 1000)
         numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})"
         with _without_indexes(connection):
             # In the order of their ids, and the indexes afterwards: minutes rather than hours, and the same pages later.
-            connection.execute("CREATE TEMP TABLE made AS " + numbers + " SELECT i, key(i) AS id FROM n ORDER BY id")
+            connection.execute(
+                "CREATE TEMP TABLE made AS " + numbers + " SELECT i, key(i) AS id FROM n ORDER BY id"
+            )
             connection.execute(
                 f"INSERT INTO runs (run_id, state, origin, first_seen_at, deadline_at, metadata, callback_expected,"
                 f" told, reported_at, settled_at, verdict, losses, polls, ladder, failures, missing, version)"

@@ -83,7 +83,11 @@ async def work_off(flora: Emulator, doors: Sequence[Process], url: str, runs: in
 async def burst(room: Path, replicas: int, server: Postgres | None) -> Measured:
     """Run receivers on a new ledger, send what warms them up, then measure."""
     directory = fresh(room)
-    url = f"sqlite:///{directory}/receiver.db" if server is None else server.create(directory.name.replace("-", "_"))
+    url = (
+        f"sqlite:///{directory}/receiver.db"
+        if server is None
+        else server.create(directory.name.replace("-", "_"))
+    )
     async with emulated() as (flora, port):
         (directory / "receiver.toml").write_text(
             toml(
@@ -102,7 +106,13 @@ async def burst(room: Path, replicas: int, server: Postgres | None) -> Measured:
             doors = [
                 await asyncio.to_thread(
                     stack.enter_context,
-                    receiver(directory, "--config", str(directory / "receiver.toml"), core=None, settings=settings),
+                    receiver(
+                        directory,
+                        "--config",
+                        str(directory / "receiver.toml"),
+                        core=None,
+                        settings=settings,
+                    ),
                 )
                 for _ in range(replicas)
             ]
@@ -120,7 +130,11 @@ def _database_seconds(server: Postgres) -> float:
     """Return the processor time of all of PostgreSQL's processes that run."""
     first = (server.directory / "data" / "postmaster.pid").read_text().split()[0]
     pids = [first, *Path(f"/proc/{first}/task/{first}/children").read_text().split()]
-    return sum(Process(int(pid), 0, 0.0, Path()).cpu_seconds() for pid in pids if Path(f"/proc/{pid}/stat").exists())
+    return sum(
+        Process(int(pid), 0, 0.0, Path()).cpu_seconds()
+        for pid in pids
+        if Path(f"/proc/{pid}/stat").exists()
+    )
 
 
 async def test_from_callback_to_done(room: Path, table: Table) -> None:
@@ -138,7 +152,10 @@ async def test_from_callback_to_done(room: Path, table: Table) -> None:
     table.row("runs per second: SQLite", [each.per_second for each in sqlite], "/s")
     table.row(".. PostgreSQL, 1 replica", [each.per_second for each in one], "/s")
     table.row(".. PostgreSQL, 2 replicas", [each.per_second for each in two], "/s")
-    table.row("CPU per run: 2 replicas / 1", ratios([each.cpu_ms for each in two], [each.cpu_ms for each in one]))
     table.row(
-        "runs per second: 2 replicas / 1", ratios([each.per_second for each in two], [each.per_second for each in one])
+        "CPU per run: 2 replicas / 1", ratios([each.cpu_ms for each in two], [each.cpu_ms for each in one])
+    )
+    table.row(
+        "runs per second: 2 replicas / 1",
+        ratios([each.per_second for each in two], [each.per_second for each in one]),
     )

@@ -13,7 +13,11 @@ _TABLE, _MACHINE, _BEGAN = pytest.StashKey[Table](), pytest.StashKey[str](), pyt
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_TABLE], config.stash[_MACHINE], config.stash[_BEGAN] = Table(), machine(), time.monotonic()
+    config.stash[_TABLE], config.stash[_MACHINE], config.stash[_BEGAN] = (
+        Table(),
+        machine(),
+        time.monotonic(),
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

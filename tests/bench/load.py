@@ -51,7 +51,12 @@ def callback(key: str, run_id: str, now: int, workspace_id: str = "ws_bench") ->
         "type": "run.completed",
         "api_version": "2026-06-11",
         "created_at": now * 1000,
-        "data": {"run_id": run_id, "run_type": "technique", "workspace_id": workspace_id, "status": "completed"},
+        "data": {
+            "run_id": run_id,
+            "run_type": "technique",
+            "workspace_id": workspace_id,
+            "status": "completed",
+        },
     }
     return json.dumps(message, separators=(",", ":")).encode()
 
@@ -89,7 +94,9 @@ def request(body: bytes, signature: str) -> bytes:
     ).encode() + body
 
 
-def drive(port: int, requests: Requests, *, seconds: int, connections: int = 64, again: bool = False) -> Result:
+def drive(
+    port: int, requests: Requests, *, seconds: int, connections: int = 64, again: bool = False
+) -> Result:
     """Send as fast as answers come. Fails if the requests do not last, unless they may be sent again."""
     program = shutil.which("wrk")
     if program is None:
@@ -110,7 +117,11 @@ def drive(port: int, requests: Requests, *, seconds: int, connections: int = 64,
 
 
 async def send(
-    ports: Sequence[int], requests: Sequence[bytes], *, per_second: float | None = None, connections: int = 32
+    ports: Sequence[int],
+    requests: Sequence[bytes],
+    *,
+    per_second: float | None = None,
+    connections: int = 32,
 ) -> list[tuple[float, float]]:
     """Send by the clock, whether or not answers come, or all at once; to each server the same share.
 

@@ -46,17 +46,26 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str], port: int, *, environ: Mapping[str, str], cwd: Path, core: int | None = SERVER_CORE
+    command: Sequence[str],
+    port: int,
+    *,
+    environ: Mapping[str, str],
+    cwd: Path,
+    core: int | None = SERVER_CORE,
 ) -> Iterator[Process]:
     """Run a server until the block is left; it is ready when `/readyz` answers, with whatever status."""
     began = time.perf_counter()
     log = (cwd / "server.log").open("ab")
     pinned = ["taskset", "-c", str(core), *command] if core is not None else list(command)
-    process = subprocess.Popen(pinned, env=dict(environ), cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    process = subprocess.Popen(
+        pinned, env=dict(environ), cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+    )
     try:
         while not _answers(port):
             if process.poll() is not None or time.perf_counter() - began > 30:
-                raise AssertionError(f"the server did not begin: {(cwd / 'server.log').read_text()[-2000:]}")
+                raise AssertionError(
+                    f"the server did not begin: {(cwd / 'server.log').read_text()[-2000:]}"
+                )
             time.sleep(0.005)
         yield Process(process.pid, port, time.perf_counter() - began, cwd / "server.log", " ".join(command))
     finally:
@@ -99,7 +108,9 @@ def receiver(
         "RECEIVER_LOG__FORMAT": "json",
         **(settings or {}),
     }
-    with running([COMMAND, "serve", *arguments], port, environ=environ, cwd=directory, core=core) as process:
+    with running(
+        [COMMAND, "serve", *arguments], port, environ=environ, cwd=directory, core=core
+    ) as process:
         yield process
 
 
@@ -112,10 +123,18 @@ def door(directory: Path, *, uvloop: bool = False) -> Iterator[Process]:
 
 
 @contextlib.contextmanager
-def rival(name: str, directory: Path, *command: str, uvloop: bool = False, **environ: str) -> Iterator[Process]:
+def rival(
+    name: str, directory: Path, *command: str, uvloop: bool = False, **environ: str
+) -> Iterator[Process]:
     """Run a rival of `tests/bench/rivals` on a free port, which it finds in its environment."""
     port = free_port()
-    given = {**os.environ, "PORT": str(port), "SECRET": SECRET, "DATABASE": str(directory / f"{name}.db"), **environ}
+    given = {
+        **os.environ,
+        "PORT": str(port),
+        "SECRET": SECRET,
+        "DATABASE": str(directory / f"{name}.db"),
+        **environ,
+    }
     given["PYTHONPATH"] = os.pathsep.join(filter(None, (_path(uvloop=uvloop), given.get("PYTHONPATH"))))
     command = command or (sys.executable, "-m", f"tests.bench.rivals.{name}")
     with running(command, port, environ=given, cwd=directory) as process:

@@ -72,11 +72,15 @@ class Table:
 
     def render(self) -> str:
         """Return it all as a Markdown table that is also fit to be read on a terminal."""
-        lines = [("what", "target", "median", "lowest-highest", "rounds", ""), *(row.cells() for row in self.rows)]
+        lines = [
+            ("what", "target", "median", "lowest-highest", "rounds", ""),
+            *(row.cells() for row in self.rows),
+        ]
         widths = [max(len(line[column]) for line in lines) for column in range(6)]
         lines.insert(1, tuple("-" * width for width in widths))
         return "\n".join(
-            f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines
+            f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
+            for line in lines
         )
 
 
@@ -88,7 +92,9 @@ def ratios(these: Sequence[float], those: Sequence[float]) -> list[float]:
 def machine() -> str:
     """Return what was measured on: processor, load before anything ran, versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine()
+    )
     return (
         f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
         f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {_node()}"

@@ -29,7 +29,9 @@ def environment(**names: str) -> dict[str, str]:
     return {**kept, "PYTHONWARNINGS": "error", "COLUMNS": "200", **names}
 
 
-def run_command(*arguments: object, cwd: Path, env: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
+def run_command(
+    *arguments: object, cwd: Path, env: Mapping[str, str] = {}
+) -> subprocess.CompletedProcess[str]:
     """Run one command to its end."""
     return subprocess.run(
         [COMMAND, *map(str, arguments)],
@@ -129,9 +131,17 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         base_url = read_exports(emulator)["FLORA_BASE_URL"]
         tls = {"RECEIVER_TLS__CERT": str(cert), "RECEIVER_TLS__KEY": str(key)}
         own = json.dumps([{"id": OWN_WORKSPACE, "secrets": [OWN_SECRET]}])
-        env = {**KEYS, **tls, "FLORA_BASE_URL": base_url, "RECEIVER_OPERATIONS__PORT": "0", "RECEIVER_WORKSPACES": own}
+        env = {
+            **KEYS,
+            **tls,
+            "FLORA_BASE_URL": base_url,
+            "RECEIVER_OPERATIONS__PORT": "0",
+            "RECEIVER_WORKSPACES": own,
+        }
         env["RECEIVER_PUBLIC__BODY_TIMEOUT_SECONDS"] = "3"
-        server = RunningCommand("serve", "--host", "127.0.0.1", "--port", 0, cwd=directory, env=env, errors=True)
+        server = RunningCommand(
+            "serve", "--host", "127.0.0.1", "--port", 0, cwd=directory, env=env, errors=True
+        )
         try:
             yield RunningService(f"{wait_until_ready(server)}/callbacks/flora", ca, directory)
         finally:

@@ -51,7 +51,9 @@ def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
 
 def test_the_package_can_be_run_as_the_command(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "receiver", "--version"]
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
+    )
     assert done.stdout == f"{__version__}\n"
 
 
@@ -98,7 +100,12 @@ def test_check_prints_no_secret_of_a_handler_as_json(tmp_path: Path) -> None:
         ("public_url = 'http://hooks.example.com'", {}, "public_url", "must start with https://"),
         ("[[handlers]]\nuse = 'storge'", {}, "handlers.0.use", "; installed: "),
         ("[[handlers]]\nuse = 'a.b:C'", {}, "handlers.0.use", "cannot be imported"),
-        ("[[handlers]]\nuse = 'storage'\nkey = '{x}'", {}, "handlers.0.key", "unknown field {x}; there are"),
+        (
+            "[[handlers]]\nuse = 'storage'\nkey = '{x}'",
+            {},
+            "handlers.0.key",
+            "unknown field {x}; there are",
+        ),
         ("[[handlers]]\nuse = 'log'\nlevel = 'x'", {}, "handlers.0.level", "is no option of this handler"),
     ],
 )
@@ -161,7 +168,10 @@ def test_handlers_are_listed(tmp_path: Path) -> None:
     found = json.loads(run_command("handlers", "list", "--json", cwd=tmp_path).stdout)
     assert found["installed"] == sorted({*found["installed"], "log", "storage"})
     assert [entry["name"] for entry in found["configured"]] == ["storage", "log"]
-    assert f"Installed: {', '.join(found['installed'])}" in run_command("handlers", "list", cwd=tmp_path).stdout
+    assert (
+        f"Installed: {', '.join(found['installed'])}"
+        in run_command("handlers", "list", cwd=tmp_path).stdout
+    )
 
 
 def test_the_options_of_a_handler_are_those_of_its_model(tmp_path: Path) -> None:
@@ -179,7 +189,12 @@ def test_the_options_of_a_handler_are_those_of_its_model(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "arguments",
-    [("serve", "--port", "70000"), ("emulator", "--port", "x"), ("emulator", "--callback-ca", "gone.pem"), ("sevre",)],
+    [
+        ("serve", "--port", "70000"),
+        ("emulator", "--port", "x"),
+        ("emulator", "--callback-ca", "gone.pem"),
+        ("sevre",),
+    ],
 )
 def test_wrong_options_are_refused_first(arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = run_command(*arguments, cwd=tmp_path, env=KEYS)
@@ -247,7 +262,16 @@ class Clinging:
     )
     (tmp_path / "receiver.toml").write_text('[[handlers]]\nuse = "clinging:Clinging"\n')
     server = start(
-        "serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, PYTHONPATH=str(tmp_path), **KEYS
+        "serve",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        0,
+        "--ops-port",
+        0,
+        errors=True,
+        PYTHONPATH=str(tmp_path),
+        **KEYS,
     )
     wait_until_ready(server)
     assert server.stop() == 0

@@ -19,16 +19,29 @@ def mode(path: Path) -> int:
 
 def test_init_writes_what_serve_reads(tmp_path: Path) -> None:
     """The options and else the defaults, with the help of every setting."""
-    done = run_command("init", "--public-url", "https://hooks.example.com", "--storage", "files", cwd=tmp_path)
+    done = run_command(
+        "init", "--public-url", "https://hooks.example.com", "--storage", "files", cwd=tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "flora-receiver check" in done.stdout
     settings, bare = load_settings(tmp_path / "receiver.toml", KEYS), load_settings(None, KEYS)
     assert settings.public_url == "https://hooks.example.com"
     assert settings.handlers[0].options == {"url": "files"}
-    for section in ("public", "operations", "database", "reconcile", "dispatch", "downloads", "retention", "log"):
+    for section in (
+        "public",
+        "operations",
+        "database",
+        "reconcile",
+        "dispatch",
+        "downloads",
+        "retention",
+        "log",
+    ):
         assert getattr(settings, section) == getattr(bare, section), section
     text = (tmp_path / "receiver.toml").read_text()
-    assert {each.path for each in describe() if "[]" not in each.path and f"# {each.help}" not in text} == set()
+    assert {
+        each.path for each in describe() if "[]" not in each.path and f"# {each.help}" not in text
+    } == set()
     assert mode(tmp_path / ".env") == 0o600
     checked = run_command("check", cwd=tmp_path, env=KEYS)
     assert (checked.returncode, checked.stderr) == (0, "")
@@ -42,7 +55,9 @@ def test_the_defaults_in_the_file_are_those_of_the_settings(tmp_path: Path) -> N
     shown = [line for line in shown if not line.startswith(("id =", "secrets ="))]
     (tmp_path / "shown.toml").write_text("\n".join(shown))
     loaded: Any = load_settings(tmp_path / "shown.toml", KEYS)
-    assert loaded.model_copy(update={"handlers": ()}) == load_settings(None, KEYS).model_copy(update={"handlers": ()})
+    assert loaded.model_copy(update={"handlers": ()}) == load_settings(None, KEYS).model_copy(
+        update={"handlers": ()}
+    )
 
 
 def test_init_quotes_what_it_writes(tmp_path: Path) -> None:
@@ -63,7 +78,9 @@ def test_init_quotes_what_it_writes(tmp_path: Path) -> None:
         (("--database", "receiver.db"), "--database: must be sqlite:///path"),
     ],
 )
-def test_init_refuses_what_serve_would_refuse(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_init_refuses_what_serve_would_refuse(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
     done = run_command("init", *arguments, cwd=tmp_path)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -125,7 +142,9 @@ def test_an_unusable_ca_is_reported(tmp_path: Path) -> None:
         certificates.load_authority(tmp_path / "b")
 
 
-@pytest.mark.parametrize("host", ["https://hooks.test", "a b", "", "bücher.test", "hooks.test:8443", "a..b", "x" * 64])
+@pytest.mark.parametrize(
+    "host", ["https://hooks.test", "a b", "", "bücher.test", "hooks.test:8443", "a..b", "x" * 64]
+)
 def test_a_malformed_host_gets_no_certificate(host: str, tmp_path: Path) -> None:
     """It is refused, and nothing is written."""
     refused = run_command("dev-cert", "--host", host, cwd=tmp_path)

@@ -39,7 +39,9 @@ class Operator:
         return done.stdout + done.stderr
 
     def start(self, *arguments: object, technique: str = "emu-image") -> str:
-        return self.text("runs", "start", "--technique-id", technique, "--input", PROMPT, *arguments).split()[0]
+        return self.text(
+            "runs", "start", "--technique-id", technique, "--input", PROMPT, *arguments
+        ).split()[0]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,15 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     authority = certificates.make_authority()
     (directory / "ca.pem").write_bytes(authority.pem)
     cert, key = certificates.write(certificates.issue(authority), directory)
-    quick = ("--run-seconds", 0.1, "--time-scale", 60, "--allow-private-callbacks", "--callback-ca", "ca.pem")
+    quick = (
+        "--run-seconds",
+        0.1,
+        "--time-scale",
+        60,
+        "--allow-private-callbacks",
+        "--callback-ca",
+        "ca.pem",
+    )
     emulator = RunningCommand("emulator", "--port", 0, *quick, cwd=directory, env=KEYS, errors=False)
     try:
         names = read_exports(emulator)
@@ -105,11 +115,17 @@ def test_inputs_stay_text(operator: Operator) -> None:
 def test_a_generation_is_started(operator: Operator) -> None:
     body = "{type: image, prompt: a fox, workspace_id: ws_emulator, project_id: prj_emulator, params: {size: 4096}}"
     found = operator.json("runs", "start", "--generate", body, "--metadata", "{market: de}", "--wait")
-    assert (found["state"], found["run_type"], found["metadata"]) == ("completed", "generation", {"market": "de"})
+    assert (found["state"], found["run_type"], found["metadata"]) == (
+        "completed",
+        "generation",
+        {"market": "de"},
+    )
 
 
 def test_a_refusal_has_floras_fields_and_request_id(operator: Operator) -> None:
-    done = operator.run("runs", "start", "--technique-id", "emu-image", "--input", "{id: q, type: text, value: x}")
+    done = operator.run(
+        "runs", "start", "--technique-id", "emu-image", "--input", "{id: q, type: text, value: x}"
+    )
     assert done.returncode == 1
     assert "inputs.0.id" in done.stderr
     assert "req_" in done.stderr
@@ -139,7 +155,9 @@ def test_a_run_is_shown_listed_and_explained(operator: Operator) -> None:
     for words in ("Its callback arrived in time.", "start requested from FLORA", "storage: stored file://"):
         assert words in explanation
     results = [
-        row["result"] for row in operator.json("runs", "show", run_id)["dispatches"] if row["handler"] == "storage"
+        row["result"]
+        for row in operator.json("runs", "show", run_id)["dispatches"]
+        if row["handler"] == "storage"
     ]
     assert results[0]["files"]
     assert f"storage is done: {json.dumps(results[0])}" in explanation
@@ -163,7 +181,9 @@ def test_a_run_is_refreshed_and_dispatched_again(operator: Operator) -> None:
     assert operator.json("runs", "wait", run_id)["state"] == "completed"
     assert "0 dispatches" in operator.text("runs", "redispatch", run_id, "--handler", "nobody", code=1)
     assert operator.json("runs", "redispatch", run_id, "--handler", "log", "--again")["dispatches"] == 1
-    assert "0 runs" in operator.text("runs", "redispatch", "--missing", "--handler", "log", "--since", "2026-11-01")
+    assert "0 runs" in operator.text(
+        "runs", "redispatch", "--missing", "--handler", "log", "--since", "2026-11-01"
+    )
     assert "--since" in operator.text("runs", "redispatch", "--missing", "--handler", "log", code=2)
     assert "No dispatches are orphaned." in operator.text("dispatches", "list", "--state", "orphaned")
 

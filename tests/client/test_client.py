@@ -90,8 +90,22 @@ def test_an_older_and_a_newer_service_are_understood() -> None:
     """An older one sends `told` alone; of a newer one, unknown fields and states are accepted."""
     older = Service(ok(run={**RUN, "told": "completed"})).client().run("run_1")
     assert (older.callback_status, older.origin, older.outputs) == ("completed", None, ())
-    dispatch = {"handler": "h", "event": "settled", "round": 0, "state": "paused", "attempts": 0, "last_error": None}
-    run = {**RUN, "state": "archived", "callback_status": "both", "told": "both", "shape": 1, "dispatches": [dispatch]}
+    dispatch = {
+        "handler": "h",
+        "event": "settled",
+        "round": 0,
+        "state": "paused",
+        "attempts": 0,
+        "last_error": None,
+    }
+    run = {
+        **RUN,
+        "state": "archived",
+        "callback_status": "both",
+        "told": "both",
+        "shape": 1,
+        "dispatches": [dispatch],
+    }
     newer = Service(ok(run=run, more=1)).client().run("run_1")
     assert (newer.state, newer.callback_status, newer.dispatches[0].state) == ("archived", "both", "paused")
 
@@ -129,7 +143,9 @@ def test_a_wait_continues_through_a_restart(monkeypatch: pytest.MonkeyPatch) -> 
     assert [request.url.params["timeout"] for request in service.requests] == ["60.000"] * 5
 
 
-@pytest.mark.parametrize(("status", "code"), [(404, "not_found"), (401, "unauthorized"), (400, "invalid_request")])
+@pytest.mark.parametrize(
+    ("status", "code"), [(404, "not_found"), (401, "unauthorized"), (400, "invalid_request")]
+)
 def test_a_refusal_ends_a_wait(status: int, code: str) -> None:
     service = Service(refusal(status, code))
     with pytest.raises(ReceiverApiError) as caught:
@@ -184,7 +200,11 @@ def test_files_are_the_stored_outputs_in_order() -> None:
         }  # fmt: skip
 
     rows = [artifact(-1, "file:///a/run.json"), artifact(0, "file:///a/b%20c.png"), artifact(1, "s3://b/k")]
-    run = Service(ok(run={**RUN, "artifacts": [*rows, artifact(2, "file:///d", stored=False)]})).client().run("run_1")
+    run = (
+        Service(ok(run={**RUN, "artifacts": [*rows, artifact(2, "file:///d", stored=False)]}))
+        .client()
+        .run("run_1")
+    )
     assert [(one.path, one.location) for one in run.files] == [
         (Path("/a/b c.png"), "file:///a/b%20c.png"),
         (None, "s3://b/k"),

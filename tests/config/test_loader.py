@@ -86,10 +86,16 @@ def test_the_documented_file_is_accepted() -> None:
     )
     originals, own = found.handlers
     assert found.public_url == "https://hooks.example.com"
-    assert originals.when == When(status=("completed",), technique_id=("cctv-cam",), output_type=("imageUrl",))
+    assert originals.when == When(
+        status=("completed",), technique_id=("cctv-cam",), output_type=("imageUrl",)
+    )
     assert originals.on == (Event.SETTLED,)
     assert originals.max_attempts == 3
-    assert originals.options == {"url": "s3://bucket/prefix", "key": "{run_id}{ext}", "options": {"deep": True}}
+    assert originals.options == {
+        "url": "s3://bucket/prefix",
+        "key": "{run_id}{ext}",
+        "options": {"deep": True},
+    }
     assert (own.name, own.when, own.on, own.max_attempts) == ("package.module.class", None, None, None)
     assert found.secrets_by_workspace() == ((SECRET, None), ("whsec_abc", "ws_abc"))
 
@@ -103,7 +109,11 @@ def test_the_documented_file_is_accepted() -> None:
         ({"RECEIVER_OPERATIONS__ALLOW_PLAINTEXT": "true"}, "operations.allow_plaintext", True),
         ({"RECEIVER_RECONCILE__LADDER_SECONDS": "0,1, 2.5"}, "reconcile.ladder_seconds", (0, 1, 2.5)),
         ({"RECEIVER_RECONCILE__LADDER_SECONDS": "[0, 7]"}, "reconcile.ladder_seconds", (0, 7)),
-        ({"RECEIVER_DOWNLOADS__ALLOW_PRIVATE_HOSTS": "a:1,b:2"}, "downloads.allow_private_hosts", ("a:1", "b:2")),
+        (
+            {"RECEIVER_DOWNLOADS__ALLOW_PRIVATE_HOSTS": "a:1,b:2"},
+            "downloads.allow_private_hosts",
+            ("a:1", "b:2"),
+        ),
         ({"RECEIVER_FLORA__TOLERANCE_PAST_SECONDS": "off"}, "flora.tolerance_past_seconds", None),
         ({"RECEIVER_FLORA__TOLERANCE_PAST_SECONDS": "0"}, "flora.tolerance_past_seconds", 0),
         ({"RECEIVER_LOG__LEVEL": "DEBUG"}, "log.level", "debug"),
@@ -192,7 +202,12 @@ WORKSPACE = '[[workspaces]]\nid = "ws_1"\nsecrets = ["whsec_1"]\n'
         ("public = 1", {}, "public", "must be a table"),
         ("handlers = 1", {}, "handlers", "must be a list"),
         ("[public]\nport = 65536", {}, "public.port", "less than or equal to 65535"),
-        ("[flora]\ntolerance_past_seconds = -1", {}, "flora.tolerance_past_seconds", "greater than or equal"),
+        (
+            "[flora]\ntolerance_past_seconds = -1",
+            {},
+            "flora.tolerance_past_seconds",
+            "greater than or equal",
+        ),
         ("[reconcile]\nladder_seconds = []", {}, "reconcile.ladder_seconds", "empty"),
         ("[reconcile]\nmax_gap_seconds = inf", {}, "reconcile.max_gap_seconds", "finite"),
         ("[tls]\ncert = 'given.toml'", {}, "tls", "both"),
@@ -210,15 +225,35 @@ WORKSPACE = '[[workspaces]]\nid = "ws_1"\nsecrets = ["whsec_1"]\n'
         ("[operations]\nhost = '0.0.0.0'\ntoken = 't'", {}, "operations.host", "[tls]"),
         ("[[handlers]]\nname = 'x'", {}, "handlers.0.use", "required"),
         ("[[handlers]]\nuse = 'log'\nname = 'A b'", {}, "handlers.0.name", "pattern"),
-        ("[[handlers]]\nuse = 'log'\n[[handlers]]\nuse = 'log'", {}, "handlers", "two handlers are called log"),
+        (
+            "[[handlers]]\nuse = 'log'\n[[handlers]]\nuse = 'log'",
+            {},
+            "handlers",
+            "two handlers are called log",
+        ),
         ("[[handlers]]\nuse = 'log'\non = 'done'", {}, "handlers.0.on.0", "settled"),
         ("[[handlers]]\nuse = 'log'\non = []", {}, "handlers.0.on", "empty"),
         ("[[handlers]]\nuse = 'log'\nwhen = {state = 'x'}", {}, "handlers.0.when.state", "not a setting"),
-        ("[[handlers]]\nuse = 'log'\nwhen = {status = 'done'}", {}, "handlers.0.when.status.0", "completed"),
+        (
+            "[[handlers]]\nuse = 'log'\nwhen = {status = 'done'}",
+            {},
+            "handlers.0.when.status.0",
+            "completed",
+        ),
         ("[[workspaces]]\nid = 'ws_1'", {}, "workspaces.0.secrets", "required"),
         ("[[workspaces]]\nid = 'ws_1'\nsecrets = []", {}, "workspaces.0.secrets", "empty"),
-        ("[[workspaces]]\nid = 'ws_1'\nsecrets = ['env:NO']", {}, "workspaces.0.secrets.0", "NO is not set"),
-        ("[[workspaces]]\nid = 'ws_1'\nsecrets = ['file:no']", {}, "workspaces.0.secrets.0", "cannot be read"),
+        (
+            "[[workspaces]]\nid = 'ws_1'\nsecrets = ['env:NO']",
+            {},
+            "workspaces.0.secrets.0",
+            "NO is not set",
+        ),
+        (
+            "[[workspaces]]\nid = 'ws_1'\nsecrets = ['file:no']",
+            {},
+            "workspaces.0.secrets.0",
+            "cannot be read",
+        ),
         (WORKSPACE + WORKSPACE, {}, "workspaces", "same `id`"),
         (WORKSPACE + WORKSPACE.replace("ws_1", "ws_2"), {}, "workspaces", "same secret"),
         ("", {"FLORA_API_KEY": f"{KEY}\n"}, "flora.api_key", "white space"),
@@ -257,7 +292,9 @@ WORKSPACE = '[[workspaces]]\nid = "ws_1"\nsecrets = ["whsec_1"]\n'
         (WORKSPACE + "api_key = '“sk_live_1”'", {}, "workspaces.0.api_key", "U+201C"),
     ],
 )
-def test_a_mistake_is_one_problem_with_its_path(toml: str, environ: Mapping[str, str], path: str, words: str) -> None:
+def test_a_mistake_is_one_problem_with_its_path(
+    toml: str, environ: Mapping[str, str], path: str, words: str
+) -> None:
     """No other rule repeats it."""
     found = problems(toml, {**BASE, **environ})
     assert list(found) == [path]
@@ -303,7 +340,9 @@ def test_variables_of_other_programs_are_ignored(name: str, value: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
 def test_an_emulator_on_loopback_may_call_any_address(host: str) -> None:
     name = f"[{host}]" if ":" in host else host
-    found = settings(f"public_url = 'http://127.0.0.1:8080'\n[flora]\nbase_url = 'http://{name}:9000/api/v1'")
+    found = settings(
+        f"public_url = 'http://127.0.0.1:8080'\n[flora]\nbase_url = 'http://{name}:9000/api/v1'"
+    )
     assert found.public_url == "http://127.0.0.1:8080"
 
 
@@ -455,7 +494,9 @@ def test_flora_refuses_to_call(url: str) -> None:
     assert check_callback_url(url)
 
 
-@pytest.mark.parametrize("url", ["https://hooks.example.com/a", "https://8.8.8.8:8443", "https://local.example.com"])
+@pytest.mark.parametrize(
+    "url", ["https://hooks.example.com/a", "https://8.8.8.8:8443", "https://local.example.com"]
+)
 def test_flora_calls(url: str) -> None:
     assert check_callback_url(url) is None
 

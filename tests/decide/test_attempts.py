@@ -13,7 +13,9 @@ from tests.support.core import BACKOFF, NOW
 
 
 def pause(attempts: int, **options: Any) -> float:
-    outcome = conclude(DispatchState.READY, attempts, 10**9, now=NOW, **{"jitter": 0.0, "backoff": BACKOFF, **options})
+    outcome = conclude(
+        DispatchState.READY, attempts, 10**9, now=NOW, **{"jitter": 0.0, "backoff": BACKOFF, **options}
+    )
     assert outcome.state is DispatchState.READY
     assert outcome.due_at is not None
     return (outcome.due_at - NOW).total_seconds()
@@ -52,7 +54,15 @@ def test_a_handler_has_its_own_pauses() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "given_pause"),
-    [(0, 0), (7.5, 7.5), (-5, 0), (86_400, 86_400), (1e300, 86_400), (float("inf"), 86_400), (float("-inf"), 0)],
+    [
+        (0, 0),
+        (7.5, 7.5),
+        (-5, 0),
+        (86_400, 86_400),
+        (1e300, 86_400),
+        (float("inf"), 86_400),
+        (float("-inf"), 0),
+    ],
 )
 def test_a_handler_may_name_its_pause(asked: float, given_pause: float) -> None:
     """Any number will do, within a day: a handler's odd number must not leave its lease behind."""
@@ -64,7 +74,10 @@ def test_no_number_is_the_usual_pause() -> None:
 
 
 @given(
-    attempts=st.integers(0, 10**9), after=st.none() | st.floats(), jitter=st.floats(0, 1), limit=st.integers(1, 10**9)
+    attempts=st.integers(0, 10**9),
+    after=st.none() | st.floats(),
+    jitter=st.floats(0, 1),
+    limit=st.integers(1, 10**9),
 )
 def test_the_next_attempt_is_never_in_the_past_nor_further_than_a_day(
     attempts: int, after: float | None, jitter: float, limit: int

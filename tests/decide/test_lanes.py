@@ -15,7 +15,9 @@ LIGHT, HEAVY = Lane.LIGHT, Lane.HEAVY
 
 
 def outputs(*kinds: str) -> tuple[Output, ...]:
-    return tuple(Output(position, f"o{position}", kind, "https://x.example") for position, kind in enumerate(kinds))
+    return tuple(
+        Output(position, f"o{position}", kind, "https://x.example") for position, kind in enumerate(kinds)
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,9 @@ def outputs(*kinds: str) -> tuple[Output, ...]:
 def test_types_tell_while_nothing_is_measured(kinds: Sequence[str], lane: Lane) -> None:
     """A video may be large, a type that we do not know as well, and so are many images together."""
     assert lane_of(Event.SETTLED, outputs(*kinds)) is lane
-    (row,) = settle(a_run(RunState.COMPLETED), outputs(*kinds), [Event.SETTLED], [Subscription("h")], now=NOW)
+    (row,) = settle(
+        a_run(RunState.COMPLETED), outputs(*kinds), [Event.SETTLED], [Subscription("h")], now=NOW
+    )
     assert row.lane is lane
 
 
@@ -113,7 +117,9 @@ def test_how_free_slots_are_filled(
 COUNTS = st.integers(0, 40)
 
 
-@given(concurrency=st.integers(1, 32), light=COUNTS, heavy=COUNTS, waiting_light=COUNTS, waiting_heavy=COUNTS)
+@given(
+    concurrency=st.integers(1, 32), light=COUNTS, heavy=COUNTS, waiting_light=COUNTS, waiting_heavy=COUNTS
+)
 def test_slots_are_never_exceeded_and_none_is_wasted(
     concurrency: int, light: int, heavy: int, waiting_light: int, waiting_heavy: int
 ) -> None:
@@ -131,7 +137,9 @@ def test_slots_are_never_exceeded_and_none_is_wasted(
         assert after[HEAVY] >= concurrency - max(1, concurrency // 4)
 
 
-@given(concurrency=st.integers(2, 16), endings=st.lists(st.sampled_from(list(Lane)), min_size=40, max_size=60))
+@given(
+    concurrency=st.integers(2, 16), endings=st.lists(st.sampled_from(list(Lane)), min_size=40, max_size=60)
+)
 def test_neither_lane_starves(concurrency: int, endings: list[Lane]) -> None:
     """With endless work in both, whatever ends: heavy work has its part as soon as slots come free, light work always."""
     own = max(1, concurrency // 4)

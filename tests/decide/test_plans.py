@@ -82,7 +82,11 @@ def test_many_runs_of_one_scope_are_one_scan(count: int, pages: int) -> None:
 
 def test_a_scan_shows_one_technique_alone_where_it_can() -> None:
     """By id only: whether the list can be filtered by a slug, FLORA does not say."""
-    for techniques, only in ((("tech_1", "tech_1"), "tech_1"), (("tech_1", "tech_2"), None), (("a", "a"), None)):
+    for techniques, only in (
+        (("tech_1", "tech_1"), "tech_1"),
+        (("tech_1", "tech_2"), None),
+        (("a", "a"), None),
+    ):
         due = [technique_run(n, technique_id=technique) for n, technique in enumerate(techniques)]
         (scan,) = scans(plan_polls(due, now=NOW, policy=POLICY))
         assert scan.scope == Scope(Listing.TECHNIQUE_RUNS, "ws_1", only)
@@ -91,7 +95,9 @@ def test_a_scan_shows_one_technique_alone_where_it_can() -> None:
 
 def test_each_workspace_and_each_kind_has_its_own_scan() -> None:
     due = [
-        technique_run(n, workspace_id=workspace, run_type=kind, technique_id="tech_1" if kind == "technique" else None)
+        technique_run(
+            n, workspace_id=workspace, run_type=kind, technique_id="tech_1" if kind == "technique" else None
+        )
         for n, (workspace, kind) in enumerate(
             [("ws_1", "technique"), ("ws_2", "technique"), ("ws_1", "generation"), (None, "generation")] * 3
         )
@@ -119,7 +125,9 @@ def test_a_few_callbacks_are_read_alone_first_and_many_are_a_scan() -> None:
 def test_missing_costs_come_last() -> None:
     """However long they have been due."""
     costs = [
-        technique_run(n, state=RunState.COMPLETED, workspace_id="ws_2", next_poll_at=NOW - timedelta(hours=1))
+        technique_run(
+            n, state=RunState.COMPLETED, workspace_id="ws_2", next_poll_at=NOW - timedelta(hours=1)
+        )
         for n in range(5)
     ]
     plans = plan_polls([*costs, technique_run(9, workspace_id="ws_3")], now=NOW, policy=POLICY)
@@ -183,10 +191,17 @@ due_runs = st.lists(
     unique_by=lambda run: run.run_id,
 )
 depth = st.builds(
-    Depth, st.integers(1, 10**5), st.floats(1, 10**5).map(lambda age: NOW - timedelta(seconds=age)), st.just(NOW)
+    Depth,
+    st.integers(1, 10**5),
+    st.floats(1, 10**5).map(lambda age: NOW - timedelta(seconds=age)),
+    st.just(NOW),
 )
 scopes = st.sampled_from(
-    [Scope(Listing.TECHNIQUE_RUNS, "ws_1"), Scope(Listing.TECHNIQUE_RUNS, None, "tech_1"), Scope(Listing.GENERATIONS)]
+    [
+        Scope(Listing.TECHNIQUE_RUNS, "ws_1"),
+        Scope(Listing.TECHNIQUE_RUNS, None, "tech_1"),
+        Scope(Listing.GENERATIONS),
+    ]
 )
 
 
@@ -196,7 +211,9 @@ def test_every_due_run_is_in_one_plan_and_no_plan_costs_more_than_single_reads(
 ) -> None:
     alone = {run.run_id for place, run in enumerate(due) if place in missed}
     plans = plan_polls(due, now=NOW, policy=POLICY, depths=depths, alone=alone)
-    assert sorted(run.run_id for plan in plans for run in runs_of(plan)) == sorted(run.run_id for run in due)
+    assert sorted(run.run_id for plan in plans for run in runs_of(plan)) == sorted(
+        run.run_id for run in due
+    )
     assert requests(plans) <= len(due)
     assert all(list_of(run) == scan.place for scan in scans(plans) for run in scan.due)
 
@@ -249,7 +266,9 @@ def test_a_run_created_at_the_very_boundary_is_not_passed() -> None:
     assert is_passed(run, NOW - timedelta(seconds=60.001))
 
 
-@pytest.mark.parametrize(("origin", "minutes"), [(Origin.STARTED, 5), (Origin.TRACKED, 60), (Origin.CALLBACK, 60)])
+@pytest.mark.parametrize(
+    ("origin", "minutes"), [(Origin.STARTED, 5), (Origin.TRACKED, 60), (Origin.CALLBACK, 60)]
+)
 def test_a_run_never_read_may_be_older_than_our_word_of_it(origin: Origin, minutes: int) -> None:
     run = technique_run(1, age=0, created_at=None, origin=origin)
     assert not is_passed(run, NOW - timedelta(minutes=minutes))

@@ -14,7 +14,9 @@ def pause(seconds_old: float, policy: Policy = POLICY, *, jitter: float = 0.0, *
     return (next_poll(run, policy, now=NOW, jitter=jitter) - NOW).total_seconds()
 
 
-@pytest.mark.parametrize(("unconfirmed_reads", "seconds"), [(1, 1), (2, 2), (3, 4), (7, 60), (8, 60), (10**6, 60)])
+@pytest.mark.parametrize(
+    ("unconfirmed_reads", "seconds"), [(1, 1), (2, 2), (3, 4), (7, 60), (8, 60), (10**6, 60)]
+)
 def test_unconfirmed_reads_follow_the_configured_delays(unconfirmed_reads: int, seconds: float) -> None:
     """Short at first, since the API lags its own callback by seconds; past its end the last step stays."""
     assert pause(0, unconfirmed_reads=unconfirmed_reads) == seconds
@@ -53,7 +55,18 @@ def test_a_first_seen_that_is_still_to_come_counts_as_now() -> None:
 
 def test_pauses_after_failures() -> None:
     """1, 2, 4 … 256, then 300 s; never more, however long the outage."""
-    assert [failure_pause(n).total_seconds() for n in range(1, 11)] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
+    assert [failure_pause(n).total_seconds() for n in range(1, 11)] == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+        128,
+        256,
+        300,
+    ]
     assert failure_pause(10**6) == timedelta(seconds=300)
 
 

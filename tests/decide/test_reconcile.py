@@ -47,7 +47,9 @@ def decide(run: Run | None, report: Report, *, now: datetime = LATER, policy: Po
     return reconcile(run, report, policy, now=now, jitter=0.0)
 
 
-def decide_change(run: Run | None, report: Report, *, now: datetime = LATER, policy: Policy = POLICY) -> Changed:
+def decide_change(
+    run: Run | None, report: Report, *, now: datetime = LATER, policy: Policy = POLICY
+) -> Changed:
     decision = decide(run, report, now=now, policy=policy)
     assert isinstance(decision, Changed), f"{kind_of(report)} left {run and run.state} as it was"
     return decision
@@ -82,7 +84,11 @@ def enters(state: RunState | None, kind: Kind) -> None:
         changes_nothing(state, kind)  # a read of a run that left the ledger
         report = replace(cast("RunRead", report), origin=Origin.DISCOVERED)
     run = after(None, report)
-    assert (run.state, run.first_seen_at, run.deadline_at) == (RunState.OPEN, LATER, LATER + POLICY.deadline)
+    assert (run.state, run.first_seen_at, run.deadline_at) == (
+        RunState.OPEN,
+        LATER,
+        LATER + POLICY.deadline,
+    )
     assert run.next_poll_at is not None
     assert run.next_poll_at > LATER
 
@@ -181,7 +187,11 @@ def bills(state: RunState | None, kind: Kind) -> None:
     changes_nothing(state, kind)
     assert state is not None
     decision = decide_change(a_settled_run(state), REPORTS[kind])
-    assert (decision.run.charged_cost, decision.run.cost_due_at, decision.run.next_poll_at) == (0.5, None, None)
+    assert (decision.run.charged_cost, decision.run.cost_due_at, decision.run.next_poll_at) == (
+        0.5,
+        None,
+        None,
+    )
     assert (decision.events, decision.outputs) == ((Event.COST_FINAL,), ())
     assert decision.run.state is state
 
@@ -202,7 +212,9 @@ def asks_for_the_bill(state: RunState | None, kind: Kind) -> None:
 def disputes(state: RunState | None, kind: Kind) -> None:
     assert state is not None
     decision = decide_change(in_state(state), REPORTS[kind])
-    assert decision == Changed(replace(in_state(state) or a_run(), verdict=Verdict.DIVERGED), events=(Event.DIVERGED,))
+    assert decision == Changed(
+        replace(in_state(state) or a_run(), verdict=Verdict.DIVERGED), events=(Event.DIVERGED,)
+    )
     assert decide(decision.run, REPORTS[kind]) == Unchanged()
     asking = decide_change(a_settled_run(state, verdict_due_at=NOW + timedelta(minutes=7)), REPORTS[kind])
     assert asking.run.next_poll_at is not None
@@ -241,13 +253,18 @@ GRID: dict[RunState | None, tuple[Effect, ...]] = {
                          changes_nothing,            changes_nothing,           reopens, changes_nothing),
 }
 # fmt: on
-CELLS = [(state, kind, effect) for state, row in GRID.items() for kind, effect in zip(Kind, row, strict=True)]
+CELLS = [
+    (state, kind, effect) for state, row in GRID.items() for kind, effect in zip(Kind, row, strict=True)
+]
 
 
 @pytest.mark.parametrize(
     ("state", "kind", "effect"),
     CELLS,
-    ids=[f"{state.value if state else 'unknown'}-{kind.value}-{effect.__name__}" for state, kind, effect in CELLS],
+    ids=[
+        f"{state.value if state else 'unknown'}-{kind.value}-{effect.__name__}"
+        for state, kind, effect in CELLS
+    ],
 )
 def test_every_cell_of_the_table(state: RunState | None, kind: Kind, effect: Effect) -> None:
     """Each pair of state and report has the effect that the table names."""
@@ -257,7 +274,9 @@ def test_every_cell_of_the_table(state: RunState | None, kind: Kind, effect: Eff
 
 def test_the_table_is_closed() -> None:
     """Every pair has a cell, so that no report ever raises; and this test knows every cell."""
-    assert set(TABLE) == {(state, kind) for state in STATES for kind in Kind} == {(s, k) for s, k, _ in CELLS}
+    assert (
+        set(TABLE) == {(state, kind) for state in STATES for kind in Kind} == {(s, k) for s, k, _ in CELLS}
+    )
 
 
 @pytest.mark.parametrize("state", [RunState.COMPLETED, RunState.FAILED])
@@ -281,9 +300,15 @@ def test_a_settled_run_is_never_left(state: RunState, kind: Kind) -> None:
 @pytest.mark.parametrize("kind", list(Kind))
 def test_no_read_leaves_a_run_due_at_once(state: RunState | None, kind: Kind) -> None:
     """After an answered or unanswered read, the next one is later, or we would ask FLORA without pause."""
-    if kind in {Kind.REGISTERED, Kind.CALLBACK_RECEIVED, Kind.READ_REQUESTED, Kind.CALLBACK_EXPIRED} or state is None:
+    if (
+        kind in {Kind.REGISTERED, Kind.CALLBACK_RECEIVED, Kind.READ_REQUESTED, Kind.CALLBACK_EXPIRED}
+        or state is None
+    ):
         return
-    for run in (in_state(state), a_settled_run(state) if state in {RunState.COMPLETED, RunState.FAILED} else None):
+    for run in (
+        in_state(state),
+        a_settled_run(state) if state in {RunState.COMPLETED, RunState.FAILED} else None,
+    ):
         if run is None or run.next_poll_at is None:
             continue
         decision = decide(run, REPORTS[kind])
@@ -295,7 +320,9 @@ def test_a_settled_run_that_somebody_asks_for_is_read_once_more() -> None:
     """For the newest URLs of its outputs. Only an answer ends the asking; what was settled stays."""
     asked = after(a_run(RunState.COMPLETED), ReadRequested("run_1", LATER))
     assert asked.next_poll_at == LATER
-    refreshed = (Output(OUTPUT.position, OUTPUT.output_id, OUTPUT.type, "https://media.flora.example/again.png"),)
+    refreshed = (
+        Output(OUTPUT.position, OUTPUT.output_id, OUTPUT.type, "https://media.flora.example/again.png"),
+    )
     decision = decide_change(asked, a_read("completed", LATER, outputs=refreshed))
     assert decision == Changed(replace(asked, polls=1, next_poll_at=None), refreshed=refreshed)
     for unhelpful in (Kind.RUNNING, Kind.EMPTY, Kind.NOT_FOUND):
@@ -327,7 +354,9 @@ def test_five_404s_over_ten_minutes_lose_a_run() -> None:
     four = replace(run, missing=3)
     assert after_404(four, timedelta(minutes=60)).state is RunState.OPEN
     decision = decide_change(
-        run, RunNotFound("run_1", NOW + timedelta(minutes=10), conclusive=True), now=NOW + timedelta(minutes=10)
+        run,
+        RunNotFound("run_1", NOW + timedelta(minutes=10), conclusive=True),
+        now=NOW + timedelta(minutes=10),
     )
     assert (decision.run.state, decision.run.lost_reason) == (RunState.LOST, LostReason.NOT_FOUND)
     assert (decision.run.next_poll_at, decision.run.losses, decision.events) == (None, 1, (Event.LOST,))
@@ -364,7 +393,9 @@ def test_a_404_streak_survives_a_clock_that_was_set_back() -> None:
 def test_the_deadline_needs_a_read() -> None:
     """Past the deadline, a read that is not terminal loses the run; before it, or without a read, nothing does."""
     run = a_run(deadline_at=LATER)
-    assert after(run, a_read("running", LATER), now=LATER - timedelta(milliseconds=1)).state is RunState.OPEN
+    assert (
+        after(run, a_read("running", LATER), now=LATER - timedelta(milliseconds=1)).state is RunState.OPEN
+    )
     decision = decide_change(run, a_read("running", LATER))
     assert (decision.run.state, decision.run.lost_reason) == (RunState.LOST, LostReason.DEADLINE)
     assert decision.events == (Event.LOST,)
@@ -378,7 +409,9 @@ def test_a_terminal_read_past_the_deadline_settles() -> None:
 @pytest.mark.parametrize("read", [a_read("running", LATER), a_read("completed", LATER, outputs=())])
 def test_a_callback_after_the_deadline_gets_its_ladder(read: Report) -> None:
     """The API may lag behind a callback: a run must not be lost on the first read that does not show its end yet."""
-    run = after(a_run(deadline_at=NOW), a_callback_received(received_at=LATER - timedelta(seconds=1)), now=LATER)
+    run = after(
+        a_run(deadline_at=NOW), a_callback_received(received_at=LATER - timedelta(seconds=1)), now=LATER
+    )
     run = after(run, read)
     assert (run.state, run.unconfirmed_reads) == (RunState.REPORTED, 1)
 
@@ -388,7 +421,9 @@ def climb(run: Run, status: str, times: int, **fields: Any) -> list[Changed]:
     decisions = []
     for _ in range(times):
         assert run.next_poll_at is not None
-        decisions.append(decide_change(run, a_read(status, run.next_poll_at, **fields), now=run.next_poll_at))
+        decisions.append(
+            decide_change(run, a_read(status, run.next_poll_at, **fields), now=run.next_poll_at)
+        )
         run = decisions[-1].run
     return decisions
 
@@ -406,7 +441,9 @@ def test_completed_without_outputs_is_never_an_empty_success(state: RunState) ->
 
 
 def test_outputs_that_appear_on_the_ladder_settle_the_run() -> None:
-    decisions = climb(a_run(RunState.REPORTED), "completed", len(POLICY.confirmation_delays) - 1, outputs=())
+    decisions = climb(
+        a_run(RunState.REPORTED), "completed", len(POLICY.confirmation_delays) - 1, outputs=()
+    )
     decision = decide_change(decisions[-1].run, a_read("completed", LATER))
     assert (decision.run.state, decision.outputs) == (RunState.COMPLETED, (OUTPUT,))
 
@@ -442,7 +479,9 @@ def test_a_read_asked_before_the_callback_changes_nothing_but_polls(state: RunSt
     """It could not know; the read that the callback asked for stays due."""
     if state is RunState.OPEN and kind is Kind.RUNNING:
         return  # reopened by hand: there is no callback to be behind of
-    run = a_run(state, callback_status=CallbackStatus.COMPLETED, reported_at=LATER, next_poll_at=LATER, failures=8)
+    run = a_run(
+        state, callback_status=CallbackStatus.COMPLETED, reported_at=LATER, next_poll_at=LATER, failures=8
+    )
     stale = replace(cast("RunRead", REPORTS[kind]), requested_at=LATER - timedelta(milliseconds=1))
     assert decide(run, stale) == Changed(replace(run, polls=1))
     refreshed = replace(cast("RunRead", REPORTS[kind]), requested_at=LATER)
@@ -467,7 +506,14 @@ def test_a_terminal_read_is_never_too_old() -> None:
 @pytest.mark.parametrize("reason", list(LostReason))
 def test_a_lost_run_comes_back(reason: LostReason) -> None:
     """By a callback, by a terminal read on its way, or by hand; lost again, it is a new loss."""
-    lost = a_run(RunState.LOST, lost_reason=reason, unconfirmed_reads=9, missing=5, missing_since=NOW, deadline_at=NOW)
+    lost = a_run(
+        RunState.LOST,
+        lost_reason=reason,
+        unconfirmed_reads=9,
+        missing=5,
+        missing_since=NOW,
+        deadline_at=NOW,
+    )
     heard = after(lost, a_callback_received(received_at=LATER))
     asked = after(lost, ReadRequested("run_1", LATER))
     assert (heard.state, asked.state) == (RunState.REPORTED, RunState.OPEN)
@@ -500,14 +546,18 @@ def test_a_poll_settles_without_a_verdict_at_first() -> None:
     """A page that shows a run seconds before its callback comes is no broken channel."""
     run = by_poll()
     assert (run.verdict, run.verdict_due_at) == (None, NOW + POLICY.callback_window)
-    assert after(run, a_callback_received(received_at=NOW + POLICY.callback_window)).verdict is Verdict.MATCHED
+    assert (
+        after(run, a_callback_received(received_at=NOW + POLICY.callback_window)).verdict is Verdict.MATCHED
+    )
 
 
 def test_a_callback_that_never_comes_is_written_off() -> None:
     gone = NOW + POLICY.callback_window
     run = after(by_poll(), CallbackExpired("run_1"), now=gone)
     assert (run.verdict, run.verdict_due_at) == (Verdict.RECOVERED, None)
-    late = after(run, a_callback_received(received_at=gone + timedelta(seconds=1)), now=gone + timedelta(seconds=1))
+    late = after(
+        run, a_callback_received(received_at=gone + timedelta(seconds=1)), now=gone + timedelta(seconds=1)
+    )
     assert late.verdict is Verdict.LATE
 
 
@@ -515,7 +565,10 @@ def test_a_callback_in_time_matches_although_it_was_written_off_meanwhile() -> N
     """The verdict follows from when it arrived, not from when we got round to it."""
     gone = NOW + POLICY.callback_window
     run = after(by_poll(), CallbackExpired("run_1"), now=gone)
-    assert after(run, a_callback_received(received_at=gone), now=gone + timedelta(minutes=1)).verdict is Verdict.MATCHED
+    assert (
+        after(run, a_callback_received(received_at=gone), now=gone + timedelta(minutes=1)).verdict
+        is Verdict.MATCHED
+    )
 
 
 def test_nobody_is_blamed_for_a_callback_that_was_not_expected() -> None:
@@ -599,9 +652,13 @@ def test_no_pause_that_flora_names_is_too_long_for_us(seconds: float) -> None:
 
 def test_flora_s_own_words_about_pauses_are_heeded() -> None:
     """Never sooner than `retry-after`, and never sooner than our own back-off."""
-    assert after(a_run(), ReadFailed("run_1", LATER, retry_after=20)).next_poll_at == LATER + timedelta(seconds=20)
+    assert after(a_run(), ReadFailed("run_1", LATER, retry_after=20)).next_poll_at == LATER + timedelta(
+        seconds=20
+    )
     tired = a_run(failures=8)
-    assert after(tired, ReadFailed("run_1", LATER, retry_after=1)).next_poll_at == LATER + timedelta(seconds=256)
+    assert after(tired, ReadFailed("run_1", LATER, retry_after=1)).next_poll_at == LATER + timedelta(
+        seconds=256
+    )
     assert after(None, a_registration(estimated_seconds=25)).next_poll_at == LATER + timedelta(seconds=25)
 
 
@@ -609,7 +666,10 @@ def test_what_a_start_knows_is_kept_and_what_a_track_guesses_is_not() -> None:
     """The first to name a fact wins; who started a run knows best whether a callback comes."""
     run = after(None, a_registration(origin=Origin.TRACKED, callback_expected=False, metadata={"a": 1}))
     run = after(
-        run, a_registration(origin=Origin.STARTED, callback_expected=True, metadata={"a": 2, "b": 3}, quoted_cost=0.2)
+        run,
+        a_registration(
+            origin=Origin.STARTED, callback_expected=True, metadata={"a": 2, "b": 3}, quoted_cost=0.2
+        ),
     )
     assert (run.origin, run.callback_expected, run.quoted_cost) == (Origin.STARTED, True, 0.2)
     assert run.metadata == {"a": 1, "b": 3}

@@ -25,11 +25,22 @@ from receiver.model import (
     Subscription,
     When,
 )
-from tests.support.core import NOW, OUTPUT, POLICY, a_callback_received, a_policy, a_read, a_registration, a_run
+from tests.support.core import (
+    NOW,
+    OUTPUT,
+    POLICY,
+    a_callback_received,
+    a_policy,
+    a_read,
+    a_registration,
+    a_run,
+)
 
 SUBSCRIPTIONS = (
     Subscription("all", on=tuple(Event)),
-    Subscription("settled", on=(Event.SETTLED,), when=When(status=("completed",), output_type=("imageUrl",))),
+    Subscription(
+        "settled", on=(Event.SETTLED,), when=When(status=("completed",), output_type=("imageUrl",))
+    ),
     Subscription("cost", on=(Event.COST_FINAL,)),
 )
 
@@ -71,7 +82,11 @@ def histories(draw: st.DrawFn) -> tuple[list[Report], Report]:
     noise = st.one_of(
         st.builds(lambda at: RunNotFound("run_1", at, conclusive=True), seconds(-60, 60)),
         st.builds(lambda at: RunNotFound("run_1", at, conclusive=False), seconds(-60, 60)),
-        st.builds(lambda at, after: ReadFailed("run_1", at, after), seconds(-60, 60), st.none() | st.floats(0, 1e9)),
+        st.builds(
+            lambda at, after: ReadFailed("run_1", at, after),
+            seconds(-60, 60),
+            st.none() | st.floats(0, 1e9),
+        ),
         st.builds(lambda at: ReadRequested("run_1", at), seconds(-60, 60)),
         st.just(CallbackExpired("run_1")),
         st.just(end),
@@ -101,10 +116,14 @@ def play(reports: Sequence[Report], end: Report) -> Ledger:
 
 
 @given(histories(), st.data())
-def test_any_order_and_any_duplication_end_the_same(history: tuple[list[Report], Report], data: st.DataObject) -> None:
+def test_any_order_and_any_duplication_end_the_same(
+    history: tuple[list[Report], Report], data: st.DataObject
+) -> None:
     """Callbacks and reads in any order and number leave the same state, words, verdict, outputs and dispatches."""
     reports, end = history
-    again = data.draw(st.lists(st.sampled_from([r for r in reports if not _is_running(r)] or [end]), max_size=4))
+    again = data.draw(
+        st.lists(st.sampled_from([r for r in reports if not _is_running(r)] or [end]), max_size=4)
+    )
     shuffled = data.draw(st.permutations([*reports, *again]))
     one, other = play(reports, end), play(shuffled, end)
     assert one.run is not None
@@ -163,9 +182,14 @@ def any_report(draw: st.DrawFn) -> Report:
 
 
 @given(
-    st.lists(st.tuples(any_report(), st.integers(-100_000, 100_000), st.floats(0, 1, exclude_max=True)), max_size=30)
+    st.lists(
+        st.tuples(any_report(), st.integers(-100_000, 100_000), st.floats(0, 1, exclude_max=True)),
+        max_size=30,
+    )
 )
-@example([(a_callback_received(), 0, 0.0), (a_read("completed", outputs=(), charged_cost=None), 0, 0.0)] * 9)
+@example(
+    [(a_callback_received(), 0, 0.0), (a_read("completed", outputs=(), charged_cost=None), 0, 0.0)] * 9
+)
 def test_whatever_comes_the_row_is_sound(steps: list[tuple[Report, int, float]]) -> None:
     """What the database CHECKs holds after every step; a run settles once; each loss is told; no read spins."""
     ledger = Ledger()
@@ -191,7 +215,11 @@ def test_whatever_comes_the_row_is_sound(steps: list[tuple[Report, int, float]])
         if run.next_poll_at is not None and (before is None or run.next_poll_at != before.next_poll_at):
             # An hour is the longest that FLORA can ask for; a start's own pause carries jitter, too.
             registered_at = report.registered_at if isinstance(report, RunRegistered) else now
-            assert min(now, registered_at) <= run.next_poll_at <= max(now, registered_at) + timedelta(hours=1) * 1.25
+            assert (
+                min(now, registered_at)
+                <= run.next_poll_at
+                <= max(now, registered_at) + timedelta(hours=1) * 1.25
+            )
 
 
 @given(
@@ -203,7 +231,13 @@ def test_whatever_comes_the_row_is_sound(steps: list[tuple[Report, int, float]])
     jitter=st.floats(0, 1, exclude_max=True),
 )
 def test_the_next_poll_is_never_in_the_past_and_never_too_far(
-    *, age: int, unconfirmed_reads: int, callback_expected: bool, reported: bool, max_gap: int, jitter: float
+    *,
+    age: int,
+    unconfirmed_reads: int,
+    callback_expected: bool,
+    reported: bool,
+    max_gap: int,
+    jitter: float,
 ) -> None:
     """Between now and 1.25 times the longest gap, whatever the run's age: clocks jump."""
     policy = a_policy(max_gap=timedelta(seconds=max_gap))
@@ -219,11 +253,14 @@ def test_the_next_poll_is_never_in_the_past_and_never_too_far(
 
 
 @given(
-    st.permutations([a_callback_received(), a_registration(), a_read("completed", charged_cost=0.5)]), st.integers(1, 3)
+    st.permutations([a_callback_received(), a_registration(), a_read("completed", charged_cost=0.5)]),
+    st.integers(1, 3),
 )
 def test_effects_are_dispatched_once(reports: Sequence[Report], times: int) -> None:
     """One row per handler and event, however often and in whatever order a run is told of."""
-    ledger = play([report for report in reports for _ in range(times)], a_read("completed", charged_cost=0.5))
+    ledger = play(
+        [report for report in reports for _ in range(times)], a_read("completed", charged_cost=0.5)
+    )
     assert sorted(ledger.dispatches) == [
         "run_1:all:cost_final:0",
         "run_1:all:settled:0",

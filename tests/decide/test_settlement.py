@@ -115,5 +115,7 @@ def test_when_a_callback_is_gone(first_seen: int, completed: int | None, settled
     def at(seconds: int | None) -> datetime | None:
         return None if seconds is None else NOW + timedelta(seconds=seconds)
 
-    run = a_run(RunState.COMPLETED, first_seen_at=at(first_seen), completed_at=at(completed), settled_at=at(settled))
+    run = a_run(
+        RunState.COMPLETED, first_seen_at=at(first_seen), completed_at=at(completed), settled_at=at(settled)
+    )
     assert callback_expires_at(run, POLICY) == NOW + timedelta(seconds=ended) + POLICY.callback_window

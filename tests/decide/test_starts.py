@@ -15,14 +15,18 @@ START = NOW - timedelta(seconds=60)
     [
         pytest.param(START, START, True, id="seen with the start"),
         pytest.param(START + timedelta(seconds=59), START, True, id="seen after the start"),
-        pytest.param(START - timedelta(seconds=30), START, True, id="before it by as much as clocks may differ"),
+        pytest.param(
+            START - timedelta(seconds=30), START, True, id="before it by as much as clocks may differ"
+        ),
         pytest.param(START - timedelta(seconds=31), START, False, id="known before the start was made"),
         pytest.param(None, START, True, id="FLORA does not date the run"),
         pytest.param(NOW, None, False, id="no start is young"),
         pytest.param(None, None, False, id="neither"),
     ],
 )
-def test_a_run_may_be_of_a_start(seen_at: datetime | None, oldest_start: datetime | None, *, waits: bool) -> None:
+def test_a_run_may_be_of_a_start(
+    seen_at: datetime | None, oldest_start: datetime | None, *, waits: bool
+) -> None:
     """A run that was known before the start was made is somebody else's."""
     assert may_be_of_start(seen_at, oldest_start) is waits
 

@@ -119,14 +119,18 @@ async def test_the_service_runs_from_the_image_on_a_read_only_root(
         )
         serve, further = ["unshare", "-m", "sh", "-c", script, "sh", *serve], {}
     with (stage.directory / "log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(*serve, env=environ, cwd=data, stdout=log, stderr=log, **further)
+        process = await asyncio.create_subprocess_exec(
+            *serve, env=environ, cwd=data, stdout=log, stderr=log, **further
+        )
         try:
             async with stage.client() as client:
 
                 async def ready() -> bool:
                     assert process.returncode is None, (stage.directory / "log").read_text()
                     try:
-                        return (await client.get(f"https://127.0.0.1:{stage.port}/readyz")).status_code == 200
+                        return (
+                            await client.get(f"https://127.0.0.1:{stage.port}/readyz")
+                        ).status_code == 200
                     except httpx.TransportError:
                         return False
 
@@ -194,7 +198,9 @@ async def test_probes_tell_a_service_that_is_ready_from_one_that_is_gone(name: s
 def test_the_image_is_told_what_to_leave_out() -> None:
     """The context is the lock, the package and its words; every file that the Dockerfile copies is among them."""
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = {name for instruction, words in steps() if instruction == "COPY" for name in words.split()[:-1]}
+    copied = {
+        name for instruction, words in steps() if instruction == "COPY" for name in words.split()[:-1]
+    }
     assert copied == kept
     assert "--require-hashes" in DOCKERFILE
     assert 'ENTRYPOINT ["flora-receiver"]' in DOCKERFILE  # no shell in between: signals reach the process
@@ -204,7 +210,11 @@ def test_the_image_is_told_what_to_leave_out() -> None:
 def test_compose_publishes_the_proxy_alone(name: str) -> None:
     """Everything else is inside; roots are read-only, secrets are files, and every variable is a setting of ours."""
     document = yaml.safe_load((ROOT / "deploy" / name).read_text())
-    known = {*environment_variables(), *(f"{each}_FILE" for each in environment_variables()), "RECEIVER_CONFIG"}
+    known = {
+        *environment_variables(),
+        *(f"{each}_FILE" for each in environment_variables()),
+        "RECEIVER_CONFIG",
+    }
     for service, described in document["services"].items():
         assert described["restart"] == "always"
         assert ("ports" in described) == (service == "caddy")
@@ -214,10 +224,16 @@ def test_compose_publishes_the_proxy_alone(name: str) -> None:
             assert described["read_only"]
             assert described["cap_drop"] == ["ALL"]
             assert described["environment"].keys() <= known
-            files = {Path(value).name for each, value in described["environment"].items() if each.endswith("_FILE")}
+            files = {
+                Path(value).name
+                for each, value in described["environment"].items()
+                if each.endswith("_FILE")
+            }
             assert files == set(described["secrets"])
     assert all(
-        (ROOT / "deploy" / volume.split(":")[0]).exists() for volume in _mounted(document) if "Caddyfile" in volume
+        (ROOT / "deploy" / volume.split(":")[0]).exists()
+        for volume in _mounted(document)
+        if "Caddyfile" in volume
     )
 
 
@@ -225,7 +241,10 @@ def test_compose_publishes_the_proxy_alone(name: str) -> None:
 def test_what_compose_sets_are_good_settings(name: str, tmp_path: Path) -> None:
     """Read by the service's own code, with its secrets in files that are where compose puts them."""
     document = yaml.safe_load((ROOT / "deploy" / name).read_text())
-    contents = {"database_url": "postgresql://receiver:x@postgres/receiver", "ops_token": "0123456789abcdef"}
+    contents = {
+        "database_url": "postgresql://receiver:x@postgres/receiver",
+        "ops_token": "0123456789abcdef",
+    }
     for secret in document["secrets"]:
         (tmp_path / secret).write_text(contents.get(secret, f"{secret}_value") + "\n")
     (tmp_path / "receiver.toml").write_text('[[handlers]]\nuse = "log"\n')
@@ -242,10 +261,14 @@ def test_what_compose_sets_are_good_settings(name: str, tmp_path: Path) -> None:
         assert settings.public_url == "https://hooks.example.com"
         assert settings.operations.host == "127.0.0.1"
         assert settings.database.url.startswith("postgresql" if "scale" in name else "sqlite")
-        assert described["init"] is True, "handlers may leave processes behind, which somebody must wait for"
+        assert described["init"] is True, (
+            "handlers may leave processes behind, which somebody must wait for"
+        )
         only = described.get("command", ["serve"])[1:]
         assert check_role(settings, only[1] if only else None) is None
 
 
 def _mounted(document: dict[str, Any]) -> list[str]:
-    return [volume for described in document["services"].values() for volume in described.get("volumes", ())]
+    return [
+        volume for described in document["services"].values() for volume in described.get("volumes", ())
+    ]

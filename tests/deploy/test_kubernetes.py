@@ -44,12 +44,18 @@ def test_pods_are_restricted_and_know_no_names_but_ours(deployment: dict[str, An
     assert limits["allowPrivilegeEscalation"] is False
     assert limits["readOnlyRootFilesystem"] is True
     assert limits["capabilities"] == {"drop": ["ALL"]}
-    known = {*environment_variables(), *(f"{name}_FILE" for name in environment_variables()), "RECEIVER_CONFIG"}
+    known = {
+        *environment_variables(),
+        *(f"{name}_FILE" for name in environment_variables()),
+        "RECEIVER_CONFIG",
+    }
     assert {each["name"] for each in container["env"]} <= known
     assert container["args"][:2] == ["serve", "--only"]
     assert pod["terminationGracePeriodSeconds"] > 30
     assert "livenessProbe" in container
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
 
 
 @pytest.mark.parametrize("deployment", PODS, ids=lambda each: str(each["metadata"]["name"]))
@@ -57,7 +63,10 @@ def test_what_pods_are_given_are_good_settings(deployment: dict[str, Any], tmp_p
     """Read by the service's own code: the ConfigMap's file, and secrets in files where the pod has them."""
     (config,) = (each for each in EVERY if each["kind"] == "ConfigMap")
     (tmp_path / "receiver.toml").write_text(config["data"]["receiver.toml"])
-    for name, value in {"database_url": "postgresql://db/receiver", "ops_token": "0123456789abcdef"}.items():
+    for name, value in {
+        "database_url": "postgresql://db/receiver",
+        "ops_token": "0123456789abcdef",
+    }.items():
         (tmp_path / name).write_text(value)
     for name in ("flora_api_key", "flora_webhook_secret"):
         (tmp_path / name).write_text(f"{name}_value\n")

@@ -29,7 +29,9 @@ def promtool(*words: str, given: str | None = None) -> subprocess.CompletedProce
     program = shutil.which("promtool")
     if program is None:
         pytest.fail("promtool is missing: apt-get install prometheus", pytrace=False)
-    return subprocess.run([program, *words], input=given, capture_output=True, text=True, check=False, cwd=HERE)
+    return subprocess.run(
+        [program, *words], input=given, capture_output=True, text=True, check=False, cwd=HERE
+    )
 
 
 async def test_a_scrape_of_a_real_service_is_clean(stage: Stage) -> None:

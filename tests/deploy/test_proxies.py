@@ -120,7 +120,8 @@ HIDDEN = {
     "tab": b"Transfer-Encoding: \x0bchunked\r\n" + _BOTH,
     "underscore": b"Transfer_Encoding: chunked\r\n" + _BOTH,
     "bare newline": b"X: y\nTransfer-Encoding: chunked\n" + _BOTH,
-    "short": b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(_INNER), _INNER),
+    "short": b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
+    % (len(_INNER), _INNER),
     "two lengths": b"Content-Length: 0\r\nContent-Length: %d\r\n\r\n%b" % (len(_INNER), _INNER),
     "signed length": b"Content-Length: +%d\r\n\r\n%b" % (len(_INNER), _INNER),
     "dropped length": b"Connection: content-length\r\nContent-Length: %d\r\n\r\n%b" % (len(_INNER), _INNER),
@@ -203,7 +204,9 @@ async def test_callbacks_come_over_http2_too(kind: str, stage: Stage) -> None:
             stage.signature(body),
             body.decode(),
         ]
-        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False, timeout=60)
+        done = await asyncio.to_thread(
+            subprocess.run, command, capture_output=True, text=True, check=False, timeout=60
+        )
         assert done.stdout.strip() == 'h2 200 {"status":"accepted"}', done.stderr
 
 
@@ -273,11 +276,15 @@ async def test_one_of_two_is_killed_behind_a_proxy(kind: str, stage: Stage, post
 async def test_the_files_pass_their_programs_own_checks(stage: Stage) -> None:
     """`nginx -t` and `caddy validate`, of what is shipped."""
     command = nginx(stage, 8443, [8080, 8081])
-    done = await asyncio.to_thread(subprocess.run, [*command, "-t"], capture_output=True, text=True, check=False)
+    done = await asyncio.to_thread(
+        subprocess.run, [*command, "-t"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     command, environ = caddy(stage, 8443, [8080, 8081])
     validate = [command[0], "validate", *command[2:]]
-    done = await asyncio.to_thread(subprocess.run, validate, env=environ, capture_output=True, text=True, check=False)
+    done = await asyncio.to_thread(
+        subprocess.run, validate, env=environ, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

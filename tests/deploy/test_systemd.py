@@ -57,8 +57,14 @@ class Manager:
         document = self._stage.document()
         flora = document["flora"]
         config = self._stage.directory / "receiver.toml"
-        secrets = {"FLORA_API_KEY": flora.pop("api_key"), "FLORA_WEBHOOK_SECRET": flora.pop("webhook_secrets")[0]}
-        document["public"] = {"host": "127.0.0.1", "port": 1}  # which nobody but root could bind, and nobody has to
+        secrets = {
+            "FLORA_API_KEY": flora.pop("api_key"),
+            "FLORA_WEBHOOK_SECRET": flora.pop("webhook_secrets")[0],
+        }
+        document["public"] = {
+            "host": "127.0.0.1",
+            "port": 1,
+        }  # which nobody but root could bind, and nobody has to
         config.write_text(toml(document))
         process = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", COMMAND, "serve", "--config", str(config),
@@ -135,7 +141,9 @@ def test_what_is_not_for_us_is_left_alone() -> None:
     assert inherited_listeners({"LISTEN_PID": "1", "LISTEN_FDS": "1"}, 2) == {}
     assert inherited_listeners({}, 2) == {}
     assert Supervisor.from_environment({"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}, 2) == Supervisor()
-    assert Supervisor.from_environment({"WATCHDOG_USEC": "1000000", "NOTIFY_SOCKET": "/x"}, 2) == Supervisor("/x", 1.0)
+    assert Supervisor.from_environment(
+        {"WATCHDOG_USEC": "1000000", "NOTIFY_SOCKET": "/x"}, 2
+    ) == Supervisor("/x", 1.0)
     Supervisor().notify("READY=1")
     Supervisor("/nowhere/at/all").notify("READY=1")
 
@@ -147,7 +155,9 @@ def test_the_unit_is_as_systemd_wants_it(tmp_path: Path) -> None:
         pytest.fail("systemd-analyze is missing: apt-get install systemd", pytrace=False)
     for name in ("flora-receiver.service", "flora-receiver.socket"):
         text = (DEPLOY / name).read_text()
-        (tmp_path / name).write_text(text.replace("/opt/flora-receiver/.venv/bin/flora-receiver", "/bin/true"))
+        (tmp_path / name).write_text(
+            text.replace("/opt/flora-receiver/.venv/bin/flora-receiver", "/bin/true")
+        )
     done = subprocess.run(
         [program, "verify", tmp_path / "flora-receiver.service", tmp_path / "flora-receiver.socket"],
         capture_output=True, text=True, check=False, env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"},
@@ -160,7 +170,14 @@ def test_the_unit_is_hardened() -> None:
     """By `systemd-analyze security`'s own count, in which 10 is an open door; the threshold is in tenths."""
     program = shutil.which("systemd-analyze")
     assert program is not None
-    command = [program, "security", "--offline=yes", "--threshold=20", "--no-pager", f"{DEPLOY}/flora-receiver.service"]
+    command = [
+        program,
+        "security",
+        "--offline=yes",
+        "--threshold=20",
+        "--no-pager",
+        f"{DEPLOY}/flora-receiver.service",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Overall exposure level" in done.stdout

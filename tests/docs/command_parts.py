@@ -23,12 +23,17 @@ def commands(command: Any = None, path: str = "flora-receiver") -> Iterator[tupl
 
 def options(command: Any) -> list[Any]:
     """Return the options of a command without `--help`."""
-    return [each for each in command.params if each.param_type_name == "option" and "--help" not in each.opts]
+    return [
+        each for each in command.params if each.param_type_name == "option" and "--help" not in each.opts
+    ]
 
 
 def command_table() -> str:
     """List the commands, each with what it does; the options are in the sections below."""
-    rows = ((f"[`{path}`](#{to_anchor(_heading(path, command))})", _help(command)) for path, command in commands())
+    rows = (
+        (f"[`{path}`](#{to_anchor(_heading(path, command))})", _help(command))
+        for path, command in commands()
+    )
     return to_table("command | purpose", rows)
 
 
@@ -38,21 +43,29 @@ def command_reference() -> str:
 
 
 def _heading(path: str, command: Any) -> str:
-    return " ".join((path, *(_metavar(each) for each in command.params if each.param_type_name == "argument")))
+    return " ".join(
+        (path, *(_metavar(each) for each in command.params if each.param_type_name == "argument"))
+    )
 
 
 def _command_section(path: str, command: Any) -> str:
     parts = [f"### `{_heading(path, command)}`", _help(command)]
     if options(command):
-        parts.append(to_table("option | default | meaning", (_option_row(each) for each in options(command))))
+        parts.append(
+            to_table("option | default | meaning", (_option_row(each) for each in options(command)))
+        )
     return "\n\n".join(parts)
 
 
 def _option_row(option: Any) -> tuple[str, str, str]:
-    names = ", ".join(to_code(each) for each in sorted((*option.opts, *option.secondary_opts), key=len, reverse=True))
+    names = ", ".join(
+        to_code(each) for each in sorted((*option.opts, *option.secondary_opts), key=len, reverse=True)
+    )
     words = ", ".join(to_code(str(each)) for each in _choices(option.type_descriptor.annotation))
     meaning = f"{option.help or ''} {f'One of {words}.' if words else ''}"
-    default = "" if option.is_flag or option.default in (None, ()) or callable(option.default) else option.default
+    default = (
+        "" if option.is_flag or option.default in (None, ()) or callable(option.default) else option.default
+    )
     return names, "required" if option.required else to_code(str(default)), meaning
 
 

@@ -45,7 +45,11 @@ def _member_rows(tree: ast.ClassDef) -> Iterator[tuple[str, str, str]]:
             case ast.AnnAssign(target=ast.Name(id=name)):
                 member, kind, text = to_code(name), ast.unparse(node.annotation), _text_of(after)
             case ast.Assign(targets=[ast.Name(id=name)]):
-                member, kind, text = to_code(name), ast.unparse(node.value).replace("'", '"'), _text_of(after)
+                member, kind, text = (
+                    to_code(name),
+                    ast.unparse(node.value).replace("'", '"'),
+                    _text_of(after),
+                )
             case ast.FunctionDef(name="__init__"):
                 member, kind, text = _signature(node, tree.name), tree.name, ast.get_docstring(tree) or ""
             case ast.FunctionDef() | ast.AsyncFunctionDef():
@@ -78,7 +82,9 @@ def _text_of(node: ast.stmt | None) -> str:
 
 def function_table(module: str) -> str:
     """Tabulate the public functions of a module, each under its own name."""
-    functions = (each for name, each in public_members(module).items() if getattr(each, "__name__", "") == name)
+    functions = (
+        each for name, each in public_members(module).items() if getattr(each, "__name__", "") == name
+    )
     rows = (_function_row(inspect.unwrap(each)) for each in functions if not inspect.isclass(each))
     return to_table("function | meaning", rows)
 
@@ -100,5 +106,9 @@ def error_table(module: str) -> str:
 def fixture_table(module: str) -> str:
     """Tabulate the pytest fixtures of a module."""
     found = vars(importlib.import_module(module)).items()
-    rows = ((to_code(name), each.__doc__ or "") for name, each in found if isinstance(each, FixtureFunctionDefinition))
+    rows = (
+        (to_code(name), each.__doc__ or "")
+        for name, each in found
+        if isinstance(each, FixtureFunctionDefinition)
+    )
     return to_table("fixture | meaning", rows)

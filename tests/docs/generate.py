@@ -63,17 +63,27 @@ def _options(handler: str) -> str:
 
 def _handler_defaults() -> str:
     """Tabulate what the classes of the shipped handlers set for their entries in the settings."""
-    rows = (_default_row(point.name) for point in sorted(entry_points(group=GROUP), key=lambda point: point.name))
+    rows = (
+        _default_row(point.name)
+        for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)
+    )
     return to_table("handler | `on` | `when` | `max_attempts` | `timeout_seconds` | `concurrency`", rows)
 
 
 def _default_row(name: str) -> tuple[str, ...]:
     handler = find_handler(name)
     on = ", ".join(to_code(event) for event in getattr(handler, "on", ()))
-    when = {key: value for key, value in asdict(getattr(handler, "when", When())).items() if value is not None}
+    when = {
+        key: value for key, value in asdict(getattr(handler, "when", When())).items() if value is not None
+    }
     filters = ", ".join(to_code(f"{key} = {json.dumps(value)}") for key, value in when.items())
     limits = (getattr(handler, limit, None) for limit in ("max_attempts", "timeout_seconds", "concurrency"))
-    return to_code(name), on, filters or "–", *("–" if each is None else to_code(f"{each:g}") for each in limits)
+    return (
+        to_code(name),
+        on,
+        filters or "–",
+        *("–" if each is None else to_code(f"{each:g}") for each in limits),
+    )
 
 
 def _setting_row(row: Setting) -> tuple[str, str, str]:
@@ -83,12 +93,15 @@ def _setting_row(row: Setting) -> tuple[str, str, str]:
 def _environment() -> str:
     """Tabulate the variables that have a name of their own, and the settings that they set."""
     own = {name: each for name, each in environment_variables().items() if "__" not in name}
-    return to_table("variable | sets", ((to_code(name), to_code(".".join(each.path))) for name, each in own.items()))
+    return to_table(
+        "variable | sets", ((to_code(name), to_code(".".join(each.path))) for name, each in own.items())
+    )
 
 
 def _metrics() -> str:
     return to_table(
-        "metric | type | meaning", ((to_code(name), kind, text) for name, kind, text in Metrics().catalogue())
+        "metric | type | meaning",
+        ((to_code(name), kind, text) for name, kind, text in Metrics().catalogue()),
     )
 
 
@@ -105,7 +118,12 @@ def _endpoints() -> str:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             names = [each["name"] for each in operation.get("parameters", ()) if each["in"] == "query"]
-            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            body = (
+                operation.get("requestBody", {})
+                .get("content", {})
+                .get("application/json", {})
+                .get("schema", {})
+            )
             names += schemas.get(body.get("$ref", "").rsplit("/", 1)[-1], {}).get("properties", {})
             parameters = ", ".join(to_code(name) for name in names)
             rows.append((to_code(f"{method.upper()} {path}"), parameters, operation["summary"]))
@@ -113,7 +131,10 @@ def _endpoints() -> str:
 
 
 def _findings() -> str:
-    rows = ((to_code(name), kind.severity, kind.summary, kind.cause, kind.fix) for name, kind in FINDING_KINDS.items())
+    rows = (
+        (to_code(name), kind.severity, kind.summary, kind.cause, kind.fix)
+        for name, kind in FINDING_KINDS.items()
+    )
     return to_table("finding | severity | meaning | usual cause | fix", rows)
 
 
@@ -133,7 +154,12 @@ def _cases() -> str:
 
 def _faults() -> str:
     rows = (
-        (to_code(kind), family, ", ".join(_fault_option(*option) for option in own.items()), FAULT_MEANINGS[kind])
+        (
+            to_code(kind),
+            family,
+            ", ".join(_fault_option(*option) for option in own.items()),
+            FAULT_MEANINGS[kind],
+        )
         for kind, (family, own) in KINDS.items()
     )
     return to_table("kind | strikes | options | effect", rows)

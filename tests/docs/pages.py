@@ -11,7 +11,9 @@ from tests.docs.generate import documents
 from tests.docs.source_parts import ROOT
 
 PATIENCE_SECONDS = 120
-BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
+)
 
 
 @cache

@@ -23,7 +23,9 @@ PICTURE = ROOT / "receiver/docs/demo.svg"
 COMMAND = "make demo"
 COLUMNS = 80
 _CHARACTER_WIDTH = 12.2  # of a picture by rich, in its own units
-_TOKEN = re.compile(r"\x1b\[(?P<count>\d*)(?P<code>[A-Zhl])|\x1b\[\?25[hl]|(?P<text>[^\x1b\r\n]|\x1b\[[\d;]*m)|\r|\n")
+_TOKEN = re.compile(
+    r"\x1b\[(?P<count>\d*)(?P<code>[A-Zhl])|\x1b\[\?25[hl]|(?P<text>[^\x1b\r\n]|\x1b\[[\d;]*m)|\r|\n"
+)
 
 
 def run_demo() -> list[str]:
@@ -84,7 +86,9 @@ def normalise(lines: list[str]) -> list[str]:
 
 def main() -> None:
     lines = run_demo()
-    if not PICTURE.exists() or normalise(read_lines(PICTURE.read_text("utf-8"))) != normalise([f"$ {COMMAND}", *lines]):
+    if not PICTURE.exists() or normalise(read_lines(PICTURE.read_text("utf-8"))) != normalise(
+        [f"$ {COMMAND}", *lines]
+    ):
         PICTURE.write_text(draw(lines), "utf-8")
         sys.stdout.write(f"{PICTURE.relative_to(ROOT)} was stale and has been drawn anew.\n")
 

@@ -43,4 +43,6 @@ def module_tables() -> str:
 def _module_table(package: Path) -> str:
     dotted = ".".join(package.relative_to(ROOT).parts)
     files = [path.stem for path in sorted(package.glob("*.py")) if not path.stem.startswith("__")]
-    return to_table("module | purpose", ((to_code(f"{name}.py"), _sentence(f"{dotted}.{name}")) for name in files))
+    return to_table(
+        "module | purpose", ((to_code(f"{name}.py"), _sentence(f"{dotted}.{name}")) for name in files)
+    )

@@ -24,7 +24,15 @@ from receiver.service.service import Service
 from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
 from tests.docs.command_parts import commands, options
-from tests.docs.pages import all_blocks, code_blocks, find_block, page_names, read_page, without_code, without_generated
+from tests.docs.pages import (
+    all_blocks,
+    code_blocks,
+    find_block,
+    page_names,
+    read_page,
+    without_code,
+    without_generated,
+)
 from tests.support.defaults import download_limits
 from tests.support.handler_kit import RUN, MemoryContext
 
@@ -46,7 +54,11 @@ def test_settings_that_are_shown_load(block: str, tmp_path: Path, monkeypatch: p
         Path(name).touch()
     Path("receiver.toml").write_text(block, "utf-8")
     named = re.findall(r"env:(\w+)", block)
-    environ = {"FLORA_API_KEY": "sk_test_x", "FLORA_WEBHOOK_SECRET": "whsec_x", **{name: name for name in named}}
+    environ = {
+        "FLORA_API_KEY": "sk_test_x",
+        "FLORA_WEBHOOK_SECRET": "whsec_x",
+        **{name: name for name in named},
+    }
     load_settings(None, environ)
 
 
@@ -70,7 +82,9 @@ def test_a_command_line_that_is_shown_exists(line: str) -> None:
     """A known command, known options, a known case."""
     text = line[line.index("flora-receiver ") :].split("|", maxsplit=1)[0]
     words = shlex.split(text, comments=True)
-    if words[1] in {"COMMAND", "0.1.0"} or (words[:2] == ["flora-receiver", "handlers"] and len(words) == 2):
+    if words[1] in {"COMMAND", "0.1.0"} or (
+        words[:2] == ["flora-receiver", "handlers"] and len(words) == 2
+    ):
         return
     path = next(path for path in COMMANDS if words[: len(path.split())] == path.split())
     given = {word for word in words if word.startswith("--")}

@@ -31,7 +31,11 @@ def test_every_meaning_belongs_to_the_code() -> None:
 
 def test_every_table_stands_somewhere() -> None:
     """Each kind of table stands in a document, and so do the options of each shipped handler."""
-    shown = {found for page in page_names() for found in re.findall(r"<!-- generated: ([^>]+?) -->", read_page(page))}
+    shown = {
+        found
+        for page in page_names()
+        for found in re.findall(r"<!-- generated: ([^>]+?) -->", read_page(page))
+    }
     needed = PARTS.keys() - {"options", "members", "functions", "errors", "fixtures"}
     needed |= {f"options {point.name}" for point in entry_points(group=GROUP) if point.name != "log"}
     assert needed <= shown
@@ -44,7 +48,9 @@ def test_every_public_name_is_in_the_guide(module: str) -> None:
     parts = re.findall(r"<!-- generated: ([^>]+?) -->", page)
     tabulated = {path for part in parts if part.startswith("members ") for path in part.split()[1:]}
     members = public_members(module)
-    classes = {f"{module}.{name}" for name, each in members.items() if inspect.isclass(each) and not is_error(each)}
+    classes = {
+        f"{module}.{name}" for name, each in members.items() if inspect.isclass(each) and not is_error(each)
+    }
     assert classes
     assert classes <= tabulated
     assert f"functions {module}" in parts

@@ -30,7 +30,14 @@ def test_three_commands_lead_from_a_clone_to_a_stored_file(tmp_path: Path) -> No
     with sshd(directory) as server:
         arguments[arguments.index("you@hooks.example.com")] = server.address
         remote_port = free_port()
-        here = ("--identity", server.identity, "--known-hosts", server.known_hosts, "--remote-port", remote_port)
+        here = (
+            "--identity",
+            server.identity,
+            "--known-hosts",
+            server.known_hosts,
+            "--remote-port",
+            remote_port,
+        )
         running = RunningCommand(*arguments, *here, cwd=tmp_path, env=env, errors=False)
         try:
             seen = running.until(lambda line: "callbacks arrive" in line)

@@ -32,7 +32,9 @@ POLISHED = [name for name in ALL if not name.startswith(("tests/bench/",))]
 def test_prose_is_100_columns_wide(page: str) -> None:
     """Tables and code may be wider, and so may a line that is one link."""
     prose = [
-        line for line in without_generated(without_code(ALL[page])).splitlines() if not line.startswith(("|", "!["))
+        line
+        for line in without_generated(without_code(ALL[page])).splitlines()
+        if not line.startswith(("|", "!["))
     ]
     assert [line for line in prose if len(line) > 100] == []
 
@@ -41,7 +43,9 @@ def test_prose_is_100_columns_wide(page: str) -> None:
 def test_the_glossary_is_kept(page: str) -> None:
     """Words that stand for something else in these documents, or for nothing that can be looked up."""
     prose = re.sub(r"`[^`]*`", "", without_generated(without_code(ALL[page])))
-    avoided = r"tell|tells|told|asks|asked|answer|answers|answered|whoever|nobody|everyone|cure|desk|herald|door"
+    avoided = (
+        r"tell|tells|told|asks|asked|answer|answers|answered|whoever|nobody|everyone|cure|desk|herald|door"
+    )
     assert re.findall(rf"\b(?:{avoided})\b", prose, re.IGNORECASE) == []
 
 
@@ -96,12 +100,16 @@ def test_names_stand_in_the_files_that_they_are_said_to_be_in(page: str) -> None
     """As in `receiver/config/loader.py` (`load_settings`)."""
     for path, names in re.findall(r"`([\w/.]+\.py)` \(((?:`\w+`(?:, )?)+)", without_code(ALL[page])):
         text = (ROOT / path).read_text("utf-8")
-        assert [name for name in re.findall(r"\w+", names) if not re.search(rf"\b{name}\b", text)] == [], path
+        assert [name for name in re.findall(r"\w+", names) if not re.search(rf"\b{name}\b", text)] == [], (
+            path
+        )
 
 
 @pytest.mark.parametrize("page", ALL)
 def test_modules_that_are_named_exist(page: str) -> None:
-    for name in re.findall(r"`((?:receiver|handlers)(?:\.[a-z_]+)+)", without_generated(without_code(ALL[page]))):
+    for name in re.findall(
+        r"`((?:receiver|handlers)(?:\.[a-z_]+)+)", without_generated(without_code(ALL[page]))
+    ):
         if not name.endswith((".toml", ".db")):
             pkgutil.resolve_name(name)
 

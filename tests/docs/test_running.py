@@ -69,7 +69,9 @@ async def test_runs_start_and_are_waited_for_as_shown(terminal: Terminal) -> Non
     first, second = examples("receiver/docs/runs.md", "Starting runs", "sh")
     run_id, file = (await terminal.shell(first)).split()
     assert size_of(file)
-    assert (await terminal.shell(first.replace("runs start", "techniques:runs create"))).split()[0] == run_id
+    assert (await terminal.shell(first.replace("runs start", "techniques:runs create"))).split()[
+        0
+    ] == run_id
     generated = (await terminal.shell(second)).strip()
     (wait,) = examples("receiver/docs/runs.md", "Waiting", "sh")
     assert size_of((await terminal.shell(wait, RUN_ID=generated)).strip())
@@ -94,7 +96,10 @@ async def test_every_request_is_listed(terminal: Terminal) -> None:
         if isinstance(route, Route)
         for method in (route.methods or set()) - {"HEAD"}
     }
-    assert set(re.findall(r"^\| `((?:GET|POST) [^`]+)` \|", read_page("receiver/docs/api.md"), re.MULTILINE)) == there
+    assert (
+        set(re.findall(r"^\| `((?:GET|POST) [^`]+)` \|", read_page("receiver/docs/api.md"), re.MULTILINE))
+        == there
+    )
 
 
 async def test_daily_use_is_as_shown(terminal: Terminal) -> None:

@@ -27,7 +27,10 @@ async def test_a_backup_under_load_is_put_back_after_a_crash(stage: Stage) -> No
             await life.ready(client)
             before = [stage.start() for _ in range(15)]
             await eventually(lambda: _settled(stage, 5))
-            sending = [asyncio.create_task(stage.send(client, stage.body(f"run_x{number}"))) for number in range(30)]
+            sending = [
+                asyncio.create_task(stage.send(client, stage.body(f"run_x{number}")))
+                for number in range(30)
+            ]
             env = {"RECEIVER_OPS_TOKEN": TOKEN["token"], "RECEIVER_OPS_URL": f"http://127.0.0.1:{port}"}
             made = await asyncio.to_thread(
                 run_command, "backup", "copy.db", "--config", str(config), cwd=stage.directory, env=env
@@ -39,11 +42,15 @@ async def test_a_backup_under_load_is_put_back_after_a_crash(stage: Stage) -> No
         copy = stage.directory / "copy.db"
         assert stat.S_IMODE(copy.stat().st_mode) == 0o600
         with closing(sqlite3.connect(copy)) as connection:
-            kept = {row[0] for row in connection.execute("SELECT run_id FROM runs WHERE settled_at IS NOT NULL")}
+            kept = {
+                row[0] for row in connection.execute("SELECT run_id FROM runs WHERE settled_at IS NOT NULL")
+            }
         assert len(kept) >= 5
         for path in stage.directory.glob("ledger.db*"):
             path.unlink()
-        put = await asyncio.to_thread(run_command, "restore", "copy.db", "--config", str(config), cwd=stage.directory)
+        put = await asyncio.to_thread(
+            run_command, "restore", "copy.db", "--config", str(config), cwd=stage.directory
+        )
         assert put.returncode == 0, put.stderr
         async with served(stage, operations=operations) as life:
             await life.ready(client)

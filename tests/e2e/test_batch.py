@@ -61,13 +61,17 @@ async def test_the_batch_that_the_page_shows(batches: BatchStage) -> None:
     ended = await batches.end(await batches.begin(*arguments, "--yes"))
     assert ended.code == 0, ended
     assert [row["key"] for row in batches.results()] == ["de", "fr"]
-    assert sorted(path.name for path in (batches.stage.outputs / "spring").glob("*.png")) == ["de.png", "fr.png"]
+    assert sorted(path.name for path in (batches.stage.outputs / "spring").glob("*.png")) == [
+        "de.png",
+        "fr.png",
+    ]
 
 
 async def test_bad_rows_cost_nothing(batches: BatchStage) -> None:
     """All errors are reported at once, every one of them with `--json`; nothing is started."""
     (batches.stage.directory / "bad.csv").write_text(
-        "market_code,headline\nde,Hallo\nde,Hi\nfr,\nit,a,b\n" + "".join(f"x{number},\n" for number in range(60))
+        "market_code,headline\nde,Hallo\nde,Hi\nfr,\nit,a,b\n"
+        + "".join(f"x{number},\n" for number in range(60))
     )
     ended = await batches.batch("bad.csv", "--yes")
     assert ended.code == 2
@@ -90,7 +94,13 @@ async def test_bad_rows_cost_nothing(batches: BatchStage) -> None:
     ("file", "more", "given", "code", "why"),
     [
         ("spring.csv", [], None, 2, "add --yes"),
-        ("spring.csv", ["--map", "colour={headline}"], None, 2, "no input 'colour'; its inputs: prompt, image, size"),
+        (
+            "spring.csv",
+            ["--map", "colour={headline}"],
+            None,
+            2,
+            "no input 'colour'; its inputs: prompt, image, size",
+        ),
         ("spring.csv", ["--batch", "a:b"], None, 2, "cannot name a batch"),
         ("spring.csv", ["--results", "nowhere/results.csv"], None, 2, "cannot be written"),
         ("spring.csv", ["--results", "spring.csv"], None, 2, "would overwrite the table"),
@@ -112,7 +122,9 @@ async def test_what_is_refused_before_anything_is_started(
 
 async def test_json_lines_from_standard_input(batches: BatchStage) -> None:
     """What programs write, down a pipe."""
-    rows = b"".join(b'{"market_code": "r%d", "headline": "Row %d,\\nsays \\"hello\\""}\n' % (n, n) for n in range(3))
+    rows = b"".join(
+        b'{"market_code": "r%d", "headline": "Row %d,\\nsays \\"hello\\""}\n' % (n, n) for n in range(3)
+    )
     ended = await batches.batch("-", "--yes", "--batch", "piped", given=rows)
     assert ended.code == 0, ended
     batches.check(3, batch="piped")
@@ -128,7 +140,9 @@ async def test_without_a_service_it_says_what_to_do(stage: Stage) -> None:
 async def test_no_credits_then_on_again(batches: BatchStage) -> None:
     """402 stops the batch but not its active rows; after topping up, the same command resumes it."""
     book = batches.stage.emulator.faults
-    book.add(parse_faults({"kind": "insufficient_credits", "path": "/techniques/", "method": "POST", "next": 2}))
+    book.add(
+        parse_faults({"kind": "insufficient_credits", "path": "/techniques/", "method": "POST", "next": 2})
+    )
     file = batches.table(9)
     ended = await batches.batch(file, "--yes", "--parallel", "2")
     assert ended.code == 1
@@ -144,13 +158,19 @@ async def test_no_credits_then_on_again(batches: BatchStage) -> None:
 
 async def test_a_refused_and_a_failed_row_do_not_keep_the_others(batches: BatchStage) -> None:
     """The exit code tells that not all succeeded, the screen and the file tell which and why."""
-    batches.stage.emulator.faults.add(parse_faults({"kind": "fail", "error_code": "safety_blocked", "next": 1}))
+    batches.stage.emulator.faults.add(
+        parse_faults({"kind": "fail", "error_code": "safety_blocked", "next": 1})
+    )
     file = batches.stage.directory / "mixed.csv"
     file.write_text("market_code,headline,size\nr0,a,\nr1,b,nonsense\nr2,c,1000\n")
     ended = await batches.batch(file, "--yes", "--map", "size={size}", "--parallel", "1")
     assert ended.code == 1
     assert [row["state"] for row in batches.results()] == ["failed", "refused", "completed"]
-    assert [row["error_code"] for row in batches.results()] == ["safety_blocked", "input_validation_error", ""]
+    assert [row["error_code"] for row in batches.results()] == [
+        "safety_blocked",
+        "input_validation_error",
+        "",
+    ]
     assert "1 of 3 rows completed and stored" in ended.out
     assert "size must be a number" in " ".join(ended.out.split())
 

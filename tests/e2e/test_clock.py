@@ -17,7 +17,9 @@ def stage(stage: Stage, ledger_url: str | None) -> Stage:
     return stage
 
 
-@pytest.mark.parametrize("jump", [HOUR, YEAR, -HOUR, -YEAR], ids=["hour ahead", "year ahead", "hour back", "year back"])
+@pytest.mark.parametrize(
+    "jump", [HOUR, YEAR, -HOUR, -YEAR], ids=["hour ahead", "year ahead", "hour back", "year back"]
+)
 async def test_a_clock_that_jumps(stage: Stage, jump: timedelta) -> None:
     """While it is wrong, FLORA's callbacks are 401, and yet the runs that they name are read at once and stored.
 

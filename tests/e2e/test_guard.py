@@ -69,7 +69,10 @@ async def test_five_hundred_hostile_connections_and_honest_callbacks(stage: Stag
             async with stage.client() as client:  # a connection of its own for each, as FLORA may do
                 await is_honest(stage, client, f"run_honest_{number}")
         answers = await asyncio.gather(*(ended(each) for each in hostile))
-        assert {answer.partition(b"\r\n")[0] for answer in answers} <= {b"", b"HTTP/1.1 408 Request Timeout"}
+        assert {answer.partition(b"\r\n")[0] for answer in answers} <= {
+            b"",
+            b"HTTP/1.1 408 Request Timeout",
+        }
         assert closed_by_guard(service, "slow_head") >= HOSTILE / 2
         assert closed_by_guard(service, "crowded") == 0
 
@@ -145,9 +148,15 @@ async def test_a_body_is_no_request(stage: Stage, listener: str, pieces: int, be
         if before:
             await streams[0].readuntil(b"}")
         inner = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-        head = b"POST /callbacks/flora HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n"
+        head = (
+            b"POST /callbacks/flora HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n"
+        )
         head += b"Content-Length: %d\r\n\r\n" % len(inner)
-        for piece in {1: [head + inner], 2: [head, inner], 3: [head[:40], head[40:] + inner[:9], inner[9:]]}[pieces]:
+        for piece in {
+            1: [head + inner],
+            2: [head, inner],
+            3: [head[:40], head[40:] + inner[:9], inner[9:]],
+        }[pieces]:
             streams[1].write(piece)
             with contextlib.suppress(ConnectionError):
                 await streams[1].drain()

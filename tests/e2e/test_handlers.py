@@ -50,7 +50,11 @@ def handlers(stage: Stage, url: str, reports: Path, lines: Path) -> list[dict[st
     return [
         {"use": "storage", "options": {"url": str(stage.outputs)}},
         {"use": "log"},
-        {"use": "forward", "on": ["settled"], "options": {"url": url, "secret": [SECRET], "allow_private": True}},
+        {
+            "use": "forward",
+            "on": ["settled"],
+            "options": {"url": url, "secret": [SECRET], "allow_private": True},
+        },
         {
             "use": "command",
             "on": ["settled"],
@@ -116,7 +120,9 @@ async def test_one_that_fails_for_an_hour_delays_no_other(place: Stage, tmp_path
     written = Counter(lines.read_text().split())
     assert written == Counter({f"{run_id}:command:settled:0": 1 for run_id in run_ids})
     with contextlib.closing(sqlite3.connect(reports)) as connection:
-        [(runs, ended)] = connection.execute("SELECT count(*), count(completed_at) FROM flora_runs").fetchall()
+        [(runs, ended)] = connection.execute(
+            "SELECT count(*), count(completed_at) FROM flora_runs"
+        ).fetchall()
     assert (runs, ended) == (RUNS, RUNS)
 
 
@@ -131,7 +137,9 @@ async def hanging(run: SettledRun, context: Context) -> None:
 async def test_one_whose_threads_hang_delays_no_other_and_no_stop(place: Stage) -> None:
     """More calls than the loop has threads, none of which can be stopped: all other work goes on, and so does the end."""
     release.clear()
-    names = [{"use": f"{__name__}:hanging", "name": f"hanging-{n}", "timeout_seconds": 60} for n in range(6)]
+    names = [
+        {"use": f"{__name__}:hanging", "name": f"hanging-{n}", "timeout_seconds": 60} for n in range(6)
+    ]
     storage = {"use": "storage", "options": {"url": str(place.outputs)}}
     try:
         async with place.service(handlers=[*names, storage]) as service:
@@ -147,12 +155,16 @@ async def test_one_whose_threads_hang_delays_no_other_and_no_stop(place: Stage) 
 
 
 async def _leased(stage: Stage, number: int) -> bool:
-    rows = stage.rows("SELECT count(*) AS n FROM dispatches WHERE state = 'leased' AND handler LIKE 'hanging%'")
+    rows = stage.rows(
+        "SELECT count(*) AS n FROM dispatches WHERE state = 'leased' AND handler LIKE 'hanging%'"
+    )
     return bool(rows[0]["n"] >= number)
 
 
 def _states(stage: Stage, handler: str) -> dict[str, int]:
-    rows = stage.rows("SELECT state, count(*) AS n FROM dispatches WHERE handler = ? GROUP BY state", handler)
+    rows = stage.rows(
+        "SELECT state, count(*) AS n FROM dispatches WHERE handler = ? GROUP BY state", handler
+    )
     return {row["state"]: row["n"] for row in rows}
 
 
@@ -166,7 +178,9 @@ async def _all_done(stage: Stage, names: tuple[str, ...], runs: int) -> bool:
 
 async def _nothing_due(stage: Stage, service: Service, clock: Clock) -> bool:
     now = int(clock().timestamp() * 1000)
-    statement = "SELECT count(*) AS n FROM dispatches WHERE state = 'leased' OR (state = 'ready' AND due_at <= ?)"
+    statement = (
+        "SELECT count(*) AS n FROM dispatches WHERE state = 'leased' OR (state = 'ready' AND due_at <= ?)"
+    )
     left = stage.rows(statement, now)[0]["n"]
     if left:
         service.signals.dispatch.set()

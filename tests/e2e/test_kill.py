@@ -48,14 +48,19 @@ def check(stage: Stage, run_id: str) -> None:
     rows = [(row["handler"], row["event"], row["round"]) for row in stage.dispatches(run_id)]
     assert len(rows) == len(set(rows))
     assert {row["state"] for row in stage.dispatches(run_id)} <= {"done", "skipped"}
-    assert {row["handler"] for row in stage.dispatches(run_id) if row["state"] == "done"} == {"storage", "log"}
+    assert {row["handler"] for row in stage.dispatches(run_id) if row["state"] == "done"} == {
+        "storage",
+        "log",
+    }
     stage.check_files(run_id)
 
 
 def visible(stage: Stage) -> dict[Path, tuple[int, int]]:
     """Return what makes a stored output this very file; a manifest may be brought up to date, an output never."""
     files = (path for path in stage.outputs.rglob("*") if path.is_file() and ".part" not in path.name)
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files if path.name != "run.json"}
+    return {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files if path.name != "run.json"
+    }
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -93,10 +98,14 @@ async def test_killed_at_every_commit_of_a_runs_life(lives: Nursery, when: str) 
             await stage.over(run_id)
             assert await lives.kill(pid, signal.SIGTERM) == 0
         check(stage, run_id)
-        assert visible(stage).items() >= stored.items(), f"a file was written again after commit {boundaries}"
+        assert visible(stage).items() >= stored.items(), (
+            f"a file was written again after commit {boundaries}"
+        )
         assert len(stage.deliveries(run_id)) == 1
         assert stage.parts() == [], f"left behind {when} commit {boundaries}"
-    assert boundaries >= 8, "a run's life has at least: registered, heard, settled, claimed, 2 x stored, manifest, done"
+    assert boundaries >= 8, (
+        "a run's life has at least: registered, heard, settled, claimed, 2 x stored, manifest, done"
+    )
 
 
 async def test_killed_while_it_makes_its_tables(lives: Nursery) -> None:
@@ -148,7 +157,9 @@ async def test_killed_in_the_middle_of_a_download(lives: Nursery) -> None:
         assert await insist(stage, client, stage.body(run_id)) == "accepted"
 
     async def halfway() -> bool:
-        return len(stage.files(run_id)) == 1 and any(part.stat().st_size >= 500_000 for part in stage.parts())
+        return len(stage.files(run_id)) == 1 and any(
+            part.stat().st_size >= 500_000 for part in stage.parts()
+        )
 
     await eventually(halfway)
     stored = visible(stage)

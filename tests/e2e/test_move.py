@@ -21,7 +21,9 @@ METADATA = {"titel": "Überraschung \U0001f9ea\u2028", "n": 2**53}
 INPUTS = [{"id": "prompt", "type": "text", "value": "Leuchtturm \U0001f5fc " * 500}]
 
 
-async def test_a_service_on_postgresql_finishes_what_was_begun_on_sqlite(stage: Stage, postgres_url: str) -> None:
+async def test_a_service_on_postgresql_finishes_what_was_begun_on_sqlite(
+    stage: Stage, postgres_url: str
+) -> None:
     """Settled runs stay settled and go to no handler again; the others are read and stored as if nothing had been."""
     operations = {"token": TOKEN, "port": free_port()}
     reported, stalled = [], []
@@ -29,14 +31,20 @@ async def test_a_service_on_postgresql_finishes_what_was_begun_on_sqlite(stage: 
         async with served(stage, operations=operations) as life:
             await life.ready(client)
             with ReceiverClient(f"http://127.0.0.1:{operations['port']}", TOKEN) as receiver:
-                settled = [await asyncio.to_thread(_started, receiver, stage, key) for key in ("a", "b", "c")]
+                settled = [
+                    await asyncio.to_thread(_started, receiver, stage, key) for key in ("a", "b", "c")
+                ]
                 await stage.over(*settled)
                 stalled.append(stage.start("emu-image", {"kind": "stall"}))
-                await asyncio.to_thread(receiver.track, stalled[0], technique_id="emu-image", metadata=METADATA)
+                await asyncio.to_thread(
+                    receiver.track, stalled[0], technique_id="emu-image", metadata=METADATA
+                )
             await eventually(lambda: _has(stage, "SELECT 1 FROM dispatches WHERE state = 'leased'"))
             stage.emulator.faults.add(parse_faults({"kind": "service_unavailable"}))
             reported += [stage.start("emu-two-images") for _ in range(10)]
-            await eventually(lambda: _has(stage, "SELECT 1 FROM runs WHERE state = 'reported' LIMIT 1 OFFSET 9"))
+            await eventually(
+                lambda: _has(stage, "SELECT 1 FROM runs WHERE state = 'reported' LIMIT 1 OFFSET 9")
+            )
             large = stage.body("run_large", delivery_id="whd_large", more="\U0001f9ea\\u0000" * 3000)
             assert (await stage.send(client, large)).json() == {"status": "accepted"}
             life.process.kill()
@@ -71,7 +79,9 @@ async def test_a_service_on_postgresql_finishes_what_was_begun_on_sqlite(stage: 
 
 
 def _started(receiver: ReceiverClient, stage: Stage, key: str) -> str:
-    view = receiver.start("emu-everything", INPUTS, idempotency_key=key, metadata=METADATA, callback_url=stage.url)
+    view = receiver.start(
+        "emu-everything", INPUTS, idempotency_key=key, metadata=METADATA, callback_url=stage.url
+    )
     return str(view.run_id)
 
 

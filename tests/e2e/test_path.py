@@ -84,18 +84,24 @@ async def test_a_callback_that_comes_three_times_is_dispatched_once(stage: Stage
 
 
 @pytest.mark.parametrize("fault", ["wrong_secret", "corrupt"])
-async def test_what_is_not_signed_by_flora_is_refused_and_the_run_settles_anyway(stage: Stage, fault: str) -> None:
+async def test_what_is_not_signed_by_flora_is_refused_and_the_run_settles_anyway(
+    stage: Stage, fault: str
+) -> None:
     """Every attempt is refused with 401, in the ring of rejections; polling brings the run home as `recovered`."""
     async with stage.service(reconcile={"callback_window_seconds": 1.0}) as service:
         run_id = await stage.track(service, "emu-image", {"kind": fault})
         await stage.over(run_id)
         async with stage.client() as client:
             body = stage.body(run_id)
-            forged = await client.post(stage.url, content=body, headers={"Flora-Signature": "t=1,v1=" + "0" * 64})
+            forged = await client.post(
+                stage.url, content=body, headers={"Flora-Signature": "t=1,v1=" + "0" * 64}
+            )
             bare = await client.post(stage.url, content=body)
     assert (forged.status_code, forged.json()["error"]["code"]) == (401, "signature_mismatch")
     assert (bare.status_code, bare.json()["error"]["code"]) == (401, "missing_signature")
-    assert {attempt.status for delivery in stage.emulator.deliveries for attempt in delivery.attempts} == {401}
+    assert {attempt.status for delivery in stage.emulator.deliveries for attempt in delivery.attempts} == {
+        401
+    }
     assert stage.run(run_id)["verdict"] == "recovered"
     assert stage.deliveries(run_id) == []
     codes = {row["code"] for row in stage.rows("SELECT code FROM rejections")}
@@ -120,13 +126,13 @@ async def test_storing_again_writes_nothing_new(stage: Stage) -> None:
         run_id = await stage.track(service, "emu-everything")
         await stage.over(run_id)
         files = stage.files(run_id)
-        before = {position: (path.stat().st_ino, path.stat().st_mtime_ns) for position, path in files.items()}
+        before = {
+            position: (path.stat().st_ino, path.stat().st_mtime_ns) for position, path in files.items()
+        }
         asked = stage.emulator.gate.requests.copy()
 
     async with stage.service() as service:
-        again = (
-            "UPDATE dispatches SET state = 'ready', finished_at = NULL WHERE run_id = :run_id AND handler = 'storage'"
-        )
+        again = "UPDATE dispatches SET state = 'ready', finished_at = NULL WHERE run_id = :run_id AND handler = 'storage'"
         await service.database.write(lambda tx: tx.execute(text(again), {"run_id": run_id}).rowcount)
         service.signals.dispatch.set()
         await stage.over(run_id)
@@ -152,10 +158,13 @@ async def test_the_public_listener_shows_nothing_else(stage: Stage) -> None:
     async with stage.service(), stage.client() as client:
         at = stage.url.removesuffix("/callbacks/flora")
         answers = {
-            path: await client.get(at + path) for path in ("/healthz", "/readyz", "/", "/metrics", "/callbacks/flora")
+            path: await client.get(at + path)
+            for path in ("/healthz", "/readyz", "/", "/metrics", "/callbacks/flora")
         }
         body = stage.body("run_slash")
-        slashed = await client.post(stage.url + "/", content=body, headers={"Flora-Signature": stage.signature(body)})
+        slashed = await client.post(
+            stage.url + "/", content=body, headers={"Flora-Signature": stage.signature(body)}
+        )
     assert {path: answer.status_code for path, answer in answers.items()} == {
         "/healthz": 200,
         "/readyz": 200,

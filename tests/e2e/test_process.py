@@ -204,7 +204,9 @@ async def test_a_disk_that_is_full(stage: Stage) -> None:
     """No process of ours may write a byte more: callbacks get 503, downloads are retried; with space again all is stored."""
     async with served(stage) as receiver, stage.client() as client:
         await receiver.ready(client)
-        waiting = stage.start("emu-image", {"kind": "size", "bytes": 3_000_000}, {"kind": "run_seconds", "seconds": 0})
+        waiting = stage.start(
+            "emu-image", {"kind": "size", "bytes": 3_000_000}, {"kind": "run_seconds", "seconds": 0}
+        )
         soft = resource.prlimit(receiver.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(receiver.pid, resource.RLIMIT_FSIZE, (1_000_000, soft[1]))
         run_id = stage.start("emu-image", {"kind": "size", "bytes": 2_000_000})
@@ -242,7 +244,9 @@ async def test_outputs_on_a_full_file_system(stage: Stage, tmp_path: Path) -> No
             run_id = await stage.track(service, "emu-image", {"kind": "size", "bytes": 400_000})
 
             async def told() -> bool:
-                return "disk full" in str([row["last_error"] for row in stage.dispatches(run_id, "storage")])
+                return "disk full" in str(
+                    [row["last_error"] for row in stage.dispatches(run_id, "storage")]
+                )
 
             await eventually(told)
             assert stage.parts() == []
@@ -260,7 +264,10 @@ async def _ran(*command: str) -> int:
 async def test_outputs_below_a_file(stage: Stage) -> None:
     """A directory that cannot be made is said at the start and by every dispatch; callbacks and other handlers go on."""
     stage.outputs.write_text("in the way")
-    handlers = [{"use": "storage", "max_attempts": 2, "options": {"url": str(stage.outputs)}}, {"use": "log"}]
+    handlers = [
+        {"use": "storage", "max_attempts": 2, "options": {"url": str(stage.outputs)}},
+        {"use": "log"},
+    ]
     async with served(stage, handlers=handlers) as receiver, stage.client() as client:
         await receiver.ready(client)
         run_id = stage.start()
@@ -284,7 +291,10 @@ async def test_logs_that_nobody_can_write(stage: Stage) -> None:
             forged = await client.post(stage.url, content=b"{}", headers={"Flora-Signature": "rubbish"})
             assert forged.status_code == 400
             await stage.over(run_id)
-            assert await receiver.stop() in {0, 120}  # 120: Python itself could not flush its standard error
+            assert await receiver.stop() in {
+                0,
+                120,
+            }  # 120: Python itself could not flush its standard error
     finally:
         os.close(writer)
     stage.check_files(run_id)
@@ -292,8 +302,14 @@ async def test_logs_that_nobody_can_write(stage: Stage) -> None:
 
 async def test_logs_keep_secrets_and_media_to_themselves(stage: Stage) -> None:
     """At info level, through good and bad weather: no secret, no key, no body, no media URL, no text of an output."""
-    handlers = [{"use": "storage", "max_attempts": 2, "options": {"url": str(stage.outputs)}}, {"use": "log"}]
-    async with served(stage, handlers=handlers, downloads={"stall_seconds": 0.3}) as receiver, stage.client() as client:
+    handlers = [
+        {"use": "storage", "max_attempts": 2, "options": {"url": str(stage.outputs)}},
+        {"use": "log"},
+    ]
+    async with (
+        served(stage, handlers=handlers, downloads={"stall_seconds": 0.3}) as receiver,
+        stage.client() as client,
+    ):
         await receiver.ready(client)
         runs = [
             stage.start("emu-everything"),
@@ -301,7 +317,9 @@ async def test_logs_keep_secrets_and_media_to_themselves(stage: Stage) -> None:
             stage.start("emu-image", {"kind": "expired"}),
             stage.start("emu-image", {"kind": "stall"}),
             stage.start("emu-image", {"kind": "cut", "after_bytes": 3}),
-            stage.start("emu-image", {"kind": "redirect", "url": "https://127.0.0.1:1/media/elsewhere?token=1"}),
+            stage.start(
+                "emu-image", {"kind": "redirect", "url": "https://127.0.0.1:1/media/elsewhere?token=1"}
+            ),
             stage.start("emu-image", {"kind": "html", "next": 1}),
             stage.start("emu-image", {"kind": "contradict"}),
             stage.start("emu-image", {"kind": "wrong_secret", "attempts": [1]}),
@@ -317,7 +335,9 @@ async def test_logs_keep_secrets_and_media_to_themselves(stage: Stage) -> None:
         assert {"event", "level", "timestamp"} <= json.loads(line).keys(), line
     assert "dispatch.dead" in said
     secret = stage.secret
-    signatures = [attempt.signature for delivery in stage.emulator.deliveries for attempt in delivery.attempts]
+    signatures = [
+        attempt.signature for delivery in stage.emulator.deliveries for attempt in delivery.attempts
+    ]
     digests = [signature.partition("v1=")[2] for signature in signatures]
     texts = [output.text for run in runs for output in stage.emulator.runs.get(run).outputs if output.text]
     for hidden in (

@@ -72,7 +72,9 @@ class Replicas:
 
         async def look() -> str | None:
             lines = (self.stage.directory / f"log{number}").read_bytes().splitlines(keepends=True)
-            told = [json.loads(line) for line in lines if b'"service.ready"' in line and line.endswith(b"\n")]
+            told = [
+                json.loads(line) for line in lines if b'"service.ready"' in line and line.endswith(b"\n")
+            ]
             return f"http://{told[0]['operations']}" if told else None
 
         found = await eventually(look)
@@ -82,7 +84,9 @@ class Replicas:
     def elected(self) -> Counter[str]:
         """Return how often each role was taken up, in all their logs."""
         lines = (
-            line for log in sorted(self.stage.directory.glob("log*")) for line in log.read_bytes().splitlines(True)
+            line
+            for log in sorted(self.stage.directory.glob("log*"))
+            for line in log.read_bytes().splitlines(True)
         )
         told = (json.loads(line) for line in lines if b'"lease.acquired"' in line and line.endswith(b"\n"))
         return Counter(each["name"] for each in told)
@@ -107,7 +111,9 @@ async def replicas(
             ports.append(stage.port)
             log = stack.enter_context((stage.directory / f"log{number}").open("wb"))
             life = await stack.enter_async_context(
-                served(stage, stdout=log.fileno(), arguments=arguments, environ=environ, **LEASE, **sections)
+                served(
+                    stage, stdout=log.fileno(), arguments=arguments, environ=environ, **LEASE, **sections
+                )
             )
             if "workers" not in arguments:
                 await life.ready(client)
@@ -171,9 +177,10 @@ def check(stage: Stage, run_ids: list[str]) -> None:
     """Every run is settled once, its files are whole, and each handler's effect is there once."""
     for run_id in run_ids:
         stage.check_files(run_id)
-        assert [row["state"] for row in stage.dispatches(run_id) if row["event"] == "settled"] == ["done", "done"], (
-            run_id
-        )
+        assert [row["state"] for row in stage.dispatches(run_id) if row["event"] == "settled"] == [
+            "done",
+            "done",
+        ], run_id
     assert len(stage.rows("SELECT run_id FROM runs")) == len(run_ids)
     manifests = list(stage.outputs.rglob("run.json"))
     assert len(manifests) == len(run_ids)
@@ -212,7 +219,9 @@ async def test_a_run_is_waited_for_on_another_replica(shared: Stage) -> None:
         answer = await them.client.post(f"{origins[0]}/api/runs/track", json=tracked, headers=headers)
         assert answer.status_code == 200
         waits = [
-            asyncio.create_task(them.client.get(f"{origin}/api/runs/{run_id}/wait?timeout=14", headers=headers))
+            asyncio.create_task(
+                them.client.get(f"{origin}/api/runs/{run_id}/wait?timeout=14", headers=headers)
+            )
             for origin in origins
         ]
         assert (await shared.send(them.client, shared.body(run_id))).status_code == 200
@@ -220,7 +229,9 @@ async def test_a_run_is_waited_for_on_another_replica(shared: Stage) -> None:
             run = answer.json()["run"]
             assert (run["state"], run["finished"]) == ("completed", True)
         workers = [
-            number for number in range(2) if b"dispatch.done" in (shared.directory / f"log{number}").read_bytes()
+            number
+            for number in range(2)
+            if b"dispatch.done" in (shared.directory / f"log{number}").read_bytes()
         ]
         assert workers
         shared.check_files(run_id)
@@ -246,7 +257,9 @@ async def test_the_database_restarts(shared: Stage, postgres_server: Postgres) -
             await asyncio.to_thread(postgres_server.ctl, "start")
 
         async def taken() -> bool:
-            return (await shared.send(them.client, shared.body(late, delivery_id="whd_late"))).status_code == 200
+            return (
+                await shared.send(them.client, shared.body(late, delivery_id="whd_late"))
+            ).status_code == 200
 
         await eventually(taken)
         await shared.over(*run_ids, late, within=60)
@@ -279,7 +292,9 @@ async def test_connections_to_the_database_are_reset(shared: Stage, postgres_ser
             way.refusing = False
 
             async def taken() -> bool:
-                return (await shared.send(them.client, shared.body(late, delivery_id="whd_late"))).status_code == 200
+                return (
+                    await shared.send(them.client, shared.body(late, delivery_id="whd_late"))
+                ).status_code == 200
 
             await eventually(taken)
             await shared.over(*run_ids, late, within=60)
@@ -296,7 +311,11 @@ async def test_a_database_that_hangs_does_not_keep_the_process(
     for name in ("_LOOPS_SECONDS", "_COMMIT_SECONDS"):
         monkeypatch.setattr(service_module, name, 0.2)
     with run_severing_proxy(postgres_server, "suite") as way:
-        async with asyncio.timeout(60), shared.client() as client, shared.service(database={"url": way.url}):
+        async with (
+            asyncio.timeout(60),
+            shared.client() as client,
+            shared.service(database={"url": way.url}),
+        ):
             assert (await shared.send(client, shared.body("run_1"))).status_code == 200
             way.holding = True
             answer = await shared.send(client, shared.body("run_2"))
@@ -345,7 +364,9 @@ async def test_a_door_restarts_while_workers_go_on(shared: Stage) -> None:
         run_ids += [shared.start() for _ in range(10)]
         balanced, shared.port = shared.port, them.ports[0]
         with (shared.directory / "log2").open("wb") as log:
-            async with served(shared, stdout=log.fileno(), arguments=("--only", "door"), **LEASE, **slow) as again:
+            async with served(
+                shared, stdout=log.fileno(), arguments=("--only", "door"), **LEASE, **slow
+            ) as again:
                 await again.ready(them.client)
                 shared.port = balanced
                 await shared.over(*run_ids, within=60)
@@ -358,7 +379,10 @@ async def test_a_door_on_sqlite_is_for_measuring(stage: Stage) -> None:
     async with served(stage, arguments=("--only", "door")) as life:
         assert await life.ended() == 2
     environ = {"RECEIVER_BENCH_DOOR": "1"}
-    async with stage.client() as client, served(stage, arguments=("--only", "door"), environ=environ) as life:
+    async with (
+        stage.client() as client,
+        served(stage, arguments=("--only", "door"), environ=environ) as life,
+    ):
         await life.ready(client)
         run_id = stage.start(callback=False)
         assert (await stage.send(client, stage.body(run_id))).json() == {"status": "accepted"}
@@ -377,7 +401,12 @@ def test_a_missing_driver_is_told_with_its_cure(command: str, tmp_path: Path) ->
         "RECEIVER_DATABASE__URL": "postgresql://receiver@127.0.0.1/receiver",
     }
     done = subprocess.run(
-        [sys.executable, "-c", blocked, command], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+        [sys.executable, "-c", blocked, command],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode in {1, 2}, done.stdout
     assert "flora-receiver[postgres]" in done.stdout + done.stderr

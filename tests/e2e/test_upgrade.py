@@ -82,10 +82,16 @@ async def test_a_replica_goes_on_while_the_next_version_migrates(stage: Stage) -
                 load = asyncio.create_task(_load(stage, run_ids))
                 with logs[1].open("wb") as other:
                     arguments = ("--port", "0")  # FLORA calls the old one
-                    async with served(stage, arguments=arguments, stdout=other.fileno(), environ=newer) as new:
+                    async with served(
+                        stage, arguments=arguments, stdout=other.fileno(), environ=newer
+                    ) as new:
                         await eventually(lambda: _ready(new, logs[1]))
-                        assert stage.rows("SELECT version_num FROM alembic_version") == [{"version_num": "next"}]
-                        told = f'"after": "next", "before": "{HEAD}", "event": "database.migrated"'.split(", ")
+                        assert stage.rows("SELECT version_num FROM alembic_version") == [
+                            {"version_num": "next"}
+                        ]
+                        told = f'"after": "next", "before": "{HEAD}", "event": "database.migrated"'.split(
+                            ", "
+                        )
                         assert all(word in logs[1].read_text() for word in told)
                         run_ids += [stage.start() for _ in range(10)]
                         await stage.over(*run_ids, within=60)

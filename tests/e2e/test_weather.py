@@ -41,7 +41,9 @@ PASSING: Mapping[str, Fault] = {
 async def test_reads_that_go_wrong_at_first(stage: Stage) -> None:
     """Each run settles as soon as the API tells, nothing is stored twice or left out, and no run delays another."""
     async with stage.service() as service:
-        runs = {name: await stage.track(service, "emu-image", {**READS, **PASSING[name]}) for name in PASSING}
+        runs = {
+            name: await stage.track(service, "emu-image", {**READS, **PASSING[name]}) for name in PASSING
+        }
         await stage.over(*runs.values())
     for name, run_id in runs.items():
         assert (stage.run(run_id)["state"], stage.run(run_id)["verdict"]) == ("completed", "matched"), name
@@ -97,7 +99,9 @@ async def _limited(stage: Stage, clock: Clock, lines: Lines) -> None:
         stage.check_files(run_id)
 
 
-async def test_a_key_that_is_refused_is_said_once_and_everything_settles_when_it_works_again(stage: Stage) -> None:
+async def test_a_key_that_is_refused_is_said_once_and_everything_settles_when_it_works_again(
+    stage: Stage,
+) -> None:
     """401: callbacks keep coming in, nothing is lost or failed, one line says what to do; later all is stored."""
     clock = Clock()
     stage.emulator.faults.add(parse_faults({"kind": "unauthorized"}))
@@ -111,7 +115,9 @@ async def test_a_key_that_is_refused_is_said_once_and_everything_settles_when_it
                 clock.wrong_by += timedelta(seconds=150)
                 service.signals.poll.set()
                 await eventually(partial(_more_than, stage, asked))
-                await service.poller.drain()  # an answer heard after the next jump would hold the key for a real minute
+                await (
+                    service.poller.drain()
+                )  # an answer heard after the next jump would hold the key for a real minute
             stranger = await stage.send(client, stage.body("run_x"), stage.signature(stage.body("run_x")))
             assert stranger.status_code == 401  # that was another body's signature
             assert (await stage.send(client, stage.body("run_y"), None)).status_code == 200
@@ -149,7 +155,9 @@ async def test_a_run_that_completes_without_outputs_is_lost_and_said(stage: Stag
             run_id = await stage.track(service, "emu-image", {"kind": "no_outputs"})
             await stage.at(run_id, state="lost", lost_reason="no_outputs")
     assert stage.dispatches(run_id, "storage") == []
-    assert [(line["log_level"], line["run_id"]) for line in lines if line["event"] == "run.lost"] == [("error", run_id)]
+    assert [(line["log_level"], line["run_id"]) for line in lines if line["event"] == "run.lost"] == [
+        ("error", run_id)
+    ]
 
 
 ONCE: Mapping[str, Fault] = {
@@ -201,11 +209,16 @@ NEVER: Mapping[str, tuple[Fault, str]] = {
 
 async def test_downloads_that_never_work_are_dead_and_explained(stage: Stage) -> None:
     """Loud, explained, without a media URL; the other handler and other runs are not delayed."""
-    handlers = [{"use": "storage", "max_attempts": 2, "options": {"url": str(stage.outputs)}}, {"use": "log"}]
+    handlers = [
+        {"use": "storage", "max_attempts": 2, "options": {"url": str(stage.outputs)}},
+        {"use": "log"},
+    ]
     limits = {"max_bytes": 2_000_000, "stall_seconds": 0.3}
     with capture_logs() as lines:
         async with stage.service(handlers=handlers, downloads=limits) as service:
-            runs = {name: await stage.track(service, "emu-image", fault) for name, (fault, _) in NEVER.items()}
+            runs = {
+                name: await stage.track(service, "emu-image", fault) for name, (fault, _) in NEVER.items()
+            }
             good = await stage.track(service, "emu-video")
             await stage.over(good, *runs.values())
     stage.check_files(good)
@@ -245,7 +258,9 @@ async def test_workspaces_do_not_wait_for_each_other(stage: Stage) -> None:
     with capture_logs() as lines:
         async with stage.service(workspaces=workspaces) as service:
             poor = [stage.start("emu-image", callback=False) for _ in range(40)]
-            await asyncio.gather(*(stage.register(service, run_id, workspace_id="ws_refused") for run_id in poor))
+            await asyncio.gather(
+                *(stage.register(service, run_id, workspace_id="ws_refused") for run_id in poor)
+            )
             await eventually(partial(_said, lines, "flora.key_refused"))
             rich = await stage.track(service, "emu-text")
             await stage.over(rich)

@@ -101,7 +101,9 @@ async def test_signed_bodies_that_are_no_callbacks_are_kept_and_refused(door: Do
             answer = await door.post(body)
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_payload"), name
         await door.is_honest()
-    rows = door.stage.rows("SELECT * FROM deliveries NATURAL JOIN delivery_bodies WHERE readable = 0 ORDER BY seq")
+    rows = door.stage.rows(
+        "SELECT * FROM deliveries NATURAL JOIN delivery_bodies WHERE readable = 0 ORDER BY seq"
+    )
     assert [(row["duplicates"], row["body"]) for row in rows] == [(1, body) for body in BAD_BODIES.values()]
 
 
@@ -128,7 +130,9 @@ async def test_the_limit_is_64_kib_to_the_byte(door: Door, size: int) -> None:
 @pytest.mark.parametrize(
     "request_of",
     [
-        lambda door: door.head("Transfer-Encoding: chunked", "Flora-Signature: t=1,v1=0") + b"5\r\nhello\r\n",
+        lambda door: (
+            door.head("Transfer-Encoding: chunked", "Flora-Signature: t=1,v1=0") + b"5\r\nhello\r\n"
+        ),
         lambda door: door.head("Content-Length: 500") + b"{",
         lambda door: door.head("Content-Length: 500"),
         lambda door: door.head("Content-Length: 500", "Expect: 100-continue") + b"{}",
@@ -153,7 +157,9 @@ async def test_a_body_that_never_ends_is_let_go(door: Door, request_of: Callable
     ],
     ids=["half a head", "half a body", "half a chunk", "nothing"],
 )
-async def test_who_hangs_up_in_the_middle_harms_nobody(door: Door, request_of: Callable[[Door], bytes]) -> None:
+async def test_who_hangs_up_in_the_middle_harms_nobody(
+    door: Door, request_of: Callable[[Door], bytes]
+) -> None:
     """A connection that is cut leaves nothing in the ledger."""
     await door.raw(request_of(door), end=True)
     assert door.stage.rows("SELECT * FROM deliveries") == []
@@ -165,7 +171,9 @@ BAD_HTTP: dict[str, Callable[[Door], bytes]] = {
     "negative length": lambda door: door.head("Content-Length: -1"),
     "two lengths": lambda door: door.head("Content-Length: 5", "Content-Length: 6") + b"hello",
     "endless length": lambda door: door.head("Content-Length: 99999999999999999999999999"),
-    "length and chunks": lambda door: door.head("Content-Length: 5", "Transfer-Encoding: chunked") + b"0\r\n\r\n",
+    "length and chunks": lambda door: (
+        door.head("Content-Length: 5", "Transfer-Encoding: chunked") + b"0\r\n\r\n"
+    ),
     "bad chunk": lambda door: door.head("Transfer-Encoding: chunked") + b"zz\r\n\r\n",
     "huge signature": lambda door: door.head("Flora-Signature: " + "v1=" * 100_000),
     "5,000 headers": lambda door: door.head(*(f"X-{number}: {number}" for number in range(5_000))),
@@ -173,7 +181,9 @@ BAD_HTTP: dict[str, Callable[[Door], bytes]] = {
     "no host": lambda _: b"POST /callbacks/flora HTTP/1.1\r\n\r\n",
     "HTTP/2 preface": lambda _: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "odd path": lambda _: b"POST /callbacks/flor\xe4 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
-    "odd target": lambda _: b"POST http://[::1/callbacks/flora HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+    "odd target": lambda _: (
+        b"POST http://[::1/callbacks/flora HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+    ),
     "escaped path": lambda _: b"POST /%00/../%ff%fe HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
     "DELETE": lambda _: b"DELETE /callbacks/flora HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
     "unknown verb": lambda _: b"BREW /readyz HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
@@ -248,10 +258,14 @@ async def test_what_we_do_not_know_is_no_reason_to_refuse(door: Door) -> None:
     stage = door.stage
     odd = await door.post(stage.body("run_odd", type="run.paused"))
     newer = await door.post(stage.body("run_newer", api_version="2031-01-01"))
-    more = await door.post(stage.body("run_more", outputs=[{"url": "https://127.0.0.1/x"}], deep={"a": [1, 2]}))
+    more = await door.post(
+        stage.body("run_more", outputs=[{"url": "https://127.0.0.1/x"}], deep={"a": [1, 2]})
+    )
     bare = await door.post(b'{"id": "whd_bare", "type": "run.completed", "data": {"run_id": "run_bare"}}')
     wrong_type = await door.post(stage.body("run_odd_type", api_version=7, created_at="yesterday"))
-    assert [each.json()["status"] for each in (odd, newer, more, bare, wrong_type)] == ["ignored"] + ["accepted"] * 4
+    assert [each.json()["status"] for each in (odd, newer, more, bare, wrong_type)] == ["ignored"] + [
+        "accepted"
+    ] * 4
     assert stage.run("run_odd") == {}
     assert [row["event"] for row in stage.deliveries("run_odd")] == ["run.paused"]
     assert stage.run("run_newer")["state"] == "reported"
@@ -289,7 +303,9 @@ async def test_deliveries_that_contradict_each_other(door: Door) -> None:
         assert (await door.post(stage.body(run_id, status=status))).json() == {"status": "accepted"}
     await stage.over(run_id)
     assert (stage.run(run_id)["state"], stage.run(run_id)["verdict"]) == ("completed", "diverged")
-    assert len(stage.dispatches(run_id, "log")) == len({row["event"] for row in stage.dispatches(run_id, "log")})
+    assert len(stage.dispatches(run_id, "log")) == len(
+        {row["event"] for row in stage.dispatches(run_id, "log")}
+    )
     stage.check_files(run_id)
 
 

@@ -37,7 +37,9 @@ async def serve_app(app: ASGIApp, certificate: Path | None = None) -> AsyncItera
     # asyncio sets TCP_NODELAY only with a named protocol; without it, responses wait 40 ms for an ACK.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1, ssl_certfile=certificate)
+    config = uvicorn.Config(
+        app, log_config=None, lifespan="off", timeout_graceful_shutdown=1, ssl_certfile=certificate
+    )
     config.load()
     # serve() would take over the signal handlers of the test run, and its loop ticks every 0.1 s.
     server = uvicorn.Server(config)
@@ -72,7 +74,9 @@ class Inbox:
     async def take(self, request: Request) -> Response:
         self.received.append((dict(request.headers), await request.body()))
         status = self.answers.pop(0) if self.answers else 200
-        return Response(status_code=status, headers={"location": "/callbacks/flora"} if status == 302 else None)
+        return Response(
+            status_code=status, headers={"location": "/callbacks/flora"} if status == 302 else None
+        )
 
     def run_ids(self) -> list[str]:
         return [json.loads(body)["data"]["run_id"] for _, body in self.received]
@@ -108,10 +112,16 @@ class Bench:
     async def run_id(
         self, technique: str = "emu-image", *, faults: object = None, callback_url: str | None = None
     ) -> str:
-        return str((await self.start(technique, faults=faults, body={"callback_url": callback_url}))["run_id"])
+        return str(
+            (await self.start(technique, faults=faults, body={"callback_url": callback_url}))["run_id"]
+        )
 
     async def media_url(
-        self, technique: str = "emu-image", *, faults: object = None, body: Mapping[str, object] | None = None
+        self,
+        technique: str = "emu-image",
+        *,
+        faults: object = None,
+        body: Mapping[str, object] | None = None,
     ) -> str:
         run = await self.start(technique, faults=faults, body=body)
         answer = await self.client.get(str(run["poll_url"]))
@@ -154,7 +164,9 @@ async def make_bench() -> AsyncIterator[MakeBench]:
 @pytest.fixture
 async def bench(make_bench: MakeBench) -> Bench:
     """An emulator whose runs end at once and whose retries take milliseconds."""
-    return await make_bench(EmulatorSettings(run_seconds=0, time_scale=10_000, allow_private_callbacks=True, seed=7))
+    return await make_bench(
+        EmulatorSettings(run_seconds=0, time_scale=10_000, allow_private_callbacks=True, seed=7)
+    )
 
 
 @pytest.fixture
@@ -173,8 +185,12 @@ async def tls_inbox(tmp_path: Path) -> AsyncIterator[tuple[Inbox, Path]]:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "emulator test")])
     now = datetime.now(UTC)
     certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        x509.CertificateBuilder(
+            name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1)
+        )
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False
+        )
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -182,7 +198,9 @@ async def tls_inbox(tmp_path: Path) -> AsyncIterator[tuple[Inbox, Path]]:
     authority.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     pair.write_bytes(
         authority.read_bytes()
-        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
     )
     inbox = Inbox()
     app = Starlette(routes=[Route("/callbacks/flora", inbox.take, methods=["POST"])])

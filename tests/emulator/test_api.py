@@ -29,19 +29,29 @@ async def test_every_technique_runs_on_a_prompt_alone(bench: Bench) -> None:
     """Each declared technique starts with one input and ends with the outputs it declares."""
     for technique in TECHNIQUES:
         started = await bench.start(technique.slug)
-        run = (await bench.client.get(f"/techniques/{technique.technique_id}/runs/{started['run_id']}")).json()
+        run = (
+            await bench.client.get(f"/techniques/{technique.technique_id}/runs/{started['run_id']}")
+        ).json()
         if technique.error_code:
-            assert (run["status"], run["error_code"], run["progress"]) == ("failed", technique.error_code, 100)
+            assert (run["status"], run["error_code"], run["progress"]) == (
+                "failed",
+                technique.error_code,
+                100,
+            )
             assert "outputs" not in run
         else:
-            assert [output["type"] for output in run["outputs"]] == [output.type for output in technique.outputs]
+            assert [output["type"] for output in run["outputs"]] == [
+                output.type for output in technique.outputs
+            ]
             assert run["charged_cost"] == technique.run_cost
 
 
 def test_a_run_moves_by_the_clock_alone() -> None:
     """pending, running with progress, completed; the cost comes later when it lags."""
     clock = Clock()
-    emulator = Emulator(EmulatorSettings(run_seconds=10, read_lag_seconds=2, cost_lag_seconds=5), clock=clock)
+    emulator = Emulator(
+        EmulatorSettings(run_seconds=10, read_lag_seconds=2, cost_lag_seconds=5), clock=clock
+    )
     run_id = emulator.start_run()
     seen = []
     for step in (0, 5, 5, 3, 2):
@@ -98,7 +108,9 @@ async def test_lists_page_newest_first(bench: Bench) -> None:
         ({"workspace_id": "ws_other"}, 0),
         ({"project_id": "prj_emulator"}, 7),
     ):
-        assert len((await bench.client.get("/technique-runs", params=query)).json()["technique_runs"]) == count
+        assert (
+            len((await bench.client.get("/technique-runs", params=query)).json()["technique_runs"]) == count
+        )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +159,9 @@ async def test_wrong_starts_are_refused_by_field(bench: Bench, body: dict[str, o
         ("DELETE", "/generations", None, 405, "method_not_allowed"),
     ],
 )
-async def test_refusals(bench: Bench, method: str, path: str, content: str | None, status: int, code: str) -> None:
+async def test_refusals(
+    bench: Bench, method: str, path: str, content: str | None, status: int, code: str
+) -> None:
     """Every refusal has FLORA's body and a request-id."""
     answer = await bench.client.request(method, path, content=content)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
@@ -166,7 +180,11 @@ async def test_ids_of_others(bench: Bench) -> None:
 
 async def test_keys(bench: Bench) -> None:
     """No key is `unauthorized`, a wrong one `invalid_api_key`."""
-    for header, code in (("", "unauthorized"), ("Basic abc", "unauthorized"), ("Bearer sk_x", "invalid_api_key")):
+    for header, code in (
+        ("", "unauthorized"),
+        ("Basic abc", "unauthorized"),
+        ("Bearer sk_x", "invalid_api_key"),
+    ):
         answer = await bench.client.get("/techniques", headers={"authorization": header})
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, code)
 
@@ -185,7 +203,9 @@ async def test_idempotency_in_body_and_header(bench: Bench) -> None:
     await bench.start("emu-video", body={"idempotency_key": "k"})
     assert len((await bench.client.get("/technique-runs")).json()["technique_runs"]) == 2
     header = {"idempotency-key": "k"}
-    answers = await asyncio.gather(*(bench.client.post("/generate", json=GENERATION, headers=header) for _ in range(5)))
+    answers = await asyncio.gather(
+        *(bench.client.post("/generate", json=GENERATION, headers=header) for _ in range(5))
+    )
     assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409, 409]
 
 

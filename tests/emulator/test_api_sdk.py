@@ -30,7 +30,9 @@ async def run(*command: str, cwd: Path) -> None:
 async def test_official_sdk(make_bench: MakeBench, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Both ways to start, single reads, lists page by page, error classes and `webhooks.unwrap`."""
     for program in ("node", "npm"):
-        assert shutil.which(program), f"{program} is missing: install nodejs and npm to check against FLORA's own SDK"
+        assert shutil.which(program), (
+            f"{program} is missing: install nodejs and npm to check against FLORA's own SDK"
+        )
     folder = tmp_path_factory.mktemp("sdk")
     for name in ("package.json", "package-lock.json", "check.mjs"):
         shutil.copy(SDK / name, folder)

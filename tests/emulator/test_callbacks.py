@@ -93,7 +93,9 @@ async def test_a_receiver_that_never_responds(make_bench: MakeBench) -> None:
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     bench = await make_bench(
-        EmulatorSettings(run_seconds=0, time_scale=10_000, allow_private_callbacks=True, callback_timeout_seconds=0.05)
+        EmulatorSettings(
+            run_seconds=0, time_scale=10_000, allow_private_callbacks=True, callback_timeout_seconds=0.05
+        )
     )
     await bench.run_id(callback_url=f"http://127.0.0.1:{port}/x")
     await bench.drain()
@@ -230,7 +232,9 @@ async def test_the_ca_is_the_only_one_trusted(make_bench: MakeBench, tls_inbox: 
     inbox, authority = tls_inbox
     for callback_ca, arrived in ((None, 0), (authority, 1)):
         bench = await make_bench(
-            EmulatorSettings(run_seconds=0, time_scale=10_000, allow_private_callbacks=True, callback_ca=callback_ca)
+            EmulatorSettings(
+                run_seconds=0, time_scale=10_000, allow_private_callbacks=True, callback_ca=callback_ca
+            )
         )
         await bench.run_id(callback_url=inbox.url)
         await bench.drain()

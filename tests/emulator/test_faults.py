@@ -22,7 +22,9 @@ from tests.emulator.conftest import Bench
         ({"kind": "insufficient_credits"}, 402, "insufficient_credits"),
     ],
 )
-async def test_refusals_start_nothing(bench: Bench, fault: dict[str, object], status: int, code: str) -> None:
+async def test_refusals_start_nothing(
+    bench: Bench, fault: dict[str, object], status: int, code: str
+) -> None:
     """The response has FLORA's body, and no run exists."""
     error = (await bench.start(faults=fault, status=status))["error"]
     assert isinstance(error, dict)
@@ -68,7 +70,9 @@ async def test_spoiled_responses_of_starts_that_happened(bench: Bench) -> None:
 
 async def test_selection_by_path_method_and_count(bench: Bench) -> None:
     """A fault applies where and as often as it says, and then leaves the list."""
-    await bench.break_it({"kind": "service_unavailable", "path": "/technique-runs", "method": "get", "next": 2})
+    await bench.break_it(
+        {"kind": "service_unavailable", "path": "/technique-runs", "method": "get", "next": 2}
+    )
     assert (await bench.client.get("/generations")).status_code == 200
     statuses = [(await bench.client.get("/technique-runs")).status_code for _ in range(3)]
     assert statuses == [503, 503, 200]

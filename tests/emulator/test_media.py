@@ -111,7 +111,10 @@ async def test_text_is_inline(bench: Bench) -> None:
 
 async def test_size_by_input_and_by_fault(bench: Bench) -> None:
     """Both ways give exactly that many bytes, also beyond one chunk."""
-    inputs = [{"id": "prompt", "type": "text", "value": "x"}, {"id": "size", "type": "text", "value": "3MiB"}]
+    inputs = [
+        {"id": "prompt", "type": "text", "value": "x"},
+        {"id": "size", "type": "text", "value": "3MiB"},
+    ]
     url = await bench.media_url("emu-audio", body={"inputs": inputs})
     assert len((await bench.client.get(url)).content) == 3 * 2**20
     url = await bench.media_url(faults={"kind": "size", "bytes": 5 * 2**30})
@@ -151,7 +154,11 @@ async def test_missing_outputs(bench: Bench) -> None:
     """No output before the end, none beyond the last, none under another name."""
     url = await bench.media_url()
     waiting = await bench.run_id(faults={"kind": "run_seconds", "seconds": 3600})
-    for wrong in (url.replace(".png", ".mp4"), url.replace("/0.", "/1."), f"{bench.origin}/media/{waiting}/0.png"):
+    for wrong in (
+        url.replace(".png", ".mp4"),
+        url.replace("/0.", "/1."),
+        f"{bench.origin}/media/{waiting}/0.png",
+    ):
         assert (await bench.client.get(wrong)).status_code == 404
 
 
@@ -209,4 +216,6 @@ async def test_public_origin(bench: Bench) -> None:
     """URLs follow the request, or the origin that is set."""
     bench.emulator.public_origin = "https://emulator.example/"
     run = await bench.start()
-    assert str(run["poll_url"]).startswith("https://emulator.example/api/v1/techniques/tech_emu_image/runs/run_")
+    assert str(run["poll_url"]).startswith(
+        "https://emulator.example/api/v1/techniques/tech_emu_image/runs/run_"
+    )

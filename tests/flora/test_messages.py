@@ -68,7 +68,10 @@ def test_reads_the_documented_callbacks() -> None:
     )
     failed = parse_callback(sample("callback-failed"))
     assert (failed.callback_status, failed.run_type) == (CallbackStatus.FAILED, "technique")
-    assert (failed.error_code, failed.error_message) == ("GENERATION_PROMPT_MODERATED", "The prompt was refused.")
+    assert (failed.error_code, failed.error_message) == (
+        "GENERATION_PROMPT_MODERATED",
+        "The prompt was refused.",
+    )
 
 
 def test_reads_a_technique_run() -> None:
@@ -77,7 +80,12 @@ def test_reads_a_technique_run() -> None:
     The `url` of a text output is the text.
     """
     run = parse_run(parse_json(sample("technique-run-completed")), technique_id="tech_1")
-    assert (run.run_id, run.status, run.run_type, run.technique_id) == ("run_tec1", "completed", "technique", "tech_1")
+    assert (run.run_id, run.status, run.run_type, run.technique_id) == (
+        "run_tec1",
+        "completed",
+        "technique",
+        "tech_1",
+    )
     assert run.outputs == (
         Output(0, "image", "imageUrl", "https://media.flora.ai/a.png"),
         Output(1, "caption", "text", "A lighthouse at dusk"),
@@ -90,7 +98,11 @@ def test_reads_a_technique_run() -> None:
 def test_reads_the_camel_case_of_older_pages() -> None:
     """Older pages of FLORA write camelCase, and a time may be ISO text."""
     run = parse_run(parse_json(sample("technique-run-camel")))
-    assert (run.run_id, run.error_code, run.error_message) == ("run_tec2", "model_timeout", "The model took too long.")
+    assert (run.run_id, run.error_code, run.error_message) == (
+        "run_tec2",
+        "model_timeout",
+        "The model took too long.",
+    )
     assert run.completed_at == datetime(2024, 12, 11, 21, 21, tzinfo=UTC)
     assert run.charged_cost == 0
     assert ids_of_poll_url(run.poll_url or "") == ("tech_1", "run_tec2")
@@ -184,7 +196,9 @@ def test_only_the_two_ids_are_required() -> None:
 
 
 @pytest.mark.parametrize("odd", [1, 1.5, True, [], {}, "", None])
-@pytest.mark.parametrize("name", ["api_version", "data__run_type", "data__workspace_id", "data__error_code"])
+@pytest.mark.parametrize(
+    "name", ["api_version", "data__run_type", "data__workspace_id", "data__error_code"]
+)
 def test_odd_values_of_optional_fields_are_left_out(name: str, odd: Any) -> None:
     """A field of the wrong type is as good as absent."""
     parsed = parse_callback(callback(**{name: odd}))
@@ -204,7 +218,9 @@ def test_odd_values_of_optional_fields_are_left_out(name: str, odd: Any) -> None
         ("RUN.COMPLETED", "completed", None),
     ],
 )
-def test_what_a_callback_tells(event: str, status: str | None, callback_status: CallbackStatus | None) -> None:
+def test_what_a_callback_tells(
+    event: str, status: str | None, callback_status: CallbackStatus | None
+) -> None:
     """The event's type decides.
 
     A status that contradicts it makes both; an unknown event has none.
@@ -258,7 +274,13 @@ def test_any_callback_shape_parses_or_is_a_payload_error(data: Any) -> None:
         parsed = parse_callback(json.dumps({"id": "whd_1", "type": "run.completed", "data": data}).encode())
     except PayloadError:
         return
-    for text in (parsed.run_id, parsed.run_type, parsed.workspace_id, parsed.error_code, parsed.error_message):
+    for text in (
+        parsed.run_id,
+        parsed.run_type,
+        parsed.workspace_id,
+        parsed.error_code,
+        parsed.error_message,
+    ):
         assert text is None or ("\x00" not in text and text.encode() and len(text) <= 4000)
 
 
@@ -286,7 +308,9 @@ def test_any_run_parses_or_is_a_payload_error(row: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", [None, [], 1, "run_1", {}, {"run_id": "run_1"}, {"status": "running"}, a_row(status=1)])
+@pytest.mark.parametrize(
+    "row", [None, [], 1, "run_1", {}, {"run_id": "run_1"}, {"status": "running"}, a_row(status=1)]
+)
 def test_a_run_needs_its_id_and_its_status(row: Any) -> None:
     """Without both there is nothing to decide about."""
     with pytest.raises(PayloadError):
@@ -322,7 +346,16 @@ def test_times(given_time: Any, expected: datetime | None) -> None:
 
 @pytest.mark.parametrize(
     ("cost", "expected"),
-    [(0.5, 0.5), ("0.5", 0.5), (0, 0), (-1, None), (float("nan"), None), (10**400, None), (True, None), ("free", None)],
+    [
+        (0.5, 0.5),
+        ("0.5", 0.5),
+        (0, 0),
+        (-1, None),
+        (float("nan"), None),
+        (10**400, None),
+        (True, None),
+        ("free", None),
+    ],
 )
 def test_costs(cost: Any, expected: float | None) -> None:
     """Money is a finite number that is not negative."""
@@ -369,7 +402,11 @@ def test_outputs_are_told_apart_by_position() -> None:
     Values are kept whole, however long.
     """
     url = "https://media.flora.ai/" + "a" * 9000
-    rows = [{"output_id": "a", "type": "imageUrl", "url": url}, {"output_id": "a", "url": url}, {"url": url}]
+    rows = [
+        {"output_id": "a", "type": "imageUrl", "url": url},
+        {"output_id": "a", "url": url},
+        {"url": url},
+    ]
     run = parse_run(a_row(outputs=rows))
     assert [(output.position, output.output_id, output.type) for output in run.outputs] == [
         (0, "a", "imageUrl"),
@@ -423,7 +460,9 @@ def test_any_poll_url_can_be_read(url: str) -> None:
     assert len(ids_of_poll_url(url)) == 2
 
 
-@pytest.mark.parametrize("body", [b"<html>502</html>", b"", b"[]", b'{"error":"no"}', b'{"error":null}', b"\xff"])
+@pytest.mark.parametrize(
+    "body", [b"<html>502</html>", b"", b"[]", b'{"error":"no"}', b'{"error":null}', b"\xff"]
+)
 def test_a_refusal_in_another_tongue_is_still_one(body: bytes) -> None:
     """A proxy's HTML names no code: it must never look like FLORA's own `not_found`."""
     error = parse_error(404, body, {}, NOW)

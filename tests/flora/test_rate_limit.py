@@ -76,7 +76,9 @@ async def test_a_request_that_fails_frees_its_slot(limit: RateLimit) -> None:
 
 
 @pytest.mark.parametrize(("retry_after", "seconds"), [(None, 5.0), (7.0, 7.0), (0.0, 0.0)])
-async def test_a_429_of_a_request_halves_and_holds(limit: RateLimit, retry_after: float | None, seconds: float) -> None:
+async def test_a_429_of_a_request_halves_and_holds(
+    limit: RateLimit, retry_after: float | None, seconds: float
+) -> None:
     """For as long as FLORA names, else for five seconds; the error goes on to the caller."""
     with pytest.raises(FloraError):
         async with limit.request():

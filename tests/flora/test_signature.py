@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from receiver.errors import SignatureError, SignatureProblem
 from receiver.flora.signature import Verified, sign, verify
 
-VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "signature-vectors.json").read_text())["cases"]
+VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "signature-vectors.json").read_text())[
+    "cases"
+]
 SECRET, OTHER = "whsec_one", "whsec_two"
 NOW = 1_750_000_000
 BODY = b'{"id":"whd_1"}'
@@ -95,7 +97,9 @@ def test_every_refusal_has_its_code(header: str | None, problem: SignatureProble
     assert refusal_of(header).problem is problem
 
 
-@pytest.mark.parametrize("header", [f"t={NOW},v1={DIGEST}" + ",v1=zz" * 15, f"t={NOW},v1={'0' * 64},v1={DIGEST}"])
+@pytest.mark.parametrize(
+    "header", [f"t={NOW},v1={DIGEST}" + ",v1=zz" * 15, f"t={NOW},v1={'0' * 64},v1={DIGEST}"]
+)
 def test_one_good_signature_among_others_is_enough(header: str) -> None:
     """FLORA sends several while a secret is rotated.
 
@@ -118,7 +122,9 @@ def test_without_secrets_nothing_verifies() -> None:
     assert caught.value.problem is SignatureProblem.SIGNATURE_MISMATCH
 
 
-@pytest.mark.parametrize(("age", "good"), [(900, True), (901, False), (-300, True), (-301, False), (0, True)])
+@pytest.mark.parametrize(
+    ("age", "good"), [(900, True), (901, False), (-300, True), (-301, False), (0, True)]
+)
 def test_tolerance_includes_its_edge(age: int, good: bool) -> None:
     """900 s in the past and 300 s ahead pass, one second more does not; the age is told."""
     header = sign(BODY, SECRET, timestamp=NOW - age)

@@ -51,7 +51,9 @@ def build(work: Path) -> Iterator[Build]:
     """Make handlers: `build(program, *arguments, **options)`. Afterwards no working directory may be left."""
 
     def make(*command: str, **options: Any) -> Command:
-        config = CommandConfig.model_validate({"command": list(command), **options}, context={"environ": {}})
+        config = CommandConfig.model_validate(
+            {"command": list(command), **options}, context={"environ": {}}
+        )
         return Command(config, parent=work, environ=ENVIRONMENT)
 
     yield make
@@ -128,9 +130,13 @@ async def test_it_is_what_the_service_takes_for_a_handler(build: Build) -> None:
     await handler.close()
 
 
-async def test_the_run_comes_on_stdin_and_in_a_file(build: Build, run: SettledRun, context_of: ContextOf) -> None:
+async def test_the_run_comes_on_stdin_and_in_a_file(
+    build: Build, run: SettledRun, context_of: ContextOf
+) -> None:
     """The same bytes twice: the JSON form of the run."""
-    told = printed(await build("sh", "-c", 'cmp - "$RUN_FILE" && cat "$RUN_FILE"').handle(run, context_of()))
+    told = printed(
+        await build("sh", "-c", 'cmp - "$RUN_FILE" && cat "$RUN_FILE"').handle(run, context_of())
+    )
     document = json.loads(told)
     assert (document["schema"], document["run_id"], document["metadata"]) == (1, "run_1", {"market": "DE"})
     assert document["idempotency_key"] == "run_1:test:settled:0"
@@ -186,7 +192,9 @@ async def test_metadata_cannot_take_another_name_or_burst_the_environment(
         "nul": "a\x00b\ud800",
         **{f"many{n}": "m" * 8000 for n in range(1000)},
     }
-    told = printed(await build("env", max_output=65536).handle(replace(run, metadata=metadata), context_of()))
+    told = printed(
+        await build("env", max_output=65536).handle(replace(run, metadata=metadata), context_of())
+    )
     assert sum(line.startswith("RUN_METADATA_MANY") for line in told.splitlines()) == 8
     few = dict(list(metadata.items())[:6])
     told = printed(await build("env", max_output=65536).handle(replace(run, metadata=few), context_of()))
@@ -200,7 +208,21 @@ async def test_metadata_cannot_take_another_name_or_burst_the_environment(
 
 async def test_arguments_pass_unchanged(build: Build, run: SettledRun, context_of: ContextOf) -> None:
     """There is no shell: what would mean something to one is an argument like any other."""
-    odd = ["$(id)", "; rm -rf x", "`id`", "*", "a b", "", "'\"", "-n", "Grüße\n2", "{{}}", "> out", "\\", "~"]
+    odd = [
+        "$(id)",
+        "; rm -rf x",
+        "`id`",
+        "*",
+        "a b",
+        "",
+        "'\"",
+        "-n",
+        "Grüße\n2",
+        "{{}}",
+        "> out",
+        "\\",
+        "~",
+    ]
     show = "import json, sys; print(json.dumps(sys.argv[1:]))"
     show = show.replace("{", "{{").replace("}", "}}")
     told = printed(await build(sys.executable, "-c", show, *odd).handle(run, context_of()))
@@ -241,10 +263,17 @@ async def test_fields_in_arguments_are_safe_for_file_names(
     ],
 )
 async def test_the_exit_code_is_the_answer(
-    build: Build, run: SettledRun, context_of: ContextOf, options: dict[str, Any], code: int, kind: type[Answer]
+    build: Build,
+    run: SettledRun,
+    context_of: ContextOf,
+    options: dict[str, Any],
+    code: int,
+    kind: type[Answer],
 ) -> None:
     """0 is done, 75 retries, others as configured; the reason carries the code and the last words."""
-    answer = await build("sh", "-c", f"echo last words >&2; exit {code}", **options).handle(run, context_of())
+    answer = await build("sh", "-c", f"echo last words >&2; exit {code}", **options).handle(
+        run, context_of()
+    )
     assert type(answer) is kind
     if not isinstance(answer, Done):
         assert answer.reason == f"sh ended with code {code}: last words"
@@ -284,7 +313,9 @@ async def test_where_the_system_cannot_look_without_reaping(
     assert "SIGSEGV" in reason(await build("sh", "-c", "kill -SEGV $$").handle(run, context_of()))
 
 
-@pytest.mark.parametrize("body", ["exec <&-; exit 0", "exit 0", "exec >&- 2>&-; exit 0", "head -c 1; exit 0"])
+@pytest.mark.parametrize(
+    "body", ["exec <&-; exit 0", "exit 0", "exec >&- 2>&-; exit 0", "head -c 1; exit 0"]
+)
 async def test_a_program_may_ignore_what_it_is_given(
     build: Build, run: SettledRun, context_of: ContextOf, body: str
 ) -> None:
@@ -313,7 +344,10 @@ def resident() -> int:
 async def test_output_is_text_whatever_it_is(build: Build, run: SettledRun, context_of: ContextOf) -> None:
     """Bytes that are no UTF-8, control characters and half characters cannot hurt the record or a terminal."""
     body = "printf '\\377\\000\\033[31mred\\r\\nnext\\304\\223'"
-    assert printed(await build("sh", "-c", body).handle(run, context_of())) == "\ufffd\ufffd\ufffd[31mred\nnextē"
+    assert (
+        printed(await build("sh", "-c", body).handle(run, context_of()))
+        == "\ufffd\ufffd\ufffd[31mred\nnextē"
+    )
     body = "printf 'aēē'"
     assert printed(await build("sh", "-c", body, max_output=3).handle(run, context_of())) == "ē"
     assert printed(await build("sh", "-c", body, max_output=0).handle(run, context_of())) == ""
@@ -334,9 +368,13 @@ async def test_secrets_and_media_urls_are_not_kept(
     assert told.endswith("...")
 
 
-async def test_what_is_passed_on_may_be_a_secret_too(build: Build, run: SettledRun, context_of: ContextOf) -> None:
+async def test_what_is_passed_on_may_be_a_secret_too(
+    build: Build, run: SettledRun, context_of: ContextOf
+) -> None:
     """It is the program's to use, and not the record's to keep; what every program has is no secret."""
-    handler = build("sh", "-c", 'echo "$AWS_SECRET_ACCESS_KEY at $HOME"', pass_env=["AWS_SECRET_ACCESS_KEY", "HOME"])
+    handler = build(
+        "sh", "-c", 'echo "$AWS_SECRET_ACCESS_KEY at $HOME"', pass_env=["AWS_SECRET_ACCESS_KEY", "HOME"]
+    )
     assert printed(await handler.handle(run, context_of())) == "[hidden] at /home/of/the/service"
 
 
@@ -433,7 +471,9 @@ async def test_sigterm_comes_first(
     assert tidy.exists()
 
 
-async def test_endless_output_ends_with_the_attempt(build: Build, run: SettledRun, context_of: ContextOf) -> None:
+async def test_endless_output_ends_with_the_attempt(
+    build: Build, run: SettledRun, context_of: ContextOf
+) -> None:
     """`yes` is stopped by the attempt's own time, and the service's own call says so."""
     handler = build("yes")
     answer = await call_handler(handler, run, context_of(), timeout_seconds=0.3)
@@ -465,9 +505,7 @@ async def test_what_a_program_leaves_running_is_ended(
     """A child in the background that holds the output open neither hangs the attempt nor outlives it."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    body = (
-        f"(trap '' TERM; echo begun; sh -c 'echo $PPID' > {fifo}; while :; do sleep 1000; done) & cat {fifo}.go; exit 0"
-    )
+    body = f"(trap '' TERM; echo begun; sh -c 'echo $PPID' > {fifo}; while :; do sleep 1000; done) & cat {fifo}.go; exit 0"
     os.mkfifo(f"{fifo}.go")
     task = asyncio.create_task(build(script(body)).handle(run, context_of()))
     child = await heard(fifo)
@@ -505,7 +543,9 @@ async def test_nothing_of_ours_is_inherited(build: Build, run: SettledRun, conte
     assert "/proc/" in told.splitlines()[-1]
 
 
-async def test_it_leads_a_session_and_hears_signals(build: Build, run: SettledRun, context_of: ContextOf) -> None:
+async def test_it_leads_a_session_and_hears_signals(
+    build: Build, run: SettledRun, context_of: ContextOf
+) -> None:
     """A session and group of its own; SIGPIPE as usual and nothing blocked, whatever our thread blocks."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -522,9 +562,13 @@ async def test_it_leads_a_session_and_hears_signals(build: Build, run: SettledRu
     assert not ignored & (1 << (signal.SIGTERM - 1))
 
 
-async def test_its_directory_is_private_and_fresh(build: Build, run: SettledRun, context_of: ContextOf) -> None:
+async def test_its_directory_is_private_and_fresh(
+    build: Build, run: SettledRun, context_of: ContextOf
+) -> None:
     """It runs in its own directory, for this user alone, and cannot keep it by locking us out."""
-    handler = build("sh", "-c", "stat -c %a .; ls; mkdir -p a/b; touch a/b/c; ln -s /etc link; chmod 0 a; pwd")
+    handler = build(
+        "sh", "-c", "stat -c %a .; ls; mkdir -p a/b; touch a/b/c; ln -s /etc link; chmod 0 a; pwd"
+    )
     told = printed(await handler.handle(run, context_of())).splitlines()
     assert told[:2] == ["700", "run.json"]
     again = printed(await handler.handle(run, context_of())).splitlines()
@@ -532,7 +576,9 @@ async def test_its_directory_is_private_and_fresh(build: Build, run: SettledRun,
     assert again[2] != told[2]
 
 
-async def test_it_runs_where_it_is_told(build: Build, run: SettledRun, context_of: ContextOf, tmp_path: Path) -> None:
+async def test_it_runs_where_it_is_told(
+    build: Build, run: SettledRun, context_of: ContextOf, tmp_path: Path
+) -> None:
     assert printed(await build("pwd", cwd=str(tmp_path)).handle(run, context_of())) == str(tmp_path)
 
 
@@ -546,7 +592,13 @@ async def test_it_runs_where_it_is_told(build: Build, run: SettledRun, context_o
     ],
 )
 async def test_a_program_that_cannot_be_started_is_tried_again(
-    build: Build, run: SettledRun, context_of: ContextOf, tmp_path: Path, content: str | None, mode: int, words: str
+    build: Build,
+    run: SettledRun,
+    context_of: ContextOf,
+    tmp_path: Path,
+    content: str | None,
+    mode: int,
+    words: str,
 ) -> None:
     """It may be being deployed right now; the reason says what is wrong."""
     path = tmp_path / "program"
@@ -558,7 +610,9 @@ async def test_a_program_that_cannot_be_started_is_tried_again(
     assert words in answer.reason
 
 
-async def test_what_no_system_takes_is_rejected(build: Build, run: SettledRun, context_of: ContextOf) -> None:
+async def test_what_no_system_takes_is_rejected(
+    build: Build, run: SettledRun, context_of: ContextOf
+) -> None:
     """Arguments beyond the system's limit never fit."""
     answer = await build("true", "x" * 1_000_000).handle(run, context_of())
     assert isinstance(answer, Reject)
@@ -690,7 +744,9 @@ async def test_a_killed_service_leaves_neither_program_nor_directory(
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     program = script(STUBBORN.format(fifo=fifo))
-    service = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVICE, program, str(work), cwd=ROOT)
+    service = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SERVICE, program, str(work), cwd=ROOT
+    )
     orphan = await heard(fifo)
     await build("true").check()
     assert len(left(work)) == 1, "what is in use stays"
@@ -722,7 +778,9 @@ async def test_many_at_once_keep_apart(build: Build, run: SettledRun, context_of
     await handler.handle(run, context_of())
     before = open_files()
     names = [f"run_{n}" for n in range(20)]
-    answers = await asyncio.gather(*(handler.handle(replace(run, run_id=name), context_of(name)) for name in names))
+    answers = await asyncio.gather(
+        *(handler.handle(replace(run, run_id=name), context_of(name)) for name in names)
+    )
     assert [printed(answer) for answer in answers] == names
     assert open_files() == before
 
@@ -732,7 +790,9 @@ async def test_the_example_in_the_readme_does_what_it_says(
 ) -> None:
     """One line for each run, told three times at once and again later."""
     (source,) = re.findall(
-        r"```python\n(#!/usr/bin/env python3\n.*?)```", (ROOT / "handlers/README.md").read_text("utf-8"), re.DOTALL
+        r"```python\n(#!/usr/bin/env python3\n.*?)```",
+        (ROOT / "handlers/README.md").read_text("utf-8"),
+        re.DOTALL,
     )
     program = tmp_path / "costs.py"
     program.write_text(source, "utf-8")

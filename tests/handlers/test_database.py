@@ -125,7 +125,17 @@ def media(position: int, url: str = "https://media.example/secret") -> Output:
 
 def artifact(position: int, handler: str = "storage", **fields: Any) -> Artifact:
     return replace(
-        Artifact("run_1", handler, position, f"out_{position}", f"file:///o/{position}", 3, "ab", "image/png", NOW),
+        Artifact(
+            "run_1",
+            handler,
+            position,
+            f"out_{position}",
+            f"file:///o/{position}",
+            3,
+            "ab",
+            "image/png",
+            NOW,
+        ),
         **fields,
     )
 
@@ -142,10 +152,14 @@ def everything(place: Place) -> list[list[Any]]:
     ]
 
 
-async def test_a_run_becomes_rows(place: Place, opened: Opened, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_run_becomes_rows(
+    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+) -> None:
     """Run, outputs and everybody's artifacts; times and metadata in the database's own form."""
     text = Output(position=1, output_id="words", type="text", value="Grüße")
-    run = replace(run, outputs=(media(0), text), metadata={"market": "DE", "n": [1, 2.5, None]}, charged_cost=0.04)
+    run = replace(
+        run, outputs=(media(0), text), metadata={"market": "DE", "n": [1, 2.5, None]}, charged_cost=0.04
+    )
     context = context_of(others=(artifact(0), artifact(0, "copies"), artifact(1, stored_at=None)))
     handler = opened(place.url, create=True)
     assert isinstance(handler, Handler | Checks | Closes)
@@ -160,7 +174,9 @@ async def test_a_run_becomes_rows(place: Place, opened: Opened, run: SettledRun,
     else:
         assert json.loads(metadata) == run.metadata
         assert (created_at, completed_at) == ("2026-11-24T11:58:00.000Z", "2026-11-24T12:00:00.000Z")
-        assert place.execute("SELECT unixepoch(completed_at) - unixepoch(created_at) FROM flora_runs") == [(120,)]
+        assert place.execute("SELECT unixepoch(completed_at) - unixepoch(created_at) FROM flora_runs") == [
+            (120,)
+        ]
     assert place.execute("SELECT position, type, url, text FROM flora_outputs ORDER BY 1") == [
         (0, "imageUrl", "https://media.example/secret", None),
         (1, "text", None, "Grüße"),
@@ -186,14 +202,18 @@ async def test_what_is_printed_is_what_is_needed(
     place.program(printed)
     place.program(printed)
 
-    handler = opened(place.url, tables={"runs": "Runs", "outputs": "order", "artifacts": "artifacts_of_runs"})
+    handler = opened(
+        place.url, tables={"runs": "Runs", "outputs": "order", "artifacts": "artifacts_of_runs"}
+    )
     await handler.check()
     assert isinstance(await handler.handle(replace(run, outputs=(media(0),)), context_of()), Done)
     assert place.execute('SELECT run_id FROM "Runs"') == [("run_1",)]
     assert len(place.execute('SELECT * FROM "order"')) == 1
 
 
-async def test_again_changes_nothing(place: Place, opened: Opened, run: SettledRun, context_of: ContextOf) -> None:
+async def test_again_changes_nothing(
+    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+) -> None:
     """The same attempt twice, from two processes, and after a kill between commit and answer: the same rows."""
     run = replace(run, outputs=(media(0), media(1)), charged_cost=0.5)
     context = context_of(others=(artifact(0),))
@@ -222,17 +242,25 @@ async def test_old_facts_never_replace_new_ones(
     place: Place, opened: Opened, run: SettledRun, context_of: ContextOf, older: dict[str, Any]
 ) -> None:
     """A stale worker finds its row newer: cost, verdict, outputs and artifacts stay as they are."""
-    new = replace(run, outputs=(media(0, "https://media.example/new"),), charged_cost=0.5, verdict="late", version=4)
-    old = replace(run, **older, status="lost", outputs=(media(0), media(1)), charged_cost=None, verdict=None)
+    new = replace(
+        run, outputs=(media(0, "https://media.example/new"),), charged_cost=0.5, verdict="late", version=4
+    )
+    old = replace(
+        run, **older, status="lost", outputs=(media(0), media(1)), charged_cost=None, verdict=None
+    )
     handler = opened(place.url, create=True)
-    await handler.handle(new, context_of(others=(artifact(0, size=7, stored_at=NOW + timedelta(seconds=9)),)))
+    await handler.handle(
+        new, context_of(others=(artifact(0, size=7, stored_at=NOW + timedelta(seconds=9)),))
+    )
     before = everything(place)
     answer = await handler.handle(old, context_of(others=(artifact(0),)))
     assert answer == Done({"outputs": 2, "artifacts": 1, "newest": False})
     assert everything(place) == before
 
 
-async def test_new_facts_replace_old_ones(place: Place, opened: Opened, run: SettledRun, context_of: ContextOf) -> None:
+async def test_new_facts_replace_old_ones(
+    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+) -> None:
     """Lost, then found; fewer outputs under fresh URLs; the cost comes, and is not forgotten by a new ledger."""
     handler = opened(place.url, create=True)
     await handler.handle(replace(run, status="lost", version=1), context_of(event=Event.LOST))
@@ -259,7 +287,9 @@ async def test_columns_of_the_users_own_stay(
     await handler.handle(run, context_of())
     place.execute("UPDATE flora_runs SET campaign = 'spring'")
     place.execute("UPDATE flora_outputs SET approved = 1")
-    await handler.handle(replace(run, outputs=(media(0, "https://media.example/2"),), version=1), context_of())
+    await handler.handle(
+        replace(run, outputs=(media(0, "https://media.example/2"),), version=1), context_of()
+    )
     assert place.execute("SELECT campaign, version FROM flora_runs") == [("spring", 1)]
     assert place.execute("SELECT approved, url FROM flora_outputs") == [(1, "https://media.example/2")]
 
@@ -280,13 +310,17 @@ async def test_what_no_database_can_hold_is_replaced(
         metadata={bad: bad, "nan": float("nan"), "deep": deep, "big": 2**80},
         outputs=(Output(position=0, output_id=bad, type="text", value=bad),),
     )
-    answer = await opened(place.url, create=True).handle(run, context_of(others=(artifact(0, location=bad),)))
+    answer = await opened(place.url, create=True).handle(
+        run, context_of(others=(artifact(0, location=bad),))
+    )
     assert isinstance(answer, Done)
     assert place.execute("SELECT technique_id FROM flora_runs") == [("a\ufffdb\ufffdc",)]
     assert place.execute("SELECT text FROM flora_outputs") == [("a\ufffdb\ufffdc",)]
 
 
-async def test_texts_may_be_left_out(place: Place, opened: Opened, run: SettledRun, context_of: ContextOf) -> None:
+async def test_texts_may_be_left_out(
+    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+) -> None:
     words = Output(position=0, output_id="words", type="text", value="private")
     await opened(place.url, create=True, text=False).handle(replace(run, outputs=(words,)), context_of())
     assert place.execute("SELECT type, url, text FROM flora_outputs") == [("text", None, None)]
@@ -341,12 +375,18 @@ async def test_a_missing_table_says_what_to_do(
 async def test_a_key_that_is_missing_is_told(place: Place, opened: Opened) -> None:
     """Tables without primary keys would take everything twice."""
     place.program("CREATE TABLE plain (run_id TEXT, position INTEGER);")
-    ddl = Database.schema(DatabaseConfig.model_validate({"url": place.url, "tables": {"runs": "flora_runs"}}))
+    ddl = Database.schema(
+        DatabaseConfig.model_validate({"url": place.url, "tables": {"runs": "flora_runs"}})
+    )
     lines = ddl.splitlines()
-    broken = [line for line in lines if not line.strip().startswith(("PRIMARY KEY (run_id, position)", "FOREIGN"))]
+    broken = [
+        line for line in lines if not line.strip().startswith(("PRIMARY KEY (run_id, position)", "FOREIGN"))
+    ]
     sql = "\n".join(broken).replace("text TEXT,\n", "text TEXT\n").replace("position),\n)", "position)\n)")
     place.program(
-        sql.replace("PRIMARY KEY (run_id, handler, position),\n", "PRIMARY KEY (run_id, handler, position)\n")
+        sql.replace(
+            "PRIMARY KEY (run_id, handler, position),\n", "PRIMARY KEY (run_id, handler, position)\n"
+        )
     )
     with pytest.raises(DatabaseFailedError, match="handlers schema database"):
         await opened(place.url).check()
@@ -495,7 +535,9 @@ async def test_a_locked_table_holds_an_attempt_only_for_a_while(
     place: Place, opened: Opened, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody's long transaction: the attempt gives up by itself, says so, and works afterwards."""
-    monkeypatch.setattr("handlers.database.connections.STATEMENT_SECONDS", 0.2 if place.dialect == "sqlite" else 1)
+    monkeypatch.setattr(
+        "handlers.database.connections.STATEMENT_SECONDS", 0.2 if place.dialect == "sqlite" else 1
+    )
     handler = opened(place.url, create=True)
     await handler.check()
     if place.dialect == "sqlite":
@@ -514,7 +556,9 @@ async def test_a_locked_table_holds_an_attempt_only_for_a_while(
     assert isinstance(await handler.handle(run, context_of()), Done)
 
 
-async def test_behind_pgbouncer(pgbouncer: str, opened: Opened, run: SettledRun, context_of: ContextOf) -> None:
+async def test_behind_pgbouncer(
+    pgbouncer: str, opened: Opened, run: SettledRun, context_of: ContextOf
+) -> None:
     """In transaction mode, where nothing may be set for a session."""
     names = {"runs": "behind.runs", "outputs": "behind.outputs", "artifacts": "behind.artifacts"}
     handler = opened(pgbouncer, create=True, tables=names)
@@ -554,7 +598,9 @@ def test_the_receivers_own_ledger_is_refused(tmp_path: Path) -> None:
     """A second writer could damage that file."""
     (tmp_path / "receiver.db.lock").touch()
     with pytest.raises(ValueError, match="a ledger of flora-receiver itself"):
-        Database(DatabaseConfig.model_validate({"url": f"sqlite:///{tmp_path}/receiver.db", "create": True}))
+        Database(
+            DatabaseConfig.model_validate({"url": f"sqlite:///{tmp_path}/receiver.db", "create": True})
+        )
 
 
 def test_without_psycopg_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -584,7 +630,9 @@ def test_a_view_of_a_run_has_its_version() -> None:
         ('[[handlers]]\nuse = "log"\nname = "database"', "log keeps no tables"),
         ('[[handlers]]\nuse = "database"', "handlers.0.url"),
         (
-            "".join(f'[[handlers]]\nuse = "database"\nname = "{name}"\nurl = "sqlite:///x"\n' for name in "ab"),
+            "".join(
+                f'[[handlers]]\nuse = "database"\nname = "{name}"\nurl = "sqlite:///x"\n' for name in "ab"
+            ),
             "say which of a, b",
         ),
     ],

@@ -51,7 +51,13 @@ class Stand:
     ca: Path
 
     def config(self, **options: Any) -> ForwardConfig:
-        values = {"url": self.target.url, "secret": SECRET, "allow_private": True, "ca_file": self.ca, **options}
+        values = {
+            "url": self.target.url,
+            "secret": SECRET,
+            "allow_private": True,
+            "ca_file": self.ca,
+            **options,
+        }
         return ForwardConfig.model_validate(values, context={"environ": {"TOKEN": TOKEN}})
 
     async def forward(self, run: SettledRun, context: MemoryContext, **options: Any) -> Answer:
@@ -103,14 +109,18 @@ async def test_the_id_stays_the_same(stand: Stand, run: SettledRun, context_of: 
     assert (first.headers["webhook-id"], first.body) == (second.headers["webhook-id"], second.body)
 
 
-async def test_while_a_secret_is_rotated_both_verify(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
+async def test_while_a_secret_is_rotated_both_verify(
+    stand: Stand, run: SettledRun, context_of: ContextOf
+) -> None:
     await stand.forward(run, context_of(), secret=[OTHER, SECRET])
     (post,) = stand.target.posts
     for secret in (SECRET, OTHER):
         assert Webhook(secret).verify(post.body, post.headers)["run_id"] == "run_1"
 
 
-async def test_a_strange_run_id_is_signed_as_it_is_sent(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_strange_run_id_is_signed_as_it_is_sent(
+    stand: Stand, run: SettledRun, context_of: ContextOf
+) -> None:
     """FLORA's ids are opaque: what no header can hold is encoded, in the signature as in the header."""
     strange = 'run_ü%"\r\nInjected: 1'
     await stand.forward(replace(run, run_id=strange), context_of(strange), cloudevents=True)
@@ -123,7 +133,9 @@ async def test_a_strange_run_id_is_signed_as_it_is_sent(stand: Stand, run: Settl
 async def test_cloudevents_and_own_headers(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
     """On demand; the values may come from the environment."""
     context = context_of(event=Event.LOST)
-    await stand.forward(run, context, cloudevents=True, headers={"Authorization": "env:TOKEN", "X-Team": "art"})
+    await stand.forward(
+        run, context, cloudevents=True, headers={"Authorization": "env:TOKEN", "X-Team": "art"}
+    )
     (post,) = stand.target.posts
     assert {name: value for name, value in post.headers.items() if name.startswith("ce-")} == {
         "ce-specversion": "1.0",
@@ -139,7 +151,9 @@ async def test_cloudevents_and_own_headers(stand: Stand, run: SettledRun, contex
 async def test_unsigned_and_without_text(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
     """Both only where it is said."""
     text = Output(position=0, output_id="words", type="text", value="long")
-    await stand.forward(replace(run, outputs=(text,)), context_of(), secret=[], unsigned=True, include_text=False)
+    await stand.forward(
+        replace(run, outputs=(text,)), context_of(), secret=[], unsigned=True, include_text=False
+    )
     (post,) = stand.target.posts
     assert "webhook-signature" not in post.headers
     assert json.loads(post.body)["outputs"][0]["text"] is None
@@ -155,7 +169,9 @@ async def test_2xx_is_done(stand: Stand, run: SettledRun, context_of: ContextOf,
     ("status", "words"),
     [("410 Gone", "remove the handler"), ("301 Moved", "redirects are not followed"), ("308 M", "`url`")],
 )
-async def test_what_ends_it(stand: Stand, run: SettledRun, context_of: ContextOf, status: str, words: str) -> None:
+async def test_what_ends_it(
+    stand: Stand, run: SettledRun, context_of: ContextOf, status: str, words: str
+) -> None:
     """Gone is gone; a redirect is not followed, and says what to do."""
     async with target() as other:
         stand.target.answers = [answer(status, b"", f"Location: {other.url}")]
@@ -165,8 +181,12 @@ async def test_what_ends_it(stand: Stand, run: SettledRun, context_of: ContextOf
         assert not other.posts
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 408, 409, 413, 418, 422, 429, 500, 502, 503, 504, 599])
-async def test_what_is_tried_again(stand: Stand, run: SettledRun, context_of: ContextOf, status: int) -> None:
+@pytest.mark.parametrize(
+    "status", [400, 401, 403, 404, 405, 408, 409, 413, 418, 422, 429, 500, 502, 503, 504, 599]
+)
+async def test_what_is_tried_again(
+    stand: Stand, run: SettledRun, context_of: ContextOf, status: int
+) -> None:
     """A wrong deploy on the other side answers any of these; runs must outlast it."""
     stand.target.answers = [answer(f"{status} No", b"because")]
     found = await stand.forward(run, context_of())
@@ -230,7 +250,9 @@ async def test_no_secret_is_ever_told(stand: Stand, run: SettledRun, context_of:
 async def test_silence_is_tried_again(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
     """A head that drips does not hold the handler beyond its time."""
     stand.target.answers = [Page(b"HTTP/1.1 200 OK\r\nX-", hold=True)]
-    assert await stand.forward(run, context_of(), answer_seconds=0.1) == Retry("localhost: no answer within 0.1 s")
+    assert await stand.forward(run, context_of(), answer_seconds=0.1) == Retry(
+        "localhost: no answer within 0.1 s"
+    )
 
 
 async def test_cancellation_hangs_up(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
@@ -244,7 +266,9 @@ async def test_cancellation_hangs_up(stand: Stand, run: SettledRun, context_of: 
     await stand.target.gone.wait()
 
 
-async def test_check_connects_and_posts_nothing(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
+async def test_check_connects_and_posts_nothing(
+    stand: Stand, run: SettledRun, context_of: ContextOf
+) -> None:
     """Nobody there is a warning; a wrong certificate, or an address inside, is an error."""
     await Forward(stand.config()).check()
     assert not stand.target.posts
@@ -257,7 +281,9 @@ async def test_check_connects_and_posts_nothing(stand: Stand, run: SettledRun, c
     moved = Forward(stand.config(), poster=Poster("https://hooks.test/", resolve=inside))
     with pytest.raises(PostRefusedError, match=r"hooks\.test is at 192\.168\.0\.1"):
         await moved.check()
-    assert isinstance(await moved.handle(run, context_of()), Retry)  # names are put right, and nothing is lost
+    assert isinstance(
+        await moved.handle(run, context_of()), Retry
+    )  # names are put right, and nothing is lost
     stand.target.port = 1
     nobody = Forward(stand.config())
     with pytest.raises(TargetUnreachableError):
@@ -298,7 +324,9 @@ def test_every_option_is_explained() -> None:
     assert all(field.description for field in ForwardConfig.model_fields.values())
 
 
-async def test_several_targets_are_several_handlers(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
+async def test_several_targets_are_several_handlers(
+    stand: Stand, run: SettledRun, context_of: ContextOf
+) -> None:
     """Each has its name, its key and its own luck: what one refuses the other has got."""
     options = {"secret": SECRET, "allow_private": True, "ca_file": str(stand.ca)}
     async with target() as other:

@@ -84,7 +84,11 @@ class Post:
                 match line.split()[0].upper():
                     case b"DATA":
                         say("354 go on")
-                        raw = (await reader.readuntil(b"\r\n.\r\n")).removesuffix(b".\r\n").replace(b"\r\n..", b"\r\n.")
+                        raw = (
+                            (await reader.readuntil(b"\r\n.\r\n"))
+                            .removesuffix(b".\r\n")
+                            .replace(b"\r\n..", b"\r\n.")
+                        )
                         mail = email.message_from_bytes(raw, policy=email.policy.default)
                         assert isinstance(mail, EmailMessage)
                         self.mails.append(mail)
@@ -165,7 +169,10 @@ async def test_each_occasion_has_words(
 
 async def test_words_of_ones_own(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
     """Fields, times, metadata; what is left out keeps its default."""
-    words = {"title": "{metadata[market]} {completed_at:%d.%m.}", "body": "{metadata[gone]} {{{event}}} {metadata[n]}"}
+    words = {
+        "title": "{metadata[market]} {completed_at:%d.%m.}",
+        "body": "{metadata[gone]} {{{event}}} {metadata[n]}",
+    }
     handler = notify(chat.url(), completed=words, failed={"title": "oh"})
     run = replace(run, metadata={"market": "DE\r\nBcc: x@y.example\u202e", "n": {"a": [1]}})
     await handler.handle(run, context_of())
@@ -195,7 +202,9 @@ async def test_a_mail_is_a_mail(post: Post, run: SettledRun, context_of: Context
     assert TOKEN not in reason(answer)
 
 
-async def test_a_retry_goes_only_where_it_failed(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_retry_goes_only_where_it_failed(
+    chat: Chat, run: SettledRun, context_of: ContextOf
+) -> None:
     """Two of three took it: they do not get it again, the third does; another run is another message."""
     handler = notify(chat.url("?method=PUT"), chat.url(), "json://127.0.0.1:1/closed")
     answer = await handler.handle(run, context_of())
@@ -206,7 +215,9 @@ async def test_a_retry_goes_only_where_it_failed(chat: Chat, run: SettledRun, co
     assert len(chat.messages) == 4
 
 
-async def test_a_refusal_names_the_status_and_no_token(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_refusal_names_the_status_and_no_token(
+    chat: Chat, run: SettledRun, context_of: ContextOf
+) -> None:
     chat.statuses = [404]
     handler = notify(chat.url())
     answer = await handler.handle(run, context_of())
@@ -217,7 +228,11 @@ async def test_a_refusal_names_the_status_and_no_token(chat: Chat, run: SettledR
 
 @pytest.mark.parametrize("error", [RuntimeError(TOKEN), SystemExit(TOKEN), asyncio.CancelledError(TOKEN)])
 async def test_a_service_that_raises_is_free_again(
-    error: BaseException, chat: Chat, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    chat: Chat,
+    run: SettledRun,
+    context_of: ContextOf,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever it raises: its words are not told, its thread does not count as hanging, and the next attempt tries it."""
 
@@ -227,11 +242,16 @@ async def test_a_service_that_raises_is_free_again(
     handler = notify(chat.url())
     with monkeypatch.context() as patch:
         patch.setattr(handler._targets[0]._service, "notify", fail)
-        assert reason(await handler.handle(run, context_of())) == f"target 1 (JSON) failed: {type(error).__name__}"
+        assert (
+            reason(await handler.handle(run, context_of()))
+            == f"target 1 (JSON) failed: {type(error).__name__}"
+        )
     assert isinstance(await handler.handle(run, context_of()), Done)
 
 
-async def test_a_target_that_hangs_holds_up_itself(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_target_that_hangs_holds_up_itself(
+    chat: Chat, run: SettledRun, context_of: ContextOf
+) -> None:
     """The other one is told; the hanging one gets no second thread, and works when it is back."""
     other = Chat()
     other.gate.set()
@@ -242,15 +262,21 @@ async def test_a_target_that_hangs_holds_up_itself(chat: Chat, run: SettledRun, 
         handler = notify(chat.url("?rto=60"), other.url(), seconds=0.2)
         assert "did not answer within 0.2 s" in reason(await handler.handle(run, context_of()))
         assert len(other.messages) == 1
-        assert "still busy" in reason(await handler.handle(replace(run, run_id="run_2"), context_of("run_2")))
+        assert "still busy" in reason(
+            await handler.handle(replace(run, run_id="run_2"), context_of("run_2"))
+        )
         assert len(other.messages) == 2
         chat.gate.set()
         await free(handler)
-        assert isinstance(await handler.handle(run, context_of()), Done)  # it came late, and is not repeated
+        assert isinstance(
+            await handler.handle(run, context_of()), Done
+        )  # it came late, and is not repeated
         assert len(chat.messages) == 1
 
 
-async def test_a_cancelled_attempt_is_not_forgotten(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_cancelled_attempt_is_not_forgotten(
+    chat: Chat, run: SettledRun, context_of: ContextOf
+) -> None:
     """What is on the way cannot be called back; when it arrives after all, it counts."""
     chat.gate.clear()
     handler = notify(chat.url("?rto=60"))
@@ -270,16 +296,22 @@ async def test_waits_for_the_files_of_others(chat: Chat, run: SettledRun, contex
     run = replace(run, outputs=(MEDIA,))
     assert "storage" in reason(await handler.handle(run, context_of()))
     assert chat.messages == []
-    assert isinstance(await handler.handle(run, context_of(others=(stored(0, "file:///o/hero.png"),))), Done)
+    assert isinstance(
+        await handler.handle(run, context_of(others=(stored(0, "file:///o/hero.png"),))), Done
+    )
     assert isinstance(await handler.handle(run, context_of(event=Event.DEAD)), Done)
 
 
-async def test_what_a_message_cannot_hold_is_cut(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
+async def test_what_a_message_cannot_hold_is_cut(
+    chat: Chat, run: SettledRun, context_of: ContextOf
+) -> None:
     """Many files, long words, characters that are none."""
     run = replace(run, technique_id="x" * 9999 + "\x00", error_message="\ud800")
     others = tuple(stored(n, f"s3://b/{n}") for n in range(100))
     body = "{technique_id} {error_message} {outputs}"
-    await notify(chat.url(), completed={"title": "{technique_id}", "body": body}).handle(run, context_of(others=others))
+    await notify(chat.url(), completed={"title": "{technique_id}", "body": body}).handle(
+        run, context_of(others=others)
+    )
     (message,) = chat.messages
     assert len(message["title"]) == 200
     assert message["message"].endswith("s3://b/19\n… and 80 more")
@@ -306,7 +338,9 @@ async def test_no_secret_reaches_a_log(
     contexts = [context_of(), context_of()]
     answers = [await handler.handle(run, context) for context in contexts]
     out, err = capfd.readouterr()
-    told = f"{caplog.text}{out}{err}{answers}{[context.log.lines for context in contexts]}{handler._config!r}"
+    told = (
+        f"{caplog.text}{out}{err}{answers}{[context.log.lines for context in contexts]}{handler._config!r}"
+    )
     assert TOKEN not in told
     assert len(chat.messages) == 1
 

@@ -88,7 +88,12 @@ def test_a_whole_document() -> None:
         "type": "imageUrl",
         "url": "https://media.test/a.png",
         "text": None,
-        "artifact": {"location": "file:///storage/0", "size": 3, "sha256": "0" * 64, "content_type": "image/png"},
+        "artifact": {
+            "location": "file:///storage/0",
+            "size": 3,
+            "sha256": "0" * 64,
+            "content_type": "image/png",
+        },
     }
     assert (text["url"], text["text"], text["artifact"]) == (None, "Grüße", None)
     assert [each["position"] for each in made["artifacts"]] == [0, -1]
@@ -111,7 +116,9 @@ def test_the_copy_that_was_stored_first_is_the_output_s_own() -> None:
         assert len(made["artifacts"]) == 3
 
 
-@pytest.mark.parametrize(("code", "message"), [("model_timeout", "too slow"), ("model_timeout", None), (None, "why")])
+@pytest.mark.parametrize(
+    ("code", "message"), [("model_timeout", "too slow"), ("model_timeout", None), (None, "why")]
+)
 def test_a_failure_is_told(code: str | None, message: str | None) -> None:
     """By code, by message, by whatever FLORA gave."""
     made = documented(replace(RUN, status="failed", error_code=code, error_message=message))
@@ -163,7 +170,9 @@ def test_nesting_without_end_is_cut() -> None:
 
 json_like = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters()), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters()), inner, max_size=3)
+    ),
     max_leaves=10,
 )
 

@@ -149,7 +149,9 @@ def test_every_option_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(("kind", "module"), [("nats", "nats"), ("redis", "redis"), ("kafka", "aiokafka")])
-def test_a_missing_extra_says_what_to_install(kind: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_says_what_to_install(
+    kind: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The handler's own module is imported without any of them."""
     for name in [name for name in sys.modules if name.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
@@ -214,7 +216,9 @@ async def test_garbage_in_place_of_a_broker_is_a_retry(
     other.close()
 
 
-async def test_a_name_that_grows_too_long_is_rejected(run: SettledRun, context_of: Callable[..., Any]) -> None:
+async def test_a_name_that_grows_too_long_is_rejected(
+    run: SettledRun, context_of: Callable[..., Any]
+) -> None:
     """Before anything is asked."""
     to = ".".join(["{technique_id}"] * 4)
     handler = Publish(PublishConfig(url="nats://127.0.0.1:1", to=to))

@@ -111,7 +111,9 @@ async def test_each_run_is_one_message(stand: Stand, run: SettledRun, context_of
     assert {type(answer) for answer in answers} == {Done}
     found = [(key, document) for key, document in await stand.read() if f"run_{stand.kind}_" in key]
     assert sorted(key for key, _ in found) == sorted(f"{each.run_id}:test:settled:0" for each in runs)
-    assert all(document["idempotency_key"] == key and document["status"] == "completed" for key, document in found)
+    assert all(
+        document["idempotency_key"] == key and document["status"] == "completed" for key, document in found
+    )
     await handler.check()
     await handler.close()
 
@@ -164,7 +166,9 @@ async def _until_done(handler: Publish, run: SettledRun, context_of: ContextOf) 
 
 
 @pytest.mark.parametrize("kind", BROKERS)
-async def test_a_frozen_broker_is_a_retry_within_the_time(kind: str, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_frozen_broker_is_a_retry_within_the_time(
+    kind: str, run: SettledRun, context_of: ContextOf
+) -> None:
     """It holds its connections and answers nothing; thawed, it is used again, and what it took meanwhile is known."""
     with getattr(brokers, kind)() as server:
         url = f"kafka://{server.hosts}" if kind == "kafka" else f"{kind}://{server.address}"
@@ -190,7 +194,9 @@ async def test_a_subject_without_a_stream_says_which_to_make(
     servers: dict[str, Any], run: SettledRun, context_of: ContextOf
 ) -> None:
     """At the check and at the first run: the command to give."""
-    handler = Publish(PublishConfig(url=f"nats://{servers['nats'].address}", to="elsewhere.runs", answer_seconds=3))
+    handler = Publish(
+        PublishConfig(url=f"nats://{servers['nats'].address}", to="elsewhere.runs", answer_seconds=3)
+    )
     answer = await handler.handle(run, context_of())
     assert isinstance(answer, Retry)
     assert "nats stream add FLORA --subjects 'elsewhere.runs'" in answer.reason
@@ -218,17 +224,23 @@ async def test_what_the_stream_never_takes_is_rejected(run: SettledRun, context_
 
 
 @pytest.mark.parametrize("kind", ["nats", "redis"])
-async def test_wrong_credentials_are_told_and_never_shown(kind: str, run: SettledRun, context_of: ContextOf) -> None:
+async def test_wrong_credentials_are_told_and_never_shown(
+    kind: str, run: SettledRun, context_of: ContextOf
+) -> None:
     """A retry, since they can be mended; the check calls it an error."""
     with contextlib.ExitStack() as stack:
         if kind == "nats":
-            server = stack.enter_context(brokers.nats('authorization { user: "u", password: "right-s3cret" }\n'))
+            server = stack.enter_context(
+                brokers.nats('authorization { user: "u", password: "right-s3cret" }\n')
+            )
         else:
             server = stack.enter_context(brokers.redis("--requirepass", "right-s3cret"))
         url = f"{kind}://{server.address}"
         user: dict[str, Any] = {"user": "u"} if kind == "nats" else {}
         wrong = Publish(
-            PublishConfig.model_validate({"url": url, **user, "password": "wrong-s3cret", "answer_seconds": 3})
+            PublishConfig.model_validate(
+                {"url": url, **user, "password": "wrong-s3cret", "answer_seconds": 3}
+            )
         )
         answer = await wrong.handle(run, context_of())
         assert isinstance(answer, Retry)
@@ -238,7 +250,9 @@ async def test_wrong_credentials_are_told_and_never_shown(kind: str, run: Settle
             await wrong.check()
         await wrong.close()
         right = Publish(
-            PublishConfig.model_validate({"url": url, **user, "password": "right-s3cret", "answer_seconds": 3})
+            PublishConfig.model_validate(
+                {"url": url, **user, "password": "right-s3cret", "answer_seconds": 3}
+            )
         )
         if kind == "redis":
             assert isinstance(await right.handle(run, context_of()), Done)
@@ -277,7 +291,9 @@ async def test_a_name_that_is_no_stream_is_told(servers: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("kind", BROKERS)
-async def test_a_cancelled_attempt_leaves_nothing_behind(kind: str, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_cancelled_attempt_leaves_nothing_behind(
+    kind: str, run: SettledRun, context_of: ContextOf
+) -> None:
     """As at shutdown while a broker is frozen: no task and no connection is left."""
     with getattr(brokers, kind)() as server:
         url = f"kafka://{server.hosts}" if kind == "kafka" else f"{kind}://{server.address}"

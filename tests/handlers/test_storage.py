@@ -20,7 +20,19 @@ from handlers.storage import Storage, StorageConfig, open_place
 from handlers.storage.disk import LocalDisk
 from handlers.storage.objects import ObjectStore
 from handlers.storage.places import Place, PlaceError
-from receiver.handler import MANIFEST, Answer, Checks, Closes, Done, Event, Handler, Output, Reject, Retry, SettledRun
+from receiver.handler import (
+    MANIFEST,
+    Answer,
+    Checks,
+    Closes,
+    Done,
+    Event,
+    Handler,
+    Output,
+    Reject,
+    Retry,
+    SettledRun,
+)
 from receiver.testing.stand import run_stand
 from tests.support.media import MediaServer, Page, page
 
@@ -43,7 +55,9 @@ def text(position: int, value: str = "Grüße", output_id: str = "words") -> Out
 
 
 def files(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
 
 
 def identities(root: Path, of: str = "*") -> dict[str, tuple[int, int]]:
@@ -79,7 +93,11 @@ async def test_a_run_becomes_files_records_and_a_manifest(
 
     image = context.records[0]
     assert image.location == (root / "2026-11-24/run_1/hero.png").as_uri()
-    assert (image.size, image.sha256, image.content_type) == (len(PNG), hashlib.sha256(PNG).hexdigest(), "image/png")
+    assert (image.size, image.sha256, image.content_type) == (
+        len(PNG),
+        hashlib.sha256(PNG).hexdigest(),
+        "image/png",
+    )
     assert context.records[MANIFEST].sha256 == hashlib.sha256(manifest).hexdigest()
     assert all(record.stored_at for record in context.records.values())
 
@@ -183,7 +201,12 @@ async def test_the_cost_brings_the_manifest_up_to_date(
             },
         ),
         (
-            {"type": "image", "prompt": "a fox", "model": "m1", "params": {"image": "https://media.test/secret"}},
+            {
+                "type": "image",
+                "prompt": "a fox",
+                "model": "m1",
+                "params": {"image": "https://media.test/secret"},
+            },
             {"prompt": "a fox", "model": "m1"},
         ),
         ({"type": "text", "prompt": "a fox", "inputs": "none"}, {"prompt": "a fox", "model": None}),
@@ -209,7 +232,10 @@ async def test_the_manifest_tells_the_prompt_where_that_is_wanted(
 
 async def test_a_run_that_is_started_here_is_told_with_its_prompt(root: Path, tmp_path: Path) -> None:
     """From the API through FLORA into the file, without the token that links the callback to its start."""
-    handler = {"use": "storage", "options": {"url": str(root), "embed_metadata": True, "key": "{output_id}{ext}"}}
+    handler = {
+        "use": "storage",
+        "options": {"url": str(root), "embed_metadata": True, "key": "{output_id}{ext}"},
+    }
     async with run_stand(tmp_path, [handler]) as stand:
         told = await stand.run("emu-text")
     manifest = files(root)[f"{told.run_id}.run.json"]
@@ -222,7 +248,9 @@ async def test_equal_ids_become_different_files(
 ) -> None:
     """Output ids may repeat within a run."""
     outputs = tuple(media.output(f"/{n}", page(PNG + bytes([n])), position=n) for n in range(6))
-    assert isinstance(await storage(root, manifest=False).handle(replace(run, outputs=outputs), context_of()), Done)
+    assert isinstance(
+        await storage(root, manifest=False).handle(replace(run, outputs=outputs), context_of()), Done
+    )
     directory = "2026-11-24/run_1"
     names = ["out.png", *(f"out-{n}.png" for n in range(1, 6))]
     assert files(root) == {f"{directory}/{name}": PNG + bytes([n]) for n, name in enumerate(names)}
@@ -231,7 +259,10 @@ async def test_equal_ids_become_different_files(
 async def test_hostile_names_stay_inside(root: Path, run: SettledRun, context_of: ContextOf) -> None:
     """An id or metadata with a path in it names one file below the root."""
     run = replace(
-        run, run_id="run_/../../x", metadata={"m": "../../../etc"}, outputs=(text(0, output_id="../../evil\0"),)
+        run,
+        run_id="run_/../../x",
+        metadata={"m": "../../../etc"},
+        outputs=(text(0, output_id="../../evil\0"),),
     )
     assert isinstance(
         await storage(root, key="{metadata[m]}/{run_id}/{output_id}{ext}").handle(run, context_of()), Done
@@ -240,7 +271,9 @@ async def test_hostile_names_stay_inside(root: Path, run: SettledRun, context_of
     assert [path.name for path in root.parent.iterdir()] == ["outputs"]
 
 
-async def test_a_run_without_outputs_is_its_manifest(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_run_without_outputs_is_its_manifest(
+    root: Path, run: SettledRun, context_of: ContextOf
+) -> None:
     """Where failed runs are wanted too, they leave a trace."""
     run = replace(run, status="failed", error_code="model_timeout", error_message="too slow")
     assert await storage(root).handle(run, context_of()) == Done({"files": 0, "bytes": 0})
@@ -248,10 +281,14 @@ async def test_a_run_without_outputs_is_its_manifest(root: Path, run: SettledRun
     assert told["error"] == {"code": "model_timeout", "message": "too slow"}
 
 
-async def test_another_runs_place_is_never_written_to(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+async def test_another_runs_place_is_never_written_to(
+    root: Path, run: SettledRun, context_of: ContextOf
+) -> None:
     """Two runs under one key: the second is rejected, and told how to cure it; the first keeps its file."""
     handler = storage(root, key="{output_id}{ext}", manifest=False)
-    assert isinstance(await handler.handle(replace(run, outputs=(text(0, "first"),)), context_of("run_1")), Done)
+    assert isinstance(
+        await handler.handle(replace(run, outputs=(text(0, "first"),)), context_of("run_1")), Done
+    )
     second = replace(run, run_id="run_2", outputs=(text(0, "second"), text(1, "fine", "other")))
     answer = await handler.handle(second, context_of("run_2"))
     assert isinstance(answer, Reject)
@@ -271,10 +308,20 @@ async def test_another_runs_place_is_never_written_to(root: Path, run: SettledRu
     ],
 )
 async def test_one_failure_does_not_stop_the_others(
-    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, answer: Page, kind: type[Answer], why: str
+    root: Path,
+    media: MediaServer,
+    run: SettledRun,
+    context_of: ContextOf,
+    answer: Page,
+    kind: type[Answer],
+    why: str,
 ) -> None:
     """The other outputs are safe, no manifest claims that all are, and the answer says which failed and why."""
-    outputs = (media.output("/secret", answer), media.output("/good", page(PNG), position=1, output_id="good"), text(2))
+    outputs = (
+        media.output("/secret", answer),
+        media.output("/good", page(PNG), position=1, output_id="good"),
+        text(2),
+    )
     context = context_of()
     told = await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context)
     assert isinstance(told, kind)
@@ -291,11 +338,15 @@ async def test_what_is_likely_small_is_safe_first(
     """Text before images before sound before film, whatever the order in the run, which the manifest keeps."""
     kinds = ("videoUrl", "audioUrl", "imageUrl", "documentUrl", "text", "somethingNewUrl")
     outputs = tuple(
-        text(n) if kind == "text" else media.output(f"/{kind}", page(PNG), position=n, output_id=kind, kind=kind)
+        text(n)
+        if kind == "text"
+        else media.output(f"/{kind}", page(PNG), position=n, output_id=kind, kind=kind)
         for n, kind in enumerate(kinds)
     )
     context = context_of()
-    assert isinstance(await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context), Done)
+    assert isinstance(
+        await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context), Done
+    )
     assert [kinds[n] for n in list(context.records) if n != MANIFEST] == [
         "text", "imageUrl", "documentUrl", "audioUrl", "videoUrl", "somethingNewUrl",
     ]  # fmt: skip
@@ -315,7 +366,13 @@ async def test_what_is_likely_small_is_safe_first(
     ],
 )
 async def test_a_file_that_is_not_the_runs_own(
-    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, overwrite: str, there: bytes, kind: type
+    root: Path,
+    media: MediaServer,
+    run: SettledRun,
+    context_of: ContextOf,
+    overwrite: str,
+    there: bytes,
+    kind: type,
 ) -> None:
     """It is met as `overwrite` says, and a refusal says what lies in the way and leaves nothing reserved."""
     path = root / "2026-11-24/run_1/out.png"
@@ -341,7 +398,10 @@ async def test_two_receivers_may_share_a_directory(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
     """Ledgers that know nothing of each other, the same runs at the same time: each file is whole, and nobody loses."""
-    outputs = (media.output("/a", page(PNG * 200)), *(text(n, "x" * n * 1000, f"words-{n}") for n in range(1, 5)))
+    outputs = (
+        media.output("/a", page(PNG * 200)),
+        *(text(n, "x" * n * 1000, f"words-{n}") for n in range(1, 5)),
+    )
     runs = [replace(run, run_id=f"run_{n}", outputs=outputs) for n in range(8)]
 
     async def receiver(verdict: str) -> list[Answer]:
@@ -471,7 +531,12 @@ async def test_a_busy_media_host_says_when_to_come_back(
 ) -> None:
     """The longest pause that a host asks for holds for the run."""
     busy = page(b"", "text/plain", "Retry-After: 90", status="503 Busy")
-    slow = page(b"", "text/plain", "Retry-After: Tue, 24 Nov 2026 12:05:00 GMT", "Date: Tue, 24 Nov 2026 12:00:00 GMT")
+    slow = page(
+        b"",
+        "text/plain",
+        "Retry-After: Tue, 24 Nov 2026 12:05:00 GMT",
+        "Date: Tue, 24 Nov 2026 12:00:00 GMT",
+    )
     outputs = (
         media.output("/busy", busy),
         media.output("/slow", Page(slow.raw.replace(b"200 OK", b"429 Slow")), position=1, output_id="b"),
@@ -486,7 +551,10 @@ async def test_another_output_at_the_same_position_is_fetched(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
     """A run that is read again may tell of its outputs in another order."""
-    first, second = media.output("/a", page(PNG), output_id="a"), media.output("/b", page(b"b"), output_id="b")
+    first, second = (
+        media.output("/a", page(PNG), output_id="a"),
+        media.output("/b", page(b"b"), output_id="b"),
+    )
     handler, context = storage(root), context_of()
     await handler.handle(replace(run, outputs=(first, replace(second, position=1))), context)
     swapped = (second, replace(first, position=1))
@@ -494,7 +562,9 @@ async def test_another_output_at_the_same_position_is_fetched(
     assert [context.records[n].size for n in (0, 1)] == [1, len(PNG)]
 
 
-async def test_what_may_still_come_is_tried_again(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+async def test_what_may_still_come_is_tried_again(
+    root: Path, run: SettledRun, context_of: ContextOf
+) -> None:
     """One output that never will come does not give up the one that may."""
     never = Output(position=0, output_id="never", type="imageUrl", value="https://127.0.0.1/a")
     later = Output(position=1, output_id="later", type="imageUrl", value="https://name.invalid/a")
@@ -504,7 +574,9 @@ async def test_what_may_still_come_is_tried_again(root: Path, run: SettledRun, c
     assert "later" in answer.reason
 
 
-async def test_unexpected_errors_are_a_reason_to_retry(root: Path, run: SettledRun, context_of: ContextOf) -> None:
+async def test_unexpected_errors_are_a_reason_to_retry(
+    root: Path, run: SettledRun, context_of: ContextOf
+) -> None:
     """A database that is away while recording does not stop the other outputs."""
     context = context_of()
 
@@ -522,7 +594,9 @@ async def test_cancellation_leaves_no_part_behind(
 ) -> None:
     """A download that is cancelled half-way removes its temporary file before the cancellation goes on."""
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
-    outputs = tuple(media.output(f"/{n}", Page(head + b"x" * 3_000_000, hold=True), position=n) for n in range(3))
+    outputs = tuple(
+        media.output(f"/{n}", Page(head + b"x" * 3_000_000, hold=True), position=n) for n in range(3)
+    )
     task = asyncio.create_task(storage(root).handle(replace(run, outputs=outputs), context_of()))
     await media.held.wait()
     while not has_begun(root):  # noqa: ASYNC110  # the disk has no event to wait for
@@ -538,11 +612,15 @@ async def test_a_cut_download_leaves_no_part_behind(
 ) -> None:
     """Nor does one that the server ends too early."""
     cut = Page(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + b"x" * 3_000_000)
-    assert isinstance(await storage(root).handle(replace(run, outputs=(media.output("/a", cut),)), context_of()), Retry)
+    assert isinstance(
+        await storage(root).handle(replace(run, outputs=(media.output("/a", cut),)), context_of()), Retry
+    )
     assert files(root) == {}
 
 
-async def test_a_place_that_cannot_be_written_to(tmp_path: Path, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_place_that_cannot_be_written_to(
+    tmp_path: Path, run: SettledRun, context_of: ContextOf
+) -> None:
     """A directory below a regular file: the check says so, and runs wait until it is put right."""
     (tmp_path / "file").write_text("in the way")
     handler = storage(tmp_path / "file" / "outputs")
@@ -751,7 +829,10 @@ async def test_a_part_lies_where_its_file_will(
         {"cache_control": "no-cache\n"},
         {"store": {"region": "x"}},
         {"labels": {"team": "x"}},
-        *({"url": "s3://bucket", "labels": {name: "x"}} for name in ("run", "sha256", "Team", "content-type", "1", "")),
+        *(
+            {"url": "s3://bucket", "labels": {name: "x"}}
+            for name in ("run", "sha256", "Team", "content-type", "1", "")
+        ),
         {"url": "s3://bucket", "labels": {"team": "{nonsense}"}},
         {"url": "s3://bucket", "labels": {f"n{n}": "x" for n in range(5)}},
         {"cache_control": "no-cache"},
@@ -792,7 +873,11 @@ async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
 
 @pytest.fixture(params=["disk", "objects"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return LocalDisk(tmp_path / "a b") if request.param == "disk" else ObjectStore("memory:///p", MemoryStore())
+    return (
+        LocalDisk(tmp_path / "a b")
+        if request.param == "disk"
+        else ObjectStore("memory:///p", MemoryStore())
+    )
 
 
 async def test_places_give_back_what_was_put(place: Place) -> None:
@@ -801,7 +886,9 @@ async def test_places_give_back_what_was_put(place: Place) -> None:
     key = "2026/Größe #1?.bin"
     assert await place.size(key) is None
     for body in (b"x" * 20_000_000, b"short", b""):
-        stored = await place.write(key, chunks(body[:9_000_000], body[9_000_000:]), content_type="a/b", expected=None)
+        stored = await place.write(
+            key, chunks(body[:9_000_000], body[9_000_000:]), content_type="a/b", expected=None
+        )
         assert (stored.size, stored.sha256) == (len(body), hashlib.sha256(body).hexdigest())
         assert await place.size(key) == len(body)
     assert place.key_of(place.locate(key)) == key
@@ -822,7 +909,9 @@ async def test_places_show_nothing_of_what_failed(place: Place) -> None:
     assert await place.size("a/b") is None
 
 
-async def test_storage_into_an_object_store(run: SettledRun, media: MediaServer, context_of: ContextOf) -> None:
+async def test_storage_into_an_object_store(
+    run: SettledRun, media: MediaServer, context_of: ContextOf
+) -> None:
     """The same handler, another place."""
     place = ObjectStore("memory:///bucket", MemoryStore())
     handler = Storage(StorageConfig(), place=place)

@@ -35,12 +35,23 @@ BIG = bytes(range(256)) * 100_000
 def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Azurite's endpoint, with one container named `container`."""
     for program in ("node", "npm"):
-        assert shutil.which(program), f"{program} is missing: install nodejs and npm to check against Azurite"
+        assert shutil.which(program), (
+            f"{program} is missing: install nodejs and npm to check against Azurite"
+        )
     folder = tmp_path_factory.mktemp("azurite")
     for name in ("package.json", "package-lock.json"):
         shutil.copy(AZURITE / name, folder)
-    subprocess.run(["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--silent"], cwd=folder, check=True)
-    command = ["node", "node_modules/azurite/dist/src/blob/main.js", "--blobPort", "0", "--location", "data"]
+    subprocess.run(
+        ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--silent"], cwd=folder, check=True
+    )
+    command = [
+        "node",
+        "node_modules/azurite/dist/src/blob/main.js",
+        "--blobPort",
+        "0",
+        "--location",
+        "data",
+    ]
     environment = {"PATH": os.environ["PATH"], "AZURITE_ACCOUNTS": f"{ACCOUNT}:{KEY}"}
     options = ["--skipApiVersionCheck", "--silent", "--disableTelemetry"]
     with subprocess.Popen(

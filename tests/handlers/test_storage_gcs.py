@@ -49,7 +49,11 @@ class Google:
         if self.refuses:
             return 403, {}, b"<Error><Code>AccessDenied</Code><Message>Access denied.</Message></Error>"
         if bucket != "bucket":
-            return 404, {}, b"<Error><Code>NoSuchBucket</Code><Message>The bucket does not exist.</Message></Error>"
+            return (
+                404,
+                {},
+                b"<Error><Code>NoSuchBucket</Code><Message>The bucket does not exist.</Message></Error>",
+            )
         match method:
             case "POST" if "uploads" in query:
                 name = f"upload-{len(self.requests)}"
@@ -66,7 +70,11 @@ class Google:
                 name, kept, pieces = self.uploads.pop(upload)
                 order = [int(number) for number in re.findall(rb"<PartNumber>(\d+)", body)]
                 self.objects[name] = (b"".join(pieces[number] for number in order), kept)
-                return 200, {}, b'<CompleteMultipartUploadResult><ETag>"whole"</ETag></CompleteMultipartUploadResult>'
+                return (
+                    200,
+                    {},
+                    b'<CompleteMultipartUploadResult><ETag>"whole"</ETag></CompleteMultipartUploadResult>',
+                )
             case "PUT":
                 self.objects[key] = (body, _kept(headers))
                 return 200, {"ETag": f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'}, b""
@@ -84,7 +92,11 @@ class Google:
     def _listing(self, prefix: str) -> bytes:
         rest = "<LastModified>2026-11-24T12:00:00Z</LastModified><ETag>e</ETag>"
         entry = f"<Contents><Key>{{}}</Key><Size>{{}}</Size>{rest}</Contents>"
-        found = [entry.format(key, len(body)) for key, (body, _) in self.objects.items() if key.startswith(prefix)]
+        found = [
+            entry.format(key, len(body))
+            for key, (body, _) in self.objects.items()
+            if key.startswith(prefix)
+        ]
         return f"<ListBucketResult>{''.join(found)}</ListBucketResult>".encode()
 
 
@@ -100,13 +112,22 @@ async def serving() -> AsyncIterator[Google]:
         try:
             while True:
                 first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-                headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+                headers = {
+                    name.lower(): value.strip()
+                    for name, _, value in (line.partition(":") for line in lines)
+                }
                 method, target, _ = first.split(" ")
                 google.requests.append(f"{method} {target}")
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 status, more, said = google.answer(method, target, headers, body)
-                head = {"Content-Length": str(len(said)), "Last-Modified": "Tue, 24 Nov 2026 12:00:00 GMT", **more}
-                text = "\r\n".join([f"HTTP/1.1 {status} OK", *(f"{name}: {value}" for name, value in head.items())])
+                head = {
+                    "Content-Length": str(len(said)),
+                    "Last-Modified": "Tue, 24 Nov 2026 12:00:00 GMT",
+                    **more,
+                }
+                text = "\r\n".join(
+                    [f"HTTP/1.1 {status} OK", *(f"{name}: {value}" for name, value in head.items())]
+                )
                 writer.write(text.encode() + b"\r\n\r\n" + (b"" if method == "HEAD" else said))
                 await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -181,7 +202,9 @@ async def test_a_source_that_fails_is_aborted(google: Google) -> None:
     assert not google.uploads
 
 
-async def test_refusals_are_told(google: Google, run: SettledRun, media: MediaServer, context_of: ContextOf) -> None:
+async def test_refusals_are_told(
+    google: Google, run: SettledRun, media: MediaServer, context_of: ContextOf
+) -> None:
     """A missing bucket, and a service account without rights."""
     with pytest.raises(PlaceError, match=r"NoSuchBucket, .*does the bucket exist"):
         await storage(google, "gs://nowhere/pre").check()

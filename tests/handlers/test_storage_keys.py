@@ -34,7 +34,9 @@ def test_every_key_stays_below_its_root(one: str, other: str, text: str) -> None
     path = (root / key).resolve()
     assert path.is_relative_to(root)
     assert len(path.relative_to(root).parts) == 1 + text.count("/")
-    assert all(0 < len(segment.encode()) <= 255 and not segment.startswith(".") for segment in key.split("/"))
+    assert all(
+        0 < len(segment.encode()) <= 255 and not segment.startswith(".") for segment in key.split("/")
+    )
 
 
 @pytest.mark.parametrize("depth", [1, 4, 8, 20])
@@ -54,7 +56,10 @@ def test_however_deep_a_key_is_buckets_take_it(depth: int) -> None:
     ("text", "key"),
     [
         ("{completed_at:%Y-%m-%d}/{run_id}/{output_id}{ext}", "2026-11-24/run_1/out.png"),
-        ("{run_type}/{completed_at:%Y/%m/%d}/{run_id}/{output_id}{ext}", "technique/2026/11/24/run_1/out.png"),
+        (
+            "{run_type}/{completed_at:%Y/%m/%d}/{run_id}/{output_id}{ext}",
+            "technique/2026/11/24/run_1/out.png",
+        ),
         ("{metadata[market]}-{metadata[n]}/{position:03d}{ext}", "DE-7/000.png"),
         ("{metadata[none]}/{project_id}/{status}-{output_type}", "_/_/completed-imageUrl"),
         ("{workspace_id}/{technique_id}/{started_at}", "ws_1/tech_1/20261124T115900Z"),
@@ -110,14 +115,22 @@ def test_templates_that_cannot_be_used(text: str) -> None:
 def keys_of(
     outputs: list[Output], order: list[int], taken: dict[int, str] | None = None, ext: str = ".png"
 ) -> dict[int, str]:
-    keys = RunKeys(KeyTemplate("{run_id}/{output_id}{ext}"), replace(RUN, outputs=tuple(outputs)), taken or {})
+    keys = RunKeys(
+        KeyTemplate("{run_id}/{output_id}{ext}"), replace(RUN, outputs=tuple(outputs)), taken or {}
+    )
     return {position: keys.output(outputs[position], ext) for position in order}
 
 
 def test_equal_keys_get_the_position_whatever_comes_first() -> None:
     """Which download answers first must not change which file is which."""
     outputs = [output(0, "a"), output(1, "a"), output(2, "A"), output(3, "a-1"), output(4, "b")]
-    expected = {0: "run_1/a.png", 1: "run_1/a-1.png", 2: "run_1/A-2.png", 3: "run_1/a-1-3.png", 4: "run_1/b.png"}
+    expected = {
+        0: "run_1/a.png",
+        1: "run_1/a-1.png",
+        2: "run_1/A-2.png",
+        3: "run_1/a-1-3.png",
+        4: "run_1/b.png",
+    }
     assert keys_of(outputs, [0, 1, 2, 3, 4]) == expected
     assert keys_of(outputs, [4, 3, 2, 1, 0]) == expected
 

@@ -41,6 +41,8 @@ def test_each_step_waits_for_the_one_that_it_relies_on(deaths: list[dict[str, ob
     """Reserved, written, flushed, named, its name flushed, on record: a power cut must find them in this order."""
     steps = deaths[0]["steps"]
     assert isinstance(steps, list)
-    done = [step.removeprefix("after ") for step in steps if step.startswith("after ") and step != "after mkdir"]
+    done = [
+        step.removeprefix("after ") for step in steps if step.startswith("after ") and step != "after mkdir"
+    ]
     second = done[done.index("record") + 1 :]
     assert second[:8] == ["reserve", "write", "write", "write", "fsync", "replace", "fsync", "record"]

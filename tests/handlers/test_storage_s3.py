@@ -81,9 +81,16 @@ async def test_a_run_becomes_labelled_objects(
     body = picture()
     big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="Größe 1", kind="videoUrl")
     run = replace(
-        run, technique_id="tech ü", metadata={"market": "a/b?"}, outputs=(media.output("/a", page(body)), big)
+        run,
+        technique_id="tech ü",
+        metadata={"market": "a/b?"},
+        outputs=(media.output("/a", page(body)), big),
     )
-    labels = {"team": "studio", "market": "{metadata[market]}: {position:02d}{ext}", "missing": "{metadata[none]}"}
+    labels = {
+        "team": "studio",
+        "market": "{metadata[market]}: {position:02d}{ext}",
+        "missing": "{metadata[none]}",
+    }
     handler = storage(bucket, cache_control="public, max-age=60", thumbnails=True, labels=labels)
     await handler.check()
     context = context_of()
@@ -222,7 +229,11 @@ async def test_connections_that_break_in_the_middle(bucket: Bucket) -> None:
 
 
 async def test_a_link_that_never_lasts(
-    bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket,
+    run: SettledRun,
+    media: MediaServer,
+    context_of: ContextOf,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Given up after a few tries, with a plain reason; the next attempt over a good link needs nothing else."""
     monkeypatch.setitem(handlers.storage.clouds._RETRIES, "max_retries", 1)
@@ -252,7 +263,9 @@ async def test_targets_that_do_not_answer(bucket: Bucket, monkeypatch: pytest.Mo
     monkeypatch.setitem(handlers.storage.clouds._RETRIES, "max_retries", 0)
     with pytest.raises(TargetUnreachableError, match="no response from its endpoint"):
         await storage(Bucket("http://127.0.0.1:1")).check()
-    async with told(PUT=(503, {}, b"<Error><Code>SlowDown</Code><Message>Please wait</Message></Error>")) as busy:
+    async with told(
+        PUT=(503, {}, b"<Error><Code>SlowDown</Code><Message>Please wait</Message></Error>")
+    ) as busy:
         with pytest.raises(TargetUnreachableError, match=r"responded with 503 \(SlowDown, Please wait\)"):
             await storage(Bucket(busy.endpoint)).check()
 
@@ -273,7 +286,9 @@ async def test_wrong_credentials(bucket: Bucket, run: SettledRun, context_of: Co
     run = replace(run, outputs=(Output(position=0, output_id="a", type="text", value="x"),))
     await bucket.let_in_nobody()
     try:
-        with pytest.raises(PlaceError, match=r"InvalidAccessKeyId, .*check credentials and permissions") as caught:
+        with pytest.raises(
+            PlaceError, match=r"InvalidAccessKeyId, .*check credentials and permissions"
+        ) as caught:
             await storage(bucket).check()
         answer = await storage(bucket).handle(run, context_of())
     finally:
@@ -293,7 +308,10 @@ DENIED: tuple[int, dict[str, str], bytes] = (403, {}, b"<Error><Code>AccessDenie
     [
         ({"PUT": DENIED}, "cannot write to s3://bucket/pre: AccessDenied"),
         ({"PUT": OK, "GET": DENIED}, "can write to, but not read from, s3://bucket/pre: AccessDenied"),
-        ({"PUT": OK, "GET": OK, "DELETE": DENIED}, "can write to, but not delete from, s3://bucket/pre: AccessDenied"),
+        (
+            {"PUT": OK, "GET": OK, "DELETE": DENIED},
+            "can write to, but not delete from, s3://bucket/pre: AccessDenied",
+        ),
         (
             {"PUT": OK, "GET": OK, "DELETE": OK, "HEAD": DENIED},
             "can write to, but not look up missing objects in, s3://bucket/pre: refused",
@@ -336,7 +354,9 @@ async def test_what_a_store_holds_is_compared(monkeypatch: pytest.MonkeyPatch) -
 async def test_what_came_in_parts_is_compared_too() -> None:
     """The ETag of an upload in parts tells their checksums: another one is looked into, and other bytes are an error."""
     body = BIG[: PART_BYTES + 5]
-    parts = [hashlib.md5(part, usedforsecurity=False).digest() for part in (body[:PART_BYTES], body[PART_BYTES:])]
+    parts = [
+        hashlib.md5(part, usedforsecurity=False).digest() for part in (body[:PART_BYTES], body[PART_BYTES:])
+    ]
     etag = f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-2"
     for shown, held, error in [
         (etag, b"never read", None),
@@ -362,7 +382,9 @@ async def test_what_came_in_parts_is_compared_too() -> None:
 @pytest.mark.parametrize("name", ["ä" * 60, "aä" * 60, "aaä" * 60, "x" * 300, "日" * 1000, "😀" * 90])
 async def test_labels_end_with_a_whole_character(bucket: Bucket, name: str) -> None:
     """What is too long for a label is cut, never within a character."""
-    await bucket.place().write("a", chunks(b"x"), content_type=None, expected=None, metadata={"output": name})
+    await bucket.place().write(
+        "a", chunks(b"x"), content_type=None, expected=None, metadata={"output": name}
+    )
     _, labels, _ = await held(bucket, "a")
     assert 240 < len(labels["output"]) <= 256
     assert name.startswith(unquote(labels["output"], errors="strict"))
@@ -372,7 +394,12 @@ async def test_the_usual_environment_works_and_options_override_it(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`AWS_…` as for every other program; what `store` names comes first."""
-    names = {"ENDPOINT_URL": bucket.endpoint, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ALLOW_HTTP": "true"}
+    names = {
+        "ENDPOINT_URL": bucket.endpoint,
+        "ACCESS_KEY_ID": "a",
+        "SECRET_ACCESS_KEY": "b",
+        "ALLOW_HTTP": "true",
+    }
     for name, value in {**names, "REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     handler = Storage(StorageConfig(url="s3://bucket/env"))
@@ -385,7 +412,12 @@ def test_secrets_come_from_where_secrets_come_from(tmp_path: Any) -> None:
     """Each option may point to the environment or to a file; none is shown."""
     file = tmp_path / "secret"
     file.write_text(f"{SECRET}\n")
-    options = {"access_key_id": "env:KEY", "secret_access_key": f"file:{file}", "timeout": "5s", "aws_allow_http": True}
+    options = {
+        "access_key_id": "env:KEY",
+        "secret_access_key": f"file:{file}",
+        "timeout": "5s",
+        "aws_allow_http": True,
+    }
     config = StorageConfig.model_validate(
         {"url": "s3://bucket", "store": options}, context={"environ": {"KEY": "AKIAEXAMPLE"}}
     )
@@ -450,7 +482,11 @@ asyncio.run(main())
 def test_two_hundred_megabytes_take_little_memory(bucket: Bucket) -> None:
     """In parts, a few at a time: what a large output takes is what a small one took."""
     told = subprocess.run(
-        [sys.executable, "-c", UPLOAD, bucket.endpoint], check=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", UPLOAD, bucket.endpoint],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
     ).stdout
     size, sha256, growth = told.split()
     digest = hashlib.sha256()

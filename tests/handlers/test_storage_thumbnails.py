@@ -19,10 +19,18 @@ from receiver.handler import THUMBNAIL, Done, MissingExtraError, SettledRun
 from tests.support.media import MediaServer, page
 
 ContextOf = Callable[..., Any]
-KINDS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp"}
+KINDS = {
+    "PNG": "image/png",
+    "JPEG": "image/jpeg",
+    "WEBP": "image/webp",
+    "GIF": "image/gif",
+    "BMP": "image/bmp",
+}
 
 
-def picture(kind: str = "PNG", size: tuple[int, int] = (1200, 600), mode: str = "RGB", **options: Any) -> bytes:
+def picture(
+    kind: str = "PNG", size: tuple[int, int] = (1200, 600), mode: str = "RGB", **options: Any
+) -> bytes:
     made = io.BytesIO()
     Image.linear_gradient("L").resize(size).convert(mode).save(made, kind, **options)
     return made.getvalue()
@@ -41,7 +49,12 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + chunk(b"IEND", b"")
+    )
 
 
 def scanned(times: int) -> bytes:
@@ -132,13 +145,17 @@ print(peak() - before)
     ("kind", "mode", "side"),
     [("PNG", "RGBA", 6_300), ("PNG", "LA", 6_300), ("JPEG", "CMYK", 6_300), ("WEBP", "RGB", 4_470)],
 )
-def test_the_largest_take_as_much_memory_as_is_said(tmp_path: Path, kind: str, mode: str, side: int) -> None:
+def test_the_largest_take_as_much_memory_as_is_said(
+    tmp_path: Path, kind: str, mode: str, side: int
+) -> None:
     """A file of a few kilobytes must not take the service down: all copies together stay within what is documented."""
     options = {"WEBP": {"method": 0}, "PNG": {"compress_level": 1}}.get(kind, {})
     for name, size in (("small", 16), ("large", side)):
         (tmp_path / name).write_bytes(picture(kind, (size, size), mode, **options))
     command = [sys.executable, "-c", LARGEST, KINDS[kind]]
-    told = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120).stdout
+    told = subprocess.run(
+        command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120
+    ).stdout
     assert int(told) <= MAX_MEMORY * 1.1
 
 
@@ -154,7 +171,11 @@ async def test_a_thumbnail_lies_beside_its_image_and_is_on_record(
     file = tmp_path / "2026-11-24/run_1/out.png.thumb.webp"
     record = context.records[THUMBNAIL]
     assert record.location == file.as_uri()
-    assert (record.size, record.content_type, record.output_id) == (file.stat().st_size, "image/webp", "out")
+    assert (record.size, record.content_type, record.output_id) == (
+        file.stat().st_size,
+        "image/webp",
+        "out",
+    )
     assert THUMBNAIL - 1 not in context.records
     stores, requests = context.stores, len(media.requests)
     await handler.handle(run, context)
@@ -188,7 +209,9 @@ async def test_a_file_of_someone_else_is_not_replaced_by_a_thumbnail(
     file.parent.mkdir(parents=True)
     file.write_bytes(b"mine")
     run = replace(run, outputs=(media.output("/a", page(picture())),))
-    config = StorageConfig.model_validate({"url": str(tmp_path), "thumbnails": True, "overwrite": overwrite})
+    config = StorageConfig.model_validate(
+        {"url": str(tmp_path), "thumbnails": True, "overwrite": overwrite}
+    )
     context = context_of()
     assert isinstance(await Storage(config).handle(run, context), Done)
     assert file.read_bytes() == b"mine"

@@ -112,7 +112,9 @@ async def test_a_retry_is_a_duplicate(core: Core) -> None:
     settled = await core.run()
     assert await core.call() == Duplicate()
     assert await core.run() == settled
-    assert [tuple(row) for row in await core.rows("SELECT delivery_id, duplicates FROM deliveries")] == [("whd_1", 2)]
+    assert [tuple(row) for row in await core.rows("SELECT delivery_id, duplicates FROM deliveries")] == [
+        ("whd_1", 2)
+    ]
     assert len(await core.dispatches()) == 1
 
 
@@ -147,7 +149,9 @@ async def test_an_unreadable_body_is_kept_and_refused(core: Core, body: bytes) -
         (sign(callback_body(), "whsec_other", timestamp=int(NOW.timestamp())), "signature_mismatch"),
     ],
 )
-async def test_a_refused_callback_leaves_nothing_but_a_note(core: Core, signature: str | None, code: str) -> None:
+async def test_a_refused_callback_leaves_nothing_but_a_note(
+    core: Core, signature: str | None, code: str
+) -> None:
     """No row, no wake-up; when, why, from where and how large, never the body."""
     body = callback_body()
     answer = await core.intake.accept(body, signature, remote="192.0.2.1")
@@ -174,7 +178,9 @@ async def test_notes_of_refusals_are_bounded(core: Core) -> None:
 
 async def test_a_workspace_may_not_speak_for_another(database: Database, clock: Clock) -> None:
     """Each secret belongs to its workspace, where the settings say so; one that belongs to none speaks for all."""
-    core = a_core(database, clock, secrets=[Secret("whsec_a", "ws_a"), Secret("whsec_b", "ws_b"), Secret("whsec_any")])
+    core = a_core(
+        database, clock, secrets=[Secret("whsec_a", "ws_a"), Secret("whsec_b", "ws_b"), Secret("whsec_any")]
+    )
     body = callback_body(workspace_id="ws_b")
     answer = await core.intake.accept(body, sign_body(body, secret="whsec_a"))
     assert isinstance(answer, Refused)
@@ -229,7 +235,9 @@ async def test_a_forged_callback_at_a_wrong_time_makes_nothing_due(core: Core) -
     assert await core.run() == before
 
 
-async def test_a_broken_ledger_does_not_turn_a_refusal_into_an_error(database: Database, clock: Clock) -> None:
+async def test_a_broken_ledger_does_not_turn_a_refusal_into_an_error(
+    database: Database, clock: Clock
+) -> None:
     """The look is a favour; without it the answer is the same."""
     core = a_core(database, clock)
     await core.register()
@@ -257,7 +265,9 @@ async def test_the_same_delivery_twice_in_a_batch(core: Core) -> None:
     assert len(seen) == 1
     assert answers.count(Accepted()) == 1
     assert answers.count(Duplicate()) == 4
-    assert [tuple(row) for row in await core.rows("SELECT delivery_id, duplicates FROM deliveries")] == [("whd_1", 4)]
+    assert [tuple(row) for row in await core.rows("SELECT delivery_id, duplicates FROM deliveries")] == [
+        ("whd_1", 4)
+    ]
 
 
 async def test_several_deliveries_of_one_run_in_a_batch(core: Core) -> None:
@@ -267,7 +277,11 @@ async def test_several_deliveries_of_one_run_in_a_batch(core: Core) -> None:
     )
     assert list(answers) == [Accepted()] * 4
     run = await core.run()
-    assert (run.state, run.callback_status, run.version) == (RunState.REPORTED, CallbackStatus.CONFLICTING, 0)
+    assert (run.state, run.callback_status, run.version) == (
+        RunState.REPORTED,
+        CallbackStatus.CONFLICTING,
+        0,
+    )
     assert await core.count("deliveries") == 4
 
 
@@ -290,7 +304,10 @@ async def test_everything_about_a_run_in_one_batch(core: Core) -> None:
 async def test_more_entries_than_a_batch_holds(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit goes with the next one; nobody is forgotten."""
     monkeypatch.setattr(group_commit, "_MAX_BATCH", 3)
-    assert await asyncio.gather(*(core.call(f"whd_{n}", f"run_{n % 4}") for n in range(20))) == [Accepted()] * 20
+    assert (
+        await asyncio.gather(*(core.call(f"whd_{n}", f"run_{n % 4}") for n in range(20)))
+        == [Accepted()] * 20
+    )
     assert await core.count("deliveries") == 20
     assert await core.count("runs") == 4
 
@@ -298,9 +315,15 @@ async def test_more_entries_than_a_batch_holds(core: Core, monkeypatch: pytest.M
 async def test_a_bad_row_fails_alone(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sender gets a 503; the others in its batch are committed, and it can come again."""
     with failing_for(monkeypatch, "run_3"):
-        answers = await asyncio.gather(*(core.call(f"whd_{n}", f"run_{n}") for n in range(6)), return_exceptions=True)
-    assert [type(answer) for answer in answers] == [StoreUnavailableError if n == 3 else Accepted for n in range(6)]
-    assert {row[0] for row in await core.rows("SELECT run_id FROM runs")} == {f"run_{n}" for n in range(6) if n != 3}
+        answers = await asyncio.gather(
+            *(core.call(f"whd_{n}", f"run_{n}") for n in range(6)), return_exceptions=True
+        )
+    assert [type(answer) for answer in answers] == [
+        StoreUnavailableError if n == 3 else Accepted for n in range(6)
+    ]
+    assert {row[0] for row in await core.rows("SELECT run_id FROM runs")} == {
+        f"run_{n}" for n in range(6) if n != 3
+    }
     assert await core.count("deliveries") == 5
     assert await core.call("whd_3", "run_3") == Accepted()
 
@@ -364,7 +387,10 @@ async def test_each_loss_has_its_own_dispatch(database: Database, clock: Clock) 
         assert (run.state, run.losses) == (RunState.LOST, losses)
         await core.call(f"whd_{losses}")
         clock.forward(days=2)
-    assert [row.idempotency_key for row in await core.dispatches()] == ["run_1:alert:lost:0", "run_1:alert:lost:1"]
+    assert [row.idempotency_key for row in await core.dispatches()] == [
+        "run_1:alert:lost:0",
+        "run_1:alert:lost:1",
+    ]
 
 
 # --- bad weather -------------------------------------------------------------------------------------------------
@@ -400,7 +426,9 @@ async def test_an_entry_times_out_before_flora_does(core: Core, monkeypatch: pyt
     assert await core.call() == Duplicate()
 
 
-async def test_the_number_of_waiting_entries_is_limited(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_waiting_entries_is_limited(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A database that hangs must not fill our memory: who comes then is told at once, and what waits is committed."""
     monkeypatch.setattr(group_commit, "_MAX_WAITING", 3)
     calls = [asyncio.create_task(core.call(f"whd_{n}", f"run_{n}")) for n in range(5)]

@@ -40,7 +40,9 @@ def contexts(authority: Authority, directory: Path, *hosts: str) -> tuple[ssl.SS
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "::1"])
-async def test_a_local_certificate_verifies_under_its_ca(authority: Authority, tmp_path: Path, name: str) -> None:
+async def test_a_local_certificate_verifies_under_its_ca(
+    authority: Authority, tmp_path: Path, name: str
+) -> None:
     assert await handshake(*contexts(authority, tmp_path), name) == "TLSv1.3"
 
 

@@ -86,7 +86,9 @@ def test_every_kind_of_address_that_is_not_public_is_refused(address: str) -> No
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["1.1.1.1", "8.8.8.8", "172.32.0.1", "2606:4700::1111", "2a00:1450:4001:81b::200e"])
+@pytest.mark.parametrize(
+    "address", ["1.1.1.1", "8.8.8.8", "172.32.0.1", "2606:4700::1111", "2a00:1450:4001:81b::200e"]
+)
 def test_public_addresses_pass(address: str) -> None:
     """The guard must not get in the way of the internet."""
     assert is_public(address)
@@ -125,7 +127,9 @@ async def test_the_connection_goes_to_the_address_that_was_checked() -> None:
 async def test_a_dead_address_does_not_hide_a_living_one() -> None:
     """All checked addresses are tried in turn."""
     async with serve_media() as media:
-        backend = GuardedBackend(allowed=[("media.test", media.port)], resolve=Names("127.0.0.9", "127.0.0.1"))
+        backend = GuardedBackend(
+            allowed=[("media.test", media.port)], resolve=Names("127.0.0.9", "127.0.0.1")
+        )
         stream = await backend.connect_tcp("media.test", media.port, timeout=5)
         await stream.aclose()
 

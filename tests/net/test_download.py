@@ -69,7 +69,9 @@ async def test_a_file_arrives_whole_in_bounded_chunks(media: MediaServer, downlo
 async def test_bytes_are_counted_as_they_arrive(media: MediaServer) -> None:
     """Those of a download that is cut count too; an inline text, which is not fetched, does not."""
     counts: list[int] = []
-    downloader = Downloader(limits=QUICK, allow_private_hosts=[media.authority], tls=TLS, count_bytes=counts.append)
+    downloader = Downloader(
+        limits=QUICK, allow_private_hosts=[media.authority], tls=TLS, count_bytes=counts.append
+    )
     body = bytes(range(256)) * 12_000
     await read(downloader, media.output("/whole", page(body)))
     assert sum(counts) == len(body)
@@ -164,7 +166,9 @@ async def test_a_public_name_for_a_private_address_is_refused() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_redirects_never_reach_private_hosts(media: MediaServer, downloader: Downloader, scheme: str) -> None:
+async def test_redirects_never_reach_private_hosts(
+    media: MediaServer, downloader: Downloader, scheme: str
+) -> None:
     """An allowed host is allowed for the first request only.
 
     A redirect leads neither to another private port nor back to the allowed one.
@@ -178,7 +182,9 @@ async def test_redirects_never_reach_private_hosts(media: MediaServer, downloade
 
 
 @pytest.mark.parametrize("location", ["", "ftp://example.com/secret", "https://x:y@example.com/secret"])
-async def test_redirects_to_nowhere_are_refused(media: MediaServer, downloader: Downloader, location: str) -> None:
+async def test_redirects_to_nowhere_are_refused(
+    media: MediaServer, downloader: Downloader, location: str
+) -> None:
     """A redirect must name a URL, without credentials."""
     output = media.output("/secret", redirect(location))
     assert isinstance(await failure(downloader, output), DownloadRefusedError)
@@ -206,7 +212,9 @@ async def test_too_large_while_streaming(media: MediaServer, size: int) -> None:
 
 async def test_a_length_beside_chunks_does_not_count(media: MediaServer, downloader: Downloader) -> None:
     """A length beside chunked encoding does not count, and is not passed on."""
-    raw = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    raw = (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    )
     async with downloader.open(media.output("/secret", Page(raw))) as download:
         assert download.content_length is None
         assert b"".join([chunk async for chunk in download]) == b"hello"
@@ -231,7 +239,9 @@ async def test_bytes_after_the_body_do_not_count(media: MediaServer, downloader:
         ("401 Who", False),
     ],
 )
-async def test_statuses_other_than_200(media: MediaServer, downloader: Downloader, status: str, expired: bool) -> None:
+async def test_statuses_other_than_200(
+    media: MediaServer, downloader: Downloader, status: str, expired: bool
+) -> None:
     """Only 200 is an output. 403, 404 and 410 mean that the URL has expired."""
     error = await failure(downloader, media.output("/secret", page(b"", status=status)))
     assert isinstance(error, DownloadFailedError)
@@ -251,7 +261,9 @@ async def test_statuses_other_than_200(media: MediaServer, downloader: Downloade
         b"",
     ],
 )
-async def test_cut_and_broken_responses_fail(media: MediaServer, downloader: Downloader, raw: bytes) -> None:
+async def test_cut_and_broken_responses_fail(
+    media: MediaServer, downloader: Downloader, raw: bytes
+) -> None:
     """Fewer bytes than announced are never an output, nor is an empty body."""
     assert isinstance(await failure(downloader, media.output("/secret", Page(raw))), DownloadFailedError)
 
@@ -266,7 +278,8 @@ async def test_an_encoded_body_is_refused(media: MediaServer, downloader: Downlo
 async def test_silence_is_a_stall(media: MediaServer, raw: bytes) -> None:
     """A server that stops sending is given up after the stall time."""
     error = await failure(
-        limited_downloader(media, download_limits(stall_seconds=0.05)), media.output("/secret", Page(raw, hold=True))
+        limited_downloader(media, download_limits(stall_seconds=0.05)),
+        media.output("/secret", Page(raw, hold=True)),
     )
     assert isinstance(error, DownloadFailedError)
     assert "stalled" in str(error)
@@ -322,7 +335,10 @@ async def local(host: str, port: int) -> Sequence[str]:
 async def test_tls_is_verified_against_the_name_and_not_the_address(tmp_path: Path) -> None:
     """The certificate is checked against the host's name, although the address is pinned."""
     server_tls, ca = certificate(tmp_path, "media.test")
-    async with serve_media("media.test", server_tls) as media, serve_media("other.test", server_tls) as wrong:
+    async with (
+        serve_media("media.test", server_tls) as media,
+        serve_media("other.test", server_tls) as wrong,
+    ):
         output = media.output("/secret", page(b"safe"))
         downloader = Downloader(
             limits=download_limits(),
@@ -331,8 +347,12 @@ async def test_tls_is_verified_against_the_name_and_not_the_address(tmp_path: Pa
             resolve=local,
         )
         assert await read(downloader, output) == b"safe"
-        assert isinstance(await failure(downloader, wrong.output("/secret", page(b"x"))), DownloadFailedError)
-        untrusting = Downloader(limits=download_limits(), allow_private_hosts=[media.authority], tls=TLS, resolve=local)
+        assert isinstance(
+            await failure(downloader, wrong.output("/secret", page(b"x"))), DownloadFailedError
+        )
+        untrusting = Downloader(
+            limits=download_limits(), allow_private_hosts=[media.authority], tls=TLS, resolve=local
+        )
         assert isinstance(await failure(untrusting, output), DownloadFailedError)
         await downloader.aclose()
         assert len(media.requests) == 1
@@ -360,7 +380,9 @@ async def test_redirects_in_public(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         await downloader.aclose()
 
 
-async def test_a_cancelled_download_closes_its_connection(media: MediaServer, downloader: Downloader) -> None:
+async def test_a_cancelled_download_closes_its_connection(
+    media: MediaServer, downloader: Downloader
+) -> None:
     """The server sees the connection end at once."""
     output = media.output("/secret", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort", hold=True))
     task = asyncio.create_task(read(downloader, output))

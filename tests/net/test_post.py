@@ -47,7 +47,10 @@ async def test_a_post_arrives_as_it_is(there: Target) -> None:
     assert post.line == "POST /hooks/flora HTTP/1.1"
     assert post.body == b'{"a": 1}'
     assert (post.headers["authorization"], post.headers["x-one"]) == ("Bearer k", "1")
-    assert (post.headers["content-type"], post.headers["accept-encoding"]) == ("application/json", "identity")
+    assert (post.headers["content-type"], post.headers["accept-encoding"]) == (
+        "application/json",
+        "identity",
+    )
     assert "cookie" not in post.headers
 
 
@@ -83,10 +86,14 @@ async def test_the_status_counts_whatever_the_body_does(there: Target, page: Pag
     assert (await post_once(there)).status == 200
 
 
-async def test_a_body_that_never_ends_is_not_waited_for(there: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_that_never_ends_is_not_waited_for(
+    there: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The response counts; the connection is closed."""
     monkeypatch.setattr("receiver.net.post.BODY_SECONDS", 0.05)
-    there.answers = [Page(b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 100\r\n\r\nlater", hold=True)]
+    there.answers = [
+        Page(b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 100\r\n\r\nlater", hold=True)
+    ]
     found = await post_once(there)
     assert (found.status, found.retry_after_seconds, found.excerpt) == (503, 7.0, "later")
     await there.gone.wait()
@@ -101,7 +108,9 @@ async def test_a_missing_response_is_given_up(there: Target, raw: bytes) -> None
     assert str(error) == "localhost: no answer within 0.1 s"
 
 
-@pytest.mark.parametrize("raw", [b"", b"HTTP/1.1 200", b"secret nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nbroken"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"HTTP/1.1 200", b"secret nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nbroken"]
+)
 async def test_a_malformed_response_fails(there: Target, raw: bytes) -> None:
     """The post may have arrived nevertheless, so it will be repeated."""
     there.answers = [Page(raw)]
@@ -135,7 +144,9 @@ async def test_a_name_that_does_not_resolve_may_later() -> None:
     async def resolve(host: str, port: int) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_AGAIN, "try again")
 
-    assert isinstance(await post_failure(Poster("https://hooks.test/secret", resolve=resolve)), PostFailedError)
+    assert isinstance(
+        await post_failure(Poster("https://hooks.test/secret", resolve=resolve)), PostFailedError
+    )
 
 
 async def test_tls_is_verified(tmp_path: Path) -> None:
@@ -220,7 +231,13 @@ def test_addresses_that_are_not_posted_to(text: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["http://127.0.0.1:9000/x", "https://example.com/a?b=c", "http://[::1]:9/", "http://xn--bcher-kva.test/"]
+    "text",
+    [
+        "http://127.0.0.1:9000/x",
+        "https://example.com/a?b=c",
+        "http://[::1]:9/",
+        "http://xn--bcher-kva.test/",
+    ],
 )
 def test_addresses_that_are_posted_to(text: str) -> None:
     assert target_url(text, allow_private=True) == text

@@ -33,7 +33,9 @@ async def media() -> AsyncIterator[MediaServer]:
 @pytest.fixture
 async def downloader(media: MediaServer) -> AsyncIterator[Downloader]:
     made = Downloader(
-        limits=download_limits(stall_seconds=5, deadline_seconds=10), allow_private_hosts=[media.authority], tls=TLS
+        limits=download_limits(stall_seconds=5, deadline_seconds=10),
+        allow_private_hosts=[media.authority],
+        tls=TLS,
     )
     yield made
     await made.aclose()
@@ -65,7 +67,9 @@ def range_lines(media: MediaServer) -> list[str]:
 
 
 @pytest.mark.parametrize("first", [1, 700_000, len(BODY) - 1])
-async def test_a_cut_body_is_resumed_where_it_ended(media: MediaServer, downloader: Downloader, first: int) -> None:
+async def test_a_cut_body_is_resumed_where_it_ended(
+    media: MediaServer, downloader: Downloader, first: int
+) -> None:
     """One request for the rest, bound to the same body; the result is the whole body."""
     output = media.output("/secret", rest(first, *STRONG))
     media.first["/secret"] = [cut(first, *STRONG)]
@@ -82,7 +86,9 @@ async def test_the_rest_may_be_cut_too(media: MediaServer, downloader: Downloade
         rest(300_000, *STRONG, until=900_000),
     ]
     assert await read(downloader, output) == BODY
-    media.first["/secret"] = [cut(n * 1000, *STRONG) if n == 1 else rest(1000, until=1000) for n in range(1, 9)]
+    media.first["/secret"] = [
+        cut(n * 1000, *STRONG) if n == 1 else rest(1000, until=1000) for n in range(1, 9)
+    ]
     with pytest.raises(DownloadFailedError, match="cut"):
         await read(downloader, output)
     assert len(media.requests) == 4 + 1 + MAX_RESUMES
@@ -100,7 +106,9 @@ async def test_resumes_that_bring_bytes_are_not_counted(media: MediaServer, down
     assert len(media.requests) == len(cuts) > 2 * MAX_RESUMES
 
 
-async def test_resumes_in_vain_are_counted_anew_after_each_byte(media: MediaServer, downloader: Downloader) -> None:
+async def test_resumes_in_vain_are_counted_anew_after_each_byte(
+    media: MediaServer, downloader: Downloader
+) -> None:
     """Almost as many failures as are allowed, twice, are survived."""
     busy = [page(b"", status="503 Busy")] * (MAX_RESUMES - 1)
     output = media.output("/secret", page(b"", status="500 Oops"))
@@ -157,7 +165,9 @@ async def test_an_old_date_is_a_strong_validator(media: MediaServer, downloader:
         page(b"", status="416 Range Not Satisfiable"),
     ],
 )
-async def test_another_body_is_never_appended(media: MediaServer, downloader: Downloader, answer: Page) -> None:
+async def test_another_body_is_never_appended(
+    media: MediaServer, downloader: Downloader, answer: Page
+) -> None:
     """A response that is not exactly the rest ends the download."""
     output = media.output("/secret", answer)
     media.first["/secret"] = [cut(1000, *STRONG)]
@@ -182,11 +192,19 @@ async def test_more_than_the_whole_is_an_error(media: MediaServer, downloader: D
         (page(b"", status="403 Forbidden"), DownloadFailedError, True),
         (redirect("http://10.0.0.1/secret"), DownloadRefusedError, None),
         (redirect("https://10.0.0.1/secret"), DownloadRefusedError, None),
-        (page(b"x", "image/png", "Content-Encoding: gzip", status="206 Partial Content"), DownloadRefusedError, None),
+        (
+            page(b"x", "image/png", "Content-Encoding: gzip", status="206 Partial Content"),
+            DownloadRefusedError,
+            None,
+        ),
     ],
 )
 async def test_the_guards_hold_for_the_rest(
-    media: MediaServer, downloader: Downloader, answer: Page, kind: type[DownloadError], expired: bool | None
+    media: MediaServer,
+    downloader: Downloader,
+    answer: Page,
+    kind: type[DownloadError],
+    expired: bool | None,
 ) -> None:
     """A request for the rest is guarded like the first; an expired URL is reported as expired."""
     output = media.output("/secret", answer)

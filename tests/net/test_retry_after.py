@@ -75,6 +75,8 @@ def test_a_date_counts_from_the_date_of_the_response(skew: dict[str, float]) -> 
         (9e9, 1, 3600.0),
     ],
 )
-def test_short_pauses_grow_with_the_attempts(asked: float | None, attempt: int, pause: float | None) -> None:
+def test_short_pauses_grow_with_the_attempts(
+    asked: float | None, attempt: int, pause: float | None
+) -> None:
     """A server that always asks for a second must not use up twelve attempts in twelve seconds."""
     assert growing_pause(asked, attempt) == pause

@@ -15,7 +15,15 @@ import pytest
 
 from receiver.config import Settings
 from receiver.errors import AttemptOverError, ConfigError
-from receiver.handler import Context, Done, DownloadRefusedError, LocationTakenError, Reject, Retry, SettledRun
+from receiver.handler import (
+    Context,
+    Done,
+    DownloadRefusedError,
+    LocationTakenError,
+    Reject,
+    Retry,
+    SettledRun,
+)
 from receiver.plugins.attempt import call_handler
 from receiver.plugins.functions import BlockingContext, FunctionHandler
 from receiver.plugins.loader import load_handlers
@@ -129,7 +137,9 @@ def test_a_function_has_no_options() -> None:
         ("text", Retry("it returned str instead of Done, Retry or Reject")),
     ],
 )
-async def test_what_a_function_returns(returned: Any, answer: Any, is_async: bool, context_of: ContextOf) -> None:
+async def test_what_a_function_returns(
+    returned: Any, answer: Any, is_async: bool, context_of: ContextOf
+) -> None:
     """None and a mapping are Done, answers are themselves, and all else is a reported mistake."""
 
     async def asynchronous(run: SettledRun, context: Context) -> Any:
@@ -138,14 +148,19 @@ async def test_what_a_function_returns(returned: Any, answer: Any, is_async: boo
     def plain_function(run: SettledRun, context: BlockingContext) -> Any:
         return returned
 
-    assert await run_attempt(FunctionHandler(asynchronous if is_async else plain_function), context_of()) == answer
+    assert (
+        await run_attempt(FunctionHandler(asynchronous if is_async else plain_function), context_of())
+        == answer
+    )
 
 
 async def run_attempt(handler: FunctionHandler, context: MemoryContext, seconds: float = 30) -> Any:
     return await call_handler(handler, RUN, context, seconds)
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), SystemExit("no"), KeyboardInterrupt("no"), StopIteration("no")])
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), SystemExit("no"), KeyboardInterrupt("no"), StopIteration("no")]
+)
 async def test_an_exception_of_a_function_means_retry(error: BaseException, context_of: ContextOf) -> None:
     """Also one that would end a program or a coroutine."""
 
@@ -243,7 +258,9 @@ async def test_a_function_that_hangs_is_abandoned(context_of: ContextOf) -> None
     assert await run_attempt(handler, context_of()) == Done()
 
 
-async def test_a_running_download_is_cleaned_up(media: MediaServer, context_of: ContextOf, tmp_path: Path) -> None:
+async def test_a_running_download_is_cleaned_up(
+    media: MediaServer, context_of: ContextOf, tmp_path: Path
+) -> None:
     """When its time is over, no partial file is left, and the function gets an error."""
     slow = media.output("/slow", Page(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort", hold=True))
     heard = threading.Event()

@@ -125,7 +125,8 @@ def test_names_of_the_installed_handlers() -> None:
 def test_a_class_sets_defaults_and_the_settings_override_them() -> None:
     own, changed = load_handlers(
         settings(
-            entry("Opinionated"), {**entry("Opinionated", on=["settled"], when={"status": ["completed"]}), "name": "b"}
+            entry("Opinionated"),
+            {**entry("Opinionated", on=["settled"], when={"status": ["completed"]}), "name": "b"},
         )
     )
     assert (own.subscription.on, own.subscription.when.status) == ((Event.LOST, Event.DEAD), ("failed",))
@@ -171,7 +172,11 @@ def test_every_problem_is_reported_at_once() -> None:
     """All problems of a file are reported at once."""
     with pytest.raises(ConfigError) as caught:
         load_handlers(settings({"use": "nonsense"}, entry("Plain"), entry("Explosive"), entry("NoConfig")))
-    assert [problem.path for problem in caught.value.problems] == ["handlers.0.use", "handlers.2", "handlers.3.use"]
+    assert [problem.path for problem in caught.value.problems] == [
+        "handlers.0.use",
+        "handlers.2",
+        "handlers.3.use",
+    ]
 
 
 def test_a_value_is_never_repeated_in_a_problem() -> None:
@@ -218,7 +223,9 @@ def test_a_missing_extra_is_reported_with_its_fix() -> None:
 
 def test_a_class_may_set_its_own_limits() -> None:
     """The settings of its entry come first, then its own, then those of [dispatch]."""
-    own, changed = load_handlers(settings(entry("Modest"), {**entry("Modest", max_attempts=7), "name": "b"}))
+    own, changed = load_handlers(
+        settings(entry("Modest"), {**entry("Modest", max_attempts=7), "name": "b"})
+    )
     first, second = own.registration, changed.registration
     assert (first.max_attempts, first.timeout_seconds, first.concurrency) == (3, 5.0, 1)
     assert (second.max_attempts, second.timeout_seconds) == (7, 5.0)
@@ -227,7 +234,9 @@ def test_a_class_may_set_its_own_limits() -> None:
 def test_pauses_between_attempts_are_set_for_each_handler() -> None:
     """A value that is not set keeps its default."""
     usual, own = load_handlers(
-        settings(entry("Plain"), {**entry("Plain", backoff={"first_seconds": 60, "factor": 1}), "name": "b"})
+        settings(
+            entry("Plain"), {**entry("Plain", backoff={"first_seconds": 60, "factor": 1}), "name": "b"}
+        )
     )
     assert usual.registration.backoff == Backoff(timedelta(seconds=1), 2.0, timedelta(minutes=30))
     assert own.registration.backoff == Backoff(timedelta(seconds=60), 1.0, timedelta(minutes=30))
@@ -286,7 +295,9 @@ async def test_closing_ends_whatever_a_handler_does(monkeypatch: pytest.MonkeyPa
     """A handler that does not close delays the service only briefly; all others are closed."""
     monkeypatch.setattr(plugins, "_CLOSE_SECONDS", 0.01)
     names = ("a", "b", "c", "d", "e")
-    entries = [entry("Closing", options={"size": size}) | {"name": name} for size, name in enumerate(names, 1)]
+    entries = [
+        entry("Closing", options={"size": size}) | {"name": name} for size, name in enumerate(names, 1)
+    ]
     Closing.closed.clear()
     await close_handlers(load_handlers(settings(*entries, entry("Plain"))))
     assert sorted(Closing.closed) == ["4", "5"]

@@ -27,7 +27,9 @@ class Lives(contextlib.AsyncExitStack):
 
     async def begin(self) -> Served:
         log = self.enter_context(self.log.open("ab"))
-        process = await self.enter_async_context(served(self._stage, stdout=log.fileno(), **self._office.settings()))
+        process = await self.enter_async_context(
+            served(self._stage, stdout=log.fileno(), **self._office.settings())
+        )
         async with self._stage.client() as client:
             await process.ready(client)
         return process
@@ -73,7 +75,9 @@ async def _prove(directory: Path, *, crashes: bool) -> None:
                 assert lives.kills == len(KILLS)
             assert ended.code == 0, (ended.out[-3000:], ended.err[-3000:])
             batches.check(ROWS)
-            verdicts = stage.rows("SELECT verdict, count(*) AS runs FROM runs GROUP BY verdict ORDER BY verdict")
+            verdicts = stage.rows(
+                "SELECT verdict, count(*) AS runs FROM runs GROUP BY verdict ORDER BY verdict"
+            )
             attempts = [len(each.attempts) for each in stage.emulator.deliveries]
             orphans = lives.log.read_text().count('"start.exists"')
             print(  # noqa: T201 -- the figures are what a proof is for

@@ -36,7 +36,9 @@ async def test_a_thousand_kills(tmp_path: Path) -> None:
     seed = secrets.randbits(32)
     with capture_logs():  # the emulator's side of a killed connection is no news
         async with run_stage(tmp_path, run_seconds=0) as stage, nursery(stage) as lives:
-            stage.extra["dispatch"] = {"max_attempts": 1000}  # a life counts an attempt, and it is we who end it
+            stage.extra["dispatch"] = {
+                "max_attempts": 1000
+            }  # a life counts an attempt, and it is we who end it
             facts = await _batter(stage, lives, random.Random(seed))
     print(f"\nseed {seed}")
     for name, value in facts.items():
@@ -65,7 +67,9 @@ async def _batter(stage: Stage, lives: Nursery, chance: random.Random) -> Counte
             async def send(body: bytes = body) -> bool:
                 facts["callbacks sent"] += 1
                 try:
-                    answer = await client.post(stage.url, content=body, headers={HEADER: stage.signature(body)})
+                    answer = await client.post(
+                        stage.url, content=body, headers={HEADER: stage.signature(body)}
+                    )
                 except httpx.TransportError:
                     return False
                 assert answer.status_code in {200, 503}, answer.text
@@ -155,7 +159,9 @@ def _judge(
             facts["runs with a wrong, torn or missing file"] += 1
     rows = stage.rows("SELECT run_id, handler, event, round, state, attempts FROM dispatches")
     keys = Counter((row["run_id"], row["handler"], row["event"], row["round"]) for row in rows)
-    wrong = sum(row["state"] not in {"done", "skipped"} for row in rows) + sum(count > 1 for count in keys.values())
+    wrong = sum(row["state"] not in {"done", "skipped"} for row in rows) + sum(
+        count > 1 for count in keys.values()
+    )
     facts["dispatches not done, or twice in the ledger"] = wrong
     facts["dispatches that a kill interrupted"] = sum(row["attempts"] > 1 for row in rows)
     changed = [path for path, it in stored.items() if (path.stat().st_ino, path.stat().st_mtime_ns) != it]

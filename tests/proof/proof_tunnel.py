@@ -54,7 +54,9 @@ class Dev:
 
 @pytest.mark.parametrize("same_address", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_tunnel_that_fails_is_replaced(number: signal.Signals, same_address: bool, tmp_path: Path) -> None:
+def test_a_tunnel_that_fails_is_replaced(
+    number: signal.Signals, same_address: bool, tmp_path: Path
+) -> None:
     """Right after a canary, when it takes longest; a run of that time is stored, and the next one is called back again."""
     dev = Dev(tmp_path, *([free_port()] if same_address else []))
     try:
@@ -74,6 +76,8 @@ def test_a_tunnel_that_fails_is_replaced(number: signal.Signals, same_address: b
         assert opened["moved"] is not same_address
         after = dev.start()
         dev.until(lambda line: line["kind"] == "callback" and line["run_id"] == after)
-        dev.until(lambda line: line["kind"] == "run" and line["run_id"] == after and line["verdict"] == "matched")
+        dev.until(
+            lambda line: line["kind"] == "run" and line["run_id"] == after and line["verdict"] == "matched"
+        )
     finally:
         assert dev.running.stop() == 0

@@ -82,7 +82,11 @@ async def test_a_second_process_is_refused(database: SqliteDatabase, sqlite_path
     """The lock is the file's, not the process's."""
     script = "import sys, pathlib; from receiver.store import SqliteDatabase; SqliteDatabase(pathlib.Path(sys.argv[1]))"
     done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", script, str(sqlite_path)], capture_output=True, text=True, check=False
+        subprocess.run,
+        [sys.executable, "-c", script, str(sqlite_path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode != 0
     assert "StoreInUseError" in done.stderr
@@ -123,7 +127,12 @@ async def test_a_closed_database_says_so(sqlite_path: Path) -> None:
 
 async def test_the_settings_that_durability_rests_on(database: SqliteDatabase) -> None:
     """A commit is an fsync (2: FULL), the log is a WAL, references are checked."""
-    for name, value in (("synchronous", 2), ("journal_mode", "wal"), ("foreign_keys", 1), ("busy_timeout", 20)):
+    for name, value in (
+        ("synchronous", 2),
+        ("journal_mode", "wal"),
+        ("foreign_keys", 1),
+        ("busy_timeout", 20),
+    ):
         result = await database.run(partial(Connection.exec_driver_sql, statement=f"PRAGMA {name}"))
         assert result.scalar_one() == value
     assert await database.read(lambda tx: tx.exec_driver_sql("PRAGMA query_only").scalar_one()) == 1
@@ -173,8 +182,16 @@ async def test_one_bad_job_does_not_spoil_the_others(database: SqliteDatabase) -
         insert("run_half")(tx)
         raise KeyError("mine")
 
-    answers = await together(database, insert("run_1"), bad, insert("run_1"), lambda _: "answer", insert("run_2"))
-    assert [type(answer) for answer in answers] == [type(None), KeyError, exc.IntegrityError, str, type(None)]
+    answers = await together(
+        database, insert("run_1"), bad, insert("run_1"), lambda _: "answer", insert("run_2")
+    )
+    assert [type(answer) for answer in answers] == [
+        type(None),
+        KeyError,
+        exc.IntegrityError,
+        str,
+        type(None),
+    ]
     assert await runs_of(database) == ["run_1", "run_2"]
 
 
@@ -226,11 +243,15 @@ async def test_the_writer_survives_anything(database: SqliteDatabase) -> None:
 # --- bad weather -------------------------------------------------------------------------------------------------
 
 
-async def test_a_locked_file_is_unavailable_and_then_works_again(database: SqliteDatabase, sqlite_path: Path) -> None:
+async def test_a_locked_file_is_unavailable_and_then_works_again(
+    database: SqliteDatabase, sqlite_path: Path
+) -> None:
     """A backup tool holds the file: everyone waiting is told, nothing is written, and later it works."""
     with contextlib.closing(sqlite3.connect(sqlite_path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        answers = await asyncio.gather(*(database.write(insert(f"run_{n}")) for n in range(3)), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(database.write(insert(f"run_{n}")) for n in range(3)), return_exceptions=True
+        )
         assert {type(answer) for answer in answers} == {StoreUnavailableError}
         assert await runs_of(database) == []  # readers do not wait for a writer
         other.execute("ROLLBACK")
@@ -250,7 +271,9 @@ async def test_a_read_only_file_is_unavailable(database: SqliteDatabase) -> None
 
 async def test_a_full_disk_writes_nothing_by_halves(database: SqliteDatabase) -> None:
     """SQLite may have ended the transaction itself: the whole batch is told, and none of it is there."""
-    await database.run(lambda c: c.exec_driver_sql("PRAGMA max_page_count = 1").scalar_one())  # as small as it is now
+    await database.run(
+        lambda c: c.exec_driver_sql("PRAGMA max_page_count = 1").scalar_one()
+    )  # as small as it is now
     answers = await together(database, insert("run_1"), insert("run_2", 1_000_000), insert("run_3"))
     assert {type(answer) for answer in answers} == {StoreUnavailableError}
     assert await runs_of(database) == []

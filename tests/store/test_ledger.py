@@ -73,10 +73,20 @@ async def test_every_field_of_a_run_survives(database: Database) -> None:
 
 async def test_a_run_that_a_callback_tells_of_first(database: Database) -> None:
     """Its row is inserted with fewer columns, and only if nothing else of it is known."""
-    heard = a_run(RunState.REPORTED, origin=Origin.CALLBACK, workspace_id="ws_1", error_code="e", error_message="m")
+    heard = a_run(
+        RunState.REPORTED, origin=Origin.CALLBACK, workspace_id="ws_1", error_code="e", error_message="m"
+    )
     known = [
         replace(heard, run_id=f"run_{name}", **{name: getattr(FULL, name)})
-        for name in ("metadata", "callback_expected", "losses", "polls", "progress", "quoted_cost", "cost_due_at")
+        for name in (
+            "metadata",
+            "callback_expected",
+            "losses",
+            "polls",
+            "progress",
+            "quoted_cost",
+            "cost_due_at",
+        )
     ]
     await add(database, heard, *known)
     for run in (heard, *known):
@@ -87,7 +97,10 @@ async def test_a_run_that_a_callback_tells_of_first(database: Database) -> None:
 async def test_any_number_of_rows(core: Core, count: int) -> None:
     """However many share a statement, each comes in once, with its own delivery and body, and in order."""
     runs = [a_run(RunState.REPORTED, run_id=f"run_{number:03}") for number in range(count)]
-    rows = [a_delivery(f"whd_{number:03}", run_id=f"run_{number:03}", body=b"%d" % number) for number in range(count)]
+    rows = [
+        a_delivery(f"whd_{number:03}", run_id=f"run_{number:03}", body=b"%d" % number)
+        for number in range(count)
+    ]
 
     def job(tx: Connection) -> None:
         ledger.add_deliveries(tx, rows)
@@ -137,7 +150,9 @@ async def test_a_run_that_changed_meanwhile_is_not_overwritten(database: Databas
     await add(database, a_run(), a_run(run_id="run_2"))
     await database.write(lambda tx: ledger.update_runs(tx, [a_run(progress=10)]))
     with pytest.raises(StoreUnavailableError):
-        await database.write(lambda tx: ledger.update_runs(tx, [a_run(run_id="run_2", progress=5), a_run(progress=99)]))
+        await database.write(
+            lambda tx: ledger.update_runs(tx, [a_run(run_id="run_2", progress=5), a_run(progress=99)])
+        )
     assert (await get(database) or FULL).progress == 10
     assert (await get(database, "run_2") or FULL).progress is None
 
@@ -183,15 +198,22 @@ async def test_a_delivery_keeps_its_bytes(core: Core) -> None:
     rows = [a_delivery("whd_2", body=b"two"), a_delivery("whd_1")]
     await core.database.write(lambda tx: ledger.add_deliveries(tx, rows))
     assert await core.database.read(lambda tx: ledger.known_deliveries(tx, ["whd_1", "whd_3"])) == {"whd_1"}
-    found = await core.rows("SELECT delivery_id, body, signature FROM deliveries JOIN delivery_bodies USING (seq)")
-    assert sorted(tuple(row) for row in found) == [("whd_1", b"\x00\xff", "t=1,v1=00"), ("whd_2", b"two", "t=1,v1=00")]
+    found = await core.rows(
+        "SELECT delivery_id, body, signature FROM deliveries JOIN delivery_bodies USING (seq)"
+    )
+    assert sorted(tuple(row) for row in found) == [
+        ("whd_1", b"\x00\xff", "t=1,v1=00"),
+        ("whd_2", b"two", "t=1,v1=00"),
+    ]
 
 
 async def test_duplicates_are_counted(core: Core) -> None:
     await core.database.write(lambda tx: ledger.add_deliveries(tx, [a_delivery(), a_delivery("whd_2")]))
     for times in (1, 2):
         await core.database.write(partial(ledger.count_duplicates, times={"whd_1": times}, at=NOW))
-    found = await core.rows("SELECT delivery_id, duplicates, last_duplicate_at FROM deliveries ORDER BY seq")
+    found = await core.rows(
+        "SELECT delivery_id, duplicates, last_duplicate_at FROM deliveries ORDER BY seq"
+    )
     assert [tuple(row) for row in found] == [("whd_1", 3, to_ms(NOW)), ("whd_2", 0, None)]
 
 

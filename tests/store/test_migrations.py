@@ -51,14 +51,23 @@ def shape(connection: Connection) -> dict[str, Any]:
     tables = {}
     for name in sorted(set(inspector.get_table_names()) - {"alembic_version"}):
         tables[name] = {
-            "columns": sorted((c["name"], str(c["type"]), c["nullable"]) for c in inspector.get_columns(name)),
+            "columns": sorted(
+                (c["name"], str(c["type"]), c["nullable"]) for c in inspector.get_columns(name)
+            ),
             "checks": sorted((c["name"], c["sqltext"]) for c in inspector.get_check_constraints(name)),
-            "uniques": sorted((c["name"], c["column_names"]) for c in inspector.get_unique_constraints(name)),
+            "uniques": sorted(
+                (c["name"], c["column_names"]) for c in inspector.get_unique_constraints(name)
+            ),
             "keys": sorted(
-                (c["constrained_columns"], c["referred_table"], c["options"]) for c in inspector.get_foreign_keys(name)
+                (c["constrained_columns"], c["referred_table"], c["options"])
+                for c in inspector.get_foreign_keys(name)
             ),
             "indexes": sorted(
-                (c["name"], c["column_names"], {key: str(value) for key, value in c["dialect_options"].items()})
+                (
+                    c["name"],
+                    c["column_names"],
+                    {key: str(value) for key, value in c["dialect_options"].items()},
+                )
                 for c in inspector.get_indexes(name)
             ),
         }
@@ -122,7 +131,9 @@ def test_dispatches_from_before_the_lanes_are_light(connection: Connection) -> N
         "INSERT INTO dispatches (seq, run_id, handler, event, round, state, attempts, due_at) "
         "VALUES (1, 'run_1', 'h', 'settled', 0, 'ready', 1, 1)"
     )
-    connection.exec_driver_sql("INSERT INTO dispatch_attempts (dispatch_seq, attempt, started_at) VALUES (1, 1, 1)")
+    connection.exec_driver_sql(
+        "INSERT INTO dispatch_attempts (dispatch_seq, attempt, started_at) VALUES (1, 1, 1)"
+    )
     connection.commit()
     migrate.upgrade(connection)
     assert connection.exec_driver_sql("SELECT lane FROM dispatches").scalar_one() == "light"
@@ -143,9 +154,7 @@ def test_artifacts_survive_the_room_for_thumbnails(connection: Connection) -> No
         " losses, polls, ladder, failures, missing, version) VALUES ('r', 'open', 'started', true, 1, 1, 1, '{}',"
         " 0, 0, 0, 0, 0, 0)"
     )
-    insert = (
-        "INSERT INTO artifacts (run_id, handler, position, output_id, location) VALUES ('r', 'h', {0}, 'o', 'l{0}')"
-    )
+    insert = "INSERT INTO artifacts (run_id, handler, position, output_id, location) VALUES ('r', 'h', {0}, 'o', 'l{0}')"
     connection.exec_driver_sql(insert.format(-1))
     connection.commit()
     migrate.upgrade(connection)
@@ -166,7 +175,9 @@ def steps() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("before", "after"), steps())
-def test_a_migration_takes_nothing_from_the_version_before(connection: Connection, before: str, after: str) -> None:
+def test_a_migration_takes_nothing_from_the_version_before(
+    connection: Connection, before: str, after: str
+) -> None:
     """Its statements still find their columns, may leave out what is new, and break no rule that they do not know.
 
     Replicas of it go on while a new one migrates. Indexes may be exchanged, and rules loosened.
@@ -186,7 +197,9 @@ def test_a_migration_takes_nothing_from_the_version_before(connection: Connectio
             if column["name"] in added:
                 assert column["nullable"] or column["default"] is not None, (name, column["name"])
         for rule in new_rules[name] - old_rules[name]:
-            assert any(column in rule for column in added), f"{name} has a new rule on what was there: {rule}"
+            assert any(column in rule for column in added), (
+                f"{name} has a new rule on what was there: {rule}"
+            )
     connection.rollback()
 
 
@@ -256,7 +269,9 @@ def test_a_migration_gives_way_to_who_is_at_work(
             while not postgres_server.execute(waits):
                 assert not upgraded.done(), upgraded.result()
             if writes:
-                busy.execute("SELECT FROM artifacts")  # which the migration has altered already: it must let go
+                busy.execute(
+                    "SELECT FROM artifacts"
+                )  # which the migration has altered already: it must let go
             else:
                 while postgres_server.execute(waits):
                     assert not upgraded.done(), upgraded.result()

@@ -42,7 +42,14 @@ RUN = {
     "next_poll_at": -1, "polls": 3, "ladder": 0, "failures": 0, "missing": 0, "version": 7, "charged_cost": 0.1 + 0.2,
     "quoted_cost": 1e-300, "error_message": ODD, "error_code": "",
 }  # fmt: skip
-DISPATCH = {"run_id": "run_2", "handler": "h", "event": "settled", "attempts": 1, "due_at": 9, "lane": "heavy"}
+DISPATCH = {
+    "run_id": "run_2",
+    "handler": "h",
+    "event": "settled",
+    "attempts": 1,
+    "due_at": 9,
+    "lane": "heavy",
+}
 START = {
     "token": "t", "workspace_id": "", "operation": "technique_run", "technique_id": "tech", "idempotency_key": ODD,
     "request": "x" * 300_000, "request_hash": "h", "metadata": "{}", "callback_expected": False, "state": "asking",
@@ -109,7 +116,9 @@ def content(url: str) -> dict[str, list[tuple[Any, ...]]]:
     """Return every row of a ledger, in an order that both databases have."""
     engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     with engine.connect() as connection:
-        found = {table.name: sorted(map(tuple, connection.execute(select(table))), key=repr) for table in TABLES}
+        found = {
+            table.name: sorted(map(tuple, connection.execute(select(table))), key=repr) for table in TABLES
+        }
     engine.dispose()
     return found
 
@@ -184,7 +193,10 @@ def test_sums_tell_any_difference(ledger: Path, postgres_server: Postgres, targe
     ("alteration", "told"),
     [
         ("NEW.value := upper(NEW.value); RETURN NEW;", "outputs: 2 rows in the source, 2 in the target"),
-        ("IF NEW.position = 1 THEN RETURN NULL; END IF; RETURN NEW;", "outputs: 2 rows in the source, 1 in the target"),
+        (
+            "IF NEW.position = 1 THEN RETURN NULL; END IF; RETURN NEW;",
+            "outputs: 2 rows in the source, 1 in the target",
+        ),
         ("NEW.output_id := NULL; RETURN NEW;", "outputs has a row that PostgreSQL does not accept"),
     ],
 )
@@ -205,11 +217,15 @@ def test_what_does_not_arrive_as_it_was_is_not_kept(
 
 
 def _on_each_output(server: Postgres, database: str, body: str) -> None:
-    server.execute(f"CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$", database)
+    server.execute(
+        f"CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$", database
+    )
     server.execute("CREATE TRIGGER t BEFORE INSERT ON outputs FOR EACH ROW EXECUTE FUNCTION f()", database)
 
 
-def test_killed_half_way_it_leaves_an_empty_target(ledger: Path, postgres_server: Postgres, target: str) -> None:
+def test_killed_half_way_it_leaves_an_empty_target(
+    ledger: Path, postgres_server: Postgres, target: str
+) -> None:
     """`kill -9` while the rows of a table in the middle go over; the next one finds an empty database and succeeds."""
     url = postgres_server.url(target)
     engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
@@ -247,10 +263,14 @@ async def test_a_ledger_in_use_is_left_alone(ledger: Path, postgres_server: Post
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
     with pytest.raises(StoreError, match="at revision 0001"):
         move(ledger, url)
-    assert postgres_server.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", target) == []
+    assert (
+        postgres_server.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", target) == []
+    )
 
 
-def test_a_target_of_another_version_is_left_alone(ledger: Path, postgres_server: Postgres, target: str) -> None:
+def test_a_target_of_another_version_is_left_alone(
+    ledger: Path, postgres_server: Postgres, target: str
+) -> None:
     url = postgres_server.url(target)
     postgres_server.execute("CREATE TABLE alembic_version (version_num text)", target)
     postgres_server.execute("INSERT INTO alembic_version VALUES ('someone')", target)
@@ -263,7 +283,9 @@ def test_memory_is_bounded(ledger: Path, postgres_server: Postgres, target: str)
     engine = create_engine(f"sqlite:///{ledger}")
     with engine.begin() as connection:
         for seq in range(5, 700, 2):
-            connection.execute(insert(delivery_bodies), {"seq": seq, "signature": "s", "body": os.urandom(60_000)})
+            connection.execute(
+                insert(delivery_bodies), {"seq": seq, "signature": "s", "body": os.urandom(60_000)}
+            )
     engine.dispose()
     tracemalloc.start()
     try:

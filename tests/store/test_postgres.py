@@ -51,7 +51,9 @@ async def doors(postgres_url: str, clock: Clock) -> AsyncIterator[tuple[Core, Co
 
 def cut(server: Postgres) -> int:
     """End every connection to the suite's database, as a failover does; return how many there were."""
-    return len(server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'suite'"))
+    return len(
+        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'suite'")
+    )
 
 
 def insert(run_id: str) -> Any:
@@ -69,7 +71,9 @@ async def test_two_doors_that_get_the_same_delivery_take_it_once(doors: tuple[Co
 async def test_two_doors_under_load_lose_nothing(doors: tuple[Core, Core]) -> None:
     """Batches that overlap in any order: each delivery is accepted once, each run is there once, nothing is refused."""
     calls = [
-        door.call(f"whd_{n}", f"run_{n // 3}") for n in range(300) for door in (doors if n % 2 else reversed(doors))
+        door.call(f"whd_{n}", f"run_{n // 3}")
+        for n in range(300)
+        for door in (doors if n % 2 else reversed(doors))
     ]
     answers = Counter(type(answer) for answer in await asyncio.gather(*calls))
     assert answers == {Accepted: 300, Duplicate: 300}
@@ -101,11 +105,15 @@ async def test_a_deadlock_is_tried_again(database: PostgresDatabase) -> None:
 
         return job
 
-    await asyncio.gather(*(database.write(lock_both(*pair)) for pair in (("run_a", "run_b"), ("run_b", "run_a"))))
+    await asyncio.gather(
+        *(database.write(lock_both(*pair)) for pair in (("run_a", "run_b"), ("run_b", "run_a")))
+    )
     assert len(ran) > 2
 
 
-async def test_connections_that_were_cut_are_replaced(database: PostgresDatabase, postgres_server: Postgres) -> None:
+async def test_connections_that_were_cut_are_replaced(
+    database: PostgresDatabase, postgres_server: Postgres
+) -> None:
     """A restart or failover between two calls is not noticed."""
     await asyncio.gather(*(database.write(insert(f"run_{n}")) for n in range(6)))
     assert await asyncio.to_thread(cut, postgres_server) > 0
@@ -132,7 +140,9 @@ async def test_a_connection_cut_within_a_job_begins_it_again(
     assert (tries, len(await database.read(all_runs))) == (2, 2)
 
 
-@pytest.mark.parametrize(("moment", "after"), [("before COMMIT", Accepted()), ("after COMMIT", Duplicate())])
+@pytest.mark.parametrize(
+    ("moment", "after"), [("before COMMIT", Accepted()), ("after COMMIT", Duplicate())]
+)
 async def test_a_connection_cut_around_the_commit_is_answered_by_the_retry(
     postgres_server: Postgres, postgres_url: str, clock: Clock, moment: Moment, after: object
 ) -> None:
@@ -238,7 +248,9 @@ async def test_leases_go_by_the_databases_clock(database: PostgresDatabase) -> N
     assert abs(found - datetime.now(UTC)) < timedelta(seconds=20)
 
 
-async def test_what_one_process_notifies_another_hears(postgres_url: str, database: PostgresDatabase) -> None:
+async def test_what_one_process_notifies_another_hears(
+    postgres_url: str, database: PostgresDatabase
+) -> None:
     async with open_postgres(postgres_url) as other:
         notices = other.notices()
         assert await anext(notices) == ""
@@ -248,7 +260,9 @@ async def test_what_one_process_notifies_another_hears(postgres_url: str, databa
         await notices.aclose()
 
 
-async def test_listening_ends_with_its_connection(database: PostgresDatabase, postgres_server: Postgres) -> None:
+async def test_listening_ends_with_its_connection(
+    database: PostgresDatabase, postgres_server: Postgres
+) -> None:
     """It says so, for the listener to begin anew; telling nobody is no error."""
     notices = database.notices()
     await anext(notices)
@@ -274,13 +288,17 @@ async def test_a_server_that_takes_no_writes_is_unavailable(
     database: PostgresDatabase, postgres_server: Postgres
 ) -> None:
     """A standby, or what an operator has made read-only: reads go on, readiness says no."""
-    await asyncio.to_thread(postgres_server.execute, "ALTER DATABASE suite SET default_transaction_read_only = on")
+    await asyncio.to_thread(
+        postgres_server.execute, "ALTER DATABASE suite SET default_transaction_read_only = on"
+    )
     try:
         with pytest.raises(StoreUnavailableError, match="takes no writes"):
             await database.write(lambda _: None)
         assert await database.read(all_runs) == ()
     finally:
-        await asyncio.to_thread(postgres_server.execute, "ALTER DATABASE suite RESET default_transaction_read_only")
+        await asyncio.to_thread(
+            postgres_server.execute, "ALTER DATABASE suite RESET default_transaction_read_only"
+        )
     # A session keeps what it was told at its beginning, and so does a connection to a server that was demoted.
     await database.write(insert("run_1"))
 
@@ -327,14 +345,18 @@ async def test_a_frozen_process_does_not_keep_its_locks(postgres_url: str, clock
             await freezing
 
 
-async def test_a_lock_that_is_not_let_go_is_not_waited_for(postgres_url: str, postgres_server: Postgres) -> None:
+async def test_a_lock_that_is_not_let_go_is_not_waited_for(
+    postgres_url: str, postgres_server: Postgres
+) -> None:
     """Whoever holds it, an operator's session perhaps: a job ends with an error in time, and the next one has its turn."""
     async with open_postgres(postgres_url) as database:
         await database.write(insert("run_1"))
         with psycopg.connect(postgres_url) as session:
             session.execute("SELECT * FROM runs FOR UPDATE")
             with pytest.raises(StoreUnavailableError, match="lock timeout"):
-                await database.write(_in_no_time(lambda tx: ledger.runs_by_id(tx, ["run_1"], for_update=True)))
+                await database.write(
+                    _in_no_time(lambda tx: ledger.runs_by_id(tx, ["run_1"], for_update=True))
+                )
         await database.write(lambda tx: ledger.runs_by_id(tx, ["run_1"], for_update=True))
 
 
@@ -355,7 +377,9 @@ def test_a_server_whose_tests_were_killed_is_swept_up() -> None:
             print(server.directory, flush=True)
             time.sleep(99)
     """
-    with subprocess.Popen([sys.executable, "-c", begin], stdout=subprocess.PIPE, text=True, cwd=ROOT) as owner:
+    with subprocess.Popen(
+        [sys.executable, "-c", begin], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as owner:
         assert owner.stdout is not None
         left = Path(owner.stdout.readline().strip())
         owner.kill()

@@ -48,13 +48,21 @@ async def claim(
 ) -> tuple[Leased, ...]:
     given = {"max_attempts": 3, "until": now + timedelta(seconds=60), **options}
     handler = given.pop("handler", "h")
-    return await database.write(lambda tx: queue.claim(tx, handler, limit=limit, token=token, now=now, **given))
+    return await database.write(
+        lambda tx: queue.claim(tx, handler, limit=limit, token=token, now=now, **given)
+    )
 
 
 async def finish(
-    database: Database, leased: Leased, state: DispatchState = DispatchState.DONE, token: str = TOKEN, **options: Any
+    database: Database,
+    leased: Leased,
+    state: DispatchState = DispatchState.DONE,
+    token: str = TOKEN,
+    **options: Any,
 ) -> bool:
-    return await database.write(lambda tx: queue.finish(tx, leased, token=token, state=state, now=NOW, **options))
+    return await database.write(
+        lambda tx: queue.finish(tx, leased, token=token, state=state, now=NOW, **options)
+    )
 
 
 async def states(core: Core, run_id: str = "run_1") -> dict[Event, tuple[str, int]]:
@@ -83,9 +91,15 @@ async def test_what_is_claimed_is_not_claimed_again(database: Database) -> None:
 async def test_only_due_and_ready_is_claimed_longest_due_first(database: Database) -> None:
     """Not what is due later, not what is over or skipped, not another handler's; no more than asked for."""
     await add(
-        database, ("run_1", Event.SETTLED, DispatchState.READY, -1), ("run_2", Event.SETTLED, DispatchState.READY, -2)
+        database,
+        ("run_1", Event.SETTLED, DispatchState.READY, -1),
+        ("run_2", Event.SETTLED, DispatchState.READY, -2),
     )
-    await add(database, ("run_2", Event.LOST, DispatchState.SKIPPED, -9), ("run_2", Event.DEAD, DispatchState.DONE, -9))
+    await add(
+        database,
+        ("run_2", Event.LOST, DispatchState.SKIPPED, -9),
+        ("run_2", Event.DEAD, DispatchState.DONE, -9),
+    )
     await add(database, ("run_1", Event.LOST, DispatchState.DEAD, -9))
     await add(database, ("run_1", Event.SETTLED), h="other")
     assert [leased.run.run_id for leased in await claim(database, limit=1)] == ["run_2"]
@@ -99,7 +113,9 @@ async def test_only_due_and_ready_is_claimed_longest_due_first(database: Databas
 async def test_lanes_are_claimed_apart_each_by_age(database: Database) -> None:
     """What is older in the other lane does not get in the way; without a choice, age decides over both."""
     made = [
-        Dispatch("run_1", "h", Event.SETTLED, 0, DispatchState.READY, NOW - timedelta(seconds=2), lane=Lane.HEAVY),
+        Dispatch(
+            "run_1", "h", Event.SETTLED, 0, DispatchState.READY, NOW - timedelta(seconds=2), lane=Lane.HEAVY
+        ),
         Dispatch("run_2", "h", Event.SETTLED, 0, DispatchState.READY, NOW - timedelta(seconds=1)),
     ]
     await database.write(lambda tx: ledger.add_dispatches(tx, made))
@@ -131,7 +147,15 @@ async def test_looking_at_the_queue_costs_nothing_for_what_is_over(database: Dat
 
         event.listen(tx, "before_cursor_execute", note)
         queue.claim(
-            tx, "h", lanes=(Lane.LIGHT,), limit=1, max_attempts=3, token=TOKEN, now=NOW, until=UNTIL, expired_by=NOW
+            tx,
+            "h",
+            lanes=(Lane.LIGHT,),
+            limit=1,
+            max_attempts=3,
+            token=TOKEN,
+            now=NOW,
+            until=UNTIL,
+            expired_by=NOW,
         )
         queue.due_lanes(tx, "h", now=NOW, expired_by=NOW)
         queue.next_dispatch_due_ms(tx, ["h"], after=NOW)
@@ -156,7 +180,9 @@ async def test_looking_at_the_queue_costs_nothing_for_what_is_over(database: Dat
 async def test_one_at_a_time_and_in_order_for_each_run_and_handler(database: Database) -> None:
     """Two events of one run never run side by side in one handler; other runs and other handlers do not wait."""
     await add(
-        database, ("run_1", Event.SETTLED, DispatchState.READY, 0), ("run_1", Event.COST_FINAL, DispatchState.READY, -9)
+        database,
+        ("run_1", Event.SETTLED, DispatchState.READY, 0),
+        ("run_1", Event.COST_FINAL, DispatchState.READY, -9),
     )
     await add(database, ("run_2", Event.COST_FINAL))
     await add(database, ("run_1", Event.COST_FINAL), h="other")
@@ -203,7 +229,10 @@ async def test_a_stale_worker_changes_nothing(core: Core) -> None:
     (new,) = await claim(core.database, "t2", now=LATER, expired_by=LATER)
     assert new.dispatch.attempts == 2
     assert not await finish(core.database, old)
-    assert await core.database.write(lambda tx: queue.renew(tx, [old.seq], token="t1", until=LATER)) == frozenset()
+    assert (
+        await core.database.write(lambda tx: queue.renew(tx, [old.seq], token="t1", until=LATER))
+        == frozenset()
+    )
     assert await core.database.write(lambda tx: queue.release(tx, [old.seq], token="t1")) == 0
     assert await states(core) == {Event.SETTLED: ("leased", 2)}
     assert await finish(core.database, new, token="t2")
@@ -218,7 +247,12 @@ async def test_leases_are_taken_over_only_where_allowed_and_run_out(database: Da
     far = NOW + timedelta(days=365)
     assert await claim(database, "t2", now=far) == ()
     assert (
-        await claim(database, "t2", now=UNTIL - timedelta(milliseconds=1), expired_by=UNTIL - timedelta(milliseconds=1))
+        await claim(
+            database,
+            "t2",
+            now=UNTIL - timedelta(milliseconds=1),
+            expired_by=UNTIL - timedelta(milliseconds=1),
+        )
         == ()
     )
     assert len(await claim(database, "t2", now=UNTIL, expired_by=UNTIL)) == 1
@@ -261,20 +295,28 @@ async def test_used_up_attempts_are_buried(core: Core) -> None:
         assert len(await claim(core.database)) == 1
         await core.database.write(queue.release_all)
     assert await claim(core.database) == ()
-    assert await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=4, now=NOW)) == ()
+    assert (
+        await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=4, now=NOW)) == ()
+    )
     (dead,) = await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=3, now=NOW))
     assert (dead.state, dead.attempts) == (DispatchState.DEAD, 3)
     assert dead.last_error == "every worker that tried it stopped before it answered"
-    assert await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=3, now=NOW)) == ()
+    assert (
+        await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=3, now=NOW)) == ()
+    )
 
 
 async def test_burying_leaves_the_living_alone(core: Core) -> None:
     """Not what somebody works on, not what is due later; the last real error is kept."""
     await add(core.database, ("run_1", Event.SETTLED))
     (leased,) = await claim(core.database, max_attempts=1)
-    assert await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=1, now=LATER)) == ()
+    assert (
+        await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=1, now=LATER)) == ()
+    )
     await finish(core.database, leased, DispatchState.READY, due_at=LATER, error="disk full")
-    assert await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=1, now=NOW)) == ()
+    assert (
+        await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=1, now=NOW)) == ()
+    )
     (dead,) = await core.database.write(lambda tx: queue.mark_exhausted(tx, "h", max_attempts=1, now=LATER))
     assert dead.last_error == "disk full"
 
@@ -320,7 +362,9 @@ async def test_impossible_dispatches_are_refused(database: Database, change: str
 async def reserve(
     database: Database, location: str, run_id: str = "run_1", position: int = 0, handler: str = "h"
 ) -> None:
-    await database.write(lambda tx: queue.reserve_location(tx, run_id, handler, position, "output_1", location))
+    await database.write(
+        lambda tx: queue.reserve_location(tx, run_id, handler, position, "output_1", location)
+    )
 
 
 async def store(database: Database, position: int = 0) -> None:

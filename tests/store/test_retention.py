@@ -26,9 +26,17 @@ async def test_the_ring_of_rejections_is_bounded(core: Core) -> None:
     await add()
     await add("a", "b")
     await add("c", "d")
-    assert [row[0] for row in await core.rows("SELECT code FROM rejections ORDER BY seq")] == ["b", "c", "d"]
+    assert [row[0] for row in await core.rows("SELECT code FROM rejections ORDER BY seq")] == [
+        "b",
+        "c",
+        "d",
+    ]
     await add(*"efghij")
-    assert [row[0] for row in await core.rows("SELECT code FROM rejections ORDER BY seq")] == ["h", "i", "j"]
+    assert [row[0] for row in await core.rows("SELECT code FROM rejections ORDER BY seq")] == [
+        "h",
+        "i",
+        "j",
+    ]
 
 
 async def test_bodies_go_and_deliveries_stay(core: Core) -> None:
@@ -36,7 +44,10 @@ async def test_bodies_go_and_deliveries_stay(core: Core) -> None:
     rows = [a_delivery("whd_1", "run_1"), a_delivery("whd_2", "run_1"), a_delivery("whd_3", "run_1", EDGE)]
     await core.database.write(lambda tx: ledger.add_deliveries(tx, rows))
     for expected in (1, 1, 0):
-        assert await core.database.write(lambda tx: retention.delete_bodies(tx, before=EDGE, limit=1)) == expected
+        assert (
+            await core.database.write(lambda tx: retention.delete_bodies(tx, before=EDGE, limit=1))
+            == expected
+        )
     assert await core.count("delivery_bodies") == 1
     assert await core.count("deliveries") == 3
 
@@ -110,7 +121,9 @@ async def test_what_a_wrong_clock_put_off_is_due_now(core: Core) -> None:
     latest = NOW + timedelta(days=2)
     assert await core.database.write(lambda tx: retention.make_due_by(tx, now=NOW, latest=latest)) == 2
     assert await core.database.write(lambda tx: retention.make_due_by(tx, now=NOW, latest=latest)) == 0
-    assert [tuple(row) for row in await core.rows("SELECT run_id, next_poll_at FROM runs ORDER BY run_id")] == [
+    assert [
+        tuple(row) for row in await core.rows("SELECT run_id, next_poll_at FROM runs ORDER BY run_id")
+    ] == [
         ("run_1", to_ms(NOW)),
         ("run_2", to_ms(near)),
     ]

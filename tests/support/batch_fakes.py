@@ -14,9 +14,13 @@ from receiver.errors import ReceiverApiError
 StartError = ReceiverApiError | ErrorView
 
 
-def a_dispatch(state: str, attempts: int, last_error: str | None = None, *, event: str = "settled") -> DispatchView:
+def a_dispatch(
+    state: str, attempts: int, last_error: str | None = None, *, event: str = "settled"
+) -> DispatchView:
     """The storage handler's work on a run."""
-    return DispatchView(handler="storage", event=event, round=0, state=state, attempts=attempts, last_error=last_error)
+    return DispatchView(
+        handler="storage", event=event, round=0, state=state, attempts=attempts, last_error=last_error
+    )
 
 
 def a_run(run_id: str, **given: Any) -> RunView:
@@ -63,7 +67,14 @@ def a_run(run_id: str, **given: Any) -> RunView:
 def some_jobs(count: int) -> list[Job]:
     """Return jobs with the keys `row-0`, `row-1`, and so on; their runs are `run_row-0`, …."""
     return [
-        Job(number, number + 2, f"row-{number}", f"batch:b:row-{number}", ({"id": "prompt", "value": "x"},), {})
+        Job(
+            number,
+            number + 2,
+            f"row-{number}",
+            f"batch:b:row-{number}",
+            ({"id": "prompt", "value": "x"},),
+            {},
+        )
         for number in range(count)
     ]
 
@@ -103,13 +114,17 @@ class FakeReceiver:
             if isinstance(error, ReceiverApiError):
                 raise error
             if error is not None:
-                return StartView(state="asking", run_id=None, idempotency_key=key, token="token", error=error)
+                return StartView(
+                    state="asking", run_id=None, idempotency_key=key, token="token", error=error
+                )
             repeated = row in self.started
             if not repeated:
                 self.started.append(row)
             self.active += 1
             self.most_active = max(self.most_active, self.active)
-        return StartView(state="started", run_id=f"run_{row}", idempotency_key=key, token="token", repeated=repeated)
+        return StartView(
+            state="started", run_id=f"run_{row}", idempotency_key=key, token="token", repeated=repeated
+        )
 
     def wait(self, run_id: str, *, timeout_seconds: float | None = None) -> RunView:
         self.on_wait(run_id)

@@ -77,7 +77,9 @@ class BatchStage:
         options = ["--technique-id", "emu-image", "--map", "prompt={headline}", "--key", "{market_code}"]
         return ["runs", "batch", str(file), *options, *more]
 
-    async def begin(self, *arguments: str, stdin: int = asyncio.subprocess.DEVNULL) -> asyncio.subprocess.Process:
+    async def begin(
+        self, *arguments: str, stdin: int = asyncio.subprocess.DEVNULL
+    ) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             COMMAND, *arguments, env=self.environment(), cwd=self.stage.directory, stdin=stdin,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -90,7 +92,9 @@ class BatchStage:
         except TimeoutError:
             process.kill()
             out, err = await process.communicate()
-            raise AssertionError(f"the batch did not end: {out.decode()[-2000:]} {err.decode()[-2000:]}") from None
+            raise AssertionError(
+                f"the batch did not end: {out.decode()[-2000:]} {err.decode()[-2000:]}"
+            ) from None
         assert process.returncode is not None
         return CommandResult(process.returncode, out.decode(), err.decode())
 
@@ -99,7 +103,9 @@ class BatchStage:
         stdin = asyncio.subprocess.DEVNULL if given is None else asyncio.subprocess.PIPE
         return await self.end(await self.begin(*self.arguments(file, *more), stdin=stdin), given)
 
-    async def stop(self, process: asyncio.subprocess.Process, number: signal.Signals = signal.SIGINT) -> CommandResult:
+    async def stop(
+        self, process: asyncio.subprocess.Process, number: signal.Signals = signal.SIGINT
+    ) -> CommandResult:
         process.send_signal(number)
         return await self.end(process)
 
@@ -121,12 +127,16 @@ class BatchStage:
         """Check that each row was started once and settled, its file stored, and the cost right."""
         runs = {run_id: self.stage.emulator.runs.get(run_id) for run_id in self.stage.emulator.runs._order}
         prompts = Counter(run.outputs[0].text for run in runs.values())
-        assert prompts == Counter(f'Row {number},\nsays "hello"' for number in range(rows)), "started twice, or never"
+        assert prompts == Counter(f'Row {number},\nsays "hello"' for number in range(rows)), (
+            "started twice, or never"
+        )
         results = self.results()
         assert [row["key"] for row in results] == [f"r{number}" for number in range(rows)]
         assert {row["state"] for row in results} == {"completed"}
         assert {row["run_id"] for row in results} == set(runs)
-        assert round(sum(float(row["cost"]) for row in results), 6) == round(sum(run.cost for run in runs.values()), 6)
+        assert round(sum(float(row["cost"]) for row in results), 6) == round(
+            sum(run.cost for run in runs.values()), 6
+        )
         for row in results:
             assert runs[row["run_id"]].outputs[0].text == f'Row {row["key"][1:]},\nsays "hello"'
             manifest = self.stage.check_files(row["run_id"])

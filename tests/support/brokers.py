@@ -72,7 +72,10 @@ class Server:
             self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         give_up_at = time.monotonic() + _PATIENCE_SECONDS
         while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.port), timeout=1),
+            ):
                 return
             if self._process.poll() is not None or time.monotonic() > give_up_at:
                 self.kill()
@@ -111,7 +114,9 @@ def nats(settings: str = "", *, jetstream: bool = True) -> Iterator[Server]:
         config = directory / "nats.conf"
         store = f'jetstream {{ store_dir: "{directory}/store" }}\n' if jetstream else ""
         config.write_text(f'listen: "127.0.0.1:{port}"\n{store}{settings}')
-        with _running(Server([program("nats-server"), "-c", str(config)], port, directory / "log")) as server:
+        with _running(
+            Server([program("nats-server"), "-c", str(config)], port, directory / "log")
+        ) as server:
             yield server
 
 

@@ -42,7 +42,9 @@ class Bucket:
             **further,
         }
 
-    def place(self, url: str = "s3://bucket/pre", *, cache_control: str | None = None, **options: Any) -> ObjectStore:
+    def place(
+        self, url: str = "s3://bucket/pre", *, cache_control: str | None = None, **options: Any
+    ) -> ObjectStore:
         config = StorageConfig.model_validate({"url": url, "store": self.options(**options)})
         place = open_place(config.url, config.store, cache_control)
         assert isinstance(place, ObjectStore)
@@ -73,7 +75,9 @@ class Bucket:
 @contextmanager
 def moto() -> Iterator[Bucket]:
     """Run moto's S3 in a process of its own, whose memory is not ours."""
-    with subprocess.Popen([sys.executable, "-c", MOTO], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", MOTO], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         try:
             yield Bucket(f"http://127.0.0.1:{_port(process)}")
         finally:
@@ -181,7 +185,12 @@ async def told(**answers: tuple[int, dict[str, str], bytes]) -> AsyncIterator[Re
                 method = head.partition(" ")[0]
                 made.requests.append(head)
                 length = next(
-                    (int(line[15:]) for line in head.lower().split("\r\n") if line.startswith("content-length:")), 0
+                    (
+                        int(line[15:])
+                        for line in head.lower().split("\r\n")
+                        if line.startswith("content-length:")
+                    ),
+                    0,
                 )
                 await reader.readexactly(length)
                 status, headers, body = made.answers[method]
@@ -190,8 +199,13 @@ async def told(**answers: tuple[int, dict[str, str], bytes]) -> AsyncIterator[Re
                     "Last-Modified": "Tue, 24 Nov 2026 12:00:00 GMT",
                     **headers,
                 }
-                lines = [f"HTTP/1.1 {status} Told", *(f"{name}: {value}" for name, value in headers.items())]
-                writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + (b"" if method == "HEAD" else body))
+                lines = [
+                    f"HTTP/1.1 {status} Told",
+                    *(f"{name}: {value}" for name, value in headers.items()),
+                ]
+                writer.write(
+                    "\r\n".join(lines).encode() + b"\r\n\r\n" + (b"" if method == "HEAD" else body)
+                )
                 await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
             pass

@@ -60,7 +60,12 @@ BACKOFF = Backoff(timedelta(seconds=1), 2.0, timedelta(minutes=30))
 
 def registered_handler(name: str, handler: Handler, **limits: Any) -> Registration:
     """Return a configured handler with the limits that it has by default; `limits` override."""
-    given: dict[str, Any] = {"max_attempts": 12, "timeout_seconds": 900.0, "concurrency": 8, "backoff": BACKOFF}
+    given: dict[str, Any] = {
+        "max_attempts": 12,
+        "timeout_seconds": 900.0,
+        "concurrency": 8,
+        "backoff": BACKOFF,
+    }
     return Registration(name, handler, **(given | limits))
 
 
@@ -92,7 +97,9 @@ async def writable(database: Database, yes: bool) -> None:
         read_only = engine.execution_options(postgresql_readonly=True)
         database._writing = engine._proxied if isinstance(engine, OptionEngine) and yes else read_only
     else:
-        await database.run(lambda c: c.exec_driver_sql(f"PRAGMA query_only = {'OFF' if yes else 'ON'}").close())
+        await database.run(
+            lambda c: c.exec_driver_sql(f"PRAGMA query_only = {'OFF' if yes else 'ON'}").close()
+        )
 
 
 def a_run(state: RunState = RunState.OPEN, **fields: Any) -> Run:
@@ -122,12 +129,17 @@ def a_snapshot(status: str = "running", run_id: str = "run_1", **fields: Any) ->
     return Snapshot(**({"run_id": run_id, "status": status} | given | fields))
 
 
-def a_read(status: str = "running", requested_at: datetime = NOW, run_id: str = "run_1", **fields: Any) -> RunRead:
+def a_read(
+    status: str = "running", requested_at: datetime = NOW, run_id: str = "run_1", **fields: Any
+) -> RunRead:
     return RunRead(a_snapshot(status, run_id, **fields), requested_at)
 
 
 def a_callback_received(
-    told: CallbackStatus = CallbackStatus.COMPLETED, received_at: datetime = NOW, run_id: str = "run_1", **fields: Any
+    told: CallbackStatus = CallbackStatus.COMPLETED,
+    received_at: datetime = NOW,
+    run_id: str = "run_1",
+    **fields: Any,
 ) -> CallbackReceived:
     return CallbackReceived(run_id, told, received_at, **fields)
 

@@ -44,7 +44,9 @@ def tool(name: str) -> str:
         for directory in sorted(Path("/").glob(pattern[1:]), reverse=True):
             if (directory / name).exists():
                 return str(directory / name)
-    pytest.fail(f"{name} is missing: the tests run on PostgreSQL too. apt-get install postgresql", pytrace=False)
+    pytest.fail(
+        f"{name} is missing: the tests run on PostgreSQL too. apt-get install postgresql", pytrace=False
+    )
 
 
 def unprivileged_user() -> dict[str, Any]:
@@ -103,7 +105,9 @@ class Postgres:
         )  # fmt: skip
         if done.returncode:
             log = self.directory / "log"
-            pytest.fail(f"pg_ctl {words}: {done.stderr} {log.read_text() if log.exists() else ''}", pytrace=False)
+            pytest.fail(
+                f"pg_ctl {words}: {done.stderr} {log.read_text() if log.exists() else ''}", pytrace=False
+            )
 
 
 def sweep() -> None:
@@ -151,7 +155,9 @@ def pooler(server: Postgres, database: str) -> Iterator[str]:
     """Run PgBouncer in transaction mode before a server, on a unix socket; yield the URL that leads through it."""
     program = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
     if program is None:
-        pytest.fail("pgbouncer is missing: the tests run behind it too. apt-get install pgbouncer", pytrace=False)
+        pytest.fail(
+            "pgbouncer is missing: the tests run behind it too. apt-get install pgbouncer", pytrace=False
+        )
     with tempfile.TemporaryDirectory(prefix="flora-pool-", dir="/tmp", ignore_cleanup_errors=True) as name:
         directory = Path(name)
         directory.chmod(0o755)
@@ -162,7 +168,9 @@ def pooler(server: Postgres, database: str) -> Iterator[str]:
             f"listen_addr =\nlisten_port = 6432\nunix_socket_dir = {directory}\nauth_type = any\n"
             f"default_pool_size = 4\nlogfile = {directory}/log\n"
         )
-        config.write_text(config.read_text().replace("[databases]\n* =", f"[databases]\n{database} = user=flora"))
+        config.write_text(
+            config.read_text().replace("[databases]\n* =", f"[databases]\n{database} = user=flora")
+        )
         process = subprocess.Popen(
             [program, str(config)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             cwd="/", **unprivileged_user(),

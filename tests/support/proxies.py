@@ -43,7 +43,8 @@ def nginx(stage: Stage, port: int, receivers: Sequence[int]) -> list[str]:
     (here / "site.conf").write_text(site)
     user = "user root;\n" if os.geteuid() == 0 else ""
     temporary = "\n".join(
-        f"    {name}_temp_path {here}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"    {name}_temp_path {here}/{name};"
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     (here / "nginx.conf").write_text(
         f"{user}daemon off;\npid {here}/pid;\nerror_log {here}/error.log warn;\nworker_processes 1;\n"
@@ -56,7 +57,9 @@ def caddy(stage: Stage, port: int, receivers: Sequence[int]) -> tuple[list[str],
     """Write the configuration; return the command that uses it, and its environment."""
     shipped = (DEPLOY / "caddy/Caddyfile").read_text()
     site = replaced(
-        shipped, "# tls /etc/ssl/receiver/cert.pem /etc/ssl/receiver/key.pem", f"tls {stage.cert} {stage.key}"
+        shipped,
+        "# tls /etc/ssl/receiver/cert.pem /etc/ssl/receiver/key.pem",
+        f"tls {stage.cert} {stage.key}",
     )
     site = replaced(site, "\tadmin off\n", "\tadmin off\n\tauto_https disable_redirects\n")
     here = stage.directory / "caddy"

@@ -59,7 +59,9 @@ class SeveringProxy:
                 self._writers.discard(each)
             await asyncio.wait({back})
 
-    async def _answers(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter, cutting: asyncio.Event) -> None:
+    async def _answers(
+        self, there: asyncio.StreamReader, writer: asyncio.StreamWriter, cutting: asyncio.Event
+    ) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await there.read(65_536):
                 if cutting.is_set():

@@ -64,7 +64,9 @@ def sshd(directory: Path) -> Iterator[Sshd]:
         process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL)
         try:
             _wait_until_listening(directory / "sshd.log", process)
-            yield Sshd(port, getpass.getuser(), directory / "client_key", directory / "known_hosts", process)
+            yield Sshd(
+                port, getpass.getuser(), directory / "client_key", directory / "known_hosts", process
+            )
         finally:
             process.terminate()
             process.wait(PATIENCE_SECONDS)

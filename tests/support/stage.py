@@ -43,7 +43,9 @@ SETTLED = ("completed", "failed")
 FINISHED = ("done", "dead", "skipped")
 
 
-async def eventually(probe: Callable[[], Awaitable[T]], *, within: float = PATIENCE_SECONDS, what: str = "") -> T:
+async def eventually(
+    probe: Callable[[], Awaitable[T]], *, within: float = PATIENCE_SECONDS, what: str = ""
+) -> T:
     """Call `probe` until its result is truthy, and return it: the one wait for time to pass."""
     deadline = asyncio.get_running_loop().time() + within
     while not (found := await probe()):
@@ -137,7 +139,9 @@ class Stage:
         return base | {"handlers": handlers}
 
     @contextlib.asynccontextmanager
-    async def service(self, *, clock: Callable[[], datetime] | None = None, **sections: Any) -> AsyncIterator[Service]:
+    async def service(
+        self, *, clock: Callable[[], datetime] | None = None, **sections: Any
+    ) -> AsyncIterator[Service]:
         """Run a receiver in this loop."""
         service = Service(Settings.model_validate(self.document(**sections)), clock=clock)
         async with service.running():
@@ -147,9 +151,13 @@ class Stage:
     def start(self, technique: str = "emu-image", *faults: Mapping[str, Any], callback: bool = True) -> str:
         """Start a run at the emulator, as a backend would; its callback goes to the receiver."""
         url = self.url if callback else None
-        return self.emulator.start_run(technique, callback_url=url, faults=[dict(fault) for fault in faults])
+        return self.emulator.start_run(
+            technique, callback_url=url, faults=[dict(fault) for fault in faults]
+        )
 
-    async def track(self, service: Service, technique: str = "emu-image", *faults: Mapping[str, Any]) -> str:
+    async def track(
+        self, service: Service, technique: str = "emu-image", *faults: Mapping[str, Any]
+    ) -> str:
         """Start a run that the receiver knows of, as one that it started itself."""
         run_id = self.start(technique, *faults)
         await self.register(service, run_id)
@@ -181,7 +189,9 @@ class Stage:
         if self.postgres is not None:
             with psycopg.connect(self.postgres, row_factory=psycopg.rows.dict_row) as session:
                 return session.execute(statement.replace("?", "%s").encode(), values or None).fetchall()
-        with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=10)) as connection:
+        with contextlib.closing(
+            sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=10)
+        ) as connection:
             connection.row_factory = sqlite3.Row
             return [dict(row) for row in connection.execute(statement, values)]
 
@@ -290,7 +300,9 @@ class Stage:
     # --- callbacks of our own
     # ------------------------------------------------------------------------------------
 
-    def body(self, run_id: str, *, status: str = "completed", delivery_id: str | None = None, **more: Any) -> bytes:
+    def body(
+        self, run_id: str, *, status: str = "completed", delivery_id: str | None = None, **more: Any
+    ) -> bytes:
         """Return a callback's body as FLORA writes it; `more` is laid over its top level."""
         data = {"run_id": run_id, "run_type": "technique", "workspace_id": "ws_emulator", "status": status}
         message = {
@@ -305,7 +317,9 @@ class Stage:
     def signature(self, body: bytes, *, age: int = 0) -> str:
         return sign(body, self.secret, timestamp=int(time.time()) - age)
 
-    async def send(self, client: httpx.AsyncClient, body: bytes, signature: str | None = None) -> httpx.Response:
+    async def send(
+        self, client: httpx.AsyncClient, body: bytes, signature: str | None = None
+    ) -> httpx.Response:
         headers = {"Content-Type": "application/json", HEADER: signature or self.signature(body)}
         return await client.post(self.url, content=body, headers=headers)
 
@@ -355,7 +369,12 @@ def pdf(content: bytes) -> None:
     assert content.rstrip().endswith(b"%%EOF")
 
 
-MAGIC: Mapping[str, Callable[[bytes], None]] = {"imageUrl": png, "videoUrl": mp4, "audioUrl": wav, "documentUrl": pdf}
+MAGIC: Mapping[str, Callable[[bytes], None]] = {
+    "imageUrl": png,
+    "videoUrl": mp4,
+    "audioUrl": wav,
+    "documentUrl": pdf,
+}
 
 
 @contextlib.asynccontextmanager

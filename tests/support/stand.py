@@ -93,7 +93,9 @@ class Stand:
     def end(self, runs: Iterable[Emulated], *, cost_lag_seconds: float = 0.0) -> None:
         """Let runs be completed by now."""
         for run in runs:
-            self.emulator.runs._runs[run.run_id] = replace(run, seconds=1.0, cost_lag_seconds=cost_lag_seconds)
+            self.emulator.runs._runs[run.run_id] = replace(
+                run, seconds=1.0, cost_lag_seconds=cost_lag_seconds
+            )
 
     def to_rows(self, runs: Iterable[Emulated], **fields: object) -> list[Run]:
         """Return these runs as rows of a database, due now."""
@@ -118,9 +120,13 @@ class Stand:
 
 
 @contextlib.asynccontextmanager
-async def a_stand(clock: Clock, *, workspace_id: str = "ws_1", concurrency: int = 8) -> AsyncIterator[Stand]:
+async def a_stand(
+    clock: Clock, *, workspace_id: str = "ws_1", concurrency: int = 8
+) -> AsyncIterator[Stand]:
     """Serve an emulator on loopback."""
-    settings = EmulatorSettings(workspace_id=workspace_id, api_key=f"sk_test_{random.getrandbits(64):x}", seed=7)
+    settings = EmulatorSettings(
+        workspace_id=workspace_id, api_key=f"sk_test_{random.getrandbits(64):x}", seed=7
+    )
 
     def now() -> float:
         return clock.now.timestamp()
@@ -190,8 +196,13 @@ def a_ledger(database: Database, clock: Clock, *stands: Stand) -> Ledger:
 
 
 def run_readers(core: Core, clients: Mapping[str | None, FloraClient]) -> dict[str | None, RunReader]:
-    return {key: RunReader(key, client, metrics=core.metrics, clock=core.clock) for key, client in clients.items()}
+    return {
+        key: RunReader(key, client, metrics=core.metrics, clock=core.clock)
+        for key, client in clients.items()
+    }
 
 
 def a_poller(core: Core, readers: Mapping[str | None, RunReader]) -> Poller:
-    return Poller(core.database, core.intake, readers, signals=core.signals, policy=POLICY, clock=core.clock)
+    return Poller(
+        core.database, core.intake, readers, signals=core.signals, policy=POLICY, clock=core.clock
+    )

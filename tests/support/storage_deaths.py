@@ -77,7 +77,9 @@ class LastingContext(MemoryContext):
         await super().reserve(position, output_id, location)
         self.save_ledger("reserve")
 
-    async def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
+    async def store_artifact(
+        self, position: int, *, size: int, sha256: str, content_type: str | None
+    ) -> None:
         self.death.step("before record")
         await super().store_artifact(position, size=size, sha256=sha256, content_type=content_type)
         self.save_ledger("record")
@@ -97,7 +99,10 @@ def attempt(root: Path, die_at: int) -> None:
     async def handled() -> object:
         handler = Storage(StorageConfig(url=str(root), key="{run_id}/{output_id}{ext}", outputs_at_once=1))
         context = LastingContext(
-            "run_1", Downloader(limits=download_limits(), tls=TLS), ledger=root.with_suffix(".ledger"), death=death
+            "run_1",
+            Downloader(limits=download_limits(), tls=TLS),
+            ledger=root.with_suffix(".ledger"),
+            death=death,
         )
         return await handler.handle(run, context.load())
 

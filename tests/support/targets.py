@@ -46,7 +46,9 @@ class Target:
         try:
             while True:
                 line, *rest = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").strip().split("\r\n")
-                headers = {name.lower(): value.strip() for name, _, value in (each.partition(":") for each in rest)}
+                headers = {
+                    name.lower(): value.strip() for name, _, value in (each.partition(":") for each in rest)
+                }
                 body = await reader.readexactly(int(headers["content-length"]))
                 self.posts.append(Post(line, headers, body))
                 chosen = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]

@@ -23,7 +23,9 @@ def installed_example(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     """An environment in which the example package is installed beside flora-receiver."""
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*command, "--no-build-isolation", "--target", target, PLUGIN], check=True, capture_output=True)
+    subprocess.run(
+        [*command, "--no-build-isolation", "--target", target, PLUGIN], check=True, capture_output=True
+    )
     return {**os.environ, "PYTHONPATH": str(target), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -32,7 +34,9 @@ def test_the_example_is_found_by_its_entry_point(installed_example: dict[str, st
 
     def say(*arguments: str) -> str:
         command = [sys.executable, "-m", "receiver", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=installed_example, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=installed_example, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -42,7 +46,16 @@ def test_the_example_is_found_by_its_entry_point(installed_example: dict[str, st
 
 def test_the_examples_own_tests_pass(installed_example: dict[str, str], tmp_path: Path) -> None:
     """As its README says, with the kit's fixtures and a running receiver."""
-    arguments = ["-q", "-p", "no:cacheprovider", "-c", PLUGIN / "pyproject.toml", "--rootdir", PLUGIN, PLUGIN / "tests"]
+    arguments = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        PLUGIN / "pyproject.toml",
+        "--rootdir",
+        PLUGIN,
+        PLUGIN / "tests",
+    ]
     command = [sys.executable, "-m", "pytest", *map(str, arguments), "--basetemp", str(tmp_path / "base")]
     done = subprocess.run(command, env=installed_example, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,13 +66,24 @@ def test_what_the_manual_says_about_tests_is_enough(tmp_path: Path) -> None:
     """The blocks of the page, saved as files, pass without a warning."""
     function = next(block for block in _blocks("handlers/WRITING.md", "python") if "def announce" in block)
     fixtures, test = (
-        block for block in _blocks("handlers/WRITING.md", "python") if "flora_stand" in block or "pytest" in block
+        block
+        for block in _blocks("handlers/WRITING.md", "python")
+        if "flora_stand" in block or "pytest" in block
     )
     (ini,) = _blocks("handlers/WRITING.md", "ini")
     files = {"sums.py": function, "conftest.py": fixtures, "test_sums.py": test, "pytest.ini": ini}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "base")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--basetemp",
+        str(tmp_path / "base"),
+    ]
     done = subprocess.run(
         command,
         cwd=tmp_path,
@@ -96,7 +120,13 @@ async def test_a_run_has_one_output_of_each_type(
 ) -> None:
     """They are real files, which can be fetched; a failed run has none."""
     run = flora_run()
-    assert [output.type for output in run.outputs] == ["imageUrl", "videoUrl", "audioUrl", "documentUrl", "text"]
+    assert [output.type for output in run.outputs] == [
+        "imageUrl",
+        "videoUrl",
+        "audioUrl",
+        "documentUrl",
+        "text",
+    ]
     context = flora_context(run)
     heads = []
     for output in run.outputs:

@@ -72,7 +72,9 @@ async def test_the_oldest_handshake_is_ended(certificate: tuple[ssl.SSLContext, 
             await hang_up(writer)
 
 
-async def test_a_failed_handshake_affects_no_other(certificate: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+async def test_a_failed_handshake_affects_no_other(
+    certificate: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
     """Plain HTTP, random bytes, a closed connection, a client without trust."""
     server, client = certificate
     async with run_acceptor(server, at_once=5) as port:
@@ -104,7 +106,11 @@ def test_connections_fit_the_limit_of_open_files(soft: int, hard: int, possible:
         print(fit_connections(2000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     found, files = map(int, done.stdout.splitlines()[-1].split())
     assert (found, files) == (possible, min(hard, 2000 + max_handshakes(2000) + 512))

@@ -60,7 +60,9 @@ async def run_stand(
 ) -> AsyncIterator[Stand]:
     clock, reasons = Clock(), list[str]()
     guard = Guard(limits, clock=clock, on_close=reasons.append)
-    server = Server(Starlette(routes=[Route("/", app, methods=["POST"])]), bind("127.0.0.1", 0), guard=guard)
+    server = Server(
+        Starlette(routes=[Route("/", app, methods=["POST"])]), bind("127.0.0.1", 0), guard=guard
+    )
     await server.start()
     try:
         yield Stand(guard, clock, server.port, reasons)
@@ -131,7 +133,9 @@ async def test_requests_pass_in_one_piece_and_in_many(stand: Stand) -> None:
         pytest.param(b"\r\n\r\n", id="empty lines"),
         pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nX-A: b", id="half a head"),
         pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nhel", id="half a body"),
-        pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel", id="half a chunk"),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel", id="half a chunk"
+        ),
     ],
 )
 async def test_an_unfinished_request_is_closed(stand: Stand, start: bytes) -> None:
@@ -177,15 +181,22 @@ async def test_a_second_request_is_timed_like_the_first(stand: Stand) -> None:
     "request_",
     [
         pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nX-A: " + b"a" * 17_000, id="head without end"),
-        pytest.param(b"POST / HTTP/1.1\r\nX-A: " + b"a" * 17_000 + b"\r\n\r\n", id="large head in one piece"),
-        pytest.param(b"POST /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: t\r\n\r\n", id="large request line"),
-        pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 900000\r\n\r\n" + b"a" * 800_000, id="large body"),
         pytest.param(
-            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + (b"1;" + b"x" * 2000 + b"\r\na\r\n") * 400,
+            b"POST / HTTP/1.1\r\nX-A: " + b"a" * 17_000 + b"\r\n\r\n", id="large head in one piece"
+        ),
+        pytest.param(b"POST /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: t\r\n\r\n", id="large request line"),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 900000\r\n\r\n" + b"a" * 800_000,
+            id="large body",
+        ),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+            + (b"1;" + b"x" * 2000 + b"\r\na\r\n") * 400,
             id="small body in large framing",
         ),
         pytest.param(
-            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"T: " + b"t" * 800_000, id="trailers"
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"T: " + b"t" * 800_000,
+            id="trailers",
         ),
     ],
 )
@@ -222,7 +233,9 @@ async def test_unusual_requests_are_served(stand: Stand) -> None:
     streams = await stand.connect()
     chunks = b"5;a=b\r\nhello\r\n0\r\nX-Trailer: 1\r\n\r\n"
     assert (
-        await send_request(streams, b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+        await send_request(
+            streams, b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+        )
         == b"5"
     )
     streams[1].write(b"POST / HTTP/1.1\r\nHost: t\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")

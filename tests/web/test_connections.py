@@ -95,7 +95,9 @@ def parse(came: bytes) -> list[tuple[int, Any]]:
         b"Upgrade: h2c\r\nConnection: Upgrade\r\n",
     ],
 )
-async def test_an_offer_of_another_protocol_is_ignored(parser: str, size: int, rest: bytes, offer: bytes) -> None:
+async def test_an_offer_of_another_protocol_is_ignored(
+    parser: str, size: int, rest: bytes, offer: bytes
+) -> None:
     """The body stays the body, however it is cut: what is written in it is no request (RFC 9110, 7.8)."""
     sent = b"POST /outer HTTP/1.1\r\nHost: t\r\n" + offer + rest + LAST
     async with run_server(parser) as port:
@@ -128,8 +130,14 @@ async def test_an_offer_changes_nothing_about_the_framing(framing: bytes) -> Non
     async with run_server("httptools") as port:
         plain = parse(await exchange(port, start + framing + LAST))
         offered = parse(await exchange(port, start + H2C + framing + LAST))
-        behind = parse(await exchange(port, start + framing.replace(b"\r\n\r\n", b"\r\n" + H2C + b"\r\n", 1) + LAST))
-    assert [status for status, _ in plain] == [status for status, _ in offered] == [status for status, _ in behind]
+        behind = parse(
+            await exchange(port, start + framing.replace(b"\r\n\r\n", b"\r\n" + H2C + b"\r\n", 1) + LAST)
+        )
+    assert (
+        [status for status, _ in plain]
+        == [status for status, _ in offered]
+        == [status for status, _ in behind]
+    )
     assert [body.get("body") for _, body in plain] == [body.get("body") for _, body in offered]
 
 
@@ -153,7 +161,9 @@ async def test_many_offers_in_one_piece() -> None:
         pytest.param(b"GET /\xff HTTP/1.1\r\nHost: t\r\n\r\n", id="bytes in the target"),
         pytest.param(b"GET / HTTP/1.1\r\nHost: t\r\nX Y: z\r\n\r\n", id="white space in a name"),
         pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: +5\r\n\r\nhello", id="signed length"),
-        pytest.param(b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", id="no chunk"),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", id="no chunk"
+        ),
     ],
 )
 async def test_what_is_no_http_is_refused_in_the_form_of_all_refusals(parser: str, request_: bytes) -> None:
@@ -173,7 +183,10 @@ async def test_what_is_no_http_is_refused_in_the_form_of_all_refusals(parser: st
         (b"CONNECT t:443 HTTP/1.1\r\nHost: t\r\n\r\n" + INNER, "no proxy"),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00", "use HTTP/1.1"),
         (b"GET http://t HTTP/1.1\r\nHost: t\r\n\r\n", "not a URL"),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n", "Content-Length"),
+        (
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+            "Content-Length",
+        ),
     ],
 )
 async def test_the_refusal_says_what_is_wrong(request_: bytes, reason: str) -> None:
@@ -217,7 +230,9 @@ async def test_a_request_gets_no_second_response(parser: str) -> None:
 
 
 def run_curl(*arguments: str) -> Sequence[str]:
-    done = subprocess.run(["curl", "-sS", *arguments], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        ["curl", "-sS", *arguments], capture_output=True, text=True, check=True, timeout=60
+    )
     return done.stdout.split()
 
 
@@ -226,6 +241,14 @@ async def test_curl_with_http2(parser: str) -> None:
     """It offers h2c over plain HTTP, and goes on in HTTP/1.1 on the same connection."""
     async with run_server(parser) as port:
         url = f"http://127.0.0.1:{port}/outer"
-        form = ("--http2", "--data", "a", "--write-out", " %{http_version} %{http_code} %{num_connects}\n", url, url)
+        form = (
+            "--http2",
+            "--data",
+            "a",
+            "--write-out",
+            " %{http_version} %{http_code} %{num_connects}\n",
+            url,
+            url,
+        )
         first = await asyncio.to_thread(run_curl, *form)
     assert [each for each in first if not each.startswith("{")] == ["1.1", "200", "1", "1.1", "200", "0"]

@@ -75,7 +75,9 @@ async def test_an_unknown_event_is_ignored(listener: PublicListener) -> None:
 
 async def test_a_canary_is_confirmed(listener: PublicListener) -> None:
     """It is counted as a canary, not as a callback."""
-    response = await listener.post(b"any bytes", (HEADER, sign_body(b"any bytes", secret=canary_key(SECRET))))
+    response = await listener.post(
+        b"any bytes", (HEADER, sign_body(b"any bytes", secret=canary_key(SECRET)))
+    )
     assert (response.status_code, response.json()) == (200, {"status": "canary"})
     assert (listener.count_responses("canary"), listener.count_responses("accepted")) == (1, 0)
 
@@ -93,19 +95,33 @@ async def test_the_path_may_end_in_a_slash(listener: PublicListener, path: str) 
         (callback_body(), [], 401, "missing_signature"),
         (callback_body(), [(HEADER, "")], 401, "missing_signature"),
         (callback_body(), [(HEADER, "hello")], 400, "malformed_signature"),
-        (callback_body(), [(HEADER, sign_body(callback_body(), secret="whsec_other"))], 401, "signature_mismatch"),
+        (
+            callback_body(),
+            [(HEADER, sign_body(callback_body(), secret="whsec_other"))],
+            401,
+            "signature_mismatch",
+        ),
         (callback_body(), [(HEADER, sign_body(callback_body() + b" "))], 401, "signature_mismatch"),
-        (callback_body(), [(HEADER, sign(callback_body(), SECRET, timestamp=1))], 401, "timestamp_out_of_tolerance"),
+        (
+            callback_body(),
+            [(HEADER, sign(callback_body(), SECRET, timestamp=1))],
+            401,
+            "timestamp_out_of_tolerance",
+        ),
         (b"{}", [(HEADER, sign_body(b"{}"))], 400, "invalid_payload"),
         (b"x" * 1001, [(HEADER, sign_body(b"x" * 1001))], 413, "body_too_large"),
     ],
 )
-async def test_refusals(listener: PublicListener, body: bytes, headers: Any, status: int, expected: str) -> None:
+async def test_refusals(
+    listener: PublicListener, body: bytes, headers: Any, status: int, expected: str
+) -> None:
     """Each has its status and code, and is recorded; none creates a run."""
     response = await listener.post(body, *headers)
     assert (response.status_code, code_of(response)) == (status, expected)
     assert listener.count_responses(expected) == 1
-    assert [(note.code, note.remote) for note in listener.core.intake.rejections] == [(expected, "192.0.2.1")]
+    assert [(note.code, note.remote) for note in listener.core.intake.rejections] == [
+        (expected, "192.0.2.1")
+    ]
     assert await listener.core.count("runs") == 0
 
 
@@ -124,7 +140,9 @@ async def test_the_header_name_ignores_case(listener: PublicListener) -> None:
 
 
 async def test_a_header_that_is_not_ascii_is_malformed(listener: PublicListener) -> None:
-    response = await listener.client.post(PATH, content=callback_body(), headers={HEADER.encode(): b"t=1,v1=\xff\xfe"})
+    response = await listener.client.post(
+        PATH, content=callback_body(), headers={HEADER.encode(): b"t=1,v1=\xff\xfe"}
+    )
     assert code_of(response) == "malformed_signature"
 
 
@@ -160,7 +178,9 @@ async def test_a_body_without_a_length_is_counted(listener: PublicListener) -> N
 
 
 @pytest.mark.parametrize("length", ["99999999999999999999999999", "1001"])
-async def test_an_announced_length_beyond_the_limit_is_refused_unread(listener: PublicListener, length: str) -> None:
+async def test_an_announced_length_beyond_the_limit_is_refused_unread(
+    listener: PublicListener, length: str
+) -> None:
     response = await listener.post(b"x", ("Content-Length", length))
     assert code_of(response) == "body_too_large"
 
@@ -220,7 +240,17 @@ async def test_other_methods_are_405_in_json(listener: PublicListener, method: s
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/callbacks", "/callbacks/flora/x", "/callbacks//flora", "/metrics", "/docs", "/openapi.json", "/%00"]
+    "path",
+    [
+        "/",
+        "/callbacks",
+        "/callbacks/flora/x",
+        "/callbacks//flora",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+        "/%00",
+    ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_other_paths_are_404(listener: PublicListener, method: str, path: str) -> None:

@@ -83,10 +83,17 @@ class Bench:
     downloader: Downloader
     made: list[Dispatcher] = field(default_factory=list)
 
-    def dispatcher(self, *handlers: Handler, names: Sequence[str] = ("h", "i", "j"), **options: Any) -> Dispatcher:
-        limits = {key: options.pop(key) for key in ("max_attempts", "timeout_seconds", "concurrency") if key in options}
+    def dispatcher(
+        self, *handlers: Handler, names: Sequence[str] = ("h", "i", "j"), **options: Any
+    ) -> Dispatcher:
+        limits = {
+            key: options.pop(key)
+            for key in ("max_attempts", "timeout_seconds", "concurrency")
+            if key in options
+        }
         registrations = [
-            registered_handler(name, handler, **limits) for name, handler in zip(names, handlers, strict=False)
+            registered_handler(name, handler, **limits)
+            for name, handler in zip(names, handlers, strict=False)
         ]
         made = Dispatcher(
             self.core.database,
@@ -148,7 +155,12 @@ async def test_done_is_done_once(bench: Bench) -> None:
     await bench.round(dispatcher, 3600)
     ((run, key, attempt),) = handler.calls
     assert (key, attempt) == ("run_1:h:settled:0", 1)
-    assert (run.run_id, run.status, run.outputs, run.metadata) == ("run_1", "completed", (OUTPUT,), {"market": "DE"})
+    assert (run.run_id, run.status, run.outputs, run.metadata) == (
+        "run_1",
+        "completed",
+        (OUTPUT,),
+        {"market": "DE"},
+    )
     assert (run.charged_cost, run.settled_by, run.verdict) == (0.1, "poll", None)
     assert await bench.states() == {"h:settled:0": ("done", 1)}
     assert await bench.core.rows("SELECT result FROM dispatches") == [('{"at": "/a"}',)]
@@ -167,7 +179,9 @@ async def test_retry_waits_its_pause_under_the_same_key(bench: Bench) -> None:
     await bench.round(dispatcher, 1)
     assert len(handler.calls) == 2
     await bench.round(dispatcher, 1)
-    assert [(key, attempt) for _, key, attempt in handler.calls] == [("run_1:h:settled:0", n) for n in (1, 2, 3)]
+    assert [(key, attempt) for _, key, attempt in handler.calls] == [
+        ("run_1:h:settled:0", n) for n in (1, 2, 3)
+    ]
     assert await bench.states() == {"h:settled:0": ("done", 3)}
     rows = await bench.core.rows("SELECT attempt, outcome, error FROM dispatch_attempts ORDER BY attempt")
     assert [tuple(row) for row in rows] == [(1, "ready", "later"), (2, "ready", "again"), (3, "done", None)]
@@ -260,7 +274,9 @@ class _MuteError(Exception):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-async def test_whatever_a_handler_raises_means_retry(bench: Bench, failure: BaseException, reason: str) -> None:
+async def test_whatever_a_handler_raises_means_retry(
+    bench: Bench, failure: BaseException, reason: str
+) -> None:
     """Not one of them stops the service, or loses the dispatch; the reason fits into the ledger."""
     await bench.settle()
     handler = scripted_handler(failure, Done())
@@ -334,7 +350,9 @@ async def test_what_a_handler_says_shows_no_media_url_and_no_secret(bench: Bench
     The database, the API and the log show only the host.
     """
     await bench.core.register("run_1")
-    await bench.core.settle("run_1", outputs=[Output(0, "out", "imageUrl", MEDIA), Output(1, "t", "text", "a text")])
+    await bench.core.settle(
+        "run_1", outputs=[Output(0, "out", "imageUrl", MEDIA), Output(1, "t", "text", "a text")]
+    )
     told = f"Max retries exceeded with url: /media/fox.png?sig=1 {MEDIA} https://chat.example/T0/secret whsec_abc"
     dispatcher = bench.dispatcher(
         scripted_handler(RuntimeError(told), Retry(told), Done({"at": MEDIA, "a": ["a text"]}))
@@ -347,7 +365,10 @@ async def test_what_a_handler_says_shows_no_media_url_and_no_secret(bench: Bench
         assert await bench.error() == f"Max retries exceeded with {shown}"
         await bench.round(dispatcher, 10)
     (row,) = await bench.core.dispatches()
-    assert (row.state, row.result) == (DispatchState.DONE, {"at": "https://media.example/…", "a": ["a text"]})
+    assert (row.state, row.result) == (
+        DispatchState.DONE,
+        {"at": "https://media.example/…", "a": ["a text"]},
+    )
     assert "RuntimeError" in str(lines)
     assert "fox.png" not in str(lines)
 
@@ -356,7 +377,9 @@ async def test_a_result_is_kept_as_strict_json_if_it_is_small(bench: Bench) -> N
     """It is what the API shows later: nothing in it may break that, or fill the ledger."""
     await bench.settle("run_1", "run_2")
     odd = {"nan": float("nan"), "half": "\ud800", "nul": "\x00", "at": NOW, "deep": {"a": (1,)}}
-    await bench.round(bench.dispatcher(scripted_handler(Done(odd), Done({"text": "x" * 300_000})), concurrency=1))
+    await bench.round(
+        bench.dispatcher(scripted_handler(Done(odd), Done({"text": "x" * 300_000})), concurrency=1)
+    )
     rows = [*await bench.core.dispatches("run_1"), *await bench.core.dispatches("run_2")]
     kept = {"nan": None, "half": "\ufffd", "nul": "\x00", "at": str(NOW), "deep": {"a": [1]}}
     assert [row.result for row in rows] == [kept, None]
@@ -432,7 +455,9 @@ async def test_the_next_look_is_when_the_next_retry_is_due(bench: Bench) -> None
 @pytest.fixture
 def bench_with_alerts(database: Database, clock: Clock, bench: Bench) -> Bench:
     """Handlers `h`, and `i` that listens to deaths, its own among them."""
-    bench.core = a_core(database, clock, subscriptions=[Subscription("h"), Subscription("i", on=(Event.DEAD,))])
+    bench.core = a_core(
+        database, clock, subscriptions=[Subscription("h"), Subscription("i", on=(Event.DEAD,))]
+    )
     return bench
 
 
@@ -454,15 +479,21 @@ async def test_used_up_attempts_are_dead_and_told(bench_with_alerts: Bench) -> N
 async def test_the_death_of_an_alert_is_not_announced_by_another(bench_with_alerts: Bench) -> None:
     """An alert channel that is down must not alert about itself for ever."""
     await bench_with_alerts.settle()
-    dispatcher = bench_with_alerts.dispatcher(scripted_handler(Reject("no")), scripted_handler(Reject("down")))
+    dispatcher = bench_with_alerts.dispatcher(
+        scripted_handler(Reject("no")), scripted_handler(Reject("down"))
+    )
     for _ in range(5):
         await bench_with_alerts.round(dispatcher, 10)
     assert await bench_with_alerts.states() == {"h:settled:0": ("dead", 1), "i:dead:0": ("dead", 1)}
 
 
-async def test_each_death_of_a_run_is_an_alert_of_its_own(database: Database, clock: Clock, bench: Bench) -> None:
+async def test_each_death_of_a_run_is_an_alert_of_its_own(
+    database: Database, clock: Clock, bench: Bench
+) -> None:
     bench.core = a_core(
-        database, clock, subscriptions=[Subscription("h"), Subscription("i", on=(Event.DEAD,)), Subscription("j")]
+        database,
+        clock,
+        subscriptions=[Subscription("h"), Subscription("i", on=(Event.DEAD,)), Subscription("j")],
     )
     await bench.settle()
     dispatcher = bench.dispatcher(
@@ -479,7 +510,9 @@ async def test_each_death_of_a_run_is_an_alert_of_its_own(database: Database, cl
     }
 
 
-async def test_what_killed_its_process_on_the_last_attempt_is_dead_and_told(bench_with_alerts: Bench) -> None:
+async def test_what_killed_its_process_on_the_last_attempt_is_dead_and_told(
+    bench_with_alerts: Bench,
+) -> None:
     """It never returned.
 
     After the restart it is dead, not leased again, and listeners get the change.
@@ -523,7 +556,9 @@ async def test_renewing_cancels_what_was_taken_over(bench: Bench) -> None:
     old = bench.dispatcher(slow, takeover=True)
     await old.tick(NOW)
     await bench.core.database.write(
-        lambda tx: tx.exec_driver_sql("UPDATE dispatches SET lease_token = 'x' WHERE run_id = 'run_1'").close()
+        lambda tx: tx.exec_driver_sql(
+            "UPDATE dispatches SET lease_token = 'x' WHERE run_id = 'run_1'"
+        ).close()
     )
     bench.core.clock.forward(50)
     await old.renew()
@@ -598,7 +633,9 @@ async def test_an_answer_that_cannot_be_written_is_kept_until_it_can(
     assert len(handler.calls) == 1
 
 
-async def test_what_is_being_written_down_is_not_given_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_being_written_down_is_not_given_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The stop comes while the result is being written.
 
     Released then, the effect would be applied again.
@@ -644,7 +681,9 @@ async def test_stopping_does_not_wait_for_a_database_that_is_gone(bench: Bench) 
     assert await bench.states() == {"h:settled:0": ("leased", 1)}
 
 
-async def test_renewing_leaves_alone_what_has_just_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_renewing_leaves_alone_what_has_just_ended(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its lease is gone because it is done.
 
     No process took it over, and listeners get the change.
@@ -673,7 +712,9 @@ async def test_renewing_leaves_alone_what_has_just_ended(bench: Bench, monkeypat
         assert (await asyncio.wait_for(listener.next(), 20)).state == "done"
 
 
-async def test_renewing_leaves_alone_what_has_begun_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_renewing_leaves_alone_what_has_begun_anew(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The lease that could not be renewed was the attempt's before.
 
     The one that runs now has its own.
@@ -701,7 +742,9 @@ async def test_renewing_leaves_alone_what_has_begun_anew(bench: Bench, monkeypat
     assert await bench.states() == {"h:settled:0": ("done", 1)}
 
 
-async def test_a_commit_whose_answer_is_lost_is_recognised(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_commit_whose_answer_is_lost_is_recognised(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The connection was cut just then.
 
     The second try finds what the first wrote, and listeners get the change.

@@ -134,7 +134,9 @@ async def test_a_small_output_is_stored_while_large_ones_never_end(bench: Bench,
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 8])
-async def test_a_large_output_comes_through_an_endless_stream_of_small_ones(bench: Bench, concurrency: int) -> None:
+async def test_a_large_output_comes_through_an_endless_stream_of_small_ones(
+    bench: Bench, concurrency: int
+) -> None:
     """Each small run that ends is followed by two more, so that there is always one due.
 
     The video still starts.
@@ -237,7 +239,9 @@ async def test_what_is_stored_weighs_nothing_any_more(bench: Bench) -> None:
         await context.store_artifact(0, size=LARGE, sha256="ab", content_type=None)
         return Retry("the image")
 
-    await bench.settle("run_1", bench.output("/v", endless(), "videoUrl"), bench.output("/i", page(PNG), position=1))
+    await bench.settle(
+        "run_1", bench.output("/v", endless(), "videoUrl"), bench.output("/i", page(PNG), position=1)
+    )
     dispatcher = bench.dispatcher(Scripted(act), 2)
     for lane in ("heavy", "light"):
         await dispatcher.tick(bench.core.clock.forward(10))

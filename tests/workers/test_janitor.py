@@ -117,7 +117,9 @@ async def test_a_clock_in_order_is_left_alone(core: Core, janitor: Janitor) -> N
     assert await core.run() == before
 
 
-async def test_a_ledger_that_cannot_be_written_stops_a_tick_and_not_the_janitor(core: Core, janitor: Janitor) -> None:
+async def test_a_ledger_that_cannot_be_written_stops_a_tick_and_not_the_janitor(
+    core: Core, janitor: Janitor
+) -> None:
     """The loop goes on: the next tick does what this one could not."""
     await core.register()
     await core.settle(completed_at=NOW, charged_cost=0.1)

@@ -19,7 +19,9 @@ async def idle(stopping: asyncio.Event) -> None:
     await stopping.wait()
 
 
-def candidate(database: Database, clock: Clock, name: str = "poller", work: Any = idle, **options: Any) -> LeaderLease:
+def candidate(
+    database: Database, clock: Clock, name: str = "poller", work: Any = idle, **options: Any
+) -> LeaderLease:
     return LeaderLease(database, name, work, clock=clock, **options)
 
 
@@ -155,7 +157,9 @@ async def test_a_lease_counts_from_when_it_was_asked_for(
     assert ended[0] - asked < lease.total_seconds()
 
 
-async def test_a_bug_in_the_work_is_told_and_frees_the_lease_in_time(database: Database, clock: Clock) -> None:
+async def test_a_bug_in_the_work_is_told_and_frees_the_lease_in_time(
+    database: Database, clock: Clock
+) -> None:
     """Whoever runs the election hears of it, as of any loop."""
 
     async def work(_: asyncio.Event) -> None:
@@ -173,12 +177,16 @@ async def pair(postgres_url: str) -> AsyncIterator[tuple[PostgresDatabase, Postg
     await other.close()
 
 
-async def test_a_change_is_heard_by_the_others_and_not_echoed(pair: tuple[PostgresDatabase, PostgresDatabase]) -> None:
+async def test_a_change_is_heard_by_the_others_and_not_echoed(
+    pair: tuple[PostgresDatabase, PostgresDatabase],
+) -> None:
     """Loops are woken there, and whoever waits for the run is told; each change comes once."""
     stopping = asyncio.Event()
     sides = [(Signals(), database) for database in pair]
     heralds = [ChangeNotifier(database, signals) for signals, database in sides]
-    tasks = [asyncio.create_task(job(stopping)) for herald in heralds for job in (herald.listen, herald.run)]
+    tasks = [
+        asyncio.create_task(job(stopping)) for herald in heralds for job in (herald.listen, herald.run)
+    ]
     here, there = sides[0][0], sides[1][0]
     await until(lambda: here.poll.is_set() and there.poll.is_set())  # both listen now
     there.dispatch.clear()

@@ -81,7 +81,10 @@ class Sky:
 
 @pytest.fixture
 async def sky(database: Database, clock: Clock) -> AsyncIterator[Sky]:
-    subscriptions = [Subscription("h", on=(Event.SETTLED, Event.COST_FINAL)), Subscription("lost", on=(Event.LOST,))]
+    subscriptions = [
+        Subscription("h", on=(Event.SETTLED, Event.COST_FINAL)),
+        Subscription("lost", on=(Event.LOST,)),
+    ]
     core = a_core(database, clock, subscriptions=subscriptions)
     settings = EmulatorSettings(run_seconds=10, seed=7, workspace_id=WORKSPACE)
     emulator = Emulator(settings, clock=lambda: clock().timestamp())
@@ -259,7 +262,9 @@ WEATHER: list[dict[str, object]] = [
 ]
 
 
-@pytest.mark.parametrize("fault", WEATHER, ids=lambda fault: "-".join(str(value) for value in fault.values()))
+@pytest.mark.parametrize(
+    "fault", WEATHER, ids=lambda fault: "-".join(str(value) for value in fault.values())
+)
 async def test_no_weather_loses_a_run_and_every_weather_passes(sky: Sky, fault: dict[str, object]) -> None:
     """However long it lasts, past the deadline too.
 
@@ -345,7 +350,9 @@ async def test_a_hold_from_a_clock_that_was_wrong_does_not_last(sky: Sky) -> Non
     await sky.start_tracked()
     assert await sky.poll() == 1
     await sky.core.database.write(lambda tx: tx.exec_driver_sql("UPDATE runs SET next_poll_at = 0").close())
-    assert await sky.poll(1) == 0, "a hold of today must count, whatever was held in a year that did not come"
+    assert await sky.poll(1) == 0, (
+        "a hold of today must count, whatever was held in a year that did not come"
+    )
 
 
 async def test_an_answer_about_another_run_is_no_answer(sky: Sky, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +390,9 @@ async def test_one_workspaces_refused_key_starves_no_other(sky: Sky) -> None:
     base_url = sky.emulator.base_url("http://flora")
     async with httpx.AsyncClient(transport=transport, base_url=base_url) as http:
         keys = {"ws_bad": "sk_wrong", None: "sk_test_emulator"}
-        clients = {key: FloraClient(http, value, RateLimit(8, clock=core.clock)) for key, value in keys.items()}
+        clients = {
+            key: FloraClient(http, value, RateLimit(8, clock=core.clock)) for key, value in keys.items()
+        }
         poller = a_poller(core, run_readers(core, clients))
         for number in range(60):
             await sky.track(f"run_bad{number}", workspace_id="ws_bad")

@@ -45,15 +45,23 @@ async def test_a_page_of_reports_shares_commits(ours: Ledger, flora: Stand) -> N
     assert ours.core.metrics.commits._value.get() <= 6
 
 
-async def test_runs_of_both_kinds_and_many_techniques_are_looked_at_together(ours: Ledger, flora: Stand) -> None:
-    runs = [*flora.fill(150), *flora.fill(150, prefix="b", subject=OTHER), *flora.fill(200, prefix="g", subject=MODEL)]
+async def test_runs_of_both_kinds_and_many_techniques_are_looked_at_together(
+    ours: Ledger, flora: Stand
+) -> None:
+    runs = [
+        *flora.fill(150),
+        *flora.fill(150, prefix="b", subject=OTHER),
+        *flora.fill(200, prefix="g", subject=MODEL),
+    ]
     await ours.add(flora.to_rows(runs))
     await ours.look_once()
     assert flora.requests <= 6
     assert await ours.count_unread() == 0
 
 
-async def test_a_technique_is_asked_for_alone_where_only_its_runs_are_due(ours: Ledger, flora: Stand) -> None:
+async def test_a_technique_is_asked_for_alone_where_only_its_runs_are_due(
+    ours: Ledger, flora: Stand
+) -> None:
     """Runs of others in the workspace are not paged through."""
     runs = flora.fill(100, youngest=timedelta(hours=2))
     flora.fill(900, prefix="b", subject=OTHER)
@@ -68,7 +76,9 @@ async def test_one_due_run_is_read_alone(ours: Ledger, flora: Stand) -> None:
     assert flora.requests_by_route == {SINGLE: 1}
 
 
-async def test_a_run_with_a_callback_is_read_alone_beside_a_scan(ours: Ledger, flora: Stand, clock: Clock) -> None:
+async def test_a_run_with_a_callback_is_read_alone_beside_a_scan(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
     """Its reader waits for nothing: the first plan is the single read."""
     runs = flora.fill(200)
     flora.end(runs[:1])
@@ -83,7 +93,9 @@ async def test_a_run_with_a_callback_is_read_alone_beside_a_scan(ours: Ledger, f
     assert (await ours.core.run("run_run_0")).state is RunState.COMPLETED
 
 
-async def test_a_callback_during_a_scan_is_not_made_to_wait_for_it(ours: Ledger, flora: Stand, clock: Clock) -> None:
+async def test_a_callback_during_a_scan_is_not_made_to_wait_for_it(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
     """A scan has looked for the run since before its callback came.
 
     It is read alone all the same.
@@ -104,7 +116,9 @@ async def test_a_burst_of_callbacks_becomes_a_scan(ours: Ledger, flora: Stand, c
     runs = flora.fill(200)
     flora.end(runs)
     await ours.add(
-        flora.to_rows(runs, state=RunState.REPORTED, callback_status=CallbackStatus.COMPLETED, reported_at=clock.now)
+        flora.to_rows(
+            runs, state=RunState.REPORTED, callback_status=CallbackStatus.COMPLETED, reported_at=clock.now
+        )
     )
     await ours.look_once()
     assert flora.requests == 2
@@ -123,17 +137,23 @@ async def test_runs_created_between_two_pages_fool_no_scan(ours: Ledger, flora: 
     assert flora.requests <= 7
 
 
-async def test_a_cursor_that_repeats_ends_the_scan(ours: Ledger, flora: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cursor_that_repeats_ends_the_scan(
+    ours: Ledger, flora: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The list goes in circles after its first page: what it never shows is read alone."""
     await ours.add(flora.to_rows(flora.fill(120)))
-    monkeypatch.setattr("receiver.emulator.api._cursor", lambda _: "cGxhY2U6MTIw")  # place:120, where it began
+    monkeypatch.setattr(
+        "receiver.emulator.api._cursor", lambda _: "cGxhY2U6MTIw"
+    )  # place:120, where it began
     await ours.look_once()
     assert flora.requests_by_route[A_PAGE] == 2
     assert flora.requests_by_route[SINGLE] == 20
     assert await ours.count_unread() == 0
 
 
-async def test_a_run_that_flora_forgets_is_asked_for_by_name(ours: Ledger, flora: Stand, clock: Clock) -> None:
+async def test_a_run_that_flora_forgets_is_asked_for_by_name(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
     """Absence from a list counts for nothing: its own route's 404 does."""
     runs = flora.fill(50)
     gone = flora.emulator.runs._order.pop(25)
@@ -145,14 +165,18 @@ async def test_a_run_that_flora_forgets_is_asked_for_by_name(ours: Ledger, flora
     assert (forgotten.state, forgotten.missing) == (RunState.OPEN, 1)
 
 
-async def test_one_old_run_is_not_looked_for_behind_a_thousand_of_others(ours: Ledger, flora: Stand) -> None:
+async def test_one_old_run_is_not_looked_for_behind_a_thousand_of_others(
+    ours: Ledger, flora: Stand
+) -> None:
     """A scan that has become dearer than single reads stops, and the next look knows better."""
     old = flora.fill(5, prefix="old", youngest=timedelta(hours=20))
     flora.fill(3000)
     await ours.add(flora.to_rows(old))
     await ours.look_once()
     assert flora.requests <= 6
-    await ours.core.database.write(lambda tx: tx.exec_driver_sql("UPDATE runs SET next_poll_at = 0, polls = 0"))
+    await ours.core.database.write(
+        lambda tx: tx.exec_driver_sql("UPDATE runs SET next_poll_at = 0, polls = 0")
+    )
     await ours.look_once()
     assert flora.requests <= 11
     assert await ours.count_unread() == 0
@@ -176,18 +200,24 @@ async def test_a_hundred_missing_costs_are_one_request(ours: Ledger, flora: Stan
     await ours.add(rows)
     await ours.look_once()
     assert flora.requests == 1
-    costs = await ours.core.rows("SELECT count(*) FROM runs WHERE charged_cost = 0.04 AND next_poll_at IS NULL")
+    costs = await ours.core.rows(
+        "SELECT count(*) FROM runs WHERE charged_cost = 0.04 AND next_poll_at IS NULL"
+    )
     assert costs[0][0] == 100
 
 
-async def test_bystanders_are_settled_and_settled_rows_cost_no_commit(ours: Ledger, flora: Stand, clock: Clock) -> None:
+async def test_bystanders_are_settled_and_settled_rows_cost_no_commit(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
     """Only three runs are due; the page shows more."""
     runs = flora.fill(90)
     flora.end(runs[:60])
     later = clock.now + timedelta(hours=1)
     await ours.add(flora.to_rows(runs[:3]))
     await ours.add(flora.to_rows(runs[3:30], next_poll_at=later))
-    await ours.add(flora.to_rows(runs[30:60], state=RunState.COMPLETED, settled_at=clock.now, next_poll_at=None))
+    await ours.add(
+        flora.to_rows(runs[30:60], state=RunState.COMPLETED, settled_at=clock.now, next_poll_at=None)
+    )
     await ours.look_once()
     assert flora.requests == 1
     assert await ours.states() == {"completed": 60}
@@ -200,7 +230,9 @@ async def test_runs_due_soon_ride_along(ours: Ledger, flora: Stand, clock: Clock
     The first that is due brings the others along.
     """
     runs = flora.to_rows(flora.fill(1000))
-    rows = [replace(run, next_poll_at=clock.now + timedelta(milliseconds=20 * n)) for n, run in enumerate(runs)]
+    rows = [
+        replace(run, next_poll_at=clock.now + timedelta(milliseconds=20 * n)) for n, run in enumerate(runs)
+    ]
     await ours.add(rows)
     await ours.look_once()
     assert flora.requests <= 12
@@ -227,7 +259,11 @@ async def test_a_held_workspace_starves_no_other(database: Database, clock: Cloc
 
 @pytest.mark.parametrize(
     ("fault", "hold"),
-    [({"kind": "rate_limited", "retry_after": 7}, 7), ({"kind": "rate_limited"}, 5), ({"kind": "unauthorized"}, 60)],
+    [
+        ({"kind": "rate_limited", "retry_after": 7}, 7),
+        ({"kind": "rate_limited"}, 5),
+        ({"kind": "unauthorized"}, 60),
+    ],
 )
 async def test_a_page_that_is_refused_holds_the_key_and_keeps_the_runs_due(
     ours: Ledger, flora: Stand, clock: Clock, fault: dict[str, object], hold: float
@@ -247,7 +283,9 @@ async def test_a_page_that_is_refused_holds_the_key_and_keeps_the_runs_due(
     assert await ours.count_unread() == 0
 
 
-async def test_a_page_that_fails_makes_its_runs_back_off_together(ours: Ledger, flora: Stand, clock: Clock) -> None:
+async def test_a_page_that_fails_makes_its_runs_back_off_together(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
     await ours.add(flora.to_rows(flora.fill(300)))
     flora.emulator.faults.add(parse_faults([{"kind": "internal_error", "next": 1}]))
     await ours.look_once()
@@ -258,7 +296,9 @@ async def test_a_page_that_fails_makes_its_runs_back_off_together(ours: Ledger, 
     assert await ours.states() == {"open": 300}
 
 
-async def test_costs_that_are_not_known_yet_are_asked_for_later(ours: Ledger, flora: Stand, clock: Clock) -> None:
+async def test_costs_that_are_not_known_yet_are_asked_for_later(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
     """A page per pass, and no pass follows at once on the last."""
     runs = flora.fill(100)
     flora.end(runs, cost_lag_seconds=10**6)

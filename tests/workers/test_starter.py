@@ -24,8 +24,15 @@ from tests.support.core import Core, a_read, a_registration, callback_body, sign
 
 OURS = "https://hooks.example.com/callbacks/flora"
 PROMPT = {"id": "prompt", "type": "text", "value": "a lighthouse"}
-REQUEST = StartRequest(technique_id="emu-image", inputs=(PROMPT,), idempotency_key="k", metadata={"market": "de"})
-GENERATE = {"type": "image", "prompt": "a lighthouse", "workspace_id": "ws_emulator", "project_id": "prj_emulator"}
+REQUEST = StartRequest(
+    technique_id="emu-image", inputs=(PROMPT,), idempotency_key="k", metadata={"market": "de"}
+)
+GENERATE = {
+    "type": "image",
+    "prompt": "a lighthouse",
+    "workspace_id": "ws_emulator",
+    "project_id": "prj_emulator",
+}
 
 
 @dataclass
@@ -90,9 +97,14 @@ class Scene:
     async def call_back(self, run: Emulated, token: str | None = None) -> None:
         """Let FLORA call back about a run, at the URL that the run was started with."""
         query = parse_qs(urlsplit(run.callback_url or "").query)
-        body = callback_body(f"whd_{run.run_id}", run.run_id, run_type="technique", workspace_id=run.workspace_id)
+        body = callback_body(
+            f"whd_{run.run_id}", run.run_id, run_type="technique", workspace_id=run.workspace_id
+        )
         start = token or query["start"][0]
-        assert await self.core.intake.accept(body, sign_body(body, self.core.clock.now), start=start) == Accepted()
+        assert (
+            await self.core.intake.accept(body, sign_body(body, self.core.clock.now), start=start)
+            == Accepted()
+        )
 
     async def is_known(self, start: Start) -> None:
         """Check that FLORA has exactly one run, of this start, and that the database has it."""
@@ -113,7 +125,9 @@ async def run_scene(core: Core, **emulation: Any) -> AsyncIterator[Scene]:
     try:
         async with api_client(emulator.base_url(f"http://127.0.0.1:{stand.port}")) as http:
             yield Scene(
-                core, emulator, FloraClient(http, settings.api_key, RateLimit(8, clock=core.clock), timeout_seconds=10)
+                core,
+                emulator,
+                FloraClient(http, settings.api_key, RateLimit(8, clock=core.clock), timeout_seconds=10),
             )
     finally:
         await emulator.aclose()
@@ -142,7 +156,9 @@ async def test_the_same_key_again_starts_nothing(scene: Scene) -> None:
     """In the same process and in the next. Metadata may differ, since FLORA does not get it."""
     first = await scene.start(scene.process())
     for starter in (scene.starters[0], scene.process()):
-        begun = await starter.start(StartRequest(technique_id="emu-image", inputs=(PROMPT,), idempotency_key="k"))
+        begun = await starter.start(
+            StartRequest(technique_id="emu-image", inputs=(PROMPT,), idempotency_key="k")
+        )
         assert isinstance(begun, Committed)
         assert begun.is_repeat
         assert begun.start == first
@@ -163,7 +179,9 @@ async def test_two_at_once_with_one_key_start_one_run(scene: Scene) -> None:
 
 async def test_the_same_key_for_something_else_is_a_conflict(scene: Scene) -> None:
     first = await scene.start(scene.process())
-    other = StartRequest(technique_id="emu-image", inputs=({**PROMPT, "value": "a fox"},), idempotency_key="k")
+    other = StartRequest(
+        technique_id="emu-image", inputs=({**PROMPT, "value": "a fox"},), idempotency_key="k"
+    )
     answer = await scene.starters[0].start(other)
     assert answer == Conflict(first)
     assert scene.posts == 1
@@ -350,7 +368,8 @@ async def test_two_starts_that_could_be_meant_are_not_guessed(scene: Scene) -> N
     starter = scene.process(asks=False)
     one = await scene.start(starter)
     two = await scene.start(
-        starter, StartRequest(technique_id="emu-image", inputs=({**PROMPT, "value": "b"},), idempotency_key="k2")
+        starter,
+        StartRequest(technique_id="emu-image", inputs=({**PROMPT, "value": "b"},), idempotency_key="k2"),
     )
     for start in (one, two):
         await scene.client.start_technique_run(start.technique_id, json.loads(start.request))
@@ -369,7 +388,8 @@ async def test_the_last_of_several_starts_is_told_apart(scene: Scene) -> None:
     starter = scene.process(asks=False)
     one = await scene.start(starter)
     two = await scene.start(
-        starter, StartRequest(technique_id="emu-image", inputs=({**PROMPT, "value": "b"},), idempotency_key="k2")
+        starter,
+        StartRequest(technique_id="emu-image", inputs=({**PROMPT, "value": "b"},), idempotency_key="k2"),
     )
     for start in (one, two):
         await scene.client.start_technique_run(start.technique_id, json.loads(start.request))
@@ -449,7 +469,10 @@ async def test_an_operator_settles_what_is_unknown(scene: Scene, to_a_run: bool)
     run_id = scene.emulator.start_run("emu-image") if to_a_run else None
     resolved = await scene.starters[-1].resolve(unknown.token, run_id)
     assert resolved is not None
-    assert (resolved.state, resolved.run_id) == (StartState.STARTED if to_a_run else StartState.REFUSED, run_id)
+    assert (resolved.state, resolved.run_id) == (
+        StartState.STARTED if to_a_run else StartState.REFUSED,
+        run_id,
+    )
     if run_id:
         assert (await scene.core.run(run_id)).metadata == {"market": "de"}
     else:
@@ -465,7 +488,8 @@ async def test_waiting_for_an_answer_ends_with_it_or_with_time(scene: Scene) -> 
     assert answered is not None
     assert answered.state is StartState.STARTED
     silent = await scene.start(
-        scene.process(asks=False), StartRequest(technique_id="emu-text", inputs=(PROMPT,), idempotency_key="s")
+        scene.process(asks=False),
+        StartRequest(technique_id="emu-text", inputs=(PROMPT,), idempotency_key="s"),
     )
     waited = await starter.wait_for_response(silent.token, timeout_seconds=0)
     assert waited is not None

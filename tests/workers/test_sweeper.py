@@ -54,11 +54,15 @@ async def test_unknown_runs_are_taken_up_as_they_stand(ours: Ledger, flora: Stan
     assert len(await ours.core.dispatches("run_a_0")) == 1
 
 
-async def test_a_known_run_keeps_its_origin_and_is_reported_as_well(ours: Ledger, flora: Stand, clock: Clock) -> None:
+async def test_a_known_run_keeps_its_origin_and_is_reported_as_well(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
     runs = flora.fill(3)
     flora.end(runs)
     await ours.add(flora.to_rows(runs[:1], next_poll_at=clock.now + HOUR))
-    await ours.add(flora.to_rows(runs[1:2], state=RunState.COMPLETED, settled_at=clock.now, next_poll_at=None))
+    await ours.add(
+        flora.to_rows(runs[1:2], state=RunState.COMPLETED, settled_at=clock.now, next_poll_at=None)
+    )
     await a_sweeper(ours).tick(clock.now)
     assert await origins(ours) == {"started completed": 2, "discovered completed": 1}
     assert (await ours.core.run("run_run_1")).version == 0
@@ -94,7 +98,9 @@ async def test_the_next_sweep_goes_back_to_the_watermark_and_a_little_further(
     assert (await ours.core.run("run_new_0")).origin is Origin.DISCOVERED
 
 
-async def test_a_new_process_sweeps_at_once_and_covers_its_downtime(ours: Ledger, flora: Stand, clock: Clock) -> None:
+async def test_a_new_process_sweeps_at_once_and_covers_its_downtime(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
     """However long it was: the watermark is in the ledger."""
     flora.fill(10)
     await a_sweeper(ours).tick(clock.now)
@@ -104,10 +110,14 @@ async def test_a_new_process_sweeps_at_once_and_covers_its_downtime(ours: Ledger
     assert await ours.core.count("runs") == 260
 
 
-async def test_a_sweep_that_is_cut_short_moves_no_watermark(ours: Ledger, flora: Stand, clock: Clock) -> None:
+async def test_a_sweep_that_is_cut_short_moves_no_watermark(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
     """What it has found stays found; the next one goes all the way again."""
     flora.fill(250)
-    flora.between.append(lambda: flora.emulator.faults.add(parse_faults([{"kind": "internal_error", "next": 1}])))
+    flora.between.append(
+        lambda: flora.emulator.faults.add(parse_faults([{"kind": "internal_error", "next": 1}]))
+    )
     sweeper = a_sweeper(ours)
     assert await sweeper.tick(clock.now) == 30
     assert await ours.core.count("runs") == 100
@@ -129,7 +139,9 @@ async def test_a_cursor_that_repeats_ends_the_sweep(
     ours: Ledger, flora: Stand, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flora.fill(250)
-    monkeypatch.setattr("receiver.emulator.api._cursor", lambda _: "cGxhY2U6MjUw")  # place:250, where it began
+    monkeypatch.setattr(
+        "receiver.emulator.api._cursor", lambda _: "cGxhY2U6MjUw"
+    )  # place:250, where it began
     await a_sweeper(ours).tick(clock.now)
     assert flora.requests == 2
 
@@ -141,7 +153,9 @@ async def test_an_empty_list_is_swept_too(ours: Ledger, clock: Clock) -> None:
     assert mark == clock.now - timedelta(hours=24)
 
 
-async def test_a_run_that_a_start_may_be_about_to_name_is_left_alone(ours: Ledger, flora: Stand, clock: Clock) -> None:
+async def test_a_run_that_a_start_may_be_about_to_name_is_left_alone(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
     """Taken up now, its handlers would miss the metadata that its start knows.
 
     The overlap shows it again.
@@ -172,7 +186,9 @@ async def test_a_run_that_a_start_may_be_about_to_name_is_left_alone(ours: Ledge
     assert await ours.core.find("run_young_0") is not None
 
 
-async def test_both_kinds_are_swept_and_filters_narrow_them(ours: Ledger, flora: Stand, clock: Clock) -> None:
+async def test_both_kinds_are_swept_and_filters_narrow_them(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
     flora.fill(5)
     flora.fill(5, prefix="b", subject=OTHER)
     flora.fill(5, prefix="g", subject=MODEL)

@@ -192,7 +192,9 @@ def _execute(
         raise typer.Exit(FAILED)
 
 
-def _run_with_progress(options: Options, runner: Runner, jobs: Jobs, receiver: ReceiverClient, *, rows: int) -> None:
+def _run_with_progress(
+    options: Options, runner: Runner, jobs: Jobs, receiver: ReceiverClient, *, rows: int
+) -> None:
     """Run all jobs, then wait for their final costs, with a progress bar on a terminal."""
     with _progress_bar(rows) as (bar, task):
         runner.run(jobs, lambda now: bar.update(task, completed=now.done, text=_format_progress(now)))

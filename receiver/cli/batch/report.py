@@ -50,7 +50,9 @@ def print_report(
         print(stopped, file=sys.stderr)
 
 
-def _print_json(outcomes: Spool, summary: Summary, results: Path, *, batch: str, stopped: str | None) -> None:
+def _print_json(
+    outcomes: Spool, summary: Summary, results: Path, *, batch: str, stopped: str | None
+) -> None:
     rows = [{"row": each.row, **{name: getattr(each, name) for name in COLUMNS}} for each in outcomes]
     data = {
         "ok": summary.ok,

@@ -125,7 +125,8 @@ class Runner:
         self._jobs = iter(jobs)
         # Daemons, because a thread in a long wait must not keep an interrupted command from ending.
         threads = [
-            threading.Thread(target=self._work, name=f"batch-{number}", daemon=True) for number in range(self._parallel)
+            threading.Thread(target=self._work, name=f"batch-{number}", daemon=True)
+            for number in range(self._parallel)
         ]
         try:
             for thread in threads:
@@ -193,7 +194,9 @@ class Runner:
                 if not isinstance(job, Job):
                     position, problem = job
                     message = f"the file has changed since it was checked: {problem}"
-                    outcome = Outcome(problem.row or 0, "", REFUSED, error_code="bad_row", error_message=message)
+                    outcome = Outcome(
+                        problem.row or 0, "", REFUSED, error_code="bad_row", error_message=message
+                    )
                     self._record(position, outcome)
                 elif self.halt is not None:
                     self._record(job.position, Outcome(job.row, job.key, NOT_STARTED))
@@ -252,7 +255,9 @@ class Runner:
                     return self._refuse(job, error)
                 if is_over:
                     self._stop(Halt("unreachable", error.message))
-                    return Outcome(job.row, job.key, UNFINISHED, error_code=error.code, error_message=error.message)
+                    return Outcome(
+                        job.row, job.key, UNFINISHED, error_code=error.code, error_message=error.message
+                    )
                 self._stopping.wait(pause_seconds(failures))
                 failures += 1
                 continue

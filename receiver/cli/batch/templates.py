@@ -41,7 +41,9 @@ class Template:
 
     def fill(self, values: Mapping[str, Any]) -> str:
         """Return the text for a row that has every column."""
-        return "".join(literal if column is None else to_text(values[column]) for literal, column in self._pieces)
+        return "".join(
+            literal if column is None else to_text(values[column]) for literal, column in self._pieces
+        )
 
 
 def to_text(value: Any) -> str:

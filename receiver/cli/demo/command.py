@@ -189,7 +189,9 @@ async def _send_forged(url: str, ca: Path) -> str:
     return f"{response.status_code} {response.json()['error']['code']}"
 
 
-async def _watch(service: Service, runs: Sequence[DemoRun], console: Console, stopping: asyncio.Event) -> None:
+async def _watch(
+    service: Service, runs: Sequence[DemoRun], console: Console, stopping: asyncio.Event
+) -> None:
     """Show the runs until all are finished, the time is up, or the demo is stopped."""
     clock = asyncio.get_running_loop().time
     deadline = clock() + _PATIENCE_SECONDS

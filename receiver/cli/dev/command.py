@@ -40,7 +40,9 @@ class DevOptions:
     json: bool = False
 
 
-def run(config: Path | None, options: DevOptions, *, host: str, port: int | None, ops_port: int | None) -> None:
+def run(
+    config: Path | None, options: DevOptions, *, host: str, port: int | None, ops_port: int | None
+) -> None:
     with report_errors(as_json=options.json):
         settings = load_settings(config, os.environ, need_secrets=not options.emulator)
         if not (is_loopback(host) or is_unspecified(host)):

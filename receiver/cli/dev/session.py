@@ -99,7 +99,9 @@ class DevSession:
                 return await self._run_without_tunnel(route, inside, stopping)
             return await self._run_with_tunnel(route, self._provider, stopping)
 
-    async def _run_without_tunnel(self, route: RouteCheck, inside: httpx.AsyncClient, stopping: asyncio.Event) -> int:
+    async def _run_without_tunnel(
+        self, route: RouteCheck, inside: httpx.AsyncClient, stopping: asyncio.Event
+    ) -> int:
         text = "none: runs are polled, and a callback is simulated for each"
         self._view.show("tunnel", text, url=None)
         url = self._local.url + CALLBACK_PATH

@@ -34,7 +34,8 @@ def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
 
 def _print_findings(findings: list[Finding], *, as_json: bool) -> None:
     errors, warnings = (
-        sum(each.kind.severity is severity for each in findings) for severity in (Severity.ERROR, Severity.WARNING)
+        sum(each.kind.severity is severity for each in findings)
+        for severity in (Severity.ERROR, Severity.WARNING)
     )
     verdict = f"Errors: {errors}, warnings: {warnings}." if errors or warnings else "No problems found."
     lines = [*(line for each in findings for line in _to_lines(each)), verdict]

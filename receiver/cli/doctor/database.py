@@ -32,7 +32,9 @@ def _free_bytes(directory: Path) -> int:
     return shutil.disk_usage(directory).free
 
 
-async def check_database(settings: Settings, *, free_bytes: Callable[[Path], int] = _free_bytes) -> list[Finding]:
+async def check_database(
+    settings: Settings, *, free_bytes: Callable[[Path], int] = _free_bytes
+) -> list[Finding]:
     """Write to the ledger and its disk. `free_bytes` returns the free space at a directory.
 
     A SQLite ledger that does not exist yet is not created: a temporary one is used in its place.

@@ -24,7 +24,9 @@ _SLOW_SECONDS = 5.0
 _TIMEOUT_SECONDS = 12.0
 _MIN_CERTIFICATE_LIFE = timedelta(days=14)
 _MAX_MESSAGE = 80
-_PROXY_ERRORS = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
+_PROXY_ERRORS = frozenset(
+    {HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT}
+)
 """What a proxy responds when the server behind it does not."""
 _KINDS_BY_FAILURE = {
     ProbeFailure.NAME: "public.unresolved",

@@ -112,8 +112,12 @@ CASES: Mapping[str, Callable[[CallbackFactory], Sequence[CallbackRequest]]] = {
     "retry_after_six_minutes": lambda it: (it.make_request(age_seconds=_LAST_RETRY_SECONDS),),
     "malformed_request": _malformed_request,
     "missing_signature": lambda it: (CallbackRequest(it.make_body(), {}, "missing_signature"),),
-    "malformed_signature": lambda it: (CallbackRequest(it.make_body(), {HEADER: "hello"}, "malformed_signature"),),
-    "signature_mismatch": lambda it: (it.make_request(expected="signature_mismatch", secret=f"{it.secret}-another"),),
+    "malformed_signature": lambda it: (
+        CallbackRequest(it.make_body(), {HEADER: "hello"}, "malformed_signature"),
+    ),
+    "signature_mismatch": lambda it: (
+        it.make_request(expected="signature_mismatch", secret=f"{it.secret}-another"),
+    ),
     "timestamp_out_of_tolerance": lambda it: (
         it.make_request(expected="timestamp_out_of_tolerance", age_seconds=3600),
     ),

@@ -148,7 +148,9 @@ def _print_summary(name: str, results: Sequence[Result], *, as_json: bool) -> No
     wrong = sum(not result.is_expected for result in results)
     counts = Counter(_describe_result(result) for result in results)
     times = sorted(result.seconds for result in results)
-    seconds = {f"p{percent}": times[min(len(times) - 1, len(times) * percent // 100)] for percent in (50, 95, 99)}
+    seconds = {
+        f"p{percent}": times[min(len(times) - 1, len(times) * percent // 100)] for percent in (50, 95, 99)
+    }
     lines = [f"{count:>6}  {text}" for text, count in counts.most_common()]
     lines.append("  ".join(f"{percentile} {value * 1000:.1f} ms" for percentile, value in seconds.items()))
     lines.append(f"{name}: {f'{wrong} responses not as expected' if wrong else 'as expected'}")
@@ -218,7 +220,9 @@ def _find_factory(secret: str | None, workspace_id: str | None) -> CallbackFacto
         message = "is not set: set it, or pass the secret with --secret"
         raise ConfigError([Problem("FLORA_WEBHOOK_SECRET", message)])
     candidates = [
-        (value, owner) for value, owner in configured if workspace_id is None or owner in {None, workspace_id}
+        (value, owner)
+        for value, owner in configured
+        if workspace_id is None or owner in {None, workspace_id}
     ]
     if not candidates:
         message = f"the settings have no secret of {workspace_id}"

@@ -29,7 +29,9 @@ class RequireToken:
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._access.refusal(scope["method"], Headers(scope=scope)) if scope["type"] == "http" else None
+        refusal = (
+            self._access.refusal(scope["method"], Headers(scope=scope)) if scope["type"] == "http" else None
+        )
         app = self._app if refusal is None else refusal.response()
         await app(scope, receive, send)
 

@@ -52,7 +52,9 @@ class Access:
             "the token is missing or wrong: send Authorization: Bearer with RECEIVER_OPS_TOKEN, "
             "or the content of var/ops-token"
         )
-        return Refusal(HTTPStatus.UNAUTHORIZED, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
+        return Refusal(
+            HTTPStatus.UNAUTHORIZED, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"}
+        )
 
 
 def host_name(header: str) -> str:

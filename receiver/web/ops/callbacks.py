@@ -40,7 +40,9 @@ class CallbackRoutes:
             lambda tx: queries.delivery_page(tx, limit=limit, run_id=run_id, before=before)
         )
         cursor = next_cursor(page, limit, lambda row: (row.seq, ""))
-        return json_response(DeliveryPage(deliveries=[to_delivery(row) for row in page], next_cursor=cursor))
+        return json_response(
+            DeliveryPage(deliveries=[to_delivery(row) for row in page], next_cursor=cursor)
+        )
 
     async def delivery(self, request: Request) -> Response:
         delivery_id = request.path_params["delivery_id"]

@@ -67,13 +67,17 @@ class DispatchRoutes:
                 lambda tx: queries.dispatch_page(tx, limit=limit, state=state, before=before)
             )
         cursor = next_cursor(page, limit, lambda row: (row[0], ""))
-        return json_response(DispatchPage(dispatches=[to_dispatch(row, names) for _, row in page], next_cursor=cursor))
+        return json_response(
+            DispatchPage(dispatches=[to_dispatch(row, names) for _, row in page], next_cursor=cursor)
+        )
 
     async def retry(self, request: Request) -> Response:
         body = await read_body(request, RetryBody)
         now, dead = self._clock(), (DispatchState.DEAD,)
         armed = await self._database.write(
-            lambda tx: redispatch.reset_dispatches(tx, now=now, states=dead, run_id=body.run_id, handler=body.handler)
+            lambda tx: redispatch.reset_dispatches(
+                tx, now=now, states=dead, run_id=body.run_id, handler=body.handler
+            )
         )
         return self._respond(armed)
 
@@ -85,8 +89,12 @@ class DispatchRoutes:
 
         def job(tx: Connection) -> tuple[Dispatch, ...]:
             if body.again:
-                return redispatch.open_round(tx, run_id, names=self._subscriptions.keys(), handler=handler, now=now)
-            return redispatch.reset_dispatches(tx, now=now, states=redispatch.OVER, run_id=run_id, handler=handler)
+                return redispatch.open_round(
+                    tx, run_id, names=self._subscriptions.keys(), handler=handler, now=now
+                )
+            return redispatch.reset_dispatches(
+                tx, now=now, states=redispatch.OVER, run_id=run_id, handler=handler
+            )
 
         return self._respond(await self._database.write(job))
 
@@ -99,7 +107,9 @@ class DispatchRoutes:
             message = f"no handler of this name is configured; there are: {names}"
             raise wrong_field("handler", message, code="unknown_handler")
         if Event.SETTLED not in subscription.on:
-            raise wrong_field("handler", "this handler does not listen to `settled`", code="unknown_handler")
+            raise wrong_field(
+                "handler", "this handler does not listen to `settled`", code="unknown_handler"
+            )
         run_ids = await self._database.read(
             lambda tx: redispatch.runs_unknown_to(tx, body.handler, since=body.since, limit=body.limit)
         )
@@ -122,6 +132,8 @@ class DispatchRoutes:
         if armed:
             self._signals.dispatch.set()
         for dispatch in armed:
-            self._signals.changes.publish(Change("dispatch", dispatch.run_id, dispatch.state.value, dispatch.handler))
+            self._signals.changes.publish(
+                Change("dispatch", dispatch.run_id, dispatch.state.value, dispatch.handler)
+            )
         shown = [to_dispatch(dispatch, self._subscriptions.keys()) for dispatch in armed[:_SHOWN]]
         return json_response(Armed(dispatches=len(armed), armed=shown, **more))

@@ -76,10 +76,14 @@ class MonitorRoutes:
     async def _stream(self) -> AsyncIterator[str]:
         with self._signals.changes.subscribe() as listener:
             yield "retry: 2000\n: listening\n\n"
-            async for change in next_changes(listener, self._stopping, heartbeat_seconds=self._heartbeat_seconds):
+            async for change in next_changes(
+                listener, self._stopping, heartbeat_seconds=self._heartbeat_seconds
+            ):
                 if listener.missed:
                     listener.missed = False
-                    yield _event({"kind": "missed", "run_id": None, "state": "", "detail": "read the ledger again"})
+                    yield _event(
+                        {"kind": "missed", "run_id": None, "state": "", "detail": "read the ledger again"}
+                    )
                 yield ": \n\n" if change is None else _event(to_change(change))
 
 

@@ -31,14 +31,22 @@ class _Operation:
     media_type: str = "application/json"
 
 
-_LIMIT = ("limit", {"type": "integer", "minimum": 1, "maximum": requests.MOST_ROWS, "default": 100}, "Rows of a page.")
+_LIMIT = (
+    "limit",
+    {"type": "integer", "minimum": 1, "maximum": requests.MOST_ROWS, "default": 100},
+    "Rows of a page.",
+)
 _CURSOR = ("cursor", {"type": "string"}, "`next_cursor` of the page before.")
 _PAGE = (_LIMIT, _CURSOR)
 _UNKNOWN_RUN = ((404, "not_found: no such run in the ledger"),)
 
 
 def _state(states: type[RunState | StartState | DispatchState]) -> tuple[str, _Json, str]:
-    return "state", {"type": "string", "enum": [state.value for state in states]}, "Only rows in this state."
+    return (
+        "state",
+        {"type": "string", "enum": [state.value for state in states]},
+        "Only rows in this state.",
+    )
 
 
 _OPERATIONS = (
@@ -47,9 +55,17 @@ _OPERATIONS = (
         "/api/runs",
         "Start a run: the intent is committed, then sent to FLORA.",
         (
-            (200, "The key was used for the same request before: its outcome; nothing was started.", messages.Started),
+            (
+                200,
+                "The key was used for the same request before: its outcome; nothing was started.",
+                messages.Started,
+            ),
             (201, "FLORA started the run.", messages.Started),
-            (202, "FLORA has not responded within wait_seconds: the service keeps retrying.", messages.Started),
+            (
+                202,
+                "FLORA has not responded within wait_seconds: the service keeps retrying.",
+                messages.Started,
+            ),
         ),
         (
             (400, "FLORA's refusal (input_validation_error, with fields), or an invalid body"),
@@ -192,7 +208,11 @@ _OPERATIONS = (
         ((200, "A page.", messages.DispatchPage),),
         query=(
             _state(DispatchState),
-            ("orphaned", {"type": "boolean"}, "Instead: those that wait for handlers that are not configured."),
+            (
+                "orphaned",
+                {"type": "boolean"},
+                "Instead: those that wait for handlers that are not configured.",
+            ),
             *_PAGE,
         ),
     ),
@@ -284,7 +304,9 @@ class _Schemas:
     """The schemas of every model that an operation names, and a reference to each."""
 
     def __init__(self) -> None:
-        named = [model for operation in _OPERATIONS for _, _, model in operation.responses if model is not None]
+        named = [
+            model for operation in _OPERATIONS for _, _, model in operation.responses if model is not None
+        ]
         bodies = [operation.body for operation in _OPERATIONS if operation.body is not None]
         models: list[type[BaseModel]] = [messages.Refused, *named, *bodies]
         references, found = models_json_schema(
@@ -309,7 +331,11 @@ def _describe(operation: _Operation, schemas: _Schemas) -> _Json:
     common = (*_COMMON_REFUSALS, *(_CHANGE_REFUSALS if operation.method == "post" else ()))
     for status, text in (*operation.refusals, *common):
         responses.setdefault(str(status), {"description": text, "content": refused})
-    described: _Json = {"summary": operation.summary, "responses": responses, "parameters": _parameters(operation)}
+    described: _Json = {
+        "summary": operation.summary,
+        "responses": responses,
+        "parameters": _parameters(operation),
+    }
     if operation.body is not None:
         content = {"application/json": {"schema": schemas.reference(operation.body)}}
         described["requestBody"] = {"required": True, "content": content}
@@ -320,5 +346,6 @@ def _parameters(operation: _Operation) -> list[_Json]:
     named = [part.strip("{}") for part in operation.path.split("/") if part.startswith("{")]
     path = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in named]
     return path + [
-        {"name": name, "in": "query", "description": text, "schema": schema} for name, schema, text in operation.query
+        {"name": name, "in": "query", "description": text, "schema": schema}
+        for name, schema, text in operation.query
     ]

@@ -13,7 +13,15 @@ from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from starlette.requests import ClientDisconnect, Request
 
 from receiver.model import DispatchState, RunState, StartState, parse_strict_json
@@ -141,7 +149,9 @@ async def read_body(request: Request, model: type[T]) -> T:
         async with asyncio.timeout(_BODY_SECONDS):
             body = await _bytes(request)
     except (TimeoutError, ClientDisconnect) as error:
-        raise Refusal(HTTPStatus.REQUEST_TIMEOUT, "body_timeout", "the body did not arrive in time") from error
+        raise Refusal(
+            HTTPStatus.REQUEST_TIMEOUT, "body_timeout", "the body did not arrive in time"
+        ) from error
     try:
         return model.model_validate(_parse_object(body) if body else {})
     except ValidationError as error:
@@ -178,7 +188,9 @@ async def _bytes(request: Request) -> bytes:
     if size <= MAX_BODY_BYTES:
         return bytes(body)
     message = f"a body has at most {MAX_BODY_BYTES} bytes"
-    raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large", message, headers={"Connection": "close"})
+    raise Refusal(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large", message, headers={"Connection": "close"}
+    )
 
 
 def limit_of(request: Request) -> int:
@@ -217,7 +229,9 @@ def state_of(request: Request, states: type[State]) -> State | None:
     try:
         return states(given)
     except ValueError as error:
-        raise _wrong_parameter("state", f"must be one of {', '.join(state.value for state in states)}") from error
+        raise _wrong_parameter(
+            "state", f"must be one of {', '.join(state.value for state in states)}"
+        ) from error
 
 
 def key_of(request: Request) -> tuple[int, str] | None:

@@ -55,11 +55,16 @@ class Refusal(HTTPException):
 
 
 def json_response(
-    data: Message | Mapping[str, Any], *, status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None
+    data: Message | Mapping[str, Any],
+    *,
+    status: int = HTTPStatus.OK,
+    headers: Mapping[str, str] | None = None,
 ) -> Response:
     """Return a JSON response that no cache keeps."""
     content = data.to_json() if isinstance(data, Message) else data
-    return JSONResponse(content, status_code=status, headers={"Cache-Control": "no-store", **(headers or {})})
+    return JSONResponse(
+        content, status_code=status, headers={"Cache-Control": "no-store", **(headers or {})}
+    )
 
 
 def not_found(what: str) -> Refusal:
@@ -92,7 +97,13 @@ def flora_refusal(error: FloraError, *, start: messages.Start | None = None) -> 
         else:
             status = HTTPStatus.BAD_GATEWAY
     return Refusal(
-        status, code, message, fields=error.fields, request_id=error.request_id, headers=headers, start=start
+        status,
+        code,
+        message,
+        fields=error.fields,
+        request_id=error.request_id,
+        headers=headers,
+        start=start,
     )
 
 
@@ -121,7 +132,9 @@ async def handle_http_error(request: Request, error: Exception) -> Response:
         case HTTPStatus.NOT_FOUND:
             refusal = Refusal(status, "not_found", "there is nothing here: see /api/openapi.json")
         case HTTPStatus.METHOD_NOT_ALLOWED:
-            refusal = Refusal(status, "method_not_allowed", f"{request.method} is not allowed here", headers=headers)
+            refusal = Refusal(
+                status, "method_not_allowed", f"{request.method} is not allowed here", headers=headers
+            )
         case _:
             refusal = Refusal(status, "refused", "the request cannot be carried out", headers=headers)
     return refusal.response()

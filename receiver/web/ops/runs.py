@@ -31,7 +31,14 @@ from receiver.web.ops.requests import (
     state_of,
     timeout_of,
 )
-from receiver.web.ops.responses import Refusal, json_response, not_found, start_refusal, unavailable, wrong_field
+from receiver.web.ops.responses import (
+    Refusal,
+    json_response,
+    not_found,
+    start_refusal,
+    unavailable,
+    wrong_field,
+)
 from receiver.web.ops.timeline import to_timeline
 from receiver.web.ops.views import to_full_run, to_run, to_start
 from receiver.web.ops.wait import until_finished
@@ -90,7 +97,10 @@ class RunRoutes:
         if isinstance(result, Conflict):
             message = "this idempotency_key was used before, to start something else"
             raise Refusal(
-                HTTPStatus.UNPROCESSABLE_ENTITY, "idempotency_conflict", message, start=to_start(result.start)
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                "idempotency_conflict",
+                message,
+                start=to_start(result.start),
             )
         start, token = result.start, result.start.token
         if start.state is StartState.ASKING:
@@ -171,7 +181,9 @@ class RunRoutes:
         limit, state, before = limit_of(request), state_of(request, StartState), key_of(request)
         key, prefix = request.query_params.get("key"), request.query_params.get("prefix")
         page = await self._database.read(
-            lambda tx: queries.start_page(tx, limit=limit, state=state, key=key, prefix=prefix, before=before)
+            lambda tx: queries.start_page(
+                tx, limit=limit, state=state, key=key, prefix=prefix, before=before
+            )
         )
         cursor = next_cursor(page, limit, queries.start_key)
         return json_response(StartPage(starts=[to_start(start) for start in page], next_cursor=cursor))
@@ -197,7 +209,9 @@ class RunRoutes:
 
     async def technique(self, request: Request) -> Response:
         workspace_id = request.query_params.get("workspace_id") or ""
-        found = await self._starter.find_technique(request.path_params["technique_id"], workspace_id=workspace_id)
+        found = await self._starter.find_technique(
+            request.path_params["technique_id"], workspace_id=workspace_id
+        )
         return json_response(OneTechnique(technique=found))
 
     async def _start_response(self, start: Start, *, repeated: bool) -> Response:
@@ -278,6 +292,10 @@ def _origin(url: str) -> tuple[str, str, int | None]:
         parts = urlsplit(url)
         if parts.username is not None or parts.password is not None:
             return "", "", None
-        return parts.scheme, parts.hostname or "", parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+        return (
+            parts.scheme,
+            parts.hostname or "",
+            parts.port or {"https": 443, "http": 80}.get(parts.scheme),
+        )
     except ValueError:
         return "", "", None

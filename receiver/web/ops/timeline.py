@@ -12,7 +12,10 @@ Entry = tuple[datetime, dict[str, Any]]
 
 
 def to_timeline(
-    details: RunDetails, deliveries: Sequence[DeliveryRecord], attempts: Sequence[Attempt], handlers: Collection[str]
+    details: RunDetails,
+    deliveries: Sequence[DeliveryRecord],
+    attempts: Sequence[Attempt],
+    handlers: Collection[str],
 ) -> TimelineView:
     """Return what happened to a run, oldest entry first; `handlers` are the configured ones."""
     entries = sorted(
@@ -45,9 +48,15 @@ def _of_run(details: RunDetails) -> Iterator[Entry]:
 def _of_deliveries(deliveries: Sequence[DeliveryRecord]) -> Iterator[Entry]:
     for delivery in deliveries:
         callback = {"kind": "callback", "delivery_id": delivery.delivery_id, "event": delivery.event}
-        yield delivery.received_at, {**callback, "age_seconds": delivery.age, "duplicates": delivery.duplicates}
+        yield (
+            delivery.received_at,
+            {**callback, "age_seconds": delivery.age, "duplicates": delivery.duplicates},
+        )
         if delivery.last_duplicate_at is not None:
-            yield delivery.last_duplicate_at, {"kind": "callback_again", "delivery_id": delivery.delivery_id}
+            yield (
+                delivery.last_duplicate_at,
+                {"kind": "callback_again", "delivery_id": delivery.delivery_id},
+            )
 
 
 def _of_attempts(attempts: Sequence[Attempt]) -> Iterator[Entry]:
@@ -62,5 +71,9 @@ def _of_attempts(attempts: Sequence[Attempt]) -> Iterator[Entry]:
 def _of_artifacts(details: RunDetails) -> Iterator[Entry]:
     for artifact in details.artifacts:
         if artifact.stored_at is not None:
-            place = {"handler": artifact.handler, "position": artifact.position, "location": artifact.location}
+            place = {
+                "handler": artifact.handler,
+                "position": artifact.position,
+                "location": artifact.location,
+            }
             yield artifact.stored_at, {"kind": "stored", **place, "size": artifact.size}

@@ -41,7 +41,9 @@ def to_full_run(details: RunDetails, handlers: Collection[str]) -> RunView:
         finished=details.is_finished_for(handlers),
         outputs=details.outputs,
         artifacts=details.artifacts,
-        dispatches=[to_dispatch(dispatch, handlers, result=dispatch.result) for dispatch in details.dispatches],
+        dispatches=[
+            to_dispatch(dispatch, handlers, result=dispatch.result) for dispatch in details.dispatches
+        ],
         start=None if details.start is None else to_start(details.start),
     )
 

@@ -23,7 +23,9 @@ async def _callback(request: Request) -> Response:
 
 async def _serve() -> None:
     app = Starlette(routes=[Route(CALLBACK_PATH, _callback, methods=["POST"])])
-    server = Server(app, bind("127.0.0.1", int(os.environ["PORT"])), guard=build_public_guard(Settings(), Metrics()))
+    server = Server(
+        app, bind("127.0.0.1", int(os.environ["PORT"])), guard=build_public_guard(Settings(), Metrics())
+    )
     await server.start()
     await asyncio.Event().wait()
 

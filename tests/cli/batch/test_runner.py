@@ -21,11 +21,15 @@ def spool() -> Iterator[Spool]:
 
 
 def a_runner(receiver: FakeReceiver, spool: Spool, *, parallel: int = 4, patience: float = 0.0) -> Runner:
-    return Runner(receiver.connect, spool, technique_id="tech_poster", parallel=parallel, patience_seconds=patience)
+    return Runner(
+        receiver.connect, spool, technique_id="tech_poster", parallel=parallel, patience_seconds=patience
+    )
 
 
 def refusal(status: int, code: str) -> ReceiverApiError:
-    return ReceiverApiError("no", status=status, code=code, fields=[("inputs", "too long")], request_id="req_1")
+    return ReceiverApiError(
+        "no", status=status, code=code, fields=[("inputs", "too long")], request_id="req_1"
+    )
 
 
 def ignore(_: Progress) -> None:
@@ -61,7 +65,12 @@ def test_a_refused_row_does_not_stop_the_others(spool: Spool) -> None:
             "row-3": [refusal(409, "unknown_outcome")],
         },
         runs={
-            "row-4": {"state": "failed", "error_code": "safety_blocked", "error_message": "no", "artifacts": ()},
+            "row-4": {
+                "state": "failed",
+                "error_code": "safety_blocked",
+                "error_message": "no",
+                "artifacts": (),
+            },
             "row-5": {"dispatches": (a_dispatch("dead", 12, "disk full"),)},
             "row-6": {"state": "lost", "lost_reason": "deadline"},
         },
@@ -89,7 +98,12 @@ def test_missing_credits_stop_the_batch(spool: Spool) -> None:
     receiver = FakeReceiver(errors={"row-2": [refusal(402, "insufficient_credits")]})
     runner = a_runner(receiver, spool, parallel=1)
     runner.run(some_jobs(6), ignore)
-    assert [outcome.state for outcome in spool] == ["completed", "completed", "refused", *["not_started"] * 3]
+    assert [outcome.state for outcome in spool] == [
+        "completed",
+        "completed",
+        "refused",
+        *["not_started"] * 3,
+    ]
     assert runner.halt is not None
     assert runner.halt.code == "insufficient_credits"
     assert receiver.calls == ["row-0", "row-1", "row-2"]
@@ -198,7 +212,10 @@ def test_a_row_that_changed_costs_nothing(spool: Spool) -> None:
     first, _, third = some_jobs(3)
     a_runner(receiver, spool).run([first, (1, RowProblem(3, "url", "is empty")), third], ignore)
     assert [outcome.state for outcome in spool] == ["completed", "refused", "completed"]
-    assert list(spool)[1].error_message == "the file has changed since it was checked: row 3, column 'url': is empty"
+    assert (
+        list(spool)[1].error_message
+        == "the file has changed since it was checked: row 3, column 'url': is empty"
+    )
 
 
 def test_costs_are_read_again_until_they_are_final(spool: Spool) -> None:

@@ -52,4 +52,10 @@ def test_any_column_and_any_value_are_filled(column: str, value: str) -> None:
 
 
 def test_fields_become_text() -> None:
-    assert [to_text(value) for value in ("x", None, 1, 1.5, {"a": "ü"})] == ["x", "", "1", "1.5", '{"a": "ü"}']
+    assert [to_text(value) for value in ("x", None, 1, 1.5, {"a": "ü"})] == [
+        "x",
+        "",
+        "1",
+        "1.5",
+        '{"a": "ü"}',
+    ]

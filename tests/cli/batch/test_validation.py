@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from receiver.cli.batch.table import Row, RowProblem
-from receiver.cli.batch.validation import Job, Plan, check_rows, make_job, make_jobs, make_plan, to_technique
+from receiver.cli.batch.validation import (
+    Job,
+    Plan,
+    check_rows,
+    make_job,
+    make_jobs,
+    make_plan,
+    to_technique,
+)
 
 ROOT = Path(__file__).parents[3]
 DOCUMENT: dict[str, Any] = {
@@ -78,7 +86,10 @@ def test_a_row_becomes_a_start() -> None:
         ({"key": "{code}{"}, "--key"),
         ({"batch": "a:b"}, "cannot name a batch"),
         ({"batch": ""}, "cannot name a batch"),
-        ({"columns": ["code", "headline"]}, "column 'url': the file has no such column; it has: code, headline"),
+        (
+            {"columns": ["code", "headline"]},
+            "column 'url': the file has no such column; it has: code, headline",
+        ),
         ({"name": "{nick}"}, "column 'nick'"),
     ],
 )
@@ -125,7 +136,10 @@ def test_all_errors_are_reported_at_once() -> None:
     found = check_rows(rows, the_plan())
     assert (found.wrong, found.jobs) == (5, 3)
     assert [problem.row for problem in found.problems] == [3, 3, 4, 5, 6]
-    assert str(found.problems[-1]) == "row 6, column 'code': has the key 'fr' of an earlier row: keys must differ"
+    assert (
+        str(found.problems[-1])
+        == "row 6, column 'code': has the key 'fr' of an earlier row: keys must differ"
+    )
     assert len(check_rows(rows, the_plan(), keep=2).problems) == 2
     assert check_rows(rows, the_plan(), keep=2).wrong == 5
 
@@ -153,7 +167,11 @@ def test_a_technique_is_parsed_liberally() -> None:
     assert odd.run_cost is None
 
 
-@given(st.dictionaries(st.sampled_from(["code", "headline", "url", "more"]), st.text() | st.none() | st.integers()))
+@given(
+    st.dictionaries(
+        st.sampled_from(["code", "headline", "url", "more"]), st.text() | st.none() | st.integers()
+    )
+)
 def test_any_row_is_a_job_or_a_list_of_problems(values: dict[str, Any]) -> None:
     job = make_job(Row(2, values), the_plan(columns=None), 0)
     if isinstance(job, Job):
@@ -186,8 +204,12 @@ def _memory(tmp_path: Path, rows: int) -> int:
     path = tmp_path / f"{rows}.csv"
     with path.open("w") as file:
         file.write("code,headline,url\n")
-        file.writelines(f"row-{number},{'x' * 150},https://example.com/{number}.png\n" for number in range(rows))
-    done = subprocess.run([sys.executable, "-c", _MEASURE, path], capture_output=True, text=True, check=True, cwd=ROOT)
+        file.writelines(
+            f"row-{number},{'x' * 150},https://example.com/{number}.png\n" for number in range(rows)
+        )
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, path], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     jobs, wrong, again, most = map(int, done.stdout.split())
     assert (jobs, wrong, again) == (rows, 0, rows)
     return most

@@ -15,7 +15,9 @@ def test_the_demo_settles_eight_runs_and_then_keeps_running(start: Start, tmp_pa
     runs = {run["scene"]: run for run in found["runs"]}
     assert list(runs) == [scene.title for scene in SCENES]
     assert {run["verdict"] for run in runs.values()} == {"matched", "recovered"}
-    assert [scene for scene, run in runs.items() if run["verdict"] == "recovered"] == ["image, never called back"]
+    assert [scene for scene, run in runs.items() if run["verdict"] == "recovered"] == [
+        "image, never called back"
+    ]
     assert [scene for scene, run in runs.items() if run["state"] != "completed"] == ["a failing run"]
     assert [len(run["files"]) for run in runs.values()] == [2, 3, 2, 2, 2, 2, 0, 2]
     for run in runs.values():

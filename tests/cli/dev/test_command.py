@@ -37,7 +37,9 @@ def start_run(cwd: Path, port: int) -> str:
     return done.stdout.split()[0]
 
 
-def test_without_a_tunnel_a_callback_is_simulated_for_each_settled_run(start: Start, tmp_path: Path) -> None:
+def test_without_a_tunnel_a_callback_is_simulated_for_each_settled_run(
+    start: Start, tmp_path: Path
+) -> None:
     """The run settles by polling; then its callback reaches the endpoint, and it is matched."""
     port = free_port()
     dev = start("dev", *EMULATED, "--no-tunnel", "--ops-port", port)
@@ -83,11 +85,16 @@ async def test_a_callback_arrives_through_ssh_and_tls(start: Start, tmp_path: Pa
 async def test_the_tunnel_program_ends_with_dev(start: Start, tmp_path: Path) -> None:
     """Its URL is shown, a canary lost at first is not reported, and SIGTERM leaves no process."""
     program = write_program(
-        tmp_path, "cloudflared", f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n" + CLOUDFLARED
+        tmp_path,
+        "cloudflared",
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n" + CLOUDFLARED,
     )
     dev = start("dev", *EMULATED, "--ops-port", 0, PATH=f"{program.parent}:{os.environ['PATH']}")
     opened = until(dev, is_kind("tunnel"))[-1]
-    assert (opened["provider"], opened["url"]) == ("cloudflared", "https://four-plain-made-words.trycloudflare.com")
+    assert (opened["provider"], opened["url"]) == (
+        "cloudflared",
+        "https://four-plain-made-words.trycloudflare.com",
+    )
     pid = int((tmp_path / "pid").read_text())
     assert dev.stop() == 0
     await wait_until_gone(pid)
@@ -108,7 +115,9 @@ def test_a_forged_callback_is_shown_with_its_refusal(start: Start, tmp_path: Pat
 
 def test_a_tunnel_that_does_not_open_is_shown_with_its_output(tmp_path: Path) -> None:
     program = write_program(tmp_path, "broken", 'say("ERR no route to the edge"); sys.exit(5)')
-    done = run_command("dev", "--emulator", "--port", 0, "--ops-port", 0, "--command", program, cwd=tmp_path)
+    done = run_command(
+        "dev", "--emulator", "--port", 0, "--ops-port", 0, "--command", program, cwd=tmp_path
+    )
     assert done.returncode == 1
     assert "ended with exit code 5" in done.stdout
     assert "ERR no route to the edge" in done.stdout
@@ -129,6 +138,8 @@ def test_a_tunnel_that_does_not_open_is_shown_with_its_output(tmp_path: Path) ->
 def test_unusable_options_are_refused(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     """The exit code is 2, before a tunnel is opened."""
     path = str(Path(sys.executable).parent)
-    done = run_command("dev", "--port", 0, "--ops-port", 0, *arguments, cwd=tmp_path, env={**KEYS, "PATH": path})
+    done = run_command(
+        "dev", "--port", 0, "--ops-port", 0, *arguments, cwd=tmp_path, env={**KEYS, "PATH": path}
+    )
     assert done.returncode == 2
     assert message in done.stderr

@@ -77,7 +77,14 @@ async def run_session(stage: Stage, provider: Provider, **sections: Any) -> Asyn
     stopping = asyncio.Event()
     async with service.running():
         dev = DevSession(
-            service, settings, view, provider, ca=stage.ca, timing=QUICK, canary_seconds=1.0, stranded_seconds=0.3
+            service,
+            settings,
+            view,
+            provider,
+            ca=stage.ca,
+            timing=QUICK,
+            canary_seconds=1.0,
+            stranded_seconds=0.3,
         )
         working = asyncio.create_task(dev.run(stopping))
         try:
@@ -101,7 +108,9 @@ def is_opened(line: Line) -> bool:
     return line["kind"] == "tunnel" and bool(line.get("url"))
 
 
-async def test_a_stopped_tunnel_is_replaced_and_its_runs_are_caught_up(stage: Stage, forwarder: Command) -> None:
+async def test_a_stopped_tunnel_is_replaced_and_its_runs_are_caught_up(
+    stage: Stage, forwarder: Command
+) -> None:
     """A run whose callback goes to the old URL settles by polling; the next one uses the new URL.
 
     The first run is open when the tunnel is reopened; by the policy it is not due for ten minutes.
@@ -182,7 +191,9 @@ async def test_dev_stops_while_a_tunnel_opens(stage: Stage, tmp_path: Path) -> N
     stopping = asyncio.Event()
     async with Service(settings).running() as service:
         view = View(as_json=True, stream=io.StringIO())
-        working = asyncio.create_task(DevSession(service, settings, view, Command(str(program))).run(stopping))
+        working = asyncio.create_task(
+            DevSession(service, settings, view, Command(str(program))).run(stopping)
+        )
 
         async def begun() -> int:
             with contextlib.suppress(FileNotFoundError, ValueError):

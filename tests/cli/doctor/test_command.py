@@ -62,14 +62,21 @@ def reply(status: str, body: bytes = b"", *headers: str) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def run_proxy(stage: Stage, respond: Respond, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+async def run_proxy(
+    stage: Stage, respond: Respond, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
     """Run a server before the receiver; `respond` turns a request into a response, as bytes."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             head = await reader.readuntil(b"\r\n\r\n")
             length = next(
-                (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
+                (
+                    int(line[15:])
+                    for line in head.lower().split(b"\r\n")
+                    if line.startswith(b"content-length:")
+                ),
+                0,
             )
             writer.write(await respond(head + await reader.readexactly(length)))
             await writer.drain()
@@ -206,7 +213,9 @@ async def test_a_slow_proxy_is_found(stage: Stage) -> None:
 async def test_a_public_url_without_a_receiver(stage: Stage) -> None:
     """With a receiver on this machine the route is missing, without one the receiver."""
     async with stage.service():
-        findings = await check_public_url(settings(stage, public_url=f"https://127.0.0.1:{free_port()}"), ca=stage.ca)
+        findings = await check_public_url(
+            settings(stage, public_url=f"https://127.0.0.1:{free_port()}"), ca=stage.ca
+        )
         assert ids(findings) == {"public.unreachable"}
     stage.port = free_port()
     for response in (None, reply("502 Bad Gateway", b"no upstream")):
@@ -264,7 +273,9 @@ async def test_a_receiver_without_some_of_the_secrets(stage: Stage) -> None:
     with_all = settings(stage, public_url=public_url, flora=flora, workspaces=workspaces)
     async with stage.service():
         findings = [
-            each for each in await check_public_url(with_all, ca=stage.ca) if each.id != "public.certificate_ends"
+            each
+            for each in await check_public_url(with_all, ca=stage.ca)
+            if each.id != "public.certificate_ends"
         ]
     assert [each.id for each in findings] == ["public.wrong_secret"] * 2
     assert "number 2" in findings[0].what
@@ -282,7 +293,9 @@ async def test_refused_keys_are_distinguished(stage: Stage) -> None:
     assert ids(await check_flora(away)) == {"flora.unreachable"}
     for status, wanted in (("403 Forbidden", "flora.key_forbidden"), ("500 Oops", "flora.failing")):
 
-        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: str = status) -> None:
+        async def handle(
+            reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: str = status
+        ) -> None:
             await reader.readuntil(b"\r\n\r\n")
             writer.write(reply(status, b'{"error":{"code":"x","message":"y"}}', "request-id: req_1"))
             await writer.drain()
@@ -444,7 +457,9 @@ def test_unusable_settings(env: dict[str, str], toml: str, wanted: set[str], tmp
     found = json.loads(done.stdout)
     assert (done.returncode, done.stderr, found["ok"]) == (2, "", False)
     assert {each["id"] for each in found["findings"]} == wanted
-    assert not any(value in done.stdout for value in env.values() if value.strip().startswith(("sk_", "whsec_")))
+    assert not any(
+        value in done.stdout for value in env.values() if value.strip().startswith(("sk_", "whsec_"))
+    )
 
 
 def test_a_key_in_the_text_of_an_error_is_not_printed(
@@ -481,7 +496,13 @@ def test_secrets_in_the_wrong_place(stage: Stage) -> None:
     assert ids(list(check_settings(odd))) == {"settings.odd", "public.missing"}
 
 
-ROW = {"run_id": "run_1", "status": "completed", "progress": 100, "created_at": 1733952000000, "workspace_id": "ws_2"}
+ROW = {
+    "run_id": "run_1",
+    "status": "completed",
+    "progress": 100,
+    "created_at": 1733952000000,
+    "workspace_id": "ws_2",
+}
 
 
 @pytest.mark.parametrize(
@@ -505,7 +526,9 @@ ROW = {"run_id": "run_1", "status": "completed", "progress": 100, "created_at": 
         (503, None, None, {"flora.failing"}),
     ],
 )
-def test_responses_of_flora_and_of_others(status: int, body: Any, workspace: str | None, wanted: set[str]) -> None:
+def test_responses_of_flora_and_of_others(
+    status: int, body: Any, workspace: str | None, wanted: set[str]
+) -> None:
     """FLORA's errors differ from those of a proxy, a workspace's key from another's."""
     content = b"<html>Welcome to the hotel</html>" if body is None else json.dumps(body).encode()
     request = httpx.Request("GET", "https://app.flora.ai/api/v1/technique-runs")

@@ -77,7 +77,10 @@ async def test_a_server_that_is_no_receiver(other: str) -> None:
         closed = await probe(f"http://127.0.0.1:{free_port()}/", SECRET, client=client)
         assert closed.failure is ProbeFailure.REFUSED
         unknown = await probe("http://unknown.invalid/", SECRET, client=client)
-        assert unknown.failure in {ProbeFailure.NAME, ProbeFailure.REFUSED}  # a resolver may be slow to say no
+        assert unknown.failure in {
+            ProbeFailure.NAME,
+            ProbeFailure.REFUSED,
+        }  # a resolver may be slow to say no
         assert (await probe("https://" + other[7:], SECRET, client=client)).failure is ProbeFailure.TLS
 
 

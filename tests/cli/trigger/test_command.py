@@ -43,7 +43,11 @@ def test_a_callback_is_of_the_workspace_that_signs(service: RunningService, tmp_
     two = [{"id": OWN_WORKSPACE, "secrets": [OWN_SECRET]}, {"id": "ws_far", "secrets": ["whsec_far"]}]
     env = {"RECEIVER_WORKSPACES": json.dumps(two)}
     command = ("trigger", service.url, "--ca", service.ca)
-    for more in ((), ("--workspace-id", OWN_WORKSPACE), ("--secret", OWN_SECRET, "--workspace-id", OWN_WORKSPACE)):
+    for more in (
+        (),
+        ("--workspace-id", OWN_WORKSPACE),
+        ("--secret", OWN_SECRET, "--workspace-id", OWN_WORKSPACE),
+    ):
         done = run_command(*command, *more, cwd=tmp_path, env=env)
         assert (done.returncode, done.stdout.splitlines()[0]) == (0, '200 {"status":"accepted"}')
     far = run_command(*command, "--workspace-id", "ws_far", cwd=tmp_path, env=env)
@@ -71,7 +75,17 @@ def test_a_record_is_sent_again_byte_for_byte(service: RunningService, tmp_path:
     replayed = run_command("trigger", service.url, "--ca", service.ca, "--from", "sent.jsonl", cwd=tmp_path)
     assert replayed.returncode == 0, replayed.stdout
     assert replayed.stdout.count('{"status":"duplicate"}') == 2
-    again_twice = ("trigger", service.url, "--ca", service.ca, "--from", "sent.jsonl", "--count", "2", "--json")
+    again_twice = (
+        "trigger",
+        service.url,
+        "--ca",
+        service.ca,
+        "--from",
+        "sent.jsonl",
+        "--count",
+        "2",
+        "--json",
+    )
     assert json.loads(run_command(*again_twice, cwd=tmp_path).stdout)["answers"] == {"200 duplicate": 4}
 
 
@@ -141,7 +155,16 @@ def closing_receiver() -> Iterator[str]:
 
 
 def test_a_repeated_delivery_is_a_duplicate(service: RunningService, tmp_path: Path) -> None:
-    arguments = ("trigger", service.url, "--ca", service.ca, "--delivery-id", "whd_twice", "--run-id", "run_twice")
+    arguments = (
+        "trigger",
+        service.url,
+        "--ca",
+        service.ca,
+        "--delivery-id",
+        "whd_twice",
+        "--run-id",
+        "run_twice",
+    )
     first, second = (run_command(*arguments, cwd=tmp_path, env=KEYS) for _ in range(2))
     assert first.stdout.splitlines() == ['200 {"status":"accepted"}', "completed: as expected"]
     assert second.stdout.splitlines() == ['200 {"status":"duplicate"}', "completed: as expected"]
@@ -167,7 +190,11 @@ def test_an_untrusted_certificate_is_reported_with_advice(service: RunningServic
         (("127.0.0.1:8080",), KEYS, "is not an http or https URL"),
         (("https://:8080/",), KEYS, "is not an http or https URL"),
         (("http://127.0.0.1:99999/",), KEYS, "is not an http or https URL"),
-        (("https://127.0.0.1:1/", "--record", "gone/sent.jsonl"), KEYS, "gone/sent.jsonl cannot be written"),
+        (
+            ("https://127.0.0.1:1/", "--record", "gone/sent.jsonl"),
+            KEYS,
+            "gone/sent.jsonl cannot be written",
+        ),
         (("https://127.0.0.1:1/", "--from", "odd.jsonl"), {}, "line 1 of odd.jsonl"),
         (("https://127.0.0.1:1/", "--rate", "inf"), KEYS, "--rate"),
         (("https://127.0.0.1:1/",), {}, "FLORA_WEBHOOK_SECRET: is not set"),

@@ -98,4 +98,6 @@ async def ops(stage: Stage) -> AsyncIterator[Ops]:
 
 def events(text: str) -> list[dict[str, Any]]:
     """Return the data of the events in a piece of a stream."""
-    return [json.loads(line.removeprefix("data:")) for line in text.splitlines() if line.startswith("data:")]
+    return [
+        json.loads(line.removeprefix("data:")) for line in text.splitlines() if line.startswith("data:")
+    ]

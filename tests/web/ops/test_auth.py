@@ -92,12 +92,16 @@ def test_a_form_cannot_change_anything(content_type: str, expected: str | None) 
         ("127.0.0.1", ("fe80::1",), "[fe80::1]:8081", True),
     ],
 )
-def test_the_host_must_be_a_known_name(host: str, allowed: tuple[str, ...], called: str, is_allowed: bool) -> None:
+def test_the_host_must_be_a_known_name(
+    host: str, allowed: tuple[str, ...], called: str, is_allowed: bool
+) -> None:
     """A listener on every address accepts any address as Host, but only names that are listed."""
     assert (code({**GOOD, "host": called}, access=Access(TOKEN, host, allowed)) is None) == is_allowed
 
 
-@pytest.mark.parametrize(("header", "name"), [("A:1", "a"), ("[::1]:1", "::1"), ("[", ""), (":", ""), ("a.", "a")])
+@pytest.mark.parametrize(
+    ("header", "name"), [("A:1", "a"), ("[::1]:1", "::1"), ("[", ""), (":", ""), ("a.", "a")]
+)
 def test_the_name_in_a_host_header(header: str, name: str) -> None:
     assert host_name(header) == name
 
@@ -109,7 +113,15 @@ def test_the_token_is_not_shown() -> None:
 async def test_every_route_needs_the_token(ops: Ops) -> None:
     """Without the token, known and unknown paths give the same response to every method."""
     async with httpx.AsyncClient(base_url=ops.url, trust_env=False) as client:
-        for path in ("/", "/healthz", "/metrics", "/api/runs", "/api/openapi.json", "/api/nothing", "/api/runs/run_1"):
+        for path in (
+            "/",
+            "/healthz",
+            "/metrics",
+            "/api/runs",
+            "/api/openapi.json",
+            "/api/nothing",
+            "/api/runs/run_1",
+        ):
             for method in ("GET", "POST", "DELETE", "OPTIONS"):
                 response = await client.request(method, path, headers=JSON)
                 assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")
@@ -123,7 +135,12 @@ async def test_a_page_in_a_browser_starts_no_run(ops: Ops) -> None:
     fetch = await ops.http.post("/api/runs", json=body, headers={"Origin": "https://evil.example"})
     rebound = await ops.http.post("/api/runs", json=body, headers={"Host": "evil.example"})
     preflight = await ops.http.options("/api/runs", headers={"Access-Control-Request-Method": "POST"})
-    assert [form.status_code, fetch.status_code, rebound.status_code, preflight.status_code] == [415, 403, 403, 405]
+    assert [form.status_code, fetch.status_code, rebound.status_code, preflight.status_code] == [
+        415,
+        403,
+        403,
+        405,
+    ]
     assert not [name for name in preflight.headers if name.startswith("access-control")]
     assert ops.stage.emulator.gate.requests.total() == 0
 
@@ -175,7 +192,8 @@ async def test_errors_of_the_service_are_json() -> None:
         raise KeyError("sk_live_secret")
 
     app = ops_app(
-        Access(TOKEN), [Route("/away", unavailable_store), Route("/bug", bug), Route("/", lambda _: JSONResponse({}))]
+        Access(TOKEN),
+        [Route("/away", unavailable_store), Route("/bug", bug), Route("/", lambda _: JSONResponse({}))],
     )
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=GOOD) as client:

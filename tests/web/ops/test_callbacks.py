@@ -50,7 +50,9 @@ async def test_the_health_of_the_channel(ops: Ops) -> None:
     assert (channel["health"]["matched"], channel["arrivals"]) == (1, 1)
     assert sum(hour.get("matched", 0) for hour in channel["hours"]) == 1
     ops.stage.emulator.faults.add([])
-    run_id = ops.stage.emulator.start_run("emu-image", callback_url=ops.stage.url, faults=[{"kind": "drop"}])
+    run_id = ops.stage.emulator.start_run(
+        "emu-image", callback_url=ops.stage.url, faults=[{"kind": "drop"}]
+    )
     known = {"run_id": run_id, "technique_id": "tech_emu_image", "callback_expected": True}
     await ops.post("/api/runs/track", known)
     await ops.stage.at(run_id, verdict="recovered")

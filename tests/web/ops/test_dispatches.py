@@ -40,7 +40,9 @@ async def test_dispatches_of_a_removed_handler_are_orphaned_and_kept(stage: Stag
         assert run["finished"]
         assert "gone" in {row["handler"] for row in run["dispatches"] if row["orphaned"]}
         listed = (await ops.get("/api/dispatches", orphaned="true"))["dispatches"]
-        assert {(row["run_id"], row["handler"], row["orphaned"]) for row in listed} == {(run_id, "gone", True)}
+        assert {(row["run_id"], row["handler"], row["orphaned"]) for row in listed} == {
+            (run_id, "gone", True)
+        }
         metrics = (await ops.http.get("/metrics")).text
         assert f'receiver_dispatch_backlog{{state="orphaned"}} {len(listed)}.0' in metrics
         assert 'receiver_dispatch_backlog{state="ready"} 0.0' in metrics

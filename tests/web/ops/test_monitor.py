@@ -91,7 +91,9 @@ async def test_long_requests_end_with_the_service(stage: Stage) -> None:
     async with run_ops(stage) as ops:
         await ops.post("/api/runs/track", {"run_id": "run_1"})
         url, token = ops.url, ops.token
-        client = httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False)
+        client = httpx.AsyncClient(
+            base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False
+        )
         waiting = asyncio.create_task(client.get("/api/runs/run_1/wait?timeout=120", timeout=60))
         streaming = asyncio.create_task(client.get("/api/events", timeout=60))
 

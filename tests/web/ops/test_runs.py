@@ -81,7 +81,9 @@ async def test_mode_stream_is_passed_on(ops: Ops) -> None:
         ({"kind": "html", "status": 422}, 422, "flora_refused"),
     ],
 )
-async def test_a_refusal_of_flora_is_passed_on(ops: Ops, fault: dict[str, Any], status: int, code: str) -> None:
+async def test_a_refusal_of_flora_is_passed_on(
+    ops: Ops, fault: dict[str, Any], status: int, code: str
+) -> None:
     """With its status if it concerns the caller; 502 if FLORA refuses the service's key."""
     ops.add_fault(**fault, method="POST")
     response = await ops.start(idempotency_key="k", status=status)
@@ -93,7 +95,10 @@ async def test_a_refusal_of_flora_is_passed_on(ops: Ops, fault: dict[str, Any], 
 
 
 async def test_the_fields_that_flora_names_are_passed_on(ops: Ops) -> None:
-    body = {"technique_id": "emu-image", "inputs": [{"id": "q", "type": "text", "value": "x"}, {"id": "prompt"}]}
+    body = {
+        "technique_id": "emu-image",
+        "inputs": [{"id": "q", "type": "text", "value": "x"}, {"id": "prompt"}],
+    }
     error = (await ops.post("/api/runs", body, 400))["error"]
     assert error["code"] == "input_validation_error"
     assert [row["field"] for row in error["fields"]] == ["inputs.0.id", "inputs.1.type"]
@@ -122,7 +127,9 @@ async def test_an_unknown_outcome_is_reported_and_resolved(ops: Ops) -> None:
     token, run_id = response["start"]["token"], response["run"]["run_id"]
 
     def forget(tx: Any) -> None:
-        tx.exec_driver_sql("UPDATE starts SET state = 'unknown', run_id = NULL, error_message = 'use runs resolve'")
+        tx.exec_driver_sql(
+            "UPDATE starts SET state = 'unknown', run_id = NULL, error_message = 'use runs resolve'"
+        )
 
     await ops.service.database.write(forget)
     error = await ops.start(idempotency_key="k", status=409)
@@ -136,7 +143,9 @@ async def test_an_unknown_outcome_is_reported_and_resolved(ops: Ops) -> None:
     assert (resolved["start"]["state"], resolved["run"]["run_id"]) == ("started", run_id)
     again = await ops.post(f"/api/starts/{token}/resolve", {"run_id": run_id})
     assert again["start"]["state"] == "started"
-    assert (await ops.post(f"/api/starts/{token}/resolve", {"run_id": None}, 409))["error"]["code"] == "already_started"
+    assert (await ops.post(f"/api/starts/{token}/resolve", {"run_id": None}, 409))["error"][
+        "code"
+    ] == "already_started"
     await ops.post("/api/starts/nobody/resolve", {"run_id": run_id}, 404)
     other = (await ops.start(idempotency_key="k2"))["start"]["token"]
     await ops.service.database.write(forget_only(other))
@@ -229,7 +238,10 @@ async def test_an_invalid_run_is_not_tracked(ops: Ops) -> None:
     """The API key is sent to FLORA's base URL only: a poll_url elsewhere is refused."""
     for body, code in WRONG_TRACKS:
         base = ops.stage.emulator.base_url(ops.stage.origin)
-        given = {key: value.replace("{base}", base) if isinstance(value, str) else value for key, value in body.items()}
+        given = {
+            key: value.replace("{base}", base) if isinstance(value, str) else value
+            for key, value in body.items()
+        }
         assert (await ops.post("/api/runs/track", given, 400))["error"]["code"] == code
         assert ops.stage.rows("SELECT * FROM runs") == []
 
@@ -325,7 +337,9 @@ async def test_a_run_is_dispatched_again(ops: Ops) -> None:
     armed = await ops.post(f"/api/runs/{run_id}/redispatch", {"handler": "storage"})
     assert {row["handler"] for row in armed["armed"]} == {"storage"}
     run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
-    settled = next(row for row in run["dispatches"] if (row["handler"], row["event"]) == ("storage", "settled"))
+    settled = next(
+        row for row in run["dispatches"] if (row["handler"], row["event"]) == ("storage", "settled")
+    )
     assert (settled["state"], settled["attempts"]) == ("done", 1)
     assert ops.stage.files(run_id) == before
     assert (await ops.post(f"/api/runs/{run_id}/redispatch", {"handler": "nobody"}))["dispatches"] == 0
@@ -352,7 +366,9 @@ async def test_the_timeline_lists_what_happened_in_order(ops: Ops) -> None:
     run_id = await ops.run_to_end(idempotency_key="k")
     found = await ops.get(f"/api/runs/{run_id}/timeline")
     kinds = [entry["kind"] for entry in found["entries"]]
-    assert {"asked", "first_seen", "callback", "settled", "attempt", "attempt_ended", "stored"} <= set(kinds)
+    assert {"asked", "first_seen", "callback", "settled", "attempt", "attempt_ended", "stored"} <= set(
+        kinds
+    )
     assert kinds.index("callback") < kinds.index("settled") < kinds.index("stored")
     assert [entry["at"] for entry in found["entries"]] == sorted(entry["at"] for entry in found["entries"])
     assert found["reads"] >= 1
@@ -366,7 +382,9 @@ async def test_a_wait_continues_through_a_restart(stage: Stage) -> None:
         run_id = stage.emulator.start_run("emu-image", callback_url=stage.url, faults=slow)
         await ops.post("/api/runs/track", {"run_id": run_id, "technique_id": "tech_emu_image"})
         port = ops.service.operations_address[1]
-        waiter = asyncio.create_task(ops.call_client(lambda receiver: receiver.wait(run_id, timeout_seconds=40)))
+        waiter = asyncio.create_task(
+            ops.call_client(lambda receiver: receiver.wait(run_id, timeout_seconds=40))
+        )
         await eventually(lambda: _is_waited_for(ops, run_id))
     assert not waiter.done()
     async with run_ops(stage, operations={"port": port}):
@@ -384,7 +402,11 @@ async def test_a_technique_is_returned_as_flora_declares_it(ops: Ops) -> None:
     assert (technique["technique_id"], technique["slug"]) == ("tech_emu_two_images", "emu-two-images")
     assert technique["run_cost"] == 0.08
     assert technique["inputs"][0] == {"id": "prompt", "type": "text", "name": "Prompt", "optional": False}
-    assert {row["id"]: row["optional"] for row in technique["inputs"]} == {"prompt": False, "image": True, "size": True}
+    assert {row["id"]: row["optional"] for row in technique["inputs"]} == {
+        "prompt": False,
+        "image": True,
+        "size": True,
+    }
     assert [row["type"] for row in technique["outputs"]] == ["imageUrl", "imageUrl"]
 
 

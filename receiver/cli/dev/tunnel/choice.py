@@ -61,7 +61,9 @@ class TunnelOptions:
         return next(iter(self.kinds), None)
 
 
-def choose_provider(options: TunnelOptions, *, tls: bool, environ: Mapping[str, str] | None = None) -> Provider:
+def choose_provider(
+    options: TunnelOptions, *, tls: bool, environ: Mapping[str, str] | None = None
+) -> Provider:
     """Return the provider. `tls` says that the receiver itself speaks TLS.
 
     Raises ConfigError if options contradict each other, or if something is missing.

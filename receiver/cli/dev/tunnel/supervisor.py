@@ -195,7 +195,9 @@ class TunnelSupervisor:
             else:
                 return
 
-    async def _sleep(self, seconds: float, stopping: asyncio.Event, closed: asyncio.Task[str] | None = None) -> None:
+    async def _sleep(
+        self, seconds: float, stopping: asyncio.Event, closed: asyncio.Task[str] | None = None
+    ) -> None:
         """Wait; return early to stop, if the tunnel closes, or if the machine was suspended."""
         left = seconds
         while left > 0:

@@ -10,7 +10,9 @@ down_revision = None
 def upgrade() -> None:
     op.create_table(
         "deliveries",
-        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
+        sa.Column(
+            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
+        ),
         sa.Column("delivery_id", sa.Text(), nullable=False),
         sa.Column("run_id", sa.Text(), nullable=True),
         sa.Column("event", sa.Text(), nullable=True),
@@ -30,7 +32,9 @@ def upgrade() -> None:
 
     op.create_table(
         "rejections",
-        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
+        sa.Column(
+            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
+        ),
         sa.Column("rejected_at", sa.BigInteger(), nullable=False),
         sa.Column("code", sa.Text(), nullable=False),
         sa.Column("remote", sa.Text(), nullable=True),
@@ -78,14 +82,20 @@ def upgrade() -> None:
         sa.CheckConstraint(
             "(state IN ('completed', 'failed')) = (settled_at IS NOT NULL)", name=op.f("ck_runs_settled")
         ),
-        sa.CheckConstraint("origin IN ('started', 'tracked', 'callback', 'discovered')", name=op.f("ck_runs_origin")),
+        sa.CheckConstraint(
+            "origin IN ('started', 'tracked', 'callback', 'discovered')", name=op.f("ck_runs_origin")
+        ),
         sa.CheckConstraint("state <> 'reported' OR reported_at IS NOT NULL", name=op.f("ck_runs_reported")),
-        sa.CheckConstraint("state IN ('open', 'reported', 'completed', 'failed', 'lost')", name=op.f("ck_runs_state")),
+        sa.CheckConstraint(
+            "state IN ('open', 'reported', 'completed', 'failed', 'lost')", name=op.f("ck_runs_state")
+        ),
         sa.CheckConstraint(
             "state NOT IN ('open', 'reported') OR next_poll_at IS NOT NULL", name=op.f("ck_runs_polled")
         ),
         sa.CheckConstraint("told IN ('completed', 'failed', 'both')", name=op.f("ck_runs_told")),
-        sa.CheckConstraint("verdict IN ('matched', 'recovered', 'late', 'diverged')", name=op.f("ck_runs_verdict")),
+        sa.CheckConstraint(
+            "verdict IN ('matched', 'recovered', 'late', 'diverged')", name=op.f("ck_runs_verdict")
+        ),
         sa.PrimaryKeyConstraint("run_id", name="pk_runs"),
     )
     with op.batch_alter_table("runs", schema=None) as batch_op:
@@ -118,21 +128,29 @@ def upgrade() -> None:
         sa.Column("stored_at", sa.BigInteger(), nullable=True),
         sa.CheckConstraint("(stored_at IS NULL) = (sha256 IS NULL)", name=op.f("ck_artifacts_stored")),
         sa.CheckConstraint("position >= -1", name=op.f("ck_artifacts_position")),
-        sa.ForeignKeyConstraint(["run_id"], ["runs.run_id"], name="fk_artifacts_run_id", ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["run_id"], ["runs.run_id"], name="fk_artifacts_run_id", ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("run_id", "handler", "position", name="pk_artifacts"),
         sa.UniqueConstraint("handler", "location", name="uq_artifacts_handler_location"),
     )
     op.create_table(
         "delivery_bodies",
-        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=False, nullable=False),
+        sa.Column(
+            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=False, nullable=False
+        ),
         sa.Column("signature", sa.Text(), nullable=False),
         sa.Column("body", sa.LargeBinary(), nullable=False),
-        sa.ForeignKeyConstraint(["seq"], ["deliveries.seq"], name="fk_delivery_bodies_seq", ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["seq"], ["deliveries.seq"], name="fk_delivery_bodies_seq", ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("seq", name="pk_delivery_bodies"),
     )
     op.create_table(
         "dispatches",
-        sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
+        sa.Column(
+            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
+        ),
         sa.Column("run_id", sa.Text(), nullable=False),
         sa.Column("handler", sa.Text(), nullable=False),
         sa.Column("event", sa.Text(), nullable=False),
@@ -150,12 +168,19 @@ def upgrade() -> None:
             name=op.f("ck_dispatches_lease"),
         ),
         sa.CheckConstraint(
-            "event IN ('settled', 'cost_final', 'lost', 'diverged', 'dead')", name=op.f("ck_dispatches_event")
+            "event IN ('settled', 'cost_final', 'lost', 'diverged', 'dead')",
+            name=op.f("ck_dispatches_event"),
         ),
-        sa.CheckConstraint("state IN ('ready', 'leased', 'done', 'dead', 'skipped')", name=op.f("ck_dispatches_state")),
-        sa.ForeignKeyConstraint(["run_id"], ["runs.run_id"], name="fk_dispatches_run_id", ondelete="CASCADE"),
+        sa.CheckConstraint(
+            "state IN ('ready', 'leased', 'done', 'dead', 'skipped')", name=op.f("ck_dispatches_state")
+        ),
+        sa.ForeignKeyConstraint(
+            ["run_id"], ["runs.run_id"], name="fk_dispatches_run_id", ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("seq", name="pk_dispatches"),
-        sa.UniqueConstraint("run_id", "handler", "event", "round", name="uq_dispatches_run_id_handler_event_round"),
+        sa.UniqueConstraint(
+            "run_id", "handler", "event", "round", name="uq_dispatches_run_id_handler_event_round"
+        ),
     )
     with op.batch_alter_table("dispatches", schema=None) as batch_op:
         batch_op.create_index(
@@ -192,7 +217,10 @@ def upgrade() -> None:
         sa.Column("outcome", sa.Text(), nullable=True),
         sa.Column("error", sa.Text(), nullable=True),
         sa.ForeignKeyConstraint(
-            ["dispatch_seq"], ["dispatches.seq"], name="fk_dispatch_attempts_dispatch_seq", ondelete="CASCADE"
+            ["dispatch_seq"],
+            ["dispatches.seq"],
+            name="fk_dispatch_attempts_dispatch_seq",
+            ondelete="CASCADE",
         ),
         sa.PrimaryKeyConstraint("dispatch_seq", "attempt", name="pk_dispatch_attempts"),
     )
@@ -208,7 +236,9 @@ def downgrade() -> None:
             postgresql_where=sa.text("state IN ('ready', 'leased')"),
         )
         batch_op.drop_index(
-            "ix_dispatches_dead", sqlite_where=sa.text("state = 'dead'"), postgresql_where=sa.text("state = 'dead'")
+            "ix_dispatches_dead",
+            sqlite_where=sa.text("state = 'dead'"),
+            postgresql_where=sa.text("state = 'dead'"),
         )
 
     op.drop_table("dispatches")

@@ -38,7 +38,9 @@ def upgrade() -> None:
         sa.Column("request_id", sa.Text(), nullable=True),
         sa.CheckConstraint("(state = 'started') = (run_id IS NOT NULL)", name=op.f("ck_starts_started")),
         sa.CheckConstraint("operation IN ('technique_run', 'generate')", name=op.f("ck_starts_operation")),
-        sa.CheckConstraint("state IN ('asking', 'started', 'refused', 'unknown')", name=op.f("ck_starts_state")),
+        sa.CheckConstraint(
+            "state IN ('asking', 'started', 'refused', 'unknown')", name=op.f("ck_starts_state")
+        ),
         sa.PrimaryKeyConstraint("token", name="pk_starts"),
         sa.UniqueConstraint(
             "workspace_id",
@@ -72,7 +74,9 @@ def downgrade() -> None:
     with op.batch_alter_table("starts", schema=None) as batch_op:
         batch_op.drop_index("ix_starts_run_id")
         batch_op.drop_index(
-            "ix_starts_asking", sqlite_where=sa.text("state = 'asking'"), postgresql_where=sa.text("state = 'asking'")
+            "ix_starts_asking",
+            sqlite_where=sa.text("state = 'asking'"),
+            postgresql_where=sa.text("state = 'asking'"),
         )
 
     op.drop_table("starts")

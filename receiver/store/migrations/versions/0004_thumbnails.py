@@ -42,7 +42,9 @@ def _rebuild(checks: Sequence[sa.CheckConstraint]) -> None:
         sa.Column("stored_at", sa.BigInteger(), nullable=True),
         sa.CheckConstraint("(stored_at IS NULL) = (sha256 IS NULL)", name=op.f("ck_artifacts_stored")),
         *checks,
-        sa.ForeignKeyConstraint(["run_id"], ["runs.run_id"], name="fk_artifacts_run_id", ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["run_id"], ["runs.run_id"], name="fk_artifacts_run_id", ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("run_id", "handler", "position", name="pk_artifacts"),
         sa.UniqueConstraint("handler", "location", name="uq_artifacts_handler_location"),
     )

@@ -69,7 +69,15 @@ LOST = {failure: result(None, failure=failure, message="why") for failure in Pro
         (LOST[ProbeFailure.REFUSED], HOME_FINE, WELL, False, None, "unchecked", False),
         (LOST[ProbeFailure.NAME], HOME_FINE, WELL, False, Fault.TUNNEL, "unreachable", False),
         (LOST[ProbeFailure.CUT], HOME_FINE, WELL, False, Fault.TUNNEL, "unreachable", False),
-        (LOST[ProbeFailure.TIMEOUT], HOME_FINE, FloraState.UNREACHABLE, False, Fault.TUNNEL, "offline", False),
+        (
+            LOST[ProbeFailure.TIMEOUT],
+            HOME_FINE,
+            FloraState.UNREACHABLE,
+            False,
+            Fault.TUNNEL,
+            "offline",
+            False,
+        ),
         (result(401, "signature_mismatch"), HOME_FINE, WELL, False, Fault.TUNNEL, "altered", False),
     ],
 )
@@ -110,6 +118,8 @@ def test_a_diagnosis_has_the_duration_of_the_outside_canary() -> None:
         ({}, {"403": 1}, FloraState.KEY_REFUSED),
     ],
 )
-def test_compare_request_counts(before: dict[str, float], after: dict[str, float], found: FloraState) -> None:
+def test_compare_request_counts(
+    before: dict[str, float], after: dict[str, float], found: FloraState
+) -> None:
     """Only new responses count; 404 and 429 show that the API works."""
     assert compare_request_counts(before, after) is found

@@ -121,10 +121,14 @@ async def test_a_line_without_an_end_is_read(tmp_path: Path) -> None:
 
 async def test_placeholders_of_a_command_are_replaced() -> None:
     program = 'import sys, time; print("https://x.example", sys.argv[1:], flush=True); time.sleep(3600)'
-    tunnel = Command(f"{sys.executable} -c {shlex.quote(program)} {{port}} {{host}}:{{port}} {{url}} '$HOME {{x}}'")
+    tunnel = Command(
+        f"{sys.executable} -c {shlex.quote(program)} {{port}} {{host}}:{{port}} {{url}} '$HOME {{x}}'"
+    )
     await tunnel.open(LocalEndpoint(81, tls=True))
     assert tunnel._program is not None
-    assert tunnel._program.printed[-1].endswith("['81', '127.0.0.1:81', 'https://127.0.0.1:81', '$HOME {x}']")
+    assert tunnel._program.printed[-1].endswith(
+        "['81', '127.0.0.1:81', 'https://127.0.0.1:81', '$HOME {x}']"
+    )
     await tunnel.close()
 
 
@@ -194,7 +198,9 @@ def other_key(tmp_path: Path) -> Path:
 @pytest.fixture
 def locked_key(other_key: Path) -> Path:
     """A private key with a passphrase."""
-    subprocess.run(["ssh-keygen", "-q", "-p", "-N", "a passphrase", "-f", other_key], check=True, capture_output=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-p", "-N", "a passphrase", "-f", other_key], check=True, capture_output=True
+    )
     return other_key
 
 
@@ -254,12 +260,18 @@ async def test_ssh_errors_are_explained(ssh_server: Sshd, other_key: Path) -> No
         await closed.open(LOCAL)
 
 
-@pytest.mark.parametrize(("kind", "message"), [("locked", "`ssh-add`"), ("junk", "cannot be used"), ("hosts", "junk")])
+@pytest.mark.parametrize(
+    ("kind", "message"), [("locked", "`ssh-add`"), ("junk", "cannot be used"), ("hosts", "junk")]
+)
 async def test_unusable_ssh_files_are_named(
     kind: str, message: str, ssh_server: Sshd, locked_key: Path, junk: Path
 ) -> None:
     """A locked key, a file that is no key, one that is no list of hosts."""
-    given = {"locked": {"identity": locked_key}, "junk": {"identity": junk}, "hosts": {"known_hosts": junk}}[kind]
+    given = {
+        "locked": {"identity": locked_key},
+        "junk": {"identity": junk},
+        "hosts": {"known_hosts": junk},
+    }[kind]
     with pytest.raises(TunnelError, match="on this machine cannot be used") as caught:
         await connect_to(ssh_server, free_port(), **given).open(LOCAL)
     assert message in str(caught.value)
@@ -331,7 +343,10 @@ async def test_ngrok_forwards_to_the_receiver() -> None:
     agent = Agent()
     tunnel = Ngrok(agent=agent)
     assert await tunnel.open(LocalEndpoint(8080, tls=True)) == "https://a-b-c.ngrok-free.app"
-    assert agent.request == ("https://127.0.0.1:8080", {"authtoken_from_env": True, "verify_upstream_tls": False})
+    assert agent.request == (
+        "https://127.0.0.1:8080",
+        {"authtoken_from_env": True, "verify_upstream_tls": False},
+    )
     await tunnel.close()
     assert agent.listener.closed
     with pytest.raises(TunnelError, match="ERR_NGROK_334"):
@@ -350,16 +365,23 @@ def test_the_real_ngrok_module_has_what_is_used() -> None:
 def test_options_choose_the_provider(tmp_path: Path) -> None:
     """An option of its own names a provider; else it is the first that is installed."""
     there = write_program(tmp_path, "cloudflared", CLOUDFLARED).parent
-    assert isinstance(choose_provider(TunnelOptions(), tls=False, environ={"PATH": str(there)}), Cloudflared)
-    assert isinstance(choose_provider(TunnelOptions(), tls=False, environ={"PATH": "", "NGROK_AUTHTOKEN": "x"}), Ngrok)
+    assert isinstance(
+        choose_provider(TunnelOptions(), tls=False, environ={"PATH": str(there)}), Cloudflared
+    )
+    assert isinstance(
+        choose_provider(TunnelOptions(), tls=False, environ={"PATH": "", "NGROK_AUTHTOKEN": "x"}), Ngrok
+    )
     assert isinstance(choose_provider(TunnelOptions(domain="x.ngrok.app"), tls=False), Ngrok)
     assert isinstance(choose_provider(TunnelOptions(ssh="me@host"), tls=True), Ssh)
     assert isinstance(choose_provider(TunnelOptions(tunnel="ssh", ssh="me@host"), tls=True), Ssh)
     assert isinstance(
-        choose_provider(TunnelOptions(ssh="me@host", public_url="https://hooks.example.com"), tls=False), Ssh
+        choose_provider(TunnelOptions(ssh="me@host", public_url="https://hooks.example.com"), tls=False),
+        Ssh,
     )
     assert isinstance(choose_provider(TunnelOptions(command="bore local {port}"), tls=False), Command)
-    assert isinstance(choose_provider(TunnelOptions(public_url="https://hooks.example.com"), tls=False), FixedUrl)
+    assert isinstance(
+        choose_provider(TunnelOptions(public_url="https://hooks.example.com"), tls=False), FixedUrl
+    )
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,9 @@ class Session:
 
 
 @contextlib.asynccontextmanager
-async def supervise(provider: Provider, *found: Diagnosis, timing: Timing = QUICK) -> AsyncIterator[Session]:
+async def supervise(
+    provider: Provider, *found: Diagnosis, timing: Timing = QUICK
+) -> AsyncIterator[Session]:
     session = Session(provider, found, timing)
     await session.supervisor.open()
     task = asyncio.create_task(session.supervisor.run(session.stopping))
@@ -123,7 +125,9 @@ async def test_a_diagnosis_is_new_once() -> None:
     """Every check is reported; only a different diagnosis is new."""
     tunnels = Tunnels("https://a.example")
     async with supervise(tunnels, FINE) as session:
-        events = await session.until(lambda each: isinstance(each, TunnelChecked) and len(session.checked_urls) > 2)
+        events = await session.until(
+            lambda each: isinstance(each, TunnelChecked) and len(session.checked_urls) > 2
+        )
     assert events[0] == TunnelOpened("https://a.example")
     assert events[1:3] == [
         TunnelChecked(FINE, is_new=True, has_recovered=False),
@@ -180,7 +184,9 @@ async def test_a_tunnel_that_closes_by_itself_is_replaced_at_once() -> None:
 
 
 async def test_opening_is_retried_until_it_succeeds() -> None:
-    tunnels = Tunnels("https://a.example", TunnelError("no network"), TunnelError("no network"), "https://b.example")
+    tunnels = Tunnels(
+        "https://a.example", TunnelError("no network"), TunnelError("no network"), "https://b.example"
+    )
     async with supervise(tunnels, CLOSED, CLOSED, FINE, timing=QUICK) as session:
         await session.until(lambda each: isinstance(each, TunnelClosed))
         events = await session.until(is_opened)
@@ -198,7 +204,10 @@ async def test_a_new_tunnel_has_time_to_settle() -> None:
         tunnels, *[CLOSED] * 5, FINE, timing=Timing(check=0.02, settle=3600, settle_check=0.01)
     ) as session:
         events = await session.until(lambda each: isinstance(each, TunnelChecked))
-    assert events == [TunnelOpened("https://a.example"), TunnelChecked(FINE, is_new=True, has_recovered=False)]
+    assert events == [
+        TunnelOpened("https://a.example"),
+        TunnelChecked(FINE, is_new=True, has_recovered=False),
+    ]
     assert len(session.checked_urls) >= 6
 
 
@@ -232,7 +241,11 @@ async def test_a_suspended_program_is_noticed_and_replaced(stage: Stage, tmp_pat
         local = LocalEndpoint(service.address[1], tls=True)
         events: asyncio.Queue[TunnelEvent] = asyncio.Queue()
         supervisor = TunnelSupervisor(
-            command, local, check=lambda url: check(stage, url, local, outside, inside), report=events.put, timing=QUICK
+            command,
+            local,
+            check=lambda url: check(stage, url, local, outside, inside),
+            report=events.put,
+            timing=QUICK,
         )
         first = await supervisor.open()
         stopping = asyncio.Event()
