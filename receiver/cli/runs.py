@@ -245,6 +245,10 @@ def batch(
     name: Annotated[
         str | None, typer.Option(help="Template of a row's name in file names; default: its key.")
     ] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(help="Separator of a CSV file, such as ';' or tab; default: as its rows tell."),
+    ] = None,
     batch: Annotated[
         str | None, typer.Option(help="Name of the batch; default: the file's name without its suffix.")
     ] = None,
@@ -269,7 +273,7 @@ def batch(
     from receiver.cli.batch.command import Options, run
 
     options = Options(
-        file=file, technique_id=technique_id, key=key, maps=maps, name=name, batch=batch,
+        file=file, technique_id=technique_id, key=key, maps=maps, name=name, separator=separator, batch=batch,
         parallel=parallel, results=results, patience=patience, cost_wait=cost_wait,
         workspace_id=workspace_id, yes=yes, json=json,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """`runs batch` end to end: each row is stored once, bad rows cost nothing, a batch resumes."""
 
 import asyncio
+import csv
 import os
 import pty
 import re
@@ -187,8 +188,13 @@ async def test_a_changed_row_is_not_taken_for_the_old_one(batches: BatchStage) -
     assert batches.count_started() == 2
 
 
-async def test_ctrl_c_and_on_again(tmp_path: Path) -> None:
-    """It ends at once with 130, writes what it knows, says how to go on; what was started is not started again."""
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["int", "term", "hup"],
+)
+async def test_an_interrupted_batch_goes_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """It ends at once, writes what it knows, says how to go on; what was started is not started again."""
     async with run_stage(tmp_path, run_seconds=600.0) as stage:
         batches = BatchStage(stage)
         async with stage.service(**batches.settings()):
@@ -196,8 +202,8 @@ async def test_ctrl_c_and_on_again(tmp_path: Path) -> None:
             process = await batches.begin(*batches.arguments(file, "--yes", "--parallel", "4"))
             await batches.until_started(4)
             async with asyncio.timeout(10):
-                ended = await batches.stop(process)
-            assert ended.code == 130, ended
+                ended = await batches.stop(process, number)
+            assert ended.code == code, ended
             assert "run the same command again" in ended.err
             assert "Traceback" not in ended.err
             states = [row["state"] for row in batches.results()]
@@ -208,6 +214,54 @@ async def test_ctrl_c_and_on_again(tmp_path: Path) -> None:
             again = await batches.batch(file, "--yes", "--parallel", "12")
             assert again.code == 0, again
             batches.check(12)
+
+
+async def test_results_that_cannot_be_written_are_printed(tmp_path: Path) -> None:
+    """The directory is gone when the batch ends: exit code 1, and its lines on standard output."""
+    async with run_stage(tmp_path, run_seconds=600.0) as stage:
+        batches = BatchStage(stage)
+        async with stage.service(**batches.settings()):
+            gone = batches.stage.directory / "gone"
+            gone.mkdir()
+            process = await batches.begin(
+                *batches.arguments(batches.table(2), "--yes", "--results", "gone/r.csv")
+            )
+            await batches.until_started(2)
+            gone.rmdir()
+            stage.end_runs()
+            ended = await batches.end(process)
+    assert ended.code == 1, ended
+    assert "gone/r.csv cannot be written: No such file or directory" in ended.err
+    assert "2 of 2 rows completed and stored" in ended.out
+    assert "Results: gone" not in ended.out
+    lines = ended.out[ended.out.index("\ufeff") + 1 :].splitlines()
+    assert [row["key"] for row in csv.DictReader(lines)] == ["r0", "r1"]
+
+
+async def test_a_full_disk_is_said(batches: BatchStage) -> None:
+    """Also in the JSON, which has the outcomes in any case."""
+    file = batches.table(1)
+    ended = await batches.batch(file, "--yes", "--json", "--results", "/dev/full")
+    assert ended.code == 1, ended
+    assert "No space left on device" in ended.err
+    assert (ended.data["ok"], ended.data["results"], len(ended.data["outcomes"])) == (False, None, 1)
+    assert "No space left" in ended.data["results_error"]
+
+
+async def test_a_semicolon_table_has_semicolon_results(batches: BatchStage) -> None:
+    """As the spreadsheet that wrote it expects; a column that is not found names the separator."""
+    file = batches.stage.directory / "spring.csv"
+    file.write_text("market_code;headline;note, short\r\n=de;Hallo;a\r\n")
+    ended = await batches.batch(file, "--yes")
+    assert ended.code == 0, ended
+    raw = (batches.stage.directory / "results.csv").read_bytes()
+    assert raw.startswith(b"\xef\xbb\xbfkey;run_id;state;")
+    assert b"\r\n'=de;run_" in raw
+    wrong = await batches.batch(file, "--yes", "--separator", ",")
+    assert wrong.code == 2
+    assert "it has: market_code;headline;note, short (separated by ',': see --separator)" in wrong.err
+    assert (await batches.batch(file, "--yes", "--separator", "ab")).code == 2
+    assert batches.count_started() == 1
 
 
 async def test_on_a_terminal_it_asks_shows_progress_and_leaves_it_clean(tmp_path: Path) -> None:

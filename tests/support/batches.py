@@ -120,7 +120,7 @@ class BatchStage:
         await eventually(has_started, within=120, what=f"{count} runs at FLORA")
 
     def results(self, name: str = "results.csv") -> list[dict[str, str]]:
-        with (self.stage.directory / name).open(newline="", encoding="utf-8") as file:
+        with (self.stage.directory / name).open(newline="", encoding="utf-8-sig") as file:
             return list(csv.DictReader(file))
 
     def check(self, rows: int, *, batch: str = "spring") -> None:

@@ -3,7 +3,6 @@
 The same command again resumes the batch: the service knows every row by its key.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as ProgressBar
 
 from receiver.cli.batch.report import format_dollars, print_report
-from receiver.cli.batch.results import Spool, open_spool, summarize, write_results
+from receiver.cli.batch.results import (
+    Spool,
+    check_path,
+    open_spool,
+    print_results,
+    summarize,
+    write_results,
+)
 from receiver.cli.batch.retries import call_with_retries
 from receiver.cli.batch.runner import Halt, Jobs, Progress, Runner
+from receiver.cli.batch.separators import parse_separator
+from receiver.cli.batch.signals import Interruption
 from receiver.cli.batch.table import RowProblem, Source, Table, open_source
 from receiver.cli.batch.validation import Check, Plan, check_rows, make_jobs, make_plan, to_technique
 from receiver.cli.connection import connect
@@ -28,7 +36,6 @@ from receiver.cli.output import FAILED, USAGE_ERROR, print_error, report_errors
 from receiver.client.client import ReceiverClient
 from receiver.errors import TableError
 
-INTERRUPTED = 130
 _MAX_FIRST_PATIENCE_SECONDS = 10.0
 """Patience before anything was started: a service that is not running is reported soon."""
 _MAX_PROBLEMS = 50
@@ -44,6 +51,7 @@ class Options:
     maps: list[str]
     key: str
     name: str | None
+    separator: str | None
     batch: str | None
     parallel: int
     patience: float
@@ -55,22 +63,24 @@ class Options:
 
 
 def run(options: Options) -> None:
-    with report_errors(as_json=options.json):
+    with report_errors(as_json=options.json), Interruption() as interruption:
         try:
             with open_source(options.file, sys.stdin.buffer) as source:
-                _run(options, source)
+                _run(options, source, interruption)
         except TableError as error:
             data = {"error": "table", "message": str(error)}
             print_error(data, f"Error: {error}", as_json=options.json)
             raise typer.Exit(USAGE_ERROR) from error
         except KeyboardInterrupt:
             print("Interrupted before anything was started.", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(interruption.exit_code or FAILED) from None
 
 
-def _run(options: Options, source: Source) -> None:
+def _run(options: Options, source: Source, interruption: Interruption) -> None:
     _check_options(options, source)
-    table = Table(source)
+    table = Table(
+        source, separator=None if options.separator is None else parse_separator(options.separator)
+    )
     patience = min(options.patience, _MAX_FIRST_PATIENCE_SECONDS)
     with connect() as receiver:
         read = partial(receiver.technique, options.technique_id, options.workspace_id)
@@ -82,6 +92,7 @@ def _run(options: Options, source: Source) -> None:
             key=options.key,
             name=options.name,
             columns=table.columns,
+            separator=table.separator,
         )
         if isinstance(plan, list):
             _refuse(options, plan, len(plan))
@@ -91,7 +102,7 @@ def _run(options: Options, source: Source) -> None:
         count = partial(_count_known, options, receiver, plan, check)
         _confirm(options, plan, check, known=call_with_retries(count, seconds=patience))
         with open_spool() as outcomes:
-            _execute(options, plan, table, receiver, outcomes, rows=check.jobs)
+            _execute(options, plan, table, receiver, outcomes, interruption, rows=check.jobs)
 
 
 def _check_options(options: Options, source: Source) -> None:
@@ -99,10 +110,12 @@ def _check_options(options: Options, source: Source) -> None:
     results = options.results
     if options.batch is None and not source.has_name:
         raise TableError(f"{source.name} has no name: name the batch with --batch")
-    if not results.parent.is_dir() or not os.access(results.parent, os.W_OK) or results.is_dir():
-        raise TableError(f"--results {results} cannot be written")
     if results.exists() and options.file.exists() and results.samefile(options.file):
         raise TableError(f"--results {results} would overwrite the table itself")
+    try:
+        check_path(results)
+    except OSError as error:
+        raise TableError(f"--results {results} cannot be written: {error.strerror}") from error
 
 
 def _refuse(options: Options, problems: list[RowProblem], count: int) -> NoReturn:
@@ -156,9 +169,16 @@ def _confirm(options: Options, plan: Plan, check: Check, *, known: int) -> None:
 
 
 def _execute(
-    options: Options, plan: Plan, table: Table, receiver: ReceiverClient, outcomes: Spool, *, rows: int
+    options: Options,
+    plan: Plan,
+    table: Table,
+    receiver: ReceiverClient,
+    outcomes: Spool,
+    interruption: Interruption,
+    *,
+    rows: int,
 ) -> None:
-    """Run the batch, then write and print its results, also after Ctrl-C."""
+    """Run the batch, then write and print its results, also after Ctrl-C or SIGTERM."""
     runner = Runner(
         connect,
         outcomes,
@@ -167,16 +187,16 @@ def _execute(
         parallel=min(options.parallel, rows),
         patience_seconds=options.patience,
     )
-    interrupted = False
+    unwritten: str | None = None
     try:
         _run_with_progress(options, runner, make_jobs(table.rows(), plan), receiver, rows=rows)
+        interruption.hold()
     except KeyboardInterrupt:
-        interrupted = True
+        pass  # every row has an outcome
     finally:
-        try:
-            write_results(options.results, outcomes)
-        except OSError as error:
-            print(f"Error: {options.results} cannot be written: {error}", file=sys.stderr)
+        interruption.hold()
+        unwritten = _write(options.results, outcomes, table.separator)
+    interruption.release()
     summary = summarize(outcomes)
     print_report(
         outcomes,
@@ -184,12 +204,26 @@ def _execute(
         options.results,
         batch=plan.batch,
         as_json=options.json,
-        stopped=_describe_halt(runner.halt),
+        stopped=_describe_end(runner.halt, interruption),
+        unwritten=unwritten,
     )
-    if interrupted:
-        raise typer.Exit(INTERRUPTED)
-    if not summary.ok:
+    if unwritten is not None and not options.json:
+        print_results(outcomes, separator=table.separator)
+    if interruption.exit_code is not None:
+        raise typer.Exit(interruption.exit_code)
+    if not summary.ok or unwritten is not None:
         raise typer.Exit(FAILED)
+
+
+def _write(path: Path, outcomes: Spool, separator: str) -> str | None:
+    """Write the results; return why they cannot be written, which is printed as well."""
+    try:
+        write_results(path, outcomes, separator=separator)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        print(f"Error: {path} cannot be written: {reason}", file=sys.stderr)
+        return reason
+    return None
 
 
 def _run_with_progress(
@@ -212,10 +246,12 @@ def _format_progress(now: Progress) -> str:
     return f"{now.succeeded} stored{failed}, {now.active} in progress, {cost}"
 
 
-def _describe_halt(halt: Halt | None) -> str | None:
+def _describe_end(halt: Halt | None, interruption: Interruption) -> str | None:
     """Return why a batch ended early, and what to do."""
     if halt is None:
-        return None
+        if interruption.exit_code is None:
+            return None
+        return "Interrupted. All rows are over; run the same command again for costs that are not final."
     again = "run the same command again: it resumes the batch and starts no row twice."
     on = "Runs that were started continue at FLORA"
     match halt.code:

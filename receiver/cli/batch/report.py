@@ -25,10 +25,15 @@ def print_report(
     batch: str,
     as_json: bool,
     stopped: str | None = None,
+    unwritten: str | None = None,
 ) -> None:
-    """Print the outcomes and their summary; as JSON with every row."""
+    """Print the outcomes and their summary; as JSON with every row.
+
+    `unwritten` is why the file with the results could not be written, if it could not.
+    """
     if as_json:
-        _print_json(outcomes, summary, results, batch=batch, stopped=stopped)
+        written = results if unwritten is None else None
+        _print_json(outcomes, summary, written, batch=batch, stopped=stopped, unwritten=unwritten)
         return
     console = Console()
     failures = (each for each in outcomes if not each.succeeded and each.state != NOT_STARTED)
@@ -44,18 +49,29 @@ def print_report(
     if summary.cost_unknown:
         unknown = f" ({summary.cost_unknown} runs have no final cost yet)"
     print(f"{summary.succeeded} of {summary.rows} rows completed and stored: {counts or 'none'}.")
-    print(f"Cost: {format_dollars(summary.cost)}{unknown}. Results: {results}")
+    where = (
+        f"Results: {results}"
+        if unwritten is None
+        else f"The results could not be written ({unwritten}); they are:"
+    )
+    print(f"Cost: {format_dollars(summary.cost)}{unknown}. {where}")
     if stopped is not None:
         sys.stdout.flush()
         print(stopped, file=sys.stderr)
 
 
 def _print_json(
-    outcomes: Spool, summary: Summary, results: Path, *, batch: str, stopped: str | None
+    outcomes: Spool,
+    summary: Summary,
+    results: Path | None,
+    *,
+    batch: str,
+    stopped: str | None,
+    unwritten: str | None,
 ) -> None:
     rows = [{"row": each.row, **{name: getattr(each, name) for name in COLUMNS}} for each in outcomes]
     data = {
-        "ok": summary.ok,
+        "ok": summary.ok and unwritten is None,
         "batch": batch,
         "rows": summary.rows,
         "succeeded": summary.succeeded,
@@ -63,7 +79,8 @@ def _print_json(
         "cost": summary.cost,
         "cost_unknown": summary.cost_unknown,
         "stopped": stopped,
-        "results": str(results),
+        "results": None if results is None else str(results),
+        "results_error": unwritten,
         "outcomes": rows,
     }
     print_result(data, "", as_json=True)

@@ -1,20 +1,28 @@
 """The outcomes of a batch: spooled to disk while it runs, then written to `results.csv`."""
 
 import csv
+import errno
 import json
 import os
+import sys
 import tempfile
 import threading
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO
 
 from receiver.client.messages import RunView
 
+_NOWHERE, _IN_MEMORY = -1, -2
+"""Offsets of outcomes that are not in the file."""
+_PIECE = 4096
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""Beginnings of a cell that spreadsheets calculate, as OWASP lists them; the last are full-width."""
 COLUMNS = ("key", "run_id", "state", "verdict", "cost", "error_code", "error_message", "files")
 NOT_STARTED, REFUSED, UNKNOWN, UNFINISHED = "not_started", "refused", "unknown", "unfinished"
 """States of rows without a finished run.
@@ -87,21 +95,29 @@ class Summary:
 
 
 class Spool:
-    """Outcomes in a file, by the row's position; each takes eight bytes of memory. Thread-safe."""
+    """Outcomes in a file, by the row's position; each takes eight bytes of memory. Thread-safe.
 
-    def __init__(self, file: IO[bytes]) -> None:
+    What the file does not take is kept in memory: a full disk loses no outcome.
+    """
+
+    def __init__(self, file: IO[bytes] | None) -> None:
+        """`file` is unbuffered; without one, everything is in memory."""
         self._file = file
         self._offsets = array("q")
+        self._kept: dict[int, bytes] = {}
         self._lock = threading.Lock()
 
     def store(self, position: int, outcome: Outcome) -> None:
         """Store an outcome, replacing an earlier one of the same position."""
         line = json.dumps(asdict(outcome)).encode() + b"\n"
         with self._lock:
+            offset = self._append(line)
             while len(self._offsets) <= position:
-                self._offsets.append(-1)
-            self._offsets[position] = self._file.seek(0, os.SEEK_END)
-            self._file.write(line)
+                self._offsets.append(_NOWHERE)
+            self._kept.pop(position, None)
+            if offset == _IN_MEMORY:
+                self._kept[position] = line
+            self._offsets[position] = offset
 
     def __iter__(self) -> Iterator[Outcome]:
         """Yield the outcomes in the order of the table."""
@@ -109,20 +125,42 @@ class Spool:
 
     def items(self) -> Iterator[tuple[int, Outcome]]:
         for position in range(len(self._offsets)):
-            if self._offsets[position] >= 0:
+            if self._offsets[position] != _NOWHERE:
                 yield position, self.get(position)
 
     def get(self, position: int) -> Outcome:
         with self._lock:
-            self._file.seek(self._offsets[position])
-            data = json.loads(self._file.readline())
+            offset = self._offsets[position]
+            data = json.loads(self._kept[position] if offset == _IN_MEMORY else self._read_line(offset))
         return replace(Outcome(**data), files=tuple(data["files"]))
+
+    def _append(self, line: bytes) -> int:
+        """Write a line and return its offset, or `_IN_MEMORY` if it cannot be written whole."""
+        if self._file is None:
+            return _IN_MEMORY
+        try:
+            offset = self._file.seek(0, os.SEEK_END)
+            return offset if self._file.write(line) == len(line) else _IN_MEMORY
+        except OSError:
+            return _IN_MEMORY
+
+    def _read_line(self, offset: int) -> bytes:
+        assert self._file is not None
+        line = b""
+        while b"\n" not in line and (piece := os.pread(self._file.fileno(), _PIECE, offset + len(line))):
+            line += piece
+        return line.partition(b"\n")[0]
 
 
 @contextmanager
 def open_spool() -> Iterator[Spool]:
-    """Yield an empty spool in a temporary file."""
-    with tempfile.TemporaryFile(prefix="flora-receiver-results-") as file:
+    """Yield an empty spool in a temporary file, in memory if there cannot be one."""
+    with ExitStack() as stack:
+        file: IO[bytes] | None = None
+        with suppress(OSError):
+            file = stack.enter_context(
+                tempfile.TemporaryFile(prefix="flora-receiver-results-", buffering=0)
+            )
         yield Spool(file)
 
 
@@ -140,30 +178,67 @@ def summarize(outcomes: Spool) -> Summary:
     return Summary(rows, succeeded, dict(states), round(cost, 6), cost_unknown)
 
 
-def write_results(path: Path, outcomes: Spool) -> None:
-    """Write the file atomically. Raises OSError."""
+def check_path(path: Path) -> None:
+    """Raise OSError if results cannot be written to the path."""
+    if not path.exists() or path.is_file():
+        with _open_beside(path):
+            pass
+    elif path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def write_results(path: Path, outcomes: Spool, *, separator: str = ",") -> None:
+    """Write the file atomically; a pipe or a device is written in place. Raises OSError."""
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            _write_rows(file, outcomes, separator)
+        return
+    with _open_beside(path) as file:
+        _write_rows(file, outcomes, separator)
+        file.flush()
+        os.fsync(file.fileno())
+        Path(file.name).replace(path)
+
+
+def print_results(outcomes: Spool, *, separator: str = ",") -> None:
+    """Print the lines of the file on standard output."""
+    sys.stdout.flush()
+    _write_rows(sys.stdout.buffer, outcomes, separator)
+    sys.stdout.buffer.flush()
+
+
+@contextmanager
+def _open_beside(path: Path) -> Iterator[IO[bytes]]:
+    """Open a hidden file in the directory of `path`, which is removed unless it is renamed."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(_to_fields(outcome) for outcome in outcomes)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        with part.open("wb") as file:
+            yield file
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _write_rows(file: IO[bytes], outcomes: Spool, separator: str) -> None:
+    # Excel takes a file without a byte order mark for one in the machine's old code page.
+    text = TextIOWrapper(file, encoding="utf-8-sig", newline="", write_through=True)
+    try:
+        writer = csv.writer(text, delimiter=separator)
+        writer.writerow(COLUMNS)
+        writer.writerows(_to_fields(outcome) for outcome in outcomes)
+    finally:
+        text.detach()
 
 
 def _to_fields(outcome: Outcome) -> tuple[str, ...]:
-    return (
-        outcome.key,
-        outcome.run_id or "",
-        outcome.state,
-        outcome.verdict or "",
-        "" if outcome.cost is None else f"{outcome.cost:.6f}".rstrip("0").rstrip("."),
-        outcome.error_code or "",
-        outcome.error_message or "",
-        " ".join(outcome.files),
-    )
+    cost = "" if outcome.cost is None else f"{outcome.cost:.6f}".rstrip("0").rstrip(".")
+    texts = (outcome.key, outcome.run_id, outcome.state, outcome.verdict)
+    details = (outcome.error_code, outcome.error_message, " ".join(outcome.files))
+    return (*map(_to_cell, texts), cost, *map(_to_cell, details))
+
+
+def _to_cell(text: str | None) -> str:
+    """Return a text as a cell that no spreadsheet takes for a formula."""
+    return f"'{text}" if text and text.startswith(_FORMULA) else text or ""

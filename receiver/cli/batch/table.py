@@ -7,12 +7,14 @@ import csv
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from receiver.cli.batch.separators import detect_separator, parse_separator_line
 from receiver.errors import TableError
 from receiver.model import parse_strict_json, storable_text
 
@@ -21,6 +23,8 @@ _LONGEST_LINE = 1024 * 1024
 _SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _BOM = "\ufeff"
 _PEEK = 4096
+_MAX_SAMPLE = 256 * 1024
+"""Characters by which the separator is detected."""
 _FOREIGN = {
     b"PK\x03\x04": "is a spreadsheet or another zip file: export it as CSV, UTF-8",
     b"\xff\xfe": "is UTF-16: save it as UTF-8",
@@ -87,20 +91,27 @@ def open_source(path: Path, stdin: BinaryIO) -> Iterator[Source]:
         raise TableError(f"there is no file {path}")
     if path.is_dir():
         raise TableError(f"{path} is a directory")
-    with tempfile.TemporaryFile(prefix="flora-receiver-batch-") as spool:
-        if str(path) == "-":
-            shutil.copyfileobj(stdin, spool)
-        else:
-            with path.open("rb") as file:
-                shutil.copyfileobj(file, spool)
-        yield Source("standard input" if str(path) == "-" else path.name, spool=spool)
+    name = "standard input" if str(path) == "-" else path.name
+    with ExitStack() as stack:
+        try:
+            spool = stack.enter_context(tempfile.TemporaryFile(prefix="flora-receiver-batch-"))
+            shutil.copyfileobj(stdin if str(path) == "-" else stack.enter_context(path.open("rb")), spool)
+            spool.flush()
+        except OSError as error:
+            raise TableError(
+                f"{name} cannot be copied to a temporary file: {error.strerror or error}"
+            ) from error
+        yield Source(name, spool=spool)
 
 
 class Table:
     """The rows of a source; `columns` is None for JSON Lines, where each row has its own."""
 
-    def __init__(self, source: Source) -> None:
-        """Detect the format. Raises TableError if the source cannot be a table."""
+    def __init__(self, source: Source, *, separator: str | None = None) -> None:
+        """Detect the format; `separator` overrides what the file tells.
+
+        Raises TableError if the source cannot be a table.
+        """
         self._source = source
         with source.open() as file:
             head = file.read(_PEEK)
@@ -109,10 +120,12 @@ class Table:
                 raise TableError(f"{source.name} {reason}")
         suffix = Path(source.name).suffix.lower()
         self._format = _SUFFIXES.get(suffix) or _detect_format(source.name, head)
-        self._delimiter = ","
+        self.separator = separator or ","
+        """Of a CSV file; a comma for JSON Lines."""
         self.columns: tuple[str, ...] | None = None
         if self._format == "csv":
-            self._delimiter = _detect_delimiter(head)
+            if separator is None:
+                self.separator = self._find_separator()
             self.columns = self._read_header()
 
     def rows(self) -> Iterator[Row | RowProblem]:
@@ -145,8 +158,26 @@ class Table:
             raise TableError(f"{source} is not UTF-8 in its header: {broken[0]!r}")
         return tuple(names)
 
+    def _find_separator(self) -> str:
+        """Return the separator that the file declares, else the one that its first rows tell."""
+        lines: list[str] = []
+        length = 0
+        with self._open_text() as file:
+            for line in _read_lines(file):
+                if not lines and (declared := parse_separator_line(line)) is not None:
+                    return declared
+                length += len(line)
+                if length > _MAX_SAMPLE and lines:
+                    break
+                lines.append(line)
+        return detect_separator(lines)
+
     def _reader(self, file: TextIO) -> Iterator[list[str]]:
-        return iter(csv.reader(_read_lines(file), delimiter=self._delimiter, strict=True))
+        lines = _read_lines(file)
+        first = next(lines, "")
+        if parse_separator_line(first) is None:  # a line that a spreadsheet does not show
+            lines = chain([first], lines)
+        return iter(csv.reader(lines, delimiter=self.separator, strict=True))
 
     def _read_csv(self, file: TextIO) -> Iterator[Row | RowProblem]:
         columns = self.columns or ()
@@ -211,12 +242,6 @@ def _detect_format(name: str, head: bytes) -> str:
         advice = "make it JSON Lines, one object per line (jq -c '.[]')"
         raise TableError(f"{name} is a JSON array: {advice}")
     return "jsonl" if start.startswith(b"{") else "csv"
-
-
-def _detect_delimiter(head: bytes) -> str:
-    """Return the delimiter of the header: spreadsheets in many countries write `;`."""
-    header = head.partition(b"\n")[0].decode("utf-8", "replace")
-    return max(",;\t", key=header.count)
 
 
 def _walk_texts(value: Any) -> Iterator[str]:

@@ -109,6 +109,7 @@ def make_plan(
     key: str,
     name: str | None,
     columns: Sequence[str] | None,
+    separator: str = ",",
 ) -> Plan | list[RowProblem]:
     """Return the plan, or every error in the options and in the table's header."""
     problems: list[RowProblem] = []
@@ -131,7 +132,9 @@ def make_plan(
     needed = tuple(dict.fromkeys(column for template in used for column in template.columns))
     if columns is not None and (missing := [each for each in needed if each not in columns]):
         known = ", ".join(column for column in columns if column)
-        message = f"the file has no such column; it has: {known}"
+        message = (
+            f"the file has no such column; it has: {known} (separated by {separator!r}: see --separator)"
+        )
         return [RowProblem(None, column, message) for column in missing]
     return Plan(technique, batch, inputs, keys, names, needed)
 

@@ -1,11 +1,22 @@
 """`results.csv`: written atomically, in the order of the table, and readable."""
 
 import csv
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from receiver.cli.batch.results import COLUMNS, Outcome, open_spool, summarize, to_outcome, write_results
+from receiver.cli.batch.results import (
+    COLUMNS,
+    Outcome,
+    Spool,
+    check_path,
+    open_spool,
+    summarize,
+    to_outcome,
+    write_results,
+)
 from tests.support.batch_fakes import a_dispatch, a_run
 
 
@@ -19,7 +30,7 @@ def test_results_are_written_in_the_order_of_the_file(tmp_path: Path) -> None:
         spool.store(1, Outcome(3, "b", "unfinished"))
         spool.store(1, Outcome(3, "b", "completed", "run_b", "late", 0.123456))
         write_results(path, spool)
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert [row["key"] for row in rows] == ["ä", "b", "c"]
@@ -37,6 +48,73 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
         with pytest.raises(OSError, match="directory"):
             write_results(path, spool)
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match="directory"):
+        check_path(path)
+
+
+def test_a_path_is_checked_without_a_trace(tmp_path: Path) -> None:
+    """What is there stays, and a missing directory is an error before anything is started."""
+    path = tmp_path / "results.csv"
+    check_path(path)
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("old")
+    check_path(path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    with pytest.raises(FileNotFoundError):
+        check_path(tmp_path / "nowhere" / "results.csv")
+
+
+def test_a_pipe_gets_the_lines_and_stays_a_pipe(tmp_path: Path) -> None:
+    """`--results /dev/stdout` and the like must not be replaced by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_path(pipe)
+    lines: list[bytes] = []
+    reader = threading.Thread(target=lambda: lines.append(pipe.read_bytes()))
+    reader.start()
+    with open_spool() as spool:
+        spool.store(0, Outcome(2, "a", "completed"))
+        write_results(pipe, spool)
+    reader.join()
+    assert lines[0].startswith(b"\xef\xbb\xbfkey,run_id,")
+    assert pipe.is_fifo()
+
+
+def test_no_cell_is_a_formula(tmp_path: Path) -> None:
+    """A key or a message of others cannot make a spreadsheet calculate, and a cost stays a number."""
+    path = tmp_path / "results.csv"
+    keys = ["=1+1", "+49", "-5", "@SUM(A1)", "\t=1", "\uff1d1+1", "a=b", "'x", ""]
+    with open_spool() as spool:
+        for position, key in enumerate(keys):
+            spool.store(
+                position, Outcome(position + 2, key, "refused", error_message=f"{key} is wrong", cost=0.5)
+            )
+        write_results(path, spool, separator=";")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file, delimiter=";"))
+    assert [row["key"] for row in rows] == [*(f"'{key}" for key in keys[:6]), *keys[6:]]
+    assert rows[0]["error_message"] == "'=1+1 is wrong"
+    assert {row["cost"] for row in rows} == {"0.5"}
+
+
+def test_a_full_disk_loses_no_outcome() -> None:
+    """The spool keeps in memory what its file does not take."""
+    with Path("/dev/full").open("r+b", buffering=0) as full:
+        spool = Spool(full)
+        for position in range(3):
+            spool.store(position, Outcome(position, "a", "unfinished"))
+        spool.store(1, Outcome(1, "b", "completed", files=("x", "y")))
+        assert [(outcome.key, outcome.files) for outcome in spool] == [
+            ("a", ()),
+            ("b", ("x", "y")),
+            ("a", ()),
+        ]
+
+
+def test_without_a_temporary_file_outcomes_are_in_memory() -> None:
+    spool = Spool(None)
+    spool.store(1, Outcome(3, "b", "completed"))
+    assert list(spool.items()) == [(1, Outcome(3, "b", "completed"))]
 
 
 def test_a_batch_is_summarized() -> None:

@@ -34,6 +34,9 @@ def table(tmp_path: Path, content: bytes | str, name: str = "rows.csv") -> Path:
         "code\theadline\nde\tHallo\n",
         ' code ,headline\n\n,\n"de","Hallo"\n',
         "code,headline,\nde,Hallo,\n",
+        "\ufeffsep=;\r\ncode;headline\r\nde;Hallo\r\n",
+        "sep=|\ncode|headline\nde|Hallo\n",
+        "code|headline\nde|Hallo\n",
     ],
 )
 def test_csv_is_read_as_programs_write_it(tmp_path: Path, content: str) -> None:
@@ -41,6 +44,19 @@ def test_csv_is_read_as_programs_write_it(tmp_path: Path, content: str) -> None:
     [row] = read(table(tmp_path, content))
     assert isinstance(row, Row)
     assert row.values == {"code": "de", "headline": "Hallo"}
+
+
+def test_a_separator_in_the_header_s_text_is_text(tmp_path: Path) -> None:
+    """The rows are divided by another one."""
+    [row] = read(table(tmp_path, "key;Headline, short\r\nde;Hallo\r\n"))
+    assert row == Row(2, {"key": "de", "Headline, short": "Hallo"})
+
+
+def test_the_separator_can_be_given(tmp_path: Path) -> None:
+    """It overrides what the file says, also the line `sep=`, which is no row."""
+    with open_source(table(tmp_path, "sep=;\na;b^c\n1;2^3\n"), io.BytesIO()) as source:
+        given = Table(source, separator="^")
+        assert (given.columns, list(given.rows())) == (("a;b", "c"), [Row(2, {"a;b": "1;2", "c": "3"})])
 
 
 def test_rows_are_numbered_as_in_a_spreadsheet(tmp_path: Path) -> None:
