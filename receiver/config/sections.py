@@ -3,7 +3,6 @@
 The description of a field is its row in the documentation. `settings.py` combines the sections.
 """
 
-from ipaddress import ip_network
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -35,6 +34,7 @@ from receiver.config.values import (
     to_tuple,
 )
 from receiver.model import Event, When
+from receiver.net.addresses import parse_network
 
 __all__ = [
     "Database",
@@ -63,7 +63,7 @@ class Section(BaseModel):
 def _check_networks(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         try:
-            ip_network(value, strict=False)
+            parse_network(value)
         except ValueError:
             raise ValueError("must be IP addresses or networks such as 10.0.0.0/8") from None
     return values

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from ipaddress import ip_address, ip_network
+
+from receiver.net.addresses import parse_network, parse_peer
+from receiver.web.connections import UNIX_PEER
 
 FORWARDED = b"x-forwarded-for"
 
@@ -11,29 +13,31 @@ def make_remote_finder(trusted_proxies: Iterable[str]) -> Callable[[str | None, 
     """Return a function from the peer's address and its X-Forwarded-For to the caller's address.
 
     Each proxy appends the address that it was called from. The last one that is not a trusted proxy
-    is the caller: what stands before it was not written by a trusted proxy.
+    is the caller: what stands before it was not written by a trusted proxy. A proxy that speaks on a
+    Unix socket is on this machine, and trusted.
     """
-    networks = tuple(ip_network(each, strict=False) for each in trusted_proxies)
+    networks = tuple(parse_network(each) for each in trusted_proxies)
 
     @lru_cache(maxsize=1024)
-    def is_trusted(host: str) -> bool:
-        try:
-            address = ip_address(host)
-        except ValueError:
-            return False
-        return any(address in network for network in networks)
+    def read(text: str) -> tuple[str, bool] | None:
+        """Return an address in its one form, and whether it is a trusted proxy's."""
+        address = parse_peer(text)
+        if address is None:
+            return None
+        return str(address), any(address in network for network in networks)
 
     def find_remote(peer: str | None, forwarded: bytes | None) -> str | None:
-        if forwarded is None or peer is None or not is_trusted(peer):
-            return peer
+        if peer is None:
+            return None
+        remote, is_trusted = (peer, True) if peer == UNIX_PEER[0] else read(peer) or (peer, False)
+        if forwarded is None or not is_trusted:
+            return remote
         for entry in reversed(forwarded.decode("latin-1").split(",")):
-            host = entry.strip()
-            try:
-                ip_address(host)
-            except ValueError:
-                return peer  # not written by a proxy
-            if not is_trusted(host):
-                return host
-        return peer
+            found = read(entry.strip())
+            if found is None:
+                return remote  # not written by a proxy
+            if not found[1]:
+                return found[0]
+        return remote
 
     return find_remote

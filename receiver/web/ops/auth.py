@@ -9,9 +9,8 @@ import hmac
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from ipaddress import ip_address
 
-from receiver.net.addresses import is_unspecified
+from receiver.net.addresses import is_loopback, is_unspecified, parse_address
 from receiver.web.ops.responses import Refusal
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -37,7 +36,7 @@ class Access:
 
     def _check_host(self, header: str) -> Refusal | None:
         name = host_name(header)
-        if _is_loopback(name) or name in _names((self.host, *self.allowed_hosts)):
+        if is_loopback(name) or name in _names((self.host, *self.allowed_hosts)):
             return None
         if is_unspecified(self.host) and _is_address(name):
             return None  # bound to every address, so each is its own; rebinding needs a name
@@ -86,13 +85,5 @@ def _check_media_type(method: str, content_type: str) -> Refusal | None:
     return Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message)
 
 
-def _is_loopback(name: str) -> bool:
-    return name == "localhost" or (_is_address(name) and ip_address(name).is_loopback)
-
-
 def _is_address(name: str) -> bool:
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
+    return parse_address(name) is not None
