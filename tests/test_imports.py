@@ -72,6 +72,7 @@ def test_no_cycle_of_any_kind() -> None:
         ("receiver.telemetry", ("receiver.model", "receiver.scrubber")),
         ("receiver.scrubber", ()),
         ("receiver.credentials", ()),
+        ("receiver.database_url", ()),
         ("receiver.net.certificates", ()),
         (
             "receiver.cli.dev.tunnel",

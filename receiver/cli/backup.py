@@ -42,10 +42,10 @@ def sqlite_path(
     settings: Settings, *, advice: str = "use pg_dump and pg_restore, which work while it is in use"
 ) -> Path:
     """Return the path of a SQLite ledger. Raises ConfigError with `advice` if it is PostgreSQL."""
-    url = settings.database.url
-    if not url.startswith("sqlite:///"):
+    path = settings.database.location.path
+    if path is None:
         raise ConfigError([Problem("database.url", f"is PostgreSQL: {advice}")])
-    return Path(url.removeprefix("sqlite:///"))
+    return path
 
 
 async def _copy(settings: Settings, target: Path) -> int:

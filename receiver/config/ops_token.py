@@ -14,9 +14,8 @@ __all__ = ["ensure_token", "token_path"]
 
 def token_path(settings: Settings) -> Path:
     """Return the file of a generated token: beside the SQLite file, else in `var`."""
-    scheme, _, rest = settings.database.url.partition(":///")
-    directory = Path(rest.partition("?")[0]).parent if scheme == "sqlite" else Path("var")
-    return directory / "ops-token"
+    ledger = settings.database.location.path
+    return (Path("var") if ledger is None else ledger.parent) / "ops-token"
 
 
 def ensure_token(settings: Settings) -> str:

@@ -33,6 +33,8 @@ from receiver.config.values import (
     to_lower_case,
     to_tuple,
 )
+from receiver.database_url import DatabaseUrl as Location
+from receiver.database_url import parse_database_url
 from receiver.model import Event, When
 from receiver.net.addresses import parse_network
 
@@ -159,6 +161,11 @@ class Database(Section):
         description="PostgreSQL URL for `LISTEN`, bypassing a connection pooler; default: `url`.",
     )
     pool_size: Count = Field(8, description="Connections to PostgreSQL that each process keeps open.")
+
+    @property
+    def location(self) -> Location:
+        """The parts of `url`."""
+        return parse_database_url(self.url)
 
 
 class Flora(Section):

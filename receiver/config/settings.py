@@ -27,6 +27,7 @@ from receiver.config.sections import (
     Workspace,
 )
 from receiver.config.values import HttpUrl
+from receiver.database_url import show_database_url
 from receiver.errors import Problem
 from receiver.model import OutputType
 from receiver.scrubber import MASK, is_secret_name, mask
@@ -174,7 +175,13 @@ def _describe_key(key: str) -> Iterator[Setting]:
 
 def redact(settings: Settings) -> dict[str, Any]:
     """Return the settings as plain values for display, with secrets replaced by `***`."""
-    return {key: _mask(value, key) for key, value in settings.model_dump(mode="json").items()}
+    shown: dict[str, Any] = {
+        key: _mask(value, key) for key, value in settings.model_dump(mode="json").items()
+    }
+    for name in ("url", "listen_url"):
+        url = getattr(settings.database, name)
+        shown["database"][name] = None if url is None else show_database_url(url)
+    return shown
 
 
 def _mask(value: object, key: str) -> object:

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 
 from receiver.config.callback_url import split_http_url
 from receiver.credentials import find_fault, split_list
+from receiver.database_url import parse_database_url
 from receiver.net.addresses import is_loopback
 
 __all__ = [
@@ -138,17 +139,12 @@ def _check_file(value: Path) -> Path:
 
 
 def _check_database_url(value: str) -> str:
-    scheme, separator, rest = value.partition("://")
-    if not separator or scheme not in {"sqlite", "postgresql"}:
-        raise ValueError("must be sqlite:///path/to/file.db or postgresql://…")
-    if scheme == "sqlite" and (not rest.startswith("/") or rest == "/" or ":memory:" in rest):
-        example = "sqlite:///var/receiver.db; an absolute path has four slashes"
-        raise ValueError(f"must name a file, for example {example}")
+    parse_database_url(value)
     return value
 
 
 def _check_postgres_url(value: str) -> str:
-    if not value.startswith("postgresql://"):
+    if parse_database_url(value).path is not None:
         raise ValueError("must start with postgresql://")
     return value
 

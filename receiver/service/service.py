@@ -28,7 +28,7 @@ from receiver.service.wiring import (
     to_policy,
 )
 from receiver.store import queries, queue
-from receiver.store.database import check_writable, redact_url
+from receiver.store.database import check_writable
 from receiver.store.migrate import upgrade
 from receiver.web.server import Server
 
@@ -184,7 +184,7 @@ class Service:
             listening=self._public
             and f"{'https' if self._settings.tls.cert else 'http'}://{_join(self.address)}",
             operations=_join(self.operations_address),
-            database=redact_url(self._settings.database.url),
+            database=str(self._settings.database.location),
             handlers=self._parts.handler_names,
         )
 
@@ -255,7 +255,7 @@ class Service:
 
 def check_role(settings: Settings, only: Only | None) -> Problem | None:
     """Return the problem with doing only a part of the work, if there is one."""
-    if only is None or not settings.database.url.startswith("sqlite"):
+    if only is None or settings.database.location.path is None:
         return None
     if only == "door" and os.environ.get("RECEIVER_BENCH_DOOR") == "1":
         # tests/bench measures the callback listener alone; this is no setting for users.

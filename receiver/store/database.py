@@ -2,12 +2,11 @@
 
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Protocol, TypeVar
 
-from sqlalchemy import Connection, exc, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import Connection, exc, inspect, text
 
+from receiver.database_url import parse_database_url
 from receiver.errors import StoreUnavailableError
 from receiver.store.sqlite import SqliteDatabase
 
@@ -59,29 +58,21 @@ class Database(Protocol):
 def open_database(url: str, *, listen_url: str | None = None, pool_size: int = 8) -> Database:
     """Open the database of `[database] url`. Blocking: not for the event loop's thread."""
     try:
-        parsed = make_url(url)
-    except ArgumentError as error:
-        raise StoreUnavailableError("[database] url is not a URL") from error
-    if parsed.get_backend_name() == "postgresql":
+        location = parse_database_url(url)
+    except ValueError as error:
+        raise StoreUnavailableError(f"[database] url {error}") from error
+    if location.path is None:
         try:
             from receiver.store.postgres import PostgresDatabase  # noqa: PLC0415  # psycopg comes with an extra
         except ImportError as error:
             raise StoreUnavailableError(NO_PSYCOPG) from error
         return PostgresDatabase.open(url, listen_url=listen_url, connections=pool_size)
-    if parsed.get_backend_name() != "sqlite" or not parsed.database:
-        raise StoreUnavailableError("[database] url must be sqlite:///FILE or postgresql://…")
-    path = Path(parsed.database)
+    path = location.path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreUnavailableError(f"cannot create {path.parent}: {error.strerror}") from error
     return SqliteDatabase(path)
-
-
-def redact_url(url: str) -> str:
-    """Return a URL without user, password and options, for logs."""
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
 
 
 def probe_write(tx: Connection) -> None:

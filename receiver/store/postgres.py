@@ -18,8 +18,9 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import psycopg
-from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc
 
+from receiver.database_url import parse_database_url
 from receiver.errors import StoreUnavailableError
 from receiver.store.rows import from_ms
 
@@ -76,7 +77,7 @@ class PostgresDatabase:
         self._sessions: weakref.WeakSet[psycopg.Connection[Any]] = weakref.WeakSet()
         event.listen(self._writing, "connect", lambda session, _: self._sessions.add(session))
         self._is_aborted = False
-        self._listen_url = _to_libpq_url(listen_url or url)
+        self._listen_parameters = _to_parameters(self._writing, listen_url or url)
         self._database_clock = database_clock
         self._writers = ThreadPoolExecutor(connections, thread_name_prefix="ledger")
         self._readers = ThreadPoolExecutor(
@@ -89,6 +90,9 @@ class PostgresDatabase:
         database = cls(url, listen_url=listen_url, connections=connections)
         try:
             database._run_bare(lambda _: None)
+        except exc.DBAPIError as error:  # for example an option in the URL that libpq does not know
+            database._release()
+            raise _unavailable(error) from error
         except BaseException:
             database._release()
             raise
@@ -125,9 +129,7 @@ class PostgresDatabase:
     async def notices(self) -> AsyncIterator[str]:
         """Yield notifications of all processes until the connection is lost; "" once it listens."""
         try:
-            connection = await psycopg.AsyncConnection.connect(
-                self._listen_url, autocommit=True, **_TIMEOUTS
-            )
+            connection = await psycopg.AsyncConnection.connect(autocommit=True, **self._listen_parameters)
             async with connection:
                 await connection.execute(f"LISTEN {CHANNEL}".encode())
                 yield ""
@@ -231,7 +233,7 @@ def _in_thread(
 
 def _engine(url: str, connections: int) -> Engine:
     return create_engine(
-        make_url(url).set(drivername="postgresql+psycopg"),
+        _to_sqlalchemy(url),
         pool_size=connections,
         max_overflow=0,
         pool_timeout=None,  # callers have time limits of their own
@@ -241,8 +243,23 @@ def _engine(url: str, connections: int) -> Engine:
     )
 
 
-def _to_libpq_url(url: str) -> str:
-    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+def _to_sqlalchemy(url: str) -> URL:
+    parts = parse_database_url(url)
+    return URL.create(
+        "postgresql+psycopg",
+        username=parts.username,
+        password=parts.password,
+        host=parts.host,
+        port=parts.port,
+        database=parts.name or None,
+        query={name: values[0] if len(values) == 1 else values for name, values in parts.options.items()},
+    )
+
+
+def _to_parameters(engine: Engine, url: str) -> dict[str, Any]:
+    """Return a URL as psycopg's parameters, as the engine would connect with it."""
+    _, parameters = engine.dialect.create_connect_args(_to_sqlalchemy(url))
+    return {**parameters, **_TIMEOUTS}
 
 
 def _state(error: exc.DBAPIError) -> str | None:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, exc
+from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, exc
 
 from receiver.errors import StoreInUseError, StoreUnavailableError
 
@@ -252,8 +252,11 @@ def _lock_file(path: Path) -> int:
 
 
 def _sqlite_engine(path: Path, busy_timeout_ms: int, *, read_only: bool) -> Engine:
+    # Not from a text: a file's name may hold what is special in a URL.
     engine = create_engine(
-        f"sqlite:///{path}", connect_args={"check_same_thread": False}, **_pool(read_only)
+        URL.create("sqlite", database=str(path)),
+        connect_args={"check_same_thread": False},
+        **_pool(read_only),
     )
 
     @event.listens_for(engine, "connect")

@@ -214,6 +214,14 @@ WORKSPACE = '[[workspaces]]\nid = "ws_1"\nsecrets = ["whsec_1"]\n'
         ("[tls]\ncert = 'no.pem'\nkey = 'given.toml'", {}, "tls.cert", "does not exist"),
         ("[database]\nurl = 'mysql://x'", {}, "database.url", "sqlite:///"),
         ("[database]\nurl = 'sqlite://'", {}, "database.url", "name a file"),
+        ("[database]\nurl = 'postgresql://u:p@host:abc/x'", {}, "database.url", "a port that is no number"),
+        (
+            "[database]\nlisten_url = 'postgresql://u:p@host:${PORT}/x'",
+            {},
+            "database.listen_url",
+            "been replaced",
+        ),
+        ("[database]\nlisten_url = 'sqlite:///x.db'", {}, "database.listen_url", "postgresql://"),
         ("[flora]\nbase_url = 'http://app.flora.ai'", {}, "flora.base_url", "must be https"),
         ("[flora]\nbase_url = 'https://me@app.flora.ai'", {}, "flora.base_url", "user name"),
         ("public_url = 'http://hooks.example.com'", {}, "public_url", "HTTPS"),
@@ -448,7 +456,7 @@ def test_neither_repr_nor_redact_shows_a_secret() -> None:
     shown = redact(found)
     assert LEAK not in repr(shown)
     assert LEAK not in repr(found.model_copy(update={"handlers": ()}))
-    assert shown["database"]["url"] == "postgresql://***@db/receiver"
+    assert shown["database"]["url"] == "postgresql://db/receiver"
     assert shown["public"]["port"] == 8080
 
 

@@ -429,10 +429,3 @@ async def test_behind_pgbouncer(shared: Stage, pgbouncer: str) -> None:
             await shared.over(*run_ids)
             for run_id in run_ids:
                 shared.check_files(run_id)
-
-
-def test_logs_hold_no_password(tmp_path: Path) -> None:
-    from receiver.store.database import redact_url  # noqa: PLC0415
-
-    assert redact_url("postgresql://u:secret@host/x?password=secret") == "postgresql://host/x"
-    assert redact_url("sqlite:///var/receiver.db") == "sqlite:///var/receiver.db"

@@ -197,6 +197,12 @@ async def test_closing_does_not_wait_for_a_server_that_hangs(
         assert queued.cancelled()
 
 
+def test_an_option_that_libpq_does_not_know_is_reported(postgres_url: str) -> None:
+    separator = "&" if "?" in postgres_url else "?"
+    with pytest.raises(StoreUnavailableError, match="colour"):
+        open_database(f"{postgres_url}{separator}colour=green")
+
+
 async def test_a_server_that_is_gone_is_unavailable(postgres_server: Postgres) -> None:
     """Told as such on opening, and without the password."""
     url = f"postgresql://flora:hunter2@/x?host={postgres_server.directory}/nowhere"

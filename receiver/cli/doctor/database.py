@@ -40,12 +40,12 @@ async def check_database(
     A SQLite ledger that does not exist yet is not created: a temporary one is used in its place.
     """
     url = settings.database.url
-    if not url.startswith("sqlite:///"):
+    path = settings.database.location.path
+    if path is None:
         return await _check_writable(url, settings)
     findings: list[Finding] = []
     if sqlite3.sqlite_version_info < _SAFE_SQLITE:
         findings.append(Finding("database.old_sqlite", f"SQLite {sqlite3.sqlite_version}"))
-    path = Path(url.removeprefix("sqlite:///"))
     directory = path.parent
     try:
         directory, exists = _look_up(path)
