@@ -8,7 +8,10 @@ from urllib.parse import SplitResult, urlsplit
 
 from receiver.net.addresses import parse_address
 
-__all__ = ["check_callback_url", "split_http_url"]
+__all__ = ["CALLBACK_PATH", "check_callback_url", "remove_callback_path", "split_http_url"]
+
+CALLBACK_PATH = "/callbacks/flora"
+"""The path that is added to `public_url`, and served by the public listener."""
 
 _REFUSED_NAMES = frozenset({"localhost", "metadata", "metadata.goog", "instance-data"})
 _REFUSED_SUFFIXES = (".localhost", ".local", ".internal")
@@ -26,6 +29,11 @@ def check_callback_url(url: str) -> str | None:
     if address is not None and (not address.is_global or address.is_multicast):
         return "must have a public host, because FLORA refuses private addresses"
     return None
+
+
+def remove_callback_path(url: str) -> str:
+    """Return a public URL without the callback path, and without a final slash."""
+    return url.rstrip("/").removesuffix(CALLBACK_PATH).rstrip("/")
 
 
 def split_http_url(url: str) -> SplitResult:

@@ -5,10 +5,19 @@ Built by `load_settings`; each part of the service gets the sections that it nee
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    model_validator,
+)
 
+from receiver.config.callback_url import CALLBACK_PATH, remove_callback_path
 from receiver.config.reference import Setting, describe_field, describe_model
 from receiver.config.sections import (
     Database,
@@ -71,7 +80,7 @@ class Settings(Section):
 
     public_url: HttpUrl | None = Field(
         None,
-        description="The URL that FLORA calls; `/callbacks/flora` is added. Must be public HTTPS.",
+        description="The URL that FLORA calls; `/callbacks/flora` is added if it lacks it. Public HTTPS.",
     )
     public: Public = Public()
     operations: Operations = Operations()
@@ -88,6 +97,17 @@ class Settings(Section):
     handlers: Annotated[
         tuple[HandlerEntry, ...], AfterValidator(_check_names), BeforeValidator(_default_handlers)
     ] = Field((), validate_default=True)
+
+    _has_callback_path: bool = PrivateAttr(default=False)
+    """Whether `public_url` was given with the callback path, which is taken off."""
+
+    @model_validator(mode="after")
+    def _remove_callback_path(self) -> Self:
+        given = self.public_url
+        if given is not None and (url := remove_callback_path(given)) != given:
+            object.__setattr__(self, "public_url", url)  # frozen, but not handed out yet
+            self._has_callback_path = True
+        return self
 
     def secrets_by_workspace(self) -> tuple[tuple[str, str | None], ...]:
         """Return every signing secret with its workspace (None: any), in the order to try them."""
@@ -116,6 +136,9 @@ class Settings(Section):
         if tolerance is not None and tolerance < _LAST_RETRY_SECONDS:
             message = f"refuses FLORA's last retry, up to {_LAST_RETRY_SECONDS} s after signing"
             found.append(Problem("flora.tolerance_past_seconds", message))
+        if self._has_callback_path:
+            message = f"ends with {CALLBACK_PATH}, which is added by itself: FLORA is given {self.public_url}{CALLBACK_PATH}"
+            found.append(Problem("public_url", message))
         return [*found, *self._filter_warnings(), *self._wait_warnings()]
 
     def _prefixed_secrets(self) -> Iterator[tuple[str, str, SecretStr]]:

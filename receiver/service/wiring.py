@@ -18,6 +18,7 @@ import httpx
 from starlette.types import ASGIApp
 
 from receiver.config import Settings, check_operations, ensure_token
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.decide import Policy
 from receiver.errors import ConfigError
 from receiver.flora.client import FloraClient
@@ -41,7 +42,7 @@ from receiver.web.ops.dispatches import DispatchRoutes
 from receiver.web.ops.monitor import MonitorRoutes
 from receiver.web.ops.requests import MAX_BODY_BYTES
 from receiver.web.ops.runs import RunRoutes
-from receiver.web.public import CALLBACK_PATH, public_app
+from receiver.web.public import public_app
 from receiver.web.server import Server, bind
 from receiver.workers.dispatcher import Dispatcher
 from receiver.workers.janitor import Janitor, Retention

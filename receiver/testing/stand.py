@@ -14,12 +14,12 @@ import httpx
 from receiver.client.client import ReceiverClient
 from receiver.client.messages import RunView
 from receiver.config import HandlerEntry, Settings
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.emulator import Emulator, EmulatorSettings
 from receiver.net import certificates
 from receiver.net.clients import probe_client
 from receiver.service.service import Service
 from receiver.testing.runs import signed_callback
-from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
 
 _PROMPT = {"id": "prompt", "type": "text", "value": "a lighthouse"}

@@ -19,14 +19,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import HEADER
 from receiver.intake.callbacks import Accepted, CallbackResult, Canary, Duplicate, Ignored, Intake, Refused
 from receiver.telemetry import Metrics
 from receiver.web.connections import MALFORMED
 from receiver.web.forwarded import FORWARDED, make_remote_finder
-
-CALLBACK_PATH = "/callbacks/flora"
 
 STATUS = {
     MALFORMED: 400,

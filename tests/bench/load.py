@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.flora.signature import sign
-from receiver.web.public import CALLBACK_PATH
 
 SECRET = "whsec_bench"
 SCRIPT = Path(__file__).with_name("load.lua")

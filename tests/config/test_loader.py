@@ -13,6 +13,7 @@ from receiver.errors import ConfigError
 from receiver.model import Event, When
 from receiver.net.addresses import is_loopback
 from receiver.scrubber import is_secret_name
+from receiver.service.wiring import to_callback_url
 
 KEY = "sk_live_0123456789"
 SECRET = "whsec_abcdef"
@@ -161,6 +162,20 @@ def test_nothing_is_said_about_the_content_of_a_file_that_cannot_be_read(content
     with pytest.raises(ConfigError) as caught:
         load_settings(Path("broken.toml"), {"RECEIVER_OPERATIONS__HOST": "0.0.0.0"})
     assert [problem.path for problem in caught.value.problems] == ["broken.toml"]
+
+
+@pytest.mark.parametrize("end", ["/callbacks/flora", "/callbacks/flora/"])
+def test_a_public_url_with_the_callback_path_loses_it(end: str) -> None:
+    """Else FLORA would be given the path twice; a warning says so."""
+    found = load_settings(None, BASE | {"RECEIVER_PUBLIC_URL": f"https://hooks.example.com/a{end}"})
+    assert found.public_url == "https://hooks.example.com/a"
+    assert to_callback_url(found.public_url) == "https://hooks.example.com/a/callbacks/flora"
+    [warning] = found.find_warnings()
+    assert (warning.path, "https://hooks.example.com/a/callbacks/flora" in warning.message) == (
+        "public_url",
+        True,
+    )
+    assert found.model_copy(update={"log": found.log}).find_warnings() == [warning]
 
 
 def test_handlers_and_workspaces_can_come_from_the_environment_as_json() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from receiver.cli.trigger.cases import CASES
 from receiver.config import Settings, load_settings
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.emulator import Emulator, EmulatorSettings
 from receiver.handler import Done
 from receiver.model import Output
@@ -21,7 +22,6 @@ from receiver.net.download import Downloader
 from receiver.plugins.functions import FunctionHandler
 from receiver.plugins.loader import load_handlers
 from receiver.service.service import Service
-from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
 from tests.docs.command_parts import commands, options
 from tests.docs.pages import (

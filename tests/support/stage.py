@@ -27,13 +27,13 @@ import psycopg
 import psycopg.rows
 
 from receiver.config import Settings
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.emulator import Emulator, EmulatorSettings
 from receiver.emulator.faults import parse_faults
 from receiver.flora.signature import HEADER, sign
 from receiver.model import Origin, RunRegistered
 from receiver.net import certificates
 from receiver.service.service import Service
-from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
 
 T = TypeVar("T")

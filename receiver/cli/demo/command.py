@@ -24,6 +24,7 @@ from receiver.cli.demo.view import make_table, print_next_steps, print_summary
 from receiver.cli.output import FAILED, print_result, report_errors
 from receiver.cli.trigger.cases import CASES, CallbackFactory
 from receiver.config import Settings
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.emulator import Emulator, EmulatorSettings, parse_faults
 from receiver.flora.client import FloraClient
 from receiver.flora.rate_limit import RateLimit
@@ -33,7 +34,6 @@ from receiver.net.clients import api_client, probe_client
 from receiver.service.service import Service
 from receiver.store import ledger, queue
 from receiver.telemetry import configure_logging
-from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
 
 _PATIENCE_SECONDS = 60

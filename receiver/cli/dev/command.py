@@ -19,14 +19,13 @@ from receiver.cli.dev.tunnel.choice import TunnelOptions, choose_provider
 from receiver.cli.dev.view import View
 from receiver.cli.output import report_errors
 from receiver.config import Settings, load_settings
-from receiver.config.callback_url import split_http_url
+from receiver.config.callback_url import remove_callback_path, split_http_url
 from receiver.decide import Policy
 from receiver.errors import ConfigError, Problem
 from receiver.net.addresses import is_loopback, is_unspecified
 from receiver.service import wiring
 from receiver.service.service import Service
 from receiver.telemetry import configure_logging
-from receiver.web.public import CALLBACK_PATH
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ def _normalize_public_url(options: TunnelOptions) -> TunnelOptions:
     if options.public_url is None:
         return options
     try:
-        url = split_http_url(options.public_url).geturl().rstrip("/").removesuffix(CALLBACK_PATH)
+        url = remove_callback_path(split_http_url(options.public_url).geturl())
     except ValueError as error:
         raise ConfigError([Problem("--public-url", str(error))]) from error
     return replace(options, public_url=url)

@@ -11,11 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from receiver.cli.dev.view import View
 from receiver.cli.output import format_size
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.model import Artifact, DispatchState, Event, RunState, StartState
 from receiver.service.service import Service
 from receiver.store import ledger, queries, starts
 from receiver.store.changes import Change
-from receiver.web.public import CALLBACK_PATH
 
 __all__ = ["CallbackEvents", "LedgerEvents"]
 

@@ -8,8 +8,8 @@ import httpx
 from receiver.cli.dev.tunnel.diagnosis import Diagnosis, FloraState, compare_request_counts, diagnose
 from receiver.cli.dev.tunnel.provider import FixedUrl, LocalEndpoint, Provider
 from receiver.cli.doctor.probe import probe
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.service.service import Service
-from receiver.web.public import CALLBACK_PATH
 
 __all__ = ["RouteCheck"]
 

@@ -26,13 +26,12 @@ from receiver.cli.dev.tunnel.supervisor import (
 from receiver.cli.dev.view import View
 from receiver.cli.output import FAILED
 from receiver.config import Settings
-from receiver.config.callback_url import check_callback_url
+from receiver.config.callback_url import CALLBACK_PATH, check_callback_url
 from receiver.errors import TunnelError
 from receiver.net.addresses import http_origin, is_loopback, local_host
 from receiver.net.clients import own_client, probe_client
 from receiver.service.service import Service
 from receiver.store import queries
-from receiver.web.public import CALLBACK_PATH
 from receiver.workers.loop import run_until, wait_for_any
 
 __all__ = ["DevSession"]

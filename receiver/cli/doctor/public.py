@@ -17,8 +17,8 @@ from receiver.cli.doctor.database import own_origin
 from receiver.cli.doctor.findings import Finding
 from receiver.cli.doctor.probe import ProbeFailure, ProbeResult, probe
 from receiver.config import Settings
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.net.clients import own_client, probe_client, tls_context
-from receiver.web.public import CALLBACK_PATH
 
 _SLOW_SECONDS = 5.0
 _TIMEOUT_SECONDS = 12.0

@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.flora.signature import HEADER, verify
-from receiver.web.public import CALLBACK_PATH
 
 _SECRETS = (os.environ["SECRET"],)
 

@@ -10,9 +10,9 @@ from starlette.routing import Route
 
 from receiver.cli.serve import find_loop_factory
 from receiver.config import Settings
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.service.wiring import build_public_guard
 from receiver.telemetry import Metrics
-from receiver.web.public import CALLBACK_PATH
 from receiver.web.server import Server, bind
 
 

@@ -22,9 +22,9 @@ from receiver.cli.dev.tunnel.process import Program
 from receiver.cli.dev.tunnel.provider import FixedUrl, LocalEndpoint
 from receiver.cli.dev.tunnel.ssh import Account, Ssh, parse_account
 from receiver.cli.doctor.probe import probe
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.errors import ConfigError, TunnelError
 from receiver.net.clients import probe_client
-from receiver.web.public import CALLBACK_PATH
 from tests.support.sshd import Sshd
 from tests.support.stage import Stage, free_port
 from tests.support.tunnel_programs import CLOUDFLARED, FORWARDER, is_alive, wait_until_gone, write_program

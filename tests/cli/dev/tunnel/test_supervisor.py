@@ -25,9 +25,9 @@ from receiver.cli.dev.tunnel.supervisor import (
     TunnelSupervisor,
 )
 from receiver.cli.doctor.probe import probe
+from receiver.config.callback_url import CALLBACK_PATH
 from receiver.errors import TunnelError
 from receiver.net.clients import own_client, probe_client
-from receiver.web.public import CALLBACK_PATH
 from tests.support.stage import Stage
 from tests.support.tunnel_programs import FORWARDER, write_program
 
