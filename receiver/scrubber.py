@@ -21,7 +21,7 @@ _CREDENTIAL = re.compile(r"(whsec_|sk_live_|sk_test_|bearer )[^\s\"',;)\]}]+", r
 _WEB_URL = re.compile(
     r"\b((?:https?|wss?)://)(?:[^\s/?#\"'<>]*@)?([^\s/?#\"'<>@]*)([^\s\"'<>]*)", re.IGNORECASE
 )
-# A password may hold any of ?, # and / where nobody has escaped it. Paths of stores may hold an @.
+# A password may hold any of ?, # and /, unescaped by mistake. Paths of stores may hold an @.
 _SERVER_USERINFO = re.compile(
     r"((?:postgres(?:ql)?|mysql|mariadb|mssql|oracle|rediss?|amqps?|nats|mqtts?|kafka)(?:\+\w+)?://)[^\s\"'<>]*@",
     re.IGNORECASE,

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,14 @@ def _mounted(document: dict[str, Any]) -> list[str]:
     return [
         volume for described in document["services"].values() for volume in described.get("volumes", ())
     ]
+
+
+def test_the_container_has_the_extras_of_all_handlers() -> None:
+    """A new extra is either in the Makefile's `SERVER`, which the container's lock is made of, or of no use there."""
+    found = re.search(
+        r"^SERVER := \$\(foreach extra,([^,]+),", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE
+    )
+    assert found
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    elsewhere = {"dev", "ngrok", "ssh", "testing"}
+    assert set(found[1].split()) == project["optional-dependencies"].keys() - elsewhere

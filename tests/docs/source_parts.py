@@ -29,7 +29,9 @@ def _place(module: str) -> str:
 
 
 def _sentence(module: str) -> str:
-    text = " ".join((importlib.import_module(module).__doc__ or "").split())
+    """Return the first sentence of a module's docstring, which ends with its first paragraph."""
+    paragraph = (importlib.import_module(module).__doc__ or "").partition("\n\n")[0]
+    text = " ".join(paragraph.split())
     return re.split(r"(?<=\.) (?=[A-Z`])", text)[0]
 
 

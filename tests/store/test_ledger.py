@@ -10,8 +10,8 @@ from sqlalchemy import Connection, exc
 
 from receiver.errors import StoreUnavailableError
 from receiver.model import CallbackStatus, Delivery, LostReason, Origin, Output, Run, RunState, Verdict
-from receiver.store import Database, ledger
-from receiver.store.rows import from_ms, to_ms
+from receiver.store import Database, ledger, schema
+from receiver.store.rows import FIRST_CALLBACK_COLUMNS, NEW_RUN_DEFAULTS, RUN_COLUMNS, from_ms, to_ms
 from tests.support.core import NOW, OUTPUT, Core, a_run
 
 FULL = Run(
@@ -288,3 +288,11 @@ async def test_a_changed_row_is_the_whole_row(database: Database) -> None:
     bare = replace(a_run(run_type=None), run_id="run_full")
     await database.write(lambda tx: ledger.update_runs(tx, [bare]))
     assert await get(database, "run_full") == replace(bare, version=1)
+
+
+def test_a_first_callback_fills_every_column_that_needs_a_value() -> None:
+    """A NOT NULL column of `runs` that its insert leaves out would refuse each new run."""
+    columns = schema.runs.columns
+    assert {column.name for column in columns} == set(RUN_COLUMNS)
+    needed = {column.name for column in columns if not column.nullable and column.server_default is None}
+    assert needed <= {*FIRST_CALLBACK_COLUMNS, *NEW_RUN_DEFAULTS}

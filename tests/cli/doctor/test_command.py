@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import pkgutil
 import pwd
 import ssl
 import tempfile
@@ -17,6 +18,7 @@ import httpx
 import pytest
 from sqlalchemy import create_engine
 
+from receiver.cli import doctor
 from receiver.cli.doctor.command import examine
 from receiver.cli.doctor.database import check_database
 from receiver.cli.doctor.findings import Finding, Severity
@@ -542,3 +544,19 @@ async def test_a_ca_file_without_a_certificate(stage: Stage, tmp_path: Path) -> 
     assert (finding.id, "holds no certificate" in finding.what) == ("flora.unreachable", True)
     done = run_command("doctor", "--ca", "empty.pem", cwd=tmp_path, env=KEYS)
     assert (done.returncode, "holds no certificate" in done.stderr) == (2, True)
+
+
+def test_every_check_is_made() -> None:
+    """A public function `check_…` in a module of `doctor` is called by `examine`."""
+    modules = [
+        pkgutil.resolve_name(f"{doctor.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(doctor.__path__)
+    ]
+    checks = {
+        name
+        for module in modules
+        for name, each in vars(module).items()
+        if name.startswith("check_") and each.__module__ == module.__name__
+    }
+    assert {"check_database", "check_flora", "check_public_url", "check_settings"} <= checks
+    assert checks <= set(examine.__code__.co_names)
