@@ -165,6 +165,11 @@ class Output:
         return _LIKELY_BYTES.get(self.type, _LIKELY_BYTES[OutputType.VIDEO])
 
 
+def unnamed_output_id(position: int) -> str:
+    """Return the id of an output to which FLORA gives none."""
+    return f"output_{position}"
+
+
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """Something that a handler has stored for a run, or has reserved a location for."""
@@ -259,6 +264,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     error_message: str | None = None
     charged_cost: float | None = None
     outputs: tuple[Output, ...] = ()
+    unnamed: frozenset[int] = frozenset()
+    """The positions of outputs to which FLORA gives no id."""
 
 
 class CallbackReceived(msgspec.Struct, frozen=True):

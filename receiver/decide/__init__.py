@@ -4,6 +4,7 @@ from receiver.decide.attempts import Backoff, Outcome, conclude
 from receiver.decide.channel import ChannelHealth, channel_health
 from receiver.decide.decision import Changed, Decision, Unchanged
 from receiver.decide.lanes import HEAVY_BYTES, FillStep, fill_order, free_slots, lane_of
+from receiver.decide.outputs import refresh_outputs
 from receiver.decide.plans import (
     LOOKAHEAD,
     Depth,
@@ -61,6 +62,7 @@ __all__ = [
     "next_poll",
     "plan_polls",
     "reconcile",
+    "refresh_outputs",
     "route",
     "settle",
 ]

@@ -12,7 +12,8 @@ class Unchanged(msgspec.Struct, frozen=True):
 class Changed(msgspec.Struct, frozen=True):
     """The new row of the run, the outputs that the report has, and the events for handlers.
 
-    `refreshed` has the outputs of a run that was settled before, perhaps with new URLs.
+    `refreshed` has the outputs that a run settled before has now: with other URLs perhaps, in another
+    order, and with an empty id where FLORA gives none. See `decide/outputs.py`.
     """
 
     run: Run

@@ -13,6 +13,7 @@ any order and any number, end in the same row and the same dispatches, as long a
 with each other.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -38,6 +39,7 @@ from receiver.model import (
     Event,
     LostReason,
     Origin,
+    Output,
     ReadFailed,
     ReadRequested,
     Report,
@@ -353,7 +355,7 @@ def _set_cost(case: _Case) -> Decision:
     if run.cost_due_at is None or case.snapshot.charged_cost is None:
         decision = _await_cost(case)
         return (
-            replace(decision, refreshed=case.snapshot.outputs)
+            replace(decision, refreshed=_outputs_as_read(case.snapshot))
             if isinstance(decision, Changed)
             else decision
         )
@@ -364,7 +366,15 @@ def _set_cost(case: _Case) -> Decision:
         next_poll_at=None,
         polls=run.polls + 1,
     )
-    return Changed(run, events=(Event.COST_FINAL,), refreshed=case.snapshot.outputs)
+    return Changed(run, events=(Event.COST_FINAL,), refreshed=_outputs_as_read(case.snapshot))
+
+
+def _outputs_as_read(snapshot: Snapshot) -> tuple[Output, ...]:
+    """Return the outputs of a read without the ids that FLORA did not give."""
+    return tuple(
+        dataclasses.replace(output, output_id="") if output.position in snapshot.unnamed else output
+        for output in snapshot.outputs
+    )
 
 
 def _await_cost(case: _Case) -> Decision:

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from receiver.errors import FloraError, PayloadError
-from receiver.model import CallbackStatus, Output, OutputType, Snapshot, storable_text
+from receiver.model import CallbackStatus, Output, OutputType, Snapshot, storable_text, unnamed_output_id
 from receiver.net.retry_after import parse_retry_after
 
 _MAX_ID = 200
@@ -159,6 +159,7 @@ def parse_run(payload: Any, *, technique_id: str | None = None) -> Snapshot:
         _identifier(technique, "technique_id", "techniqueId") if isinstance(technique, Mapping) else None
     )
     technique_id = technique_id or listed_technique or _identifier(payload, "technique_id", "techniqueId")
+    outputs = _outputs(payload.get("outputs"))
     return Snapshot(
         run_id=run_id,
         status=status,
@@ -174,7 +175,12 @@ def parse_run(payload: Any, *, technique_id: str | None = None) -> Snapshot:
         error_code=_text(payload, "error_code", "errorCode"),
         error_message=_text(payload, "error_message", "errorMessage"),
         charged_cost=_money(_get(payload, "charged_cost", "chargedCost")),
-        outputs=_outputs(payload.get("outputs")),
+        outputs=outputs,
+        unnamed=frozenset(
+            output.position
+            for output, row in zip(outputs, payload["outputs"] if outputs else (), strict=True)
+            if _output_id(row) is None
+        ),
     )
 
 
@@ -316,9 +322,13 @@ def _outputs(rows: Any) -> tuple[Output, ...]:
         value = row.get("url")
         if not isinstance(value, str) or (not value and kind != OutputType.TEXT):
             return ()
-        output_id = _identifier(row, "output_id", "outputId") or f"output_{position}"
+        output_id = _output_id(row) or unnamed_output_id(position)
         outputs.append(Output(position, output_id, kind, storable_text(value)))
     return tuple(outputs)
+
+
+def _output_id(row: Mapping[str, Any]) -> str | None:
+    return _identifier(row, "output_id", "outputId")
 
 
 def _get(payload: Mapping[str, Any], *names: str) -> Any:

@@ -12,7 +12,17 @@ from datetime import datetime
 import msgspec
 from sqlalchemy import Connection
 
-from receiver.decide import Changed, Decision, Kind, Policy, Unchanged, kind_of, reconcile, settle
+from receiver.decide import (
+    Changed,
+    Decision,
+    Kind,
+    Policy,
+    Unchanged,
+    kind_of,
+    reconcile,
+    refresh_outputs,
+    settle,
+)
 from receiver.decide.starts import may_be_of_start, to_registration, young_since
 from receiver.model import (
     Delivery,
@@ -163,11 +173,14 @@ class Recorder:
             if decision.outputs:
                 state.outputs[run_id] = decision.outputs
             if decision.refreshed:
-                state.refreshed[run_id] = decision.refreshed
+                state.refreshed[run_id] = refresh_outputs(_outputs(tx, state, run_id), decision.refreshed)
             if decision.events:
-                outputs = state.outputs.get(run_id) or ledger.outputs_of_runs(tx, [run_id])[run_id]
                 state.dispatches += settle(
-                    decision.run, outputs, decision.events, self._subscriptions, now=now
+                    decision.run,
+                    _outputs(tx, state, run_id),
+                    decision.events,
+                    self._subscriptions,
+                    now=now,
                 )
         return decision
 
@@ -189,6 +202,12 @@ class Recorder:
                 tx, workspace_id=run.workspace_id, since=young_since(now)
             )
         return may_be_of_start(run.first_seen_at, state.oldest_starts[run.workspace_id])
+
+
+def _outputs(tx: Connection, state: BatchState, run_id: str) -> Sequence[Output]:
+    """Return the outputs of a run as the batch has left them so far."""
+    known = state.refreshed.get(run_id) or state.outputs.get(run_id)
+    return known or ledger.outputs_of_runs(tx, [run_id])[run_id]
 
 
 def _add_delivery(state: BatchState, delivery: Delivery, seen: set[str]) -> bool:

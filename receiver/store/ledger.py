@@ -177,7 +177,7 @@ def add_outputs(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None
 
 
 def update_output_urls(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) -> None:
-    """Update the URLs of outputs. None is added or removed: what was settled stays."""
+    """Update the URLs of outputs. None is added, removed or moved: what was settled stays."""
     rows = [
         {
             "_run_id": run_id,

@@ -14,7 +14,17 @@ from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import canary_key, sign
 from receiver.intake import group_commit
 from receiver.intake.callbacks import Accepted, CallbackResult, Canary, Duplicate, Ignored, Refused, Secret
-from receiver.model import CallbackStatus, DispatchState, Event, RunState, Subscription, Verdict, When
+from receiver.model import (
+    CallbackStatus,
+    DispatchState,
+    Event,
+    Output,
+    ReadRequested,
+    RunState,
+    Subscription,
+    Verdict,
+    When,
+)
 from receiver.store import Database, SqliteDatabase, ledger
 from receiver.store.postgres import PostgresDatabase
 from tests.support.core import (
@@ -489,3 +499,32 @@ async def test_a_report_from_a_year_ahead_does_not_stay_there(core: Core) -> Non
 def test_secrets_do_not_show() -> None:
     """Whoever prints the door's parts prints no secret."""
     assert SECRET not in repr(Secret(SECRET, "ws_1"))
+
+
+# --- outputs of a later read ---------------------------------------------------------------------------------------
+
+
+async def test_a_later_read_in_another_order_moves_no_output(database: Database) -> None:
+    """Two outputs share an id, and the second one's URL has expired: it gets its fresh one, not the first one's."""
+    core = a_core(database, Clock())
+    await core.register()
+    first, second = (f"https://media.flora.example/{name}" for name in "ab")
+    await core.settle(outputs=(Output(0, "o", "imageUrl", first), Output(1, "o", "imageUrl", second)))
+    for fresh in (f"{second}?again", f"{second}?once-more"):
+        await core.intake.apply(ReadRequested("run_1", core.clock.forward(1)))
+        await core.settle(outputs=(Output(0, "o", "imageUrl", fresh), Output(1, "o", "imageUrl", first)))
+        assert [output.value for output in await core.outputs()] == [first, fresh]
+
+
+async def test_reads_in_one_batch_refresh_outputs_one_after_the_other(database: Database) -> None:
+    """The second read is matched with what the first one has left, though neither is written yet."""
+    core = a_core(database, Clock())
+    await core.register()
+    reads = [
+        a_read(
+            "completed", NOW, outputs=tuple(Output(n, "o", "imageUrl", url) for n, url in enumerate(urls))
+        )
+        for urls in (["A", "B"], ["B2", "A"], ["A", "B3"])
+    ]
+    await asyncio.gather(*(core.intake.apply(read) for read in reads))
+    assert [output.value for output in await core.outputs()] == ["A", "B3"]
