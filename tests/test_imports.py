@@ -110,7 +110,7 @@ def test_the_contract_on_handlers_names_each_of_them() -> None:
     """`.importlinter` has no pattern for modules that are not shared: a handler must be added there."""
     contracts = ConfigParser()
     contracts.read(ROOT / ".importlinter", "utf-8")
-    named = contracts["importlinter:contract:rooms-of-handlers"]["modules"].split()
+    named = contracts["importlinter:contract:handlers"]["modules"].split()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     points = project["entry-points"]["flora_receiver.handlers"].values()
     assert named == sorted(point.partition(":")[0] for point in points)

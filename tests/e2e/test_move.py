@@ -106,7 +106,7 @@ def test_what_cannot_be_moved_is_told(tmp_path: Path) -> None:
     for url, target, status, told in (
         ("postgresql://here/a", "postgresql://here/b", 2, "nothing to move"),
         ("sqlite:///a.db", "sqlite:///b.db", 2, "must be postgresql"),
-        ("sqlite:///a.db", "postgresql://127.0.0.1:1/b", 1, "there is no a.db"),
+        ("sqlite:///a.db", "postgresql://127.0.0.1:1/b", 1, "a.db does not exist"),
     ):
         done = run_command("move", "--to", target, cwd=tmp_path, env={"RECEIVER_DATABASE__URL": url})
         assert (done.returncode, told in done.stderr) == (status, True), done.stderr
