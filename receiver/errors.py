@@ -20,6 +20,7 @@ ReceiverError
 ├── TableError                the file of a batch is not a table
 ├── LocationTakenError        another run's output owns this location in a handler's storage
 ├── TargetUnreachableError    a handler's `check` cannot reach its target now; a warning
+├── TargetDegradedError       a handler's `check` finds a target that works, but not fully; a warning
 └── HandlerLoadError          a configured handler cannot be imported or built
     └── MissingExtraError        a library that it needs is not installed
 """
@@ -194,6 +195,10 @@ class LocationTakenError(ReceiverError):
 
 class TargetUnreachableError(ReceiverError):
     """Raised by a handler's `check` if its target is unreachable now. A warning: it may recover."""
+
+
+class TargetDegradedError(ReceiverError):
+    """Raised by a handler's `check` if its target works, with a flaw to know of. A warning."""
 
 
 class HandlerLoadError(ReceiverError):

@@ -26,6 +26,7 @@ from receiver.errors import (
     PostError,
     PostFailedError,
     PostRefusedError,
+    TargetDegradedError,
     TargetUnreachableError,
 )
 from receiver.model import Artifact, Event, Output, OutputType, RunState, When, storable_text
@@ -66,6 +67,7 @@ __all__ = [
     "Saved",
     "Secret",
     "SettledRun",
+    "TargetDegradedError",
     "TargetUnreachableError",
     "When",
     "growing_pause",
@@ -273,7 +275,8 @@ class Checks(Protocol):
     async def check(self) -> None:
         """Raise an exception with a message for operators where the handler cannot work.
 
-        TargetUnreachableError is for what may pass by itself, and is shown as a warning.
+        Two are shown as warnings: TargetUnreachableError, for what may pass by itself, and
+        TargetDegradedError, for a flaw that does not keep the handler from working.
         """
 
 

@@ -51,6 +51,8 @@ _TIMEOUTS = {"connect_timeout": "8s", "timeout": "180s"}  # enough for a part of
 _RETRIES: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
 _SET_BY_URL = frozenset({"bucket", "bucket_name", "container_name"})
 _ENDPOINTS = frozenset({"endpoint", "endpoint_url", "aws_endpoint_url_s3", "base_url"})
+_BULK_DELETE = frozenset({"disable_bulk_delete", "aws_disable_bulk_delete"})
+"""Some S3-compatible stores refuse `POST ?delete`, by which obstore deletes even a single object."""
 _PREFIX = re.compile("^(aws|google|azure_storage|azure)_")
 _HINTS = {
     "Missing SecretAccessKey": "access_key_id without secret_access_key",
@@ -82,12 +84,9 @@ def open_store(url: str, options: Mapping[str, SecretStr]) -> Store:
         if values[name].lower().startswith("http://") and client["allow_http"].lower() != "true":
             raise ValueError(f"`store` has a {name} without TLS: allow it with allow_http = true")
     try:
-        store = obstore.store.from_url(
-            url,
-            config=cast("S3Config", values) or None,
-            client_options=cast("ClientConfig", client),
-            retry_config=_RETRIES,
-        )
+        store = _from_url(url, values, client)
+        if isinstance(store, S3Store) and not values.keys() & _BULK_DELETE:
+            store = _from_url(url, {**values, "disable_bulk_delete": "true"}, client)
     except UnknownConfigurationKeyError as error:
         raise ValueError(f"`store` contains an unknown option {_QUOTED.findall(str(error))[0]}") from None
     except (BaseError, ValueError, TypeError) as error:
@@ -95,6 +94,15 @@ def open_store(url: str, options: Mapping[str, SecretStr]) -> Store:
     if isinstance(store, S3Store | GCSStore | AzureStore):
         return store
     raise ValueError("not a place that can be written to: use a directory, s3://, gs:// or az://")
+
+
+def _from_url(url: str, values: Mapping[str, str], client: Mapping[str, str]) -> object:
+    return obstore.store.from_url(
+        url,
+        config=cast("S3Config", values) or None,
+        client_options=cast("ClientConfig", client),
+        retry_config=_RETRIES,
+    )
 
 
 def to_place_error(failure: str, error: Exception, store: object) -> PlaceError:

@@ -26,7 +26,7 @@ from pydantic import (
 from handlers.storage.disk import LocalDisk
 from handlers.storage.keys import KeyTemplate, LabelTemplate
 from handlers.storage.manifest import StoredOutput
-from handlers.storage.places import Place, PlaceUnreachableError
+from handlers.storage.places import Place, PlaceDegradedError, PlaceUnreachableError
 from handlers.storage.thumbnails import require_pillow
 from handlers.storage.writer import OWN_LABELS, OutputWriter, Overwrite
 from receiver.handler import (
@@ -39,6 +39,7 @@ from receiver.handler import (
     Retry,
     Secret,
     SettledRun,
+    TargetDegradedError,
     TargetUnreachableError,
     When,
 )
@@ -181,6 +182,8 @@ class Storage:
             await self._place.check()
         except PlaceUnreachableError as error:
             raise TargetUnreachableError(str(error)) from error
+        except PlaceDegradedError as error:
+            raise TargetDegradedError(str(error)) from error
 
     async def close(self) -> None:
         await self._place.close()

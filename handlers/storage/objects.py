@@ -8,7 +8,6 @@ all, and is verified: its size, and its ETag where that is a checksum.
 import asyncio
 import hashlib
 import re
-import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,7 +18,14 @@ from obstore.exceptions import BaseError, PermissionDeniedError
 from obstore.store import ObjectStore as Store
 
 from handlers.storage.clouds import to_place_error
-from handlers.storage.places import NO_METADATA, Digest, PlaceError, PlaceUnreachableError, compute_digest
+from handlers.storage.places import (
+    NO_METADATA,
+    Digest,
+    PlaceDegradedError,
+    PlaceError,
+    PlaceUnreachableError,
+    compute_digest,
+)
 
 PART_BYTES = 8 * 1024 * 1024
 _CONCURRENT_PARTS = 2  # times PART_BYTES is the memory that one upload takes
@@ -27,7 +33,8 @@ _READ_BYTES = 1024 * 1024
 CHECK_SECONDS = 8.0  # less than the ten that the service allows
 _ABORT_SECONDS = 3.0
 _SETTLE_SECONDS = 0.1
-_PROBE_PREFIX = ".receiver-check-"
+_PROBE_KEY = ".receiver-check"  # one name: if it cannot be deleted, one object is left, not many
+_PROBE_TRIES = 5  # other processes check at the same time, and delete it too
 _UNQUOTED = " /:;,.+=@()"
 _MAX_LABEL = 256  # characters; S3 accepts 2 KB in all, for our own labels and four of the user's
 _MD5 = re.compile(r"[0-9a-f]{32}(-\d+)?")
@@ -100,21 +107,38 @@ class ObjectStore:
         await asyncio.sleep(_SETTLE_SECONDS)
 
     async def _probe(self) -> None:
-        key = f"{_PROBE_PREFIX}{secrets.token_hex(4)}"
         attempted = "write to"
         try:
-            await obstore.put_async(self._store, key, b"probe")
-            attempted = "write to, but not read from,"
-            await obstore.get_async(self._store, key)
-            attempted = "write to, but not delete from,"
-            await obstore.delete_async(self._store, key)
+            for tries in range(1, _PROBE_TRIES + 1):
+                attempted = "write to"
+                await obstore.put_async(self._store, _PROBE_KEY, b"probe")
+                attempted = "write to, but not read from,"
+                try:
+                    await obstore.get_async(self._store, _PROBE_KEY)
+                    break
+                except FileNotFoundError:
+                    if tries == _PROBE_TRIES:
+                        raise
             attempted = "write to, but not look up missing objects in,"
             with suppress(FileNotFoundError):
-                await obstore.head_async(self._store, key)
+                await obstore.head_async(self._store, f"{_PROBE_KEY}-missing")
         except PermissionDeniedError as error:
             raise self._to_error(attempted, error) from None
         except (BaseError, OSError) as error:
             raise self._to_error(attempted.partition(",")[0], error) from None
+        await self._delete_probe()
+
+    async def _delete_probe(self) -> None:
+        """Delete the object of the check. Nothing else is ever deleted, so a failure is no error."""
+        try:
+            await obstore.delete_async(self._store, _PROBE_KEY)
+        except FileNotFoundError:
+            return
+        except (BaseError, OSError) as error:
+            reason = self._to_error("write to, but not delete from,", error)
+            raise PlaceDegradedError(
+                f"{reason}; {self.locate(_PROBE_KEY)} is left there, and outputs can be stored"
+            ) from None
 
     async def _write_whole(
         self, key: str, body: bytes, content_type: str | None, metadata: Mapping[str, str]

@@ -17,6 +17,10 @@ class PlaceUnreachableError(PlaceError):
     """The place does not answer, or with an internal error. This may pass."""
 
 
+class PlaceDegradedError(PlaceError):
+    """The place can be used, with a flaw that operators should know of. Raised by `check` alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Digest:
     """The size of some content in bytes, and its SHA-256 in hex."""

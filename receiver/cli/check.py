@@ -10,6 +10,7 @@ from receiver.cli.output import FAILED, print_findings, report_errors
 from receiver.config import load_settings, redact
 from receiver.errors import Problem, ReceiverError, StoreInUseError
 from receiver.plugins.loader import (
+    CheckWarning,
     Loaded,
     check_handlers,
     close_handlers,
@@ -25,10 +26,10 @@ def run(config: Path | None, *, json: bool) -> None:
     with report_errors(as_json=json):
         settings = load_settings(config, os.environ)
         loaded = load_handlers(settings)
-        problems, unreachable = asyncio.run(_check_and_close(loaded))
+        problems, concerns = asyncio.run(_check_and_close(loaded))
         state, database_problems = asyncio.run(_check_database(settings.database.url))
         problems += database_problems
-        warnings = settings.find_warnings() + unreachable
+        warnings = settings.find_warnings() + concerns
         names = ", ".join(each.registration.name for each in loaded)
         lines = ["Settings: valid", f"Handlers: {names}", f"Database: {state}"]
         lines += [f"Warning: {each.path}: {each.message}" for each in warnings]
@@ -47,8 +48,8 @@ def run(config: Path | None, *, json: bool) -> None:
             raise typer.Exit(FAILED)
 
 
-async def _check_and_close(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[Problem]]:
-    """Return the handlers' problems, and those that may disappear by themselves."""
+async def _check_and_close(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[CheckWarning]]:
+    """Return the handlers' problems and warnings."""
     try:
         return await check_handlers(loaded)
     finally:

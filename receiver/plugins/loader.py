@@ -20,7 +20,13 @@ from pydantic_core import ErrorDetails
 from receiver.config import HandlerEntry, Setting, Settings, describe_model
 from receiver.config.sections import Pauses
 from receiver.decide import Backoff
-from receiver.errors import ConfigError, HandlerLoadError, Problem, TargetUnreachableError
+from receiver.errors import (
+    ConfigError,
+    HandlerLoadError,
+    Problem,
+    TargetDegradedError,
+    TargetUnreachableError,
+)
 from receiver.handler import Checks, Closes, DescribesSchema, Handler
 from receiver.model import Event, Subscription, When
 from receiver.plugins.attempt import Registration
@@ -66,14 +72,19 @@ def load_handlers(settings: Settings, environ: Mapping[str, str] | None = None) 
     return tuple(loaded)
 
 
-async def check_handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[Problem]]:
-    """Run the handlers' own checks; return their problems and their warnings.
+@dataclass(frozen=True, slots=True)
+class CheckWarning(Problem):
+    """A finding of a handler's check that does not keep the service from starting."""
 
-    A warning is a problem that may pass by itself.
-    """
-    found = await asyncio.gather(*(_check(each) for each in loaded))
-    problems = [problem for problem, passing in found if problem is not None and not passing]
-    return problems, [problem for problem, passing in found if problem is not None and passing]
+    event: str
+    """`handler.unreachable`, which may pass by itself, or `handler.degraded`."""
+
+
+async def check_handlers(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], list[CheckWarning]]:
+    """Run the handlers' own checks; return their problems and their warnings."""
+    found = [each for each in await asyncio.gather(*map(_check, loaded)) if each is not None]
+    warnings = [each for each in found if isinstance(each, CheckWarning)]
+    return [each for each in found if not isinstance(each, CheckWarning)], warnings
 
 
 async def close_handlers(loaded: tuple[Loaded, ...]) -> None:
@@ -96,11 +107,10 @@ async def _close(name: str, handler: Closes) -> None:
         await handler.close()
 
 
-async def _check(loaded: Loaded) -> tuple[Problem | None, bool]:
-    """Return the problem of one handler, and whether it may pass by itself."""
+async def _check(loaded: Loaded) -> Problem | None:
     name, handler = loaded.registration.name, loaded.registration.handler
     if not isinstance(handler, Checks):
-        return None, False
+        return None
     # A task of its own: a check that ignores its cancellation is abandoned, not waited for.
     task = asyncio.create_task(_run_check(name, handler))
     try:
@@ -108,11 +118,22 @@ async def _check(loaded: Loaded) -> tuple[Problem | None, bool]:
     finally:
         task.cancel()
     if not task.done() or task.cancelled():
-        return Problem(name, f"its check did not end within {_CHECK_SECONDS:g} s"), True
+        message = f"its check did not end within {_CHECK_SECONDS:g} s"
+        return CheckWarning(name, message, "handler.unreachable")
     error = task.result()
-    if error is None:
-        return None, False
-    return Problem(name, str(error) or type(error).__name__), isinstance(error, TargetUnreachableError)
+    match error:
+        case None:
+            return None
+        case TargetUnreachableError():
+            return CheckWarning(name, _message(error), "handler.unreachable")
+        case TargetDegradedError():
+            return CheckWarning(name, _message(error), "handler.degraded")
+        case _:
+            return Problem(name, _message(error))
+
+
+def _message(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 async def _run_check(name: str, handler: Checks) -> BaseException | None:

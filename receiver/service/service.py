@@ -210,7 +210,7 @@ class Service:
         for problem in problems:
             log.error("handler.unhealthy", handler=problem.path, reason=problem.message)
         for warning in warnings:
-            log.warning("handler.unreachable", handler=warning.path, reason=warning.message)
+            log.warning(warning.event, handler=warning.path, reason=warning.message)
         with contextlib.suppress(StoreUnavailableError):
             orphans = await self.database.read(
                 lambda tx: queries.count_orphans(tx, self._parts.handler_names)

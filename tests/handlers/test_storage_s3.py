@@ -18,8 +18,17 @@ import handlers.storage.clouds
 import handlers.storage.objects
 from handlers.storage import Storage, StorageConfig
 from handlers.storage.objects import PART_BYTES, ObjectStore
-from handlers.storage.places import PlaceError, PlaceUnreachableError
-from receiver.handler import THUMBNAIL, Done, Output, Reject, Retry, SettledRun, TargetUnreachableError
+from handlers.storage.places import PlaceDegradedError, PlaceError, PlaceUnreachableError
+from receiver.handler import (
+    THUMBNAIL,
+    Done,
+    Output,
+    Reject,
+    Retry,
+    SettledRun,
+    TargetDegradedError,
+    TargetUnreachableError,
+)
 from tests.handlers.test_storage_thumbnails import picture
 from tests.support.clouds import SECRET, Bucket, link, moto, told
 from tests.support.media import MediaServer, Page, page
@@ -300,6 +309,7 @@ async def test_wrong_credentials(bucket: Bucket, run: SettledRun, context_of: Co
 
 
 OK: tuple[int, dict[str, str], bytes] = (200, {"ETag": '"x"'}, b"probe")
+MISSING: tuple[int, dict[str, str], bytes] = (404, {}, b"")
 DENIED: tuple[int, dict[str, str], bytes] = (403, {}, b"<Error><Code>AccessDenied</Code></Error>")
 
 
@@ -309,21 +319,44 @@ DENIED: tuple[int, dict[str, str], bytes] = (403, {}, b"<Error><Code>AccessDenie
         ({"PUT": DENIED}, "cannot write to s3://bucket/pre: AccessDenied"),
         ({"PUT": OK, "GET": DENIED}, "can write to, but not read from, s3://bucket/pre: AccessDenied"),
         (
-            {"PUT": OK, "GET": OK, "DELETE": DENIED},
-            "can write to, but not delete from, s3://bucket/pre: AccessDenied",
-        ),
-        (
-            {"PUT": OK, "GET": OK, "DELETE": OK, "HEAD": DENIED},
+            {"PUT": OK, "GET": OK, "HEAD": DENIED},
             "can write to, but not look up missing objects in, s3://bucket/pre: refused",
         ),
     ],
 )
 async def test_the_check_names_the_right_that_is_missing(answers: dict[str, Any], what: str) -> None:
-    """Write, read and delete are tried apart; S3 says 403 of what is missing to whoever may not list."""
-    async with told(**{"POST": DENIED, **answers}) as store:
+    """Write, read and look-up are tried apart; S3 says 403 of what is missing to whoever may not list."""
+    async with told(**answers) as store:
         with pytest.raises(PlaceError) as caught:
-            await Bucket(store.endpoint).place(disable_bulk_delete=True).check()
+            await Bucket(store.endpoint).place().check()
     assert str(caught.value).startswith(what)
+    assert not isinstance(caught.value, PlaceDegradedError)
+
+
+async def test_a_store_that_refuses_bulk_delete() -> None:
+    """Some S3-compatible stores answer `POST ?delete` with 400: the object of the check is deleted singly."""
+    refusal: tuple[int, dict[str, str], bytes] = (400, {}, b"<Error><Code>NotImplemented</Code></Error>")
+    async with told(PUT=OK, GET=OK, HEAD=MISSING, DELETE=(204, {}, b""), POST=refusal) as store:
+        await storage(Bucket(store.endpoint)).check()
+    assert [request.partition(" ")[0] for request in store.requests] == ["PUT", "GET", "HEAD", "DELETE"]
+
+
+@pytest.mark.parametrize("refusal", [DENIED, (400, {}, b""), (501, {}, b"")])
+async def test_what_a_check_leaves_is_one_object_of_which_it_warns(refusal: Any) -> None:
+    """Outputs are never deleted, so a bucket without that permission is no error; each check uses one name."""
+    async with told(PUT=OK, GET=OK, HEAD=MISSING, DELETE=refusal) as store:
+        for _ in range(2):
+            with pytest.raises(TargetDegradedError, match="can write to, but not delete from") as caught:
+                await storage(Bucket(store.endpoint)).check()
+            assert "s3://bucket/pre/.receiver-check is left there" in str(caught.value)
+    written = {request.split()[1] for request in store.requests if request.startswith("PUT")}
+    assert written == {"/bucket/pre/.receiver-check"}
+
+
+async def test_checks_at_the_same_time_do_not_disturb_each_other(bucket: Bucket) -> None:
+    """Replicas start together and use one name: each may delete what another is about to read."""
+    await asyncio.gather(*(storage(bucket).check() for _ in range(8)))
+    assert "receiver-check" not in (await bucket.get("?list-type=2")).text
 
 
 async def test_what_a_store_holds_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,25 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from receiver.config import Settings
 from receiver.decide import Backoff
 from receiver.errors import ConfigError, Problem
-from receiver.handler import Answer, Context, Done, Secret, SettledRun, TargetUnreachableError, needs
+from receiver.handler import (
+    Answer,
+    Context,
+    Done,
+    Secret,
+    SettledRun,
+    TargetDegradedError,
+    TargetUnreachableError,
+    needs,
+)
 from receiver.model import Event, When
 from receiver.plugins import loader as plugins
-from receiver.plugins.loader import check_handlers, close_handlers, installed_handlers, load_handlers
+from receiver.plugins.loader import (
+    CheckWarning,
+    check_handlers,
+    close_handlers,
+    installed_handlers,
+    load_handlers,
+)
 
 HERE = __name__
 
@@ -66,6 +81,11 @@ class Modest(Plain):
 class Broken(Plain):
     async def check(self) -> None:
         raise PermissionError("no right to write")
+
+
+class Flawed(Plain):
+    async def check(self) -> None:
+        raise TargetDegradedError("an object is left there")
 
 
 class Secretive(Plain):
@@ -246,10 +266,13 @@ def test_pauses_between_attempts_are_set_for_each_handler() -> None:
 
 async def test_checks_separate_problems_from_warnings() -> None:
     """A target that does not respond is a warning: it may recover before it is needed."""
-    loaded = load_handlers(settings(entry("Plain"), entry("Modest"), entry("Broken"), entry("Leaving")))
-    problems, warnings = await check_handlers(loaded)
+    entries = (entry(name) for name in ("Plain", "Modest", "Broken", "Leaving", "Flawed"))
+    problems, warnings = await check_handlers(load_handlers(settings(*entries)))
     assert problems == [Problem("broken", "no right to write"), Problem("leaving", "gone")]
-    assert warnings == [Problem("modest", "no response from 127.0.0.1:9")]
+    assert warnings == [
+        CheckWarning("modest", "no response from 127.0.0.1:9", "handler.unreachable"),
+        CheckWarning("flawed", "an object is left there", "handler.degraded"),
+    ]
 
 
 class Stubborn(Plain):
@@ -269,7 +292,9 @@ async def test_a_check_that_does_not_end_delays_nothing(monkeypatch: pytest.Monk
     Stubborn.free = asyncio.Event()
     problems, warnings = await check_handlers(load_handlers(settings(entry("Stubborn"), entry("Broken"))))
     assert problems == [Problem("broken", "no right to write")]
-    assert warnings == [Problem("stubborn", "its check did not end within 0.01 s")]
+    assert warnings == [
+        CheckWarning("stubborn", "its check did not end within 0.01 s", "handler.unreachable")
+    ]
     Stubborn.free.set()
 
 

@@ -15,7 +15,7 @@ from receiver.cli.doctor.settings import check_settings, findings_from_problems
 from receiver.cli.output import FAILED, USAGE_ERROR, print_findings, report_errors
 from receiver.config import Settings, load_settings
 from receiver.errors import ConfigError, Problem
-from receiver.plugins.loader import Loaded, check_handlers, close_handlers, load_handlers
+from receiver.plugins.loader import CheckWarning, Loaded, check_handlers, close_handlers, load_handlers
 
 
 def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
@@ -56,7 +56,7 @@ async def examine(settings: Settings, *, ca: Path | None = None) -> list[Finding
     except ConfigError as error:  # the other checks still make sense
         unusable = error.problems
     try:
-        flora, database, public, (problems, unreachable) = await asyncio.gather(
+        flora, database, public, (problems, warnings) = await asyncio.gather(
             check_flora(settings),
             check_database(settings),
             check_public_url(settings, ca=ca),
@@ -65,8 +65,9 @@ async def examine(settings: Settings, *, ca: Path | None = None) -> list[Finding
     finally:
         await close_handlers(loaded)
     findings = [*check_settings(settings), *flora, *database, *public]
-    for kind, found in (("broken", (*unusable, *problems)), ("unreachable", unreachable)):
-        findings += [Finding(f"handler.{kind}", f"{each.path}: {each.message}") for each in found]
+    for each in (*unusable, *problems, *warnings):
+        kind = each.event if isinstance(each, CheckWarning) else "handler.broken"
+        findings.append(Finding(kind, f"{each.path}: {each.message}"))
     order = list(Severity)
     return sorted(findings, key=lambda each: -order.index(each.kind.severity))
 

@@ -154,6 +154,12 @@ FINDING_KINDS: Mapping[str, FindingKind] = {
         "It is down, or cannot be reached from this machine.",
         "None needed if it recovers: failed work is retried. Otherwise correct the options.",
     ),
+    "handler.degraded": FindingKind(
+        _WARNING,
+        "The target of a handler works, with a flaw.",
+        "A permission is missing that the handler can do without.",
+        "None needed for runs. What was found says what is left to do.",
+    ),
     # The receiver and its public URL
     "receiver.silent": FindingKind(
         _ERROR,
