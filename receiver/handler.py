@@ -33,6 +33,7 @@ from receiver.model import Artifact, Event, Output, OutputType, RunState, When, 
 from receiver.net.download import Download, Saved
 from receiver.net.post import Posted, Poster, header_value, target_url, usable_headers
 from receiver.net.retry_after import growing_pause
+from receiver.ownership import make_directory, match_owner
 
 __all__ = [
     "MANIFEST",
@@ -72,6 +73,8 @@ __all__ = [
     "When",
     "growing_pause",
     "header_value",
+    "make_directory",
+    "match_owner",
     "needs",
     "storable_text",
     "target_url",

@@ -75,7 +75,8 @@ def test_no_cycle_of_any_kind() -> None:
         ("receiver.scrubber", ()),
         ("receiver.credentials", ()),
         ("receiver.database_url", ()),
-        ("receiver.net.certificates", ()),
+        ("receiver.ownership", ()),
+        ("receiver.net.certificates", ("receiver.ownership",)),
         (
             "receiver.cli.dev.tunnel",
             (

@@ -23,7 +23,7 @@ from handlers.command.arguments import ArgumentTemplate, to_variables
 from handlers.command.downloads import fetch_all
 from handlers.command.output import OutputFilter
 from handlers.command.process import Exit, Process
-from handlers.command.workdir import Workdir, default_parent, ensure_parent, sweep
+from handlers.command.workdir import Workdir, check_parent, default_parent, sweep
 from handlers.payload import run_document, run_json
 from receiver.handler import (
     Answer,
@@ -207,7 +207,7 @@ class Command:
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             raise RuntimeError("the service was started with SIGCHLD ignored, so exit codes cannot be read")
         try:
-            ensure_parent(self._parent)
+            check_parent(self._parent)
         except OSError as error:
             raise type(error)(f"the program's directories: {_describe(error)}") from error
         sweep(self._parent)

@@ -63,6 +63,20 @@ class Workdir:
 def ensure_parent(parent: Path) -> None:
     """Make the parent, or check that it is this user's alone: another may have made it in /tmp."""
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_privacy(parent)
+
+
+def check_parent(parent: Path) -> None:
+    """Check that the parent can be made or is this user's alone. OSError if not; makes nothing."""
+    if os.path.lexists(parent):
+        return _check_privacy(parent)
+    above = next(each for each in parent.absolute().parents if os.path.lexists(each))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+    return None
+
+
+def _check_privacy(parent: Path) -> None:
     status = parent.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(

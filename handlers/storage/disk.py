@@ -26,6 +26,7 @@ from typing import ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from handlers.storage.places import NO_METADATA, Digest, PlaceError
+from receiver.handler import make_directory, match_owner
 
 _PART_PREFIX = ".part-flora-"  # a file of this name that is not locked is removed
 _STALE_SECONDS = 24 * 3600  # no download runs for so long; only for file systems without locks
@@ -97,20 +98,25 @@ class LocalDisk:
                 await asyncio.shield(self._run(part.discard))
 
     async def check(self) -> None:
-        """Create the directory, write and remove a file, clean up after killed processes."""
+        """Write and remove a file in the directory, and clean up after killed processes.
+
+        A directory that does not exist yet is not created: the one that it will be in is tried.
+        """
         await self._run(self._probe)
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False)
 
     def _probe(self) -> None:
-        part = _Part(self._tree, self.root / "probe", None)
+        directory = next(each for each in (self.root, *self.root.parents) if os.path.lexists(each))
+        part = _Part(_Tree(directory), directory / "probe", None)
         try:
             part.write(b"probe")
             part.sync()
         finally:
             part.discard()
-        _sweep(self.root)
+        if directory == self.root:
+            _sweep(directory)
 
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
@@ -154,7 +160,7 @@ class _Tree:
         if path.parent != path and (path.parent.is_relative_to(self.root) or not path.parent.is_dir()):
             self._create(path.parent)
         try:
-            path.mkdir(exist_ok=True)
+            make_directory(path)
         except FileExistsError:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
         _sync(path.parent)
@@ -225,6 +231,7 @@ class _Part:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         while True:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            match_owner(self._fd, self._target.parent)
             with suppress(OSError):
                 fcntl.flock(self._fd, fcntl.LOCK_EX)  # held while this process lives: see _remove_abandoned
             if os.fstat(self._fd).st_nlink:

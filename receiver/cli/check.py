@@ -18,7 +18,7 @@ from receiver.plugins.loader import (
     mask_secrets,
 )
 from receiver.store import open_database
-from receiver.store.database import probe_write
+from receiver.store.database import find_probe_url, probe_write
 from receiver.store.migrate import HEAD, current_revision
 
 
@@ -59,16 +59,20 @@ async def _check_and_close(loaded: tuple[Loaded, ...]) -> tuple[list[Problem], l
 async def _check_database(url: str) -> tuple[str, list[Problem]]:
     """Return the state of the database and its problems. Use by a running service is no problem."""
     try:
+        with find_probe_url(url) as probed:
+            return await _probe_database(probed)
+    except ReceiverError as error:
+        return "unusable", [Problem("database.url", str(error))]
+
+
+async def _probe_database(url: str) -> tuple[str, list[Problem]]:
+    try:
         database = await asyncio.to_thread(open_database, url)
     except StoreInUseError:
         return "in use by a running service", []
-    except ReceiverError as error:
-        return "unusable", [Problem("database.url", str(error))]
     try:
         await database.write(probe_write)
         revision = await database.run(current_revision)
-    except ReceiverError as error:
-        return "unusable", [Problem("database.url", str(error))]
     finally:
         await database.close()
     if revision == HEAD:

@@ -9,6 +9,7 @@ from pathlib import Path
 from receiver.cli.output import print_result, report_errors
 from receiver.config import Setting, describe, load_settings
 from receiver.errors import ConfigError, Problem
+from receiver.ownership import make_directory, match_owner
 
 _ENV = """# Secrets, for `set -a; . ./.env; set +a`, the env_file of a container, or systemd.
 # Never commit this file.
@@ -80,10 +81,11 @@ def _check(text: str) -> None:
 
 def _write(path: Path, text: str, mode: int) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         path.unlink(missing_ok=True)  # an existing file would keep its own mode
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
+            match_owner(handle, path.parent)
             file.write(text)
     except OSError as error:
         message = f"cannot be written: {error.strerror}"

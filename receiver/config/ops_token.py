@@ -8,6 +8,7 @@ from pathlib import Path
 from receiver.config.settings import Settings
 from receiver.credentials import find_fault
 from receiver.errors import ConfigError, Problem
+from receiver.ownership import make_directory, match_owner
 
 __all__ = ["ensure_token", "token_path"]
 
@@ -32,7 +33,7 @@ def ensure_token(settings: Settings) -> str:
                 raise ConfigError([Problem("operations.token", f"in {path} {fault}")])
             path.chmod(0o600)
             return token
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         return _write_token(path, secrets.token_urlsafe(32))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
@@ -44,6 +45,7 @@ def _write_token(path: Path, token: str) -> str:
     """Write the token atomically, readable by its owner only, and return it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".ops-token.")  # with mode 0600
     with os.fdopen(handle, "w", encoding="utf-8") as file:
+        match_owner(handle, path.parent)
         file.write(f"{token}\n")
         file.flush()
         os.fsync(file.fileno())

@@ -1,7 +1,7 @@
 """Throw-away certificates for `demo`, `dev-cert` and tests: a CA and the servers that it certifies.
 
-Nothing is installed: a client that shall trust the CA is given its file. Imports no other module of
-the receiver.
+Nothing is installed: a client that shall trust the CA is given its file. Imports `ownership` alone
+of the receiver.
 """
 
 import os
@@ -14,6 +14,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from receiver.ownership import make_directory, match_owner
 
 __all__ = [
     "LOCAL_HOSTS",
@@ -84,12 +86,14 @@ def issue(authority: Authority, *hosts: str, life: timedelta = _LIFE) -> ServerC
 
 def write(issued: ServerCertificate, directory: Path, name: str = "server") -> tuple[Path, Path]:
     """Write `<name>.pem` and `<name>.key`, which only its owner can read; return both paths."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     certificate, key = directory / f"{name}.pem", directory / f"{name}.key"
     key.unlink(missing_ok=True)  # an older file would keep its wider mode
     with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(issued.key)
     certificate.write_bytes(issued.certificate)
+    for path in (key, certificate):
+        match_owner(path, directory)
     return certificate, key
 
 

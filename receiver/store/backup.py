@@ -10,7 +10,8 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from receiver.errors import StoreUnavailableError
-from receiver.store.sqlite import SqliteDatabase, match_owner
+from receiver.ownership import make_directory, match_owner
+from receiver.store.sqlite import SqliteDatabase
 
 _COMPANIONS = ("-wal", "-shm")
 
@@ -32,6 +33,7 @@ def copy(tx: Connection, target: Path) -> int:
             copied.execute("PRAGMA journal_mode = DELETE")
             _check_integrity(copied, part)
         _fsync(part)
+        match_owner(part, target.parent)
         part.rename(target)
         _fsync(target.parent)
         return target.stat().st_size
@@ -56,9 +58,7 @@ def restore(source: Path, ledger: Path, *, now: datetime | None = None) -> Path 
             ).fetchone()[0]
         if not known:
             raise StoreUnavailableError(f"{source} is not a ledger of flora-receiver")
-        if not ledger.parent.exists():
-            ledger.parent.mkdir(parents=True)
-            match_owner(ledger.parent, ledger.parent.parent)
+        make_directory(ledger.parent)
         lock = SqliteDatabase.hold(ledger)
         try:
             aside = _set_aside(ledger, now or datetime.now(UTC))

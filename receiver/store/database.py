@@ -1,13 +1,17 @@
 """The interface of the ledger's database, and opening one. Jobs are functions of a connection."""
 
-from collections.abc import AsyncIterator, Callable
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime
 from typing import Protocol, TypeVar
+from urllib.parse import quote
 
 from sqlalchemy import Connection, exc, inspect, text
 
 from receiver.database_url import parse_database_url
 from receiver.errors import StoreUnavailableError
+from receiver.ownership import find_existing, make_directory
 from receiver.store.sqlite import SqliteDatabase
 
 T = TypeVar("T")
@@ -69,10 +73,30 @@ def open_database(url: str, *, listen_url: str | None = None, pool_size: int = 8
         return PostgresDatabase.open(url, listen_url=listen_url, connections=pool_size)
     path = location.path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
     except OSError as error:
         raise StoreUnavailableError(f"cannot create {path.parent}: {error.strerror}") from error
     return SqliteDatabase(path)
+
+
+@contextlib.contextmanager
+def find_probe_url(url: str) -> Iterator[str]:
+    """Yield the URL at which to try what a database can do, without leaving anything behind.
+
+    For a SQLite file that does not exist yet, it is a temporary one in the directory where the
+    first start would make it. Raises StoreUnavailableError.
+    """
+    path = parse_database_url(url).path
+    if path is None or path.exists():
+        yield url
+        return
+    directory = find_existing(path.parent)
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix="flora-receiver-check-", dir=directory)
+    except OSError as error:
+        raise StoreUnavailableError(f"cannot create {path.parent}: {error.strerror}") from error
+    with scratch as name:
+        yield f"sqlite:///{quote(name)}/receiver.db"
 
 
 def probe_write(tx: Connection) -> None:

@@ -7,6 +7,7 @@ Readers are `query_only`.
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import queue
@@ -22,6 +23,7 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, exc
 
 from receiver.errors import StoreInUseError, StoreUnavailableError
+from receiver.ownership import match_owner
 
 T = TypeVar("T")
 Job = Callable[[Connection], T]
@@ -29,6 +31,11 @@ Job = Callable[[Connection], T]
 _MAX_BATCH = 64
 """Jobs of one commit: limits how long the first of them waits for the last."""
 _READERS = 4
+
+
+_IS_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
+_GIVES_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
+"""What `flock` answers on NFS without a lock daemon, and on some FUSE file systems."""
 
 
 class SqliteDatabase:
@@ -40,6 +47,7 @@ class SqliteDatabase:
         """Lock and open the file. Raises StoreInUseError, StoreUnavailableError."""
         self._path = path
         self._lock = _lock_file(path)
+        _make_file(path)
         self._closing = False
         self._jobs: queue.SimpleQueue[tuple[Job[Any], Future[Any]] | None] = queue.SimpleQueue()
         self._writing = _sqlite_engine(path, busy_timeout_ms, read_only=False)
@@ -227,14 +235,6 @@ def open_read_only(path: Path) -> Iterator[Connection]:
         os.close(lock)
 
 
-def match_owner(file: int | Path, directory: Path) -> None:
-    """Give a file that root writes to its directory's owner, so that the service can open it."""
-    if os.geteuid() == 0:
-        owner = directory.stat()
-        with contextlib.suppress(OSError):  # no such right, or an owner from outside a user namespace
-            os.chown(file, owner.st_uid, owner.st_gid)
-
-
 def _lock_file(path: Path) -> int:
     try:
         handle = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o600)
@@ -245,10 +245,29 @@ def _lock_file(path: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
+        if error.errno not in _IS_HELD:
+            raise StoreUnavailableError(_describe_lock_error(path, error)) from error
         raise StoreInUseError(
             f"{path} belongs to another running flora-receiver: stop it, or give this one its own [database] url"
         ) from error
     return handle
+
+
+def _make_file(path: Path) -> None:
+    """Make the file, if it is missing, before SQLite does: its log and index get the file's owner."""
+    with contextlib.suppress(OSError):  # SQLite says what is wrong
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        match_owner(handle, path.parent)
+        os.close(handle)
+
+
+def _describe_lock_error(path: Path, error: OSError) -> str:
+    if error.errno in _GIVES_NO_LOCKS:
+        return (
+            f"the file system of {path.absolute().parent} gives no locks ({error.strerror}), and without one two "
+            "processes could write the ledger at once: put it on a local disk"
+        )
+    return f"cannot lock {path}.lock: {error.strerror}"
 
 
 def _sqlite_engine(path: Path, busy_timeout_ms: int, *, read_only: bool) -> Engine:

@@ -1,6 +1,9 @@
 """The command line: its help, its output, and advice for every usage error."""
 
+import errno
 import json
+import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -10,7 +13,18 @@ import httpx
 import pytest
 
 from receiver import __version__
-from tests.cli.conftest import KEYS, Start, environment, read_exports, run_command, wait_until_ready
+from tests.cli.conftest import (
+    COMMAND,
+    KEYS,
+    Start,
+    environment,
+    read_exports,
+    run_command,
+    wait_until_ready,
+)
+from tests.support.stage import free_port
+
+WITHOUT_LOCKS = Path(__file__).parents[1] / "support" / "without_locks.py"
 
 COMMANDS = (
     "",
@@ -66,6 +80,68 @@ def test_check_passes_with_two_variables(tmp_path: Path) -> None:
     assert "empty: `serve` will create its tables" in done.stdout
     run_command("migrate", cwd=tmp_path)
     assert "Database: up to date" in run_command("check", cwd=tmp_path, env=KEYS).stdout
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def test_check_and_doctor_make_nothing(tmp_path: Path) -> None:
+    """No ledger, no lock, no directory for outputs or programs: whoever runs them may not be the service's user."""
+    home = tmp_path / "home"
+    home.mkdir()
+    toml = '[[handlers]]\nuse = "storage"\nurl = "far/away"\n[[handlers]]\nuse = "command"\ncommand = ["true"]\n'
+    (home / "receiver.toml").write_text(toml)
+    env = {**KEYS, "TMPDIR": str(home), "FLORA_BASE_URL": f"http://127.0.0.1:{free_port()}"}
+    assert run_command("check", cwd=home, env=env).returncode == 0
+    run_command("doctor", cwd=home, env=env)
+    assert names(home) == ["receiver.toml"]
+    assert run_command("migrate", cwd=home, env=env).returncode == 0
+    made = names(home)
+    assert run_command("check", cwd=home, env=env).returncode == 0
+    assert names(home) == made
+
+
+def test_what_root_makes_belongs_to_the_owner_of_the_directory(tmp_path: Path) -> None:
+    """As for `migrate` in the directory of the service's user; for anyone else it is their own anyway."""
+    home = tmp_path / "home"
+    home.mkdir()
+    if os.geteuid() == 0:
+        os.chown(home, pwd.getpwnam("nobody").pw_uid, pwd.getpwnam("nobody").pw_gid)
+    owner = home.stat().st_uid
+    for command in (
+        ("init",),
+        ("dev-cert",),
+        ("migrate",),
+        ("backup", "copies.db"),
+        ("restore", "copies.db"),
+    ):
+        assert run_command(*command, cwd=home, env=KEYS).returncode == 0
+    made = names(home)
+    assert {"receiver.toml", ".env", "var/tls/ca.key", "var/receiver.db", "var/receiver.db.lock"} <= set(
+        made
+    )
+    assert [name for name in made if (home / name).stat().st_uid != owner] == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_as_such(number: int, tmp_path: Path) -> None:
+    """By `check` before there is a ledger too; it belongs to no other process."""
+    for command in ("check", "serve", "migrate", "check"):
+        done = subprocess.run(
+            [sys.executable, WITHOUT_LOCKS, str(number), COMMAND, command],
+            cwd=tmp_path,
+            env=environment(**KEYS),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        printed = done.stdout + done.stderr
+        assert done.returncode == 1
+        assert "gives no locks" in printed
+        assert "put it on a local disk" in printed
+        assert "another running" not in printed
+        assert "Traceback" not in printed
 
 
 def test_check_prints_no_secret_as_json(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ import httpx
 
 from receiver.cli.doctor.findings import Finding
 from receiver.config import Settings
-from receiver.errors import ReceiverError, StoreInUseError
+from receiver.errors import ReceiverError, StoreInUseError, StoreUnavailableError
 from receiver.net.addresses import http_origin, local_host
 from receiver.net.clients import own_client
+from receiver.ownership import find_existing
 from receiver.store import open_database
-from receiver.store.database import probe_write
+from receiver.store.database import find_probe_url, probe_write
 
 _MIN_FREE_BYTES = 1024**3
 _SAFE_SQLITE = (3, 51, 3)
@@ -48,21 +49,16 @@ async def check_database(
         findings.append(Finding("database.old_sqlite", f"SQLite {sqlite3.sqlite_version}"))
     directory = path.parent
     try:
-        directory, exists = _look_up(path)
-        prefix = "flora-receiver-doctor-"
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=directory) as scratch:
-            findings += _check_disk(directory, free_bytes)
-            used = url if exists else f"sqlite:///{scratch}/receiver.db"
-            return findings + await _check_writable(used, settings)
+        directory = find_existing(path.parent)
+        findings += _check_disk(directory, free_bytes)
+        with find_probe_url(url) as probed:
+            return findings + await _check_writable(probed, settings)
+    except StoreUnavailableError as error:
+        return [*findings, Finding("database.unusable", str(error))]
     except OSError as error:
         is_full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         kind = "database.full" if is_full else "database.unusable"
         return [*findings, Finding(kind, f"{directory}: {error.strerror}")]
-
-
-def _look_up(path: Path) -> tuple[Path, bool]:
-    """Return the innermost directory of `path` that exists, and whether the file exists."""
-    return next(each for each in path.absolute().parents if each.exists()), path.exists()
 
 
 def _check_disk(directory: Path, free_bytes: Callable[[Path], int]) -> list[Finding]:
