@@ -201,7 +201,7 @@ class Context(Protocol):
 
     @property
     def attempt(self) -> int:
-        """The number of this attempt, from 1."""
+        """The number of this attempt, from 1, and from 1 again once it is retried by hand."""
 
     @property
     def max_attempts(self) -> int:

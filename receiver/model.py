@@ -403,12 +403,15 @@ class Dispatch(msgspec.Struct, frozen=True):
     state: DispatchState
     due_at: datetime
     attempts: int = 0
+    """Those that count against the limit: made since it was last retried by hand."""
     last_error: str | None = None
     lease_token: str | None = None
     lease_until: datetime | None = None
     lane: Lane = Lane.LIGHT
     result: Mapping[str, Any] | None = None
     """The details that the handler gave with `Done`."""
+    last_attempt: int = 0
+    """The number of its latest attempt in its history, which goes on when it is retried by hand."""
 
     @property
     def idempotency_key(self) -> str:

@@ -41,9 +41,12 @@ def list_dispatches(
 def retry(
     run_id: Annotated[str | None, typer.Option(help="Only dispatches of this run.")] = None,
     handler: Handler = None,
+    all_dead: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
     json: Json = False,
 ) -> None:
-    """Retry dead dispatches."""
+    """Retry dead dispatches: those of a run or a handler, or all."""
+    if all_dead == (run_id is not None or handler is not None):
+        raise typer.BadParameter("pass --run-id or --handler or both, or else --all")
     with api_client(json=json) as receiver:
-        count = receiver.retry_dispatches(handler, run_id)
+        count = receiver.retry_dispatches(handler, run_id, all_dead=all_dead)
         print_result({"dispatches": count}, f"{count} dispatches are due again.", as_json=json)

@@ -51,6 +51,8 @@ __all__ = [
 
 _LONGEST_POLL_SECONDS = 60.0
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
+_RETRIED_AT_ONCE = 1000
+_SETTLED_AT_ONCE = 500
 _RESTART_STATUSES = (
     None,
     HTTPStatus.BAD_GATEWAY,
@@ -222,7 +224,8 @@ class ReceiverClient:
         armed = 0
         while True:
             page = self._connection.post(
-                "/api/runs/redispatch", {"handler": handler, "since": since.isoformat()}
+                "/api/runs/redispatch",
+                {"handler": handler, "since": since.isoformat(), "limit": _SETTLED_AT_ONCE},
             )
             armed += int(page["dispatches"])
             if not page["more"]:
@@ -276,12 +279,20 @@ class ReceiverClient:
         only = {"orphaned": "true"} if state == "orphaned" else {"state": state}
         return self._connection.pages("/api/dispatches", "dispatches", limit, **only)
 
-    def retry_dispatches(self, handler: str | None = None, run_id: str | None = None) -> int:
-        """Retry dead dispatches: all, or those of a handler or a run; return how many."""
-        body = {
-            name: value for name, value in (("handler", handler), ("run_id", run_id)) if value is not None
-        }
-        return int(self._connection.post("/api/dispatches/retry", body)["dispatches"])
+    def retry_dispatches(
+        self, handler: str | None = None, run_id: str | None = None, *, all_dead: bool = False
+    ) -> int:
+        """Retry dead dispatches: those of a handler or a run, or all of them; return how many.
+
+        Some at a time, so that no request takes long.
+        """
+        chosen = {"handler": handler, "run_id": run_id, "all": all_dead or None}
+        body: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        armed, more = 0, True
+        while more:
+            page = self._connection.post("/api/dispatches/retry", {**body, "limit": _RETRIED_AT_ONCE})
+            armed, more, body["cursor"] = armed + int(page["dispatches"]), page["more"], page["next_cursor"]
+        return armed
 
     def backup(self, path: Path) -> int:
         """Copy the SQLite ledger to a new file on the service's machine; return its bytes."""

@@ -131,6 +131,7 @@ class DispatchView(Message):
     round: int
     state: _DispatchState
     attempts: int
+    """Calls of the handler so far, those before a manual retry included."""
     last_error: str | None
     orphaned: bool = False
     """Whether it waits for a handler that is not configured."""
@@ -370,7 +371,9 @@ class Armed(Message):
     armed: tuple[DispatchView, ...]
     """The first hundred."""
     more: bool = False
-    """Whether to send the request again for the rest. Of `runs/redispatch` alone."""
+    """Whether to send the request again for the rest."""
+    next_cursor: str | None = None
+    """The `cursor` of that request, for `dispatches/retry`; `runs/redispatch` needs none."""
 
 
 class Backup(Message):

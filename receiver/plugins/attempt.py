@@ -209,7 +209,7 @@ class AttemptContext:
         bound: Mapping[str, Any] = {
             "run_id": leased.run.run_id,
             "handler": registration.name,
-            "attempt": leased.dispatch.attempts,
+            "attempt": leased.dispatch.last_attempt,
         }
         self.log: Log = structlog.get_logger("receiver.handler").bind(**bound)
 

@@ -22,7 +22,7 @@ from receiver.model import (
     StartState,
 )
 from receiver.store.ledger import outputs_of_runs
-from receiver.store.queue import artifacts_of_run, dispatches_of_run
+from receiver.store.queue import DISPATCH_COLUMNS, artifacts_of_run, dispatches_of_run
 from receiver.store.rows import from_ms, from_ms_or_none, to_dispatch, to_ms, to_run
 from receiver.store.schema import (
     deliveries,
@@ -202,7 +202,7 @@ def dispatch_page(
 ) -> tuple[tuple[int, Dispatch], ...]:
     """Return the dispatches in a state with their sequence, newest first."""
     statement = (
-        select(dispatches)
+        select(*DISPATCH_COLUMNS)
         .where(dispatches.c.state == state.value)
         .order_by(dispatches.c.seq.desc())
         .limit(limit)
@@ -217,7 +217,10 @@ def orphan_page(
 ) -> tuple[tuple[int, Dispatch], ...]:
     """Return dispatches that wait for other handlers than these, with `seq`, newest first."""
     statement = (
-        select(dispatches).where(_is_orphaned(handlers)).order_by(dispatches.c.seq.desc()).limit(limit)
+        select(*DISPATCH_COLUMNS)
+        .where(_is_orphaned(handlers))
+        .order_by(dispatches.c.seq.desc())
+        .limit(limit)
     )
     if before is not None:
         statement = statement.where(dispatches.c.seq < before)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import msgspec
 from sqlalchemy import (
     CTE,
     ColumnElement,
@@ -28,9 +29,20 @@ from receiver.store.rows import to_artifact, to_dispatch, to_ms
 from receiver.store.schema import artifacts, dispatch_attempts, dispatches
 
 # Literals: a partial index is used only if the query itself has its condition.
-_READY: ColumnElement[str] = literal_column(f"'{DispatchState.READY.value}'")
+READY: ColumnElement[str] = literal_column(f"'{DispatchState.READY.value}'")
 _LEASED: ColumnElement[str] = literal_column(f"'{DispatchState.LEASED.value}'")
-_UNFINISHED = (_READY, _LEASED)
+UNFINISHED = (READY, _LEASED)
+
+DISPATCH_COLUMNS = (
+    *dispatches.c,
+    select(func.max(dispatch_attempts.c.attempt))
+    .where(dispatch_attempts.c.dispatch_seq == dispatches.c.seq)
+    .correlate(dispatches)
+    .scalar_subquery()
+    .label("last_attempt"),
+)
+"""A dispatch with the number of its latest attempt: what `to_dispatch` reads."""
+_EXHAUSTED_AT_ONCE = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +84,31 @@ def claim(
             lease_token=token,
             lease_until=to_ms(until),
         )
-        .returning(dispatches)
+        .returning(*DISPATCH_COLUMNS)
     )
     rows = tx.execute(statement).mappings().all()
     if not rows:
         return ()
+    leased = {row["seq"]: _begin_attempt(to_dispatch(row), row["last_attempt"] or 0) for row in rows}
     tx.execute(
         postgresql.insert(dispatch_attempts).on_conflict_do_nothing(),
         [
-            {"dispatch_seq": row["seq"], "attempt": row["attempts"], "started_at": to_ms(now)}
-            for row in rows
+            {"dispatch_seq": seq, "attempt": dispatch.last_attempt, "started_at": to_ms(now)}
+            for seq, dispatch in leased.items()
         ],
     )
     run_ids = {row["run_id"] for row in rows}
     runs, outputs = runs_by_id(tx, run_ids), outputs_of_runs(tx, run_ids)
     stored = artifacts_of_runs(tx, run_ids, handler)
     return tuple(
-        Leased(
-            row["seq"], to_dispatch(row), runs[row["run_id"]], outputs[row["run_id"]], stored[row["run_id"]]
-        )
-        for row in rows
+        Leased(seq, each, runs[each.run_id], outputs[each.run_id], stored[each.run_id])
+        for seq, each in leased.items()
     )
+
+
+def _begin_attempt(dispatch: Dispatch, before: int) -> Dispatch:
+    """Return a dispatch whose new attempt is counted, numbered after those in its history."""
+    return msgspec.structs.replace(dispatch, last_attempt=max(before + 1, dispatch.attempts))
 
 
 def _claimable(
@@ -117,7 +133,7 @@ def _claimable(
                 earlier.c.run_id == dispatches.c.run_id,
                 earlier.c.handler == dispatches.c.handler,
                 earlier.c.seq < dispatches.c.seq,
-                earlier.c.state.in_(_UNFINISHED),
+                earlier.c.state.in_(UNFINISHED),
             ),
         )
         .order_by(dispatches.c.due_at, dispatches.c.seq)
@@ -131,14 +147,25 @@ def _claimable(
 def mark_exhausted(
     tx: Connection, handler: str, *, max_attempts: int, now: datetime, expired_by: datetime | None = None
 ) -> tuple[Dispatch, ...]:
-    """Mark due dispatches without attempts left as dead: workers died, or the limit was lowered."""
-    statement = (
-        update(dispatches)
+    """Mark due dispatches without attempts left as dead: workers died, or the limit was lowered.
+
+    Some at a time: callbacks share the writer, and each dead dispatch may add alerts.
+    """
+    due = (
+        select(dispatches.c.seq)
         .where(
             dispatches.c.handler == handler,
             _is_due(now, expired_by=expired_by),
             dispatches.c.attempts >= max_attempts,
         )
+        .order_by(dispatches.c.due_at, dispatches.c.seq)
+        .limit(_EXHAUSTED_AT_ONCE)
+        .with_for_update(skip_locked=True)
+        .cte("exhausted")
+    )
+    statement = (
+        update(dispatches)
+        .where(dispatches.c.seq.in_(select(due.c.seq)))
         .values(
             state=DispatchState.DEAD.value,
             lease_token=None,
@@ -148,7 +175,7 @@ def mark_exhausted(
                 dispatches.c.last_error, "every worker that tried it stopped before it answered"
             ),
         )
-        .returning(dispatches)
+        .returning(*DISPATCH_COLUMNS)
     )
     return tuple(to_dispatch(row) for row in tx.execute(statement).mappings().all())
 
@@ -203,7 +230,7 @@ def finish(
         update(dispatch_attempts)
         .where(
             dispatch_attempts.c.dispatch_seq == leased.seq,
-            dispatch_attempts.c.attempt == leased.dispatch.attempts,
+            dispatch_attempts.c.attempt == leased.dispatch.last_attempt,
         )
         .values(ended_at=to_ms(now), outcome=state.value, error=error)
     )
@@ -214,7 +241,7 @@ def is_attempt_recorded(tx: Connection, leased: Leased) -> bool:
     """Return whether the end of this attempt is recorded, which only its own worker does."""
     ended = exists().where(
         dispatch_attempts.c.dispatch_seq == leased.seq,
-        dispatch_attempts.c.attempt == leased.dispatch.attempts,
+        dispatch_attempts.c.attempt == leased.dispatch.last_attempt,
         dispatch_attempts.c.ended_at.is_not(None),
     )
     return bool(tx.execute(select(ended)).scalar_one())
@@ -224,12 +251,12 @@ def release(tx: Connection, seqs: Collection[int], *, token: str) -> int:
     """Release unused leases without counting the attempt: the process stops."""
     if not seqs:
         return 0
-    held = select(dispatches.c.seq, dispatches.c.attempts).where(_is_leased_by(seqs, token))
+    held = select(*DISPATCH_COLUMNS).where(_is_leased_by(seqs, token))
     for row in tx.execute(held).mappings().all():
         tx.execute(
             dispatch_attempts.delete().where(
                 dispatch_attempts.c.dispatch_seq == row["seq"],
-                dispatch_attempts.c.attempt == row["attempts"],
+                dispatch_attempts.c.attempt == row["last_attempt"],
             )
         )
     return tx.execute(
@@ -278,8 +305,8 @@ def next_dispatch_due_ms(tx: Connection, handlers: Collection[str], *, after: da
         select(func.min(dispatches.c.due_at)).where(
             dispatches.c.handler.in_(handlers),
             dispatches.c.lane.in_(tuple(Lane)),  # the index has it before the time
-            dispatches.c.state.in_(_UNFINISHED),
-            dispatches.c.state == _READY,
+            dispatches.c.state.in_(UNFINISHED),
+            dispatches.c.state == READY,
             dispatches.c.due_at > to_ms(after),
         )
     ).scalar_one_or_none()
@@ -360,7 +387,7 @@ def store_artifact(
 
 def dispatches_of_run(tx: Connection, run_id: str) -> tuple[Dispatch, ...]:
     """Return a run's dispatches in the order they were made."""
-    statement = select(dispatches).where(dispatches.c.run_id == run_id).order_by(dispatches.c.seq)
+    statement = select(*DISPATCH_COLUMNS).where(dispatches.c.run_id == run_id).order_by(dispatches.c.seq)
     return tuple(to_dispatch(row) for row in tx.execute(statement).mappings())
 
 
@@ -372,10 +399,10 @@ def artifacts_of_run(tx: Connection, run_id: str) -> Sequence[Artifact]:
 
 def _is_due(now: datetime, *, expired_by: datetime | None) -> Any:
     """Match what is ready and due and, with `expired_by`, leases that had expired by then."""
-    due = and_(dispatches.c.state == _READY, dispatches.c.due_at <= to_ms(now))
+    due = and_(dispatches.c.state == READY, dispatches.c.due_at <= to_ms(now))
     if expired_by is not None:
         due = or_(due, and_(dispatches.c.state == _LEASED, dispatches.c.lease_until <= to_ms(expired_by)))
-    return and_(dispatches.c.state.in_(_UNFINISHED), due)
+    return and_(dispatches.c.state.in_(UNFINISHED), due)
 
 
 def _is_leased_by(seqs: Collection[int], token: str) -> Any:

@@ -3,43 +3,70 @@
 from collections.abc import Collection
 from datetime import datetime
 
-from sqlalchemy import Connection, and_, exists, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, exists, literal_column, or_, select, update
 from sqlalchemy.dialects import postgresql
 
 from receiver.model import Dispatch, DispatchState, Event
-from receiver.store.queue import dispatches_of_run
+from receiver.store.queue import DISPATCH_COLUMNS, READY, UNFINISHED, dispatches_of_run
 from receiver.store.rows import dispatch_row, to_dispatch, to_ms
-from receiver.store.schema import dispatch_attempts, dispatches, runs
+from receiver.store.schema import dispatches, runs
 
 OVER = (DispatchState.DONE, DispatchState.DEAD)
 
+_IS_WAITING = and_(
+    dispatches.c.state.in_(UNFINISHED), dispatches.c.state == READY, dispatches.c.attempts > 0
+)
 
-def reset_dispatches(
+
+def _is_over(state: DispatchState) -> ColumnElement[bool]:
+    """Match a state by a literal: with a parameter the index of dead dispatches is not used."""
+    return dispatches.c.state == literal_column(f"'{state.value}'")
+
+
+def seqs_to_retry(
     tx: Connection,
     *,
-    now: datetime,
     states: Collection[DispatchState],
+    limit: int,
+    after: int = 0,
     run_id: str | None = None,
     handler: str | None = None,
-) -> tuple[Dispatch, ...]:
-    """Make dispatches in these states, and those that wait for a retry, due now; return them.
+) -> tuple[int, ...]:
+    """Return the keys of dispatches in these states, and of those that wait for a retry.
 
-    Their earlier attempts are deleted, since attempts are counted from one again.
+    The lowest `limit` above `after`.
     """
-    waiting = and_(dispatches.c.state == DispatchState.READY.value, dispatches.c.attempts > 0)
-    over = dispatches.c.state.in_([state.value for state in states])
-    statement = update(dispatches).where(or_(over, waiting))
-    if run_id is not None:
-        statement = statement.where(dispatches.c.run_id == run_id)
-    if handler is not None:
-        statement = statement.where(dispatches.c.handler == handler)
-    armed = statement.values(
-        state=DispatchState.READY.value, attempts=0, due_at=to_ms(now), finished_at=None, result=None
-    ).returning(dispatches)
-    rows = tx.execute(armed).mappings().all()
-    for row in rows:
-        tx.execute(dispatch_attempts.delete().where(dispatch_attempts.c.dispatch_seq == row["seq"]))
-    return tuple(to_dispatch(row) for row in rows)
+    found: set[int] = set()
+    seq = dispatches.c.seq
+    # Of those that wait not by the bare key: SQLite would go through the done rows as well.
+    chosen = [(_is_over(state), seq) for state in states] + [(_IS_WAITING, seq + 0)]
+    for condition, key in chosen:
+        statement = select(seq).where(condition, key > after)
+        if run_id is not None:
+            statement = statement.where(dispatches.c.run_id == run_id)
+        if handler is not None:
+            statement = statement.where(dispatches.c.handler == handler)
+        found.update(tx.execute(statement.order_by(key).limit(limit)).scalars())
+    return tuple(sorted(found)[:limit])
+
+
+def retry_dispatches(
+    tx: Connection, seqs: Collection[int], *, now: datetime, states: Collection[DispatchState]
+) -> tuple[Dispatch, ...]:
+    """Make those of these dispatches that may be retried due now; return them.
+
+    Their history stays, and is numbered on. The limit of attempts counts from here.
+    """
+    statement = (
+        update(dispatches)
+        .where(dispatches.c.seq.in_(seqs), or_(_IS_WAITING, *(_is_over(state) for state in states)))
+        .values(
+            state=DispatchState.READY.value, attempts=0, due_at=to_ms(now), finished_at=None, result=None
+        )
+        .returning(*DISPATCH_COLUMNS)
+    )
+    rows = tx.execute(statement).mappings().all()
+    return tuple(to_dispatch(row) for row in sorted(rows, key=lambda row: int(row["seq"])))
 
 
 def open_round(

@@ -172,6 +172,7 @@ def to_dispatch(row: RowMapping) -> Dispatch:
         lease_until=from_ms_or_none(row["lease_until"]),
         lane=Lane(row["lane"]),
         result=None if row["result"] is None else json.loads(row["result"]),
+        last_attempt=max(row.get("last_attempt") or 0, row["attempts"]),
     )
 
 

@@ -345,7 +345,7 @@ class Dispatcher:
         self._metrics.observe_dispatch(name, state.value if state else "stale", seconds)
         line = log.bind(
             run_id=leased.run.run_id, handler=name, event_name=leased.dispatch.event.value,
-            attempt=leased.dispatch.attempts, seconds=round(seconds, 3),
+            attempt=leased.dispatch.last_attempt, seconds=round(seconds, 3),
         )  # fmt: skip
         if state is None:
             line.warning("dispatch.stale")

@@ -195,7 +195,10 @@ def test_callbacks_dispatches_and_the_channel_are_shown(operator: Operator) -> N
     assert run_id in operator.text("deliveries", "show", delivery["delivery_id"])
     assert "No dispatches are dead." in operator.text("dispatches", "list")
     assert run_id in operator.text("dispatches", "list", "--state", "done")
-    assert "0 dispatches" in operator.text("dispatches", "retry")
+    assert "0 dispatches" in operator.text("dispatches", "retry", "--all")
+    assert "0 dispatches" in operator.text("dispatches", "retry", "--run-id", run_id, "--handler", "log")
+    assert "--all" in operator.text("dispatches", "retry", code=2)
+    assert "--all" in operator.text("dispatches", "retry", "--all", "--handler", "log", code=2)
     assert "matched" in operator.text("channel")
     assert operator.json("channel")["health"]["ok"]
 

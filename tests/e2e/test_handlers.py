@@ -109,7 +109,9 @@ async def test_one_that_fails_for_an_hour_delays_no_other(place: Stage, tmp_path
         dead = await _command(place, service, "dispatches", "list", "--limit", "500", "--json")
         assert {row["run_id"] for row in dead} == set(run_ids)
         assert {row["last_error"] for row in dead} == {"ConnectionError: their system is down"}
-        assert (await _command(place, service, "dispatches", "retry", "--json"))["dispatches"] == RUNS
+        assert (await _command(place, service, "dispatches", "retry", "--all", "--json"))[
+            "dispatches"
+        ] == RUNS
         await eventually(lambda: _all_done(place, ("moody",), RUNS), within=60)
 
     assert moody.done == Counter({f"{run_id}:moody:settled:0": 1 for run_id in run_ids})

@@ -1,7 +1,11 @@
 """Endpoints on the handlers' work: list dispatches, retry dead ones, dispatch a run again."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 from starlette.requests import Request
@@ -20,6 +24,7 @@ from receiver.web.ops.requests import (
     flag_of,
     limit_of,
     next_cursor,
+    parse_sequence,
     read_body,
     sequence_of,
     state_of,
@@ -29,6 +34,20 @@ from receiver.web.ops.views import to_dispatch
 
 _SHOWN = 100
 """Dispatches in the response to a request that arms them."""
+_READ_AT_ONCE = 10_000
+_BATCH = 100
+"""Rows that are changed in one transaction."""
+_NEXT_BATCH_SECONDS = 0.05
+
+Key = TypeVar("Key")
+
+
+@dataclass(slots=True)
+class _Armed:
+    """The dispatches that a request has made due."""
+
+    count: int = 0
+    first: list[Dispatch] = field(default_factory=list)
 
 
 class DispatchRoutes:
@@ -41,11 +60,13 @@ class DispatchRoutes:
         *,
         signals: Signals,
         clock: Callable[[], datetime],
+        pause: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         self._database = database
         self._subscriptions = {each.handler: each for each in subscriptions}
         self._signals = signals
         self._clock = clock
+        self._pause = pause
 
     def routes(self) -> Sequence[BaseRoute]:
         return (
@@ -73,13 +94,10 @@ class DispatchRoutes:
 
     async def retry(self, request: Request) -> Response:
         body = await read_body(request, RetryBody)
-        now, dead = self._clock(), (DispatchState.DEAD,)
-        armed = await self._database.write(
-            lambda tx: redispatch.reset_dispatches(
-                tx, now=now, states=dead, run_id=body.run_id, handler=body.handler
-            )
+        after = parse_sequence(body.cursor) or 0
+        return await self._retry(
+            (DispatchState.DEAD,), run_id=body.run_id, handler=body.handler, after=after, limit=body.limit
         )
-        return self._respond(armed)
 
     async def redispatch(self, request: Request) -> Response:
         body = await read_body(request, RedispatchBody)
@@ -87,16 +105,14 @@ class DispatchRoutes:
         if not await self._database.read(lambda tx: ledger.runs_by_id(tx, [run_id])):
             raise not_found("run")
 
-        def job(tx: Connection) -> tuple[Dispatch, ...]:
-            if body.again:
-                return redispatch.open_round(
-                    tx, run_id, names=self._subscriptions.keys(), handler=handler, now=now
-                )
-            return redispatch.reset_dispatches(
-                tx, now=now, states=redispatch.OVER, run_id=run_id, handler=handler
-            )
-
-        return self._respond(await self._database.write(job))
+        if not body.again:
+            return await self._retry(redispatch.OVER, run_id=run_id, handler=handler)
+        names, armed = self._subscriptions.keys(), _Armed()
+        opened = await self._database.write(
+            lambda tx: redispatch.open_round(tx, run_id, names=names, handler=handler, now=now)
+        )
+        self._publish(opened, armed)
+        return self._respond(armed)
 
     async def missing(self, request: Request) -> Response:
         """Dispatch runs that were settled before a handler was configured, some at a time."""
@@ -114,7 +130,7 @@ class DispatchRoutes:
             lambda tx: redispatch.runs_unknown_to(tx, body.handler, since=body.since, limit=body.limit)
         )
 
-        def job(tx: Connection) -> tuple[Dispatch, ...]:
+        def job(run_ids: Sequence[str], tx: Connection) -> tuple[Dispatch, ...]:
             runs, outputs = ledger.runs_by_id(tx, run_ids), ledger.outputs_of_runs(tx, run_ids)
             rows = [
                 row
@@ -124,16 +140,66 @@ class DispatchRoutes:
             ledger.add_dispatches(tx, rows)
             return tuple(row for row in rows if row.state is DispatchState.READY)
 
-        armed = await self._database.write(job) if run_ids else ()
+        armed = _Armed()
+        await self._write_in_batches(run_ids, job, armed)
         return self._respond(armed, more=len(run_ids) == body.limit)
 
-    def _respond(self, armed: Sequence[Dispatch], **more: bool) -> Response:
-        """Wake the dispatcher, publish the changes, and return how many dispatches are due."""
-        if armed:
-            self._signals.dispatch.set()
-        for dispatch in armed:
+    async def _retry(
+        self,
+        states: Collection[DispatchState],
+        *,
+        run_id: str | None = None,
+        handler: str | None = None,
+        after: int = 0,
+        limit: int | None = None,
+    ) -> Response:
+        """Retry dispatches in the order of their keys, so that each is retried once.
+
+        One that dies again meanwhile is not taken up again.
+        """
+        armed, wanted = _Armed(), limit or _READ_AT_ONCE
+
+        def read(tx: Connection) -> tuple[int, ...]:
+            return redispatch.seqs_to_retry(
+                tx, states=states, limit=wanted, after=after, run_id=run_id, handler=handler
+            )
+
+        def job(seqs: Sequence[int], tx: Connection) -> tuple[Dispatch, ...]:
+            return redispatch.retry_dispatches(tx, seqs, now=self._clock(), states=states)
+
+        while seqs := await self._database.read(read):
+            await self._write_in_batches(seqs, job, armed)
+            after = seqs[-1]
+            if len(seqs) < wanted or limit is not None:
+                break
+        cursor = next_cursor(seqs, wanted, lambda seq: (seq, ""))
+        return self._respond(armed, more=cursor is not None, next_cursor=cursor)
+
+    async def _write_in_batches(
+        self,
+        keys: Sequence[Key],
+        job: Callable[[Sequence[Key], Connection], Sequence[Dispatch]],
+        armed: _Armed,
+    ) -> None:
+        """Run `job` on some keys at a time, with pauses: callbacks share the writer."""
+        for start in range(0, len(keys), _BATCH):
+            if start:
+                await self._pause(_NEXT_BATCH_SECONDS)
+            batch = keys[start : start + _BATCH]
+            self._publish(await self._database.write(partial(job, batch)), armed)
+
+    def _publish(self, dispatches: Sequence[Dispatch], armed: _Armed) -> None:
+        """Count dispatches that are due now, publish the changes and wake the dispatcher."""
+        armed.count += len(dispatches)
+        armed.first += dispatches[: _SHOWN - len(armed.first)]
+        for dispatch in dispatches:
             self._signals.changes.publish(
                 Change("dispatch", dispatch.run_id, dispatch.state.value, dispatch.handler)
             )
-        shown = [to_dispatch(dispatch, self._subscriptions.keys()) for dispatch in armed[:_SHOWN]]
-        return json_response(Armed(dispatches=len(armed), armed=shown, **more))
+        if dispatches:
+            self._signals.dispatch.set()
+
+    def _respond(self, armed: _Armed, **more: Any) -> Response:
+        """Return how many dispatches are due, and the first of them."""
+        shown = [to_dispatch(dispatch, self._subscriptions.keys()) for dispatch in armed.first]
+        return json_response(Armed(dispatches=armed.count, armed=shown, **more))

@@ -219,7 +219,7 @@ _OPERATIONS = (
     _Operation(
         "post",
         "/api/dispatches/retry",
-        "Retry dead dispatches: all, or those of a handler or a run.",
+        "Retry dead dispatches: of a handler or a run, or `all`; repeat with the cursor while `more`.",
         ((200, "The dispatches that are due again.", messages.Armed),),
         body=requests.RetryBody,
     ),

@@ -125,10 +125,19 @@ class MissingBody(Body):
 
 
 class RetryBody(Body):
-    """`POST /api/dispatches/retry`."""
+    """`POST /api/dispatches/retry`; without a limit the response comes when all are due."""
 
     handler: str | None = Field(None, min_length=1, max_length=64)
     run_id: Id | None = None
+    all: bool = False
+    limit: int | None = Field(None, ge=1, le=10_000)
+    cursor: str | None = Field(None, max_length=100)
+
+    @model_validator(mode="after")
+    def _check_chosen(self) -> Self:
+        if self.all == (self.handler is not None or self.run_id is not None):
+            raise ValueError('give handler or run_id or both, or else "all": true')
+        return self
 
 
 class BackupBody(Body):
@@ -236,7 +245,11 @@ def state_of(request: Request, states: type[State]) -> State | None:
 
 def key_of(request: Request) -> tuple[int, str] | None:
     """Return the key in `?cursor=`, a number and an id."""
-    given = request.query_params.get("cursor")
+    return parse_cursor(request.query_params.get("cursor"))
+
+
+def parse_cursor(given: str | None) -> tuple[int, str] | None:
+    """Return the key in a cursor, a number and an id."""
     if not given:
         return None
     try:
@@ -250,7 +263,12 @@ def key_of(request: Request) -> tuple[int, str] | None:
 
 def sequence_of(request: Request) -> int | None:
     """Return the sequence number in `?cursor=`, of a list that is ordered by it."""
-    key = key_of(request)
+    return parse_sequence(request.query_params.get("cursor"))
+
+
+def parse_sequence(given: str | None) -> int | None:
+    """Return the sequence number in the cursor of a list that is ordered by it."""
+    key = parse_cursor(given)
     if key is None:
         return None
     number, identifier = key

@@ -52,7 +52,14 @@ def to_dispatch(dispatch: Dispatch, handlers: Collection[str], **given: Any) -> 
     """Return a dispatch, without its result unless that is `given`."""
     waits = dispatch.state in {DispatchState.READY, DispatchState.LEASED}
     orphaned = waits and dispatch.handler not in handlers
-    return _fill(DispatchView, dispatch, without=("result",), orphaned=orphaned, **given)
+    return _fill(
+        DispatchView,
+        dispatch,
+        without=("result",),
+        attempts=dispatch.last_attempt,
+        orphaned=orphaned,
+        **given,
+    )
 
 
 def to_start(start: Start) -> messages.Start:

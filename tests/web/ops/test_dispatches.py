@@ -1,11 +1,20 @@
 """Dispatches: retried, repeated, sent to handlers added later, and orphaned."""
 
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from starlette.applications import Starlette
 
+from receiver.model import Dispatch, DispatchState, Event, RunState, Subscription
+from receiver.store import ledger
+from receiver.store.schema import dispatches
+from receiver.web.ops.dispatches import DispatchRoutes
+from tests.support.core import NOW, Core, a_run
 from tests.support.stage import Stage, eventually
 from tests.web.ops.conftest import Ops, run_ops
 
@@ -102,6 +111,114 @@ async def test_a_handler_added_later_gets_old_runs_on_request(stage: Stage, tmp_
 async def test_an_invalid_request_names_its_field(ops: Ops, body: Any, field: str) -> None:
     refused = await ops.post("/api/runs/redispatch", body, 400)
     assert [each["field"] for each in refused["error"]["fields"]] == [field]
+
+
+async def test_retried_work_keeps_its_history(stage: Stage, tmp_path: Path) -> None:
+    """Attempts are numbered on, in the run and in its timeline; the limit counts from the retry on."""
+    mended = tmp_path / "mended"
+    command = {"command": ["/bin/sh", "-c", f"test -e {mended}"]}
+    strict = {"use": "command", "on": ["settled"], "max_attempts": 1, "options": command}
+    async with run_ops(stage, handlers=[strict]) as ops:
+        run_id = (await ops.start("emu-text"))["run"]["run_id"]
+        for tries in (1, 2):
+            run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+            assert [(row["state"], row["attempts"]) for row in run["dispatches"]] == [("dead", tries)]
+            if tries == 2:
+                mended.touch()
+            assert (await ops.post("/api/dispatches/retry", {"run_id": run_id}))["dispatches"] == 1
+        run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+        assert [(row["state"], row["attempts"]) for row in run["dispatches"]] == [("done", 3)]
+        assert (await ops.post(f"/api/runs/{run_id}/redispatch", {}))["dispatches"] == 1
+        await ops.get(f"/api/runs/{run_id}/wait", timeout=30)
+        entries = (await ops.get(f"/api/runs/{run_id}/timeline"))["entries"]
+        ended = [(each["attempt"], each["outcome"]) for each in entries if each["kind"] == "attempt_ended"]
+        assert ended == [(1, "dead"), (2, "dead"), (3, "done"), (4, "done")]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"all": False}, {"all": True, "handler": "log"}, {"all": True, "run_id": "run_1"}, {"limit": 5}],
+)
+async def test_all_dispatches_are_retried_only_if_all_is_asked_for(ops: Ops, body: Any) -> None:
+    refused = await ops.post("/api/dispatches/retry", body, 400)
+    assert '"all": true' in refused["error"]["message"]
+
+
+async def test_a_retry_with_a_cursor_of_another_list_is_refused(ops: Ops) -> None:
+    await ops.post("/api/dispatches/retry", {"all": True, "cursor": "???"}, 400)
+
+
+DEAD = 250
+
+
+@pytest.fixture
+async def dead(core: Core) -> Core:
+    """Runs, each with a dead dispatch."""
+    runs = [a_run(RunState.COMPLETED, run_id=f"run_{n:03}") for n in range(DEAD)]
+
+    def job(tx: Any) -> None:
+        ledger.add_runs(tx, runs)
+        ledger.add_dispatches(
+            tx, [Dispatch(run.run_id, "h", Event.SETTLED, 0, DispatchState.DEAD, NOW) for run in runs]
+        )
+
+    await core.database.write(job)
+    return core
+
+
+@contextlib.asynccontextmanager
+async def dispatch_api(
+    core: Core, pause: Callable[[float], Awaitable[object]], handler: str = "h"
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Serve the endpoints on dispatches, with a pause of the test's own between transactions."""
+    routes = DispatchRoutes(
+        core.database, [Subscription(handler)], signals=core.signals, clock=core.clock, pause=pause
+    )
+    transport = httpx.ASGITransport(Starlette(routes=routes.routes()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://ops") as http:
+        yield http
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_thousands_are_made_due_with_room_for_callbacks(dead: Core, late: bool) -> None:
+    """A hundred at a time: in every pause a callback is committed, for old runs and for a new handler."""
+    count = "SELECT count(*) FROM dispatches WHERE state = 'ready'"
+    seen: list[tuple[int, ...]] = []
+
+    async def pause(seconds: float) -> None:
+        assert seconds > 0
+        await dead.call(f"whd_{len(seen)}", run_id=f"run_new_{len(seen)}")
+        seen.extend(tuple(row) for row in await dead.rows(count))
+
+    handler = "later" if late else "h"
+    path = "/api/runs/redispatch" if late else "/api/dispatches/retry"
+    since = (NOW - timedelta(days=1)).isoformat()
+    body = {"handler": "later", "since": since, "limit": 500} if late else {"all": True}
+    async with dispatch_api(dead, pause, handler) as http:
+        answer = (await http.post(path, json=body)).json()
+    assert seen == [(100,), (200,)]
+    assert (answer["dispatches"], len(answer["armed"]), answer["more"]) == (DEAD, 100, False)
+    assert dead.signals.dispatch.is_set()
+
+
+async def test_a_retry_in_parts_takes_each_dispatch_once(dead: Core) -> None:
+    """One that is dead again meanwhile is not retried for ever."""
+
+    async def pause(seconds: float) -> None:
+        await dead.database.write(lambda tx: tx.execute(dispatches.update().values(state="dead")).close())
+
+    counts, cursor = [], None
+    async with dispatch_api(dead, pause) as http:
+        while True:
+            body = {"handler": "h", "limit": 120} | ({"cursor": cursor} if cursor else {})
+            answer = (await http.post("/api/dispatches/retry", json=body)).json()
+            counts.append(answer["dispatches"])
+            await pause(0)
+            if not answer["more"]:
+                break
+            cursor = answer["next_cursor"]
+    assert counts == [120, 120, 10]
+    assert answer["next_cursor"] is None
 
 
 async def test_dispatches_are_listed_by_state(ops: Ops) -> None:

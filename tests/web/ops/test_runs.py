@@ -331,7 +331,7 @@ async def test_a_wait_ends_when_a_dispatch_is_dead(stage: Stage) -> None:
 
 
 async def test_a_run_is_dispatched_again(ops: Ops) -> None:
-    """Attempts are counted from zero, and the handler's effect is applied once."""
+    """Attempts are numbered on, and the handler's effect is applied once."""
     run_id = await ops.run_to_end("emu-two-images")
     before = ops.stage.files(run_id)
     armed = await ops.post(f"/api/runs/{run_id}/redispatch", {"handler": "storage"})
@@ -340,7 +340,7 @@ async def test_a_run_is_dispatched_again(ops: Ops) -> None:
     settled = next(
         row for row in run["dispatches"] if (row["handler"], row["event"]) == ("storage", "settled")
     )
-    assert (settled["state"], settled["attempts"]) == ("done", 1)
+    assert (settled["state"], settled["attempts"]) == ("done", 2)
     assert ops.stage.files(run_id) == before
     assert (await ops.post(f"/api/runs/{run_id}/redispatch", {"handler": "nobody"}))["dispatches"] == 0
     assert (await ops.post(f"/api/runs/{run_id}/redispatch", {}))["dispatches"] > 1
