@@ -11,6 +11,7 @@ ReceiverError
 ├── DownloadError             an output could not be downloaded
 │   ├── DownloadRefusedError     permanently: private address, too large, not HTTPS
 │   └── DownloadFailedError      may work later: cut off, stalled, 5xx, expired
+├── CodingError               a body cannot be decoded (gzip, br, …), or would grow too large
 ├── PostError                 a POST failed, or its response never came
 │   ├── PostRefusedError         nothing was sent: private address, certificate
 │   └── PostFailedError          may work later; the request may have arrived all the same
@@ -120,7 +121,10 @@ class DownloadError(ReceiverError):
 
 
 class DownloadRefusedError(DownloadError):
-    """The download is not permitted and will not be: private address, too large, not HTTPS."""
+    """The download is not permitted and will not be: private address, too large, not HTTPS.
+
+    What another response of the server could change is a DownloadFailedError.
+    """
 
 
 class DownloadFailedError(DownloadError):
@@ -135,6 +139,14 @@ class DownloadFailedError(DownloadError):
     ) -> None:
         self.expired = expired
         self.retry_after_seconds = retry_after_seconds
+        super().__init__(message)
+
+
+class CodingError(ReceiverError):
+    """A body cannot be decoded; with `is_too_large` because it would grow beyond a limit."""
+
+    def __init__(self, message: str, *, is_too_large: bool = False) -> None:
+        self.is_too_large = is_too_large
         super().__init__(message)
 
 

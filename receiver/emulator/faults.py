@@ -68,6 +68,7 @@ KINDS: Mapping[str, tuple[Family, Mapping[str, Option]]] = {
     "expired": (Family.MEDIA, {"status": 403}),
     "unavailable": (Family.MEDIA, {"status": 503, "retry_after": None, "as_date": False}),
     "redirect": (Family.MEDIA, {"url": "", "status": 302}),
+    "content_encoding": (Family.MEDIA, {"value": "base64", "apply": True}),
     "content_type": (Family.MEDIA, {"value": "application/octet-stream"}),
     # The run itself, fixed when it starts
     "fail": (Family.RUN, {"error_code": "GENERATION_GENERIC_ERROR"}),

@@ -4,16 +4,25 @@ A file is held as a head, a unit that repeats, and a tail: some kilobytes, whate
 range of it is read from these.
 """
 
+import gzip
 import hashlib
 import math
 import struct
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 
-__all__ = ["CHUNK", "Media", "file_type", "make_media", "make_text"]
+import brotli
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+__all__ = ["CHUNK", "Media", "encode_media", "file_type", "make_media", "make_text"]
 
 CHUNK = 262_144
 _UNIT = 65_536
@@ -24,6 +33,14 @@ _FILE_TYPES = {
     "videoUrl": (".mp4", "video/mp4"),
     "audioUrl": (".wav", "audio/wav"),
     "documentUrl": (".pdf", "application/pdf"),
+}
+
+
+_ENCODERS: Mapping[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "br": brotli.compress,
+    "zstd": zstd.compress,
 }
 
 
@@ -64,6 +81,12 @@ class Media:
             copies = math.ceil((offset + stop - start) / len(self.unit))
             return (self.unit * copies)[offset : offset + stop - start]
         return self.tail[start - self.filling : stop - self.filling]
+
+
+def encode_media(media: Media, coding: str) -> Media:
+    """Return a file in a content coding: gzip, deflate, br or zstd. Any other leaves it as it is."""
+    encode = _ENCODERS.get(coding.lower())
+    return media if encode is None else Media(encode(b"".join(media.read(0, media.size))), b"", 0, b"")
 
 
 @lru_cache(maxsize=64)

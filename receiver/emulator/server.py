@@ -11,7 +11,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from receiver.emulator.faults import Family, Fault, FaultBook, retry_after_headers
-from receiver.emulator.media import Media, file_type, make_media
+from receiver.emulator.media import Media, encode_media, file_type, make_media
 from receiver.emulator.runs import RunBook
 
 __all__ = ["MediaServer"]
@@ -54,6 +54,7 @@ class MediaServer:
         if f".{extension}" != expected:
             return PlainTextResponse("not found", 404)
         media = make_media(output.type, f"{run_id}/{place}", output.size)
+        headers: dict[str, str] = {}
         faults = self._faults.take(
             Family.MEDIA, run_id=run_id, path=request.url.path, method=request.method
         )
@@ -61,18 +62,22 @@ class MediaServer:
             if fault.kind == "expired":
                 return PlainTextResponse("expired", int(fault.number("status")))
             if fault.kind == "unavailable":
-                headers = retry_after_headers(fault, datetime.now(UTC))
-                return PlainTextResponse("unavailable", int(fault.number("status")), headers)
+                pause = retry_after_headers(fault, datetime.now(UTC))
+                return PlainTextResponse("unavailable", int(fault.number("status")), pause)
             if fault.kind == "redirect":
                 return RedirectResponse(fault.text("url"), int(fault.number("status")))
             if fault.kind == "content_type":
                 content_type = fault.text("value")
-        return self._respond(request, media, f'"{run_id}-{place}-{media.size}"', content_type, faults)
+            if fault.kind == "content_encoding":
+                headers["content-encoding"] = fault.text("value")
+                media = encode_media(media, fault.text("value")) if fault.options["apply"] else media
+        headers |= {"content-type": content_type, "etag": f'"{run_id}-{place}-{media.size}"'}
+        return self._respond(request, media, headers, faults)
 
     def _respond(
-        self, request: Request, media: Media, etag: str, content_type: str, faults: tuple[Fault, ...]
+        self, request: Request, media: Media, headers: dict[str, str], faults: tuple[Fault, ...]
     ) -> Response:
-        headers = {"content-type": content_type, "accept-ranges": "bytes", "etag": etag}
+        headers, etag = {**headers, "accept-ranges": "bytes"}, headers["etag"]
         start, stop, status = 0, media.size, 200
         if (requested := request.headers.get("range")) is not None and request.headers.get(
             "if-range", etag

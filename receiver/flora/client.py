@@ -14,7 +14,7 @@ from urllib.parse import quote
 import httpx
 
 from receiver.decide import Listing, Scope
-from receiver.errors import FloraError, PayloadError
+from receiver.errors import CodingError, FloraError, PayloadError
 from receiver.flora.messages import (
     Page,
     StartedRun,
@@ -28,6 +28,7 @@ from receiver.flora.messages import (
 )
 from receiver.flora.rate_limit import RateLimit
 from receiver.model import Snapshot
+from receiver.net.codings import BodyDecoder, parse_codings
 
 T = TypeVar("T")
 
@@ -181,17 +182,29 @@ class FloraClient:
     async def _send(self, request: httpx.Request) -> tuple[int, bytes, httpx.Headers]:
         response = await self._http.send(request, stream=True)
         try:
-            body = bytearray()
-            async for chunk in response.aiter_bytes():
-                body += chunk
-                if len(body) > _MAX_RESPONSE:
-                    raise FloraError(
-                        f"FLORA's response is larger than {_MAX_RESPONSE} bytes",
-                        status=response.status_code,
-                    )
-            return response.status_code, bytes(body), response.headers
+            return response.status_code, await _read_body(response), response.headers
+        except CodingError as error:
+            status, request_id = response.status_code, response.headers.get("request-id")
+            raise FloraError(
+                f"FLORA's response cannot be read: {error}", status=status, request_id=request_id
+            ) from error
         finally:
             await response.aclose()
+
+
+async def _read_body(response: httpx.Response) -> bytes:
+    """Return the body without its content codings. Raises CodingError, also where it is too large."""
+    codings = parse_codings(response.headers.get("content-encoding", ""))
+    decoder = BodyDecoder(codings.decodable, max_bytes=_MAX_RESPONSE)
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        for piece in decoder.decode(chunk):
+            body += piece
+        if len(body) > _MAX_RESPONSE:
+            raise CodingError(f"it is larger than {_MAX_RESPONSE} bytes", is_too_large=True)
+    for piece in decoder.finish():
+        body += piece
+    return bytes(body)
 
 
 def _segment(identifier: str) -> str:

@@ -280,7 +280,12 @@ def api_client(
 
     return httpx.AsyncClient(
         base_url=base,
-        headers={"User-Agent": USER_AGENT, "Accept": "application/json", **(headers or {})},
+        headers={
+            "User-Agent": USER_AGENT,
+            "Accept": "application/json",
+            "Accept-Encoding": "gzip, deflate",
+            **(headers or {}),
+        },
         verify=tls or tls_context(),
         timeout=httpx.Timeout(timeout_seconds, connect=connect_seconds),
         limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),

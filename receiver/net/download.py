@@ -22,6 +22,8 @@ import httpx
 from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedError
 from receiver.model import Output
 from receiver.net.clients import PrivateAddressError, Resolve, media_client, resolve, tls_context
+from receiver.net.codings import parse_codings
+from receiver.net.decoding import decode_chunks
 from receiver.net.media_urls import parse_media_url, redirect_target
 from receiver.net.ranges import ResumableBody, parse_resumable
 from receiver.net.retry_after import parse_retry_after
@@ -30,7 +32,8 @@ __all__ = ["Download", "DownloadLimits", "Downloader", "Saved", "save", "text_do
 
 CHUNK_BYTES = 512 * 1024
 MAX_REDIRECTS = 3
-MAX_RESUMES = 5  # in a row that bring no further byte; the deadline bounds all others
+MAX_RESUMES = 5  # in a row without progress; the deadline bounds all others
+PROGRESS_BYTES = 64 * 1024  # or a twentieth of a smaller body: five bytes at a time are no progress
 
 _RESUME_SECONDS = 0.1  # before the first; each further one waits three times as long
 _RANGE_STATUSES = frozenset({200, 206, 416})  # the rest, the whole, or that there is no such rest
@@ -61,10 +64,12 @@ class Download:
     content_type: str | None
     """The server's `Content-Type` with its parameters, or None where it sends none."""
     content_length: int | None
-    """The announced size in bytes, or None where the server announces none.
+    """The announced size in bytes, or None where the server announces none, or sends it compressed.
 
     A body of another size raises DownloadFailedError at its end.
     """
+    content_encoding: str | None = None
+    """The server's `Content-Encoding`, or None. The chunks are without gzip, deflate, br and zstd."""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         """Return the chunks."""
@@ -140,11 +145,16 @@ class Downloader:
         start = parse_media_url(url)
         response = await self._follow(start, deadline)
         body = _Body(start, response, parse_resumable(response.headers), deadline)
+        codings = parse_codings(response.headers.get("content-encoding", ""))
+        chunks = decode_chunks(
+            self._read(body), codings, max_bytes=self._limits.max_bytes, host=response.url.host
+        )
         try:
             yield Download(
-                chunks=self._read(body),
-                content_type=_content_type(response),
-                content_length=_content_length(response),
+                chunks=chunks,
+                content_type=_shown(response, "content-type"),
+                content_length=None if codings.decodable else _content_length(response),
+                content_encoding=_shown(response, "content-encoding"),
             )
         finally:
             await body.response.aclose()
@@ -155,7 +165,7 @@ class Downloader:
         """Send a request, follow its redirects, and return the final response."""
         client = self._client
         for _ in range(MAX_REDIRECTS + 1):
-            async with _enforce_deadline(url.host, deadline):
+            async with _enforce_deadline(url.host, deadline, is_redirect=client is not self._client):
                 try:
                     response = await client.send(
                         client.build_request("GET", url, headers=headers), stream=True
@@ -175,7 +185,7 @@ class Downloader:
                 raise
             await response.aclose()
             url, client = target, self._redirect_client
-        raise DownloadRefusedError(f"{url.host}: more than {MAX_REDIRECTS} redirects")
+        raise DownloadFailedError(f"{url.host}: more than {MAX_REDIRECTS} redirects")
 
     def _check_response(self, response: httpx.Response, *, partial: bool) -> None:
         host, status = response.url.host, response.status_code
@@ -186,8 +196,11 @@ class Downloader:
         if status not in (_RANGE_STATUSES if partial else {HTTPStatus.OK}):
             pause = parse_retry_after(response.headers, datetime.now(UTC))
             raise DownloadFailedError(f"{host} answered {status}", retry_after_seconds=pause)
-        if response.headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
-            raise DownloadRefusedError(f"{host} sent an encoded body although none was requested")
+        if unknown := parse_codings(response.headers.get("content-encoding", "")).unknown:
+            raise DownloadFailedError(
+                f"{host} sent the body in the coding {unknown[0]}, which is not supported: have the server "
+                "send or keep it without Content-Encoding"
+            )
         self._check_size(host, _content_length(response) or 0)
 
     async def _read(self, body: "_Body") -> AsyncIterator[bytes]:
@@ -282,8 +295,9 @@ class _Body:
         self.switch_to(response)
 
     def count_progress(self, offset: int) -> None:
-        """Forget the resumes so far if bytes have come since the last one."""
-        if offset > self._resumed_at:
+        """Forget the resumes so far if the body has got on since they began."""
+        length = self.resumable.length if self.resumable else 0
+        if offset - self._resumed_at >= min(PROGRESS_BYTES, length // 20):
             self.resumes, self._resumed_at = 0, offset
 
     def switch_to(self, response: httpx.Response) -> None:
@@ -327,7 +341,9 @@ async def text_download(text: str) -> AsyncIterator[Download]:
 
 
 @asynccontextmanager
-async def _enforce_deadline(host: str, deadline: float) -> AsyncIterator[None]:
+async def _enforce_deadline(
+    host: str, deadline: float, *, is_redirect: bool = False
+) -> AsyncIterator[None]:
     """Raise DownloadFailedError at the deadline (loop time), and convert the errors of httpx."""
     try:
         async with asyncio.timeout_at(deadline):
@@ -336,15 +352,17 @@ async def _enforce_deadline(host: str, deadline: float) -> AsyncIterator[None]:
         raise DownloadFailedError(f"{host}: not complete within the time for one download") from None
     except httpx.HTTPError as error:
         # `from None`: messages of the HTTP layer may quote what was received, redirects included.
-        raise _to_download_error(error, host) from None
+        raise _to_download_error(error, host, is_redirect=is_redirect) from None
 
 
-def _to_download_error(error: httpx.HTTPError, host: str) -> DownloadError:
+def _to_download_error(error: httpx.HTTPError, host: str, *, is_redirect: bool) -> DownloadError:
+    # The URL of an output stays as it is; where a server redirects to may be another next time.
+    refused = DownloadFailedError if is_redirect else DownloadRefusedError
     match error:
         case httpx.UnsupportedProtocol():
-            return DownloadRefusedError(f"{host}: outputs are fetched over https only")
+            return refused(f"{host}: outputs are fetched over https only")
         case httpx.ConnectError(__cause__=PrivateAddressError() as cause):
-            return DownloadRefusedError(str(cause))
+            return refused(str(cause))
         case httpx.ConnectTimeout():
             return DownloadFailedError(f"{host}: no connection in time")
         case httpx.ConnectError():
@@ -355,8 +373,8 @@ def _to_download_error(error: httpx.HTTPError, host: str) -> DownloadError:
             return DownloadFailedError(f"{host}: cut, or not proper HTTP ({type(error).__name__})")
 
 
-def _content_type(response: httpx.Response) -> str | None:
-    value = response.headers.get("content-type", "").strip()
+def _shown(response: httpx.Response, name: str) -> str | None:
+    value = response.headers.get(name, "").strip()
     return value if value and len(value) <= 200 and value.isascii() and value.isprintable() else None
 
 

@@ -8,38 +8,47 @@ from collections.abc import Iterable, Mapping
 
 import httpx
 
-from receiver.errors import DownloadRefusedError
+from receiver.errors import DownloadFailedError, DownloadRefusedError
 
 
 def parse_media_url(text: str) -> httpx.URL:
-    """Parse an output's URL. Raises DownloadRefusedError."""
+    """Parse an output's URL. Raises DownloadRefusedError: it will be no other later."""
     try:
-        url = httpx.URL(text)
+        return _check(httpx.URL(text))
     except (httpx.InvalidURL, UnicodeError, TypeError):
         raise DownloadRefusedError("the output's URL cannot be read") from None
-    return _check(url)
+    except ValueError as error:
+        raise DownloadRefusedError(str(error)) from None
 
 
 def redirect_target(response: httpx.Response) -> httpx.URL:
-    """Return the URL that a response redirects to. Raises DownloadRefusedError."""
+    """Return the URL that a response redirects to. Raises DownloadFailedError: it may be another later."""
     location = response.headers.get("location")
     try:
         target = response.url.join(location) if location else None
     except (httpx.InvalidURL, UnicodeError):
         target = None
     if target is None:
-        raise DownloadRefusedError(f"{response.url.host} redirects to something that is not a URL")
-    return _check(target)
+        raise DownloadFailedError(f"{response.url.host} redirects to something that is not a URL")
+    try:
+        return _check(target)
+    except ValueError as error:
+        raise DownloadFailedError(
+            f"{response.url.host} redirects to what is not fetched: {error}"
+        ) from None
 
 
 def _check(url: httpx.URL) -> httpx.URL:
-    """Return a URL without its fragment: https or http, a host, a valid port, no credentials."""
+    """Return a URL without its fragment: https or http, a host, a valid port, no credentials.
+
+    Raises ValueError.
+    """
     if url.scheme not in {"http", "https"} or not url.host:
-        raise DownloadRefusedError(f"{url.host or 'the output'}: outputs are fetched over https only")
+        raise ValueError(f"{url.host or 'the output'}: outputs are fetched over https only")
     if not 0 <= (url.port or 0) < 65536:
-        raise DownloadRefusedError(f"{url.host}: there is no such port")
+        raise ValueError(f"{url.host}: there is no such port")
     if url.userinfo:
-        raise DownloadRefusedError(f"{url.host}: the output's URL carries credentials")
+        raise ValueError(f"{url.host}: the output's URL carries credentials")
     return url.copy_with(fragment=None)
 
 

@@ -24,6 +24,8 @@ class ResumableBody:
     """In bytes."""
     validator: str
     """The ETag or the date of change that identifies this body."""
+    coding: str = ""
+    """Its `Content-Encoding`."""
 
     def range_headers(self, offset: int) -> dict[str, str]:
         """Return the headers of a request for the rest from `offset`."""
@@ -37,6 +39,7 @@ class ResumableBody:
         first, last, length = (int(number) for number in content_range.groups())
         etag = headers.get("etag", "").strip()
         is_same = not self.validator.startswith('"') or etag in {"", self.validator}
+        is_same = is_same and headers.get("content-encoding", "") in {"", self.coding}
         return is_same and (first, last, length) == (offset, self.length - 1, self.length)
 
 
@@ -52,7 +55,7 @@ def parse_resumable(headers: Mapping[str, str]) -> ResumableBody | None:
         or validator is None
     ):
         return None
-    return ResumableBody(int(length), validator)
+    return ResumableBody(int(length), validator, headers.get("content-encoding", ""))
 
 
 def _validator(headers: Mapping[str, str]) -> str | None:

@@ -74,6 +74,8 @@ FAULT_MEANINGS: Mapping[str, str] = {
     "expired": "The output's URL has expired.",
     "unavailable": "The media server responds with this status, and `retry-after` as above.",
     "redirect": "The output's URL redirects to another.",
+    "content_encoding": "The output has this `Content-Encoding`: gzip, deflate, br and zstd are applied "
+    "unless `apply` is false, any other is a label alone.",
     "content_type": "The output has this `Content-Type`.",
     "fail": "The run fails with this error code.",
     "run_seconds": "The run takes this long.",

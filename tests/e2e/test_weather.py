@@ -168,6 +168,9 @@ ONCE: Mapping[str, Fault] = {
     "stalls": {"kind": "stall", "next": 1},
     "cut": {"kind": "cut", "after_bytes": 100, "next": 1},
     "too short": {"kind": "wrong_length", "delta": 100, "next": 1},
+    "busy": {"kind": "unavailable", "retry_after": 0.2, "next": 1},
+    "redirect": {"kind": "redirect", "url": "https://127.0.0.1:1/x", "next": 1},
+    "coding": {"kind": "content_encoding", "value": "compress", "next": 1},
 }
 
 
@@ -193,6 +196,22 @@ async def test_downloads_that_go_wrong_once(stage: Stage) -> None:
         assert "127.0.0.1" in attempts[0]["error"]
         assert "/media/" not in attempts[0]["error"]
     assert stage.parts() == []
+
+
+LABELS = ("base64", "aws-chunked", "gzip")
+CODINGS = ("gzip", "deflate", "br", "zstd")
+
+
+async def test_content_codings_of_media(stage: Stage) -> None:
+    """Files are the same bytes whatever the media server says about them, and however it sends them."""
+    faults: list[Fault] = [{"kind": "content_encoding", "value": value} for value in CODINGS]
+    faults += [{"kind": "content_encoding", "value": value, "apply": False} for value in LABELS]
+    async with stage.service() as service:
+        runs = [await stage.track(service, "emu-two-images", fault) for fault in faults]
+        await stage.over(*runs)
+    for run_id in runs:
+        stage.check_files(run_id)
+        assert stage.dispatches(run_id, "storage")[0]["attempts"] == 1
 
 
 NEVER: Mapping[str, tuple[Fault, str]] = {

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from receiver.emulator.media import make_media
+from receiver.net.codings import BodyDecoder, parse_codings
 from tests.emulator.conftest import Bench
 
 KINDS = {
@@ -219,3 +220,25 @@ async def test_public_origin(bench: Bench) -> None:
     assert str(run["poll_url"]).startswith(
         "https://emulator.example/api/v1/techniques/tech_emu_image/runs/run_"
     )
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "base64"])
+@pytest.mark.parametrize("is_applied", [True, False])
+async def test_content_encoding(bench: Bench, coding: str, is_applied: bool) -> None:
+    """The label, and the coding itself where it is one."""
+    fault = {"kind": "content_encoding", "value": coding, "apply": is_applied}
+    url = await bench.media_url(faults=fault)
+    async with bench.client.stream("GET", url) as answer:
+        sent = b"".join([part async for part in answer.aiter_raw()])
+    assert answer.headers["content-encoding"] == coding
+    assert len(sent) == int(answer.headers["content-length"])
+    assert sent.startswith(b"\x89PNG") == (not is_applied or coding == "base64")
+    decoder = BodyDecoder(parse_codings(coding).decodable, max_bytes=1 << 30)
+    assert b"".join([*decoder.decode(sent), *decoder.finish()]).startswith(b"\x89PNG")
+
+
+async def test_unavailable(bench: Bench) -> None:
+    """A media server that asks to come back later."""
+    url = await bench.media_url(faults={"kind": "unavailable", "retry_after": 7})
+    answer = await bench.client.get(url)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")

@@ -1,8 +1,11 @@
 """Requests to FLORA: lists page by page, limits obeyed, starts that came too late not sent."""
 
+import gzip
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import brotli
 import httpx
 import pytest
 
@@ -10,10 +13,16 @@ from receiver.decide import Listing, Scope
 from receiver.errors import FloraError
 from receiver.flora.client import FloraClient
 from receiver.flora.rate_limit import RateLimit
+from tests.support.media import page, serve_media
 
 
 def a_client(respond: Callable[[httpx.Request], httpx.Response], statuses: list[int | None]) -> FloraClient:
-    http = httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://flora/")
+    def send(request: httpx.Request) -> httpx.Response:
+        # As from a server: a response of httpx that has its content is read already.
+        made = respond(request)
+        return httpx.Response(made.status_code, headers=made.headers, stream=httpx.ByteStream(made.content))
+
+    http = httpx.AsyncClient(transport=httpx.MockTransport(send), base_url="http://flora/")
     return FloraClient(http, "sk_test", RateLimit(8), on_response=statuses.append)
 
 
@@ -93,6 +102,48 @@ async def test_retry_after_is_a_date_or_absurd(value: str, seconds: float) -> No
         await client.run("run_1")
     assert caught.value.retry_after == seconds
     assert seconds - 1 < client.rate_limit.held_seconds <= seconds
+
+
+RUN = json.dumps({"run_id": "run_1", "status": "running"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        ("gzip", gzip.compress(RUN)),
+        ("br", brotli.compress(RUN)),
+        ("gzip", RUN),
+        ("base64", RUN),
+        ("", RUN),
+    ],
+    ids=["gzip", "br", "false gzip", "base64", "none"],
+)
+async def test_responses_are_read_in_every_coding(coding: str, body: bytes) -> None:
+    """Also one that a proxy gives a false label."""
+    async with serve_media() as flora, httpx.AsyncClient(trust_env=False) as http:
+        flora.pages["/runs/run_1"] = page(body, "application/json", f"Content-Encoding: {coding}")
+        http.base_url = httpx.URL(flora.url("/"))
+        assert (await FloraClient(http, "sk_test", RateLimit(8)).run("run_1")).run_id == "run_1"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (gzip.compress(bytes(70 * 1024 * 1024)), "larger than the limit"),
+        (gzip.compress(RUN)[:-1], "ends in the middle of its coding"),
+    ],
+    ids=["bomb", "cut"],
+)
+async def test_responses_that_cannot_be_decoded(body: bytes, reason: str) -> None:
+    """A bomb is not kept in memory, and the reason does not claim that FLORA is unreachable."""
+    async with serve_media() as flora, httpx.AsyncClient(trust_env=False) as http:
+        flora.pages["/runs/run_1"] = page(
+            body, "application/json", "Content-Encoding: gzip", "request-id: req_1"
+        )
+        http.base_url = httpx.URL(flora.url("/"))
+        with pytest.raises(FloraError, match=reason) as caught:
+            await FloraClient(http, "sk_test", RateLimit(8)).run("run_1")
+    assert (caught.value.status, caught.value.request_id) == (200, "req_1")
 
 
 @pytest.mark.parametrize("start", ["technique", "generate"])

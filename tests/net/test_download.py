@@ -4,11 +4,15 @@ import asyncio
 import gzip
 import hashlib
 import socket
+import sys
+import zlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import brotli
 import pytest
+from structlog.testing import capture_logs
 
 from receiver.errors import DownloadError, DownloadFailedError, DownloadRefusedError
 from receiver.model import Output
@@ -16,6 +20,11 @@ from receiver.net.clients import tls_context
 from receiver.net.download import CHUNK_BYTES, Downloader, DownloadLimits, save
 from tests.support.defaults import download_limits
 from tests.support.media import MediaServer, Page, certificate, page, redirect, serve_media
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 TLS = tls_context()
 QUICK = download_limits(stall_seconds=5, deadline_seconds=10, max_bytes=10_000_000)
@@ -176,7 +185,7 @@ async def test_redirects_never_reach_private_hosts(
     async with serve_media() as other:
         for target in (other.authority, media.authority, "10.0.0.1"):
             output = media.output("/secret", redirect(f"{scheme}://{target}/secret2"))
-            assert isinstance(await failure(downloader, output), DownloadRefusedError)
+            assert isinstance(await failure(downloader, output), DownloadFailedError)
         assert not other.requests
     assert all(head.startswith("GET /secret ") for head in media.requests)
 
@@ -185,9 +194,9 @@ async def test_redirects_never_reach_private_hosts(
 async def test_redirects_to_nowhere_are_refused(
     media: MediaServer, downloader: Downloader, location: str
 ) -> None:
-    """A redirect must name a URL, without credentials."""
+    """A redirect must name a URL, without credentials. The next one may."""
     output = media.output("/secret", redirect(location))
-    assert isinstance(await failure(downloader, output), DownloadRefusedError)
+    assert isinstance(await failure(downloader, output), DownloadFailedError)
 
 
 async def test_an_announced_length_above_the_limit_is_refused(media: MediaServer) -> None:
@@ -268,10 +277,69 @@ async def test_cut_and_broken_responses_fail(
     assert isinstance(await failure(downloader, media.output("/secret", Page(raw))), DownloadFailedError)
 
 
-async def test_an_encoded_body_is_refused(media: MediaServer, downloader: Downloader) -> None:
-    """An encoded body is refused: it would be stored as garbage, or grow without bounds."""
-    answer = page(gzip.compress(b"x"), "image/png", "Content-Encoding: gzip")
-    assert isinstance(await failure(downloader, media.output("/secret", answer)), DownloadRefusedError)
+ENCODERS = {"gzip": gzip.compress, "deflate": zlib.compress, "br": brotli.compress, "zstd": zstd.compress}
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 100
+
+
+@pytest.mark.parametrize("coding", ENCODERS)
+async def test_a_compressed_body_is_decoded(
+    media: MediaServer, downloader: Downloader, coding: str
+) -> None:
+    """The bytes are the original ones, in chunks as ever; their size is not known beforehand."""
+    body = bytes(range(256)) * 12_000
+    answer = page(ENCODERS[coding](body), "image/png", f"Content-Encoding: {coding}")
+    async with downloader.open(media.output("/secret", answer)) as download:
+        assert (download.content_length, download.content_encoding) == (None, coding)
+        chunks = [chunk async for chunk in download]
+    assert b"".join(chunks) == body
+    assert all(CHUNK_BYTES <= len(chunk) <= 2 * CHUNK_BYTES for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize(
+    "label", ["base64", "aws-chunked", "UTF-8", "gzip", "deflate", "br", "zstd", "none, gzip"]
+)
+async def test_labels_that_the_bytes_do_not_have_are_passed_over(
+    media: MediaServer, downloader: Downloader, label: str
+) -> None:
+    """Stores keep what an uploader wrote into `Content-Encoding`. It is logged."""
+    output = media.output("/secret", page(PNG, "image/png", f"Content-Encoding: {label}"))
+    with capture_logs() as lines:
+        async with downloader.open(output) as download:
+            assert download.content_encoding == label
+            assert b"".join([chunk async for chunk in download]) == PNG
+    assert {line["event"] for line in lines} == {"download.encoding_ignored"}
+    assert sorted(line["content_encoding"] for line in lines) == sorted(label.lower().split(", "))
+
+
+async def test_a_bomb_is_refused(media: MediaServer) -> None:
+    """The limit holds for the decoded bytes."""
+    answer = page(gzip.compress(bytes(20_000_000)), "image/png", "Content-Encoding: gzip")
+    downloader = limited_downloader(media, download_limits(max_bytes=3_000_000))
+    error = await failure(downloader, media.output("/secret", answer))
+    assert isinstance(error, DownloadRefusedError)
+    assert "larger than the limit of 3000000 bytes" in str(error)
+    await downloader.aclose()
+
+
+@pytest.mark.parametrize(
+    ("body", "label", "reason"),
+    [
+        (b"x", "compress", "the coding compress, which is not supported"),
+        (gzip.compress(PNG)[:-1], "gzip", "ends in the middle"),
+        (gzip.compress(b""), "gzip", "empty body"),
+        (PNG, "gzip, gzip, gzip, gzip", "more than 3 codings"),
+    ],
+    ids=["compress", "cut", "empty", "four"],
+)
+async def test_bodies_that_cannot_be_decoded_may_be_later(
+    media: MediaServer, downloader: Downloader, body: bytes, label: str, reason: str
+) -> None:
+    """Another response of the server could be readable: the download failed, and is not refused."""
+    error = await failure(
+        downloader, media.output("/secret", page(body, "image/png", f"Content-Encoding: {label}"))
+    )
+    assert isinstance(error, DownloadFailedError)
+    assert reason in str(error)
 
 
 @pytest.mark.parametrize("raw", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort"])
@@ -376,7 +444,7 @@ async def test_redirects_in_public(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         media.pages["/3"] = redirect("/4")
         assert "redirects" in str(await failure(downloader, output))
         media.pages["/0"] = redirect(f"http://{media.authority}/3")
-        assert isinstance(await failure(downloader, output), DownloadRefusedError)
+        assert isinstance(await failure(downloader, output), DownloadFailedError)
         await downloader.aclose()
 
 

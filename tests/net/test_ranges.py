@@ -1,6 +1,8 @@
 """Cut downloads: which are resumed, by which response, and that the bytes are always the same."""
 
 import asyncio
+import gzip
+import random
 from collections.abc import AsyncIterator
 from itertools import pairwise
 
@@ -106,14 +108,27 @@ async def test_resumes_that_bring_bytes_are_not_counted(media: MediaServer, down
     assert len(media.requests) == len(cuts) > 2 * MAX_RESUMES
 
 
-async def test_resumes_in_vain_are_counted_anew_after_each_byte(
+async def test_resumes_in_vain_are_counted_anew_after_progress(
     media: MediaServer, downloader: Downloader
 ) -> None:
     """Almost as many failures as are allowed, twice, are survived."""
     busy = [page(b"", status="503 Busy")] * (MAX_RESUMES - 1)
     output = media.output("/secret", page(b"", status="500 Oops"))
-    media.first["/secret"] = [cut(1, *STRONG), *busy, rest(1, *STRONG, until=2), *busy, rest(2, *STRONG)]
+    more = rest(100_000, *STRONG, until=200_000)
+    media.first["/secret"] = [cut(100_000, *STRONG), *busy, more, *busy, rest(200_000, *STRONG)]
     assert await read(downloader, output) == BODY
+
+
+async def test_some_bytes_at_a_time_are_no_progress(media: MediaServer, downloader: Downloader) -> None:
+    """A server that cuts after every few bytes would be asked a hundred thousand times."""
+    output = media.output("/secret", page(b"", status="500 Oops"))
+    media.first["/secret"] = [
+        cut(5, *STRONG),
+        *(rest(at, *STRONG, until=at + 5) for at in range(5, 500, 5)),
+    ]
+    with pytest.raises(DownloadFailedError, match="cut"):
+        await read(downloader, output)
+    assert len(media.requests) <= 2 + 2 * MAX_RESUMES
 
 
 @pytest.mark.parametrize(
@@ -190,13 +205,14 @@ async def test_more_than_the_whole_is_an_error(media: MediaServer, downloader: D
     ("answer", "kind", "expired"),
     [
         (page(b"", status="403 Forbidden"), DownloadFailedError, True),
-        (redirect("http://10.0.0.1/secret"), DownloadRefusedError, None),
-        (redirect("https://10.0.0.1/secret"), DownloadRefusedError, None),
+        (redirect("http://10.0.0.1/secret"), DownloadFailedError, False),
+        (redirect("https://10.0.0.1/secret"), DownloadFailedError, False),
         (
             page(b"x", "image/png", "Content-Encoding: gzip", status="206 Partial Content"),
-            DownloadRefusedError,
-            None,
+            DownloadFailedError,
+            False,
         ),
+        (Page(b"HTTP/1.1 206 Rest\r\nContent-Length: 99999999999999\r\n\r\n"), DownloadRefusedError, None),
     ],
 )
 async def test_the_guards_hold_for_the_rest(
@@ -213,6 +229,22 @@ async def test_the_guards_hold_for_the_rest(
         await read(downloader, output)
     assert getattr(caught.value, "expired", None) == expired
     assert "secret" not in str(caught.value)
+
+
+async def test_a_compressed_body_is_resumed_as_it_is_sent(
+    media: MediaServer, downloader: Downloader
+) -> None:
+    """Ranges count the compressed bytes, and the rest is decoded with what came before."""
+    body = random.Random(1).randbytes(1_000_000)
+    sent = gzip.compress(body)
+    coded = (*STRONG, "Content-Encoding: gzip")
+    whole = f"bytes 400000-{len(sent) - 1}/{len(sent)}"
+    output = media.output(
+        "/secret",
+        page(sent[400_000:], "image/png", f"Content-Range: {whole}", *coded, status="206 Partial Content"),
+    )
+    media.first["/secret"] = [cut(400_000, *coded, body=sent)]
+    assert await read(downloader, output) == body
 
 
 async def test_a_stall_is_resumed_too(media: MediaServer) -> None:
