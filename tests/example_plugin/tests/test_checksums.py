@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ async def test_a_download_that_may_work_later_is_tried_later(
     answer = await handler.handle(run, flora_context(run))
     assert isinstance(answer, Retry)
     assert answer.reread
-    flora_media.pages["/output_1.png"] = page(b"x" * 100, "image/png", "Content-Encoding: gzip")
-    assert isinstance(await handler.handle(run, flora_context(run)), Reject)
+    outside = replace(run.outputs[0], value="ftp://media.example/output_1.png")
+    assert isinstance(await handler.handle(replace(run, outputs=(outside,)), flora_context(run)), Reject)
     assert files(tmp_path) == []
 
 
