@@ -26,9 +26,10 @@ ReceiverError
     └── MissingExtraError        a library that it needs is not installed
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class ReceiverError(Exception):
@@ -169,7 +170,9 @@ class AttemptOverError(ReceiverError):
 class ReceiverApiError(ReceiverError):
     """The operations API refused a request, or is unreachable (`status` None, code `unreachable`).
 
-    `fields` has pairs of field and message; `request_id` is FLORA's, if FLORA refused.
+    `fields` has pairs of field and message; `request_id` is FLORA's, if FLORA refused. Of a request
+    to start a run, `idempotency_key` repeats it without a second run, and `start` is the start as
+    the API shows it, if it is known.
     """
 
     def __init__(
@@ -180,12 +183,16 @@ class ReceiverApiError(ReceiverError):
         code: str,
         fields: Sequence[tuple[str, str]] = (),
         request_id: str | None = None,
+        idempotency_key: str | None = None,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         self.status = status
         self.code = code
         self.message = message
         self.fields = tuple(fields)
         self.request_id = request_id
+        self.idempotency_key = idempotency_key
+        self.start = start
         super().__init__(message)
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 import typer
@@ -52,11 +53,19 @@ def report_errors(*, as_json: bool = False) -> Iterator[None]:
         lines = [f"Error: {error}", *(f"  {field}: {message}" for field, message in error.fields)]
         if error.request_id:
             lines.append(f"  FLORA's request-id: {error.request_id}")
+        if error.idempotency_key and (
+            error.status is None or error.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        ):
+            lines.append(
+                "  A run may have been started. This key repeats the command without a second one:"
+            )
+            lines.append(f"    --idempotency-key {error.idempotency_key}")
         data = {
             "error": error.code,
             "message": str(error),
             "fields": fields,
             "request_id": error.request_id,
+            "idempotency_key": error.idempotency_key,
         }
         print_error(data, "\n".join(lines), as_json=as_json)
         raise typer.Exit(FAILED) from error

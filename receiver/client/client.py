@@ -109,7 +109,8 @@ class ReceiverClient:
         Returns once FLORA has responded, or after `wait_seconds` with state `asking`: the service
         keeps retrying, so call again with the same key for the outcome. Raises ReceiverApiError
         with FLORA's status, code and fields if it refuses, and with 409 `unknown_outcome` if it is not
-        known whether a run exists.
+        known whether a run exists. If the service fails or cannot be reached, the error's
+        `idempotency_key` repeats the call without a second run, also where none was given.
         """
         request = {
             "technique_id": technique_id,
@@ -331,7 +332,11 @@ class ReceiverClient:
             "wait_seconds": wait_seconds,
         }
         given = {name: value for name, value in body.items() if value is not None}
-        return self._to_start_view(self._connection.post("/api/runs", given, wait_seconds=wait_seconds))
+        try:
+            return self._to_start_view(self._connection.post("/api/runs", given, wait_seconds=wait_seconds))
+        except ReceiverApiError as error:
+            error.idempotency_key = str(body["idempotency_key"])
+            raise
 
     def _token_of(self, start: str) -> str:
         found = list(self.starts(key=start))

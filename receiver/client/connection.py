@@ -119,14 +119,18 @@ def _find_token() -> str:
 def _to_error(response: httpx.Response) -> ReceiverApiError:
     """Return the error that a refusal carries, whatever its body is."""
     try:
-        found = Refused.model_validate(response.json()).error
+        refused = Refused.model_validate(response.json())
     except ValueError:
         message = f"flora-receiver does not respond like this, with status {response.status_code}"
-        found = ErrorView(code="not_a_receiver", message=message)
+        refused = Refused(error=ErrorView(code="not_a_receiver", message=message))
+    found, start = refused.error, refused.start
+    own_key = None if start is None else start.idempotency_key
     return ReceiverApiError(
         found.message,
         status=response.status_code,
         code=found.code,
         fields=found.fields,
         request_id=found.request_id,
+        idempotency_key=refused.idempotency_key or own_key,
+        start=None if start is None else start.to_json(),
     )

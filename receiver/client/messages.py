@@ -390,6 +390,8 @@ class Refused(Message):
     error: ErrorView
     start: Start | None = None
     """The start that was refused. Of `POST /api/runs` and `resolve` alone."""
+    idempotency_key: str | None = None
+    """Repeats the request without starting a second run. Of `POST /api/runs` alone."""
 
 
 class Page(Message):

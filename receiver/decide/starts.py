@@ -29,6 +29,13 @@ _UNKNOWN = (
     "FLORA may have started a run for this, and it is not known which: look it up in FLORA, then name it with "
     "`flora-receiver runs resolve`; its callback also resolves the start"
 )
+_USED_BEFORE = (
+    "FLORA has a run of this key from a start that is not in this ledger, as after the restore of an older backup: "
+    "look it up in FLORA, then name it with `flora-receiver runs resolve`; another key starts and bills a new run"
+)
+USED_BEFORE = "key_used_before"
+"""The code of a start whose key FLORA knew before the start was made."""
+_CONFLICTS = frozenset({"idempotency_conflict", "idempotency_key_reused"})
 
 
 class Reply(StrEnum):
@@ -89,6 +96,28 @@ def search_later(start: Start, *, now: datetime, jitter: float = 0.5) -> Start |
 def give_up_on(start: Start) -> Start:
     """Return the start as unknown: only its callback, or an operator, can resolve it."""
     return replace(start, state=StartState.UNKNOWN, error_code="unknown_outcome", error_message=_UNKNOWN)
+
+
+def is_key_of_another(start: Start, error: FloraError, *, is_first: bool) -> bool:
+    """Return whether FLORA knows the key of a start from a start that the ledger does not have.
+
+    So it is if FLORA knows the key at the very first request. An equal request is 409; one with a
+    callback URL of ours differs by the token in it, and is 422. Without such a URL, 422 means that
+    the inputs differ, and is a refusal.
+    """
+    if error.code in _CONFLICTS:
+        return start.callback_expected
+    return is_first and reply_of(error) is Reply.EXISTS
+
+
+def give_up_on_used_key(start: Start, error: FloraError) -> Start:
+    """Return a start as unknown whose key is that of another start.
+
+    The run is older than the start and has another token in its callback URL. So neither the list
+    of runs since the start nor a callback can name it: a search could only find the run of others.
+    """
+    explained = _with_error(start, error)
+    return replace(explained, state=StartState.UNKNOWN, error_code=USED_BEFORE, error_message=_USED_BEFORE)
 
 
 def retry_refused(start: Start, *, token: str, request: str, now: datetime) -> Start:

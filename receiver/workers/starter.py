@@ -31,6 +31,8 @@ from receiver.decide.starts import (
     candidates,
     defer_start,
     give_up_on,
+    give_up_on_used_key,
+    is_key_of_another,
     may_repeat,
     refuse_start,
     reply_of,
@@ -77,6 +79,11 @@ class Conflict:
     start: Start
 
 
+def new_key() -> str:
+    """Return an idempotency key for a start whose caller has none."""
+    return f"auto-{secrets.token_hex(16)}"
+
+
 class Starter:
     """Starts and tracks runs.
 
@@ -119,7 +126,7 @@ class Starter:
         FLORA has refused is sent again.
         """
         now = self._clock()
-        key = request.idempotency_key or f"auto-{secrets.token_hex(16)}"
+        key = request.idempotency_key or new_key()
         commit = partial(self._commit, request=request, key=key, now=now)
         result = None
         while result is None:
@@ -130,7 +137,7 @@ class Starter:
         if isinstance(result, Conflict) or result.start.state is not StartState.ASKING:
             return result
         if not result.is_repeat or result.start.due_at <= now:
-            self._send_soon(result.start)
+            self._send_soon(result.start, is_first=not result.is_repeat)
         return result
 
     async def wait_for_response(self, token: str, *, timeout_seconds: float) -> Start | None:
@@ -275,10 +282,11 @@ class Starter:
         starts.add_start(tx, start)
         return Committed(start, is_repeat=False)
 
-    def _send_soon(self, start: Start) -> None:
+    def _send_soon(self, start: Start, *, is_first: bool = False) -> None:
         if start.token in self._requests or self._stopped:
             return
-        task = asyncio.create_task(self._send(start), name=f"start {start.idempotency_key}")
+        name = f"start {start.idempotency_key}"
+        task = asyncio.create_task(self._send(start, is_first=is_first), name=name)
         self._requests[start.token] = task
         task.add_done_callback(lambda _: self._finish(start.token))
 
@@ -286,13 +294,17 @@ class Starter:
         self._requests.pop(token, None)
         self._wake.set()
 
-    async def _send(self, start: Start) -> None:
-        """Send one request to FLORA and commit the response."""
+    async def _send(self, start: Start, *, is_first: bool) -> None:
+        """Send one request to FLORA and commit the response.
+
+        `is_first`: no request of this start was sent before, unless another process takes it up.
+        """
         try:
             try:
                 response = await self._post(start)
             except FloraError as error:
-                await self._commit_error(start, error)
+                is_first = is_first and (not self._head_start or self._clock() < start.due_at)
+                await self._commit_error(start, error, is_first=is_first)
                 return
             if response is None:
                 await self._search(start)
@@ -331,7 +343,7 @@ class Starter:
             else:
                 return
 
-    async def _commit_error(self, start: Start, error: FloraError) -> None:
+    async def _commit_error(self, start: Start, error: FloraError, *, is_first: bool = False) -> None:
         now = self._clock()
         known = {
             "key": start.idempotency_key,
@@ -340,11 +352,14 @@ class Starter:
             "request_id": error.request_id,
         }
         reply = reply_of(error)
-        if reply is Reply.EXISTS:
+        if is_key_of_another(start, error, is_first=is_first):
+            after = give_up_on_used_key(start, error)
+            log.error("start.unknown", **known, fix=after.error_message)
+        elif reply is Reply.EXISTS:
             log.warning("start.exists", **known)
             await self._search(start)
             return
-        if reply is Reply.DENIED:
+        elif reply is Reply.DENIED:
             log.error("start.refused", **known, reason=str(error))
             after = refuse_start(start, error)
         else:

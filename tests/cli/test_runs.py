@@ -249,6 +249,16 @@ def test_a_missing_service_is_reported_with_advice(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"] == "unreachable"
 
 
+def test_a_start_that_failed_can_be_repeated(tmp_path: Path) -> None:
+    """The key that the command made up is printed."""
+    env = {"RECEIVER_OPS_URL": f"http://127.0.0.1:{free_port()}", "RECEIVER_OPS_TOKEN": "t"}
+    done = run_command("runs", "start", "--technique-id", "a", cwd=tmp_path, env=env)
+    assert done.returncode == 1
+    assert "  --idempotency-key auto-" in done.stderr
+    done = run_command("runs", "start", "--technique-id", "a", "--json", cwd=tmp_path, env=env)
+    assert json.loads(done.stdout)["idempotency_key"].startswith("auto-")
+
+
 def test_a_wrong_token_is_reported(operator: Operator) -> None:
     done = operator.run("runs", "list", RECEIVER_OPS_TOKEN="wrong")
     assert (done.returncode, "RECEIVER_OPS_TOKEN" in done.stderr) == (1, True)

@@ -253,3 +253,27 @@ def test_a_closed_client_is_closed() -> None:
     with ReceiverClient(token="t") as client:
         pass
     assert client._connection.http.is_closed
+
+
+def test_a_failed_start_names_its_key() -> None:
+    """Also where the caller gave none and no response came, so that a repetition starts no second run."""
+    lost = Service(httpx.ReadTimeout("late"), ok(start=START))
+    with pytest.raises(ReceiverApiError) as caught:
+        lost.client().start("tech_1", [])
+    key = caught.value.idempotency_key
+    assert key == lost.body()["idempotency_key"]
+    lost.client().start("tech_1", [], idempotency_key=key)
+    assert lost.body(1)["idempotency_key"] == key
+    failed = Service(httpx.Response(503, json={"error": {"code": "unavailable"}, "idempotency_key": "k"}))
+    with pytest.raises(ReceiverApiError) as caught:
+        failed.client().generate({}, idempotency_key="k")
+    assert (caught.value.status, caught.value.idempotency_key, caught.value.start) == (503, "k", None)
+
+
+def test_a_refused_start_is_in_the_error() -> None:
+    unknown = {**START, "state": "unknown", "run_id": None, "error": {"code": "key_used_before"}}
+    service = Service(httpx.Response(409, json={"error": {"code": "unknown_outcome"}, "start": unknown}))
+    with pytest.raises(ReceiverApiError) as caught:
+        service.client().start("tech_1", [], idempotency_key="k")
+    assert caught.value.start is not None
+    assert (caught.value.start["token"], caught.value.start["error"]["code"]) == ("t", "key_used_before")

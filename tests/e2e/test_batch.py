@@ -8,11 +8,14 @@ import re
 import shlex
 import signal
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from receiver.client.client import ReceiverClient
 from receiver.emulator import parse_faults
+from receiver.store import backup
 from tests.support.batches import KEY, WEATHER, BatchStage, CommandResult
 from tests.support.lives import COMMAND, ROOT, served
 from tests.support.stage import Stage, eventually, run_stage
@@ -216,6 +219,40 @@ async def test_an_interrupted_batch_goes_on(tmp_path: Path, number: signal.Signa
             batches.check(12)
 
 
+async def test_after_the_restore_of_an_older_backup_it_ends(tmp_path: Path) -> None:
+    """FLORA knows the keys and names no run: unknown at once, not guessed, with a way to go on."""
+    async with run_stage(tmp_path, run_seconds=600.0) as stage:
+        batches, older = BatchStage(stage), stage.directory / "older.db"
+        file = batches.table(6)
+        async with stage.service(**batches.settings()):
+            await asyncio.to_thread(batches.call, lambda receiver: receiver.backup(older))
+            process = await batches.begin(*batches.arguments(file, "--yes", "--parallel", "6"))
+            await batches.until_started(6)
+            await batches.stop(process)
+        backup.restore(older, stage.database)
+        async with stage.service(**batches.settings()):
+            async with asyncio.timeout(60):
+                ended = await batches.batch(file, "--yes", "--parallel", "2")
+            assert ended.code == 1, ended
+            assert {row["state"] for row in batches.results()} == {"unknown"}
+            assert all("not in this ledger" in row["error_message"] for row in batches.results())
+            assert "6 rows are unknown" in ended.err
+            assert "flora-receiver runs resolve batch:spring:r0 --run-id run_…" in ended.err
+            assert batches.count_started() == 6
+            for run_id in stage.emulator.runs._order:
+                number = re.findall(r"Row (\d)", stage.emulator.runs.get(run_id).outputs[0].text)[0]
+                resolve = partial(_resolve, start=f"batch:spring:r{number}", run_id=run_id)
+                await asyncio.to_thread(batches.call, resolve)
+            stage.end_runs()
+            again = await batches.batch(file, "--yes")
+            assert again.code == 0, again
+            batches.check(6)
+
+
+def _resolve(receiver: ReceiverClient, *, start: str, run_id: str) -> None:
+    receiver.resolve(start, run_id)
+
+
 async def test_results_that_cannot_be_written_are_printed(tmp_path: Path) -> None:
     """The directory is gone when the batch ends: exit code 1, and its lines on standard output."""
     async with run_stage(tmp_path, run_seconds=600.0) as stage:
@@ -241,7 +278,9 @@ async def test_results_that_cannot_be_written_are_printed(tmp_path: Path) -> Non
 async def test_a_full_disk_is_said(batches: BatchStage) -> None:
     """Also in the JSON, which has the outcomes in any case."""
     file = batches.table(1)
-    ended = await batches.batch(file, "--yes", "--json", "--results", "/dev/full")
+    # By a link of its own, so that nothing that replaces the path can harm this machine's device.
+    (batches.stage.directory / "full").symlink_to("/dev/full")
+    ended = await batches.batch(file, "--yes", "--json", "--results", "full")
     assert ended.code == 1, ended
     assert "No space left on device" in ended.err
     assert (ended.data["ok"], ended.data["results"], len(ended.data["outcomes"])) == (False, None, 1)

@@ -7,14 +7,16 @@ import os
 import secrets
 import signal
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from receiver.client.client import ReceiverClient
 from tests.support.lives import COMMAND
 from tests.support.stage import Stage, eventually, free_port
 
+T = TypeVar("T")
 WEATHER: tuple[Mapping[str, Any], ...] = (
     {"kind": "drop", "probability": 0.2},
     {"kind": "duplicate", "probability": 0.1},
@@ -56,6 +58,11 @@ class BatchStage:
             "operations": {"host": "127.0.0.1", "port": self.port, "token": self.token},
             "handlers": [{"use": "storage", "options": {"url": str(self.stage.outputs), "key": KEY}}],
         }
+
+    def call(self, ask: Callable[[ReceiverClient], T]) -> T:
+        """Call the operations API as a program does; blocking."""
+        with ReceiverClient(self.environment()["RECEIVER_OPS_URL"], self.token) as receiver:
+            return ask(receiver)
 
     def table(self, rows: int, name: str = "spring.csv") -> Path:
         """Write a table of rows `r0`, `r1`, … whose prompts differ and have newlines."""

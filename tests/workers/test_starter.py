@@ -5,6 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -18,6 +19,7 @@ from receiver.flora.start_request import StartRequest, add_token, is_same_addres
 from receiver.intake.callbacks import Accepted
 from receiver.model import Origin, RunState, Start, StartState
 from receiver.net.clients import api_client
+from receiver.store import schema
 from receiver.web.server import Server, bind
 from receiver.workers.starter import Committed, Conflict, Starter
 from tests.support.core import Core, a_read, a_registration, callback_body, sign_body
@@ -410,6 +412,51 @@ async def test_a_run_that_the_ledger_knows_is_nobody_elses(scene: Scene) -> None
     await scene.client.start_technique_run(start.technique_id, json.loads(start.request))
     found = await scene.again(scene.process(), start, 1)
     assert found.run_id not in {None, other}
+
+
+@pytest.mark.parametrize("url", [OURS, None], ids=["conflict", "duplicate"])
+async def test_a_key_that_flora_knew_before_is_unknown_at_once(scene: Scene, url: str | None) -> None:
+    """As after the restore of an older backup: no run since is taken for it, and an operator names it.
+
+    FLORA compares bodies: with our callback URL, whose token is new, it answers 422, else 409.
+    """
+    lost = await scene.start(scene.process(asks=False, callback_url=url))
+    await scene.client.start_technique_run(lost.technique_id, json.loads(lost.request))
+    mine = scene.runs[0]
+    await scene.core.database.write(lambda tx: tx.execute(schema.starts.delete()))
+    scene.core.clock.forward(60)
+    scene.emulator.start_run("emu-image")
+    start = await scene.start(scene.process(callback_url=url))
+    assert (start.state, start.error_code, start.run_id) == (StartState.UNKNOWN, "key_used_before", None)
+    assert "runs resolve" in (start.error_message or "")
+    again = await scene.starters[-1].start(REQUEST)
+    assert isinstance(again, Committed)
+    assert (again.is_repeat, again.start) == (True, start)
+    resolved = await scene.starters[-1].resolve(start.token, mine.run_id)
+    assert resolved is not None
+    assert (resolved.state, resolved.run_id, resolved.error_code) == (StartState.STARTED, mine.run_id, None)
+
+
+async def test_a_key_of_another_request_is_refused(scene: Scene) -> None:
+    """Without a callback URL of ours, bodies differ by what the caller wrote: a mistake of the caller."""
+    lost = await scene.start(scene.process(asks=False, callback_url=None))
+    await scene.client.start_technique_run(lost.technique_id, json.loads(lost.request))
+    await scene.core.database.write(lambda tx: tx.execute(schema.starts.delete()))
+    other = replace(REQUEST, inputs=({**PROMPT, "value": "a fox"},))
+    start = await scene.start(scene.process(callback_url=None), other)
+    assert (start.state, start.error_code) == (StartState.REFUSED, "idempotency_conflict")
+
+
+async def test_a_request_that_another_process_may_have_repeated_is_searched(scene: Scene) -> None:
+    """Past its head start, the run may be that of the same start."""
+    start = await scene.start(scene.process(asks=False))
+    await scene.client.start_technique_run(start.technique_id, json.loads(start.request))
+    starter = scene.process()
+    starter._head_start = timedelta(seconds=5)
+    scene.core.clock.forward(6)
+    starter._send_soon(start, is_first=True)
+    await starter.drain()
+    await scene.is_known(await scene.read(start))
 
 
 async def test_what_is_older_than_flora_keeps_keys_is_not_posted_again(scene: Scene) -> None:

@@ -186,6 +186,7 @@ def _execute(
         workspace_id=options.workspace_id,
         parallel=min(options.parallel, rows),
         patience_seconds=options.patience,
+        notify=lambda text: print(text, file=sys.stderr),
     )
     unwritten: str | None = None
     try:

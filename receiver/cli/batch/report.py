@@ -1,5 +1,6 @@
 """The summary that a batch prints at its end."""
 
+import shlex
 import sys
 from collections.abc import Iterable
 from itertools import islice
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from receiver.cli.batch.results import COLUMNS, NOT_STARTED, Outcome, Spool, Summary
+from receiver.cli.batch.results import COLUMNS, NOT_STARTED, UNKNOWN, Outcome, Spool, Summary
 from receiver.cli.output import print_result
 
 _MAX_ROWS = 30
@@ -55,9 +56,10 @@ def print_report(
         else f"The results could not be written ({unwritten}); they are:"
     )
     print(f"Cost: {format_dollars(summary.cost)}{unknown}. {where}")
-    if stopped is not None:
-        sys.stdout.flush()
-        print(stopped, file=sys.stderr)
+    sys.stdout.flush()
+    for text in (_advise_on_unknown(outcomes, summary, batch), stopped):
+        if text is not None:
+            print(text, file=sys.stderr)
 
 
 def _print_json(
@@ -79,11 +81,29 @@ def _print_json(
         "cost": summary.cost,
         "cost_unknown": summary.cost_unknown,
         "stopped": stopped,
+        "advice": _advise_on_unknown(outcomes, summary, batch),
         "results": None if results is None else str(results),
         "results_error": unwritten,
         "outcomes": rows,
     }
     print_result(data, "", as_json=True)
+
+
+def _advise_on_unknown(outcomes: Spool, summary: Summary, batch: str) -> str | None:
+    """Return what to do about rows of which FLORA may have a run that cannot be identified."""
+    count = summary.states.get(UNKNOWN, 0)
+    if not count:
+        return None
+    first = next(outcome for outcome in outcomes if outcome.state == UNKNOWN)
+    start = shlex.quote(f"batch:{batch}:{first.key}")
+    rows = "1 row is" if count == 1 else f"{count} rows are"
+    return (
+        f"{rows} unknown: FLORA may have a run, and it is not known which. Look it up in FLORA or in "
+        f"`flora-receiver runs list`, then name it:\n"
+        f"  flora-receiver runs resolve {start} --run-id run_…\n"
+        f"or, if there is none, with --no-run; then run the same command again. Another --batch name "
+        f"starts every row anew, and is billed again."
+    )
 
 
 def _table(outcomes: Iterable[Outcome]) -> Table:

@@ -39,6 +39,9 @@ _WAIT_SECONDS = 30.0
 _HALTING = frozenset({"insufficient_credits", "paid_plan_required", "unauthorized", "flora_unauthorized"})
 """Refusals that every further row would get as well."""
 _UNKNOWN_OUTCOME = "unknown_outcome"
+_USED_BEFORE = "key_used_before"
+_FAILURES_TO_EXPLAIN = 3
+"""Failures of a call in a row before its reason is printed: a restart is usually over by then."""
 _CONFLICTS = frozenset({"idempotency_conflict", "idempotency_key_reused"})
 
 
@@ -93,13 +96,17 @@ class Runner:
         workspace_id: str | None = None,
         parallel: int = 8,
         patience_seconds: float = 120.0,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`notify` gets each reason for which a row waits, once."""
         self._connect = connect
         self._outcomes = outcomes
         self._technique_id = technique_id
         self._workspace_id = workspace_id
         self._parallel = parallel
         self._patience_seconds = patience_seconds
+        self._notify = notify
+        self._notified: set[str] = set()
         self._concurrency = ConcurrencyLimit(parallel)
         self._jobs: Iterator[Job | tuple[int, RowProblem]] = iter(())
         self._jobs_lock = threading.Lock()
@@ -230,8 +237,10 @@ class Runner:
         )
         if start.run_id is not None:
             self._concurrency.record_success()
-        elif start.error is not None and start.error.status == HTTPStatus.TOO_MANY_REQUESTS:
-            self._concurrency.halve()
+        elif start.error is not None:
+            if start.error.status == HTTPStatus.TOO_MANY_REQUESTS:
+                self._concurrency.halve()
+            self._explain_wait(job, start.error.code, start.error.message)
         return start.run_id
 
     def _wait(self, receiver: Receiver, run_id: str) -> RunView | None:
@@ -250,20 +259,28 @@ class Runner:
                 if error.status == HTTPStatus.TOO_MANY_REQUESTS:
                     self._concurrency.halve()
                 is_over = time.monotonic() - responded_at >= self._patience_seconds
-                # An unknown outcome is often resolved by the run's own callback, when it has ended.
-                if not is_transient(error) and (is_over or error.code != _UNKNOWN_OUTCOME):
+                if not is_transient(error) and (is_over or not _may_be_resolved(error)):
                     return self._refuse(job, error)
                 if is_over:
                     self._stop(Halt("unreachable", error.message))
                     return Outcome(
                         job.row, job.key, UNFINISHED, error_code=error.code, error_message=error.message
                     )
+                if failures >= _FAILURES_TO_EXPLAIN:
+                    self._explain_wait(job, error.code, error.message)
                 self._stopping.wait(pause_seconds(failures))
                 failures += 1
                 continue
             if found is not None:
                 return found
             responded_at, failures = time.monotonic(), 0
+
+    def _explain_wait(self, job: Job, code: str, message: str) -> None:
+        with self._lock:
+            if code in self._notified:
+                return
+            self._notified.add(code)
+        self._notify(f"Row {job.row} waits, and others may: {message} ({code}).")
 
     def _refuse(self, job: Job, error: ReceiverApiError) -> Outcome:
         """Return the outcome of a refused row; halt the batch if every row would be refused."""
@@ -309,3 +326,13 @@ class Runner:
             for position, outcome in active.items():
                 if position in self._active:
                     self._outcomes.store(position, outcome)
+
+
+def _may_be_resolved(error: ReceiverApiError) -> bool:
+    """Return whether an unknown outcome may soon be known.
+
+    The run's own callback often resolves it, when the run has ended. It cannot if the key was used
+    by a start that the ledger does not have.
+    """
+    reason = (error.start or {}).get("error") or {}
+    return error.code == _UNKNOWN_OUTCOME and reason.get("code") != _USED_BEFORE

@@ -63,7 +63,7 @@ _OPERATIONS = (
             (201, "FLORA started the run.", messages.Started),
             (
                 202,
-                "FLORA has not responded within wait_seconds: the service keeps retrying.",
+                "Committed; FLORA or the database has not responded: the service keeps retrying.",
                 messages.Started,
             ),
         ),
@@ -75,6 +75,7 @@ _OPERATIONS = (
             (409, "unknown_outcome: a run may exist; see POST /api/starts/{token}/resolve"),
             (422, "idempotency_conflict: the key was used for another request"),
             (502, "flora_unauthorized: FLORA refuses the API key; or another refusal of FLORA"),
+            (503, "unavailable: send it again with the idempotency_key beside the error"),
         ),
         body=requests.StartBody,
     ),

@@ -21,7 +21,7 @@ _RETRY_AFTER_SECONDS = 5
 
 
 class Refusal(HTTPException):
-    """Raised by an endpoint to refuse a request; `start` is sent beside the error."""
+    """Raised by an endpoint to refuse a request; `start` and the key are sent beside the error."""
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class Refusal(HTTPException):
         request_id: str | None = None,
         headers: Mapping[str, str] | None = None,
         start: messages.Start | None = None,
+        idempotency_key: str | None = None,
     ) -> None:
         super().__init__(status, message, dict(headers or {}))
         self.code = code
@@ -40,6 +41,7 @@ class Refusal(HTTPException):
         self.fields = tuple(fields)
         self.request_id = request_id
         self.start = start
+        self.idempotency_key = idempotency_key
 
     def response(self) -> Response:
         """Return the refusal as it is sent; parts that are empty are left out."""
@@ -50,7 +52,8 @@ class Refusal(HTTPException):
             "message": mask(self.message),
             **{name: part for name, part in given.items() if part},
         }
-        refused = {"error": error} if self.start is None else {"error": error, "start": self.start}
+        beside = {"start": self.start, "idempotency_key": self.idempotency_key}
+        refused = {"error": error, **{name: part for name, part in beside.items() if part is not None}}
         return json_response(Refused.model_validate(refused), status=self.status_code, headers=self.headers)
 
 
@@ -140,15 +143,29 @@ async def handle_http_error(request: Request, error: Exception) -> Response:
     return refusal.response()
 
 
-async def handle_receiver_error(_: Request, error: Exception) -> Response:
+async def handle_receiver_error(request: Request, error: Exception) -> Response:
     """Send FLORA's refusals as such, and other errors of the service as `unavailable`."""
     if isinstance(error, FloraError):
         return flora_refusal(error).response()
     reason = str(error) if isinstance(error, ReceiverError) else "the service cannot do this now"
-    return unavailable(reason).response()
+    return _add_key(unavailable(reason), request).response()
 
 
-async def handle_bug(_: Request, error: Exception) -> Response:
+async def handle_bug(request: Request, error: Exception) -> Response:
     """Send 500 for an error that was not foreseen; the server logs it."""
     message = f"a bug in flora-receiver: {type(error).__name__}, see its log"
-    return Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message).response()
+    return _add_key(
+        Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message), request
+    ).response()
+
+
+def remember_key(request: Request, key: str) -> None:
+    """Have a failure of this request name the idempotency key that repeats it safely."""
+    request.state.idempotency_key = key
+
+
+def _add_key(refusal: Refusal, request: Request) -> Refusal:
+    refusal.idempotency_key = getattr(request.state, "idempotency_key", None)
+    if refusal.idempotency_key is not None:
+        refusal.message += "; a run may have been started: send this again with the idempotency_key"
+    return refusal

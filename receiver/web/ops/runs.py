@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from receiver.client.messages import OneRun, OneTechnique, RunPage, Started, StartPage, TimelineView
+from receiver.errors import StoreUnavailableError
 from receiver.flora.messages import ids_of_poll_url
 from receiver.flora.start_request import StartRequest
 from receiver.intake.callbacks import Intake
@@ -35,6 +36,7 @@ from receiver.web.ops.responses import (
     Refusal,
     json_response,
     not_found,
+    remember_key,
     start_refusal,
     unavailable,
     wrong_field,
@@ -43,7 +45,7 @@ from receiver.web.ops.timeline import to_timeline
 from receiver.web.ops.views import to_full_run, to_run, to_start
 from receiver.web.ops.wait import until_finished
 from receiver.workers.loop import run_until
-from receiver.workers.starter import Conflict, Starter
+from receiver.workers.starter import Conflict, Starter, new_key
 
 _OVER = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.LOST})
 
@@ -93,7 +95,9 @@ class RunRoutes:
 
     async def start(self, request: Request) -> Response:
         body = await read_body(request, StartBody)
-        result = await self._starter.start(_start_request(body))
+        key = body.idempotency_key or new_key()
+        remember_key(request, key)
+        result = await self._starter.start(_start_request(body, key))
         if isinstance(result, Conflict):
             message = "this idempotency_key was used before, to start something else"
             raise Refusal(
@@ -102,12 +106,20 @@ class RunRoutes:
                 message,
                 start=to_start(result.start),
             )
-        start, token = result.start, result.start.token
-        if start.state is StartState.ASKING:
-            wait = self._starter.wait_for_response(token, timeout_seconds=body.wait_seconds)
-            settled = await run_until(self._stopping, wait)
-            start = settled or await self._starter.find(token) or start
-        return await self._start_response(start, repeated=result.is_repeat)
+        try:
+            start = await self._wait_for_response(result.start, body.wait_seconds)
+            return await self._start_response(start, repeated=result.is_repeat)
+        except StoreUnavailableError:
+            # It is committed, and FLORA is requested: the response has what is known.
+            started = Started(start=to_start(result.start), run=None, repeated=result.is_repeat)
+            return json_response(started, status=HTTPStatus.ACCEPTED)
+
+    async def _wait_for_response(self, start: Start, seconds: float) -> Start:
+        if start.state is not StartState.ASKING:
+            return start
+        wait = self._starter.wait_for_response(start.token, timeout_seconds=seconds)
+        settled = await run_until(self._stopping, wait)
+        return settled or await self._starter.find(start.token) or start
 
     async def track(self, request: Request) -> Response:
         body = await read_body(request, TrackBody)
@@ -265,7 +277,7 @@ class RunRoutes:
         return run_id or "", body.technique_id or technique_id
 
 
-def _start_request(body: StartBody) -> StartRequest:
+def _start_request(body: StartBody, key: str) -> StartRequest:
     generate, callback_url, workspace_id = body.generate, body.callback_url, body.workspace_id
     if generate is not None:
         # FLORA's body may name a callback_url and a workspace of its own; ours take precedence.
@@ -281,7 +293,7 @@ def _start_request(body: StartBody) -> StartRequest:
         generate=generate,
         workspace_id=workspace_id or "",
         callback_url=callback_url,
-        idempotency_key=body.idempotency_key,
+        idempotency_key=key,
         metadata=body.metadata,
     )
 

@@ -134,6 +134,33 @@ def test_retries_end_with_patience(spool: Spool) -> None:
     assert runner.halt.code == "unreachable"
 
 
+def test_a_key_of_another_ledger_is_not_waited_for(spool: Spool) -> None:
+    """Other unknown outcomes may be resolved by the run's callback; this one cannot."""
+    start = {"error": {"code": "key_used_before", "message": "no"}}
+    used = ReceiverApiError("used", status=409, code="unknown_outcome", start=start)
+    receiver = FakeReceiver(errors={"row-0": [used], "row-1": [refusal(409, "unknown_outcome")]})
+    runner = a_runner(receiver, spool, parallel=1, patience=30)
+    runner.run(some_jobs(2), ignore)
+    assert [outcome.state for outcome in spool] == ["unknown", "completed"]
+    assert receiver.calls == ["row-0", "row-1", "row-1"]
+
+
+def test_a_wait_is_explained_once(spool: Spool) -> None:
+    """A batch that waits for FLORA or for the service is not silent."""
+    waiting = ErrorView(code="service_unavailable", message="maintenance", status=503)
+    gone = [ReceiverApiError("gone", code="unreachable")] * 5
+    receiver = FakeReceiver(errors={"row-0": [waiting, waiting], "row-1": [waiting, *gone]})
+    notices: list[str] = []
+    runner = Runner(
+        receiver.connect, spool, technique_id="t", parallel=1, patience_seconds=30, notify=notices.append
+    )
+    runner.run(some_jobs(2), ignore)
+    assert notices == [
+        "Row 2 waits, and others may: maintenance (service_unavailable).",
+        "Row 3 waits, and others may: gone (unreachable).",
+    ]
+
+
 def test_active_rows_halve_while_flora_limits(spool: Spool) -> None:
     """A start that waits behind a 429 halves the limit once; successes raise it one by one."""
     waiting = ErrorView(code="rate_limited", message="slow down", status=429)

@@ -75,7 +75,8 @@ async def run_ops(stage: Stage, **sections: Any) -> AsyncIterator[Ops]:
     """Run a service that FLORA sends its callbacks to."""
     stage.port = stage.port or free_port()
     async with stage.service(public_url=f"https://127.0.0.1:{stage.port}", **sections) as service:
-        token = (stage.directory / "ops-token").read_text().strip()
+        token = sections.get("operations", {}).get("token")
+        token = token or (stage.directory / "ops-token").read_text().strip()
         host, port = service.operations_address
         headers = {"Authorization": f"Bearer {token}"}
         async with httpx.AsyncClient(

@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+import sqlite3
+from contextlib import closing
 from typing import Any
 
 import pytest
 
 from receiver.model import StartState
 from receiver.store import starts
+from tests.support.postgres import Postgres
+from tests.support.severing_proxy import run_severing_proxy
 from tests.support.stage import Stage, eventually
 from tests.web.ops.conftest import PROMPT, Ops, run_ops
 
@@ -121,10 +125,58 @@ async def test_without_a_response_of_flora_a_start_is_202(ops: Ops) -> None:
     assert len(ops.stage.rows("SELECT * FROM runs")) == 1
 
 
+async def test_a_start_without_a_key_can_be_repeated_after_a_failure(ops: Ops) -> None:
+    """503 names the key that the service chose: whether it has committed the start or not, one run."""
+    with closing(sqlite3.connect(ops.stage.database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        failed = await ops.start(status=503)
+        other.execute("ROLLBACK")
+    key = failed["idempotency_key"]
+    assert failed["error"]["code"] == "unavailable"
+    assert "idempotency_key" in failed["error"]["message"]
+    first = await ops.start(idempotency_key=key)
+    again = await ops.start(idempotency_key=key, status=200)
+    assert first["run"]["run_id"] == again["run"]["run_id"]
+    assert "idempotency_key" not in await ops.get("/api/runs/run_unknown", 404)
+
+
+async def test_a_committed_start_is_shown_though_the_database_is_gone(
+    stage: Stage, postgres_server: Postgres, postgres_url: str
+) -> None:
+    """202 with its token and key, not 503: FLORA has been requested, and a repetition finds that start."""
+    assert postgres_url
+    body = {"technique_id": "emu-image", "inputs": [PROMPT], "wait_seconds": 0.5}
+    with run_severing_proxy(postgres_server, "suite") as way:
+        stage.postgres = way.url
+        async with run_ops(stage, operations={"token": "0123456789abcdef"}) as ops:
+            ops.add_fault(kind="slow", method="POST", seconds=2)
+            sending = asyncio.create_task(ops.post("/api/runs", body, 202))
+
+            async def is_requested() -> bool:
+                return bool(stage.emulator.gate.requests["POST /techniques/{technique_id}/runs"])
+
+            await eventually(is_requested)
+            way.refusing = True
+            way.sever()
+            begun = await sending
+            way.refusing = False
+            assert (begun["start"]["state"], begun["run"]) == ("asking", None)
+            key = begun["start"]["idempotency_key"]
+
+            async def is_found() -> bool:
+                response = await ops.http.post("/api/runs", json={**body, "idempotency_key": key})
+                return response.status_code == 200 and response.json()["start"]["state"] == "started"
+
+            await eventually(is_found)
+            [run_id] = stage.emulator.runs._order
+            found = await ops.post("/api/runs", {**body, "idempotency_key": key}, 200)
+            assert (found["run"]["run_id"], found["start"]["token"]) == (run_id, begun["start"]["token"])
+
+
 async def test_an_unknown_outcome_is_reported_and_resolved(ops: Ops) -> None:
     """409 with what to do; once resolved, it is a start like any other."""
-    response = await ops.start(idempotency_key="k")
-    token, run_id = response["start"]["token"], response["run"]["run_id"]
+    run_id = await ops.run_to_end(idempotency_key="k")  # else its callback might resolve it
+    token = (await ops.start(idempotency_key="k", status=200))["start"]["token"]
 
     def forget(tx: Any) -> None:
         tx.exec_driver_sql(
@@ -147,7 +199,8 @@ async def test_an_unknown_outcome_is_reported_and_resolved(ops: Ops) -> None:
         "code"
     ] == "already_started"
     await ops.post("/api/starts/nobody/resolve", {"run_id": run_id}, 404)
-    other = (await ops.start(idempotency_key="k2"))["start"]["token"]
+    await ops.run_to_end(idempotency_key="k2")
+    other = (await ops.start(idempotency_key="k2", status=200))["start"]["token"]
     await ops.service.database.write(forget_only(other))
     taken = await ops.post(f"/api/starts/{other}/resolve", {"run_id": run_id}, 409)
     assert taken["error"]["code"] == "run_taken"
