@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from receiver.cli.output import report_errors
 from receiver.credentials import find_fault
 from receiver.errors import ConfigError, Problem
-from receiver.net.addresses import http_origin, is_loopback, local_host
+from receiver.net.addresses import is_loopback, local_origin, to_unix_path
 
 if TYPE_CHECKING:
     from receiver.client.client import ReceiverClient
@@ -44,9 +44,11 @@ def connect() -> "ReceiverClient":
 
 def _url(settings: "Settings") -> str:
     operations = settings.operations
+    if to_unix_path(operations.host) is not None:
+        return operations.host
     plaintext = operations.allow_plaintext or is_loopback(operations.host)
     tls = settings.tls.cert is not None and not plaintext
-    return http_origin(local_host(operations.host), operations.port, tls=tls)
+    return local_origin(operations.host, operations.port, tls=tls)
 
 
 def _token(settings: "Settings") -> str:

@@ -5,8 +5,9 @@
         start = receiver.start("cctv-cam", [prompt])
         run = receiver.wait(start.run_id)
 
-The address is RECEIVER_OPS_URL, or http://127.0.0.1:8081; the token is RECEIVER_OPS_TOKEN, or the
-content of RECEIVER_OPS_TOKEN_FILE (`var/ops-token` by default). Every error is a ReceiverApiError.
+The address is RECEIVER_OPS_URL, or http://127.0.0.1:8081; `unix:/path` is a Unix socket. The token
+is RECEIVER_OPS_TOKEN, or the content of RECEIVER_OPS_TOKEN_FILE (`var/ops-token` by default). Every
+error is a ReceiverApiError.
 """
 
 import json

@@ -3,7 +3,7 @@
 `settings.py` and `sections.py` have the model, `environment.py` reads the sources.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -58,10 +58,13 @@ def environment_variables() -> dict[str, Variable]:
     return variables
 
 
-def check_operations(settings: Settings) -> Problem | None:
-    """Return why the operations listener must not be opened with these settings, or None."""
+def check_operations(settings: Settings, hosts: Sequence[str] | None = None) -> Problem | None:
+    """Return why the operations listener must not be opened with these settings, or None.
+
+    `hosts` are those that it is bound to, by default the one in the settings.
+    """
     operations = settings.operations
-    if is_loopback(operations.host):
+    if all(is_loopback(host) for host in hosts or (operations.host,)):
         return None
     if operations.token is None:
         message = "is required on an address that is not loopback: set RECEIVER_OPS_TOKEN"

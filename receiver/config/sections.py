@@ -25,6 +25,7 @@ from receiver.config.values import (
     DurationOrZero,
     ExistingFile,
     FloraUrl,
+    Host,
     Port,
     PostgresUrl,
     Tolerance,
@@ -74,10 +75,10 @@ def _check_networks(values: tuple[str, ...]) -> tuple[str, ...]:
 class Public(Section):
     """The public listener, which FLORA calls."""
 
-    host: str = Field(
+    host: Host = Field(
         "0.0.0.0",  # noqa: S104  # this listener is public by design
-        min_length=1,
-        description="Address to bind.",
+        description="Address to bind (`::` for IPv6 and IPv4), or `unix:/path` for a Unix socket, "
+        "which speaks plain HTTP to a proxy on this machine.",
     )
     port: Port = Field(8080, description="Port to bind.")
     max_body_bytes: Count = Field(
@@ -114,7 +115,9 @@ class Public(Section):
 class Operations(Section):
     """The operations listener: API, dashboard and metrics."""
 
-    host: str = Field("127.0.0.1", min_length=1, description="Address to bind.")
+    host: Host = Field(
+        "127.0.0.1", description="Address to bind, or `unix:/path` for a Unix socket, without TLS."
+    )
     port: Port = Field(8081, description="Port to bind.")
     token: Credential | None = Field(
         None,

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from receiver.config.callback_url import split_http_url
 from receiver.credentials import find_fault, split_list
 from receiver.database_url import parse_database_url
-from receiver.net.addresses import is_loopback
+from receiver.net.addresses import is_loopback, to_unix_path
 
 __all__ = [
     "Count",
@@ -24,6 +24,7 @@ __all__ = [
     "DurationOrZero",
     "ExistingFile",
     "FloraUrl",
+    "Host",
     "HttpUrl",
     "Port",
     "PostgresUrl",
@@ -35,6 +36,9 @@ __all__ = [
     "to_lower_case",
     "to_tuple",
 ]
+
+_MAX_UNIX_PATH = 107
+"""Bytes of the path of a Unix socket on Linux, without the zero at its end."""
 
 Values = TypeVar("Values", bound=tuple[Any, ...] | None)
 
@@ -107,6 +111,19 @@ def _check_secure_url(value: str) -> str:
     return value
 
 
+def _check_host(value: str) -> str:
+    path = to_unix_path(value)
+    if path is None:
+        if "/" in value:
+            raise ValueError("must be an address, or unix:/path for a Unix socket")
+        return value
+    if not path.startswith("/"):
+        raise ValueError("must name a Unix socket by its absolute path, unix:/path")
+    if len(os.fsencode(path)) > _MAX_UNIX_PATH:
+        raise ValueError(f"is too long: the path of a Unix socket has at most {_MAX_UNIX_PATH} bytes")
+    return value
+
+
 def _off_to_none(value: object) -> object:
     return None if value == "off" else value
 
@@ -159,6 +176,7 @@ Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DurationOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Host = Annotated[str, Field(min_length=1), AfterValidator(_check_host)]
 ExistingFile = Annotated[Path, AfterValidator(_check_file)]
 Words = Annotated[tuple[str, ...], BeforeValidator(to_tuple)]
 HttpUrl = Annotated[str, AfterValidator(_to_http_url)]

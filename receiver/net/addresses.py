@@ -13,6 +13,7 @@ __all__ = [
     "http_origin",
     "is_loopback",
     "is_unspecified",
+    "join_address",
     "local_host",
     "local_origin",
     "parse_address",
@@ -84,9 +85,16 @@ def local_host(bound: str) -> str:
     return "::1" if ":" in bound else "127.0.0.1"
 
 
+def join_address(host: str, port: int) -> str:
+    """Return `host:port`, with brackets around an IPv6 address; a Unix socket has no port."""
+    if to_unix_path(host) is not None:
+        return host
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def http_origin(host: str, port: int, *, tls: bool) -> str:
     """Return `scheme://host:port`, with brackets around an IPv6 address."""
-    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{'https' if tls else 'http'}://{join_address(host, port)}"
 
 
 def local_origin(bound: str, port: int, *, tls: bool) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import httpcore
 import httpx
 
-from receiver.net.addresses import is_loopback
+from receiver.net.addresses import is_loopback, local_origin, to_unix_path
 
 USER_AGENT = "flora-receiver"
 MAX_ADDRESSES = 4  # tried per host: a long list of dead ones must not use up the caller's time
@@ -316,7 +316,8 @@ def probe_client(
 def own_client(*, bound: str | None = None, timeout_seconds: float = 5.0) -> httpx.AsyncClient:
     """Build a client for a listener on this machine, which does not verify its certificate.
 
-    It connects to loopback, or to the host that the listener is `bound` to, and nowhere else.
+    It connects to loopback, or to the host or the Unix socket that the listener is `bound` to, and
+    nowhere else.
     """
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     tls.check_hostname = False
@@ -326,9 +327,11 @@ def own_client(*, bound: str | None = None, timeout_seconds: float = 5.0) -> htt
         if not is_loopback(request.url.host) and request.url.host != bound:
             raise httpx.UnsupportedProtocol(f"not on this machine: {request.url.host}", request=request)
 
+    path = to_unix_path(bound or "")
     return httpx.AsyncClient(
         headers={"User-Agent": USER_AGENT},
         verify=tls,
+        transport=None if path is None else httpx.AsyncHTTPTransport(verify=tls, uds=path),
         timeout=timeout_seconds,
         event_hooks={"request": [check_host]},
         trust_env=False,
@@ -340,14 +343,19 @@ def operations_client(
 ) -> httpx.Client:
     """Build a client for an operations listener. It sends the token to the origin of `url` alone.
 
-    Raises ValueError where `url` is not an http or https URL, or the token cannot be sent.
+    `url` may also be `unix:/path`. Raises ValueError where it is neither that nor an http or https
+    URL, or where the token cannot be sent.
     """
-    base = httpx.URL(url)
+    path = to_unix_path(url)
+    if path is not None and not path.startswith("/"):
+        raise ValueError("it does not name an absolute path, unix:/path")
+    base = httpx.URL(url if path is None else local_origin(url, 0, tls=False))
     if base.scheme not in {"http", "https"} or not base.host:
         raise ValueError("it is not an http or https URL")
     if not token.isascii() or not token.isprintable():
         raise ValueError("the token has characters that no header can hold")
-    is_https = base.scheme == "https"
+    # Loading the public roots takes longer than a whole request to loopback.
+    tls = tls_context(ca) if base.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def check_origin(request: httpx.Request) -> None:
         if _origin(request.url) != _origin(base):
@@ -362,8 +370,8 @@ def operations_client(
             "Accept": "application/json",
             "Authorization": f"Bearer {token}",
         },
-        # Loading the public roots takes longer than a whole request to loopback.
-        verify=tls_context(ca) if is_https else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        verify=tls,
+        transport=None if path is None else httpx.HTTPTransport(verify=tls, uds=path),
         timeout=httpx.Timeout(timeout_seconds, connect=min(10.0, timeout_seconds)),
         cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),
         event_hooks={"request": [check_origin]},

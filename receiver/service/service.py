@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import structlog
@@ -58,7 +58,7 @@ class Service:
         policy: Policy | None = None,
         clock: Callable[[], datetime] | None = None,
         around: Callable[[ASGIApp], ASGIApp] | None = None,
-        listeners: Mapping[str, socket.socket] | None = None,
+        listeners: Mapping[str, Sequence[socket.socket]] | None = None,
     ) -> None:
         """Load the handlers and open the database; nothing runs yet.
 
@@ -66,15 +66,15 @@ class Service:
 
         `only` leaves a part of the work to other processes: `door` accepts callbacks, `workers`
         does everything else. `policy` replaces the numbers of the settings. `around` wraps the app
-        of the public listener. `listeners` are sockets that are bound already, by the name of their
-        section: `public`, `operations`.
+        of the public listener. `listeners` are sockets that are bound already and take the place of
+        the configured addresses, by the name of their section: `public`, `operations`.
         """
         if (problem := check_role(settings, only)) is not None:
             raise ConfigError([problem])
         self._settings = settings
         self._only = only
         self._around = around
-        self._listeners = dict(listeners or {})
+        self._listeners = listeners or {}
         self._clock = clock or (lambda: datetime.now(UTC))
         self._parts = parts = build_parts(settings, policy=policy or to_policy(settings), clock=self._clock)
         self.metrics, self.signals, self.database = parts.metrics, parts.signals, parts.database
@@ -89,12 +89,12 @@ class Service:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port that the public listener is bound to."""
+        """Host and port that the public listener is bound to; `unix:/path` and 0 on a Unix socket."""
         return _address(self._public)
 
     @property
     def operations_address(self) -> tuple[str, int]:
-        """Host and port that the operations listener is bound to."""
+        """Host and port that the operations listener is bound to, as in `address`."""
         return _address(self._operations)
 
     def set_public_url(self, public_url: str) -> None:
@@ -164,16 +164,18 @@ class Service:
         await self._prepare_database()
         await self._log_warnings()
         if self._only != "workers":
-            listener = self._listeners.get("public")
             self._public = build_public_server(
-                self._parts, ready=self.ready, wrap=self._around, listener=listener
+                self._parts,
+                ready=self.ready,
+                wrap=self._around,
+                listeners=self._listeners.get("public", ()),
             )
             await self._public.start()
         self._operations = build_operations_server(
             self._parts,
             stopping=self._stopping,
             only_probes=self._only == "door",
-            listener=self._listeners.get("operations"),
+            listeners=self._listeners.get("operations", ()),
         )
         await self._operations.start()
         for name, loop in build_loops(self._parts, self._only).items():
@@ -181,9 +183,8 @@ class Service:
         log.info(
             "service.ready",
             role=self._only or "all",
-            listening=self._public
-            and f"{'https' if self._settings.tls.cert else 'http'}://{_join(self.address)}",
-            operations=_join(self.operations_address),
+            listening=self._public and ", ".join(self._public.origins()),
+            operations=", ".join(self._operations.addresses()),
             database=str(self._settings.database.location),
             handlers=self._parts.handler_names,
         )
@@ -204,6 +205,9 @@ class Service:
 
     async def _log_warnings(self) -> None:
         """Log odd settings, unhealthy handlers, and dispatches without a configured handler."""
+        if self._only == "workers" and self._listeners.get("public"):
+            reason = "workers take no callbacks, so connections to the public socket wait for ever"
+            log.warning("listener.unanswered", reason=reason, fix="give that socket to the doors alone")
         for problem in self._settings.find_warnings():
             log.warning("config.odd", setting=problem.path, reason=problem.message)
         problems, warnings = await check_handlers(self._parts.handlers)
@@ -269,7 +273,3 @@ def _address(server: Server | None) -> tuple[str, int]:
     if server is None:
         raise RuntimeError("the service is not running")
     return server.host, server.port
-
-
-def _join(address: tuple[str, int]) -> str:
-    return f"{address[0]}:{address[1]}"

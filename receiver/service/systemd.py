@@ -13,26 +13,44 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
+from receiver.errors import ConfigError, Problem
+
 _FIRST_DESCRIPTOR = 3
 _NAMES = frozenset({"public", "operations"})
+_FAMILIES = frozenset({socket.AF_INET, socket.AF_INET6, socket.AF_UNIX})
 
 
-def inherited_listeners(environ: Mapping[str, str], pid: int) -> dict[str, socket.socket]:
+def inherited_listeners(environ: Mapping[str, str], pid: int) -> dict[str, list[socket.socket]]:
     """Return the sockets that systemd passed, by their `FileDescriptorName=`.
 
-    Any other name counts as `public`.
+    Any other name counts as `public`. Raises ConfigError if one of them cannot be listened on:
+    systemd would accept its connections, and nobody would answer.
     """
     if environ.get("LISTEN_PID") != str(pid):
         return {}
     names = environ.get("LISTEN_FDNAMES", "").split(":")
-    listeners = {}
-    for number in range(int(environ.get("LISTEN_FDS", "0"))):
-        os.set_inheritable(_FIRST_DESCRIPTOR + number, False)
+    count = environ.get("LISTEN_FDS", "")
+    listeners: dict[str, list[socket.socket]] = {}
+    for number in range(int(count) if count.isdecimal() else 0):
         name = names[number] if number < len(names) else ""
-        listener = socket.socket(fileno=_FIRST_DESCRIPTOR + number)
-        listener.setblocking(False)
-        listeners[name if name in _NAMES else "public"] = listener
+        listener = _take(_FIRST_DESCRIPTOR + number, name)
+        listeners.setdefault(name if name in _NAMES else "public", []).append(listener)
     return listeners
+
+
+def _take(descriptor: int, name: str) -> socket.socket:
+    """Return a descriptor as a listening socket, which children do not inherit."""
+    message = f"socket {descriptor} ({name}) is none to listen on: use ListenStream= and Accept=no"
+    try:
+        os.set_inheritable(descriptor, False)
+        listener = socket.socket(fileno=descriptor)
+        is_listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise ConfigError([Problem("LISTEN_FDS", message)]) from error
+    if listener.family not in _FAMILIES or listener.type != socket.SOCK_STREAM or not is_listening:
+        raise ConfigError([Problem("LISTEN_FDS", message)])
+    listener.setblocking(False)
+    return listener
 
 
 @dataclass(frozen=True, slots=True)

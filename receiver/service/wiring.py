@@ -43,7 +43,7 @@ from receiver.web.ops.monitor import MonitorRoutes
 from receiver.web.ops.requests import MAX_BODY_BYTES
 from receiver.web.ops.runs import RunRoutes
 from receiver.web.public import public_app
-from receiver.web.server import Server, bind
+from receiver.web.server import Server, bind, bound_address
 from receiver.workers.dispatcher import Dispatcher
 from receiver.workers.janitor import Janitor, Retention
 from receiver.workers.leader import LeaderLease
@@ -267,11 +267,11 @@ def build_public_server(
     *,
     ready: Callable[[], Awaitable[str | None]],
     wrap: Callable[[ASGIApp], ASGIApp] | None,
-    listener: socket.socket | None,
+    listeners: Sequence[socket.socket],
 ) -> Server:
     """Build the listener that FLORA calls.
 
-    `wrap` is put around its app; `listener` is bound already.
+    `wrap` is put around its app; `listeners` are bound already, or else the settings say where.
     """
     settings, public = parts.settings, parts.settings.public
     app = public_app(
@@ -284,7 +284,7 @@ def build_public_server(
     )
     if wrap is not None:
         app = wrap(app)
-    sockets = [listener] if listener else bind(public.host, public.port, setting="public")
+    sockets = list(listeners) or bind(public.host, public.port, setting="public")
     guard = build_public_guard(settings, parts.metrics)
     return Server(
         app,
@@ -315,17 +315,20 @@ def build_public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
 
 
 def build_operations_server(
-    parts: Parts, *, stopping: asyncio.Event, only_probes: bool, listener: socket.socket | None
+    parts: Parts, *, stopping: asyncio.Event, only_probes: bool, listeners: Sequence[socket.socket]
 ) -> Server:
     """Build the listener for operators. Raises ConfigError if these settings would expose it."""
     settings, operations = parts.settings, parts.settings.operations
-    if (problem := check_operations(settings)) is not None:
+    # What is allowed depends on where it listens, which systemd decides if it holds the sockets.
+    hosts = [bound_address(each)[0] for each in listeners] or [operations.host]
+    outer = [host for host in hosts if not is_loopback(host)]
+    if (problem := check_operations(settings, hosts)) is not None:
         raise ConfigError([problem])
-    access = Access(ensure_token(settings), operations.host, operations.allowed_hosts)
+    access = Access(ensure_token(settings), (outer or hosts)[0], (*operations.allowed_hosts, *outer))
     app = build_operations_app(parts, access, stopping=stopping, only_probes=only_probes)
-    sockets = [listener] if listener else bind(operations.host, operations.port, setting="operations")
+    sockets = list(listeners) or bind(operations.host, operations.port, setting="operations")
     # On loopback nothing has to be hidden; elsewhere TLS is needed, unless a proxy does it.
-    is_plain = is_loopback(operations.host) or operations.allow_plaintext
+    is_plain = not outer or operations.allow_plaintext
     cert, key = (None, None) if is_plain else (settings.tls.cert, settings.tls.key)
     guard = Guard(_OPERATIONS_LIMITS, on_close=partial(parts.metrics.count_closed_connection, "operations"))
     keep_alive = operations.keep_alive_seconds

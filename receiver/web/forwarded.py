@@ -13,8 +13,8 @@ def make_remote_finder(trusted_proxies: Iterable[str]) -> Callable[[str | None, 
     """Return a function from the peer's address and its X-Forwarded-For to the caller's address.
 
     Each proxy appends the address that it was called from. The last one that is not a trusted proxy
-    is the caller: what stands before it was not written by a trusted proxy. A proxy that speaks on a
-    Unix socket is on this machine, and trusted.
+    is the caller, or else the first one: what stands before it was not written by a trusted proxy. A
+    proxy that speaks on a Unix socket is on this machine, and trusted.
     """
     networks = tuple(parse_network(each) for each in trusted_proxies)
 
@@ -35,9 +35,10 @@ def make_remote_finder(trusted_proxies: Iterable[str]) -> Callable[[str | None, 
         for entry in reversed(forwarded.decode("latin-1").split(",")):
             found = read(entry.strip())
             if found is None:
-                return remote  # not written by a proxy
-            if not found[1]:
-                return found[0]
+                break  # not written by a proxy
+            remote, is_trusted = found
+            if not is_trusted:
+                break
         return remote
 
     return find_remote

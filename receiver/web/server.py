@@ -6,6 +6,7 @@ Used by the service, and by commands for the emulator.
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,34 +15,49 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from receiver.errors import ConfigError, Problem
+from receiver.net.addresses import join_address, parse_address, to_unix_path
 from receiver.web.accept_limits import Acceptor, max_handshakes
 from receiver.web.connection_guard import Guard
 from receiver.web.connections import H11Connection
+from receiver.web.unix_socket import bind_unix
 
 _UNGUARDED_CONNECTIONS = 2000
 """How many connections a listener without a guard is prepared for."""
 _HANDSHAKE_SECONDS = 5.0
+_IPV6 = 6
 
 
 def bind(host: str, port: int, *, setting: str = "public") -> list[socket.socket]:
-    """Bind a socket; port 0 takes a free port. Raises ConfigError if the port is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    """Bind a socket to an address, or to the path of `unix:/path`; port 0 takes a free port.
+
+    Raises ConfigError if that is not possible, for example because the port is taken.
+    """
+    if (path := to_unix_path(host)) is not None:
+        return [bind_unix(path, setting=setting)]
+    address = parse_address(host)
+    family = socket.AF_INET6 if address is not None and address.version == _IPV6 else socket.AF_INET
     # asyncio turns off Nagle's delay (40 ms a response) only for sockets that are named as TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:  # `::` is every address, those of IPv4 too, on every system
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     try:
-        listener.bind((host, port))
+        listener.bind((host if address is None else str(address), port))
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            [
-                Problem(
-                    f"{setting}.port", f"cannot listen on {host}:{port}: {error.strerror}; choose another"
-                )
-            ]
-        ) from error
+        message = f"cannot listen on {join_address(host, port)}: {error.strerror}; choose another"
+        raise ConfigError([Problem(f"{setting}.port", message)]) from error
     listener.set_inheritable(True)
     return [listener]
+
+
+def bound_address(listener: socket.socket) -> tuple[str, int]:
+    """Return the host and port of a socket: of a Unix socket `unix:/path` (or `unix:@name`) and 0."""
+    name = listener.getsockname()
+    if listener.family != socket.AF_UNIX:
+        return str(name[0]), int(name[1])
+    path = f"@{name[1:].decode('utf-8', 'replace')}" if isinstance(name, bytes) else name
+    return f"unix:{path}", 0
 
 
 class Server(uvicorn.Server):
@@ -89,11 +105,20 @@ class Server(uvicorn.Server):
 
     @property
     def host(self) -> str:
-        return str(self.sockets[0].getsockname()[0])
+        return bound_address(self.sockets[0])[0]
 
     @property
     def port(self) -> int:
-        return int(self.sockets[0].getsockname()[1])
+        return bound_address(self.sockets[0])[1]
+
+    def addresses(self) -> list[str]:
+        """Return where it listens: `host:port` or `unix:/path` of each socket."""
+        return [join_address(*bound_address(each)) for each in self.sockets]
+
+    def origins(self) -> list[str]:
+        """Return where it listens, with the scheme of each address."""
+        scheme = "https" if self.config.is_ssl else "http"
+        return [each if to_unix_path(each) else f"{scheme}://{each}" for each in self.addresses()]
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -118,6 +143,8 @@ class Server(uvicorn.Server):
             await self._serving
         if self._sweeping is not None:
             self._sweeping.cancel()
+        for listener in self.sockets:
+            listener.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen as uvicorn does, but on the given sockets alone, with a limit on handshakes."""
@@ -126,15 +153,21 @@ class Server(uvicorn.Server):
         self.started = True
 
     async def _listen(self, listener: socket.socket) -> Any:
+        loop = asyncio.get_running_loop()
+        if listener.family == socket.AF_UNIX:  # it does not leave this machine: there TLS protects nothing
+            options: dict[str, Any] = {"backlog": self.config.backlog}
+            if sys.version_info >= (3, 13):
+                options["cleanup_socket"] = False  # it may belong to systemd
+            return await loop.create_unix_server(self._connection, sock=listener, **options)
         if self.config.ssl is None:
-            loop = asyncio.get_running_loop()
             return await loop.create_server(self._connection, sock=listener, backlog=self.config.backlog)
         connections = _UNGUARDED_CONNECTIONS if self._guard is None else self._guard.limits.connections
         return Acceptor(
             listener,
             self._connection,
             self.config.ssl,
-            at_once=max_handshakes(connections),
+            # Together they may take as many file descriptors as are kept for handshakes.
+            at_once=max(1, max_handshakes(connections) // len(self.sockets)),
             handshake_seconds=_HANDSHAKE_SECONDS,
         )
 

@@ -118,6 +118,9 @@ def test_the_documented_file_is_accepted() -> None:
         ({"RECEIVER_FLORA__TOLERANCE_PAST_SECONDS": "off"}, "flora.tolerance_past_seconds", None),
         ({"RECEIVER_FLORA__TOLERANCE_PAST_SECONDS": "0"}, "flora.tolerance_past_seconds", 0),
         ({"RECEIVER_LOG__LEVEL": "DEBUG"}, "log.level", "debug"),
+        ({"RECEIVER_PUBLIC__HOST": "unix:/run/public.sock"}, "public.host", "unix:/run/public.sock"),
+        # no token and no TLS are needed there, as on loopback
+        ({"RECEIVER_OPERATIONS__HOST": "unix:/run/ops.sock"}, "operations.host", "unix:/run/ops.sock"),
         ({"FLORA_BASE_URL": "http://127.0.0.1:9000/v1"}, "flora.base_url", "http://127.0.0.1:9000/v1"),
     ],
 )
@@ -217,6 +220,10 @@ WORKSPACE = '[[workspaces]]\nid = "ws_1"\nsecrets = ["whsec_1"]\n'
         ("public = 1", {}, "public", "must be a table"),
         ("handlers = 1", {}, "handlers", "must be a list"),
         ("[public]\nport = 65536", {}, "public.port", "less than or equal to 65535"),
+        ("[public]\nhost = 'unix:public.sock'", {}, "public.host", "absolute path"),
+        ("[public]\nhost = '/run/public.sock'", {}, "public.host", "unix:/path"),
+        ("[operations]\nhost = 'http://127.0.0.1'", {}, "operations.host", "must be an address"),
+        (f"[operations]\nhost = 'unix:/{'x' * 107}'", {}, "operations.host", "at most 107 bytes"),
         (
             "[flora]\ntolerance_past_seconds = -1",
             {},

@@ -28,11 +28,15 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
 
 
 @contextlib.asynccontextmanager
-async def behind(kind: str, stage: Stage, port: int, log: str = "receiver.log") -> AsyncIterator[Served]:
-    """Run a receiver on a port behind a proxy that runs already."""
-    published, stage.port = stage.port, port
+async def behind(
+    kind: str, stage: Stage, port: int | Path, log: str = "receiver.log"
+) -> AsyncIterator[Served]:
+    """Run a receiver on a port, or on a Unix socket, behind a proxy that runs already."""
+    published = stage.port
+    host: dict[str, Any] = {"public": {"host": f"unix:{port}"}} if isinstance(port, Path) else {}
+    stage.port = published if isinstance(port, Path) else port
     with (stage.directory / log).open("wb") as file:
-        async with served(stage, stdout=file.fileno(), **SLOW) as life:
+        async with served(stage, stdout=file.fileno(), **SLOW, **host) as life:
             stage.port = published
             yield life
 
@@ -229,6 +233,32 @@ async def test_who_called_is_told_by_the_proxy_alone(kind: str, stage: Stage) ->
 
         [refused] = await eventually(told)
     assert refused["remote"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_proxy_may_speak_on_a_unix_socket(kind: str, stage: Stage) -> None:
+    """Nothing has to be said of it: who speaks there is on this machine, and is believed about who called."""
+    path = stage.directory / "public.sock"
+    async with (
+        proxy(kind, stage, [path]) as stage.port,
+        behind(kind, stage, path) as life,
+        stage.client() as client,
+    ):
+        await life.ready(client)
+        body = stage.body("run_x")
+        answer = await client.post(stage.url, content=body, headers=_signed(stage, body))
+        assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
+        forged = {"Flora-Signature": "t=1,v1=" + "0" * 64}
+        assert (await client.post(stage.url, content=b"{}", headers=forged)).status_code == 401
+        refused = await eventually(lambda: _logged(stage, "callback.refused"))
+        assert [each["remote"] for each in refused] == ["127.0.0.1"]
+        assert await life.stop() == 0
+    assert not path.exists()
+
+
+async def _logged(stage: Stage, event: str) -> list[dict[str, Any]]:
+    lines = (stage.directory / "receiver.log").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["event"] == event]
 
 
 @pytest.mark.parametrize("kind", KINDS)

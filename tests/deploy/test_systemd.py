@@ -3,6 +3,7 @@
 import asyncio
 import configparser
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from receiver.client.client import ReceiverClient
 from receiver.service.systemd import Supervisor, inherited_listeners
 from tests.support.lives import COMMAND
 from tests.support.stage import Stage, eventually, run_stage, toml
@@ -27,17 +29,29 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
 
 
 class Manager:
-    """Holds the listening socket and hears what the service says, as systemd does."""
+    """Holds the listening sockets and hears what the service says, as systemd does."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.sockets: list[tuple[str, socket.socket]] = []
+        """The sockets and their names, in the order of their descriptors."""
+        self.listener = self.hold("public", socket.create_server(("127.0.0.1", 0), backlog=512))
         stage.port = self.listener.getsockname()[1]
         self.address = str(stage.directory / "notify")
         self._ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._ear.bind(self.address)
         self._ear.setblocking(False)
         self.heard: list[str] = []
+
+    def hold(self, name: str, listener: socket.socket) -> socket.socket:
+        """Pass a socket to the service from now on; return it."""
+        self.sockets.append((name, listener))
+        return listener
+
+    def hold_unix(self, name: str, path: Path) -> None:
+        listener = self.hold(name, socket.socket(socket.AF_UNIX))
+        listener.bind(str(path))
+        listener.listen()
 
     def listen(self) -> list[str]:
         with contextlib.suppress(BlockingIOError):
@@ -53,7 +67,7 @@ class Manager:
 
     @contextlib.asynccontextmanager
     async def service(self, environ: Mapping[str, str] = {}) -> AsyncIterator[asyncio.subprocess.Process]:
-        """Start the service with the socket as descriptor 3; `LISTEN_PID` is its own, so a shell has to say it."""
+        """Start the service with the sockets from descriptor 3 on; `LISTEN_PID` is its own, so a shell has to say it."""
         document = self._stage.document()
         flora = document["flora"]
         config = self._stage.directory / "receiver.toml"
@@ -68,10 +82,11 @@ class Manager:
         config.write_text(toml(document))
         process = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", COMMAND, "serve", "--config", str(config),
-            env={"PATH": os.environ["PATH"], **secrets, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "public",
+            env={"PATH": os.environ["PATH"], **secrets, "LISTEN_FDS": str(len(self.sockets)),
+                 "LISTEN_FDNAMES": ":".join(name for name, _ in self.sockets),
                  "NOTIFY_SOCKET": self.address, "WATCHDOG_USEC": "400000", **environ},
-            cwd=self._stage.directory, pass_fds=(3,), preexec_fn=lambda: os.dup2(self.listener.fileno(), 3),
-            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+            cwd=self._stage.directory, pass_fds=range(3, 3 + len(self.sockets)), preexec_fn=self._place,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         try:
             yield process
@@ -80,8 +95,16 @@ class Manager:
                 process.kill()
             await process.wait()
 
+    def _place(self) -> None:
+        """Give the sockets their descriptors, in the process that becomes the service."""
+        # First out of the way: one may lie where another belongs.
+        high = [fcntl.fcntl(each, fcntl.F_DUPFD, 200) for _, each in self.sockets]
+        for number, descriptor in enumerate(high):
+            os.dup2(descriptor, 3 + number)
+
     def close(self) -> None:
-        self.listener.close()
+        for _, each in self.sockets:
+            each.close()
         self._ear.close()
 
 
@@ -102,6 +125,44 @@ async def test_a_restart_refuses_no_connection(stage: Stage) -> None:
             assert set(await asyncio.gather(*between)) == {200}
     manager.close()
     assert len(stage.rows("SELECT run_id FROM runs")) == 21
+
+
+async def test_every_socket_is_served(stage: Stage) -> None:
+    """As many as there are, on addresses and on Unix sockets: what systemd accepts, somebody answers."""
+    paths = [stage.directory / name for name in ("public.sock", "operations.sock")]
+    manager = Manager(stage)
+    other = manager.hold("flora-receiver.socket", socket.create_server(("127.0.0.1", 0)))
+    manager.hold_unix("public", paths[0])
+    manager.hold_unix("operations", paths[1])
+    async with stage.client() as client, manager.service({"RECEIVER_OPS_TOKEN": "t"}) as process:
+        await manager.said("READY=1")
+        transport = httpx.AsyncHTTPTransport(uds=str(paths[0]))
+        async with httpx.AsyncClient(transport=transport) as local:
+            for caller, origin in (
+                (client, f"https://127.0.0.1:{stage.port}"),
+                (client, f"https://127.0.0.1:{other.getsockname()[1]}"),
+                (local, "http://receiver"),
+            ):
+                assert (await caller.get(f"{origin}/readyz")).json() == {"status": "ready"}, origin
+        with ReceiverClient(f"unix:{paths[1]}", "t") as receiver:
+            assert await asyncio.to_thread(list, receiver.runs()) == []
+        process.terminate()
+        assert await process.wait() == 0
+    assert all(path.exists() for path in paths), "they are systemd's"
+    manager.close()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_SEQPACKET, socket.SOCK_STREAM])
+async def test_a_socket_that_cannot_be_served_is_named(stage: Stage, kind: int) -> None:
+    """Datagrams, packets, or a stream that does not listen (`Accept=yes`): the service does not start."""
+    manager = Manager(stage)
+    manager.hold("extra", socket.socket(socket.AF_UNIX, kind))
+    async with manager.service() as process:
+        out, _ = await process.communicate()
+    manager.close()
+    assert process.returncode != 0
+    assert b"socket 4 (extra)" in out
+    assert b"ListenStream=" in out
 
 
 async def _called(stage: Stage, run_id: str) -> int:
@@ -140,6 +201,7 @@ def test_what_is_not_for_us_is_left_alone() -> None:
     """Sockets and a watchdog are for one process: a child of ours that inherits the names takes neither."""
     assert inherited_listeners({"LISTEN_PID": "1", "LISTEN_FDS": "1"}, 2) == {}
     assert inherited_listeners({}, 2) == {}
+    assert inherited_listeners({"LISTEN_PID": "2", "LISTEN_FDS": ""}, 2) == {}
     assert Supervisor.from_environment({"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}, 2) == Supervisor()
     assert Supervisor.from_environment(
         {"WATCHDOG_USEC": "1000000", "NOTIFY_SOCKET": "/x"}, 2

@@ -30,11 +30,12 @@ def replaced(text: str, old: str, new: str) -> str:
     return text.replace(old, new)
 
 
-def nginx(stage: Stage, port: int, receivers: Sequence[int]) -> list[str]:
-    """Write the configuration; return the command that uses it."""
+def nginx(stage: Stage, port: int, receivers: Sequence[int | Path]) -> list[str]:
+    """Write the configuration; return the command that uses it. A receiver is a port or a Unix socket."""
     shipped = (DEPLOY / "nginx/flora-receiver.conf").read_text()
     site = replaced(shipped, "listen 443 ssl http2;", f"listen 127.0.0.1:{port} ssl http2;")
-    servers = "\n".join(f"    server 127.0.0.1:{each} max_fails=1 fail_timeout=2s;" for each in receivers)
+    hosts = [f"unix:{each}" if isinstance(each, Path) else f"127.0.0.1:{each}" for each in receivers]
+    servers = "\n".join(f"    server {host} max_fails=1 fail_timeout=2s;" for host in hosts)
     site = replaced(site, "    server 127.0.0.1:8080 max_fails=1 fail_timeout=2s;", servers)
     site = replaced(site, "/etc/ssl/receiver/cert.pem", str(stage.cert))
     site = replaced(site, "/etc/ssl/receiver/key.pem", str(stage.key))
@@ -53,7 +54,7 @@ def nginx(stage: Stage, port: int, receivers: Sequence[int]) -> list[str]:
     return [program("nginx"), "-p", str(here), "-e", f"{here}/error.log", "-c", f"{here}/nginx.conf"]
 
 
-def caddy(stage: Stage, port: int, receivers: Sequence[int]) -> tuple[list[str], dict[str, str]]:
+def caddy(stage: Stage, port: int, receivers: Sequence[int | Path]) -> tuple[list[str], dict[str, str]]:
     """Write the configuration; return the command that uses it, and its environment."""
     shipped = (DEPLOY / "caddy/Caddyfile").read_text()
     site = replaced(
@@ -71,13 +72,15 @@ def caddy(stage: Stage, port: int, receivers: Sequence[int]) -> tuple[list[str],
         "XDG_DATA_HOME": str(here),
         "XDG_CONFIG_HOME": str(here),
         "RECEIVER_HOST": f"https://127.0.0.1:{port}",
-        "RECEIVER_UPSTREAMS": " ".join(f"127.0.0.1:{each}" for each in receivers),
+        "RECEIVER_UPSTREAMS": " ".join(
+            f"unix/{each}" if isinstance(each, Path) else f"127.0.0.1:{each}" for each in receivers
+        ),
     }
     return [program("caddy"), "run", "--config", str(here / "Caddyfile"), "--adapter", "caddyfile"], environ
 
 
 @contextlib.asynccontextmanager
-async def proxy(kind: str, stage: Stage, receivers: Sequence[int]) -> AsyncIterator[int]:
+async def proxy(kind: str, stage: Stage, receivers: Sequence[int | Path]) -> AsyncIterator[int]:
     """Run a proxy before receivers on these ports; yield the port where it speaks TLS."""
     port = free_port()
     environ: dict[str, str] | None = None

@@ -28,7 +28,7 @@ from receiver.cli.output import FAILED
 from receiver.config import Settings
 from receiver.config.callback_url import CALLBACK_PATH, check_callback_url
 from receiver.errors import TunnelError
-from receiver.net.addresses import http_origin, is_loopback, local_host
+from receiver.net.addresses import http_origin, is_loopback, local_host, to_unix_path
 from receiver.net.clients import own_client, probe_client
 from receiver.service.service import Service
 from receiver.store import queries
@@ -80,7 +80,7 @@ class DevSession:
         """Run until `stopping` is set; return the exit code."""
         host, port = self._service.operations_address
         url = self._local.url + CALLBACK_PATH
-        operations = http_origin(host, port, tls=False)
+        operations = host if to_unix_path(host) else http_origin(host, port, tls=False)
         self._view.show("receiver", url, receiver=url, operations=operations)
         async with (
             probe_client(ca=self._ca, timeout_seconds=self._canary_seconds) as outside,

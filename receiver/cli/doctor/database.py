@@ -17,7 +17,7 @@ import httpx
 from receiver.cli.doctor.findings import Finding
 from receiver.config import Settings
 from receiver.errors import ReceiverError, StoreInUseError, StoreUnavailableError
-from receiver.net.addresses import http_origin, local_host
+from receiver.net.addresses import local_origin
 from receiver.net.clients import own_client
 from receiver.ownership import find_existing
 from receiver.store import open_database
@@ -105,4 +105,4 @@ async def _check_service(settings: Settings) -> list[Finding]:
 def own_origin(settings: Settings) -> str:
     """Return the origin at which this machine reaches its own receiver."""
     public = settings.public
-    return http_origin(local_host(public.host), public.port, tls=settings.tls.cert is not None)
+    return local_origin(public.host, public.port, tls=settings.tls.cert is not None)
