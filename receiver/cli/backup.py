@@ -7,7 +7,7 @@ from pathlib import Path
 from receiver.cli.connection import connect
 from receiver.cli.output import print_result, report_errors
 from receiver.config import Settings, load_settings
-from receiver.errors import ConfigError, Problem, ReceiverApiError, StoreInUseError
+from receiver.errors import ConfigError, Problem, ReceiverApiError, StoreInUseError, StoreUnavailableError
 from receiver.store import backup as copies
 from receiver.store import open_database
 
@@ -15,18 +15,27 @@ from receiver.store import open_database
 def make_backup(config: Path | None, file: Path, *, json: bool) -> None:
     with report_errors(as_json=json):
         settings = load_settings(config, os.environ, need_secrets=False)
-        sqlite_path(settings)
-        target = file.absolute()
+        ledger, target = sqlite_path(settings), file.absolute()
         try:
-            size = asyncio.run(_copy(settings, target))
-        except StoreInUseError as error:  # a running service has the file open, so it makes the copy
-            try:
-                with connect() as receiver:
-                    size = receiver.backup(target)
-            except ReceiverApiError as refused:
-                raise refused from error
+            size = asyncio.run(_copy(settings, target)) if ledger.exists() else None
+            reason = f"{ledger} does not exist"
+        except StoreInUseError as error:
+            size, reason = None, str(error)
+        if size is None:  # a running service makes the copy, also of a file that was removed under it
+            size = _copy_by_service(target, reason)
         text = f"Wrote {target}: {size} bytes, verified."
         print_result({"path": str(target), "size": size}, text, as_json=json)
+
+
+def _copy_by_service(target: Path, reason: str) -> int:
+    """Have the running service copy its ledger; `reason` is why this process cannot."""
+    try:
+        with connect() as receiver:
+            return receiver.backup(target)
+    except ReceiverApiError as error:
+        if error.code == "unreachable":
+            raise StoreUnavailableError(f"{reason}, and {error}") from error
+        raise
 
 
 def restore_backup(config: Path | None, file: Path, *, json: bool) -> None:

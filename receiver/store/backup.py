@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from receiver.errors import StoreUnavailableError
 from receiver.ownership import make_directory, match_owner
-from receiver.store.sqlite import SqliteDatabase
+from receiver.store.ledger_files import LedgerFiles
 
 _COMPANIONS = ("-wal", "-shm")
 
@@ -59,7 +59,7 @@ def restore(source: Path, ledger: Path, *, now: datetime | None = None) -> Path 
         if not known:
             raise StoreUnavailableError(f"{source} is not a ledger of flora-receiver")
         make_directory(ledger.parent)
-        lock = SqliteDatabase.hold(ledger)
+        files = LedgerFiles(ledger, create=False)
         try:
             aside = _set_aside(ledger, now or datetime.now(UTC))
             shutil.copyfile(source, part)
@@ -69,7 +69,7 @@ def restore(source: Path, ledger: Path, *, now: datetime | None = None) -> Path 
             part.rename(ledger)
             _fsync(ledger.parent)
         finally:
-            os.close(lock)
+            files.close()
     except (OSError, sqlite3.Error) as error:
         raise StoreUnavailableError(f"cannot restore {ledger} from {source}: {error}") from error
     return aside

@@ -3,27 +3,33 @@
 There is one writer connection, on one thread: two connections that write or checkpoint at once can
 corrupt a WAL file before SQLite 3.51.3. Jobs that queue up during a commit share the next one.
 Readers are `query_only`.
+
+After each commit, and before its callers hear of it, the path must still lead to the files that are
+open (`ledger_files`). Otherwise nothing is written any more, and only a restart helps. What this
+process still has open is copied to a new file, for it would be gone after that restart.
 """
 
 import asyncio
 import contextlib
-import errno
-import fcntl
-import os
 import queue
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import structlog
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, exc
 
-from receiver.errors import StoreInUseError, StoreUnavailableError
-from receiver.ownership import match_owner
+from receiver.errors import StoreUnavailableError
+from receiver.ownership import make_directory
+from receiver.store import backup
+from receiver.store.ledger_files import LedgerFiles
+
+log = structlog.get_logger("receiver.store")
 
 T = TypeVar("T")
 Job = Callable[[Connection], T]
@@ -31,11 +37,6 @@ Job = Callable[[Connection], T]
 _MAX_BATCH = 64
 """Jobs of one commit: limits how long the first of them waits for the last."""
 _READERS = 4
-
-
-_IS_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
-_GIVES_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
-"""What `flock` answers on NFS without a lock daemon, and on some FUSE file systems."""
 
 
 class SqliteDatabase:
@@ -46,12 +47,14 @@ class SqliteDatabase:
     def __init__(self, path: Path, *, busy_timeout_ms: int = 2_000, readers: int = _READERS) -> None:
         """Lock and open the file. Raises StoreInUseError, StoreUnavailableError."""
         self._path = path
-        self._lock = _lock_file(path)
-        _make_file(path)
+        self._files = LedgerFiles(path)
+        self._loss: str | None = None
+        """What happened to the files, once it has; it stays."""
+        self._must_rescue = False
         self._closing = False
         self._jobs: queue.SimpleQueue[tuple[Job[Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._writing = _sqlite_engine(path, busy_timeout_ms, read_only=False)
-        self._reading = _sqlite_engine(path, busy_timeout_ms, read_only=True)
+        self._writing = _sqlite_engine(path, busy_timeout_ms, self._files, read_only=False)
+        self._reading = _sqlite_engine(path, busy_timeout_ms, self._files, read_only=True)
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="ledger-read")
         try:
             self._connection = self._writing.connect()
@@ -60,11 +63,6 @@ class SqliteDatabase:
             raise _unavailable(error) from error
         self._writer = threading.Thread(target=self._write_forever, name="ledger-write", daemon=True)
         self._writer.start()
-
-    @staticmethod
-    def hold(path: Path) -> int:
-        """Lock a file without opening it; closing the handle unlocks it. Raises StoreInUseError."""
-        return _lock_file(path)
 
     async def write(self, job: Job[T]) -> T:
         """Run `job` in a transaction; its writes are durable on return.
@@ -85,6 +83,8 @@ class SqliteDatabase:
     async def _queue(self, job: Job[T]) -> T:
         if self._closing:
             raise StoreUnavailableError("the database is being closed")  # the writer would not run it
+        if self._loss is not None:
+            raise StoreUnavailableError(self._loss)
         future: Future[T] = Future()
         self._jobs.put((job, future))
         # If the caller is cancelled, its job still runs to its end.
@@ -114,7 +114,7 @@ class SqliteDatabase:
 
     def _release(self) -> None:
         self._writing.dispose()
-        os.close(self._lock)
+        self._files.close()
 
     def _read(self, job: Job[T]) -> T:
         try:
@@ -137,22 +137,34 @@ class SqliteDatabase:
                     break
                 batch.append(item)
             self._write(batch)
+            if self._must_rescue:
+                self._must_rescue = False
+                self._rescue()
             if stop:
                 break
         self._checkpoint()
 
     def _write(self, batch: list[tuple[Job[Any], Future[Any]]]) -> None:
         """Run a batch in order; adjacent jobs share one commit, each in its own savepoint."""
+        if self._loss is not None:
+            for _, future in batch:
+                future.set_exception(StoreUnavailableError(self._loss))
+            return
         together: list[tuple[Job[Any], Future[Any]]] = []
         for job, future in batch:
             if isinstance(job, _Bare):
                 self._commit(together)
                 together = []
-                _run_into(future, partial(job, self._connection))
+                _run_into(future, partial(self._run_bare, job))
                 self._end_transaction()
             else:
                 together.append((job, future))
         self._commit(together)
+
+    def _run_bare(self, job: "_Bare[T]") -> T:
+        result = job(self._connection)
+        self._check_files()
+        return result
 
     def _commit(self, batch: list[tuple[Job[Any], Future[Any]]]) -> None:
         if not batch:
@@ -172,10 +184,12 @@ class SqliteDatabase:
                         answers.append((future, None, error))
                         if len(batch) == 1:
                             whole.rollback()
+            self._check_files()
         except exc.DBAPIError as error:
+            failed = self._find_loss() or _unavailable(error)
             self._end_transaction()
             for _, future in batch:
-                future.set_exception(_unavailable(error))
+                future.set_exception(failed)
             return
         except BaseException as error:
             self._end_transaction()
@@ -188,6 +202,39 @@ class SqliteDatabase:
             else:
                 future.set_exception(failure)
 
+    def _check_files(self) -> None:
+        """Raise StoreUnavailableError if the path does not lead to the open files any more.
+
+        Called after a commit, before its callers hear of it: what they hear of was then in the file
+        that the path names.
+        """
+        if (loss := self._find_loss()) is not None:
+            raise loss
+
+    def _find_loss(self) -> StoreUnavailableError | None:
+        if self._loss is None:
+            if (change := self._files.find_change()) is None:
+                return None
+            self._must_rescue = not change.lock_only
+            self._loss = f"{change.reason} while the service ran: it accepts nothing until it is restarted"
+            log.critical("ledger.lost", path=str(self._path), reason=self._loss)
+        return StoreUnavailableError(self._loss)
+
+    def _rescue(self) -> None:
+        """Copy the files that are open, but have no name any more, to a new file."""
+        target = self._path.with_name(f"{self._path.name}.rescued-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
+        try:
+            make_directory(target.parent)
+            backup.copy(self._connection, target)
+        except (StoreUnavailableError, OSError, exc.DBAPIError) as error:
+            fix = "stop the service, restore the latest backup, start the service"
+            log.critical("ledger.not_rescued", reason=str(error), fix=fix)
+            return
+        fix = f"stop the service, run `flora-receiver restore {target}`, start the service"
+        log.critical(
+            "ledger.rescued", copy=str(target), fix=f"it has all that was received; to go on from it: {fix}"
+        )
+
     def _end_transaction(self) -> None:
         """End an open transaction: after a failed COMMIT SQLAlchemy forgets it, SQLite does not."""
         try:
@@ -198,11 +245,9 @@ class SqliteDatabase:
 
     def _checkpoint(self) -> None:
         """Move the WAL into the file, so that the next start has nothing to recover. Optional."""
-        try:
-            self._connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._connection.rollback()
-        except exc.DBAPIError:
-            pass
+        with contextlib.suppress(exc.DBAPIError, sqlite3.Error):
+            # By the driver: SQLAlchemy would begin a transaction, in which there is no checkpoint.
+            self._connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 class _Bare(Generic[T]):
@@ -223,8 +268,8 @@ def open_read_only(path: Path) -> Iterator[Connection]:
     """
     if not path.exists():
         raise StoreUnavailableError(f"{path} does not exist")
-    lock = _lock_file(path)
-    engine = _sqlite_engine(path, 2_000, read_only=True)
+    files = LedgerFiles(path, create=False)
+    engine = _sqlite_engine(path, 2_000, files, read_only=True)
     try:
         with engine.connect() as connection:
             yield connection
@@ -232,45 +277,10 @@ def open_read_only(path: Path) -> Iterator[Connection]:
         raise _unavailable(error) from error
     finally:
         engine.dispose()
-        os.close(lock)
+        files.close()
 
 
-def _lock_file(path: Path) -> int:
-    try:
-        handle = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o600)
-        match_owner(handle, path.parent)
-    except OSError as error:
-        raise StoreUnavailableError(f"cannot write beside {path}: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        if error.errno not in _IS_HELD:
-            raise StoreUnavailableError(_describe_lock_error(path, error)) from error
-        raise StoreInUseError(
-            f"{path} belongs to another running flora-receiver: stop it, or give this one its own [database] url"
-        ) from error
-    return handle
-
-
-def _make_file(path: Path) -> None:
-    """Make the file, if it is missing, before SQLite does: its log and index get the file's owner."""
-    with contextlib.suppress(OSError):  # SQLite says what is wrong
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        match_owner(handle, path.parent)
-        os.close(handle)
-
-
-def _describe_lock_error(path: Path, error: OSError) -> str:
-    if error.errno in _GIVES_NO_LOCKS:
-        return (
-            f"the file system of {path.absolute().parent} gives no locks ({error.strerror}), and without one two "
-            "processes could write the ledger at once: put it on a local disk"
-        )
-    return f"cannot lock {path}.lock: {error.strerror}"
-
-
-def _sqlite_engine(path: Path, busy_timeout_ms: int, *, read_only: bool) -> Engine:
+def _sqlite_engine(path: Path, busy_timeout_ms: int, files: LedgerFiles, *, read_only: bool) -> Engine:
     # Not from a text: a file's name may hold what is special in a URL.
     engine = create_engine(
         URL.create("sqlite", database=str(path)),
@@ -291,6 +301,18 @@ def _sqlite_engine(path: Path, busy_timeout_ms: int, *, read_only: bool) -> Engi
             "query_only = ON" if read_only else "temp_store = MEMORY",
         ):
             connection.execute(f"PRAGMA {pragma}")
+        # A path that was taken by another file must not be read or written as if it were this one.
+        if (change := files.find_change()) is not None and not change.lock_only:
+            raise sqlite3.OperationalError(change.reason)
+        if not read_only:
+            connection.execute("SELECT count(*) FROM sqlite_master")  # now there is a WAL
+            files.note_side_files()
+
+    if not read_only:
+
+        @event.listens_for(engine, "close")
+        def forget(_connection: sqlite3.Connection, _record: Any) -> None:
+            files.forget_side_files()  # without readers this was the last connection, which removes them
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:

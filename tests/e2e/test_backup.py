@@ -1,11 +1,13 @@
 """A ledger is copied under load, lost, and put back: what was acknowledged before the copy is there, work goes on."""
 
 import asyncio
+import json
 import sqlite3
 import stat
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import pytest
 
 from receiver.errors import StoreInUseError, StoreUnavailableError
@@ -46,8 +48,7 @@ async def test_a_backup_under_load_is_put_back_after_a_crash(stage: Stage) -> No
                 row[0] for row in connection.execute("SELECT run_id FROM runs WHERE settled_at IS NOT NULL")
             }
         assert len(kept) >= 5
-        for path in stage.directory.glob("ledger.db*"):
-            path.unlink()
+        remove_ledger(stage.directory)
         put = await asyncio.to_thread(
             run_command, "restore", "copy.db", "--config", str(config), cwd=stage.directory
         )
@@ -60,6 +61,70 @@ async def test_a_backup_under_load_is_put_back_after_a_crash(stage: Stage) -> No
             await stage.over(*before)
     for run_id in before:
         stage.check_files(run_id)
+
+
+async def test_a_ledger_that_is_removed_under_the_service(stage: Stage) -> None:
+    """No callback is acknowledged any more, and everything acknowledged before is there after a restore.
+
+    So it is also if nothing arrives: the service notices by itself.
+    """
+    config, operations = stage.directory / "receiver.toml", {**TOKEN, "port": free_port()}
+    async with stage.client() as client:
+        async with served(stage, operations=operations) as life:
+            await life.ready(client)
+            run_ids = [f"run_before_{number}" for number in range(20)]
+            answers = await asyncio.gather(*(stage.send(client, stage.body(run_id)) for run_id in run_ids))
+            assert {answer.status_code for answer in answers} == {200}
+            remove_ledger(stage.directory)
+            await eventually(
+                lambda: asyncio.to_thread(find_copy, stage.directory)
+            )  # nothing is sent meanwhile
+            await eventually(lambda: _is_unready(stage, client))
+            answer = await stage.send(client, stage.body("run_late"))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+            env = {
+                "RECEIVER_OPS_TOKEN": TOKEN["token"],
+                "RECEIVER_OPS_URL": f"http://127.0.0.1:{operations['port']}",
+            }
+            made = await asyncio.to_thread(
+                run_command, "backup", "by-hand.db", "--config", str(config), cwd=stage.directory, env=env
+            )
+            assert made.returncode == 0, made.stderr
+            assert await life.stop() == 0
+        lines = [json.loads(line) for line in life.said.splitlines() if line.startswith(b"{")]
+        events = {line["event"]: line for line in lines if line["level"] == "critical"}
+        assert "was removed" in events["ledger.lost"]["reason"]
+        copy = events["ledger.rescued"]["copy"]
+        put = await asyncio.to_thread(
+            run_command, "restore", copy, "--config", str(config), cwd=stage.directory
+        )
+        assert put.returncode == 0, put.stderr
+        async with served(stage, operations=operations) as life:
+            await life.ready(client)
+            assert set(run_ids) <= {row["run_id"] for row in stage.rows("SELECT run_id FROM runs")}
+            assert (await stage.send(client, stage.body("run_late"))).json() == {"status": "accepted"}
+
+
+def remove_ledger(directory: Path) -> None:
+    for path in directory.glob("ledger.db*"):
+        path.unlink()
+
+
+def find_copy(directory: Path) -> list[Path]:
+    return list(directory.glob("ledger.db.rescued-*"))
+
+
+async def _is_unready(stage: Stage, client: httpx.AsyncClient) -> bool:
+    return (await client.get(f"https://127.0.0.1:{stage.port}/readyz")).status_code == 503
+
+
+def test_a_backup_of_no_ledger_is_refused(tmp_path: Path) -> None:
+    """An empty ledger is not created to be copied: the file may have been removed by mistake."""
+    env = {"RECEIVER_OPS_TOKEN": TOKEN["token"], "RECEIVER_OPS_URL": "http://127.0.0.1:9"}
+    done = run_command("backup", "copy.db", cwd=tmp_path, env=env)
+    assert done.returncode != 0
+    assert "does not exist" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 async def _settled(stage: Stage, count: int) -> bool:
