@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from receiver.client.client import ReceiverClient
 from receiver.config import Settings
@@ -145,3 +146,14 @@ async def test_every_socket_that_is_handed_over_is_served(stage: Stage) -> None:
         for url in (f"http://127.0.0.1:{ports[2]}", f"unix:{paths[1]}"):
             with ReceiverClient(url, "t-operations") as receiver:
                 assert await asyncio.to_thread(list, receiver.runs()) == []
+
+
+async def test_workers_say_that_they_do_not_answer_at_a_public_socket(shared: Stage) -> None:
+    """Connections to it wait in its queue for ever, which nobody would notice otherwise."""
+    settings = Settings.model_validate(shared.document())
+    listeners = {"public": [listen("127.0.0.1")]}
+    with capture_logs() as logs:
+        async with Service(settings, only="workers", listeners=listeners).running():
+            pass
+    listeners["public"][0].close()
+    assert [line["log_level"] for line in logs if line["event"] == "listener.unanswered"] == ["warning"]
