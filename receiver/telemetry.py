@@ -33,6 +33,7 @@ def configure_logging(
     The default is standard error. `auto` means console on a terminal, JSON elsewhere.
     """
     stream = stream or sys.stderr
+    is_narrow = not (stream.encoding or "utf-8").lower().startswith("utf")
     console = log_format == "console" or (log_format == "auto" and stream.isatty())
     colors, stream = stream.isatty(), cast("TextIO", _ForgivingStream(stream))
     threshold: int = logging.getLevelNamesMapping()[level.upper()]
@@ -43,7 +44,7 @@ def configure_logging(
         structlog.processors.format_exc_info,
         scrub_event,
     ]
-    renderer: Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
+    renderer: Processor = structlog.processors.JSONRenderer(ensure_ascii=is_narrow)
     if console:
         renderer = structlog.dev.ConsoleRenderer(
             colors=colors, exception_formatter=structlog.dev.plain_traceback
@@ -64,7 +65,7 @@ class _ForgivingStream:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):
             self._stream.write(text)
 
     def flush(self) -> None:

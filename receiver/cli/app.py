@@ -17,6 +17,7 @@ from receiver.cli.dispatches import dispatches
 from receiver.cli.handlers import handlers
 from receiver.cli.options import Ca, Config, Json, OpsPort
 from receiver.cli.runs import runs, techniques_runs
+from receiver.cli.streams import guard_streams
 from receiver.cli.trigger import options as of_trigger
 from receiver.credentials import split_list
 
@@ -294,4 +295,5 @@ app.command("channel")(channel)
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    with guard_streams():
+        app()

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
+from receiver.cli.streams import is_unicode
 from receiver.errors import ConfigError, ReceiverApiError, ReceiverError, StoreUnavailableError
 from receiver.scrubber import mask, mask_all
 
@@ -21,7 +22,12 @@ _KIB = 1024
 
 def print_result(data: Any, text: str, *, as_json: bool) -> None:
     """Print `data` as JSON, or `text`."""
-    print(json.dumps(data, indent=2, default=str, ensure_ascii=False) if as_json else text)
+    print(to_json(data, sys.stdout, indent=2) if as_json else text)
+
+
+def to_json(data: Any, stream: TextIO, *, indent: int | None = None) -> str:
+    """Return `data` as JSON for a stream: with escapes where its encoding lacks characters."""
+    return json.dumps(data, indent=indent, default=str, ensure_ascii=not is_unicode(stream))
 
 
 def print_findings(data: Any, text: str, *, as_json: bool) -> None:
@@ -32,7 +38,7 @@ def print_findings(data: Any, text: str, *, as_json: bool) -> None:
 def print_error(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """Print `data` as JSON on standard output, or `text` on standard error; both are masked."""
     if as_json:
-        print(json.dumps(mask_all(data), indent=2, ensure_ascii=False))
+        print(to_json(mask_all(data), sys.stdout, indent=2))
     else:
         print(mask(text), file=sys.stderr)
 

@@ -3,6 +3,7 @@
 The description of a field is its row in the documentation. `settings.py` combines the sections.
 """
 
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -327,7 +328,9 @@ Filter = Annotated[
     When,
     GetPydanticSchema(
         lambda _, handler: core_schema.no_info_after_validator_function(
-            _to_when, handler.generate_schema(_WhenTable)
+            _to_when,
+            handler.generate_schema(_WhenTable),
+            serialization=core_schema.plain_serializer_function_ser_schema(asdict),
         )
     ),
 ]

@@ -71,6 +71,22 @@ async def test_the_batch_that_the_page_shows(batches: BatchStage) -> None:
     ]
 
 
+@pytest.mark.parametrize("streams", ["<&-", "2>&-", "2>&1 >&- | true", "PYTHONIOENCODING=ascii"])
+async def test_a_batch_ends_well_whatever_its_streams_are(batches: BatchStage, streams: str) -> None:
+    """Closed, narrow, or with nobody who reads them: every row is stored, and the results are written."""
+    file = batches.table(3, "übersicht.csv")
+    words = " ".join(shlex.quote(word) for word in (str(COMMAND), *batches.arguments(file, "--yes")))
+    variable, redirect = (streams, "") if "=" in streams else ("", streams)
+    shell = await asyncio.create_subprocess_exec(
+        "/bin/bash", "-o", "pipefail", "-c", f"{variable} {words} {redirect}",
+        env=batches.environment(), cwd=batches.stage.directory, stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    ended = await batches.end(shell)
+    assert (ended.code, "Traceback" in ended.err) == (0, False), ended
+    batches.check(3, batch="übersicht")
+
+
 async def test_bad_rows_cost_nothing(batches: BatchStage) -> None:
     """All errors are reported at once, every one of them with `--json`; nothing is started."""
     (batches.stage.directory / "bad.csv").write_text(

@@ -1,6 +1,5 @@
 """The output of `dev`: a line for each event and, on a terminal, a status line below them."""
 
-import json
 import sys
 from datetime import datetime
 from typing import Any, Self, TextIO
@@ -8,6 +7,8 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+from receiver.cli.output import to_json
 
 __all__ = ["View"]
 
@@ -57,8 +58,7 @@ class View:
         at = datetime.now().astimezone()
         if self._json:
             document = {"at": at.isoformat(timespec="milliseconds"), "kind": kind, **data}
-            line = json.dumps(document, default=str, ensure_ascii=False)
-            print(line, file=self._stream, flush=True)
+            print(to_json(document, self._stream), file=self._stream, flush=True)
             return
         line = f"{at:%H:%M:%S}  {kind:<8}  {text}"
         if self._console is None:
