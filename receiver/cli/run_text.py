@@ -17,6 +17,7 @@ def describe_run(run: "RunView") -> Iterator[str]:
         "workspace": run.workspace_id,
         "error": " ".join(filter(None, (run.error_code, run.error_message))) or run.lost_reason,
         "cost": format_cost(run),
+        "reads": describe_hold(run),
         "metadata": json.dumps(dict(run.metadata), ensure_ascii=False) if run.metadata else None,
     }
     yield from (f"  {name:<10} {value}" for name, value in facts.items() if value)
@@ -35,12 +36,20 @@ def describe_end(run: "RunView") -> Iterator[str]:
     if not run.finished:
         command = f"flora-receiver runs wait {run.run_id}"
         yield f"Not finished yet: {run.state}. To keep waiting: {command}"
+        if held := describe_hold(run):
+            yield held
     elif not run.succeeded:
         reason = run.error_message or run.error_code or run.lost_reason or ""
         yield f"{run.state}{f': {reason}' if reason else ''}"
         for work in run.dispatches:
             if work.state == "dead":
                 yield f"{work.handler} gave up: {work.last_error}"
+
+
+def describe_hold(run: "RunView") -> str | None:
+    """Return why the run is not read from FLORA now, as a sentence."""
+    held = run.reads_held
+    return None if held is None else f"Nothing is read until {format_time(held.until)} UTC: {held.reason}."
 
 
 def format_cost(run: "RunView") -> str:

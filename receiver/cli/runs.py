@@ -12,7 +12,14 @@ from receiver.cli.connection import api_client
 from receiver.cli.explanation import explain_run
 from receiver.cli.options import Handler, Json, Limit, Metadata, RunId, Timeout, WorkspaceId
 from receiver.cli.output import FAILED, format_table, print_result
-from receiver.cli.run_text import describe_end, describe_run, format_cost, format_time, to_plain
+from receiver.cli.run_text import (
+    describe_end,
+    describe_hold,
+    describe_run,
+    format_cost,
+    format_time,
+    to_plain,
+)
 
 if TYPE_CHECKING:
     from receiver.client.messages import RunView, StartView
@@ -165,8 +172,12 @@ def refresh(run_id: RunId, json: Json = False) -> None:
     """Read a run from FLORA now, also one that was lost."""
     with api_client(json=json) as receiver:
         run = receiver.refresh(run_id)
-        when = "again for its newest URLs" if run.settled else "now"
-        print_result(to_plain(run), f"Reading {run_id} {when}.", as_json=json)
+        why = ", for its newest URLs" if run.settled else ""
+        held = describe_hold(run)
+        text = (
+            f"{run_id} is due to be read{why}." if held is None else f"{run_id} is due to be read. {held}"
+        )
+        print_result(to_plain(run), text, as_json=json)
 
 
 @runs.command("redispatch")

@@ -162,6 +162,14 @@ class Start(Message):
     metadata: dict[str, Any] = {}
 
 
+class HoldView(Message):
+    """Why a run is not read from FLORA now, though it may be due."""
+
+    reason: str
+    until: Time
+    """When the next attempt is made."""
+
+
 class RunView(Message):
     """A run as the ledger has it."""
 
@@ -188,6 +196,8 @@ class RunView(Message):
     deadline_at: Time | None = None
     next_poll_at: Time | None = None
     polls: int = 0
+    reads_held: HoldView | None = None
+    """Why it is not read now, such as an API key that FLORA refuses. Left out of lists."""
     callback_expected: bool = True
     callback_status: str | None = Field(None, validation_alias=AliasChoices("callback_status", "told"))
     """What callbacks reported: `completed`, `failed`, or `both` if they contradict each other."""

@@ -358,6 +358,7 @@ def build_operations_app(
         stopping=stopping,
         base_url=parts.settings.flora.base_url,
         handlers=parts.handler_names,
+        find_hold=parts.poller.find_hold,
         clock=parts.clock,
     )
     return ops_app(

@@ -21,7 +21,7 @@ costs one more read.
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import assert_never
 
@@ -51,7 +51,7 @@ from receiver.store import Database, ledger
 from receiver.store.changes import Signals
 from receiver.store.rows import from_ms
 from receiver.workers.loop import idle_seconds, run_loop
-from receiver.workers.run_reader import PageFailed, RunReader
+from receiver.workers.run_reader import Held, PageFailed, RunReader
 
 log = structlog.get_logger("receiver.poller")
 
@@ -141,6 +141,14 @@ class Poller:
         self._keys = {key: _KeyState(reader) for key, reader in readers.items()}
         self._workspaces = frozenset(key for key in readers if key is not None)
         """Those with an API key of their own."""
+
+    def find_hold(self, workspace_id: str | None) -> Held | None:
+        """Return why no run of a workspace is read now, as far as this process reads any."""
+        state = self._keys.get(workspace_id if workspace_id in self._workspaces else None)
+        if state is None:
+            until = self._clock() + timedelta(seconds=_NO_KEY_SECONDS)
+            return Held("there is no API key for its workspace: set FLORA_API_KEY", until)
+        return state.reader.held
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Tick until `stopping` is set; then cancel the reads in progress."""

@@ -5,7 +5,7 @@ Called by the poller and the sweeper.
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import structlog
 
@@ -37,6 +37,14 @@ class PageFailed:
     requested_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Why no run is read with an API key, and until when."""
+
+    reason: str
+    until: datetime
+
+
 class RunReader:
     """Reads runs with one API key.
 
@@ -57,7 +65,21 @@ class RunReader:
         self._metrics = metrics
         self._clock = clock
         self._hold = Hold(clock)
-        self._is_refused = False
+        self._refusal: str | None = None
+        """Why FLORA refuses the key, until it accepts it again."""
+
+    @property
+    def held(self) -> Held | None:
+        """Why runs are not read now, or None."""
+        until = self._clock() + timedelta(seconds=self.held_seconds)
+        if self._refusal is not None:
+            reason = f"FLORA does not accept this service's API key ({self._refusal}): check FLORA_API_KEY"
+            return Held(reason, until)
+        if self.rate_limit.held_seconds > 0:
+            return Held("FLORA limits the rate of this API key", until)
+        return (
+            None if self._hold.seconds_left <= 0 else Held("the database does not take what is read", until)
+        )
 
     @property
     def held_seconds(self) -> float:
@@ -137,8 +159,8 @@ class RunReader:
             case 401 | 403:
                 self.hold(_KEY_REFUSED_SECONDS)
                 # Logged once: callbacks are still accepted, but no run can be read.
-                if not self._is_refused:
-                    self._is_refused = True
+                is_news, self._refusal = self._refusal is None, str(error)
+                if is_news:
                     log.critical(
                         "flora.key_refused",
                         **known,
@@ -156,6 +178,6 @@ class RunReader:
                 return error.retry_after
 
     def _note_key_accepted(self) -> None:
-        if self._is_refused:
-            self._is_refused = False
+        if self._refusal is not None:
+            self._refusal = None
             log.warning("flora.key_accepted", workspace_id=self.key)

@@ -176,7 +176,7 @@ def test_a_run_that_was_started_elsewhere_is_tracked(operator: Operator) -> None
 
 def test_a_run_is_refreshed_and_dispatched_again(operator: Operator) -> None:
     run_id = operator.start("--wait")
-    assert "newest URLs" in operator.text("runs", "refresh", run_id)
+    assert f"{run_id} is due to be read, for its newest URLs." in operator.text("runs", "refresh", run_id)
     assert operator.json("runs", "redispatch", run_id, "--handler", "storage")["dispatches"] >= 1
     assert operator.json("runs", "wait", run_id)["state"] == "completed"
     assert "0 dispatches" in operator.text("runs", "redispatch", run_id, "--handler", "nobody", code=1)

@@ -307,8 +307,13 @@ async def test_a_refused_key_is_told_once_and_loudly(sky: Sky) -> None:
         asked = sky.emulator.gate.requests.total()
         await sky.poll(1)
         assert sky.emulator.gate.requests.total() == asked
+        held = sky.poller.find_hold(None)
+        assert held is not None
+        assert "FLORA_API_KEY" in held.reason
+        assert timedelta(0) < held.until - sky.core.clock.now <= timedelta(seconds=60)
         sky.emulator.faults.reset()
         await sky.poll(200)
+        assert sky.poller.find_hold(None) is None
     told = [line["event"] for line in lines if line["log_level"] == "critical"]
     assert told == ["flora.key_refused"]
     assert [line["event"] for line in lines].count("flora.key_accepted") == 1
@@ -374,6 +379,9 @@ async def test_without_a_key_runs_wait(sky: Sky) -> None:
         await poller.tick(core.clock.now)
         await poller.drain()
     assert "poll.no_key" in [line["event"] for line in lines]
+    held = poller.find_hold("ws_1")
+    assert held is not None
+    assert "no API key" in held.reason
     run = await core.run(run_id)
     assert run.state is RunState.OPEN
     assert run.next_poll_at is not None

@@ -220,7 +220,7 @@ class Runner:
             return started
         with self._lock:
             self._active[job.position] = Outcome(job.row, job.key, UNFINISHED, run_id=started)
-        run = self._call(job, partial(self._wait, receiver, started))
+        run = self._call(job, partial(self._wait, receiver, job, started))
         if isinstance(run, Outcome):
             return replace(run, run_id=started)
         return to_outcome(run, row=job.row, key=job.key)
@@ -243,10 +243,12 @@ class Runner:
             self._explain_wait(job, start.error.code, start.error.message)
         return start.run_id
 
-    def _wait(self, receiver: Receiver, run_id: str) -> RunView | None:
+    def _wait(self, receiver: Receiver, job: Job, run_id: str) -> RunView | None:
         """Return the run once it is finished, None if it is not yet."""
         timeout_seconds = min(_WAIT_SECONDS, max(1.0, self._patience_seconds))
         run = receiver.wait(run_id, timeout_seconds=timeout_seconds)
+        if not run.finished and run.reads_held is not None:
+            self._explain_wait(job, "not_read", run.reads_held.reason)
         return run if run.finished else None
 
     def _call(self, job: Job, call: Callable[[], T | None]) -> T | Outcome:

@@ -11,7 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from receiver.client.messages import OneRun, OneTechnique, RunPage, Started, StartPage, TimelineView
+from receiver.client.messages import (
+    HoldView,
+    OneRun,
+    OneTechnique,
+    RunPage,
+    Started,
+    StartPage,
+    TimelineView,
+)
 from receiver.errors import StoreUnavailableError
 from receiver.flora.messages import ids_of_poll_url
 from receiver.flora.start_request import StartRequest
@@ -45,6 +53,7 @@ from receiver.web.ops.timeline import to_timeline
 from receiver.web.ops.views import to_full_run, to_run, to_start
 from receiver.web.ops.wait import until_finished
 from receiver.workers.loop import run_until
+from receiver.workers.run_reader import Held
 from receiver.workers.starter import Conflict, Starter, new_key
 
 _OVER = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.LOST})
@@ -66,8 +75,10 @@ class RunRoutes:
         stopping: asyncio.Event,
         base_url: str,
         handlers: Collection[str],
+        find_hold: Callable[[str | None], Held | None],
         clock: Callable[[], datetime],
     ) -> None:
+        """`find_hold` returns why no run of a workspace is read from FLORA now."""
         self._database = database
         self._intake = intake
         self._starter = starter
@@ -75,6 +86,7 @@ class RunRoutes:
         self._stopping = stopping
         self._origin = _origin(base_url)
         self._handlers = frozenset(handlers)
+        self._find_hold = find_hold
         self._clock = clock
 
     def routes(self) -> Sequence[BaseRoute]:
@@ -187,7 +199,7 @@ class RunRoutes:
         run_id = request.path_params["run_id"]
         await self._read_details(run_id)
         await self._intake.apply(ReadRequested(run_id, self._clock()))
-        return await self._run_response(run_id)
+        return await self._run_response(run_id, is_due=True)
 
     async def starts(self, request: Request) -> Response:
         limit, state, before = limit_of(request), state_of(request, StartState), key_of(request)
@@ -246,9 +258,15 @@ class RunRoutes:
         run = None if details is None else to_full_run(details, self._handlers)
         return json_response(Started(start=to_start(start), run=run, repeated=repeated), status=status)
 
-    async def _run_response(self, run_id: str) -> Response:
+    async def _run_response(self, run_id: str, *, is_due: bool = False) -> Response:
         details = await self._read_details(run_id)
-        return json_response(OneRun(run=to_full_run(details, self._handlers)))
+        run = to_full_run(details, self._handlers)
+        if is_due or not run.settled:
+            held = self._find_hold(details.run.workspace_id)
+            if held is not None:
+                view = HoldView(reason=held.reason, until=held.until)
+                run = run.model_copy(update={"reads_held": view})
+        return json_response(OneRun(run=run))
 
     async def _read_details(self, run_id: str) -> queries.RunDetails:
         details = await self._database.read(lambda tx: queries.run_details(tx, run_id))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from receiver.emulator import parse_faults
 from receiver.model import StartState
 from receiver.store import starts
 from tests.support.postgres import Postgres
@@ -397,6 +398,24 @@ async def test_a_run_is_dispatched_again(ops: Ops) -> None:
     assert ops.stage.files(run_id) == before
     assert (await ops.post(f"/api/runs/{run_id}/redispatch", {"handler": "nobody"}))["dispatches"] == 0
     assert (await ops.post(f"/api/runs/{run_id}/redispatch", {}))["dispatches"] > 1
+
+
+async def test_a_refresh_says_that_reads_are_held(ops: Ops) -> None:
+    """FLORA refuses the key: nothing is read, and the run says so until it is settled."""
+    ops.stage.emulator.faults.add(parse_faults({"kind": "unauthorized", "method": "GET"}))
+    run_id = ops.stage.start(callback=False)
+    await ops.post("/api/runs/track", {"run_id": run_id, "technique_id": "emu-image"})
+
+    async def is_held() -> bool:
+        return "reads_held" in (await ops.get(f"/api/runs/{run_id}"))["run"]
+
+    await eventually(is_held)
+    held = (await ops.post(f"/api/runs/{run_id}/refresh", {}))["run"]["reads_held"]
+    assert "FLORA does not accept this service's API key" in held["reason"]
+    assert "check FLORA_API_KEY" in held["reason"]
+    run = await ops.call_client(lambda receiver: receiver.refresh(run_id))
+    assert run.reads_held is not None
+    assert "reads_held" not in (await ops.get("/api/runs"))["runs"][0]
 
 
 async def test_a_refresh_reads_the_run_now(stage: Stage) -> None:
