@@ -209,7 +209,15 @@ class TableError(ReceiverError):
 
 
 class LocationTakenError(ReceiverError):
-    """Another run's output owns this location in a handler's storage."""
+    """Another run's output owns this location in a handler's storage.
+
+    `pending` means that nothing is stored there yet and that its handler is still at work on it, so
+    that the location may become free.
+    """
+
+    def __init__(self, message: str, *, pending: bool = False) -> None:
+        self.pending = pending
+        super().__init__(message)
 
 
 class TargetUnreachableError(ReceiverError):

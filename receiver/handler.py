@@ -243,11 +243,13 @@ class Context(Protocol):
         has `prompt`, `type`, `model`, `params` and so on. The callback URL and the key are left out.
         """
 
-    async def reserve(self, position: int, output_id: str, location: str) -> None:
+    async def reserve(self, position: int, output_id: str, location: str, *, vacant: bool = False) -> None:
         """Claim a location before writing to it; committed on return.
 
         A further call for the same position moves the claim. Raises LocationTakenError where
-        another run or position holds the location.
+        another run or position holds the location. The claim of a run whose dispatches are over is
+        void if it never stored anything there, and with `vacant` also if it did: that states that
+        the location was looked at after a LocationTakenError, and holds nothing any more.
         """
 
     async def store_artifact(

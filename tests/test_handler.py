@@ -44,7 +44,7 @@ CONTEXT = {
     "save": ["output", "path"],
     "stored": [],
     "request": [],
-    "reserve": ["position", "output_id", "location"],
+    "reserve": ["position", "output_id", "location", "vacant"],
     "store_artifact": ["position", "size", "sha256", "content_type"],
 }
 

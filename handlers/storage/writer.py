@@ -97,7 +97,7 @@ class OutputWriter:
         except (DownloadRefusedError, TooLargeError) as error:
             return Reject(f"{label}: {error}")
         except (LocationTakenError, NotOursError) as error:
-            return Reject(f"{label}: {self._explain_conflict(error)}")
+            return self._to_answer(label, error)
         except DownloadFailedError as error:
             pause = growing_pause(error.retry_after_seconds, self._context.attempt)
             return Retry(f"{label}: {error}", after_seconds=pause, reread=error.expired)
@@ -113,7 +113,7 @@ class OutputWriter:
         except PlaceError as error:
             return Retry(f"manifest: {error}")
         except (LocationTakenError, NotOursError) as error:
-            return Reject(f"manifest: {self._explain_conflict(error)}")
+            return self._to_answer("manifest", error)
         return None
 
     async def write_thumbnail(self, output: StoredOutput) -> None:
@@ -155,7 +155,7 @@ class OutputWriter:
             location = self._place.locate(key)
             digest = await self._check_existing(output, key, location, download)
             if digest is None:
-                await self._context.reserve(output.position, output.output_id, location)
+                await self._reserve(output.position, output.output_id, key)
                 digest = await self._place.write(
                     key,
                     self._limit_size(download),
@@ -179,7 +179,7 @@ class OutputWriter:
         if self._overwrite is Overwrite.SAME and download.content_length in {None, size}:
             existing = await compute_digest(self._place.read(key))
             if await compute_digest(self._limit_size(download)) == existing:
-                await self._context.reserve(output.position, output.output_id, location)
+                await self._reserve(output.position, output.output_id, key)
                 return existing
         raise NotOursError(f"another file exists at {location}")
 
@@ -270,7 +270,7 @@ class OutputWriter:
 
     async def _write_own(self, position: int, name: str, key: str, body: bytes, content_type: str) -> None:
         """Write a file that the handler itself made."""
-        await self._context.reserve(position, name, self._place.locate(key))
+        await self._reserve(position, name, key)
         digest = await self._place.write(
             key,
             _once(body),
@@ -280,9 +280,26 @@ class OutputWriter:
         )
         await self._record(position, digest, content_type)
 
-    def _explain_conflict(self, error: Exception) -> str:
+    async def _reserve(self, position: int, name: str, key: str) -> None:
+        """Claim the location of a key. What lies there decides, not what once did."""
+        location = self._place.locate(key)
+        try:
+            await self._context.reserve(position, name, location)
+        except LocationTakenError as error:
+            # Looked at only now: a file of the other run would have been there before its claim
+            # was known to be that of something stored.
+            if error.pending or await self._place.size(key) is not None:
+                raise
+            await self._context.reserve(position, name, location, vacant=True)
+
+    def _to_answer(self, label: str, error: LocationTakenError | NotOursError) -> Retry | Reject:
+        """Return the answer to a location that is another output's, or may be."""
+        if isinstance(error, LocationTakenError) and error.pending:
+            return Retry(f"{label}: {error}, which has stored nothing there yet")
         key = self._template.text
-        return f"{error}; make the key template {key!r} unique, for example with {{run_id}}"
+        return Reject(
+            f"{label}: {error}; make the key template {key!r} unique, for example with {{run_id}}"
+        )
 
 
 def _to_stored_output(

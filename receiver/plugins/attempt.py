@@ -232,10 +232,12 @@ class AttemptContext:
             return None
         return {name: value for name, value in json.loads(body).items() if name not in _INTERNAL_FIELDS}
 
-    async def reserve(self, position: int, output_id: str, location: str) -> None:
+    async def reserve(self, position: int, output_id: str, location: str, *, vacant: bool = False) -> None:
         run_id, handler = self._leased.run.run_id, self._leased.dispatch.handler
         await self._database.write(
-            lambda tx: queue.reserve_location(tx, run_id, handler, position, output_id, location)
+            lambda tx: queue.reserve_location(
+                tx, run_id, handler, position, output_id, location, vacant=vacant
+            )
         )
 
     async def store_artifact(

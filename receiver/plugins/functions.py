@@ -205,9 +205,9 @@ class BlockingContext:
         """Return the request that started the run, or None if it was not started here."""
         return self._wait_for(self._context.request)
 
-    def reserve(self, position: int, output_id: str, location: str) -> None:
+    def reserve(self, position: int, output_id: str, location: str, *, vacant: bool = False) -> None:
         """Claim a location before writing to it; committed on return."""
-        self._wait_for(lambda: self._context.reserve(position, output_id, location))
+        self._wait_for(lambda: self._context.reserve(position, output_id, location, vacant=vacant))
 
     def store_artifact(self, position: int, *, size: int, sha256: str, content_type: str | None) -> None:
         """Record that the bytes at the reserved location are durable; committed on return."""

@@ -32,6 +32,7 @@ from receiver.store.schema import artifacts, dispatch_attempts, dispatches
 READY: ColumnElement[str] = literal_column(f"'{DispatchState.READY.value}'")
 _LEASED: ColumnElement[str] = literal_column(f"'{DispatchState.LEASED.value}'")
 UNFINISHED = (READY, _LEASED)
+_UNFINISHED_VALUES = frozenset({DispatchState.READY.value, DispatchState.LEASED.value})
 
 DISPATCH_COLUMNS = (
     *dispatches.c,
@@ -338,12 +339,22 @@ def artifacts_of_runs(
 
 
 def reserve_location(
-    tx: Connection, run_id: str, handler: str, position: int, output_id: str, location: str
+    tx: Connection,
+    run_id: str,
+    handler: str,
+    position: int,
+    output_id: str,
+    location: str,
+    *,
+    vacant: bool = False,
 ) -> None:
     """Reserve a location for an output, in place of an earlier one of the same output.
 
-    Raises LocationTakenError if the location belongs to another output.
+    Raises LocationTakenError if the location belongs to another output. A claim is void if its
+    run's dispatches are over and nothing is stored there: it never was, or, as `vacant` states, no
+    longer is.
     """
+    _delete_void_claim(tx, run_id, handler, position, location, vacant=vacant)
     statement = postgresql.insert(artifacts).values(
         run_id=run_id, handler=handler, position=position, output_id=output_id, location=location
     )
@@ -361,7 +372,34 @@ def reserve_location(
     try:
         tx.execute(moved)
     except IntegrityError as error:
-        raise LocationTakenError(f"{location} belongs to another output") from error
+        # Another process has reserved it at the same time.
+        raise LocationTakenError(f"{location} belongs to another output", pending=True) from error
+
+
+def _delete_void_claim(
+    tx: Connection, run_id: str, handler: str, position: int, location: str, *, vacant: bool
+) -> None:
+    """Delete the claim of another run to a location if it is void, else raise LocationTakenError."""
+    held = and_(artifacts.c.handler == handler, artifacts.c.location == location)
+    row = tx.execute(select(artifacts).where(held)).mappings().one_or_none()
+    if row is None or (row["run_id"], row["position"]) == (run_id, position):
+        return
+    holder = to_artifact(row)
+    # Locked, or its dispatch might be retried, and find its claim, before this commit.
+    states = tx.execute(
+        select(dispatches.c.state)
+        .where(dispatches.c.run_id == holder.run_id, dispatches.c.handler == handler)
+        .order_by(dispatches.c.seq)
+        .with_for_update()
+    ).scalars()
+    is_at_work = holder.run_id == run_id or not {*states}.isdisjoint(_UNFINISHED_VALUES)
+    has_file = holder.stored_at is not None and not vacant
+    if is_at_work or has_file:
+        raise LocationTakenError(
+            f"{location} belongs to another output, at position {holder.position} of {holder.run_id}",
+            pending=is_at_work and not has_file and holder.run_id != run_id,
+        )
+    tx.execute(artifacts.delete().where(held, artifacts.c.run_id == holder.run_id))
 
 
 def store_artifact(

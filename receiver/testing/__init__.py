@@ -3,13 +3,14 @@
 `receiver.testing.fixtures` offers it as pytest fixtures. The service itself does not use it.
 """
 
-from receiver.testing.context import Lines, MemoryContext
+from receiver.testing.context import Claim, Lines, MemoryContext
 from receiver.testing.downloads import MediaServer, Page, page, redirect, serve_media, serving
 from receiver.testing.runs import SETTLED_AT, a_settled_run, signed_callback
 from receiver.testing.stand import Stand, run_stand, standing
 
 __all__ = [
     "SETTLED_AT",
+    "Claim",
     "Lines",
     "MediaServer",
     "MemoryContext",

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ class Lines:
         self.lines.append(("error", event, values))
 
 
+class Claim(StrEnum):
+    """What another run's claim to a location is worth."""
+
+    STORED = "stored"
+    """Something is stored there."""
+    PENDING = "pending"
+    """Nothing is stored there yet, and its handler is still at work."""
+    VOID = "void"
+    """Nothing was stored there, and its dispatches are over."""
+
+
 @dataclass
 class MemoryContext:
     """The context of one run; implements `receiver.handler.Context`."""
@@ -66,6 +78,8 @@ class MemoryContext:
     """The artifacts that other handlers have stored for the run."""
     asked: Mapping[str, Any] | None = None
     """The request that `request` returns; None for a run that was not started by the receiver."""
+    claims: dict[str, Claim] = field(default_factory=dict)
+    """What the claims in `places` are worth, by run: `STORED` unless it says otherwise."""
 
     @property
     def idempotency_key(self) -> str:
@@ -97,15 +111,22 @@ class MemoryContext:
         """Return `asked`."""
         return self.asked
 
-    async def reserve(self, position: int, output_id: str, location: str) -> None:
+    async def reserve(self, position: int, output_id: str, location: str, *, vacant: bool = False) -> None:
         """Claim a location. Raises LocationTakenError where another run or position holds it."""
-        if self.places.setdefault(location, (self.run_id, position)) != (self.run_id, position):
-            raise LocationTakenError(f"{location} is taken by another run")
+        holder = self.places.get(location, (self.run_id, position))
+        if holder != (self.run_id, position):
+            claim = self.claims.get(holder[0], Claim.STORED)
+            is_void = claim is Claim.VOID or (vacant and claim is Claim.STORED)
+            if holder[0] == self.run_id or not is_void:
+                raise LocationTakenError(
+                    f"{location} is taken by another run", pending=claim is Claim.PENDING
+                )
+        self.places[location] = (self.run_id, position)
         known = self.records.get(position)
         if known is not None and known.location == location:
             return
         if known is not None:
-            del self.places[known.location]
+            self.places.pop(known.location, None)
         self.records[position] = Artifact(
             run_id=self.run_id,
             handler=self.handler,

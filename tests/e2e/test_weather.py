@@ -318,3 +318,28 @@ async def _more_than(stage: Stage, asked: int) -> bool:
 
 async def _leased(stage: Stage, run_id: str) -> bool:
     return any(row["state"] == "leased" for row in stage.dispatches(run_id, "storage"))
+
+
+async def test_what_lies_at_a_place_decides_who_may_store_there(stage: Stage) -> None:
+    """A run that died without storing anything keeps no place, nor does one whose file was removed; a file does."""
+    options = {"url": str(stage.outputs), "key": "{technique_id}/{output_id}{ext}"}
+    handlers = [{"use": "storage", "max_attempts": 1, "options": options}]
+
+    async def outcome(*faults: Fault) -> tuple[str, str]:
+        run_id = await stage.track(service, "emu-image", *faults)
+        await stage.over(run_id)
+        dispatch = stage.dispatches(run_id, "storage")[0]
+        return dispatch["state"], dispatch["last_error"] or ""
+
+    async with stage.service(handlers=handlers) as service:
+        assert (await outcome({"kind": "expired"}))[0] == "dead"
+        cut = await outcome({"kind": "size", "bytes": 1_500_000}, {"kind": "wrong_length", "delta": 100})
+        assert (cut[0], "cut" in cut[1]) == ("dead", True)
+        assert await outcome() == ("done", "")
+        (file,) = stage.outputs.glob("*/*.png")
+        taken = await outcome()
+        assert taken[0] == "dead"
+        assert "make the key template" in taken[1]
+        file.unlink()
+        assert await outcome() == ("done", "")
+        assert file.exists()

@@ -33,6 +33,7 @@ from receiver.handler import (
     Retry,
     SettledRun,
 )
+from receiver.testing import Claim
 from receiver.testing.stand import run_stand
 from tests.support.media import MediaServer, Page, page
 
@@ -392,6 +393,37 @@ async def test_a_file_that_is_not_the_runs_own(
         assert context.records[0].sha256 == hashlib.sha256(PNG).hexdigest()
     if overwrite != "always":
         assert path.stat() == before
+
+
+@pytest.mark.parametrize(
+    ("claim", "there", "kind"),
+    [
+        (Claim.PENDING, False, Retry),
+        (Claim.VOID, False, Done),
+        (Claim.STORED, False, Done),
+        (Claim.STORED, True, Reject),
+    ],
+)
+async def test_a_place_of_another_run(
+    root: Path, run: SettledRun, context_of: ContextOf, claim: Claim, there: bool, kind: type
+) -> None:
+    """It is waited for while the other run may still store there; then what lies there decides, whatever was claimed."""
+    handler = storage(root, key="{technique_id}/{output_id}{ext}", overwrite="always")
+    run, other = replace(run, outputs=(text(0),)), context_of("run_2")
+    place = handler._place.locate("tech_1/words.txt")
+    await other.reserve(0, "words", place)
+    if there:
+        (root / "tech_1").mkdir(parents=True)
+        (root / "tech_1/words.txt").write_bytes(b"of run_2")
+    answer = await handler.handle(run, context_of(claims={"run_2": claim}))
+    assert isinstance(answer, kind)
+    if kind is Retry:
+        assert "is taken by another run, which has stored nothing there yet" in reason(answer)
+    elif kind is Reject:
+        assert "make the key template" in reason(answer)
+        assert files(root)["tech_1/words.txt"] == b"of run_2"
+    else:
+        assert files(root)["tech_1/words.txt"] == "Grüße".encode()
 
 
 async def test_two_receivers_may_share_a_directory(

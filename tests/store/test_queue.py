@@ -1,5 +1,6 @@
 """The queue of dispatches: who may work on what, and that a worker which lost its lease changes nothing."""
 
+import asyncio
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -8,7 +9,7 @@ from sqlalchemy import event, exc
 
 from receiver.errors import LocationTakenError
 from receiver.model import Dispatch, DispatchState, Event, Lane, RunState
-from receiver.store import Database, ledger, queue
+from receiver.store import Database, ledger, queue, redispatch
 from receiver.store.queue import Leased
 from receiver.store.rows import to_ms
 from tests.support.core import NOW, OUTPUT, Core, a_run
@@ -360,10 +361,18 @@ async def test_impossible_dispatches_are_refused(database: Database, change: str
 
 
 async def reserve(
-    database: Database, location: str, run_id: str = "run_1", position: int = 0, handler: str = "h"
+    database: Database,
+    location: str,
+    run_id: str = "run_1",
+    position: int = 0,
+    handler: str = "h",
+    *,
+    vacant: bool = False,
 ) -> None:
     await database.write(
-        lambda tx: queue.reserve_location(tx, run_id, handler, position, "output_1", location)
+        lambda tx: queue.reserve_location(
+            tx, run_id, handler, position, "output_1", location, vacant=vacant
+        )
     )
 
 
@@ -407,10 +416,80 @@ async def test_a_claim_moves_and_frees_its_old_place(database: Database) -> None
     await store(database)
     await reserve(database, "/b")
     assert await places(database) == [(0, "/b", False)]
+    await add(database, ("run_2", Event.SETTLED))
     await reserve(database, "/a", run_id="run_2")
     with pytest.raises(LocationTakenError):
         await reserve(database, "/a")
     assert await places(database) == [(0, "/b", False)]
+
+
+@pytest.mark.parametrize("state", [DispatchState.DEAD, DispatchState.DONE])
+async def test_a_place_where_nothing_was_stored_is_free_once_its_dispatches_are_over(
+    database: Database, state: DispatchState
+) -> None:
+    """Dead or done: its claim is void. As long as one dispatch may still store there, the place is kept for it."""
+    await add(database, ("run_1", Event.SETTLED, state, 0), ("run_1", Event.COST_FINAL))
+    await reserve(database, "/a")
+    with pytest.raises(LocationTakenError, match="another output, at position 0 of run_1") as caught:
+        await reserve(database, "/a", run_id="run_2")
+    assert caught.value.pending, "ready"
+    (leased,) = await claim(database)
+    with pytest.raises(LocationTakenError) as caught:
+        await reserve(database, "/a", run_id="run_2")
+    assert caught.value.pending, "leased"
+    await finish(database, leased)
+    await reserve(database, "/a", run_id="run_2")
+    assert await places(database) == []
+    assert await places(database, "run_2") == [(0, "/a", False)]
+
+
+async def test_a_place_where_something_is_stored_is_free_only_if_it_is_seen_to_be_vacant(
+    database: Database,
+) -> None:
+    """The ledger cannot know that a file is gone; the handler that looked says so, once all work there is over."""
+    await add(database, ("run_1", Event.SETTLED))
+    await reserve(database, "/a")
+    await store(database)
+    for vacant in (False, True):
+        with pytest.raises(LocationTakenError) as caught:
+            await reserve(database, "/a", run_id="run_2", vacant=vacant)
+        assert caught.value.pending == vacant
+    (leased,) = await claim(database)
+    await finish(database, leased)
+    with pytest.raises(LocationTakenError) as caught:
+        await reserve(database, "/a", run_id="run_2")
+    assert not caught.value.pending
+    with pytest.raises(LocationTakenError):
+        await reserve(database, "/a", position=1, vacant=True)
+    await reserve(database, "/a", run_id="run_2", vacant=True)
+    assert await places(database, "run_2") == [(0, "/a", False)]
+
+
+async def test_a_retry_of_a_dead_dispatch_and_a_claim_to_its_place_exclude_each_other(
+    database: Database,
+) -> None:
+    """Whichever commits first has the place: two runs never believe that it is theirs."""
+    await add(database, ("run_1", Event.SETTLED, DispatchState.DEAD, 0), ("run_2", Event.SETTLED))
+    await reserve(database, "/a")
+
+    async def retry() -> tuple[Leased, ...]:
+        dead = [DispatchState.DEAD]
+        await database.write(
+            lambda tx: redispatch.retry_dispatches(
+                tx, redispatch.seqs_to_retry(tx, states=dead, limit=1), now=NOW, states=dead
+            )
+        )
+        return await claim(database, limit=1)
+
+    retried, taken = await asyncio.gather(
+        retry(), reserve(database, "/a", run_id="run_2"), return_exceptions=True
+    )
+    kept = await places(database)
+    assert bool(kept) == isinstance(taken, LocationTakenError)
+    assert not isinstance(retried, BaseException)
+    assert [artifact.location for leased in retried for artifact in leased.artifacts] == (
+        ["/a"] if kept and retried[0].run.run_id == "run_1" else []
+    )
 
 
 async def test_positions_before_the_first_are_the_handlers_own(database: Database) -> None:

@@ -72,9 +72,9 @@ class LastingContext(MemoryContext):
         new.rename(self.ledger)
         self.death.step(f"after {name}")
 
-    async def reserve(self, position: int, output_id: str, location: str) -> None:
+    async def reserve(self, position: int, output_id: str, location: str, *, vacant: bool = False) -> None:
         self.death.step("before reserve")
-        await super().reserve(position, output_id, location)
+        await super().reserve(position, output_id, location, vacant=vacant)
         self.save_ledger("reserve")
 
     async def store_artifact(

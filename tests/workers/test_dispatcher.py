@@ -798,7 +798,7 @@ async def test_a_context_reserves_and_stores(bench: Bench) -> None:
     row = (await bench.core.dispatches("run_2"))[0]
     assert (row.state, row.last_error) == (
         DispatchState.READY,
-        f"{LocationTakenError.__name__}: /same belongs to another output",
+        f"{LocationTakenError.__name__}: /same belongs to another output, at position 0 of run_1",
     )
 
 
