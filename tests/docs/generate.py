@@ -162,7 +162,7 @@ def _faults() -> str:
         )
         for kind, (family, own) in KINDS.items()
     )
-    return to_table("kind | strikes | options | effect", rows)
+    return to_table("kind | affects | options | effect", rows)
 
 
 def _fault_option(name: str, default: object) -> str:

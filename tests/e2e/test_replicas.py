@@ -306,7 +306,7 @@ async def test_a_database_that_hangs_does_not_keep_the_process(
     shared: Stage, postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing answers any more, not even with an error: callers get their 503, and stopping ends; nobody was told 200."""
-    monkeypatch.setattr(commits, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(commits, "_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(postgres, "_CLOSE_SECONDS", 0.2)
     for name in ("_LOOPS_SECONDS", "_COMMIT_SECONDS"):
         monkeypatch.setattr(service_module, name, 0.2)

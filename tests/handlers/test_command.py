@@ -1,4 +1,4 @@
-"""Command: real programs, well-behaved and not; what they are told, what is kept of them, and that nothing is left."""
+"""The handler `command` with real programs: their input, their output, and what is left."""
 
 import asyncio
 import errno
@@ -48,7 +48,7 @@ def work(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def build(work: Path) -> Iterator[Build]:
-    """Make handlers: `build(program, *arguments, **options)`. Afterwards no working directory may be left."""
+    """Make handlers: `build(program, *arguments, **options)`. No working directory may be left."""
 
     def make(*command: str, **options: Any) -> Command:
         config = CommandConfig.model_validate(
@@ -57,7 +57,7 @@ def build(work: Path) -> Iterator[Build]:
         return Command(config, parent=work, environ=ENVIRONMENT)
 
     yield make
-    assert left(work) == []
+    assert leftovers(work) == []
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def left(work: Path) -> list[Path]:
+def leftovers(work: Path) -> list[Path]:
     return list(work.glob("*")) if work.exists() else []
 
 
@@ -95,7 +95,7 @@ def reason(answer: Answer) -> str:
     return answer.reason
 
 
-def printed(answer: Answer) -> str:
+def output_of(answer: Answer) -> str:
     assert isinstance(answer, Done), answer
     return str(answer.result["output"])
 
@@ -104,14 +104,14 @@ def text(position: int, value: str, output_id: str = "words") -> Output:
     return Output(position=position, output_id=output_id, type="text", value=value)
 
 
-async def heard(fifo: Path) -> int:
-    """Wait until a program writes a process id into a FIFO, and return a descriptor that tells when it has ended."""
+async def wait_for_pid(fifo: Path) -> int:
+    """Return a descriptor of the process whose id a program writes into a FIFO."""
     pid = int(await asyncio.to_thread(fifo.read_text))
     return os.pidfd_open(pid)
 
 
 def is_gone(process: int) -> bool:
-    """Tell whether the process behind a descriptor ends; a kill needs a moment to arrive."""
+    """Whether the process behind a descriptor ends; a kill takes a moment."""
     poll = select.poll()
     poll.register(process, select.POLLIN)
     try:
@@ -120,7 +120,7 @@ def is_gone(process: int) -> bool:
         os.close(process)
 
 
-async def test_it_is_what_the_service_takes_for_a_handler(build: Build) -> None:
+async def test_it_is_a_handler_with_a_check(build: Build) -> None:
     """The contract's protocols; and its own check passes where the program is there."""
     handler = build("sh")
     assert isinstance(handler, Handler)
@@ -134,18 +134,18 @@ async def test_the_run_comes_on_stdin_and_in_a_file(
     build: Build, run: SettledRun, context_of: ContextOf
 ) -> None:
     """The same bytes twice: the JSON form of the run."""
-    told = printed(
+    output = output_of(
         await build("sh", "-c", 'cmp - "$RUN_FILE" && cat "$RUN_FILE"').handle(run, context_of())
     )
-    document = json.loads(told)
+    document = json.loads(output)
     assert (document["schema"], document["run_id"], document["metadata"]) == (1, "run_1", {"market": "DE"})
     assert document["idempotency_key"] == "run_1:test:settled:0"
 
 
 async def test_the_whole_environment_is_known(build: Build, run: SettledRun, context_of: ContextOf) -> None:
-    """What is passed on, what is configured and what tells about the run; nothing else, and no secret of ours."""
+    """Only what is passed on, configured, and from the run; no secret of the service."""
     handler = build("env", env={"TOKEN": "for the program"}, max_output=65536)
-    result = printed(await handler.handle(run, context_of(attempt=3)))
+    result = output_of(await handler.handle(run, context_of(attempt=3)))
     found = dict(line.split("=", 1) for line in result.splitlines())
     place = found.pop("RUN_FILE")
     assert place.endswith("/run.json")
@@ -182,7 +182,7 @@ async def test_the_whole_environment_is_known(build: Build, run: SettledRun, con
 async def test_metadata_cannot_take_another_name_or_burst_the_environment(
     build: Build, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Odd keys become plain names behind their prefix; what is ambiguous or huge stands in the JSON alone."""
+    """Odd keys become plain names; ambiguous or huge ones are in the JSON only."""
     metadata = {
         "path=/evil": "x",
         "two words": [1, None],
@@ -192,13 +192,15 @@ async def test_metadata_cannot_take_another_name_or_burst_the_environment(
         "nul": "a\x00b\ud800",
         **{f"many{n}": "m" * 8000 for n in range(1000)},
     }
-    told = printed(
+    output = output_of(
         await build("env", max_output=65536).handle(replace(run, metadata=metadata), context_of())
     )
-    assert sum(line.startswith("RUN_METADATA_MANY") for line in told.splitlines()) == 8
+    assert sum(line.startswith("RUN_METADATA_MANY") for line in output.splitlines()) == 8
     few = dict(list(metadata.items())[:6])
-    told = printed(await build("env", max_output=65536).handle(replace(run, metadata=few), context_of()))
-    found = {line for line in told.splitlines() if line.startswith("RUN_METADATA")}
+    output = output_of(
+        await build("env", max_output=65536).handle(replace(run, metadata=few), context_of())
+    )
+    found = {line for line in output.splitlines() if line.startswith("RUN_METADATA")}
     assert found == {
         "RUN_METADATA_PATH__EVIL=x",
         "RUN_METADATA_TWO_WORDS=[1, null]",
@@ -207,7 +209,7 @@ async def test_metadata_cannot_take_another_name_or_burst_the_environment(
 
 
 async def test_arguments_pass_unchanged(build: Build, run: SettledRun, context_of: ContextOf) -> None:
-    """There is no shell: what would mean something to one is an argument like any other."""
+    """There is no shell: its special characters are ordinary ones."""
     odd = [
         "$(id)",
         "; rm -rf x",
@@ -225,14 +227,14 @@ async def test_arguments_pass_unchanged(build: Build, run: SettledRun, context_o
     ]
     show = "import json, sys; print(json.dumps(sys.argv[1:]))"
     show = show.replace("{", "{{").replace("}", "}}")
-    told = printed(await build(sys.executable, "-c", show, *odd).handle(run, context_of()))
-    assert json.loads(told) == [argument.replace("{{}}", "{}") for argument in odd]
+    output = output_of(await build(sys.executable, "-c", show, *odd).handle(run, context_of()))
+    assert json.loads(output) == [argument.replace("{{}}", "{}") for argument in odd]
 
 
 async def test_fields_in_arguments_are_safe_for_file_names(
     build: Build, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Ids and times stand as they are; what could leave a directory or become an option is changed."""
+    """Ids and times are unchanged; what could leave a directory or become an option is changed."""
     run = replace(run, metadata={"market": "../../etc", "option": "--delete", "n": 3}, project_id=None)
     arguments = [
         "{run_id}/{completed_at:%Y/%m}",
@@ -242,10 +244,10 @@ async def test_fields_in_arguments_are_safe_for_file_names(
         "{project_id}",
         "{created_at}",
     ]
-    told = printed(await build("printf", "%s\n", *arguments).handle(run, context_of())).splitlines()
-    assert told[0] == "run_1/2026/11"
-    assert told[1].startswith("--market=_.._etc-")
-    assert told[2:] == ["_--delete", "3_", "_", "20261124T115800Z"]
+    output = output_of(await build("printf", "%s\n", *arguments).handle(run, context_of())).splitlines()
+    assert output[0] == "run_1/2026/11"
+    assert output[1].startswith("--market=_.._etc-")
+    assert output[2:] == ["_--delete", "3_", "_", "20261124T115800Z"]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ async def test_the_exit_code_is_the_answer(
     code: int,
     kind: type[Answer],
 ) -> None:
-    """0 is done, 75 retries, others as configured; the reason carries the code and the last words."""
+    """0 is done, 75 retries, others as configured; the reason has code and last output."""
     answer = await build("sh", "-c", f"echo last words >&2; exit {code}", **options).handle(
         run, context_of()
     )
@@ -293,7 +295,7 @@ async def test_death_by_a_signal_is_tried_again(
 async def test_an_exit_code_that_cannot_be_read_is_no_success(
     build: Build, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """With SIGCHLD ignored the system throws exit codes away: the check says so, and nothing counts as done."""
+    """With SIGCHLD ignored the system discards exit codes: the check fails, and nothing is done."""
     handler, before = build("false"), signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         with pytest.raises(RuntimeError, match="SIGCHLD"):
@@ -306,9 +308,9 @@ async def test_an_exit_code_that_cannot_be_read_is_no_success(
 async def test_where_the_system_cannot_look_without_reaping(
     build: Build, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without `waitid`, as macOS was for long: exit codes and signals are read all the same."""
+    """Without `waitid`, as on older macOS, exit codes and signals are still read."""
     monkeypatch.delattr(os, "waitid")
-    assert printed(await build("echo", "fine").handle(run, context_of())) == "fine"
+    assert output_of(await build("echo", "fine").handle(run, context_of())) == "fine"
     assert reason(await build("sh", "-c", "exit 7").handle(run, context_of())) == "sh ended with code 7"
     assert "SIGSEGV" in reason(await build("sh", "-c", "kill -SEGV $$").handle(run, context_of()))
 
@@ -319,7 +321,7 @@ async def test_where_the_system_cannot_look_without_reaping(
 async def test_a_program_may_ignore_what_it_is_given(
     build: Build, run: SettledRun, context_of: ContextOf, body: str
 ) -> None:
-    """Whether or not it reads stdin, or closes what it has: a megabyte of metadata harms nobody."""
+    """A megabyte of metadata does no harm, whether or not the program reads stdin."""
     run = replace(run, metadata={"long": "x" * 1_000_000})
     assert isinstance(await build("sh", "-c", body).handle(run, context_of()), Done)
 
@@ -327,7 +329,7 @@ async def test_a_program_may_ignore_what_it_is_given(
 async def test_output_without_end_costs_no_memory(
     build: Build, run: SettledRun, context_of: ContextOf, tmp_path: Path
 ) -> None:
-    """128 MiB go by; what stays is its end, at the size asked for."""
+    """Of 128 MiB, the end is kept, in the configured size."""
     before = resident()
     body = "head -c 134217728 /dev/zero | tr '\\0' a; printf end"
     answer = await build("sh", "-c", body, max_output=1000).handle(run, context_of())
@@ -342,50 +344,50 @@ def resident() -> int:
 
 
 async def test_output_is_text_whatever_it_is(build: Build, run: SettledRun, context_of: ContextOf) -> None:
-    """Bytes that are no UTF-8, control characters and half characters cannot hurt the record or a terminal."""
+    """Invalid UTF-8, control and cut characters harm neither the record nor a terminal."""
     body = "printf '\\377\\000\\033[31mred\\r\\nnext\\304\\223'"
     assert (
-        printed(await build("sh", "-c", body).handle(run, context_of()))
+        output_of(await build("sh", "-c", body).handle(run, context_of()))
         == "\ufffd\ufffd\ufffd[31mred\nnextē"
     )
     body = "printf 'aēē'"
-    assert printed(await build("sh", "-c", body, max_output=3).handle(run, context_of())) == "ē"
-    assert printed(await build("sh", "-c", body, max_output=0).handle(run, context_of())) == ""
+    assert output_of(await build("sh", "-c", body, max_output=3).handle(run, context_of())) == "ē"
+    assert output_of(await build("sh", "-c", body, max_output=0).handle(run, context_of())) == ""
 
 
 @pytest.mark.parametrize("padding", range(60, 110, 7))
 async def test_secrets_and_media_urls_are_not_kept(
     build: Build, run: SettledRun, context_of: ContextOf, padding: int
 ) -> None:
-    """Not even in part, wherever the cut falls: printed by the program, hidden in the record and in the reason."""
+    """Not even in part, wherever the output is cut: hidden in the record and in the reason."""
     url = "https://media.example/" + "u" * 60
     picture = Output(position=0, output_id="hero", type="imageUrl", value=url)
     body = f"echo $TOKEN {url} $TOKEN {'.' * padding}; exit 3"
     handler = build("sh", "-c", body, env={"TOKEN": "tok-" + "t" * 30}, max_output=100)
-    told = reason(await handler.handle(replace(run, outputs=(picture,)), context_of()))
-    assert "ttt" not in told
-    assert "uuu" not in told
-    assert told.endswith("...")
+    output = reason(await handler.handle(replace(run, outputs=(picture,)), context_of()))
+    assert "ttt" not in output
+    assert "uuu" not in output
+    assert output.endswith("...")
 
 
 async def test_what_is_passed_on_may_be_a_secret_too(
     build: Build, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """It is the program's to use, and not the record's to keep; what every program has is no secret."""
+    """A passed variable is hidden in the record; the usual ones are not secrets."""
     handler = build(
         "sh", "-c", 'echo "$AWS_SECRET_ACCESS_KEY at $HOME"', pass_env=["AWS_SECRET_ACCESS_KEY", "HOME"]
     )
-    assert printed(await handler.handle(run, context_of())) == "[hidden] at /home/of/the/service"
+    assert output_of(await handler.handle(run, context_of())) == "[hidden] at /home/of/the/service"
 
 
-async def test_outputs_are_there_beforehand_if_asked(
+async def test_outputs_are_downloaded_beforehand_if_configured(
     build: Build, run: SettledRun, context_of: ContextOf, media: MediaServer, work: Path
 ) -> None:
     """Each in a file whose name is safe, in one directory, named in the JSON."""
     picture = media.output("/x", page(b"PNG bytes"), output_id="../../-rf")
     run = replace(run, outputs=(picture, text(1, "Grüße")))
     body = 'ls "$RUN_OUTPUTS_DIR"; cat "$RUN_OUTPUTS_DIR"/*; echo; cat'
-    listed = printed(await build("sh", "-c", body, download=True).handle(run, context_of())).splitlines()
+    listed = output_of(await build("sh", "-c", body, download=True).handle(run, context_of())).splitlines()
     *names, contents, document = listed
     assert contents == "PNG bytesGrüße"
     paths = [Path(output["path"]) for output in json.loads(document)["outputs"]]
@@ -399,7 +401,7 @@ async def test_outputs_are_there_beforehand_if_asked(
 async def test_a_download_that_fails_starts_no_program(
     build: Build, run: SettledRun, context_of: ContextOf, media: MediaServer, tmp_path: Path
 ) -> None:
-    """What may work later is tried again, with fresh URLs where these have expired; what never will is rejected."""
+    """What may work later is retried, with new URLs if they have expired; the rest is rejected."""
     handler = build("touch", str(tmp_path / "started"), download=True)
     gone = media.output("/gone", page(b"", status="404 Not Found"))
     refused = Output(position=1, output_id="b", type="imageUrl", value="ftp://media.example/x")
@@ -419,7 +421,7 @@ async def test_a_download_that_fails_starts_no_program(
 async def test_cancelled_while_downloading_it_leaves_nothing(
     build: Build, run: SettledRun, context_of: ContextOf, media: MediaServer, tmp_path: Path
 ) -> None:
-    """The directory goes with the download (the fixture looks), and the program is never started."""
+    """The directory is removed with the download (by the fixture), and no program is started."""
     picture = media.output(
         "/x", replace(page(b"PNG"), raw=b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nPNG", hold=True)
     )
@@ -443,12 +445,12 @@ wait; wait; wait
 async def test_time_up_means_the_whole_group(
     build: Build, run: SettledRun, context_of: ContextOf, script: Script, tmp_path: Path, grace: float
 ) -> None:
-    """A program and its child that ignore SIGTERM are killed after the grace; process and directory are gone."""
+    """A program and its child that ignore SIGTERM are killed after the grace period."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     handler = build(script(STUBBORN.format(fifo=fifo)), kill_after_seconds=grace)
     task = asyncio.create_task(handler.handle(run, context_of()))
-    grandchild = await heard(fifo)
+    grandchild = await wait_for_pid(fifo)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -458,12 +460,12 @@ async def test_time_up_means_the_whole_group(
 async def test_sigterm_comes_first(
     build: Build, run: SettledRun, context_of: ContextOf, script: Script, tmp_path: Path
 ) -> None:
-    """A program that cleans up on SIGTERM gets the chance, and nobody waits longer than it takes."""
+    """A program that cleans up on SIGTERM can do so, and takes no longer than it needs."""
     fifo, tidy = tmp_path / "fifo", tmp_path / "tidy"
     os.mkfifo(fifo)
     body = f"trap 'touch {tidy}; exit 0' TERM; echo $$ > {fifo}; while :; do sleep 0.01; done"
     task = asyncio.create_task(build(script(body), kill_after_seconds=4).handle(run, context_of()))
-    process = await heard(fifo)
+    process = await wait_for_pid(fifo)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -484,12 +486,12 @@ async def test_endless_output_ends_with_the_attempt(
 async def test_cancelled_twice_the_clean_up_goes_on(
     build: Build, run: SettledRun, context_of: ContextOf, script: Script, tmp_path: Path
 ) -> None:
-    """Whoever does not wait for the grace gets away at once; the thread ends the program all the same."""
+    """A second cancellation returns at once; the thread still ends the program."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     handler = build(script(STUBBORN.format(fifo=fifo)), kill_after_seconds=0.5)
     task = asyncio.create_task(handler.handle(run, context_of()))
-    grandchild = await heard(fifo)
+    grandchild = await wait_for_pid(fifo)
     task.cancel()
     await asyncio.sleep(0)
     task.cancel()
@@ -502,62 +504,62 @@ async def test_cancelled_twice_the_clean_up_goes_on(
 async def test_what_a_program_leaves_running_is_ended(
     build: Build, run: SettledRun, context_of: ContextOf, script: Script, tmp_path: Path
 ) -> None:
-    """A child in the background that holds the output open neither hangs the attempt nor outlives it."""
+    """A background child that holds the output open neither delays the attempt nor outlives it."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     body = f"(trap '' TERM; echo begun; sh -c 'echo $PPID' > {fifo}; while :; do sleep 1000; done) & cat {fifo}.go; exit 0"
     os.mkfifo(f"{fifo}.go")
     task = asyncio.create_task(build(script(body)).handle(run, context_of()))
-    child = await heard(fifo)
+    child = await wait_for_pid(fifo)
     await asyncio.to_thread(Path(f"{fifo}.go").write_text, "go\n")
-    assert printed(await task) == "begun\ngo"
+    assert output_of(await task) == "begun\ngo"
     assert is_gone(child)
 
 
 async def test_a_child_that_has_left_the_group_hangs_nothing(
     build: Build, run: SettledRun, context_of: ContextOf, script: Script, tmp_path: Path
 ) -> None:
-    """With a session of its own it cannot be found and lives on; the attempt ends without it."""
+    """A child with its own session cannot be found and lives on; the attempt ends without it."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     body = f"setsid sh -c 'echo $$ > {fifo}; exec sleep 1000' & cat {fifo}.go; exit 0"
     os.mkfifo(f"{fifo}.go")
     task = asyncio.create_task(build(script(body)).handle(run, context_of()))
-    process = await heard(fifo)
+    process = await wait_for_pid(fifo)
     await asyncio.to_thread(Path(f"{fifo}.go").write_text, "go\n")
     try:
-        assert printed(await task) == "go"
+        assert output_of(await task) == "go"
     finally:
         signal.pidfd_send_signal(process, signal.SIGKILL)
     assert is_gone(process)
 
 
 async def test_nothing_of_ours_is_inherited(build: Build, run: SettledRun, context_of: ContextOf) -> None:
-    """Not a listening socket, not even one that was made inheritable: 0, 1 and 2 are all there is."""
+    """Only descriptors 0, 1 and 2 are inherited, not even an inheritable listening socket."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.set_inheritable(True)
-        told = printed(await build("ls", "-l", "/proc/self/fd").handle(run, context_of()))
-    assert "socket" not in told
-    numbers = [line.split()[-3] for line in told.splitlines() if "->" in line]
-    assert numbers == ["0", "1", "2", "3"], told  # 3 is ls reading the directory
-    assert "/proc/" in told.splitlines()[-1]
+        output = output_of(await build("ls", "-l", "/proc/self/fd").handle(run, context_of()))
+    assert "socket" not in output
+    numbers = [line.split()[-3] for line in output.splitlines() if "->" in line]
+    assert numbers == ["0", "1", "2", "3"], output  # 3 is ls reading the directory
+    assert "/proc/" in output.splitlines()[-1]
 
 
-async def test_it_leads_a_session_and_hears_signals(
+async def test_it_leads_a_session_and_gets_signals(
     build: Build, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A session and group of its own; SIGPIPE as usual and nothing blocked, whatever our thread blocks."""
+    """Its own session and group; SIGPIPE as usual, and no signal blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         show = (
             "import os; print(os.getsid(0) == os.getpgid(0) == os.getpid());"
             "print(*[l.split()[1] for l in open('/proc/self/status') if l[:6] in ('SigBlk', 'SigIgn')])"
         )
-        told = printed(await build(sys.executable, "-c", show).handle(run, context_of())).splitlines()
+        output = output_of(await build(sys.executable, "-c", show).handle(run, context_of())).splitlines()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert told[0] == "True"
-    blocked, ignored = (int(mask, 16) for mask in told[1].split())
+    assert output[0] == "True"
+    blocked, ignored = (int(mask, 16) for mask in output[1].split())
     assert blocked == 0
     assert not ignored & (1 << (signal.SIGTERM - 1))
 
@@ -565,21 +567,21 @@ async def test_it_leads_a_session_and_hears_signals(
 async def test_its_directory_is_private_and_fresh(
     build: Build, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """It runs in its own directory, for this user alone, and cannot keep it by locking us out."""
+    """It runs in its own directory, for this user only, and cannot prevent its removal."""
     handler = build(
         "sh", "-c", "stat -c %a .; ls; mkdir -p a/b; touch a/b/c; ln -s /etc link; chmod 0 a; pwd"
     )
-    told = printed(await handler.handle(run, context_of())).splitlines()
-    assert told[:2] == ["700", "run.json"]
-    again = printed(await handler.handle(run, context_of())).splitlines()
+    output = output_of(await handler.handle(run, context_of())).splitlines()
+    assert output[:2] == ["700", "run.json"]
+    again = output_of(await handler.handle(run, context_of())).splitlines()
     assert again[:2] == ["700", "run.json"]
-    assert again[2] != told[2]
+    assert again[2] != output[2]
 
 
-async def test_it_runs_where_it_is_told(
+async def test_it_runs_in_the_configured_directory(
     build: Build, run: SettledRun, context_of: ContextOf, tmp_path: Path
 ) -> None:
-    assert printed(await build("pwd", cwd=str(tmp_path)).handle(run, context_of())) == str(tmp_path)
+    assert output_of(await build("pwd", cwd=str(tmp_path)).handle(run, context_of())) == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -600,7 +602,7 @@ async def test_a_program_that_cannot_be_started_is_tried_again(
     mode: int,
     words: str,
 ) -> None:
-    """It may be being deployed right now; the reason says what is wrong."""
+    """It may be in the middle of a deployment; the reason says what is wrong."""
     path = tmp_path / "program"
     if content is not None:
         path.write_text(content)
@@ -622,7 +624,7 @@ async def test_what_no_system_takes_is_rejected(
 async def test_a_full_disk_is_tried_again(
     build: Build, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without room for what the program is told it is not started."""
+    """If the input cannot be written, the program is not started."""
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -661,8 +663,8 @@ async def test_a_full_disk_is_tried_again(
         ({"shell": True}, "Extra inputs"),
     ],
 )
-def test_a_wrong_configuration_is_told_at_once(options: dict[str, Any], words: str) -> None:
-    """Before anything runs, with words that say what to do."""
+def test_a_wrong_configuration_is_refused_at_once(options: dict[str, Any], words: str) -> None:
+    """Before anything runs, with a message that says what to do."""
     with pytest.raises(ValidationError) as caught:
         CommandConfig.model_validate({"command": ["true"], **options}, context={"environ": {}})
     assert words in str(caught.value)
@@ -681,7 +683,7 @@ def test_a_secret_is_not_shown_with_the_configuration() -> None:
 
 
 async def test_the_check_says_what_is_missing(build: Build, tmp_path: Path, work: Path) -> None:
-    """Program, permission, directory, and a place for temporary directories that is ours alone."""
+    """Program, permission, directory, and a parent directory of this user alone."""
     with pytest.raises(FileNotFoundError, match="nowhere-to-be-found is not in PATH"):
         await build("nowhere-to-be-found").check()
     with pytest.raises(FileNotFoundError, match="/nowhere/to/be does not exist"):
@@ -700,7 +702,7 @@ async def test_the_check_says_what_is_missing(build: Build, tmp_path: Path, work
 async def test_a_place_that_others_prepared_is_not_used(
     build: Build, run: SettledRun, context_of: ContextOf, work: Path, tmp_path: Path
 ) -> None:
-    """In a shared /tmp somebody may have put a link or an open directory under our name."""
+    """In a shared /tmp, another user may have made a link or an open directory of this name."""
     make_link(work, make_directory(tmp_path / "elsewhere", 0o700))
     answer = await build("true").handle(run, context_of())
     assert isinstance(answer, Retry)
@@ -708,13 +710,13 @@ async def test_a_place_that_others_prepared_is_not_used(
 
 
 async def test_directories_of_dead_processes_are_swept_up(build: Build, work: Path) -> None:
-    """A lock tells who lives: what a killed service left is removed at the next start, what is in use stays."""
+    """What a killed service left is removed at the next start; what is locked stays."""
     used, dead = Workdir(work), Workdir(work)
     (dead.path / "outputs").mkdir()
     (dead.path / "outputs" / "big").write_bytes(b"x")
     os.close(dead._lock)  # as the system does for a process that is killed
     await build("true").check()
-    assert left(work) == [used.path.parent]
+    assert leftovers(work) == [used.path.parent]
     used.remove()
 
 
@@ -740,16 +742,16 @@ asyncio.run(handler.handle(RUN, context))
 async def test_a_killed_service_leaves_neither_program_nor_directory(
     build: Build, script: Script, tmp_path: Path, work: Path
 ) -> None:
-    """The next start ends what still runs, since the attempt will be made again; and never another process."""
+    """The next start kills what still runs, since its attempt is repeated; and no other process."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     program = script(STUBBORN.format(fifo=fifo))
     service = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SERVICE, program, str(work), cwd=ROOT
     )
-    orphan = await heard(fifo)
+    orphan = await wait_for_pid(fifo)
     await build("true").check()
-    assert len(left(work)) == 1, "what is in use stays"
+    assert len(leftovers(work)) == 1, "what is in use stays"
     service.kill()
     await service.wait()
     await build("true").check()
@@ -757,7 +759,7 @@ async def test_a_killed_service_leaves_neither_program_nor_directory(
 
 
 async def test_a_number_that_another_process_has_now_is_spared(build: Build, work: Path) -> None:
-    """A leader of a group whose number stood in a left-over record, with another beginning, lives on."""
+    """A group leader whose number is in a leftover record, but which began later, lives on."""
     bystander = await asyncio.create_subprocess_exec("sleep", "1000", start_new_session=True)
     try:
         for record in (f"{bystander.pid} another-boot 1", f"{bystander.pid}", "x y", "", "-1 x", "1 x"):
@@ -765,7 +767,7 @@ async def test_a_number_that_another_process_has_now_is_spared(build: Build, wor
             (dead.path.parent / "program").write_text(record)
             os.close(dead._lock)
             await build("true").check()
-            assert left(work) == []
+            assert leftovers(work) == []
         assert bystander.returncode is None
     finally:
         bystander.kill()
@@ -781,14 +783,14 @@ async def test_many_at_once_keep_apart(build: Build, run: SettledRun, context_of
     answers = await asyncio.gather(
         *(handler.handle(replace(run, run_id=name), context_of(name)) for name in names)
     )
-    assert [printed(answer) for answer in answers] == names
+    assert [output_of(answer) for answer in answers] == names
     assert open_files() == before
 
 
 async def test_the_example_in_the_readme_does_what_it_says(
     build: Build, run: SettledRun, context_of: ContextOf, tmp_path: Path
 ) -> None:
-    """One line for each run, told three times at once and again later."""
+    """One line for each run, delivered three times at once and again later."""
     (source,) = re.findall(
         r"```python\n(#!/usr/bin/env python3\n.*?)```",
         (ROOT / "handlers/README.md").read_text("utf-8"),

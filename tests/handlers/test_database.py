@@ -1,4 +1,4 @@
-"""The user's tables on a real PostgreSQL and a real SQLite file: repeats, old facts, missing tables, frozen servers."""
+"""The handler `database` on PostgreSQL and SQLite: repeats, old versions, failures."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ NUMBERS = iter(range(10_000))
 
 @dataclass
 class Place:
-    """A database of the user's: its URL, and how its owner looks into it."""
+    """A database of the user's: its URL, and queries as its owner."""
 
     dialect: DialectName
     url: str
@@ -91,7 +91,7 @@ def postgres_place(postgres_server: Postgres) -> Place:
 
 
 @pytest.fixture
-async def opened() -> AsyncIterator[Callable[..., Database]]:
+async def open_handler() -> AsyncIterator[Callable[..., Database]]:
     """Build handlers that are closed at the end."""
     handlers: list[Database] = []
 
@@ -104,19 +104,19 @@ async def opened() -> AsyncIterator[Callable[..., Database]]:
         await handler.close()
 
 
-Opened = Callable[..., Database]
+OpenHandler = Callable[..., Database]
 
 
 async def command(*words: str | Path, **env: str) -> str:
-    """Run `handlers schema` with some words in a directory, the last one, and return what it printed."""
+    """Run `handlers schema` with some words in a directory, the last one; return its output."""
     *arguments, directory = words
     process = await asyncio.create_subprocess_exec(
         Path(sys.executable).with_name("flora-receiver"), "handlers", "schema", *arguments,
         cwd=directory, env={"PATH": os.environ["PATH"], **env}, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    told, _ = await process.communicate()
+    printed, _ = await process.communicate()
     assert process.returncode == 0
-    return told.decode()
+    return printed.decode()
 
 
 def media(position: int, url: str = "https://media.example/secret") -> Output:
@@ -145,7 +145,7 @@ def reason(answer: Answer) -> str:
     return answer.reason
 
 
-def everything(place: Place) -> list[list[Any]]:
+def all_rows(place: Place) -> list[list[Any]]:
     return [
         place.execute(f"SELECT * FROM {name} ORDER BY 1, 2, 3")  # noqa: S608  # names of our own
         for name in ("flora_runs", "flora_outputs", "flora_artifacts")
@@ -153,15 +153,15 @@ def everything(place: Place) -> list[list[Any]]:
 
 
 async def test_a_run_becomes_rows(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Run, outputs and everybody's artifacts; times and metadata in the database's own form."""
+    """Run, outputs and artifacts of all handlers; times and metadata in native types."""
     text = Output(position=1, output_id="words", type="text", value="Grüße")
     run = replace(
         run, outputs=(media(0), text), metadata={"market": "DE", "n": [1, 2.5, None]}, charged_cost=0.04
     )
     context = context_of(others=(artifact(0), artifact(0, "copies"), artifact(1, stored_at=None)))
-    handler = opened(place.url, create=True)
+    handler = open_handler(place.url, create=True)
     assert isinstance(handler, Handler | Checks | Closes)
     assert await handler.handle(run, context) == Done({"outputs": 2, "artifacts": 2, "newest": True})
 
@@ -188,9 +188,9 @@ async def test_a_run_becomes_rows(
 
 
 async def test_what_is_printed_is_what_is_needed(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf, tmp_path: Path
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf, tmp_path: Path
 ) -> None:
-    """The command's SQL, applied by psql or sqlite3 (twice: it makes only what is missing), serves the handler."""
+    """The command's SQL, applied twice by psql or sqlite3, creates tables for the handler."""
     tables = 'tables = { runs = "Runs", outputs = "order", artifacts = "artifacts_of_runs" }'
     (tmp_path / "receiver.toml").write_text(
         f'[[handlers]]\nuse = "database"\nname = "mine"\nurl = "env:DB"\n{tables}\n', "utf-8"
@@ -202,7 +202,7 @@ async def test_what_is_printed_is_what_is_needed(
     place.program(printed)
     place.program(printed)
 
-    handler = opened(
+    handler = open_handler(
         place.url, tables={"runs": "Runs", "outputs": "order", "artifacts": "artifacts_of_runs"}
     )
     await handler.check()
@@ -212,22 +212,24 @@ async def test_what_is_printed_is_what_is_needed(
 
 
 async def test_again_changes_nothing(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """The same attempt twice, from two processes, and after a kill between commit and answer: the same rows."""
+    """An attempt repeated, from another process or after a crash, ends in the same rows."""
     run = replace(run, outputs=(media(0), media(1)), charged_cost=0.5)
     context = context_of(others=(artifact(0),))
-    first, second = opened(place.url, create=True), opened(place.url, create=True)
+    first, second = open_handler(place.url, create=True), open_handler(place.url, create=True)
     await first.handle(run, context)
-    before = everything(place)
+    before = all_rows(place)
     assert isinstance(await first.handle(run, context), Done)
     assert isinstance(await second.handle(run, context), Done)
-    assert everything(place) == before
+    assert all_rows(place) == before
 
 
-async def test_many_at_once(place: Place, opened: Opened, run: SettledRun, context_of: ContextOf) -> None:
-    """Two replicas write the same runs at the same time, tables made on the way: no deadlock, nothing twice."""
-    handlers = [opened(place.url, create=True) for _ in range(2)]
+async def test_many_at_once(
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
+) -> None:
+    """Two replicas write the same runs and create the tables: no deadlock, nothing twice."""
+    handlers = [open_handler(place.url, create=True) for _ in range(2)]
     runs = [replace(run, run_id=f"run_{n}", outputs=(media(0), media(1))) for n in range(20)]
     answers = await asyncio.gather(
         *(handler.handle(each, context_of(each.run_id)) for each in runs for handler in handlers)
@@ -239,7 +241,7 @@ async def test_many_at_once(place: Place, opened: Opened, run: SettledRun, conte
 
 @pytest.mark.parametrize("older", [{"version": 3}, {"version": 9, "settled_at": NOW - timedelta(hours=1)}])
 async def test_old_facts_never_replace_new_ones(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf, older: dict[str, Any]
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf, older: dict[str, Any]
 ) -> None:
     """A stale worker finds its row newer: cost, verdict, outputs and artifacts stay as they are."""
     new = replace(
@@ -248,21 +250,21 @@ async def test_old_facts_never_replace_new_ones(
     old = replace(
         run, **older, status="lost", outputs=(media(0), media(1)), charged_cost=None, verdict=None
     )
-    handler = opened(place.url, create=True)
+    handler = open_handler(place.url, create=True)
     await handler.handle(
         new, context_of(others=(artifact(0, size=7, stored_at=NOW + timedelta(seconds=9)),))
     )
-    before = everything(place)
+    before = all_rows(place)
     answer = await handler.handle(old, context_of(others=(artifact(0),)))
     assert answer == Done({"outputs": 2, "artifacts": 1, "newest": False})
-    assert everything(place) == before
+    assert all_rows(place) == before
 
 
 async def test_new_facts_replace_old_ones(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Lost, then found; fewer outputs under fresh URLs; the cost comes, and is not forgotten by a new ledger."""
-    handler = opened(place.url, create=True)
+    """Lost, then found; fewer outputs with new URLs; a known cost survives a new ledger."""
+    handler = open_handler(place.url, create=True)
     await handler.handle(replace(run, status="lost", version=1), context_of(event=Event.LOST))
     found = replace(run, outputs=(media(0), media(1)), settled_at=NOW + timedelta(hours=1), version=2)
     await handler.handle(found, context_of())
@@ -276,13 +278,13 @@ async def test_new_facts_replace_old_ones(
 
 
 async def test_columns_of_the_users_own_stay(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A row that the user made beforehand is filled in; what the user added to it, or to an output, is kept."""
-    await opened(place.url, create=True).check()
+    """A row of the user's is filled in; columns that the user added are kept."""
+    await open_handler(place.url, create=True).check()
     place.execute("ALTER TABLE flora_runs ADD campaign TEXT")
     place.execute("ALTER TABLE flora_outputs ADD approved INTEGER")
-    handler = opened(place.url)
+    handler = open_handler(place.url)
     run = replace(run, outputs=(media(0),))
     await handler.handle(run, context_of())
     place.execute("UPDATE flora_runs SET campaign = 'spring'")
@@ -295,9 +297,9 @@ async def test_columns_of_the_users_own_stay(
 
 
 async def test_what_no_database_can_hold_is_replaced(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """NUL, lone surrogates, numbers that are none, and nesting without end: stored as near as can be."""
+    """NUL, lone surrogates, NaN and endless nesting are stored as closely as possible."""
     deep: Any = "end"
     for _ in range(500):
         deep = [deep]
@@ -310,7 +312,7 @@ async def test_what_no_database_can_hold_is_replaced(
         metadata={bad: bad, "nan": float("nan"), "deep": deep, "big": 2**80},
         outputs=(Output(position=0, output_id=bad, type="text", value=bad),),
     )
-    answer = await opened(place.url, create=True).handle(
+    answer = await open_handler(place.url, create=True).handle(
         run, context_of(others=(artifact(0, location=bad),))
     )
     assert isinstance(answer, Done)
@@ -319,18 +321,20 @@ async def test_what_no_database_can_hold_is_replaced(
 
 
 async def test_texts_may_be_left_out(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
     words = Output(position=0, output_id="words", type="text", value="private")
-    await opened(place.url, create=True, text=False).handle(replace(run, outputs=(words,)), context_of())
+    await open_handler(place.url, create=True, text=False).handle(
+        replace(run, outputs=(words,)), context_of()
+    )
     assert place.execute("SELECT type, url, text FROM flora_outputs") == [("text", None, None)]
 
 
 async def test_waits_for_the_files_of_others(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """With `wait_for` the facts are written at once, and the attempt is done when the named handler's files are, too."""
-    handler = opened(place.url, create=True, wait_for=["storage"])
+    """With `wait_for` rows are written at once; it is done with the other handler's files."""
+    handler = open_handler(place.url, create=True, wait_for=["storage"])
     run = replace(run, outputs=(media(0), media(1)))
     answer = await handler.handle(run, context_of(others=(artifact(0),)))
     assert isinstance(answer, Retry)
@@ -350,13 +354,13 @@ MISSING = {
 
 @pytest.mark.parametrize("missing", MISSING)
 async def test_a_missing_table_says_what_to_do(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf, missing: str
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf, missing: str
 ) -> None:
-    """By the check, and at a run; that one is tried again, and works once the table is there. Nothing is half written."""
-    await opened(place.url, create=True).check()
+    """The check fails, a run is retried until the table exists. Nothing is half written."""
+    await open_handler(place.url, create=True).check()
     sql, word = MISSING[missing]
     place.program(sql + ";")
-    handler = opened(place.url)
+    handler = open_handler(place.url)
     with pytest.raises(DatabaseFailedError, match="handlers schema database") as caught:
         await handler.check()
     assert word in str(caught.value)
@@ -372,8 +376,8 @@ async def test_a_missing_table_says_what_to_do(
     assert isinstance(await handler.handle(run, context_of()), Done)
 
 
-async def test_a_key_that_is_missing_is_told(place: Place, opened: Opened) -> None:
-    """Tables without primary keys would take everything twice."""
+async def test_a_missing_key_is_reported(place: Place, open_handler: OpenHandler) -> None:
+    """Tables without primary keys would accept rows twice."""
     place.program("CREATE TABLE plain (run_id TEXT, position INTEGER);")
     ddl = Database.schema(
         DatabaseConfig.model_validate({"url": place.url, "tables": {"runs": "flora_runs"}})
@@ -389,69 +393,69 @@ async def test_a_key_that_is_missing_is_told(place: Place, opened: Opened) -> No
         )
     )
     with pytest.raises(DatabaseFailedError, match="handlers schema database"):
-        await opened(place.url).check()
+        await open_handler(place.url).check()
 
 
-async def test_a_check_leaves_nothing(place: Place, opened: Opened) -> None:
-    """It writes a made-up run to be sure, and takes it back; rules of the user's own do not make it fail."""
-    handler = opened(place.url, create=True)
+async def test_a_check_leaves_nothing(place: Place, open_handler: OpenHandler) -> None:
+    """It writes a sample run and rolls it back; the user's constraints do not make it fail."""
+    handler = open_handler(place.url, create=True)
     await handler.check()
     await handler.check()
-    assert everything(place) == [[], [], []]
+    assert all_rows(place) == [[], [], []]
 
 
 async def test_values_that_the_users_rules_refuse_are_rejected(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Trying again would not help; the words name the rule, and never the value."""
+    """A retry would not help; the message names the constraint, and never the value."""
     ddl = Database.schema(DatabaseConfig.model_validate({"url": place.url}))
     place.program(ddl.replace("url TEXT,", "url TEXT CONSTRAINT short CHECK (length(url) < 9),"))
-    handler = opened(place.url)
+    handler = open_handler(place.url)
     await handler.check()
     answer = await handler.handle(replace(run, outputs=(media(0),)), context_of())
     assert isinstance(answer, Reject)
     assert "refuses the values" in answer.reason
     assert "media.example" not in answer.reason
-    assert everything(place) == [[], [], []]
+    assert all_rows(place) == [[], [], []]
 
 
 async def test_a_login_without_rights_says_so(
-    postgres_place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+    postgres_place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    await opened(postgres_place.url, create=True).check()
+    await open_handler(postgres_place.url, create=True).check()
     role = f"reader_{next(NUMBERS)}"
     postgres_place.execute(f"CREATE ROLE {role} LOGIN")
     postgres_place.execute(f"GRANT SELECT, INSERT ON flora_runs, flora_outputs, flora_artifacts TO {role}")
-    handler = opened(postgres_place.url.replace("flora@", f"{role}@"))
+    handler = open_handler(postgres_place.url.replace("flora@", f"{role}@"))
     with pytest.raises(DatabaseFailedError, match="permission denied"):
         await handler.check()
     assert "permission denied" in reason(await handler.handle(run, context_of()))
 
 
 async def test_schemas_and_their_making(
-    postgres_place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+    postgres_place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """`schema.table` names put the tables anywhere; `create` makes the schema as well."""
+    """`schema.table` names put the tables anywhere; `create` creates the schema too."""
     names = {"runs": "Sales.runs", "outputs": "Sales.outputs", "artifacts": "archive.artifacts"}
-    handler = opened(postgres_place.url, create=True, tables=names)
+    handler = open_handler(postgres_place.url, create=True, tables=names)
     await handler.check()
     assert isinstance(await handler.handle(replace(run, outputs=(media(0),)), context_of()), Done)
     assert postgres_place.execute('SELECT run_id FROM "Sales".runs') == [("run_1",)]
     with pytest.raises(DatabaseFailedError, match="handlers schema database"):
-        await opened(postgres_place.url, tables={"runs": "nowhere.runs"}).check()
+        await open_handler(postgres_place.url, tables={"runs": "nowhere.runs"}).check()
 
 
 async def test_a_database_that_is_away(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf, tmp_path: Path
+    place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf, tmp_path: Path
 ) -> None:
-    """Nobody there: a warning of the check, a retry of a run, and never the password in it."""
+    """If unreachable: a warning of the check, a retry of a run, and never the password."""
     if place.dialect == "sqlite":
-        handler = opened(f"sqlite:///{tmp_path}/nowhere/runs.db")
+        handler = open_handler(f"sqlite:///{tmp_path}/nowhere/runs.db")
         with pytest.raises(DatabaseFailedError, match="create = true"):
             await handler.check()
         assert not (tmp_path / "nowhere").exists()
     else:
-        handler = opened(f"postgresql://flora:hunter2@127.0.0.1:1/{next(NUMBERS)}")
+        handler = open_handler(f"postgresql://flora:hunter2@127.0.0.1:1/{next(NUMBERS)}")
         with pytest.raises(TargetUnreachableError, match="does not answer") as caught:
             await handler.check()
         assert "hunter2" not in str(caught.value)
@@ -460,16 +464,18 @@ async def test_a_database_that_is_away(
     assert "hunter2" not in answer.reason
 
 
-async def test_a_missing_database_is_no_passing_trouble(postgres_place: Place, opened: Opened) -> None:
+async def test_a_missing_database_is_no_passing_trouble(
+    postgres_place: Place, open_handler: OpenHandler
+) -> None:
     with pytest.raises(DatabaseFailedError, match="refuses the login"):
-        await opened(postgres_place.url.replace("/user_", "/nobody_")).check()
+        await open_handler(postgres_place.url.replace("/user_", "/nobody_")).check()
 
 
 async def test_a_connection_that_died_meanwhile_is_made_anew(
-    postgres_place: Place, opened: Opened, run: SettledRun, context_of: ContextOf
+    postgres_place: Place, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A restart of the server between two runs is not even a retry."""
-    handler = opened(postgres_place.url, create=True)
+    """A restart of the server between two runs does not even cause a retry."""
+    handler = open_handler(postgres_place.url, create=True)
     await handler.handle(run, context_of())
     postgres_place.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -488,7 +494,7 @@ def backends(place: Place) -> Sequence[int]:
 
 
 @pytest.fixture
-def frozen() -> Iterator[Callable[[int], None]]:
+def freeze_process() -> Iterator[Callable[[int], None]]:
     """Freeze server processes of our own; they thaw at the end."""
     stopped: list[int] = []
 
@@ -503,24 +509,24 @@ def frozen() -> Iterator[Callable[[int], None]]:
 
 async def test_a_cancelled_attempt_frees_the_thread(
     postgres_place: Place,
-    opened: Opened,
+    open_handler: OpenHandler,
     run: SettledRun,
     context_of: ContextOf,
-    frozen: Callable[[int], None],
+    freeze_process: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A server that froze in the middle holds one attempt, until its timeout; the next one has a connection of its own."""
-    handler = opened(postgres_place.url, create=True)
+    """A server that froze delays one attempt, until its timeout; the next one connects anew."""
+    handler = open_handler(postgres_place.url, create=True)
     await handler.handle(run, context_of())
     (pid,) = backends(postgres_place)
-    frozen(pid)
+    freeze_process(pid)
     writing, write = threading.Event(), handler._write
 
-    def observed(*args: Any, **kwargs: Any) -> bool:
+    def write_observed(*args: Any, **kwargs: Any) -> bool:
         writing.set()
         return write(*args, **kwargs)
 
-    monkeypatch.setattr(handler, "_write", observed)
+    monkeypatch.setattr(handler, "_write", write_observed)
     waiting = asyncio.create_task(handler.handle(replace(run, run_id="run_2"), context_of("run_2")))
     queued = asyncio.create_task(handler.handle(replace(run, run_id="run_3"), context_of("run_3")))
     await asyncio.to_thread(writing.wait, 30)
@@ -532,13 +538,17 @@ async def test_a_cancelled_attempt_frees_the_thread(
 
 
 async def test_a_locked_table_holds_an_attempt_only_for_a_while(
-    place: Place, opened: Opened, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    open_handler: OpenHandler,
+    run: SettledRun,
+    context_of: ContextOf,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Somebody's long transaction: the attempt gives up by itself, says so, and works afterwards."""
+    """With a long transaction of another program, an attempt fails, says so, and works later."""
     monkeypatch.setattr(
         "handlers.database.connections.STATEMENT_SECONDS", 0.2 if place.dialect == "sqlite" else 1
     )
-    handler = opened(place.url, create=True)
+    handler = open_handler(place.url, create=True)
     await handler.check()
     if place.dialect == "sqlite":
         holder: Any = sqlite3.connect(place.url.removeprefix("sqlite:///"), isolation_level=None)
@@ -557,11 +567,11 @@ async def test_a_locked_table_holds_an_attempt_only_for_a_while(
 
 
 async def test_behind_pgbouncer(
-    pgbouncer: str, opened: Opened, run: SettledRun, context_of: ContextOf
+    pgbouncer: str, open_handler: OpenHandler, run: SettledRun, context_of: ContextOf
 ) -> None:
     """In transaction mode, where nothing may be set for a session."""
     names = {"runs": "behind.runs", "outputs": "behind.outputs", "artifacts": "behind.artifacts"}
-    handler = opened(pgbouncer, create=True, tables=names)
+    handler = open_handler(pgbouncer, create=True, tables=names)
     await handler.check()
     for version in range(3):
         assert isinstance(await handler.handle(replace(run, version=version), context_of()), Done)
@@ -586,7 +596,7 @@ async def test_behind_pgbouncer(
         ({}, "required"),
     ],
 )
-def test_what_is_wrong_is_told_at_once(options: dict[str, Any], words: str) -> None:
+def test_a_wrong_configuration_is_refused_at_once(options: dict[str, Any], words: str) -> None:
     """Before the first run, and without the password."""
     with pytest.raises(ValidationError, match=words) as caught:
         DatabaseConfig.model_validate(options)
@@ -618,7 +628,7 @@ def test_the_password_shows_nowhere() -> None:
 
 
 def test_a_view_of_a_run_has_its_version() -> None:
-    """By which older views are told from newer ones."""
+    """`version` distinguishes older views from newer ones."""
     run = Run("run_1", RunState.COMPLETED, Origin.STARTED, NOW, NOW, version=7)
     assert to_settled_run(run, ()).version == 7
 
@@ -637,7 +647,7 @@ def test_a_view_of_a_run_has_its_version() -> None:
         ),
     ],
 )
-def test_the_command_says_what_keeps_it(toml: str, words: str, tmp_path: Path) -> None:
+def test_the_command_says_what_is_wrong(toml: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "receiver.toml").write_text(toml, "utf-8")
     command = [str(Path(sys.executable).with_name("flora-receiver")), "handlers", "schema", "database"]
     done = subprocess.run(

@@ -71,5 +71,5 @@ def test_cleaning_by_example(text: str, cleaned: str) -> None:
     ],
 )
 def test_extensions(content_type: str | None, kind: str, value: str, ext: str) -> None:
-    """The content type is believed first, then the URL, then FLORA's own word."""
+    """The content type comes first, then the URL, then FLORA's type."""
     assert file_extension(content_type, Output(position=0, output_id="out", type=kind, value=value)) == ext

@@ -1,4 +1,4 @@
-"""Posting runs: to a real HTTPS server that verifies them as Standard Webhooks does, in good weather and bad."""
+"""The handler `forward` with an HTTPS server that verifies as Standard Webhooks does."""
 
 import asyncio
 import base64
@@ -76,7 +76,7 @@ async def stand(tmp_path: Path) -> AsyncIterator[Stand]:
 
 
 async def test_a_run_arrives_signed(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """What the other side needs is all there, and its own library takes the signature; another secret's does not."""
+    """The request is complete, and the library accepts its signature, not one of another secret."""
     context = context_of()
     image = Output(position=0, output_id="hero", type="imageUrl", value="https://media.test/a.png")
     text = Output(position=1, output_id="words", type="text", value="Grüße\u2028")
@@ -96,7 +96,7 @@ async def test_a_run_arrives_signed(stand: Stand, run: SettledRun, context_of: C
 
 
 async def test_the_id_stays_the_same(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """However often it is posted, after a crash or a lost answer: the other side can tell a repeat."""
+    """Posted again, after a crash or a lost response, it has the same id."""
     stand.target.answers = [
         Page(b"HTTP/1.1 200"),
         answer(),
@@ -121,7 +121,7 @@ async def test_while_a_secret_is_rotated_both_verify(
 async def test_a_strange_run_id_is_signed_as_it_is_sent(
     stand: Stand, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """FLORA's ids are opaque: what no header can hold is encoded, in the signature as in the header."""
+    """FLORA's ids are opaque: what headers cannot hold is encoded, and signed so."""
     strange = 'run_ü%"\r\nInjected: 1'
     await stand.forward(replace(run, run_id=strange), context_of(strange), cloudevents=True)
     (post,) = stand.target.posts
@@ -131,7 +131,7 @@ async def test_a_strange_run_id_is_signed_as_it_is_sent(
 
 
 async def test_cloudevents_and_own_headers(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """On demand; the values may come from the environment."""
+    """If configured; the values may come from the environment."""
     context = context_of(event=Event.LOST)
     await stand.forward(
         run, context, cloudevents=True, headers={"Authorization": "env:TOKEN", "X-Team": "art"}
@@ -149,7 +149,7 @@ async def test_cloudevents_and_own_headers(stand: Stand, run: SettledRun, contex
 
 
 async def test_unsigned_and_without_text(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """Both only where it is said."""
+    """Both only if configured."""
     text = Output(position=0, output_id="words", type="text", value="long")
     await stand.forward(
         replace(run, outputs=(text,)), context_of(), secret=[], unsigned=True, include_text=False
@@ -172,7 +172,7 @@ async def test_2xx_is_done(stand: Stand, run: SettledRun, context_of: ContextOf,
 async def test_what_ends_it(
     stand: Stand, run: SettledRun, context_of: ContextOf, status: str, words: str
 ) -> None:
-    """Gone is gone; a redirect is not followed, and says what to do."""
+    """410 is final; a redirect is not followed, and the reason says what to do."""
     async with target() as other:
         stand.target.answers = [answer(status, b"", f"Location: {other.url}")]
         found = await stand.forward(run, context_of())
@@ -187,7 +187,7 @@ async def test_what_ends_it(
 async def test_what_is_tried_again(
     stand: Stand, run: SettledRun, context_of: ContextOf, status: int
 ) -> None:
-    """A wrong deploy on the other side answers any of these; runs must outlast it."""
+    """A faulty deployment of the target responds with any of these; runs must outlast it."""
     stand.target.answers = [answer(f"{status} No", b"because")]
     found = await stand.forward(run, context_of())
     assert isinstance(found, Retry)
@@ -219,9 +219,11 @@ async def test_retry_after_is_obeyed_within_limits(
     least: float | None,
     most: float | None,
 ) -> None:
-    """Seconds or date; an hour at most, and never so short that the attempts are used up at once."""
-    told = value if isinstance(value, str) else format_datetime(datetime.now(UTC) + value, usegmt=True)
-    stand.target.answers = [answer(status, b"", f"Retry-After: {told}")]
+    """Seconds or date; an hour at most, and not so short that the attempts are used up."""
+    retry_after = (
+        value if isinstance(value, str) else format_datetime(datetime.now(UTC) + value, usegmt=True)
+    )
+    stand.target.answers = [answer(status, b"", f"Retry-After: {retry_after}")]
     found = await stand.forward(run, context_of(attempt=attempt))
     assert isinstance(found, Retry)
     if least is None or most is None:
@@ -231,8 +233,8 @@ async def test_retry_after_is_obeyed_within_limits(
         assert least <= found.after_seconds <= most
 
 
-async def test_no_secret_is_ever_told(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """A server that quotes everything back puts none of it into the reason; nor does the configuration's repr."""
+async def test_no_secret_is_ever_reported(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
+    """A server that echoes everything puts no secret into the reason; nor does repr."""
     context = context_of()
     image = Output(position=0, output_id="hero", type="imageUrl", value="https://media.test/a.png")
     echo = f"POST /hooks/flora Authorization: {TOKEN} s3cret {image.value} end".encode()
@@ -248,7 +250,7 @@ async def test_no_secret_is_ever_told(stand: Stand, run: SettledRun, context_of:
 
 
 async def test_silence_is_tried_again(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """A head that drips does not hold the handler beyond its time."""
+    """A response that trickles in does not exceed the timeout."""
     stand.target.answers = [Page(b"HTTP/1.1 200 OK\r\nX-", hold=True)]
     assert await stand.forward(run, context_of(), answer_seconds=0.1) == Retry(
         "localhost: no answer within 0.1 s"
@@ -256,7 +258,7 @@ async def test_silence_is_tried_again(stand: Stand, run: SettledRun, context_of:
 
 
 async def test_cancellation_hangs_up(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """The attempt's end, or the service's, leaves no connection behind."""
+    """The end of the attempt or of the service leaves no connection open."""
     stand.target.answers = [Page(b"", hold=True)]
     task = asyncio.create_task(stand.forward(run, context_of()))
     await stand.target.held.wait()
@@ -269,7 +271,7 @@ async def test_cancellation_hangs_up(stand: Stand, run: SettledRun, context_of: 
 async def test_check_connects_and_posts_nothing(
     stand: Stand, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Nobody there is a warning; a wrong certificate, or an address inside, is an error."""
+    """An unreachable target is a warning; a wrong certificate or a private address is an error."""
     await Forward(stand.config()).check()
     assert not stand.target.posts
     with pytest.raises(PostRefusedError, match="ca_file"):
@@ -313,7 +315,7 @@ async def test_check_connects_and_posts_nothing(
         ({"redirects": True}, "Extra"),
     ],
 )
-def test_what_is_wrong_is_told_before_the_first_run(options: dict[str, Any], words: str) -> None:
+def test_a_wrong_configuration_is_refused_before_the_first_run(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         ForwardConfig.model_validate(
             {"url": "https://example.com/x", "secret": SECRET, **options}, context={"environ": {}}
@@ -327,7 +329,7 @@ def test_every_option_is_explained() -> None:
 async def test_several_targets_are_several_handlers(
     stand: Stand, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Each has its name, its key and its own luck: what one refuses the other has got."""
+    """Each has its name, key and result: what one refuses, the other has accepted."""
     options = {"secret": SECRET, "allow_private": True, "ca_file": str(stand.ca)}
     async with target() as other:
         other.answers = [answer("500 Oops")]

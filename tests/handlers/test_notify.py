@@ -1,4 +1,4 @@
-"""Messages through Apprise: real HTTP and SMTP on loopback, targets that refuse, hang and come back, and no secret told."""
+"""The handler `notify` through real HTTP and SMTP: refusals, hangs, and no secret in a log."""
 
 import asyncio
 import email
@@ -28,7 +28,7 @@ MEDIA = Output(position=0, output_id="hero", type="imageUrl", value="https://med
 
 @dataclass
 class Chat:
-    """An HTTP server that takes JSON messages: `statuses` are its next answers, then 200; held while `gate` is closed."""
+    """An HTTP server: responds with `statuses`, then 200; waits while `gate` is closed."""
 
     port: int = 0
     statuses: list[int] = field(default_factory=list)
@@ -68,7 +68,7 @@ async def chat() -> AsyncIterator[Chat]:
 
 @dataclass
 class Post:
-    """An SMTP server, as far as one mail needs it; it refuses recipients where `refuses` is set."""
+    """An SMTP server for one mail; it refuses recipients if `refuses` is set."""
 
     port: int = 0
     refuses: bool = False
@@ -128,14 +128,16 @@ def reason(answer: Answer) -> str:
     return answer.reason
 
 
-def stored(position: int, location: str) -> Artifact:
+def stored_artifact(position: int, location: str) -> Artifact:
     return Artifact("run_1", "storage", position, "hero", location, 3, "ab", "image/png", NOW)
 
 
-async def test_a_completed_run_is_told(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
+async def test_a_completed_run_is_notified(chat: Chat, run: SettledRun, context_of: ContextOf) -> None:
     """By default: which run, what it cost, where its files are; never a media URL."""
     run = replace(run, outputs=(MEDIA,), charged_cost=0.04)
-    context = context_of(others=(stored(-1, "file:///o/run.json"), stored(0, "s3://bucket/hero.png")))
+    context = context_of(
+        others=(stored_artifact(-1, "file:///o/run.json"), stored_artifact(0, "s3://bucket/hero.png"))
+    )
     handler = notify(chat.url())
     assert isinstance(handler, Handler)
     assert await handler.handle(run, context) == Done({"targets": 1})
@@ -158,7 +160,7 @@ async def test_a_completed_run_is_told(chat: Chat, run: SettledRun, context_of: 
 async def test_each_occasion_has_words(
     chat: Chat, run: SettledRun, context_of: ContextOf, event: Event, status: str, title: str, kind: str
 ) -> None:
-    """It is the alert channel, too: what needs a person says what to do."""
+    """It is the alert channel too: the message says what to do."""
     run = replace(run, status=status, error_code="GPU", error_message="out of memory", outputs=(MEDIA,))
     await notify(chat.url()).handle(run, context_of(event=event))
     (message,) = chat.messages
@@ -184,7 +186,7 @@ async def test_words_of_ones_own(chat: Chat, run: SettledRun, context_of: Contex
 
 
 async def test_a_mail_is_a_mail(post: Post, run: SettledRun, context_of: ContextOf) -> None:
-    """A whole SMTP conversation; markup in FLORA's words stays text, in a mail of HTML too."""
+    """A complete SMTP conversation; markup from FLORA stays text, in HTML mail too."""
     url = f"mailto://127.0.0.1:{post.port}?from=flora@mail.example&to=team@mail.example&mode=insecure"
     run = replace(run, status="failed", error_code="E", error_message="<b>é</b>\nsecond line")
     assert isinstance(await notify(url).handle(run, context_of()), Done)
@@ -205,7 +207,7 @@ async def test_a_mail_is_a_mail(post: Post, run: SettledRun, context_of: Context
 async def test_a_retry_goes_only_where_it_failed(
     chat: Chat, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Two of three took it: they do not get it again, the third does; another run is another message."""
+    """Two of three accepted it and do not get it again, the third does; another run is new."""
     handler = notify(chat.url("?method=PUT"), chat.url(), "json://127.0.0.1:1/closed")
     answer = await handler.handle(run, context_of())
     assert reason(answer).startswith("target 3 (JSON) did not accept it")
@@ -234,7 +236,7 @@ async def test_a_service_that_raises_is_free_again(
     context_of: ContextOf,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever it raises: its words are not told, its thread does not count as hanging, and the next attempt tries it."""
+    """Its message is not passed on, it does not count as busy, and the next attempt uses it."""
 
     def fail(**_: object) -> bool:
         raise error
@@ -249,10 +251,10 @@ async def test_a_service_that_raises_is_free_again(
     assert isinstance(await handler.handle(run, context_of()), Done)
 
 
-async def test_a_target_that_hangs_holds_up_itself(
+async def test_a_target_that_hangs_delays_only_itself(
     chat: Chat, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """The other one is told; the hanging one gets no second thread, and works when it is back."""
+    """The other gets the message; the hanging one no second thread, and works when it is back."""
     other = Chat()
     other.gate.set()
     server = await asyncio.start_server(other.answer, "127.0.0.1", 0)
@@ -277,7 +279,7 @@ async def test_a_target_that_hangs_holds_up_itself(
 async def test_a_cancelled_attempt_is_not_forgotten(
     chat: Chat, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """What is on the way cannot be called back; when it arrives after all, it counts."""
+    """A message under way cannot be recalled; when it arrives after all, it counts."""
     chat.gate.clear()
     handler = notify(chat.url("?rto=60"))
     attempt = asyncio.create_task(handler.handle(run, context_of()))
@@ -297,7 +299,7 @@ async def test_waits_for_the_files_of_others(chat: Chat, run: SettledRun, contex
     assert "storage" in reason(await handler.handle(run, context_of()))
     assert chat.messages == []
     assert isinstance(
-        await handler.handle(run, context_of(others=(stored(0, "file:///o/hero.png"),))), Done
+        await handler.handle(run, context_of(others=(stored_artifact(0, "file:///o/hero.png"),))), Done
     )
     assert isinstance(await handler.handle(run, context_of(event=Event.DEAD)), Done)
 
@@ -305,9 +307,9 @@ async def test_waits_for_the_files_of_others(chat: Chat, run: SettledRun, contex
 async def test_what_a_message_cannot_hold_is_cut(
     chat: Chat, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Many files, long words, characters that are none."""
+    """Many files, long values, invalid characters."""
     run = replace(run, technique_id="x" * 9999 + "\x00", error_message="\ud800")
-    others = tuple(stored(n, f"s3://b/{n}") for n in range(100))
+    others = tuple(stored_artifact(n, f"s3://b/{n}") for n in range(100))
     body = "{technique_id} {error_message} {outputs}"
     await notify(chat.url(), completed={"title": "{technique_id}", "body": body}).handle(
         run, context_of(others=others)
@@ -331,25 +333,25 @@ async def test_no_secret_reaches_a_log(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """At the noisiest level, whether it works, is refused, or nobody is there."""
+    """At debug level, whether it works, is refused, or the target is unreachable."""
     caplog.set_level(logging.DEBUG)
     chat.statuses = [500]
     handler = notify(chat.url(), f"json://user:{TOKEN}@127.0.0.1:1/{TOKEN}")
     contexts = [context_of(), context_of()]
     answers = [await handler.handle(run, context) for context in contexts]
     out, err = capfd.readouterr()
-    told = (
+    output = (
         f"{caplog.text}{out}{err}{answers}{[context.log.lines for context in contexts]}{handler._config!r}"
     )
-    assert TOKEN not in told
+    assert TOKEN not in output
     assert len(chat.messages) == 1
 
 
 @pytest.mark.parametrize("url", [f"nonsense://{TOKEN}", TOKEN, "slack://short", "mailto://"])
-def test_a_url_that_is_none_is_told_at_once(
+def test_a_wrong_url_is_refused_at_once(
     url: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By `check` and at start, which build it; by its number, without a word of it."""
+    """By `check` and at start; the URL is identified by its number only."""
     with pytest.raises(ValueError, match="urls: number 2 ") as caught:
         notify("json://127.0.0.1", url)
     assert TOKEN not in f"{caught.value}{caplog.text}{capfd.readouterr()}"
@@ -370,7 +372,7 @@ def test_a_url_that_is_none_is_told_at_once(
         ({"urls": ["json://h"], "sucess": {"body": "x"}}, "Extra"),
     ],
 )
-def test_what_is_wrong_is_told_at_once(options: dict[str, Any], words: str) -> None:
+def test_a_wrong_configuration_is_refused_at_once(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         NotifyConfig.model_validate(options)
 

@@ -1,4 +1,4 @@
-"""The JSON form of a run: complete, strict, and as its schema says."""
+"""The run document: complete, strict, and as its schema says."""
 
 import json
 from dataclasses import replace
@@ -40,39 +40,39 @@ def artifact(position: int = 0, handler: str = "storage", **fields: Any) -> Arti
     return Artifact(**{**known, **fields})
 
 
-def documented(run: SettledRun, *artifacts: Artifact, event: Event = Event.SETTLED) -> dict[str, Any]:
-    """Make the document, and hold it to the schema's model and to strict JSON on the way."""
+def make_document(run: SettledRun, *artifacts: Artifact, event: Event = Event.SETTLED) -> dict[str, Any]:
+    """Return the document, checked against model, schema and strict JSON."""
     made = run_document(run, event=event, idempotency_key="run_1:forward:settled:0", artifacts=artifacts)
     assert json.loads(run_json(made), parse_constant=pytest.fail) == made
     RunDocument.model_validate_json(run_json(made), strict=True)
-    fits(made, run_schema(), run_schema()["$defs"])
+    check_schema(made, run_schema(), run_schema()["$defs"])
     return made
 
 
-def fits(value: Any, schema: dict[str, Any], defs: dict[str, Any]) -> None:
-    """Check what our schema uses of JSON Schema: types, required fields, and that no field is missing from it."""
+def check_schema(value: Any, schema: dict[str, Any], defs: dict[str, Any]) -> None:
+    """Check the parts of JSON Schema that our schema uses: types, required and known fields."""
     if "$ref" in schema:
-        return fits(value, defs[schema["$ref"].removeprefix("#/$defs/")], defs)
+        return check_schema(value, defs[schema["$ref"].removeprefix("#/$defs/")], defs)
     if "anyOf" in schema:
         wanted = [each for each in schema["anyOf"] if (each.get("type") == "null") == (value is None)]
-        return fits(value, wanted[0], defs)
+        return check_schema(value, wanted[0], defs)
     assert value in schema.get("enum", [value])
     assert value == schema.get("const", value)
     assert any(isinstance(value, kind) for kind in KINDS[schema["type"]]), (schema, value)
     if schema["type"] == "array":
         for each in value:
-            fits(each, schema["items"], defs)
+            check_schema(each, schema["items"], defs)
     if "properties" in schema:
         assert value.keys() == schema["properties"].keys() == set(schema["required"])
         for name, each in value.items():
-            fits(each, schema["properties"][name], defs)
+            check_schema(each, schema["properties"][name], defs)
     return None
 
 
 def test_a_whole_document() -> None:
     """Every field by its name, times in UTC, each output with where it is stored."""
     run = replace(RUN, outputs=(IMAGE, TEXT), charged_cost=0.04)
-    made = documented(run, artifact(), artifact(-1, output_id="run.json"))
+    made = make_document(run, artifact(), artifact(-1, output_id="run.json"))
     assert made["schema"] == 1
     assert made["event"] == "settled"
     assert made["idempotency_key"] == "run_1:forward:settled:0"
@@ -99,19 +99,19 @@ def test_a_whole_document() -> None:
     assert [each["position"] for each in made["artifacts"]] == [0, -1]
 
 
-def test_what_is_only_reserved_is_not_told() -> None:
-    """A place without bytes is nothing that a reader could fetch."""
-    made = documented(replace(RUN, outputs=(IMAGE,)), artifact(stored_at=None))
+def test_what_is_only_reserved_is_left_out() -> None:
+    """A reserved location has no bytes to fetch."""
+    made = make_document(replace(RUN, outputs=(IMAGE,)), artifact(stored_at=None))
     assert made["artifacts"] == []
     assert made["outputs"][0]["artifact"] is None
 
 
 def test_the_copy_that_was_stored_first_is_the_output_s_own() -> None:
-    """Whatever order the artifacts come in; what another handler made of it under another name is not its copy."""
+    """In any order of artifacts; what a handler stored under another id is not its copy."""
     later = artifact(handler="backup", stored_at=NOW + timedelta(seconds=1))
     small = artifact(handler="small", output_id="hero-small", stored_at=NOW - timedelta(seconds=1))
     for order in ([later, small, artifact()], [artifact(), later, small]):
-        made = documented(replace(RUN, outputs=(IMAGE,)), *order)
+        made = make_document(replace(RUN, outputs=(IMAGE,)), *order)
         assert made["outputs"][0]["artifact"]["location"] == "file:///storage/0"
         assert len(made["artifacts"]) == 3
 
@@ -119,25 +119,25 @@ def test_the_copy_that_was_stored_first_is_the_output_s_own() -> None:
 @pytest.mark.parametrize(
     ("code", "message"), [("model_timeout", "too slow"), ("model_timeout", None), (None, "why")]
 )
-def test_a_failure_is_told(code: str | None, message: str | None) -> None:
-    """By code, by message, by whatever FLORA gave."""
-    made = documented(replace(RUN, status="failed", error_code=code, error_message=message))
+def test_a_failure_has_its_error(code: str | None, message: str | None) -> None:
+    """By code, by message, or both."""
+    made = make_document(replace(RUN, status="failed", error_code=code, error_message=message))
     assert made["error"] == {"code": code, "message": message}
 
 
 @pytest.mark.parametrize("event", Event)
 def test_every_event_has_its_word(event: Event) -> None:
-    assert documented(RUN, event=event)["event"] == event.value
+    assert make_document(RUN, event=event)["event"] == event.value
 
 
-def test_times_are_told_in_utc() -> None:
+def test_times_are_in_utc() -> None:
     """A reader need not know about offsets."""
     at = datetime(2026, 1, 1, 1, 0, 0, 500, tzinfo=timezone(timedelta(hours=2)))
-    assert documented(replace(RUN, completed_at=at))["completed_at"] == "2025-12-31T23:00:00.000500Z"
+    assert make_document(replace(RUN, completed_at=at))["completed_at"] == "2025-12-31T23:00:00.000500Z"
 
 
 def test_what_json_cannot_hold_becomes_what_it_can() -> None:
-    """No NaN, no half of a character, no object: readers in other languages would choke on it."""
+    """No NaN, no lone surrogate, no object: readers in other languages would fail."""
     metadata: dict[Any, Any] = {
         "nan": float("nan"),
         "inf": [float("inf"), (1, 2)],
@@ -147,7 +147,7 @@ def test_what_json_cannot_hold_becomes_what_it_can() -> None:
         "at": datetime(2026, 1, 1, tzinfo=UTC),
         "event": Event.DEAD,
     }
-    made = documented(replace(RUN, metadata=metadata, charged_cost=float("nan")))
+    made = make_document(replace(RUN, metadata=metadata, charged_cost=float("nan")))
     assert made["charged_cost"] is None
     assert made["metadata"] == {
         "nan": None,
@@ -161,10 +161,10 @@ def test_what_json_cannot_hold_becomes_what_it_can() -> None:
 
 
 def test_nesting_without_end_is_cut() -> None:
-    """Metadata that refers to itself, or nests deeper than parsers go, still leaves."""
+    """Metadata that contains itself, or nests deeper than parsers go, is still sent."""
     endless: dict[str, Any] = {}
     endless["again"] = endless
-    made = documented(replace(RUN, metadata=endless))
+    made = make_document(replace(RUN, metadata=endless))
     assert run_json(made).count(b"again") == MAX_DEPTH
 
 
@@ -181,11 +181,11 @@ json_like = st.recursive(
 def test_any_metadata_and_any_text_leave_as_strict_json(metadata: dict[str, Any], text: str) -> None:
     """Surrogates, infinities and control characters included."""
     output = replace(TEXT, value=text)
-    documented(replace(RUN, metadata=metadata, outputs=(output,), error_message=text, error_code=text))
+    make_document(replace(RUN, metadata=metadata, outputs=(output,), error_message=text, error_code=text))
 
 
 def test_writing_refuses_what_json_cannot_hold() -> None:
-    """A document that somebody added to is not bent silently."""
+    """A document with values that JSON cannot hold is refused."""
     for wrong in (float("nan"), "\ud800", object()):
         with pytest.raises((ValueError, TypeError)):
             run_json({"extra": wrong})

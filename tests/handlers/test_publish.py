@@ -1,4 +1,4 @@
-"""The publish handler without a broker: what its configuration takes, how it names places, what a missing one answers."""
+"""The handler `publish` without a broker: options, names, and unreachable servers."""
 
 import asyncio
 import sys
@@ -30,7 +30,7 @@ BROKERS = ["nats", "redis", "kafka"]
 
 
 def refusal(**options: Any) -> str:
-    """What the configuration says about options that it does not take."""
+    """Return the message with which options are refused."""
     with pytest.raises(ValidationError) as caught:
         PublishConfig.model_validate(options)
     return str(caught.value.errors(include_input=False, include_url=False)[0]["msg"])
@@ -58,10 +58,10 @@ def test_a_url_that_names_no_broker_is_refused(url: str, words: str) -> None:
 
 
 def test_credentials_in_a_url_are_refused_without_showing_them() -> None:
-    """URLs stand in logs and reasons; secrets have options of their own."""
-    told = refusal(url="redis://:s3cret@host")
-    assert "`password`" in told
-    assert "s3cret" not in told
+    """URLs are in logs and reasons; secrets have their own options."""
+    message = refusal(url="redis://:s3cret@host")
+    assert "`password`" in message
+    assert "s3cret" not in message
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], wo
     ],
 )
 async def test_what_can_be_used_builds(options: dict[str, Any]) -> None:
-    """Without connecting: that is done when the first run comes."""
+    """Without connecting, which the first run does."""
     handler = Publish(PublishConfig.model_validate(options))
     assert isinstance(handler, Handler)
     assert isinstance(handler, Checks)
@@ -131,7 +131,9 @@ async def test_what_can_be_used_builds(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["ca_file", "cert_file"])
-def test_a_file_without_a_certificate_is_told_when_the_handler_is_built(tmp_path: Path, name: str) -> None:
+def test_a_file_without_a_certificate_is_refused_when_the_handler_is_built(
+    tmp_path: Path, name: str
+) -> None:
     (tmp_path / "empty.pem").write_text("nothing\n")
     with pytest.raises(ValueError, match=name):
         Publish(PublishConfig.model_validate({"url": "tls://host", name: tmp_path / "empty.pem"}))
@@ -165,7 +167,7 @@ def test_a_missing_extra_says_what_to_install(
 async def test_a_broker_that_is_down_is_a_retry(
     run: SettledRun, context_of: Callable[..., Any], kind: str, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """And a warning of the check: it may come back. The reason names it."""
+    """And a warning of the check, since this may pass. The reason names it."""
     handler = Publish(PublishConfig(url=f"{kind}://127.0.0.1:{free_port()}", answer_seconds=3))
     answer = await handler.handle(run, context_of())
     assert isinstance(answer, Retry)
@@ -179,10 +181,10 @@ async def test_a_broker_that_is_down_is_a_retry(
 
 
 @pytest.mark.parametrize("kind", BROKERS)
-async def test_somebody_who_answers_nothing_is_a_retry_within_the_time(
+async def test_a_silent_server_is_a_retry_within_the_time(
     run: SettledRun, context_of: Callable[..., Any], kind: str
 ) -> None:
-    """Eight runs at a time wait as long as one: nobody queues behind a connection that does not come."""
+    """Eight concurrent runs take as long as one: none queues behind a connection."""
     held: list[asyncio.StreamWriter] = []
     silent = await asyncio.start_server(lambda _, writer: held.append(writer), "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1]
@@ -219,7 +221,7 @@ async def test_garbage_in_place_of_a_broker_is_a_retry(
 async def test_a_name_that_grows_too_long_is_rejected(
     run: SettledRun, context_of: Callable[..., Any]
 ) -> None:
-    """Before anything is asked."""
+    """Before anything is sent."""
     to = ".".join(["{technique_id}"] * 4)
     handler = Publish(PublishConfig(url="nats://127.0.0.1:1", to=to))
     answer = await handler.handle(replace(run, technique_id="x" * 500), context_of())
@@ -229,7 +231,7 @@ async def test_a_name_that_grows_too_long_is_rejected(
 
 
 class Doors:
-    """A place to connect to that counts."""
+    """Connections that are counted."""
 
     def __init__(self) -> None:
         self.opened = 0
@@ -246,7 +248,7 @@ class Doors:
 
 
 async def test_a_link_is_made_once_for_all_who_wait() -> None:
-    """One who gives up does not take it from the others."""
+    """A cancelled caller does not affect the others."""
     doors = Doors()
     link = SharedConnection(doors.open, doors.shut)
     waiting = [asyncio.create_task(link.get()) for _ in range(3)]
@@ -265,7 +267,7 @@ async def test_a_link_is_made_once_for_all_who_wait() -> None:
 
 
 async def test_a_link_that_failed_is_tried_again() -> None:
-    """A failure is for those who waited for it; nobody is told of it later."""
+    """A failure concerns only those who waited for it."""
     answers: list[object] = [OSError("down"), "connection"]
     left: list[object] = []
 

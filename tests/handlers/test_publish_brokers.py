@@ -1,4 +1,4 @@
-"""The publish handler against real brokers: NATS JetStream, Redis, and librdkafka's mock of a Kafka cluster."""
+"""The handler `publish` with real brokers: NATS JetStream, Redis, and a mock of Kafka."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ ContextOf = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Stand:
-    """A running broker, and how to read what it holds: (id, document) of each message."""
+    """A running broker, and how to read its messages as (id, document)."""
 
     kind: str
     url: str
@@ -78,7 +78,7 @@ async def _kafka_messages(hosts: str) -> list[tuple[str, dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, Any]]:
-    """One server of each kind for all tests that leave it as it was."""
+    """One server of each kind, for all tests that leave it unchanged."""
     with brokers.nats() as nats, brokers.redis() as redis, brokers.kafka() as kafka:
         yield {"nats": nats, "redis": redis, "kafka": kafka}
 
@@ -104,7 +104,7 @@ async def stand(request: pytest.FixtureRequest, servers: dict[str, Any]) -> Asyn
 
 
 async def test_each_run_is_one_message(stand: Stand, run: SettledRun, context_of: ContextOf) -> None:
-    """Acknowledged before it is done; its id is the idempotency key, its body the run as documented."""
+    """Acknowledged before it is done; its id is the idempotency key, its body the run document."""
     handler = stand.handler()
     runs = [replace(run, run_id=f"run_{stand.kind}_{n}") for n in range(20)]
     answers = await asyncio.gather(*(handler.handle(each, context_of(each.run_id)) for each in runs))
@@ -118,10 +118,10 @@ async def test_each_run_is_one_message(stand: Stand, run: SettledRun, context_of
     await handler.close()
 
 
-async def test_told_twice_it_is_there_once_where_the_broker_can_tell(
+async def test_a_repeated_message_is_stored_once_where_the_broker_deduplicates(
     stand: Stand, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """As after a crash between message and answer: NATS and Redis keep one, with Kafka the reader's header tells."""
+    """As after a crash before the result was recorded: NATS and Redis keep one message."""
     run = replace(run, run_id=f"run_again_{stand.kind}")
     results = []
     for _ in range(2):
@@ -138,7 +138,7 @@ async def test_told_twice_it_is_there_once_where_the_broker_can_tell(
 
 @pytest.mark.parametrize("kind", ["nats", "redis"])
 async def test_a_broker_comes_back(kind: str, run: SettledRun, context_of: ContextOf) -> None:
-    """While it is away each attempt ends in time; afterwards the same handler works, and nothing is doubled or lost."""
+    """While it is away, each attempt ends in time; then the handler works, without duplicates."""
     with getattr(brokers, kind)() as server:
         url = f"{kind}://{server.address}"
         if kind == "nats":
@@ -158,7 +158,7 @@ async def test_a_broker_comes_back(kind: str, run: SettledRun, context_of: Conte
 
 
 async def _until_done(handler: Publish, run: SettledRun, context_of: ContextOf) -> Any:
-    """Try as the dispatcher does: JetStream takes a moment to recover its streams."""
+    """Retry as the dispatcher does: JetStream takes a moment to recover its streams."""
     async with asyncio.timeout(20):
         while not isinstance(answer := await handler.handle(run, context_of()), Done):
             pass
@@ -169,7 +169,7 @@ async def _until_done(handler: Publish, run: SettledRun, context_of: ContextOf) 
 async def test_a_frozen_broker_is_a_retry_within_the_time(
     kind: str, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """It holds its connections and answers nothing; thawed, it is used again, and what it took meanwhile is known."""
+    """It responds to nothing; thawed, it is used again, and what it accepted is known."""
     with getattr(brokers, kind)() as server:
         url = f"kafka://{server.hosts}" if kind == "kafka" else f"{kind}://{server.address}"
         if kind == "nats":
@@ -193,7 +193,7 @@ async def test_a_frozen_broker_is_a_retry_within_the_time(
 async def test_a_subject_without_a_stream_says_which_to_make(
     servers: dict[str, Any], run: SettledRun, context_of: ContextOf
 ) -> None:
-    """At the check and at the first run: the command to give."""
+    """The check and the first run name the command to run."""
     handler = Publish(
         PublishConfig(url=f"nats://{servers['nats'].address}", to="elsewhere.runs", answer_seconds=3)
     )
@@ -205,8 +205,8 @@ async def test_a_subject_without_a_stream_says_which_to_make(
     await handler.close()
 
 
-async def test_what_the_stream_never_takes_is_rejected(run: SettledRun, context_of: ContextOf) -> None:
-    """Larger than the server's payload, or than the stream's messages: trying again cannot help."""
+async def test_what_the_stream_never_accepts_is_rejected(run: SettledRun, context_of: ContextOf) -> None:
+    """Larger than the limit of server or stream: a retry cannot help."""
     large = replace(run, metadata={"text": "x" * 40_000})
     for settings, stream, words in (
         ("max_payload: 20000\n", {}, "max_payload"),
@@ -224,10 +224,10 @@ async def test_what_the_stream_never_takes_is_rejected(run: SettledRun, context_
 
 
 @pytest.mark.parametrize("kind", ["nats", "redis"])
-async def test_wrong_credentials_are_told_and_never_shown(
+async def test_wrong_credentials_are_reported_and_never_shown(
     kind: str, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A retry, since they can be mended; the check calls it an error."""
+    """A retry, since credentials can be corrected; the check reports an error."""
     with contextlib.ExitStack() as stack:
         if kind == "nats":
             server = stack.enter_context(
@@ -280,7 +280,7 @@ async def test_events_for_clouds_carry_their_attributes(
     await handler.close()
 
 
-async def test_a_name_that_is_no_stream_is_told(servers: dict[str, Any]) -> None:
+async def test_a_key_that_is_no_stream_is_reported(servers: dict[str, Any]) -> None:
     url = f"redis://{servers['redis'].address}"
     async with Redis.from_url(url) as client:
         await client.set("taken", "x")
@@ -294,7 +294,7 @@ async def test_a_name_that_is_no_stream_is_told(servers: dict[str, Any]) -> None
 async def test_a_cancelled_attempt_leaves_nothing_behind(
     kind: str, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """As at shutdown while a broker is frozen: no task and no connection is left."""
+    """As at shutdown with a frozen broker: no task and no connection is left."""
     with getattr(brokers, kind)() as server:
         url = f"kafka://{server.hosts}" if kind == "kafka" else f"{kind}://{server.address}"
         if kind == "nats":

@@ -1,4 +1,4 @@
-"""Storage: real downloads from loopback onto a real disk, again and again, interrupted, and where it cannot work."""
+"""The handler `storage` on a disk: repeats, interruptions, failures."""
 
 import asyncio
 import errno
@@ -62,7 +62,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def identities(root: Path, of: str = "*") -> dict[str, tuple[int, int]]:
-    """What changes when anything is written: inode and time of every file and directory, or of those matching `of`."""
+    """Inode and time of every file and directory, or of those matching `of`."""
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in root.rglob(of)}
 
 
@@ -82,7 +82,7 @@ def reason(answer: Answer) -> str:
 async def test_a_run_becomes_files_records_and_a_manifest(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """The default: a directory per day and run, one file per output, `run.json` beside them, all of it on record."""
+    """By default: a directory per day and run, a file per output, `run.json`, all recorded."""
     picture = media.output("/secret", page(PNG), output_id="hero")
     context = context_of()
     answer = await storage(root).handle(replace(run, outputs=(picture, text(1))), context)
@@ -102,16 +102,16 @@ async def test_a_run_becomes_files_records_and_a_manifest(
     assert context.records[MANIFEST].sha256 == hashlib.sha256(manifest).hexdigest()
     assert all(record.stored_at for record in context.records.values())
 
-    told = json.loads(manifest)
+    content = json.loads(manifest)
     assert b"secret" not in manifest
-    assert (told["run_id"], told["settled_by"], told["verdict"], told["charged_cost"]) == (
+    assert (content["run_id"], content["settled_by"], content["verdict"], content["charged_cost"]) == (
         "run_1",
         "callback",
         "matched",
         None,
     )
-    assert [each["sha256"] for each in told["outputs"]] == [image.sha256, context.records[1].sha256]
-    assert told["outputs"][0]["location"] == image.location
+    assert [each["sha256"] for each in content["outputs"]] == [image.sha256, context.records[1].sha256]
+    assert content["outputs"][0]["location"] == image.location
 
 
 @pytest.mark.parametrize("place", ["{root}", "../outputs"])
@@ -123,7 +123,7 @@ async def test_running_again_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     place: str,
 ) -> None:
-    """What is on record and still there is not even fetched, wherever the directory is said to be."""
+    """What is recorded and exists is not fetched, whatever the directory's spelling."""
     here = root.parent / "here"
     here.mkdir(parents=True)
     monkeypatch.chdir(here)
@@ -138,7 +138,7 @@ async def test_running_again_writes_nothing(
 async def test_a_crash_between_rename_and_record_changes_nothing(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Files that are there but not on record are fetched to compare, and left as they are."""
+    """Files that are not recorded are fetched to compare, and left as they are."""
     run = replace(run, outputs=(media.output("/a", page(PNG)), text(1)))
     await storage(root).handle(run, context_of())
     before = identities(root, of="*.*")
@@ -152,7 +152,7 @@ async def test_a_crash_between_rename_and_record_changes_nothing(
 async def test_what_is_gone_or_damaged_is_stored_again(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, damage: bytes | None
 ) -> None:
-    """A record is believed only while a file of that size is there."""
+    """A record counts only if a file of that size exists."""
     run = replace(run, outputs=(media.output("/a", page(PNG)),))
     context = context_of()
     await storage(root).handle(run, context)
@@ -168,7 +168,7 @@ async def test_what_is_gone_or_damaged_is_stored_again(
 async def test_the_cost_brings_the_manifest_up_to_date(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Told of the cost, only the manifest is replaced."""
+    """With the final cost, only the manifest is replaced."""
     run = replace(run, outputs=(media.output("/a", page(PNG)),))
     handler, context = storage(root), context_of()
     assert handler.on == (Event.SETTLED, Event.COST_FINAL)
@@ -184,7 +184,7 @@ async def test_the_cost_brings_the_manifest_up_to_date(
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("start_request", "included"),
     [
         (
             {
@@ -215,31 +215,35 @@ async def test_the_cost_brings_the_manifest_up_to_date(
         (None, {}),
     ],
 )
-async def test_the_manifest_tells_the_prompt_where_that_is_wanted(
-    root: Path, run: SettledRun, context_of: ContextOf, asked: dict[str, Any] | None, told: dict[str, Any]
+async def test_the_manifest_includes_the_prompt_if_configured(
+    root: Path,
+    run: SettledRun,
+    context_of: ContextOf,
+    start_request: dict[str, Any] | None,
+    included: dict[str, Any],
 ) -> None:
-    """Texts alone, since whoever has a media URL has the media; of a run that was started elsewhere nothing is known."""
+    """Only texts, since media URLs are secrets; nothing of a run that was started elsewhere."""
     run = replace(run, outputs=(text(0),))
     path, names = root / "2026-11-24/run_1/run.json", ("inputs", "prompt", "model")
-    context = context_of(asked=asked)
+    context = context_of(asked=start_request)
     assert isinstance(await storage(root).handle(run, context), Done)
     assert not set(names) & json.loads(path.read_bytes()).keys()
     assert isinstance(await storage(root, embed_metadata=True).handle(run, context), Done)
     content = json.loads(path.read_bytes())
-    assert {name: content[name] for name in names if name in content} == told
+    assert {name: content[name] for name in names if name in content} == included
     assert (content["technique_id"], content["run_id"]) == ("tech_1", "run_1")
     assert b"secret" not in path.read_bytes()
 
 
-async def test_a_run_that_is_started_here_is_told_with_its_prompt(root: Path, tmp_path: Path) -> None:
-    """From the API through FLORA into the file, without the token that links the callback to its start."""
+async def test_the_manifest_of_a_run_started_here_has_its_prompt(root: Path, tmp_path: Path) -> None:
+    """From the API to the file, without the token that links the callback to its start."""
     handler = {
         "use": "storage",
         "options": {"url": str(root), "embed_metadata": True, "key": "{output_id}{ext}"},
     }
     async with run_stand(tmp_path, [handler]) as stand:
-        told = await stand.run("emu-text")
-    manifest = files(root)[f"{told.run_id}.run.json"]
+        started = await stand.run("emu-text")
+    manifest = files(root)[f"{started.run_id}.run.json"]
     assert json.loads(manifest)["inputs"] == [{"id": "prompt", "type": "text", "value": "a lighthouse"}]
     assert b"start=" not in manifest
 
@@ -275,17 +279,17 @@ async def test_hostile_names_stay_inside(root: Path, run: SettledRun, context_of
 async def test_a_run_without_outputs_is_its_manifest(
     root: Path, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Where failed runs are wanted too, they leave a trace."""
+    """If failed runs are configured, they have a manifest."""
     run = replace(run, status="failed", error_code="model_timeout", error_message="too slow")
     assert await storage(root).handle(run, context_of()) == Done({"files": 0, "bytes": 0})
-    told = json.loads(files(root)["2026-11-24/run_1/run.json"])
-    assert told["error"] == {"code": "model_timeout", "message": "too slow"}
+    content = json.loads(files(root)["2026-11-24/run_1/run.json"])
+    assert content["error"] == {"code": "model_timeout", "message": "too slow"}
 
 
 async def test_another_runs_place_is_never_written_to(
     root: Path, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Two runs under one key: the second is rejected, and told how to cure it; the first keeps its file."""
+    """Of two runs with one key, the second is rejected with a fix; the first keeps its file."""
     handler = storage(root, key="{output_id}{ext}", manifest=False)
     assert isinstance(
         await handler.handle(replace(run, outputs=(text(0, "first"),)), context_of("run_1")), Done
@@ -317,18 +321,18 @@ async def test_one_failure_does_not_stop_the_others(
     kind: type[Answer],
     why: str,
 ) -> None:
-    """The other outputs are safe, no manifest claims that all are, and the answer says which failed and why."""
+    """The others are stored, no manifest claims more, and the reason says what failed."""
     outputs = (
         media.output("/secret", answer),
         media.output("/good", page(PNG), position=1, output_id="good"),
         text(2),
     )
     context = context_of()
-    told = await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context)
-    assert isinstance(told, kind)
-    assert reason(told).startswith("output 0 (out): ")
-    assert why in reason(told)
-    assert "secret" not in reason(told)
+    result = await storage(root, outputs_at_once=1).handle(replace(run, outputs=outputs), context)
+    assert isinstance(result, kind)
+    assert reason(result).startswith("output 0 (out): ")
+    assert why in reason(result)
+    assert "secret" not in reason(result)
     assert set(files(root)) == {"2026-11-24/run_1/good.png", "2026-11-24/run_1/words.txt"}
     assert {position for position, record in context.records.items() if record.stored_at} == {1, 2}
 
@@ -336,7 +340,7 @@ async def test_one_failure_does_not_stop_the_others(
 async def test_what_is_likely_small_is_safe_first(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Text before images before sound before film, whatever the order in the run, which the manifest keeps."""
+    """Text, images, sound, film, in any order of the run, which the manifest keeps."""
     kinds = ("videoUrl", "audioUrl", "imageUrl", "documentUrl", "text", "somethingNewUrl")
     outputs = tuple(
         text(n)
@@ -375,7 +379,7 @@ async def test_a_file_that_is_not_the_runs_own(
     there: bytes,
     kind: type,
 ) -> None:
-    """It is met as `overwrite` says, and a refusal says what lies in the way and leaves nothing reserved."""
+    """`overwrite` decides; a refusal names the file and leaves nothing reserved."""
     path = root / "2026-11-24/run_1/out.png"
     path.parent.mkdir(parents=True)
     path.write_bytes(there)
@@ -429,7 +433,7 @@ async def test_a_place_of_another_run(
 async def test_two_receivers_may_share_a_directory(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Ledgers that know nothing of each other, the same runs at the same time: each file is whole, and nobody loses."""
+    """Separate ledgers, the same runs at the same time: each file is whole."""
     outputs = (
         media.output("/a", page(PNG * 200)),
         *(text(n, "x" * n * 1000, f"words-{n}") for n in range(1, 5)),
@@ -438,8 +442,8 @@ async def test_two_receivers_may_share_a_directory(
 
     async def receiver(verdict: str) -> list[Answer]:
         handler = storage(root, key="{technique_id}/{run_id}-{output_id}{ext}")
-        told = [(replace(each, verdict=verdict), context_of(each.run_id, places={})) for each in runs]
-        return await asyncio.gather(*(handler.handle(*each) for each in told))
+        attempts = [(replace(each, verdict=verdict), context_of(each.run_id, places={})) for each in runs]
+        return await asyncio.gather(*(handler.handle(*each) for each in attempts))
 
     answers = await asyncio.gather(receiver("matched"), receiver("recovered"), receiver("late"))
     assert all(isinstance(answer, Done) for each in answers for answer in each)
@@ -454,7 +458,7 @@ async def test_two_receivers_may_share_a_directory(
 async def test_a_link_in_the_place_of_a_file(
     root: Path, tmp_path: Path, run: SettledRun, context_of: ContextOf, overwrite: str
 ) -> None:
-    """Nothing is ever written through it: it is someone else's file, and `always` replaces the link itself."""
+    """Nothing is written through it; `always` replaces the link itself."""
     victim, place = tmp_path / "victim", root / "2026-11-24/run_1/words.txt"
     victim.write_bytes(b"precious")
     place.parent.mkdir(parents=True)
@@ -469,7 +473,7 @@ async def test_a_link_in_the_place_of_a_file(
 async def test_what_was_moved_elsewhere_and_linked_is_still_there(
     root: Path, tmp_path: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Operators make room so, for files and for directories; nothing is fetched again, and new files follow."""
+    """Operators free space so; nothing is fetched again, and new files follow."""
     run = replace(run, outputs=(media.output("/a", page(PNG)),))
     handler, context = storage(root), context_of()
     await handler.handle(run, context)
@@ -484,7 +488,7 @@ async def test_what_was_moved_elsewhere_and_linked_is_still_there(
 
 
 async def test_what_is_no_file_is_in_the_way(root: Path, run: SettledRun, context_of: ContextOf) -> None:
-    """A directory is neither read nor replaced, a pipe holds nobody up, a link to nowhere is nothing."""
+    """A directory is not read or replaced, a pipe does not block, a dead link is nothing."""
     directory = root / "2026-11-24/run_1"
     (directory / "a.txt").mkdir(parents=True)
     os.mkfifo(directory / "b.txt")
@@ -496,10 +500,10 @@ async def test_what_is_no_file_is_in_the_way(root: Path, run: SettledRun, contex
     assert set(files(directory)) == {"b.txt", "c.txt"}
 
 
-async def test_another_ledgers_manifest_is_renewed_and_nobody_elses(
+async def test_only_a_manifest_of_the_same_run_is_renewed(
     root: Path, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """After the loss of a ledger the same files are taken as they are; `run.json` must be of the same run."""
+    """After the loss of a ledger, files are used as they are; `run.json` must be of the run."""
     run = replace(run, outputs=(text(0),))
     await storage(root).handle(run, context_of())
     later = replace(run, verdict="recovered")
@@ -517,7 +521,7 @@ async def test_another_ledgers_manifest_is_renewed_and_nobody_elses(
 async def test_an_own_place_is_written_again_whatever_lies_there(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Reserved in an earlier attempt: `never` is about others' files."""
+    """Reserved in an earlier attempt: `never` concerns files of others."""
     run, context = replace(run, outputs=(media.output("/a", page(PNG)),)), context_of()
     handler = storage(root, overwrite="never")
     await handler.handle(run, context)
@@ -531,7 +535,7 @@ async def test_an_own_place_is_written_again_whatever_lies_there(
 async def test_outputs_beyond_max_size_are_given_up(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, announced: bool
 ) -> None:
-    """By its announced length or by counting; the others are stored, and the limit itself still passes."""
+    """By its announced or actual length; the others are stored, and the limit itself passes."""
     big = b"x" * 1001
     chunked = Page(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n%s\r\n0\r\n\r\n" % big)
     outputs = (media.output("/a", page(big) if announced else chunked), text(1, "x" * 1000))
@@ -543,7 +547,7 @@ async def test_outputs_beyond_max_size_are_given_up(
 async def test_an_expired_url_has_the_run_read_again(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """What is stored stays; the fresh URL is fetched for what is missing alone."""
+    """What is stored stays; only what is missing is fetched, by the new URL."""
     gone = media.output("/gone", page(b"", status="403 Forbidden"))
     good = media.output("/good", page(PNG), position=1, output_id="good")
     handler, context = storage(root), context_of()
@@ -582,7 +586,7 @@ async def test_a_busy_media_host_says_when_to_come_back(
 async def test_another_output_at_the_same_position_is_fetched(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A run that is read again may tell of its outputs in another order."""
+    """A run that is read again may have its outputs in another order."""
     first, second = (
         media.output("/a", page(PNG), output_id="a"),
         media.output("/b", page(b"b"), output_id="b"),
@@ -597,7 +601,7 @@ async def test_another_output_at_the_same_position_is_fetched(
 async def test_what_may_still_come_is_tried_again(
     root: Path, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """One output that never will come does not give up the one that may."""
+    """One output that never works does not give up one that may."""
     never = Output(position=0, output_id="never", type="imageUrl", value="https://127.0.0.1/a")
     later = Output(position=1, output_id="later", type="imageUrl", value="https://name.invalid/a")
     answer = await storage(root).handle(replace(run, outputs=(later, never)), context_of())
@@ -609,7 +613,7 @@ async def test_what_may_still_come_is_tried_again(
 async def test_unexpected_errors_are_a_reason_to_retry(
     root: Path, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A database that is away while recording does not stop the other outputs."""
+    """A database that fails while recording does not stop the other outputs."""
     context = context_of()
 
     async def away(*args: Any, **fields: Any) -> None:
@@ -624,7 +628,7 @@ async def test_unexpected_errors_are_a_reason_to_retry(
 async def test_cancellation_leaves_no_part_behind(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A download that is cancelled half-way removes its temporary file before the cancellation goes on."""
+    """A cancelled download removes its temporary file first."""
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
     outputs = tuple(
         media.output(f"/{n}", Page(head + b"x" * 3_000_000, hold=True), position=n) for n in range(3)
@@ -642,7 +646,7 @@ async def test_cancellation_leaves_no_part_behind(
 async def test_a_cut_download_leaves_no_part_behind(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """Nor does one that the server ends too early."""
+    """Nor does one that the server ends early."""
     cut = Page(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + b"x" * 3_000_000)
     assert isinstance(
         await storage(root).handle(replace(run, outputs=(media.output("/a", cut),)), context_of()), Retry
@@ -653,7 +657,7 @@ async def test_a_cut_download_leaves_no_part_behind(
 async def test_a_place_that_cannot_be_written_to(
     tmp_path: Path, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A directory below a regular file: the check says so, and runs wait until it is put right."""
+    """A directory below a regular file: the check says so, and runs wait."""
     (tmp_path / "file").write_text("in the way")
     handler = storage(tmp_path / "file" / "outputs")
     with pytest.raises(PlaceError, match=r"cannot write to .*outputs: Not a directory"):
@@ -663,7 +667,7 @@ async def test_a_place_that_cannot_be_written_to(
     assert "cannot write to" in answer.reason
 
 
-async def test_a_disk_without_room_is_seen_before_the_download(
+async def test_a_full_disk_is_noticed_before_the_download(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The announced length is compared with the free space."""
@@ -686,7 +690,7 @@ async def test_a_disk_without_room_is_seen_before_the_download(
 async def test_a_disk_without_inodes(
     root: Path, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room for bytes and none for files: nobody would find that by the megabytes."""
+    """Free bytes, but no inodes: the megabytes alone would mislead."""
     statvfs = os.statvfs
 
     def none_left(path: Any) -> os.statvfs_result:
@@ -705,7 +709,7 @@ async def test_a_disk_without_inodes(
 async def test_a_disk_that_fills_up_on_the_way(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ENOSPC in the middle of a file: nothing stays, the reason is plain, and the next attempt works."""
+    """ENOSPC within a file: nothing stays, the reason is clear, and the next attempt works."""
     write = os.write
     monkeypatch.setattr(os, "write", full_after(1_000_000))
     body = b"x" * 3_000_000
@@ -721,7 +725,7 @@ async def test_a_disk_that_fills_up_on_the_way(
 
 
 def full_after(room: int) -> Callable[[int, memoryview], int]:
-    """Write like a disk with `room` bytes left: partly at first, then not at all."""
+    """Write like a disk with `room` bytes left: first a part, then nothing."""
     original = os.write
 
     def write(fd: int, data: memoryview) -> int:
@@ -746,7 +750,7 @@ async def test_a_disk_that_fails_at_the_end(
     step: str,
     code: int,
 ) -> None:
-    """What could not be flushed or named is not on record and leaves nothing; the next attempt begins anew."""
+    """What could not be synced or renamed is not recorded, and the next attempt starts anew."""
 
     def fails(*args: Any) -> None:
         raise OSError(code, os.strerror(code))
@@ -768,10 +772,10 @@ async def test_a_disk_that_fails_at_the_end(
 async def test_a_file_system_that_can_do_less(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No locks, directories that cannot be flushed, nothing told about free space: files are stored all the same.
+    """Without locks, sync of directories and free space, files are still stored.
 
-    Without locks nobody can tell what is still being written: parts of others go when they are a
-    day old.
+    Without locks it is not known what is still being written: unfinished files of others are removed
+    after a day.
     """
     fsync, statvfs = os.fsync, os.statvfs
 
@@ -780,12 +784,12 @@ async def test_a_file_system_that_can_do_less(
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         fsync(fd)
 
-    def unsupported(*args: Any) -> None:
+    def fail_lock(*args: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(os, "fsync", of_files)
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*statvfs(path)[:2], *[0] * 8]))
-    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", fail_lock)
     directory = root / "2026-11-24/run_1"
     directory.mkdir(parents=True)
     for name in ("old", "young"):
@@ -799,7 +803,7 @@ async def test_a_file_system_that_can_do_less(
 
 
 def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:
-    """Parts that no living process holds go; one that is being written stays, and so do files that are not ours."""
+    """Unfinished files without a lock are removed; locked ones and other files stay."""
     root.mkdir(parents=True)
     dead, living, other = root / ".part-flora-dead", root / ".part-flora-living", root / "old"
     for path in (dead, living, other):
@@ -813,7 +817,7 @@ def test_the_check_sweeps_up_after_the_dead(root: Path) -> None:
 async def test_a_directory_is_swept_by_who_comes_to_write_there(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """A killed process leaves its part beside the file that it was to become: the retry removes it."""
+    """A killed process leaves its unfinished file beside the target: the retry removes it."""
     directory = root / "2026-11-24/run_1"
     directory.mkdir(parents=True)
     (directory / ".part-flora-dead").write_bytes(PNG[:100])
@@ -825,7 +829,7 @@ async def test_a_directory_is_swept_by_who_comes_to_write_there(
 async def test_a_part_lies_where_its_file_will(
     root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
 ) -> None:
-    """What is below the root may be another file system: nothing is renamed across."""
+    """Directories may be other file systems: nothing is renamed across."""
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
     run = replace(run, outputs=(media.output("/a", Page(head + b"x" * 3_000_000, hold=True)),))
     task = asyncio.create_task(storage(root).handle(run, context_of()))
@@ -876,7 +880,7 @@ async def test_a_part_lies_where_its_file_will(
     ],
 )
 def test_settings_that_cannot_be_used(settings: dict[str, Any]) -> None:
-    """What is wrong with the configuration is said when it is read."""
+    """Wrong options are refused when the configuration is read."""
     with pytest.raises(ValidationError):
         StorageConfig(**settings)
 
@@ -891,7 +895,7 @@ def test_the_kind_of_place_follows_from_the_url(tmp_path: Path) -> None:
 
 
 def test_storage_is_a_handler_that_checks_and_closes(root: Path) -> None:
-    """The service finds what it looks for."""
+    """It has the methods that the service looks for."""
     handler = storage(root)
     assert isinstance(handler, Handler)
     assert isinstance(handler, Checks)
@@ -913,7 +917,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 
 
 async def test_places_give_back_what_was_put(place: Place) -> None:
-    """Size and hash are those of the bytes; keys and URIs lead to each other; putting again replaces."""
+    """Size and hash are of the bytes; keys and URIs match; writing again replaces."""
     await place.check()
     key = "2026/Größe #1?.bin"
     assert await place.size(key) is None
@@ -930,7 +934,7 @@ async def test_places_give_back_what_was_put(place: Place) -> None:
 
 
 async def test_places_show_nothing_of_what_failed(place: Place) -> None:
-    """When the source breaks, its own error comes out, and there is no object."""
+    """An error of the source is raised, and there is no object."""
 
     async def broken() -> AsyncIterator[bytes]:
         yield b"x" * 9_000_000

@@ -1,4 +1,4 @@
-"""Storage in Azure Blob, against Microsoft's own emulator Azurite, which npm brings."""
+"""The handler `storage` in Azure Blob, with Microsoft's emulator Azurite from npm."""
 
 import asyncio
 import base64
@@ -91,7 +91,7 @@ async def chunks(body: bytes) -> AsyncIterator[bytes]:
 async def test_a_run_becomes_labelled_blobs(
     azurite: str, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """One request for what is small, blocks for what is large; type, cache rule and metadata; again, nothing."""
+    """One request for small objects, blocks for large ones; with metadata; repeated, nothing."""
     big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="Größe 1", kind="videoUrl")
     run = replace(run, outputs=(media.output("/a", page(b"small")), big))
     handler, context = storage(azurite, cache_control="no-cache"), context_of()
@@ -129,7 +129,7 @@ async def test_wrong_key_and_missing_container(azurite: str) -> None:
 
 
 async def test_failures_and_cancellation_in_the_middle(azurite: str) -> None:
-    """No blob is seen of an upload whose source fails or that is cancelled."""
+    """No blob exists after an upload that failed or was cancelled."""
     place, begun, never = storage(azurite)._place, asyncio.Event(), asyncio.Event()
 
     async def source(failure: Exception | None) -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""Storage in Google Cloud Storage, against a server that speaks as much of its XML API as was recorded of obstore."""
+"""The handler `storage` in Google Cloud Storage, with a server of what obstore needs."""
 
 import asyncio
 import hashlib
@@ -35,7 +35,7 @@ class Google:
     refuses: bool = False
 
     def account(self) -> str:
-        """A service account that leads here and needs no token."""
+        """Return a service account for this server, without a token."""
         place = {"gcs_base_url": f"http://127.0.0.1:{self.port}", "disable_oauth": True}
         return json.dumps({**place, "client_email": "", "private_key": "", "private_key_id": ""})
 
@@ -57,7 +57,7 @@ class Google:
         match method:
             case "POST" if "uploads" in query:
                 name = f"upload-{len(self.requests)}"
-                self.uploads[name] = (key, _kept(headers), {})
+                self.uploads[name] = (key, _stored_headers(headers), {})
                 return (
                     200,
                     {},
@@ -76,20 +76,20 @@ class Google:
                     b'<CompleteMultipartUploadResult><ETag>"whole"</ETag></CompleteMultipartUploadResult>',
                 )
             case "PUT":
-                self.objects[key] = (body, _kept(headers))
+                self.objects[key] = (body, _stored_headers(headers))
                 return 200, {"ETag": f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'}, b""
             case "DELETE":
                 (self.uploads if upload else self.objects).pop(upload or key, None)
                 return 204, {}, b""
             case _ if not key:
-                return 200, {}, self._listing(query["prefix"][0])
+                return 200, {}, self._list_objects(query["prefix"][0])
             case _ if key not in self.objects:
                 return 404, {}, b"<Error><Code>NoSuchKey</Code></Error>"
             case _:
                 body, kept = self.objects[key]
                 return 200, {"ETag": '"whole"', **kept}, body
 
-    def _listing(self, prefix: str) -> bytes:
+    def _list_objects(self, prefix: str) -> bytes:
         rest = "<LastModified>2026-11-24T12:00:00Z</LastModified><ETag>e</ETag>"
         entry = f"<Contents><Key>{{}}</Key><Size>{{}}</Size>{rest}</Contents>"
         found = [
@@ -100,15 +100,15 @@ class Google:
         return f"<ListBucketResult>{''.join(found)}</ListBucketResult>".encode()
 
 
-def _kept(headers: dict[str, str]) -> dict[str, str]:
+def _stored_headers(headers: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.startswith(KEPT)}
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Google]:
+async def serve_google() -> AsyncIterator[Google]:
     google = Google()
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
@@ -135,7 +135,7 @@ async def serving() -> AsyncIterator[Google]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=2**20)
+    server = await asyncio.start_server(handle_connection, "127.0.0.1", 0, limit=2**20)
     google.port = server.sockets[0].getsockname()[1]
     try:
         yield google
@@ -145,7 +145,7 @@ async def serving() -> AsyncIterator[Google]:
 
 @pytest.fixture
 async def google() -> AsyncIterator[Google]:
-    async with serving() as server:
+    async with serve_google() as server:
         yield server
 
 
@@ -157,7 +157,7 @@ def storage(google: Google, url: str = "gs://bucket/pre", **more: Any) -> Storag
 async def test_a_run_becomes_labelled_objects(
     google: Google, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """Put, head, get and list as Google has them; large ones in parts; again, nothing."""
+    """Put, head, get and list; large objects in parts; repeated, nothing."""
     big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="big", kind="videoUrl")
     run = replace(run, outputs=(media.output("/a", page(b"small")), big))
     handler, context = storage(google, cache_control="no-cache"), context_of()
@@ -189,7 +189,7 @@ async def test_a_run_becomes_labelled_objects(
 
 
 async def test_a_source_that_fails_is_aborted(google: Google) -> None:
-    """No object, and no parts that nobody sees."""
+    """No object, and no invisible parts."""
 
     async def source() -> AsyncIterator[bytes]:
         for start in range(0, len(BIG), 500_000):
@@ -202,10 +202,10 @@ async def test_a_source_that_fails_is_aborted(google: Google) -> None:
     assert not google.uploads
 
 
-async def test_refusals_are_told(
+async def test_refusals_are_reported(
     google: Google, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """A missing bucket, and a service account without rights."""
+    """A missing bucket, and a service account without permission."""
     with pytest.raises(PlaceError, match=r"NoSuchBucket, .*does the bucket exist"):
         await storage(google, "gs://nowhere/pre").check()
     google.refuses = True

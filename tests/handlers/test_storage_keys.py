@@ -27,7 +27,7 @@ def output(
     st.sampled_from(["{metadata[a]}/{metadata[b]}{ext}", "{metadata[a]}{metadata[b]}", "x {metadata[a]}"]),
 )
 def test_every_key_stays_below_its_root(one: str, other: str, text: str) -> None:
-    """No metadata leads out of the directory, deeper into it, or to a name that cannot be written."""
+    """No metadata leads out of the directory, deeper into it, or to an invalid name."""
     run = replace(RUN, metadata={"a": one, "b": other})
     root = Path("/srv/outputs")
     key = KeyTemplate(text).render(run, output(), ".png")
@@ -41,7 +41,7 @@ def test_every_key_stays_below_its_root(one: str, other: str, text: str) -> None
 
 @pytest.mark.parametrize("depth", [1, 4, 8, 20])
 def test_however_deep_a_key_is_buckets_take_it(depth: int) -> None:
-    """1024 bytes are what they allow, prefix included: deep keys have shorter parts, which still tell values apart."""
+    """Buckets allow 1024 bytes with the prefix: deep keys have shorter, still distinct parts."""
     template = KeyTemplate("/".join(f"{{metadata[{n}]}}" for n in range(depth)) + "{ext}")
     long = {str(n): "ä" * 55 for n in range(depth)}
     keys = {
@@ -122,7 +122,7 @@ def keys_of(
 
 
 def test_equal_keys_get_the_position_whatever_comes_first() -> None:
-    """Which download answers first must not change which file is which."""
+    """The order of downloads does not matter."""
     outputs = [output(0, "a"), output(1, "a"), output(2, "A"), output(3, "a-1"), output(4, "b")]
     expected = {
         0: "run_1/a.png",
@@ -135,7 +135,7 @@ def test_equal_keys_get_the_position_whatever_comes_first() -> None:
     assert keys_of(outputs, [4, 3, 2, 1, 0]) == expected
 
 
-def test_spellings_that_file_systems_do_not_tell_apart() -> None:
+def test_spellings_that_file_systems_take_as_equal() -> None:
     """The composed and the decomposed ä are one file on some disks, as A and a are."""
     outputs = [output(0, "\u00e4"), output(1, "a\u0308"), output(2, "A\u0308")]
     assert keys_of(outputs, [2, 1, 0]) == {
@@ -152,7 +152,7 @@ def test_equal_ids_of_different_types_need_no_position() -> None:
     assert [keys.output(outputs[0], ".jpg"), keys.output(outputs[1], ".txt")] == ["a.jpg", "a.txt"]
 
 
-def test_keys_that_turn_out_equal_are_told_apart_too() -> None:
+def test_keys_that_turn_out_equal_get_the_position_too() -> None:
     """An image and a video that both come as `.bin`, now or in an earlier attempt."""
     outputs = [output(0, "a"), output(1, "a", "videoUrl")]
     assert keys_of(outputs, [0, 1], ext=".bin") == {0: "run_1/a.bin", 1: "run_1/a-1.bin"}
@@ -171,13 +171,13 @@ def test_keys_that_turn_out_equal_are_told_apart_too() -> None:
     ],
 )
 def test_the_manifest_lies_beside_the_outputs(text: str, beside: str | None, key: str) -> None:
-    """It is named after the run wherever its directory is not."""
+    """Its name has the run's id unless its directory does."""
     keys = RunKeys(KeyTemplate(text), RUN, {})
     assert keys.manifest(-1, beside) == key
 
 
 def test_an_output_may_be_called_like_the_manifest() -> None:
-    """The output was there first: the manifest makes way."""
+    """The output was first: the manifest gets another name."""
     only: Any = output(0, "run", "documentUrl")
     keys = RunKeys(KeyTemplate("{run_id}/{output_id}{ext}"), replace(RUN, outputs=(only,)), {})
     assert keys.output(only, ".json") == "run_1/run.json"

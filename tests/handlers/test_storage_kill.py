@@ -1,4 +1,4 @@
-"""Storage killed at every step on the disk and in the ledger: nothing half is ever seen, and the next attempt ends well."""
+"""The handler `storage`, killed at every step: no file is partial, and the retry succeeds."""
 
 import hashlib
 import json
@@ -14,14 +14,14 @@ WHOLE = {name: hashlib.sha256(body).hexdigest() for name, body in TEXTS.items()}
 
 @pytest.fixture(scope="module")
 def deaths(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    """One for each step, and at the end the attempt that was let live."""
+    """Return a report for each step, and of the attempt that was not killed."""
     command = [sys.executable, "-m", "tests.support.storage_deaths", str(tmp_path_factory.mktemp("deaths"))]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-    return [json.loads(line) for line in told.splitlines()]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def test_whenever_it_is_killed_files_are_whole_or_not_there(deaths: list[dict[str, object]]) -> None:
-    """No name ever shows a part; what the next attempt leaves is complete, on record, and without leftovers."""
+    """No file is partial; the retry leaves all complete, recorded, and no leftovers."""
     *killed, lived = deaths
     assert len(killed) > 30
     assert {death["code"] for death in killed} == {-9}
@@ -38,7 +38,7 @@ def test_whenever_it_is_killed_files_are_whole_or_not_there(deaths: list[dict[st
 
 
 def test_each_step_waits_for_the_one_that_it_relies_on(deaths: list[dict[str, object]]) -> None:
-    """Reserved, written, flushed, named, its name flushed, on record: a power cut must find them in this order."""
+    """Reserved, written, synced, renamed, directory synced, recorded: in this order."""
     steps = deaths[0]["steps"]
     assert isinstance(steps, list)
     done = [

@@ -1,4 +1,4 @@
-"""Storage in S3: moto over HTTP, through bad links, with wrong credentials, and against stores that lie."""
+"""The handler `storage` in S3: moto, bad links, wrong credentials, stores that lie."""
 
 import asyncio
 import hashlib
@@ -30,7 +30,7 @@ from receiver.handler import (
     TargetUnreachableError,
 )
 from tests.handlers.test_storage_thumbnails import picture
-from tests.support.clouds import SECRET, Bucket, link, moto, told
+from tests.support.clouds import SECRET, Bucket, link, moto, scripted_store
 from tests.support.media import MediaServer, Page, page
 
 ContextOf = Callable[..., Any]
@@ -68,8 +68,8 @@ async def chunks(body: bytes, size: int = 500_000) -> AsyncIterator[bytes]:
         yield body[start : start + size]
 
 
-async def held(bucket: Bucket, key: str) -> tuple[bytes, dict[str, str], str]:
-    """What an object is, how it is labelled, and its ETag."""
+async def read_object(bucket: Bucket, key: str) -> tuple[bytes, dict[str, str], str]:
+    """Return an object's content, its attributes and its ETag."""
     found = await obstore.get_async(bucket.place()._store, key)
     return (
         bytes(await found.bytes_async()),
@@ -78,7 +78,7 @@ async def held(bucket: Bucket, key: str) -> tuple[bytes, dict[str, str], str]:
     )
 
 
-async def put(place: ObjectStore, key: str, body: bytes) -> None:
+async def write_checked(place: ObjectStore, key: str, body: bytes) -> None:
     stored = await place.write(key, chunks(body), content_type=None, expected=None)
     assert (stored.size, stored.sha256) == (len(body), hashlib.sha256(body).hexdigest())
 
@@ -86,7 +86,7 @@ async def put(place: ObjectStore, key: str, body: bytes) -> None:
 async def test_a_run_becomes_labelled_objects(
     bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """Type, cache rule and who it is of travel with each object; told again, nothing is fetched or written."""
+    """Objects have type, cache control and metadata; repeated, nothing is fetched or written."""
     body = picture()
     big = media.output("/big", page(BIG, "video/mp4"), position=1, output_id="Größe 1", kind="videoUrl")
     run = replace(
@@ -105,7 +105,7 @@ async def test_a_run_becomes_labelled_objects(
     context = context_of()
     assert await handler.handle(run, context) == Done({"files": 2, "bytes": len(body) + len(BIG)})
 
-    image, labels, _ = await held(bucket, "2026-11-24/run_1/out.png")
+    image, labels, _ = await read_object(bucket, "2026-11-24/run_1/out.png")
     assert image == body
     assert labels == {
         "Content-Type": "image/png",
@@ -117,13 +117,13 @@ async def test_a_run_becomes_labelled_objects(
         "market": "a/b%3F: 00.png",
         "sha256": hashlib.sha256(body).hexdigest(),
     }
-    video, labels, etag = await held(bucket, "2026-11-24/run_1/Größe 1.mp4")
+    video, labels, etag = await read_object(bucket, "2026-11-24/run_1/Größe 1.mp4")
     assert video == BIG
     assert labels["output"] == "Gr%C3%B6%C3%9Fe 1"
     assert etag.endswith('-4"')
     assert context.records[1].location == "s3://bucket/pre/2026-11-24/run_1/Gr%C3%B6%C3%9Fe%201.mp4"
     assert context.records[THUMBNAIL].location.endswith("/out.png.thumb.webp")
-    manifest = json.loads((await held(bucket, "2026-11-24/run_1/run.json"))[0])
+    manifest = json.loads((await read_object(bucket, "2026-11-24/run_1/run.json"))[0])
     assert [each["size"] for each in manifest["outputs"]] == [len(body), len(BIG)]
 
     requests, stores = len(media.requests), context.stores
@@ -135,9 +135,9 @@ async def test_a_run_becomes_labelled_objects(
 
 @pytest.mark.parametrize("size", [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES + 1])
 async def test_sizes_around_a_part(bucket: Bucket, size: int) -> None:
-    """One request up to a part, parts beyond it: the same bytes come back, and the ETag is as expected."""
+    """One request up to a part, parts beyond: the bytes and the ETag are as expected."""
     place, body = bucket.place(), (BIG * 2)[:size]
-    await put(place, "a b/Größe#1?.bin", body)
+    await write_checked(place, "a b/Größe#1?.bin", body)
     assert place._etag_may_be_md5
     assert b"".join([chunk async for chunk in place.read("a b/Größe#1?.bin")]) == body
     assert await place.size("a b/Größe#1?.bin") == size
@@ -148,23 +148,23 @@ async def test_sizes_around_a_part(bucket: Bucket, size: int) -> None:
 async def test_a_file_that_is_not_the_runs_own(
     bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """An object of someone else is compared by its bytes, and left as it is."""
+    """An object of another run is compared by its bytes, and left as it is."""
     place, key = bucket.place(), "2026-11-24/run_1/out.png"
     run = replace(run, outputs=(media.output("/a", page(BIG)),))
-    await put(place, key, BIG)
+    await write_checked(place, key, BIG)
     assert isinstance(await storage(bucket, overwrite="never").handle(run, context_of()), Reject)
     assert isinstance(await storage(bucket).handle(run, context_of("run_1")), Done)
-    await put(place, key, BIG[::-1])
+    await write_checked(place, key, BIG[::-1])
     context = context_of()
     assert isinstance(await storage(bucket).handle(run, context), Reject)
-    assert (await held(bucket, key))[0] == BIG[::-1]
+    assert (await read_object(bucket, key))[0] == BIG[::-1]
     assert isinstance(await storage(bucket, overwrite="always").handle(run, context), Done)
 
 
 async def test_what_fails_on_the_way_leaves_nothing(
     bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """A download that is cut in the middle of an upload: its own reason, no object, no open upload."""
+    """A download cut during the upload: its own reason, no object, no open upload."""
     cut = Page(page(BIG).raw[:-1000])
     run = replace(run, outputs=(media.output("/secret", cut),))
     answer = await storage(bucket).handle(run, context_of())
@@ -186,7 +186,7 @@ async def test_what_fails_on_the_way_leaves_nothing(
 async def test_a_crash_between_object_and_record_changes_nothing(
     bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """The place is this run's own by then: the next attempt puts the same bytes there, even where nothing else may."""
+    """The location is reserved: the next attempt writes there, even with `never`."""
     run, context = replace(run, outputs=(media.output("/a", page(b"small")),)), context_of()
     record = context.store_artifact
 
@@ -199,12 +199,12 @@ async def test_a_crash_between_object_and_record_changes_nothing(
     assert context.records[0].stored_at is None
     context.store_artifact = record
     assert isinstance(await handler.handle(run, context), Done)
-    assert (await held(bucket, "2026-11-24/run_1/out.png"))[0] == b"small"
+    assert (await read_object(bucket, "2026-11-24/run_1/out.png"))[0] == b"small"
     assert (await bucket.get("?list-type=2")).text.count("<Key>") == 1
 
 
 async def test_a_cancelled_upload_is_aborted(bucket: Bucket) -> None:
-    """Parts that nobody sees would be billed: they are gone when the cancellation goes on."""
+    """Invisible parts would be billed: they are removed before the cancellation goes on."""
     begun, never = asyncio.Event(), asyncio.Event()
 
     async def endless() -> AsyncIterator[bytes]:
@@ -229,11 +229,11 @@ async def test_a_cancelled_upload_is_aborted(bucket: Bucket) -> None:
 
 
 async def test_connections_that_break_in_the_middle(bucket: Bucket) -> None:
-    """Every other connection is cut in the middle of a part: that part is sent again."""
+    """Every other connection is cut within a part, which is sent again."""
     async with link(bucket.endpoint, cuts=lambda number: 3_000_000 if number % 2 == 0 else None) as bad:
-        await put(Bucket(bad.endpoint).place(), "a", BIG)
+        await write_checked(Bucket(bad.endpoint).place(), "a", BIG)
         assert bad.broken >= 1
-    assert (await held(bucket, "a"))[0] == BIG
+    assert (await read_object(bucket, "a"))[0] == BIG
     assert await bucket.open_uploads() == 0
 
 
@@ -244,7 +244,7 @@ async def test_a_link_that_never_lasts(
     context_of: ContextOf,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Given up after a few tries, with a plain reason; the next attempt over a good link needs nothing else."""
+    """It fails after a few tries, with a clear reason; the next attempt works."""
     monkeypatch.setitem(handlers.storage.clouds._RETRIES, "max_retries", 1)
     run, context = replace(run, outputs=(media.output("/a", page(BIG)),)), context_of()
     async with link(bucket.endpoint, cuts=lambda _: 3_000_000) as bad:
@@ -252,18 +252,18 @@ async def test_a_link_that_never_lasts(
     assert isinstance(answer, Retry)
     assert "cannot write to s3://bucket/pre: no response from its endpoint" in answer.reason
     assert isinstance(await storage(bucket).handle(run, context), Done)
-    assert (await held(bucket, "2026-11-24/run_1/out.png"))[0] == BIG
+    assert (await read_object(bucket, "2026-11-24/run_1/out.png"))[0] == BIG
 
 
 async def test_a_slow_link(bucket: Bucket) -> None:
-    """Slow is no error."""
+    """A slow link is not an error."""
     async with link(bucket.endpoint, bytes_per_second=20_000_000) as slow:
-        await put(Bucket(slow.endpoint).place(), "a", BIG)
-    assert (await held(bucket, "a"))[0] == BIG
+        await write_checked(Bucket(slow.endpoint).place(), "a", BIG)
+    assert (await read_object(bucket, "a"))[0] == BIG
 
 
 async def test_targets_that_do_not_answer(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silence, a closed port and a server in trouble may pass: the check only warns."""
+    """A silent, closed or failing server may recover: the check only warns."""
     monkeypatch.setattr(handlers.storage.objects, "CHECK_SECONDS", 0.3)
     async with link(bucket.endpoint, silent=True) as silent:
         with pytest.raises(TargetUnreachableError, match="did not respond within"):
@@ -272,7 +272,7 @@ async def test_targets_that_do_not_answer(bucket: Bucket, monkeypatch: pytest.Mo
     monkeypatch.setitem(handlers.storage.clouds._RETRIES, "max_retries", 0)
     with pytest.raises(TargetUnreachableError, match="no response from its endpoint"):
         await storage(Bucket("http://127.0.0.1:1")).check()
-    async with told(
+    async with scripted_store(
         PUT=(503, {}, b"<Error><Code>SlowDown</Code><Message>Please wait</Message></Error>")
     ) as busy:
         with pytest.raises(TargetUnreachableError, match=r"responded with 503 \(SlowDown, Please wait\)"):
@@ -280,7 +280,7 @@ async def test_targets_that_do_not_answer(bucket: Bucket, monkeypatch: pytest.Mo
 
 
 async def test_a_bucket_that_does_not_exist(bucket: Bucket, run: SettledRun, context_of: ContextOf) -> None:
-    """Said by the check, and by the reason of the run that waits for it."""
+    """The check and the reason of a run both say it."""
     handler = storage(bucket, "s3://nobucket/pre")
     with pytest.raises(PlaceError, match=r"s3://nobucket/pre: NoSuchBucket, .*; does the bucket exist\?"):
         await handler.check()
@@ -291,7 +291,7 @@ async def test_a_bucket_that_does_not_exist(bucket: Bucket, run: SettledRun, con
 
 
 async def test_wrong_credentials(bucket: Bucket, run: SettledRun, context_of: ContextOf) -> None:
-    """Named as such, never shown, and nothing is retried for minutes."""
+    """Reported as such, never shown, and not retried for minutes."""
     run = replace(run, outputs=(Output(position=0, output_id="a", type="text", value="x"),))
     await bucket.let_in_nobody()
     try:
@@ -325,8 +325,8 @@ DENIED: tuple[int, dict[str, str], bytes] = (403, {}, b"<Error><Code>AccessDenie
     ],
 )
 async def test_the_check_names_the_right_that_is_missing(answers: dict[str, Any], what: str) -> None:
-    """Write, read and look-up are tried apart; S3 says 403 of what is missing to whoever may not list."""
-    async with told(**answers) as store:
+    """Write, read and look-up are tried apart; S3 responds 403 to a HEAD without list permission."""
+    async with scripted_store(**answers) as store:
         with pytest.raises(PlaceError) as caught:
             await Bucket(store.endpoint).place().check()
     assert str(caught.value).startswith(what)
@@ -336,7 +336,7 @@ async def test_the_check_names_the_right_that_is_missing(answers: dict[str, Any]
 async def test_a_store_that_refuses_bulk_delete() -> None:
     """Some S3-compatible stores answer `POST ?delete` with 400: the object of the check is deleted singly."""
     refusal: tuple[int, dict[str, str], bytes] = (400, {}, b"<Error><Code>NotImplemented</Code></Error>")
-    async with told(PUT=OK, GET=OK, HEAD=MISSING, DELETE=(204, {}, b""), POST=refusal) as store:
+    async with scripted_store(PUT=OK, GET=OK, HEAD=MISSING, DELETE=(204, {}, b""), POST=refusal) as store:
         await storage(Bucket(store.endpoint)).check()
     assert [request.partition(" ")[0] for request in store.requests] == ["PUT", "GET", "HEAD", "DELETE"]
 
@@ -344,7 +344,7 @@ async def test_a_store_that_refuses_bulk_delete() -> None:
 @pytest.mark.parametrize("refusal", [DENIED, (400, {}, b""), (501, {}, b"")])
 async def test_what_a_check_leaves_is_one_object_of_which_it_warns(refusal: Any) -> None:
     """Outputs are never deleted, so a bucket without that permission is no error; each check uses one name."""
-    async with told(PUT=OK, GET=OK, HEAD=MISSING, DELETE=refusal) as store:
+    async with scripted_store(PUT=OK, GET=OK, HEAD=MISSING, DELETE=refusal) as store:
         for _ in range(2):
             with pytest.raises(TargetDegradedError, match="can write to, but not delete from") as caught:
                 await storage(Bucket(store.endpoint)).check()
@@ -360,65 +360,67 @@ async def test_checks_at_the_same_time_do_not_disturb_each_other(bucket: Bucket)
 
 
 async def test_what_a_store_holds_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong size is an error; an ETag that is no MD5 of ours is looked into once, and only other bytes are an error."""
+    """A wrong size is an error; another ETag is checked once, and other bytes are an error."""
     body, md5 = b"hello", hashlib.md5(b"hello", usedforsecurity=False).hexdigest()
     sized = {"Content-Length": "5", "ETag": '"x"'}
-    for etag, held, head, error in [
+    for etag, content, head, error in [
         (md5, b"hullo", sized, None),
         (md5, b"hello", {**sized, "Content-Length": "4"}, "holds 4 bytes of an object of 5"),
         ("0" * 32, b"hullo", sized, "holds other bytes than were sent"),
         ("0" * 32, b"hello", sized, None),
         ("opaque", b"hullo", sized, None),
     ]:
-        async with told(
-            PUT=(200, {"ETag": f'"{etag}"'}, b""), GET=(200, {"ETag": '"x"'}, held), HEAD=(200, head, b"")
+        async with scripted_store(
+            PUT=(200, {"ETag": f'"{etag}"'}, b""),
+            GET=(200, {"ETag": '"x"'}, content),
+            HEAD=(200, head, b""),
         ) as store:
             place = Bucket(store.endpoint).place()
             if error:
                 with pytest.raises(PlaceError, match=error):
-                    await put(place, "a", body)
+                    await write_checked(place, "a", body)
                 continue
-            await put(place, "a", body)
-            await put(place, "a", body)
+            await write_checked(place, "a", body)
+            await write_checked(place, "a", body)
             reads = sum(request.startswith("GET") for request in store.requests)
             assert reads == (1 if etag == "0" * 32 else 0)
 
 
 async def test_what_came_in_parts_is_compared_too() -> None:
-    """The ETag of an upload in parts tells their checksums: another one is looked into, and other bytes are an error."""
+    """The ETag of an upload in parts is checked likewise."""
     body = BIG[: PART_BYTES + 5]
     parts = [
         hashlib.md5(part, usedforsecurity=False).digest() for part in (body[:PART_BYTES], body[PART_BYTES:])
     ]
     etag = f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-2"
-    for shown, held, error in [
+    for shown, content, error in [
         (etag, b"never read", None),
         (etag.replace("-2", "-3"), body, None),
         (etag.replace("-2", "-3"), body[::-1], "holds other bytes than were sent"),
     ]:
         xml = f'<R><UploadId>u</UploadId><ETag>"{shown}"</ETag></R>'.encode()
-        async with told(
+        async with scripted_store(
             POST=(200, {}, xml),
             PUT=(200, {"ETag": '"part"'}, b""),
-            GET=(200, {"ETag": '"x"'}, held),
+            GET=(200, {"ETag": '"x"'}, content),
             HEAD=(200, {"Content-Length": str(len(body)), "ETag": '"x"'}, b""),
         ) as store:
             place = Bucket(store.endpoint).place()
             if error:
                 with pytest.raises(PlaceError, match=error):
-                    await put(place, "a", body)
+                    await write_checked(place, "a", body)
             else:
-                await put(place, "a", body)
+                await write_checked(place, "a", body)
             assert any(request.startswith("GET") for request in store.requests) == (shown != etag)
 
 
 @pytest.mark.parametrize("name", ["ä" * 60, "aä" * 60, "aaä" * 60, "x" * 300, "日" * 1000, "😀" * 90])
 async def test_labels_end_with_a_whole_character(bucket: Bucket, name: str) -> None:
-    """What is too long for a label is cut, never within a character."""
+    """A label is cut if too long, between characters."""
     await bucket.place().write(
         "a", chunks(b"x"), content_type=None, expected=None, metadata={"output": name}
     )
-    _, labels, _ = await held(bucket, "a")
+    _, labels, _ = await read_object(bucket, "a")
     assert 240 < len(labels["output"]) <= 256
     assert name.startswith(unquote(labels["output"], errors="strict"))
 
@@ -426,7 +428,7 @@ async def test_labels_end_with_a_whole_character(bucket: Bucket, name: str) -> N
 async def test_the_usual_environment_works_and_options_override_it(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`AWS_…` as for every other program; what `store` names comes first."""
+    """`AWS_…` as for other programs; options in `store` take precedence."""
     names = {
         "ENDPOINT_URL": bucket.endpoint,
         "ACCESS_KEY_ID": "a",
@@ -477,8 +479,8 @@ def test_secrets_come_from_where_secrets_come_from(tmp_path: Any) -> None:
         ("outputs", {"region": "x"}, "are for buckets"),
     ],
 )
-def test_bad_options_are_told_at_once(url: str, options: dict[str, Any], says: str) -> None:
-    """In plain words, when the configuration is read, without the values."""
+def test_wrong_options_are_refused_at_once(url: str, options: dict[str, Any], says: str) -> None:
+    """When the configuration is read, without the values."""
     with pytest.raises(ValueError, match="validation error") as caught:
         StorageConfig.model_validate({"url": url, "store": options})
     assert says in str(caught.value)
@@ -513,15 +515,15 @@ asyncio.run(main())
 
 
 def test_two_hundred_megabytes_take_little_memory(bucket: Bucket) -> None:
-    """In parts, a few at a time: what a large output takes is what a small one took."""
-    told = subprocess.run(
+    """In parts, a few at a time: a large output takes as much as a small one."""
+    printed = subprocess.run(
         [sys.executable, "-c", UPLOAD, bucket.endpoint],
         check=True,
         capture_output=True,
         text=True,
         timeout=120,
     ).stdout
-    size, sha256, growth = told.split()
+    size, sha256, growth = printed.split()
     digest = hashlib.sha256()
     for n in range(400):
         digest.update(bytes([n % 256]) * (512 * 1024))

@@ -1,4 +1,4 @@
-"""Thumbnails: small, safe, an extra that never fails a run."""
+"""Thumbnails: small, safe, and never a reason for a run to fail."""
 
 import io
 import struct
@@ -36,7 +36,7 @@ def picture(
     return made.getvalue()
 
 
-def opened(body: bytes) -> Image.Image:
+def open_webp(body: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(body), formats=["WEBP"])
     image.load()
     return image
@@ -57,7 +57,7 @@ def bomb(width: int, height: int) -> bytes:
     )
 
 
-def scanned(times: int) -> bytes:
+def repeat_scan(times: int) -> bytes:
     """A progressive JPEG with its last scan many times over: work without end in a few bytes."""
     body = picture("JPEG", progressive=True)
     scan = body.rindex(b"\xff\xda")
@@ -69,34 +69,34 @@ def test_each_format_becomes_a_small_webp(kind: str) -> None:
     """In proportion, at most 512 pixels, the same bytes each time."""
     body = picture(kind)
     made = make_thumbnail(body, KINDS[kind])
-    assert opened(made).size == (SIDE, SIDE // 2)
+    assert open_webp(made).size == (SIDE, SIDE // 2)
     assert made == make_thumbnail(body, f"{KINDS[kind]}; x=1")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
 def test_every_kind_of_pixel(mode: str) -> None:
     """Palettes, transparency, one bit and sixteen."""
-    assert opened(make_thumbnail(picture(mode=mode), "image/png")).size == (SIDE, SIDE // 2)
+    assert open_webp(make_thumbnail(picture(mode=mode), "image/png")).size == (SIDE, SIDE // 2)
 
 
 def test_a_photo_stands_upright() -> None:
-    """The camera's word on which side is up is followed, and does not go along."""
+    """The orientation in EXIF is applied, and removed with all else."""
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "private"
-    made = opened(make_thumbnail(picture("JPEG", exif=exif), "image/jpeg"))
+    made = open_webp(make_thumbnail(picture("JPEG", exif=exif), "image/jpeg"))
     assert made.size == (SIDE // 2, SIDE)
     assert not made.getexif()
 
 
 def test_a_progressive_one_may_have_many_scans() -> None:
     """Ten are usual."""
-    assert opened(make_thumbnail(scanned(MAX_SCANS - 20), "image/jpeg")).size == (SIDE, SIDE // 2)
+    assert open_webp(make_thumbnail(repeat_scan(MAX_SCANS - 20), "image/jpeg")).size == (SIDE, SIDE // 2)
 
 
 def test_small_ones_are_not_blown_up() -> None:
     """One pixel is one pixel."""
-    assert opened(make_thumbnail(picture(size=(1, 1)), "image/png")).size == (1, 1)
+    assert open_webp(make_thumbnail(picture(size=(1, 1)), "image/png")).size == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def test_small_ones_are_not_blown_up() -> None:
         (b"", "image/png"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/png"),
         (picture("JPEG"), "image/png"),
-        (scanned(MAX_SCANS), "image/jpeg"),
+        (repeat_scan(MAX_SCANS), "image/jpeg"),
         (picture("TIFF"), "image/tiff"),
         (b"<svg/>", "image/svg+xml"),
         (picture(), None),
     ],
 )
 def test_what_has_no_thumbnail(body: bytes, content_type: str | None) -> None:
-    """Bombs, broken files, formats that lie about themselves or that are not opened at all."""
+    """Bombs, broken files, wrong formats, unsupported formats."""
     with pytest.raises(NoThumbnailError):
         make_thumbnail(body, content_type)
 
@@ -148,21 +148,21 @@ print(peak() - before)
 def test_the_largest_take_as_much_memory_as_is_said(
     tmp_path: Path, kind: str, mode: str, side: int
 ) -> None:
-    """A file of a few kilobytes must not take the service down: all copies together stay within what is documented."""
+    """A small file must not exhaust the memory: all copies stay within the documented limit."""
     options = {"WEBP": {"method": 0}, "PNG": {"compress_level": 1}}.get(kind, {})
     for name, size in (("small", 16), ("large", side)):
         (tmp_path / name).write_bytes(picture(kind, (size, size), mode, **options))
     command = [sys.executable, "-c", LARGEST, KINDS[kind]]
-    told = subprocess.run(
+    printed = subprocess.run(
         command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120
     ).stdout
-    assert int(told) <= MAX_MEMORY * 1.1
+    assert int(printed) <= MAX_MEMORY * 1.1
 
 
 async def test_a_thumbnail_lies_beside_its_image_and_is_on_record(
     tmp_path: Path, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """Made once; made again only where it is gone; words have none, and the manifest tells of outputs alone."""
+    """Made once, and again only if missing; texts have none; the manifest lists outputs only."""
     body = picture()
     words = media.output("/words", page(b"x", "text/plain"), position=1, output_id="words")
     run = replace(run, outputs=(media.output("/a", page(body)), words))
@@ -182,14 +182,14 @@ async def test_a_thumbnail_lies_beside_its_image_and_is_on_record(
     assert (context.stores, len(media.requests)) == (stores, requests)
     file.unlink()
     await handler.handle(run, context)
-    assert opened(file.read_bytes()).size == (SIDE, SIDE // 2)
+    assert open_webp(file.read_bytes()).size == (SIDE, SIDE // 2)
     assert len(media.requests) == requests
 
 
 async def test_a_broken_image_does_not_fail_its_run(
     tmp_path: Path, run: SettledRun, media: MediaServer, context_of: ContextOf
 ) -> None:
-    """It is stored as it is; a line in the log says why it has no thumbnail."""
+    """The image is stored; the log says why it has no thumbnail."""
     run = replace(run, outputs=(media.output("/secret", page(bomb(40_000, 40_000))),))
     context = context_of()
     answer = await Storage(StorageConfig(url=str(tmp_path), thumbnails=True)).handle(run, context)
@@ -204,7 +204,7 @@ async def test_a_broken_image_does_not_fail_its_run(
 async def test_a_file_of_someone_else_is_not_replaced_by_a_thumbnail(
     tmp_path: Path, run: SettledRun, media: MediaServer, context_of: ContextOf, overwrite: str
 ) -> None:
-    """What lies there stays; the run does not care."""
+    """The existing file stays; the run succeeds."""
     file = tmp_path / "2026-11-24/run_1/out.png.thumb.webp"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"mine")
@@ -219,7 +219,7 @@ async def test_a_file_of_someone_else_is_not_replaced_by_a_thumbnail(
 
 
 def test_pillow_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it thumbnails cannot be asked for, and nothing else is missed."""
+    """Without Pillow, only the option is refused."""
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     Storage(StorageConfig(url=str(tmp_path)))

@@ -1,4 +1,4 @@
-"""Message brokers of the tests' own on loopback: nats-server, redis-server, and librdkafka's mock of a Kafka cluster.
+"""Message brokers on loopback: nats-server, redis-server, librdkafka's mock of Kafka.
 
 Each is a child process that is stopped by its id, can be frozen, and comes back on the same port
 with its data.
@@ -32,7 +32,7 @@ sys.stdin.read()
 
 
 def program(name: str) -> str:
-    """Return the path of a server's program; whoever has none is told how to get it."""
+    """Return the path of a server's program, or fail with how to install it."""
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
     if found is None:
         pytest.fail(f"{name} is missing: apt-get install {name}", pytrace=False)
@@ -46,7 +46,7 @@ def free_port() -> int:
 
 
 def _freeze(process: subprocess.Popen[Any]) -> None:
-    """Stop a process where it stands, and return once every thread of it does."""
+    """Freeze a process, and return once all its threads are stopped."""
     process.send_signal(signal.SIGSTOP)
     tasks = Path(f"/proc/{process.pid}/task")
     while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.iterdir()):
@@ -67,7 +67,7 @@ class Server:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it, and return when it listens."""
+        """Start it, and return when it accepts connections."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         give_up_at = time.monotonic() + _PATIENCE_SECONDS
@@ -83,7 +83,7 @@ class Server:
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Stop it in order: what it keeps is on disk."""
+        """Stop it properly: its data is on disk."""
         if self._process is not None:
             self.thaw()
             self._process.terminate()
@@ -97,7 +97,7 @@ class Server:
             self._process = None
 
     def freeze(self) -> None:
-        """Let it hold its connections and answer nothing."""
+        """Stop responding, with connections open."""
         assert self._process is not None
         _freeze(self._process)
 
@@ -108,13 +108,13 @@ class Server:
 
 @contextlib.contextmanager
 def nats(settings: str = "", *, jetstream: bool = True) -> Iterator[Server]:
-    """Run a NATS server inside the block, with JetStream unless told otherwise; `settings` go into its file."""
+    """Run a NATS server inside the block; `settings` are appended to its configuration."""
     with _directory("nats") as directory:
         port = free_port()
         config = directory / "nats.conf"
         store = f'jetstream {{ store_dir: "{directory}/store" }}\n' if jetstream else ""
         config.write_text(f'listen: "127.0.0.1:{port}"\n{store}{settings}')
-        with _running(
+        with _run_server(
             Server([program("nats-server"), "-c", str(config)], port, directory / "log")
         ) as server:
             yield server
@@ -122,19 +122,19 @@ def nats(settings: str = "", *, jetstream: bool = True) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def redis(*options: str, tls: bool = False) -> Iterator[Server]:
-    """Run a Redis inside the block that writes all it does to disk; `options` as on its command line."""
+    """Run a Redis inside the block that syncs every write; `options` as on its command line."""
     with _directory("redis") as directory:
         port = free_port()
         ports = ["--port", "0", "--tls-port", str(port)] if tls else ["--port", str(port)]
         durable = ["--appendonly", "yes", "--appendfsync", "always", "--save", "", "--dir", str(directory)]
         command = [program("redis-server"), "--bind", "127.0.0.1", *ports, *durable, *options]
-        with _running(Server(command, port, directory / "log")) as server:
+        with _run_server(Server(command, port, directory / "log")) as server:
             yield server
 
 
 @dataclass(frozen=True, slots=True)
 class Kafka:
-    """A mock cluster of two brokers; it makes topics when they are first used, and forgets all when it ends."""
+    """A mock cluster of two brokers, which creates topics on first use and keeps nothing."""
 
     process: subprocess.Popen[str]
     hosts: str
@@ -178,7 +178,7 @@ def _directory(name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _running(server: Server) -> Iterator[Server]:
+def _run_server(server: Server) -> Iterator[Server]:
     server.start()
     try:
         yield server

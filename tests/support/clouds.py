@@ -1,4 +1,4 @@
-"""Buckets on loopback: moto in a process of its own, a proxy that makes links bad, a store that answers what it is told."""
+"""Buckets on loopback: moto in its own process, a bad link, a store with scripted responses."""
 
 import asyncio
 import subprocess
@@ -28,7 +28,7 @@ sys.stdin.read()
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket named `bucket` at an endpoint; asked without credentials, as only a test's may be."""
+    """A bucket named `bucket`, which accepts any credentials until told otherwise."""
 
     endpoint: str
 
@@ -63,7 +63,7 @@ class Bucket:
             await client.put("/bucket")
 
     async def let_in_nobody(self) -> None:
-        """Have every signature checked from now on, until the next reset."""
+        """Check every signature until the next reset."""
         async with httpx.AsyncClient(trust_env=False, base_url=self.endpoint) as client:
             await client.post("/moto-api/reset-auth", content=b"0")
 
@@ -74,7 +74,7 @@ class Bucket:
 
 @contextmanager
 def moto() -> Iterator[Bucket]:
-    """Run moto's S3 in a process of its own, whose memory is not ours."""
+    """Run moto's S3 in its own process, so that its memory is not ours."""
     with subprocess.Popen(
         [sys.executable, "-c", MOTO], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -94,11 +94,11 @@ def _port(process: "subprocess.Popen[bytes]") -> int:
 
 @dataclass
 class Link:
-    """A TCP proxy: it cuts the connections numbered in `cuts` after so many bytes, and lets bytes through slowly."""
+    """A TCP proxy that cuts connections after so many bytes, or slows them down."""
 
     port: int = 0
     cuts: Callable[[int], int | None] = lambda _: None
-    """Number of the connection, from 0 -> bytes sent by the client after which it is cut; None: never."""
+    """Number of a connection (from 0) → bytes from the client after which it is cut, or None."""
     bytes_per_second: float | None = None
     silent: bool = False
     """Whether nothing ever comes back."""
@@ -116,7 +116,7 @@ async def link(target: str, **how: Any) -> AsyncIterator[Link]:
     made = Link(**how)
     host, port = urlsplit(target).hostname, urlsplit(target).port
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         limit, made.connections = made.cuts(made.connections), made.connections + 1
         made.writers.append(writer)
         there, away = await asyncio.open_connection(host, port)
@@ -142,7 +142,7 @@ async def link(target: str, **how: Any) -> AsyncIterator[Link]:
                 await back
             writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await asyncio.start_server(handle_connection, "127.0.0.1", 0)
     made.port = server.sockets[0].getsockname()[1]
     try:
         yield made
@@ -163,7 +163,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @dataclass
 class RequestLog:
-    """A store that answers each method as it is told: (status, headers, body)."""
+    """A store with one response for each method: (status, headers, body)."""
 
     answers: dict[str, tuple[int, dict[str, str], bytes]]
     port: int = 0
@@ -175,10 +175,10 @@ class RequestLog:
 
 
 @asynccontextmanager
-async def told(**answers: tuple[int, dict[str, str], bytes]) -> AsyncIterator[RequestLog]:
+async def scripted_store(**answers: tuple[int, dict[str, str], bytes]) -> AsyncIterator[RequestLog]:
     made = RequestLog(answers)
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
@@ -212,7 +212,7 @@ async def told(**answers: tuple[int, dict[str, str], bytes]) -> AsyncIterator[Re
         finally:
             writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await asyncio.start_server(handle_connection, "127.0.0.1", 0)
     made.port = server.sockets[0].getsockname()[1]
     try:
         yield made

@@ -1,4 +1,4 @@
-"""What the tests of handlers share: the kit that is there for everybody's handlers."""
+"""Fixtures that the tests of all handlers share, on top of the public kit."""
 
 from collections.abc import AsyncIterator, Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A program that dies: storage on a disk, killed before and after each step of it. Run by `test_storage_kill`.
+"""A program for `test_storage_kill`: storage on a disk, killed before and after each step.
 
 It prints one line of JSON for each point of death: what lay there afterwards, and what the next
 attempt made of it.
@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ RECORDS = TypeAdapter(dict[int, Artifact])
 
 @dataclass
 class Death:
-    """Comes at the step with this number; 0: never."""
+    """Kills the process at the step of this number; 0: never."""
 
     at: int
     steps: list[str] = field(default_factory=list)
@@ -44,18 +45,18 @@ class Death:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **fields: Any) -> Any:
+        def call(*args: Any, **fields: Any) -> Any:
             self.step(f"before {name}")
             answer = function(*args, **fields)
             self.step(f"after {name}")
             return answer
 
-        return wrapped
+        return call
 
 
 @dataclass
 class LastingContext(MemoryContext):
-    """Its records outlive it, in a file, as a ledger's do."""
+    """A context whose records outlive the process, in a file."""
 
     ledger: Path = Path()
     death: Death = field(default_factory=lambda: Death(0))
@@ -86,7 +87,7 @@ class LastingContext(MemoryContext):
 
 
 def attempt(root: Path, die_at: int) -> None:
-    """Store a run in a process of its own, and leave there which steps that took."""
+    """Store a run, and write down the steps that this took."""
     death = Death(die_at)
     for module, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "write")):
         setattr(module, name, death.around(name, getattr(module, name)))
@@ -96,7 +97,7 @@ def attempt(root: Path, die_at: int) -> None:
     )
     run = replace(a_settled_run(), outputs=outputs)
 
-    async def handled() -> object:
+    async def handle_run() -> object:
         handler = Storage(StorageConfig(url=str(root), key="{run_id}/{output_id}{ext}", outputs_at_once=1))
         context = LastingContext(
             "run_1",
@@ -106,13 +107,13 @@ def attempt(root: Path, die_at: int) -> None:
         )
         return await handler.handle(run, context.load())
 
-    if not isinstance(asyncio.run(handled()), Done):
+    if not isinstance(asyncio.run(handle_run()), Done):
         os._exit(1)
     root.with_suffix(".steps").write_text(json.dumps(death.steps))
 
 
-def ended(work: Callable[[], None]) -> int:
-    """Do something in a child; return its exit code, or the negative signal that killed it."""
+def run_child(work: Callable[[], None]) -> int:
+    """Run a function in a child; return its exit code, or the negative signal."""
     child = os.fork()
     if child == 0:
         work()
@@ -121,7 +122,7 @@ def ended(work: Callable[[], None]) -> int:
 
 
 def visible(root: Path) -> dict[str, str]:
-    """What whoever looks into the directory takes for files, with their hashes."""
+    """Return the visible files of a directory, with their hashes."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in root.rglob("*")
@@ -134,11 +135,11 @@ def main(root: Path) -> None:
     while code:
         number += 1
         place = root / str(number)
-        code = ended(lambda: attempt(place, die_at=number))  # noqa: B023 - it is over before the next begins
+        code = run_child(partial(attempt, place, die_at=number))
         left = visible(place)
-        again = ended(lambda: attempt(place, die_at=0))  # noqa: B023
+        again = run_child(partial(attempt, place, die_at=0))
         records = RECORDS.validate_json(place.with_suffix(".ledger").read_bytes())
-        told = {
+        report = {
             "code": code,
             "left": left,
             "again": again,
@@ -147,7 +148,7 @@ def main(root: Path) -> None:
             "recorded": {Path(each.location).name: each.sha256 for each in records.values()},
             "steps": json.loads(place.with_suffix(".steps").read_text()),
         }
-        sys.stdout.write(f"{json.dumps(told)}\n")
+        sys.stdout.write(f"{json.dumps(report)}\n")
 
 
 if __name__ == "__main__":

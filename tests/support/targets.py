@@ -1,4 +1,4 @@
-"""A server on loopback that takes posts, keeps them, and answers as it is told to."""
+"""An HTTP(S) server on loopback that records posts and sends scripted responses."""
 
 import asyncio
 import ssl
@@ -33,9 +33,9 @@ class Target:
     posts: list[Post] = field(default_factory=list)
     connections: int = 0
     held: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when a page that holds has sent all it will."""
+    """Set when a page that holds has been sent."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the other side has hung up."""
+    """Set when the client has disconnected."""
 
     @property
     def url(self) -> str:
@@ -68,7 +68,7 @@ class Target:
 
 @asynccontextmanager
 async def target(host: str = "localhost", tls: ssl.SSLContext | None = None) -> AsyncIterator[Target]:
-    """Listen on 127.0.0.1; `host` is what its URL calls it."""
+    """Listen on 127.0.0.1; `host` is the name in its URL."""
     made = Target("https" if tls else "http", host, answers=[answer()])
     server = await asyncio.start_server(made.serve, "127.0.0.1", 0, ssl=tls)
     made.port = server.sockets[0].getsockname()[1]

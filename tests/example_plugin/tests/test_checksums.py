@@ -18,7 +18,7 @@ def checksums(directory: Path) -> Checksums:
 
 
 def files(directory: Path) -> list[Path]:
-    """Return what lies there."""
+    """Return the files in the directory."""
     return sorted(directory.iterdir())
 
 
@@ -43,7 +43,7 @@ async def test_repeating_it_changes_nothing(tmp_path: Path, flora_run: Any, flor
 async def test_a_download_that_may_work_later_is_tried_later(
     tmp_path: Path, flora_run: Callable[..., Any], flora_context: Any, flora_media: Any
 ) -> None:
-    """An expired URL has the run read again, for a fresh one; what is never allowed is never tried again."""
+    """An expired URL is read again; a refused download is not retried."""
     run, handler = flora_run("imageUrl"), checksums(tmp_path)
     flora_media.pages["/output_1.png"] = page(b"gone", status="410 Gone")
     answer = await handler.handle(run, flora_context(run))
@@ -55,7 +55,7 @@ async def test_a_download_that_may_work_later_is_tried_later(
 
 
 async def test_in_a_running_receiver(tmp_path: Path, flora_stand: Any) -> None:
-    """Found by its entry point, told of a run by a callback of the emulated FLORA, done once."""
+    """Found by its entry point, called for a callback of the emulated FLORA, done once."""
     directory = tmp_path / "sums"
     async with flora_stand([{"use": "checksums", "directory": str(directory)}]) as stand:
         run = await stand.run("emu-two-images")

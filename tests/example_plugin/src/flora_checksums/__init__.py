@@ -1,7 +1,7 @@
 """Keeps a file of SHA-256 sums for every completed run, in the form that `sha256sum --check` reads.
 
-Idempotent by its place: a run has one file, written as a whole or not at all, so whoever repeats
-writes the same bytes.
+Idempotent: a run has one file, which appears as a whole or not at all, and a repeated attempt writes
+the same bytes.
 """
 
 import asyncio
@@ -31,26 +31,26 @@ __all__ = ["Checksums", "ChecksumsConfig"]
 
 
 class ChecksumsConfig(BaseModel):
-    """Unknown keys are errors; every field has a line that `flora-receiver handlers show checksums` prints."""
+    """Unknown keys are errors. `flora-receiver handlers show checksums` prints each description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     directory: Path
-    """Where the files go; made if it is missing."""
+    """Directory of the files; created if missing."""
 
 
 class Checksums:
-    """Downloads each output once, and remembers only its sum."""
+    """Downloads each output once, and keeps only its checksum."""
 
     Config: ClassVar[type[BaseModel]] = ChecksumsConfig
     when: ClassVar[When] = When(status=("completed",))
 
     def __init__(self, config: ChecksumsConfig) -> None:
-        """Store what is configured; nothing is opened yet."""
+        """Keep the configuration; nothing is opened yet."""
         self._directory = config.directory
 
     async def handle(self, run: SettledRun, context: Context) -> Answer:
-        """Write the run's file. A cut download is tried again later, one that is refused never."""
+        """Write the run's file. A failed download is retried, a refused one is not."""
         try:
             lines = [f"{await _sum(output, context)}  {output.output_id}\n" for output in run.outputs]
         except DownloadRefusedError as error:
@@ -62,7 +62,7 @@ class Checksums:
         return Done({"outputs": len(lines)})
 
     async def check(self) -> None:
-        """Try the directory: `flora-receiver check` and the start of the service ask."""
+        """Try the directory; called by `flora-receiver check` and at the start of the service."""
         await asyncio.to_thread(self._write, ".check", "")
         await asyncio.to_thread((self._directory / ".check.sha256").unlink)
 
