@@ -29,6 +29,7 @@ from receiver.config.values import (
     Host,
     Port,
     PostgresUrl,
+    ProxyUrl,
     Tolerance,
     Words,
     check_not_empty,
@@ -194,6 +195,12 @@ class Flora(Section):
     ca_file: ExistingFile | None = Field(
         None, description="PEM file with additional CAs to trust for the API."
     )
+    proxy: ProxyUrl | None = Field(
+        None,
+        repr=False,
+        description="HTTP proxy for the API: its URL with the port, or `env:HTTPS_PROXY`; default: none, "
+        "whatever the environment says.",
+    )
 
 
 class Reconcile(Section):
@@ -274,6 +281,17 @@ class Downloads(Section):
     deadline_seconds: Duration = Field(840, description="Time limit of one download.")
     ca_file: ExistingFile | None = Field(
         None, description="PEM file with additional CAs to trust for downloads."
+    )
+    proxy: ProxyUrl | None = Field(
+        None,
+        repr=False,
+        description="HTTP proxy for downloads, as in `[flora]`, except for `allow_private_hosts`. Names "
+        "are resolved here, and the proxy connects to the address that was checked; default: none.",
+    )
+    proxy_resolves_names: bool = Field(
+        default=False,
+        description="Give names to the proxy. This gives up the guard against names that lead to "
+        "private addresses: the proxy itself must refuse them.",
     )
 
 

@@ -14,6 +14,7 @@ from receiver.config.callback_url import split_http_url
 from receiver.credentials import find_fault, split_list
 from receiver.database_url import parse_database_url
 from receiver.net.addresses import is_loopback, to_unix_path
+from receiver.net.proxies import parse_proxy
 
 __all__ = [
     "Count",
@@ -28,6 +29,7 @@ __all__ = [
     "HttpUrl",
     "Port",
     "PostgresUrl",
+    "ProxyUrl",
     "Secret",
     "Tolerance",
     "Words",
@@ -160,6 +162,11 @@ def _check_database_url(value: str) -> str:
     return value
 
 
+def _to_proxy_url(value: str) -> str:
+    parse_proxy(value)
+    return value if "://" in value else f"http://{value}"
+
+
 def _check_postgres_url(value: str) -> str:
     if parse_database_url(value).path is not None:
         raise ValueError("must start with postgresql://")
@@ -171,6 +178,8 @@ Secret = Annotated[SecretStr, BeforeValidator(_resolve_reference), AfterValidato
 Credential = Annotated[SecretStr, BeforeValidator(_resolve_reference), AfterValidator(_check_credential)]
 """An API key, a signing secret or a token, by the rule of `receiver.credentials`."""
 CredentialList = Annotated[tuple[Credential, ...], BeforeValidator(_split_credentials)]
+ProxyUrl = Annotated[str, BeforeValidator(_resolve_reference), AfterValidator(_to_proxy_url)]
+"""The URL of an HTTP proxy, shown without the user name and password in it."""
 Tolerance = Annotated[int | None, Field(ge=0), BeforeValidator(_off_to_none)]
 Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DurationOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]

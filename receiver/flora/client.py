@@ -165,6 +165,9 @@ class FloraClient:
         except TimeoutError as error:
             self._on_response(None)
             raise FloraError(f"FLORA did not respond within {self._timeout_seconds:g} s") from error
+        except httpx.ProxyError as error:
+            self._on_response(None)
+            raise FloraError(f"FLORA cannot be reached: {error}") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
             self._on_response(None)
             raise FloraError(f"FLORA cannot be reached: {type(error).__name__}") from error

@@ -7,6 +7,7 @@ keep cookies; these do neither, and follow no redirects.
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import socket
 import ssl
@@ -18,7 +19,8 @@ from typing import Any
 import httpcore
 import httpx
 
-from receiver.net.addresses import is_loopback, local_origin, to_unix_path
+from receiver.net.addresses import is_loopback, local_origin, parse_address, to_unix_path
+from receiver.net.tunnel import ProxyRoute, open_tunnel
 
 USER_AGENT = "flora-receiver"
 MAX_ADDRESSES = 4  # tried per host: a long list of dead ones must not use up the caller's time
@@ -41,6 +43,7 @@ _NOT_PUBLIC = tuple(
         "3fff::/20",  # documentation
     )
 )
+_PRIVATE_DOMAINS = frozenset({"arpa", "home", "internal", "intranet", "lan", "local", "localhost"})
 # All public IPv6; excludes mapped and compatible IPv4, NAT64, site-local and multicast addresses.
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
@@ -87,12 +90,35 @@ def parse_host_and_port(text: str) -> tuple[str, int]:
     return host.lower(), int(port)
 
 
-class GuardedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to public addresses, and to the (host, port) pairs in `allowed` at any address."""
+def check_name(host: str) -> None:
+    """Raise PrivateAddressError for a host that is private by its name or spelling alone."""
+    with contextlib.suppress(OSError):  # the spellings that the system's resolver reads as addresses
+        host = socket.inet_ntoa(socket.inet_aton(host))
+    address = parse_address(host)
+    labels = host.lower().rstrip(".").split(".")
+    if address is not None and not is_public(str(address)):
+        raise PrivateAddressError(f"{host} is not a public address")
+    if address is None and (len(labels) < 2 or labels[-1] in _PRIVATE_DOMAINS):
+        raise PrivateAddressError(f"{host} is not a public name")
 
-    def __init__(self, *, allowed: Collection[tuple[str, int]] = (), resolve: Resolve = resolve) -> None:
+
+class GuardedBackend(httpcore.AsyncNetworkBackend):
+    """Connects to public addresses, and to the (host, port) pairs in `allowed` at any address.
+
+    With `route`, public addresses are reached through its proxy: it is asked for the address that was
+    checked here. Where the proxy resolves names, only what can be told from a name is checked.
+    """
+
+    def __init__(
+        self,
+        *,
+        allowed: Collection[tuple[str, int]] = (),
+        resolve: Resolve = resolve,
+        route: ProxyRoute | None = None,
+    ) -> None:
         self._allowed = frozenset(allowed)
         self._resolve = resolve
+        self._route = route
         self._backend = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -105,10 +131,27 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         try:
             async with asyncio.timeout(timeout):
+                if self._route is not None and (host.lower(), port) not in self._allowed:
+                    return await self._connect_by_proxy(self._route, host, port, timeout)
                 addresses = await self._resolve_public(host, port)
                 return await self._connect(addresses, port, timeout, local_address, socket_options)
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(f"no connection within {timeout} s") from error
+
+    async def _connect_by_proxy(
+        self, route: ProxyRoute, host: str, port: int, timeout: float | None
+    ) -> httpcore.AsyncNetworkStream:
+        if route.resolves_names:
+            check_name(host)
+            return _Stream(await open_tunnel(self._backend, route, host, port, timeout))
+        addresses = await self._resolve_public(host, port)
+        failure: httpcore.ProxyError | None = None
+        for address in addresses:
+            try:
+                return _Stream(await open_tunnel(self._backend, route, address, port, timeout))
+            except httpcore.ProxyError as error:
+                failure = error
+        raise failure or httpcore.ConnectError("no address")
 
     async def _resolve_public(self, host: str, port: int) -> Sequence[str]:
         try:
@@ -149,6 +192,31 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         socket_options: Iterable[SocketOption] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         raise PrivateAddressError(f"unix sockets are not public: {path}")
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+class _TunnelBackend(httpcore.AsyncNetworkBackend):
+    """Connects to every host through a proxy, which resolves its name."""
+
+    def __init__(self, route: ProxyRoute) -> None:
+        self._route = route
+        self._backend = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[SocketOption] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        try:
+            async with asyncio.timeout(timeout):
+                return _Stream(await open_tunnel(self._backend, self._route, host, port, timeout))
+        except TimeoutError as error:
+            raise httpcore.ConnectTimeout(f"no connection within {timeout} s") from error
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -201,6 +269,7 @@ class GuardedTransport(httpx.AsyncHTTPTransport):
         allowed: Collection[tuple[str, int]] = (),
         resolve: Resolve = resolve,
         max_connections: int = 100,
+        route: ProxyRoute | None = None,
     ) -> None:
         super().__init__(verify=tls, trust_env=False)
         self._allowed = frozenset(allowed)
@@ -210,7 +279,7 @@ class GuardedTransport(httpx.AsyncHTTPTransport):
             max_connections=max_connections,
             max_keepalive_connections=20,
             keepalive_expiry=15,
-            network_backend=GuardedBackend(allowed=allowed, resolve=resolve),
+            network_backend=GuardedBackend(allowed=allowed, resolve=resolve, route=route),
         )
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -219,6 +288,20 @@ class GuardedTransport(httpx.AsyncHTTPTransport):
         if url.scheme != "https" and not is_allowed:
             raise httpx.UnsupportedProtocol(f"{url.host}: only https is fetched")
         return await super().handle_async_request(request)
+
+
+class TunnelTransport(httpx.AsyncHTTPTransport):
+    """The transport of httpx through a proxy, for one origin that the operator names."""
+
+    def __init__(self, route: ProxyRoute, *, tls: ssl.SSLContext, max_connections: int) -> None:
+        super().__init__(verify=tls, trust_env=False)
+        self._pool = httpcore.AsyncConnectionPool(  # as in `GuardedTransport`
+            ssl_context=tls,
+            max_connections=max_connections,
+            max_keepalive_connections=max_connections,
+            keepalive_expiry=5,
+            network_backend=_TunnelBackend(route),
+        )
 
 
 def tls_context(ca: Path | None = None) -> ssl.SSLContext:
@@ -236,15 +319,17 @@ def media_client(
     tls: ssl.SSLContext | None = None,
     connect_seconds: float = 10.0,
     stall_seconds: float = 30.0,
+    route: ProxyRoute | None = None,
 ) -> httpx.AsyncClient:
     """Build a client for URLs from outside: guarded, no redirects, no cookies, no compression.
 
     `allow_private_hosts` are exact `host:port`; another form raises ValueError. Redirects need a
     client without them. A private address raises httpx.ConnectError, caused by PrivateAddressError.
+    All other hosts are reached through the proxy of `route`, whose failures raise httpx.ProxyError.
     """
     allowed = [parse_host_and_port(entry) for entry in allow_private_hosts]
     return httpx.AsyncClient(
-        transport=GuardedTransport(tls=tls or tls_context(), allowed=allowed, resolve=resolve),
+        transport=GuardedTransport(tls=tls or tls_context(), allowed=allowed, resolve=resolve, route=route),
         headers={"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"},
         # Waiting for a free connection counts against the caller's own deadline only.
         timeout=httpx.Timeout(connect=connect_seconds, read=stall_seconds, write=stall_seconds, pool=None),
@@ -262,10 +347,12 @@ def api_client(
     timeout_seconds: float = 30.0,
     connect_seconds: float = 10.0,
     max_connections: int = 20,
+    route: ProxyRoute | None = None,
 ) -> httpx.AsyncClient:
     """Build a client for FLORA's API, which sends `headers` to the origin of `base_url` alone.
 
-    Raises ValueError where `base_url` is neither https nor http on loopback.
+    It goes through the proxy of `route`, unless `base_url` is on loopback. Raises ValueError where
+    `base_url` is neither https nor http on loopback.
     """
     base = httpx.URL(base_url)
     if not base.host or not (base.scheme == "https" or (base.scheme == "http" and is_loopback(base.host))):
@@ -278,15 +365,22 @@ def api_client(
                 f"not an address of the API: {request.url.host}", request=request
             )
 
+    tls = tls or tls_context()
+    transport = (
+        None
+        if route is None or is_loopback(base.host)
+        else TunnelTransport(route, tls=tls, max_connections=max_connections)
+    )
     return httpx.AsyncClient(
         base_url=base,
+        transport=transport,
         headers={
             "User-Agent": USER_AGENT,
             "Accept": "application/json",
             "Accept-Encoding": "gzip, deflate",
             **(headers or {}),
         },
-        verify=tls or tls_context(),
+        verify=tls,
         timeout=httpx.Timeout(timeout_seconds, connect=connect_seconds),
         limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
         cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),

@@ -27,6 +27,7 @@ from receiver.net.decoding import decode_chunks
 from receiver.net.media_urls import parse_media_url, redirect_target
 from receiver.net.ranges import ResumableBody, parse_resumable
 from receiver.net.retry_after import parse_retry_after
+from receiver.net.tunnel import ProxyRoute
 
 __all__ = ["Download", "DownloadLimits", "Downloader", "Saved", "save", "text_download"]
 
@@ -93,7 +94,8 @@ class Saved:
 class Downloader:
     """Opens outputs: over HTTPS from public addresses, and from the `allow_private_hosts`.
 
-    The latter are exact `host:port`. `count_bytes` is called with the number of bytes whenever some arrive.
+    The latter are exact `host:port`, and are reached directly; the former through the proxy of `route`
+    if there is one. `count_bytes` is called with the number of bytes whenever some arrive.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Downloader:
         allow_private_hosts: Iterable[str] = (),
         tls: ssl.SSLContext | None = None,
         resolve: Resolve = resolve,
+        route: ProxyRoute | None = None,
         count_bytes: Callable[[int], None] | None = None,
     ) -> None:
         self._limits = limits
@@ -116,6 +119,7 @@ class Downloader:
                 tls=tls,
                 connect_seconds=self._limits.connect_seconds,
                 stall_seconds=self._limits.stall_seconds,
+                route=route,
             )
 
         # Two pools: a redirect must not reach an allowed private host, not even over a connection
@@ -363,6 +367,8 @@ def _to_download_error(error: httpx.HTTPError, host: str, *, is_redirect: bool) 
             return refused(f"{host}: outputs are fetched over https only")
         case httpx.ConnectError(__cause__=PrivateAddressError() as cause):
             return refused(str(cause))
+        case httpx.ProxyError():
+            return DownloadFailedError(f"{host}: {error}")
         case httpx.ConnectTimeout():
             return DownloadFailedError(f"{host}: no connection in time")
         case httpx.ConnectError():

@@ -28,6 +28,7 @@ from receiver.model import Subscription
 from receiver.net.addresses import is_loopback
 from receiver.net.clients import api_client, tls_context
 from receiver.net.download import Downloader, DownloadLimits
+from receiver.net.tunnel import route_through
 from receiver.plugins.loader import Loaded, load_handlers
 from receiver.store import Database, open_database
 from receiver.store.changes import Signals
@@ -119,7 +120,9 @@ def build_parts(settings: Settings, *, policy: Policy, clock: Callable[[], datet
     )
     intake = build_intake(settings, database, subscriptions, policy, signals, metrics, clock)
     flora = settings.flora
-    api = api_client(flora.base_url, timeout_seconds=flora.timeout_seconds, tls=tls_context(flora.ca_file))
+    tls = tls_context(flora.ca_file)
+    route = route_through(flora.proxy, tls)
+    api = api_client(flora.base_url, timeout_seconds=flora.timeout_seconds, tls=tls, route=route)
     clients = build_clients(settings, api, metrics, clock)
     readers = {key: RunReader(key, client, metrics=metrics, clock=clock) for key, client in clients.items()}
     downloader = build_downloader(settings, metrics)
@@ -198,10 +201,13 @@ def build_clients(
 
 
 def build_downloader(settings: Settings, metrics: Metrics) -> Downloader:
+    downloads = settings.downloads
+    tls = tls_context(downloads.ca_file)
     return Downloader(
         limits=to_download_limits(settings),
-        allow_private_hosts=settings.downloads.allow_private_hosts,
-        tls=tls_context(settings.downloads.ca_file),
+        allow_private_hosts=downloads.allow_private_hosts,
+        tls=tls,
+        route=route_through(downloads.proxy, tls, resolves_names=downloads.proxy_resolves_names),
         count_bytes=metrics.count_download,
     )
 

@@ -534,3 +534,20 @@ def test_flora_calls(url: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "localhost.example.com", "", "::"])
 def test_an_address_that_others_can_reach_is_not_loopback(host: str) -> None:
     assert not is_loopback(host)
+
+
+def test_a_proxy_is_a_url_or_a_reference_to_one() -> None:
+    """It may hold a password, so it is never shown; what cannot be used is refused at the start."""
+    environ = {**BASE, "HTTPS_PROXY": "http://user:hunter2@proxy.test:3128"}
+    found = settings("[flora]\nproxy = 'env:HTTPS_PROXY'\n[downloads]\nproxy = 'proxy.test:3128'", environ)
+    assert found.flora.proxy == environ["HTTPS_PROXY"]
+    assert "hunter2" not in f"{found!r}{redact(found)}"
+    assert redact(found)["downloads"]["proxy"] == "http://proxy.test:3128"
+    assert settings("", environ).flora.proxy is None
+    with pytest.raises(ConfigError) as caught:
+        settings("[flora]\nproxy = 'socks5://user:hunter2@proxy.test:1080'")
+    [problem] = caught.value.problems
+    assert (problem.path, problem.message) == (
+        "flora.proxy",
+        "must be an HTTP proxy; SOCKS is not supported",
+    )

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
@@ -10,6 +11,7 @@ from receiver.cli.connection import check_ca
 from receiver.cli.doctor.database import check_database
 from receiver.cli.doctor.findings import Finding, Severity
 from receiver.cli.doctor.flora import check_flora
+from receiver.cli.doctor.proxies import check_downloads_proxy, check_environment
 from receiver.cli.doctor.public import check_public_url
 from receiver.cli.doctor.settings import check_settings, findings_from_problems
 from receiver.cli.output import FAILED, USAGE_ERROR, print_findings, report_errors
@@ -23,7 +25,7 @@ def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
         check_ca(ca)
         try:
             settings = load_settings(config, os.environ)
-            findings = asyncio.run(examine(settings, ca=ca))
+            findings = asyncio.run(examine(settings, ca=ca, environ=os.environ))
         except ConfigError as error:
             _print_findings(list(findings_from_problems(error.problems)), as_json=json)
             raise typer.Exit(USAGE_ERROR) from error
@@ -47,7 +49,9 @@ def _has_errors(findings: list[Finding]) -> bool:
     return any(each.kind.severity is Severity.ERROR for each in findings)
 
 
-async def examine(settings: Settings, *, ca: Path | None = None) -> list[Finding]:
+async def examine(
+    settings: Settings, *, ca: Path | None = None, environ: Mapping[str, str] | None = None
+) -> list[Finding]:
     """Run every check; return the findings, errors first."""
     unusable: tuple[Problem, ...] = ()
     loaded: tuple[Loaded, ...] = ()
@@ -56,15 +60,17 @@ async def examine(settings: Settings, *, ca: Path | None = None) -> list[Finding
     except ConfigError as error:  # the other checks still make sense
         unusable = error.problems
     try:
-        flora, database, public, (problems, warnings) = await asyncio.gather(
-            check_flora(settings),
+        flora, database, public, (problems, warnings), proxy = await asyncio.gather(
+            check_flora(settings, environ=environ),
             check_database(settings),
             check_public_url(settings, ca=ca),
             check_handlers(loaded),
+            check_downloads_proxy(settings),
         )
     finally:
         await close_handlers(loaded)
-    findings = [*check_settings(settings), *flora, *database, *public]
+    findings = [*check_settings(settings), *flora, *database, *public, *proxy]
+    findings += check_environment(settings, environ or {})
     for each in (*unusable, *problems, *warnings):
         kind = each.event if isinstance(each, CheckWarning) else "handler.broken"
         findings.append(Finding(kind, f"{each.path}: {each.message}"))

@@ -83,7 +83,32 @@ FINDING_KINDS: Mapping[str, FindingKind] = {
         _ERROR,
         "FLORA's API does not respond.",
         "This machine has no route to it, or [flora] base_url is wrong.",
-        "Run curl with [flora] base_url on this machine; correct the URL, or allow outgoing HTTPS.",
+        "Run `curl --noproxy '*'` with [flora] base_url on this machine; correct the URL, or allow outgoing "
+        "HTTPS.",
+    ),
+    "flora.proxy_ignored": FindingKind(
+        _ERROR,
+        "FLORA's API does not respond directly, and the proxy of the environment is not used.",
+        "HTTPS_PROXY and the like are read by curl and by the clients of buckets, not by flora-receiver.",
+        'Set [flora] proxy = "env:HTTPS_PROXY", and [downloads] proxy if outputs need it too.',
+    ),
+    "flora.proxy_failed": FindingKind(
+        _ERROR,
+        "The proxy of [flora] does not connect to FLORA's API.",
+        "It is not reachable, wants a user name and password, or does not allow this host.",
+        "Run `curl --proxy URL` with [flora] base_url on this machine, and correct [flora] proxy.",
+    ),
+    "downloads.proxy_failed": FindingKind(
+        _ERROR,
+        "The proxy of [downloads] cannot be used.",
+        "It is not reachable, or wants a user name and password.",
+        "Correct [downloads] proxy; `curl --proxy URL` with the URL of an output shows what it answers.",
+    ),
+    "proxy.not_used": FindingKind(
+        _OK,
+        "The environment names a proxy that flora-receiver does not use.",
+        "HTTPS_PROXY and the like are read by the clients of buckets and of `notify` only.",
+        "None needed if it works; else set [flora] proxy and [downloads] proxy.",
     ),
     "flora.key_refused": FindingKind(
         _ERROR,

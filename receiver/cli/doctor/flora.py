@@ -1,6 +1,7 @@
 """Checks each API key with one request to FLORA, and this machine's clock by its response."""
 
 import ssl
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -10,10 +11,12 @@ from typing import Any
 import httpx
 
 from receiver.cli.doctor.findings import Finding
+from receiver.cli.doctor.proxies import find_proxy_variables
 from receiver.config import Settings
 from receiver.errors import PayloadError
 from receiver.flora.messages import parse_page
 from receiver.net.clients import api_client, tls_context
+from receiver.net.tunnel import route_through
 
 _MAX_SKEW_SECONDS = 60
 """A fifth of how far a signature may be ahead of our clock."""
@@ -28,8 +31,13 @@ _FLORA_FAILURES = frozenset(
 )
 
 
-async def check_flora(settings: Settings, now: datetime | None = None) -> list[Finding]:
-    """List one run with each API key. This starts nothing and costs nothing."""
+async def check_flora(
+    settings: Settings, now: datetime | None = None, *, environ: Mapping[str, str] | None = None
+) -> list[Finding]:
+    """List one run with each API key. This starts nothing and costs nothing.
+
+    `environ` may name proxies, which are not used: a failure may be due to that.
+    """
     flora = settings.flora
     owners: dict[str | None, str | None] = {settings.api_key_for(None): None}
     owners |= {settings.api_key_for(each.id): each.id for each in settings.workspaces if each.api_key}
@@ -41,7 +49,8 @@ async def check_flora(settings: Settings, now: datetime | None = None) -> list[F
     except (OSError, ssl.SSLError):
         message = f"[flora] ca_file: {flora.ca_file} holds no certificate in PEM form"
         return [Finding("flora.unreachable", message)]
-    async with api_client(flora.base_url, timeout_seconds=10, tls=tls) as client:
+    route = route_through(flora.proxy, tls)
+    async with api_client(flora.base_url, timeout_seconds=10, tls=tls, route=route) as client:
         for key, owner in owners.items():
             if not key:
                 continue
@@ -49,12 +58,21 @@ async def check_flora(settings: Settings, now: datetime | None = None) -> list[F
             try:
                 response = await client.get("technique-runs", params={"limit": 1}, headers=headers)
             except httpx.HTTPError as error:
-                message = f"{flora.base_url}: {type(error).__name__} {error}".rstrip()
-                findings.append(Finding("flora.unreachable", message))
+                findings.append(_explain_failure(error, settings, environ or {}))
                 break
             findings += interpret_response(response, owner, named_owners - {owner})
             skew = _check_clock(response, now or datetime.now(UTC))
     return findings if skew is None else [*findings, skew]
+
+
+def _explain_failure(error: httpx.HTTPError, settings: Settings, environ: Mapping[str, str]) -> Finding:
+    message = f"{settings.flora.base_url}: {type(error).__name__} {error}".rstrip()
+    if isinstance(error, httpx.ProxyError):
+        return Finding("flora.proxy_failed", message)
+    names = find_proxy_variables(environ)
+    if names and settings.flora.proxy is None:
+        return Finding("flora.proxy_ignored", f"{message}; the environment has {', '.join(names)}")
+    return Finding("flora.unreachable", message)
 
 
 def interpret_response(

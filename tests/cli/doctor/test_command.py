@@ -24,6 +24,7 @@ from receiver.cli.doctor.database import check_database
 from receiver.cli.doctor.findings import Finding, Severity
 from receiver.cli.doctor.flora import check_flora, interpret_response
 from receiver.cli.doctor.probe import ProbeFailure, ProbeResult
+from receiver.cli.doctor.proxies import check_downloads_proxy, check_environment
 from receiver.cli.doctor.public import check_public_url, diagnose_route
 from receiver.cli.doctor.settings import check_settings
 from receiver.config import Settings
@@ -33,6 +34,7 @@ from receiver.store import open_database
 from receiver.store.database import probe_write
 from receiver.store.migrate import upgrade
 from tests.cli.conftest import KEYS, run_command
+from tests.support.forward_proxy import run_forward_proxy
 from tests.support.stage import Stage, free_port, run_stage
 
 OLD = "database.old_sqlite"
@@ -284,6 +286,51 @@ async def test_a_receiver_without_some_of_the_secrets(stage: Stage) -> None:
     assert "ws_new" in findings[1].what
     async with stage.service(flora=flora, workspaces=workspaces):
         assert ids(await check_public_url(with_all, ca=stage.ca)) == {"public.certificate_ends"}
+
+
+async def test_an_api_behind_a_proxy_is_distinguished(stage: Stage) -> None:
+    """Without the proxy that curl would use, through a proxy that fails, and simply unreachable."""
+    nowhere = {"base_url": "https://flora.invalid/api/v1"}
+    environ = {"HTTPS_PROXY": "http://user:hunter2@127.0.0.1:9"}
+    assert ids(await check_flora(settings(stage, flora=nowhere), environ={})) == {"flora.unreachable"}
+    [ignored] = await check_flora(settings(stage, flora=nowhere), environ=environ)
+    assert ignored.id == "flora.proxy_ignored"
+    assert "HTTPS_PROXY" in ignored.what
+    assert "hunter2" not in ignored.what
+    async with run_forward_proxy() as proxy:
+        through = settings(stage, flora={**nowhere, "proxy": f"http://127.0.0.1:{proxy.port}"})
+        [failed] = await check_flora(through, environ=environ)
+    assert (failed.id, proxy.targets) == ("flora.proxy_failed", ["flora.invalid:443"])
+    assert "refused with 502" in failed.what
+
+
+async def test_the_proxy_for_downloads_is_tried(stage: Stage) -> None:
+    """What it allows is not known beforehand; whether it is there and takes the password is."""
+    flora = {"base_url": "https://1.1.1.1/api/v1"}
+    async with run_forward_proxy() as proxy:
+        url = f"127.0.0.1:{proxy.port}"
+        with_password = settings(stage, flora=flora, downloads={"proxy": f"http://u:hunter2@{url}"})
+        assert await check_downloads_proxy(with_password) == []
+        proxy.credentials = "u:hunter2"
+        assert await check_downloads_proxy(with_password) == []
+        [refused] = await check_downloads_proxy(settings(stage, flora=flora, downloads={"proxy": url}))
+    [gone] = await check_downloads_proxy(with_password)
+    assert refused.id == gone.id == "downloads.proxy_failed"
+    assert "user name and password" in refused.what
+    assert "cannot be reached" in gone.what
+    assert "hunter2" not in gone.what
+    assert await check_downloads_proxy(settings(stage)) == []
+
+
+def test_a_proxy_of_the_environment_is_mentioned(stage: Stage) -> None:
+    """Nothing is wrong with it: curl, and the clients of buckets, obey it, and this program does not."""
+    environ = {"https_proxy": "http://127.0.0.1:9"}
+    [found] = check_environment(settings(stage, flora={"proxy": "127.0.0.1:9"}), environ)
+    assert (found.id, found.kind.severity) == ("proxy.not_used", Severity.OK)
+    assert found.what == "https_proxy in the environment; not set: [downloads] proxy"
+    both = {"flora": {"proxy": "127.0.0.1:9"}, "downloads": {"proxy": "127.0.0.1:9"}}
+    assert list(check_environment(settings(stage, **both), environ)) == []
+    assert list(check_environment(settings(stage), {})) == []
 
 
 async def test_refused_keys_are_distinguished(stage: Stage) -> None:
