@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
@@ -17,6 +18,7 @@ from receiver.plugins.loader import (
     load_handlers,
     mask_secrets,
 )
+from receiver.service.wiring import find_untrusted, find_unusable_files
 from receiver.store import open_database
 from receiver.store.database import find_probe_url, probe_write
 from receiver.store.migrate import HEAD, current_revision
@@ -28,8 +30,10 @@ def run(config: Path | None, *, json: bool) -> None:
         loaded = load_handlers(settings)
         problems, concerns = asyncio.run(_check_and_close(loaded))
         state, database_problems = asyncio.run(_check_database(settings.database.url))
-        problems += database_problems
-        warnings = settings.find_warnings() + concerns
+        unusable = find_unusable_files(settings)
+        untrusted, odd = ([], []) if unusable else find_untrusted(settings, datetime.now(UTC))
+        problems += [*database_problems, *unusable, *untrusted]
+        warnings = [*settings.find_warnings(), *odd, *concerns]
         names = ", ".join(each.registration.name for each in loaded)
         lines = ["Settings: valid", f"Handlers: {names}", f"Database: {state}"]
         lines += [f"Warning: {each.path}: {each.message}" for each in warnings]

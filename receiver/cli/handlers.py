@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from receiver.cli.options import Config, Json
-from receiver.cli.output import format_table, print_result, report_errors
+from receiver.cli.output import format_table, print_findings, print_result, report_errors
 
 handlers = typer.Typer(help="Show handlers, their options and their tables.", no_args_is_help=True)
 
@@ -19,15 +19,19 @@ handlers = typer.Typer(help="Show handlers, their options and their tables.", no
 def list_handlers(config: Config = None, json: Json = False) -> None:
     """List the installed and the configured handlers."""
     from receiver.config import load_settings
-    from receiver.plugins.loader import installed_handlers
+    from receiver.plugins.loader import find_broken_handlers, installed_handlers
 
     with report_errors(as_json=json):
         settings = load_settings(config, os.environ, need_secrets=False)
         configured = [{"name": entry.name, "use": entry.use} for entry in settings.handlers]
-        lines = ["Installed: " + ", ".join(installed_handlers())]
+        broken = find_broken_handlers()
+        installed = [name for name in installed_handlers() if name not in broken]
+        lines = ["Installed: " + ", ".join(installed)]
+        lines += [f"Broken: {reason}" for reason in broken.values()]
         lines += [f"Configured: {entry['name']} (use = {entry['use']!r})" for entry in configured]
-        data = {"installed": list(installed_handlers()), "configured": configured}
-        print_result(data, "\n".join(lines), as_json=json)
+        problems = [{"name": name, "reason": reason} for name, reason in broken.items()]
+        data = {"installed": installed, "broken": problems, "configured": configured}
+        print_findings(data, "\n".join(lines), as_json=json)
 
 
 @handlers.command("show")

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class NoOptions(BaseModel):
-    """The options of a function: it has none."""
+    """The options of a function, and of a class without a `Config`: there are none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,9 +51,10 @@ def to_factory(found: object, use: str) -> FunctionFactory:
 
     Raises HandlerLoadError where it cannot be one.
     """
-    if inspect.isclass(found) or not callable(found):
+    if not callable(found):
+        kind = "a module" if inspect.ismodule(found) else f"of type {type(found).__name__}"
         raise HandlerLoadError(
-            f"{use} is not a handler: it has no Config (see receiver.handler) and is not a function (run, context)"
+            f"{use} is {kind}, and no handler: name a class with a `handle` method, or a function (run, context)"
         )
     generators = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
     if any(is_generator(each) for is_generator in generators for each in _callables(found)):

@@ -6,15 +6,16 @@ Called by the service and by `flora-receiver check`, `doctor` and `handlers`.
 import asyncio
 import contextlib
 import importlib
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from receiver.config import HandlerEntry, Setting, Settings, describe_model
@@ -27,10 +28,10 @@ from receiver.errors import (
     TargetDegradedError,
     TargetUnreachableError,
 )
-from receiver.handler import Checks, Closes, DescribesSchema, Handler
+from receiver.handler import Checks, Closes, DescribesSchema
 from receiver.model import Event, Subscription, When
 from receiver.plugins.attempt import Registration
-from receiver.plugins.functions import FunctionHandler, to_factory
+from receiver.plugins.functions import FunctionHandler, NoOptions, to_factory
 from receiver.plugins.threads import use_threads_of
 
 GROUP = "flora_receiver.handlers"
@@ -151,6 +152,17 @@ def installed_handlers() -> Sequence[str]:
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
+def find_broken_handlers() -> dict[str, str]:
+    """Return why an installed handler cannot be imported, for each of which that is true."""
+    broken = {}
+    for name in installed_handlers():
+        try:
+            find_handler(name)
+        except HandlerLoadError as error:
+            broken[name] = str(error)
+    return broken
+
+
 def options_of(use: str) -> list[Setting]:
     """Return the options in a handler's `Config`. Raises HandlerLoadError."""
     return describe_model(find_handler(use).Config)
@@ -200,7 +212,7 @@ def _load(entry: HandlerEntry, settings: Settings, environ: Mapping[str, str]) -
     handler_class = find_handler(entry.use)
     config = handler_class.Config.model_validate(entry.options, context={"environ": environ})
     handler = handler_class(config)
-    if not isinstance(handler, Handler):
+    if not _has_handle(handler):
         raise HandlerLoadError(f"{entry.use} has no `handle` method")
     on: tuple[Event, ...] = entry.on or getattr(handler_class, "on", None) or (Event.SETTLED,)
     when: When = entry.when or getattr(handler_class, "when", None) or When()
@@ -271,7 +283,55 @@ def find_handler(use: str) -> Any:
         raise HandlerLoadError(
             f"{use} cannot be imported: {type(error).__name__}: {error}{_hint(use, error)}"
         ) from error
-    return found if hasattr(found, "Config") else to_factory(found, use)
+    return _to_handler_class(found, use)
+
+
+def _to_handler_class(found: Any, use: str) -> Any:
+    """Return what stands for a handler class: it has a `Config`, and calling it makes a handler."""
+    config = getattr(found, "Config", None)
+    if config is not None:
+        if inspect.isclass(config) and issubclass(config, BaseModel):
+            return found if inspect.isclass(found) or not _has_handle(found) else _refuse_instance(use)
+        raise HandlerLoadError(
+            f"{use} has a Config that is no pydantic model: derive it from pydantic.BaseModel"
+        )
+    if inspect.isclass(found):
+        if not _has_handle(found):
+            raise HandlerLoadError(f"{use} is a class without a `handle` method")
+        return OptionlessClass(found)
+    return _refuse_instance(use) if _has_handle(found) else to_factory(found, use)
+
+
+def _has_handle(found: object) -> bool:
+    return callable(getattr(found, "handle", None))
+
+
+def _refuse_instance(use: str) -> NoReturn:
+    raise HandlerLoadError(
+        f"{use} is a handler that is built already: name its class, so that each entry gets its own"
+    )
+
+
+class OptionlessClass:
+    """Stands in for a handler class without a `Config`: it has no options."""
+
+    Config: ClassVar[type[BaseModel]] = NoOptions
+
+    def __init__(self, handler_class: Any) -> None:
+        self._handler_class = handler_class
+        self.__doc__ = inspect.getdoc(handler_class)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the class: its `on`, its `when`, its limits."""
+        return getattr(self._handler_class, name)
+
+    def __call__(self, config: BaseModel) -> Any:
+        """Build the handler, with the empty options if it takes any."""
+        try:
+            inspect.signature(self._handler_class).bind(config)
+        except (TypeError, ValueError):
+            return self._handler_class()
+        return self._handler_class(config)
 
 
 def _hint(use: str, error: BaseException) -> str:

@@ -24,6 +24,8 @@ from receiver.service.wiring import (
     build_operations_server,
     build_parts,
     build_public_server,
+    find_untrusted,
+    find_unusable_files,
     to_callback_url,
     to_policy,
 )
@@ -71,6 +73,8 @@ class Service:
         """
         if (problem := check_role(settings, only)) is not None:
             raise ConfigError([problem])
+        if unusable := find_unusable_files(settings):
+            raise ConfigError(unusable)
         self._settings = settings
         self._only = only
         self._around = around
@@ -210,6 +214,11 @@ class Service:
             log.warning("listener.unanswered", reason=reason, fix="give that socket to the doors alone")
         for problem in self._settings.find_warnings():
             log.warning("config.odd", setting=problem.path, reason=problem.message)
+        for level, found in zip(
+            (log.error, log.warning), find_untrusted(self._settings, self._clock()), strict=True
+        ):
+            for problem in found:
+                level("tls.untrusted", setting=problem.path, reason=problem.message)
         problems, warnings = await check_handlers(self._parts.handlers)
         for problem in problems:
             log.error("handler.unhealthy", handler=problem.path, reason=problem.message)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import httpx
 from starlette.types import ASGIApp
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp
 from receiver.config import Settings, check_operations, ensure_token
 from receiver.config.callback_url import CALLBACK_PATH
 from receiver.decide import Policy
-from receiver.errors import ConfigError
+from receiver.errors import ConfigError, Problem
 from receiver.flora.client import FloraClient
 from receiver.flora.rate_limit import RateLimit
 from receiver.intake.callbacks import Intake, Secret
@@ -28,6 +29,7 @@ from receiver.model import Subscription
 from receiver.net.addresses import is_loopback
 from receiver.net.clients import api_client, tls_context
 from receiver.net.download import Downloader, DownloadLimits
+from receiver.net.server_certificate import check_pair, check_roots, find_date_problems, find_other_host
 from receiver.net.tunnel import route_through
 from receiver.plugins.loader import Loaded, load_handlers
 from receiver.store import Database, open_database
@@ -396,6 +398,25 @@ def to_policy(settings: Settings) -> Policy:
 def to_callback_url(public_url: str | None) -> str | None:
     """Return the URL that FLORA calls."""
     return None if public_url is None else public_url.rstrip("/") + CALLBACK_PATH
+
+
+def find_unusable_files(settings: Settings) -> list[Problem]:
+    """Return the certificates, keys and CAs with which no connection can be made."""
+    cert, key = settings.tls.cert, settings.tls.key
+    found = [check_pair(cert, key)] if cert and key else []
+    roots = (("flora.ca_file", settings.flora.ca_file), ("downloads.ca_file", settings.downloads.ca_file))
+    found += [check_roots(path, setting) for setting, path in roots if path]
+    return [problem for problem in found if problem is not None]
+
+
+def find_untrusted(settings: Settings, now: datetime) -> tuple[list[Problem], list[Problem]]:
+    """Return why FLORA refuses the certificate in `[tls]`, and why it may. The files are usable."""
+    cert = settings.tls.cert
+    if cert is None:
+        return [], []
+    host = None if settings.public_url is None else urlsplit(settings.public_url).hostname
+    other = None if host is None else find_other_host(cert, host)
+    return list(find_date_problems(cert, now)), [] if other is None else [other]
 
 
 def to_retention(settings: Settings) -> Retention:

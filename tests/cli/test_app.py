@@ -7,12 +7,14 @@ import pwd
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 
 from receiver import __version__
+from receiver.net import certificates
 from tests.cli.conftest import (
     COMMAND,
     KEYS,
@@ -144,6 +146,41 @@ def test_a_file_system_without_locks_is_named_as_such(number: int, tmp_path: Pat
         assert "Traceback" not in printed
 
 
+def write_certificate(directory: Path, host: str, *, days: int) -> dict[str, str]:
+    """Write a certificate, and return the variables that configure it."""
+    issued = certificates.issue(certificates.make_authority(), host, life=timedelta(days=days))
+    cert, key = certificates.write(issued, directory)
+    return {"RECEIVER_TLS__CERT": str(cert), "RECEIVER_TLS__KEY": str(key)}
+
+
+def test_check_and_serve_say_what_is_wrong_with_a_certificate(start: Start, tmp_path: Path) -> None:
+    """One that is expired or for another host is said; `serve` still runs, since reads of runs need none."""
+    tls = write_certificate(tmp_path, "other.example.com", days=-1)
+    env = {**KEYS, **tls, "RECEIVER_PUBLIC_URL": "https://hooks.example.com"}
+    done = run_command("check", cwd=tmp_path, env=env)
+    assert done.returncode == 1
+    assert "Error: tls.cert: has expired at" in done.stdout
+    assert "Warning: tls.cert: is for other.example.com, and not for hooks.example.com" in done.stdout
+    server = start("serve", "--host", "127.0.0.1", "--port", 0, "--ops-port", 0, errors=True, **env)
+    lines = [json.loads(line) for line in server.until(lambda line: "service.ready" in line)]
+    said = [(line["level"], line["setting"]) for line in lines if line["event"] == "tls.untrusted"]
+    assert said == [("error", "tls.cert"), ("warning", "tls.cert")]
+
+
+def test_a_key_that_does_not_fit_its_certificate_is_refused(tmp_path: Path) -> None:
+    """So is a file of CAs without any: no connection could be made."""
+    tls = write_certificate(tmp_path, "hooks.example.com", days=30)
+    (tmp_path / "other").mkdir()
+    tls["RECEIVER_TLS__KEY"] = write_certificate(tmp_path / "other", "x", days=30)["RECEIVER_TLS__KEY"]
+    env = {**KEYS, **tls, "RECEIVER_FLORA__CA_FILE": tls["RECEIVER_TLS__KEY"]}
+    checked, served = (run_command(command, cwd=tmp_path, env=env) for command in ("check", "serve"))
+    assert (checked.returncode, served.returncode) == (1, 2)
+    for printed in (checked.stdout, served.stderr):
+        assert "tls.key: does not fit the certificate" in printed
+        assert "flora.ca_file: holds no certificate" in printed
+        assert "Traceback" not in printed
+
+
 def test_check_prints_no_secret_as_json(tmp_path: Path) -> None:
     done = run_command("check", "--json", cwd=tmp_path, env=KEYS)
     found = json.loads(done.stdout)
@@ -248,6 +285,23 @@ def test_handlers_are_listed(tmp_path: Path) -> None:
         f"Installed: {', '.join(found['installed'])}"
         in run_command("handlers", "list", cwd=tmp_path).stdout
     )
+
+
+def test_a_plug_in_that_cannot_be_imported_is_not_listed_as_installed(tmp_path: Path) -> None:
+    """An entry point alone is no handler; the reason is said."""
+    package = tmp_path / "broken-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[flora_receiver.handlers]\nbroken = a_module_that_is_gone:Handler\n"
+    )
+    env = {"PYTHONPATH": str(tmp_path)}
+    found = json.loads(run_command("handlers", "list", "--json", cwd=tmp_path, env=env).stdout)
+    assert "broken" not in found["installed"]
+    [problem] = found["broken"]
+    assert (problem["name"], "a_module_that_is_gone" in problem["reason"]) == ("broken", True)
+    done = run_command("handlers", "list", cwd=tmp_path, env=env)
+    assert (done.returncode, "Broken: broken cannot be imported" in done.stdout) == (0, True)
 
 
 def test_the_options_of_a_handler_are_those_of_its_model(tmp_path: Path) -> None:

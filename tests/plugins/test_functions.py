@@ -103,8 +103,8 @@ async def test_every_callable_with_run_and_context_is_a_handler(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Classy", "and is not a function"),
-        ("number", "and is not a function"),
+        ("Classy", "a class without a `handle` method"),
+        ("number", "or a function (run, context)"),
         ("narrow", "cannot be called with (run, context)"),
         ("yield_numbers", "yields"),
         ("absent", "cannot be imported"),

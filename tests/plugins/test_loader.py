@@ -94,8 +94,33 @@ class Secretive(Plain):
 
 
 class NoConfig:
+    """A handler without options."""
+
+    on: ClassVar[tuple[Event, ...]] = (Event.LOST,)
+    max_attempts = 3
+
     async def handle(self, run: SettledRun, context: Context) -> Answer:
         return Done()
+
+
+class EmptyOptions(NoConfig):
+    """One that takes the empty options all the same."""
+
+    def __init__(self, config: BaseModel) -> None:
+        self.config = config
+
+
+class Nothing:
+    """Has neither a Config nor a handle."""
+
+
+class OtherConfig(NoConfig):
+    class Config:
+        """Is no pydantic model."""
+
+
+BUILT = NoConfig()
+NUMBER = 5
 
 
 class NoHandle:
@@ -172,7 +197,12 @@ def test_limits_come_from_the_entry_then_from_the_section() -> None:
         ({"use": "nonsense"}, "handlers.0.use", "no handler 'nonsense'"),
         ({"use": "no.such.module:Class", "name": "x"}, "handlers.0.use", "cannot be imported"),
         ({"use": f"{HERE}:Absent", "name": "x"}, "handlers.0.use", "cannot be imported"),
-        (entry("NoConfig"), "handlers.0.use", "is not a handler"),
+        (entry("Nothing"), "handlers.0.use", "is a class without a `handle` method"),
+        (entry("OtherConfig"), "handlers.0.use", "has a Config that is no pydantic model"),
+        (entry("BUILT"), "handlers.0.use", "is a handler that is built already: name its class"),
+        (entry("NUMBER"), "handlers.0.use", "is of type int, and no handler"),
+        (entry("sys"), "handlers.0.use", "is a module, and no handler"),
+        (entry("NoConfig", options={"size": 1}), "handlers.0.size", "no option"),
         (entry("NoHandle"), "handlers.0.use", "no `handle` method"),
         (entry("Explosive"), "handlers.0", "boom"),
         (entry("Plain", options={"size": "big"}), "handlers.0.size", "integer"),
@@ -188,10 +218,19 @@ def test_a_problem_has_the_path_of_its_entry(handler: dict[str, Any], path: str,
     assert words in problem.message
 
 
+def test_a_class_without_options_needs_no_config() -> None:
+    """Its `on` and its limits hold as those of any other class."""
+    first, second = load_handlers(settings(entry("NoConfig"), entry("EmptyOptions")))
+    assert isinstance(first.registration.handler, NoConfig)
+    assert isinstance(second.registration.handler, EmptyOptions)
+    assert (first.subscription.on, first.registration.max_attempts) == ((Event.LOST,), 3)
+    assert plugins.options_of(f"{HERE}:NoConfig") == []
+
+
 def test_every_problem_is_reported_at_once() -> None:
     """All problems of a file are reported at once."""
     with pytest.raises(ConfigError) as caught:
-        load_handlers(settings({"use": "nonsense"}, entry("Plain"), entry("Explosive"), entry("NoConfig")))
+        load_handlers(settings({"use": "nonsense"}, entry("Plain"), entry("Explosive"), entry("Nothing")))
     assert [problem.path for problem in caught.value.problems] == [
         "handlers.0.use",
         "handlers.2",

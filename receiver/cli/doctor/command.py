@@ -18,6 +18,7 @@ from receiver.cli.output import FAILED, USAGE_ERROR, print_findings, report_erro
 from receiver.config import Settings, load_settings
 from receiver.errors import ConfigError, Problem
 from receiver.plugins.loader import CheckWarning, Loaded, check_handlers, close_handlers, load_handlers
+from receiver.service.wiring import find_unusable_files
 
 
 def run(config: Path | None, *, ca: Path | None, json: bool) -> None:
@@ -69,13 +70,19 @@ async def examine(
         )
     finally:
         await close_handlers(loaded)
-    findings = [*check_settings(settings), *flora, *database, *public, *proxy]
+    findings = [*_check_files(settings), *check_settings(settings), *flora, *database, *public, *proxy]
     findings += check_environment(settings, environ or {})
     for each in (*unusable, *problems, *warnings):
         kind = each.event if isinstance(each, CheckWarning) else "handler.broken"
         findings.append(Finding(kind, f"{each.path}: {each.message}"))
     order = list(Severity)
     return sorted(findings, key=lambda each: -order.index(each.kind.severity))
+
+
+def _check_files(settings: Settings) -> list[Finding]:
+    """Find certificates and keys that cannot be used; `check_flora` reads its own file of CAs."""
+    problems = [each for each in find_unusable_files(settings) if each.path != "flora.ca_file"]
+    return [Finding("settings.unusable", f"{each.path}: {each.message}") for each in problems]
 
 
 def _to_lines(finding: Finding) -> list[str]:

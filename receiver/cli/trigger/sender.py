@@ -53,7 +53,7 @@ async def send(client: httpx.AsyncClient, url: str, request: CallbackRequest, *,
         else:
             response = await client.request(request.method, target, content=request.body, headers=headers)
     except httpx.HTTPError as error:
-        return Result(request, None, _describe_error(error), None, time.perf_counter() - began)
+        return Result(request, None, _describe_error(error, ca), None, time.perf_counter() - began)
     seconds = time.perf_counter() - began
     return Result(request, response.status_code, response.text, _find_code(response), seconds)
 
@@ -88,15 +88,26 @@ async def _send_held(
     return httpx.Response(int(words[1]), content=body, request=built)
 
 
-def _describe_error(error: httpx.HTTPError) -> str:
+def _describe_error(error: httpx.HTTPError, ca: Path | None) -> str:
     """Return why there was no response, and what to do about it."""
     if isinstance(error, httpx.TimeoutException):
         return "it took too long"
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return "the certificate is not trusted on this machine; pass its CA with --ca"
+        return _describe_certificate(str(error), ca)
     if isinstance(error, httpx.ConnectError):
         return f"{error}. Is the receiver running, and is the URL right (https or http)?"
     return str(error) or type(error).__name__
+
+
+def _describe_certificate(text: str, ca: Path | None) -> str:
+    """Return why a certificate is refused; a CA only helps where its issuer is unknown."""
+    if "expired" in text or "not yet valid" in text:
+        return "the certificate is not valid now: it has expired, or a clock is wrong"
+    if "mismatch" in text:
+        return "the certificate is for another host than the one in the URL"
+    if ca is not None:
+        return f"the certificate is issued by none of the CAs in {ca} and none that this machine trusts"
+    return "the certificate is not trusted on this machine; pass its CA with --ca"
 
 
 def _find_code(response: httpx.Response) -> str | None:

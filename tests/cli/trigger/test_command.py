@@ -3,14 +3,18 @@
 import contextlib
 import itertools
 import json
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from receiver.cli.trigger.cases import CASES, CallbackFactory, from_record
+from receiver.net import certificates
 from receiver.web.public import STATUS
 from tests.cli.conftest import KEYS, OWN_SECRET, OWN_WORKSPACE, SECRET, RunningService, run_command
 
@@ -181,6 +185,38 @@ def test_a_wrong_secret_is_reported(service: RunningService, tmp_path: Path) -> 
 def test_an_untrusted_certificate_is_reported_with_advice(service: RunningService, tmp_path: Path) -> None:
     done = run_command("trigger", service.url, cwd=tmp_path, env=KEYS)
     assert (done.returncode, "pass its CA with --ca" in done.stderr) == (1, True)
+
+
+def test_the_advice_on_a_certificate_fits_what_is_wrong_with_it(
+    service: RunningService, tmp_path: Path
+) -> None:
+    """Who passes a CA already is not asked to; and no CA helps with another host."""
+    other = tmp_path / "other.pem"
+    other.write_bytes(certificates.make_authority().pem)
+    done = run_command("trigger", service.url, "--ca", other, cwd=tmp_path, env=KEYS)
+    assert f"issued by none of the CAs in {other}" in done.stderr
+    assert "pass its CA" not in done.stderr
+    authority = certificates.make_authority()
+    other.write_bytes(authority.pem)
+    for host, life, words in (
+        ("127.0.0.1", -1, "has expired"),
+        ("elsewhere.example", 9, "for another host"),
+    ):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        issued = certificates.issue(authority, host, life=timedelta(hours=life))
+        context.load_cert_chain(*certificates.write(issued, tmp_path))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=shake_hands, args=(listener, context), daemon=True).start()
+            url = f"https://127.0.0.1:{listener.getsockname()[1]}/"
+            done = run_command("trigger", url, "--ca", other, cwd=tmp_path, env=KEYS)
+        assert (words in done.stderr, "pass its CA" in done.stderr) == (True, False), done.stderr
+
+
+def shake_hands(listener: socket.socket, context: ssl.SSLContext) -> None:
+    """Offer a certificate to one client."""
+    connection, _ = listener.accept()
+    with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True):
+        pass
 
 
 @pytest.mark.parametrize(
