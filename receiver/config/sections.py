@@ -214,7 +214,11 @@ class Reconcile(Section):
         420,
         description="Time after the end of a run until its missing callback makes it `recovered`.",
     )
-    deadline_hours: Duration = Field(24, description="Age at which a run that is not terminal is given up.")
+    deadline_hours: Duration = Field(
+        24,
+        description="Age at which a run that is not terminal is given up; time in which it could not be read "
+        "does not count.",
+    )
     ladder_seconds: Annotated[tuple[DurationOrZero, ...], AfterValidator(check_not_empty)] = Field(
         (0, 1, 2, 4, 8, 15, 30, 60),
         description="Pauses between reads after a callback, until the API confirms it.",

@@ -22,6 +22,7 @@ from typing import assert_never
 import msgspec
 from msgspec.structs import replace
 
+from receiver.decide.deadline import is_overdue, without_unread_time
 from receiver.decide.decision import Changed, Decision, Unchanged
 from receiver.decide.merge import (
     combine_status,
@@ -103,11 +104,20 @@ def reconcile(
 
     `jitter` is a random number in [0, 1).
     """
-    rule = TABLE[run.state if run else None, kind_of(report)]
+    kind = kind_of(report)
+    if run is not None and (kind in _READS or (kind in _CAUSES_OF_READS and run.settled_at is None)):
+        run = without_unread_time(run, policy, now=now)
+    rule = TABLE[run.state if run else None, kind]
     return rule(_Case(run, report, policy, now, jitter))
 
 
 # --- the rules ---
+
+
+_READS = frozenset(
+    {Kind.RUNNING, Kind.COMPLETED, Kind.EMPTY, Kind.FAILED, Kind.NOT_FOUND, Kind.READ_FAILED}
+)
+_CAUSES_OF_READS = frozenset({Kind.CALLBACK_RECEIVED, Kind.READ_REQUESTED})
 
 
 class _Case(msgspec.Struct, frozen=True):
@@ -497,7 +507,8 @@ def _read_on(run: Run, case: _Case) -> Changed:
 
 def _read_on_unless_overdue(run: Run, case: _Case) -> Changed:
     """Plan the next read, or give the run up if this conclusive read is past its deadline."""
-    return _lose(run, LostReason.DEADLINE) if case.now >= run.deadline_at else _read_on(run, case)
+    overdue = is_overdue(run, case.policy, now=case.now)
+    return _lose(run, LostReason.DEADLINE) if overdue else _read_on(run, case)
 
 
 def _lose(run: Run, reason: LostReason) -> Changed:

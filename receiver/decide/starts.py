@@ -59,8 +59,11 @@ def reply_of(error: FloraError) -> Reply:
 
 
 def may_repeat(start: Start, *, now: datetime) -> bool:
-    """Return whether repeating the request is sure not to start a second run."""
-    return now - start.created_at < SAFE_TO_REPEAT
+    """Return whether repeating the request is sure not to start a second run.
+
+    A start from the future was made by a clock that was ahead: how old it is, is not known.
+    """
+    return -_SKEW <= now - start.created_at < SAFE_TO_REPEAT
 
 
 def refuse_start(start: Start, error: FloraError) -> Start:
@@ -84,7 +87,7 @@ def search_later(start: Start, *, now: datetime, jitter: float = 0.5) -> Start |
     After a crash there are often several starts without a run and several runs without a start.
     Callbacks link most of them while the runs take; the last one left is then unambiguous.
     """
-    if now - start.created_at >= SEARCH_FOR:
+    if not -_SKEW <= now - start.created_at < SEARCH_FOR:
         return None
     exists = FloraError(
         "FLORA has a run of this key, and it is not known which yet: waiting for its callback, searching the list",

@@ -469,6 +469,7 @@ def test_a_diverged_run_still_settles_and_is_judged_by_its_facts() -> None:
 
 def test_a_diverged_run_is_lost_at_its_deadline() -> None:
     run = climb(a_run(RunState.REPORTED), "running", len(POLICY.confirmation_delays))[-1].run
+    run = replace(run, next_poll_at=run.deadline_at)
     decision = decide_change(run, a_read("running", run.deadline_at), now=run.deadline_at)
     assert (decision.run.state, decision.events) == (RunState.LOST, (Event.LOST,))
 
@@ -524,7 +525,8 @@ def test_a_lost_run_comes_back(reason: LostReason) -> None:
         assert after(run, a_read("running", LATER)).state is run.state
         assert after(run, RunNotFound("run_1", LATER, conclusive=True)).state is run.state
     assert after(lost, a_read("completed", LATER)).state is RunState.COMPLETED
-    again = decide_change(asked, a_read("running", asked.deadline_at), now=asked.deadline_at)
+    due = replace(asked, next_poll_at=asked.deadline_at)
+    again = decide_change(due, a_read("running", due.deadline_at), now=due.deadline_at)
     assert (again.run.losses, again.events) == (2, (Event.LOST,))
 
 
