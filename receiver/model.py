@@ -487,6 +487,11 @@ class Rejection(msgspec.Struct, frozen=True):
     size: int
 
 
+def is_storable(text: str) -> bool:
+    """Return whether every database stores a text: it holds no NUL and no lone surrogate."""
+    return _UNSTORABLE.search(text) is None
+
+
 def storable_text(text: str) -> str:
     """Return a text with U+FFFD in place of NUL and lone surrogates, which no database stores."""
     return _UNSTORABLE.sub("\ufffd", text)

@@ -26,6 +26,7 @@ from receiver.intake.callbacks import Accepted, CallbackResult, Canary, Duplicat
 from receiver.telemetry import Metrics
 from receiver.web.connections import MALFORMED
 from receiver.web.forwarded import FORWARDED, make_remote_finder
+from receiver.web.values import find_start_token
 
 STATUS = {
     MALFORMED: 400,
@@ -126,7 +127,7 @@ class CallbackEndpoint:
             message = f"a callback has at most {limit} bytes"
             return intake.refuse("body_too_large", message, remote=remote, size=limit)
         query = scope["query_string"]
-        start = QueryParams(query).get("start") if query else None
+        start = find_start_token(QueryParams(query).get("start")) if query else None
         try:
             # FLORA sends one such header. Two are joined, and malformed: they hold two times.
             result = await intake.accept(body, ",".join(signatures) or None, remote=remote, start=start)

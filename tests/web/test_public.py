@@ -1,11 +1,15 @@
 """The public listener: status and JSON of each response, and 404 for everything else."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from receiver.errors import StoreUnavailableError
 from receiver.flora.signature import HEADER, canary_key, sign
@@ -82,9 +86,11 @@ async def test_a_canary_is_confirmed(listener: PublicListener) -> None:
     assert (listener.count_responses("canary"), listener.count_responses("accepted")) == (1, 0)
 
 
-@pytest.mark.parametrize("path", [PATH, PATH + "/", PATH + "?start=abc", PATH + "/?start=%00&start=b"])
+@pytest.mark.parametrize(
+    "path", [PATH, PATH + "/", PATH + "?start=abc", PATH + "/?start=b&start=%00", PATH + "?start=%ED%A0%80"]
+)
 async def test_the_path_may_end_in_a_slash(listener: PublicListener, path: str) -> None:
-    """FLORA follows no redirect. An unknown start token is no reason to refuse."""
+    """FLORA follows no redirect. The query is not signed: what is no token there is no reason to refuse."""
     response = await listener.call(callback_body(), path=path)
     assert (response.status_code, response.json()) == (200, {"status": "accepted"})
 
@@ -282,8 +288,53 @@ async def test_the_token_of_a_start_reaches_the_intake(
         return await accept(*args, **options)
 
     monkeypatch.setattr(listener.core.intake, "accept", record)
-    await listener.call(callback_body(), path=f"{PATH}?start=abc")
-    assert seen == ["abc"]
+    token = "0123456789abcdef" * 2
+    for query in (token, "abc", "%00", token + "0"):
+        await listener.call(callback_body(), path=f"{PATH}?start={query}")
+    assert seen == [token, None, None, None]
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec=None)), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+CALLBACKS = st.fixed_dictionaries(
+    {"id": st.sampled_from(["whd_1", "whd_\0"]) | JSON_VALUES, "data": JSON_VALUES},
+    optional=dict.fromkeys(("type", "api_version", "created_at"), JSON_VALUES),
+) | st.builds(
+    lambda data, event: {"id": "whd_2", "type": event, "data": {"run_id": "run_1", **data}},
+    st.dictionaries(
+        st.sampled_from(["run_id", "status", "run_type", "workspace_id", "error_code", "error_message"]),
+        JSON_VALUES,
+    ),
+    st.sampled_from(["run.completed", "run.failed"]) | JSON_VALUES,
+)
+
+
+async def test_no_authentic_request_breaks_the_listener(listener: PublicListener) -> None:
+    """Whatever FLORA signs, and whatever stands in the query: the status is documented, and no 5xx."""
+    codes: set[int] = set()
+
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @given(
+        st.lists(
+            st.tuples(CALLBACKS, st.text() | st.sampled_from(["start=%00", "start=" + "%ff" * 16])),
+            max_size=3,
+        )
+    )
+    def send(requests: list[tuple[Any, str]]) -> None:
+        batches.append([(json.dumps(body).encode(), query) for body, query in requests])
+
+    batches: list[list[tuple[bytes, str]]] = []
+    send()
+    for batch in batches:  # in one transaction: a callback that breaks it must not take others along
+        calls = (listener.call(body, path=f"{PATH}?{quote(query, safe='=%')}") for body, query in batch)
+        codes |= {response.status_code for response in await asyncio.gather(*calls)}
+    assert codes <= {200, 400, 413}, codes
+    assert {200, 400} <= codes
 
 
 def test_every_code_has_a_status() -> None:

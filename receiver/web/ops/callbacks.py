@@ -11,9 +11,10 @@ from starlette.routing import BaseRoute, Route
 from receiver.client.messages import ChannelView, DeliveryPage, OneDelivery, RejectionPage
 from receiver.decide.channel import channel_health
 from receiver.store import Database, channel, queries
-from receiver.web.ops.requests import limit_of, next_cursor, sequence_of
+from receiver.web.ops.requests import limit_of, next_cursor, path_of, sequence_of, text_of
 from receiver.web.ops.responses import json_response, not_found
 from receiver.web.ops.views import to_delivery
+from receiver.web.values import LONGEST_ID
 
 _CHANNEL_SPAN = timedelta(hours=24)
 
@@ -35,7 +36,7 @@ class CallbackRoutes:
 
     async def deliveries(self, request: Request) -> Response:
         limit, before = limit_of(request), sequence_of(request)
-        run_id = request.query_params.get("run_id")
+        run_id = text_of(request, "run_id", longest=LONGEST_ID)
         page = await self._database.read(
             lambda tx: queries.delivery_page(tx, limit=limit, run_id=run_id, before=before)
         )
@@ -45,7 +46,7 @@ class CallbackRoutes:
         )
 
     async def delivery(self, request: Request) -> Response:
-        delivery_id = request.path_params["delivery_id"]
+        delivery_id = path_of(request, "delivery_id")
         found = await self._database.read(lambda tx: queries.delivery_by_id(tx, delivery_id))
         if found is None:
             raise not_found("delivery")

@@ -25,6 +25,7 @@ from receiver.web.ops.requests import (
     limit_of,
     next_cursor,
     parse_sequence,
+    path_of,
     read_body,
     sequence_of,
     state_of,
@@ -101,7 +102,7 @@ class DispatchRoutes:
 
     async def redispatch(self, request: Request) -> Response:
         body = await read_body(request, RedispatchBody)
-        run_id, handler, now = request.path_params["run_id"], body.handler, self._clock()
+        run_id, handler, now = path_of(request, "run_id"), body.handler, self._clock()
         if not await self._database.read(lambda tx: ledger.runs_by_id(tx, [run_id])):
             raise not_found("run")
 

@@ -13,6 +13,7 @@ from receiver import __version__
 from receiver.client import messages
 from receiver.model import DispatchState, RunState, StartState
 from receiver.web.ops import requests
+from receiver.web.values import LONGEST_ID, LONGEST_KEY
 
 _Json = dict[str, Any]
 
@@ -31,12 +32,16 @@ class _Operation:
     media_type: str = "application/json"
 
 
+def _text(longest: int) -> _Json:
+    return {"type": "string", "maxLength": longest}
+
+
 _LIMIT = (
     "limit",
-    {"type": "integer", "minimum": 1, "maximum": requests.MOST_ROWS, "default": 100},
+    {"type": "integer", "minimum": 1, "maximum": requests.MOST_ROWS, "default": requests.DEFAULT_ROWS},
     "Rows of a page.",
 )
-_CURSOR = ("cursor", {"type": "string"}, "`next_cursor` of the page before.")
+_CURSOR = ("cursor", _text(requests.LONGEST_PARAMETER), "`next_cursor` of the page before.")
 _PAGE = (_LIMIT, _CURSOR)
 _UNKNOWN_RUN = ((404, "not_found: no such run in the ledger"),)
 
@@ -153,8 +158,8 @@ _OPERATIONS = (
         ((200, "A page.", messages.StartPage),),
         query=(
             _state(StartState),
-            ("key", {"type": "string"}, "Only starts with this idempotency key."),
-            ("prefix", {"type": "string"}, "Only starts whose idempotency key begins so."),
+            ("key", _text(LONGEST_KEY), "Only starts with this idempotency key."),
+            ("prefix", _text(LONGEST_KEY), "Only starts whose idempotency key begins so."),
             *_PAGE,
         ),
     ),
@@ -179,14 +184,14 @@ _OPERATIONS = (
             (502, "flora_unauthorized"),
             (503, "flora_rate_limited, flora_unavailable"),
         ),
-        query=(("workspace_id", {"type": "string"}, "The workspace whose API key is used."),),
+        query=(("workspace_id", _text(LONGEST_ID), "The workspace whose API key is used."),),
     ),
     _Operation(
         "get",
         "/api/deliveries",
         "List the callbacks that were received, newest first.",
         ((200, "A page.", messages.DeliveryPage),),
-        query=(("run_id", {"type": "string"}, "Only callbacks about this run."), *_PAGE),
+        query=(("run_id", _text(LONGEST_ID), "Only callbacks about this run."), *_PAGE),
     ),
     _Operation(
         "get",
@@ -231,7 +236,7 @@ _OPERATIONS = (
         ((200, "Its path, and its size in bytes.", messages.Backup),),
         (
             (400, "not_sqlite: PostgreSQL has pg_dump"),
-            (503, "unavailable: the file exists already, or cannot be written"),
+            (409, "not_written: the file exists already, or cannot be written"),
         ),
         body=requests.BackupBody,
     ),
@@ -267,10 +272,13 @@ _OPERATIONS = (
 _COMMON_REFUSALS = (
     (401, "unauthorized: the token is missing or wrong"),
     (403, "host_not_allowed, cross_site"),
+    (405, "method_not_allowed"),
     (503, "unavailable: try again later"),
 )
+_PARAMETER_REFUSALS = ((400, "invalid_request: the fields name the value at fault"),)
 _CHANGE_REFUSALS = (
-    (400, "invalid_json, invalid_request"),
+    (400, "invalid_json; invalid_request: the fields name each value at fault"),
+    (408, "body_timeout: the body did not arrive in time"),
     (413, "body_too_large"),
     (415, "unsupported_media_type: send application/json"),
 )
@@ -329,7 +337,11 @@ def _describe(operation: _Operation, schemas: _Schemas) -> _Json:
         content: _Json = {} if model is None else {"schema": schemas.reference(model)}
         responses[str(status)] = {"description": text, "content": {operation.media_type: content}}
     refused = {"application/json": {"schema": schemas.reference(messages.Refused)}}
-    common = (*_COMMON_REFUSALS, *(_CHANGE_REFUSALS if operation.method == "post" else ()))
+    common: tuple[tuple[int, str], ...] = _COMMON_REFUSALS
+    if operation.method == "post":
+        common += _CHANGE_REFUSALS
+    elif operation.query or "{" in operation.path:
+        common += _PARAMETER_REFUSALS
     for status, text in (*operation.refusals, *common):
         responses.setdefault(str(status), {"description": text, "content": refused})
     described: _Json = {
@@ -345,7 +357,8 @@ def _describe(operation: _Operation, schemas: _Schemas) -> _Json:
 
 def _parameters(operation: _Operation) -> list[_Json]:
     named = [part.strip("{}") for part in operation.path.split("/") if part.startswith("{")]
-    path = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in named]
+    schema = {"minLength": 1, **_text(LONGEST_ID)}
+    path = [{"name": name, "in": "path", "required": True, "schema": schema} for name in named]
     return path + [
         {"name": name, "in": "query", "description": text, "schema": schema}
         for name, schema, text in operation.query

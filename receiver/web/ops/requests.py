@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -20,16 +21,19 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from starlette.requests import ClientDisconnect, Request
 
 from receiver.model import DispatchState, RunState, StartState, parse_strict_json
 from receiver.web.ops.responses import Refusal
+from receiver.web.values import LONGEST_ID, LONGEST_KEY, find_problem
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 LONGEST_WAIT_SECONDS = 120.0
 MOST_ROWS = 500
+DEFAULT_ROWS = 100
 _MOST_DISCARDED = 4 * MAX_BODY_BYTES
 """A body that is too large is read and discarded up to this size: a client that is cut off while
 it sends does not read the response."""
@@ -37,6 +41,8 @@ _BODY_SECONDS = 30.0
 _ID = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
 _RUN_ID = re.compile(r"run_[^\s\x00-\x1f\x7f/]{1,196}")
 _LATEST = 2**63 - 1
+LONGEST_PARAMETER = 1000
+_HEADER_VALUE = re.compile(r"[!-~]([ -~]*[!-~])?")
 
 T = TypeVar("T", bound=BaseModel)
 Row = TypeVar("Row")
@@ -55,6 +61,22 @@ def _check_run_id(value: str) -> str:
     return value
 
 
+def _check_url(value: str) -> str:
+    try:
+        urlsplit(value)
+    except ValueError as error:
+        raise ValueError("is not a URL") from error
+    return value
+
+
+def _check_generate(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        urlsplit(str(value.get("callback_url")))
+    except ValueError as error:
+        raise ValueError("callback_url is not a URL") from error
+    return value
+
+
 Id = Annotated[str, AfterValidator(_check_id)]
 RunId = Annotated[str, AfterValidator(_check_run_id)]
 
@@ -70,10 +92,12 @@ class StartBody(Body):
 
     technique_id: Id | None = None
     inputs: list[dict[str, Any]] = Field(default=[], max_length=1000)
-    generate: dict[str, Any] | None = None
+    generate: Annotated[dict[str, Any], AfterValidator(_check_generate)] | None = None
     mode: Literal["async", "stream"] = "async"
-    callback_url: str | None = Field(None, max_length=2000)
-    idempotency_key: str | None = Field(None, min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")
+    callback_url: Annotated[str, AfterValidator(_check_url)] | None = Field(None, max_length=2000)
+    idempotency_key: str | None = Field(
+        None, min_length=1, max_length=LONGEST_KEY, pattern=r"^[^\x00-\x1f\x7f]+$"
+    )
     metadata: dict[str, Any] = {}
     workspace_id: Id | None = None
     wait_seconds: float = Field(30, ge=0, le=60, allow_inf_nan=False)
@@ -84,6 +108,10 @@ class StartBody(Body):
             raise ValueError("give technique_id, or generate, and not both")
         if self.generate is not None and self.inputs:
             raise ValueError("inputs belong to a technique, not to generate")
+        # FLORA gets the key of a technique's run in the body, but this one in a header.
+        key = self.idempotency_key
+        if self.generate is not None and key is not None and not _HEADER_VALUE.fullmatch(key):
+            raise ValueError("idempotency_key of generate must be ASCII without white space at its ends")
         return self
 
 
@@ -145,6 +173,13 @@ class BackupBody(Body):
 
     path: str = Field(min_length=2, max_length=1000, pattern=r"^/[^\x00]*[^/\x00]$")
 
+    @field_validator("path")
+    @classmethod
+    def _check_name(cls, path: str) -> str:
+        if path.rpartition("/")[2] in {".", ".."}:
+            raise ValueError("is not the path of a file")
+        return path
+
 
 class ResolveBody(Body):
     """`POST /api/starts/{token}/resolve`: the run that the start made, or null if it made none."""
@@ -177,12 +212,13 @@ def _parse_object(body: bytes) -> dict[str, Any]:
     """Return the JSON object in a body, fit to be stored, or raise Refusal."""
     try:
         found = parse_strict_json(body.decode("utf-8"))
-        json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate is JSON, but cannot be stored
     except (ValueError, RecursionError) as error:
         message = f"the body is not JSON: {type(error).__name__}"
         raise Refusal(HTTPStatus.BAD_REQUEST, "invalid_json", message) from error
     if not isinstance(found, dict):
         raise Refusal(HTTPStatus.BAD_REQUEST, "invalid_json", "the body is not a JSON object")
+    if (problem := find_problem(found, "")) is not None:
+        raise _wrong_parameter(*problem)
     return found
 
 
@@ -202,9 +238,28 @@ async def _bytes(request: Request) -> bytes:
     )
 
 
+def path_of(request: Request, name: str, *, longest: int = LONGEST_ID) -> str:
+    """Return the part of the path that a route names so."""
+    return _check_parameter(name, request.path_params[name], longest)
+
+
+def text_of(request: Request, name: str, *, longest: int = LONGEST_PARAMETER) -> str | None:
+    """Return `?name=`."""
+    given = request.query_params.get(name)
+    return None if given is None else _check_parameter(name, given, longest)
+
+
+def _check_parameter(name: str, given: str, longest: int) -> str:
+    if (problem := find_problem(given, name, longest=longest)) is not None:
+        raise _wrong_parameter(*problem)
+    return given
+
+
 def limit_of(request: Request) -> int:
-    """Return `?limit=`, 1 to 500; 100 by default."""
-    given = request.query_params.get("limit", "100")
+    """Return `?limit=`."""
+    given = text_of(request, "limit")
+    if given is None:
+        return DEFAULT_ROWS
     if not given.isascii() or not given.isdecimal() or not 1 <= int(given[:9]) <= MOST_ROWS:
         raise _wrong_parameter("limit", f"must be a whole number from 1 to {MOST_ROWS}")
     return int(given)
@@ -212,7 +267,7 @@ def limit_of(request: Request) -> int:
 
 def timeout_of(request: Request, *, default: float) -> float:
     """Return `?timeout=` in seconds, 0 to 120."""
-    given = request.query_params.get("timeout")
+    given = text_of(request, "timeout")
     try:
         seconds = default if given is None else float(given)
     except ValueError:
@@ -224,7 +279,9 @@ def timeout_of(request: Request, *, default: float) -> float:
 
 def flag_of(request: Request, name: str) -> bool:
     """Return `?name=`, `true` or `false`; false by default."""
-    given = request.query_params.get(name, "false")
+    given = text_of(request, name)
+    if given is None:
+        return False
     if given not in {"true", "false"}:
         raise _wrong_parameter(name, "must be true or false")
     return given == "true"
@@ -232,7 +289,7 @@ def flag_of(request: Request, name: str) -> bool:
 
 def state_of(request: Request, states: type[State]) -> State | None:
     """Return `?state=`, a value of an enumeration."""
-    given = request.query_params.get("state")
+    given = text_of(request, "state")
     if given is None:
         return None
     try:
@@ -245,7 +302,7 @@ def state_of(request: Request, states: type[State]) -> State | None:
 
 def key_of(request: Request) -> tuple[int, str] | None:
     """Return the key in `?cursor=`, a number and an id."""
-    return parse_cursor(request.query_params.get("cursor"))
+    return parse_cursor(text_of(request, "cursor"))
 
 
 def parse_cursor(given: str | None) -> tuple[int, str] | None:
@@ -263,7 +320,7 @@ def parse_cursor(given: str | None) -> tuple[int, str] | None:
 
 def sequence_of(request: Request) -> int | None:
     """Return the sequence number in `?cursor=`, of a list that is ordered by it."""
-    return parse_sequence(request.query_params.get("cursor"))
+    return parse_sequence(text_of(request, "cursor"))
 
 
 def parse_sequence(given: str | None) -> int | None:

@@ -36,8 +36,10 @@ from receiver.web.ops.requests import (
     key_of,
     limit_of,
     next_cursor,
+    path_of,
     read_body,
     state_of,
+    text_of,
     timeout_of,
 )
 from receiver.web.ops.responses import (
@@ -52,6 +54,7 @@ from receiver.web.ops.responses import (
 from receiver.web.ops.timeline import to_timeline
 from receiver.web.ops.views import to_full_run, to_run, to_start
 from receiver.web.ops.wait import until_finished
+from receiver.web.values import LONGEST_ID, LONGEST_KEY
 from receiver.workers.loop import run_until
 from receiver.workers.run_reader import Held
 from receiver.workers.starter import Conflict, Starter, new_key
@@ -163,10 +166,10 @@ class RunRoutes:
         return json_response(await self._database.read(read))
 
     async def show(self, request: Request) -> Response:
-        return await self._run_response(request.path_params["run_id"])
+        return await self._run_response(path_of(request, "run_id"))
 
     async def wait(self, request: Request) -> Response:
-        run_id, seconds = request.path_params["run_id"], timeout_of(request, default=30)
+        run_id, seconds = path_of(request, "run_id"), timeout_of(request, default=30)
         finished = await until_finished(
             self._database,
             self._signals.changes,
@@ -180,7 +183,7 @@ class RunRoutes:
         return await self._run_response(run_id)
 
     async def timeline(self, request: Request) -> Response:
-        run_id = request.path_params["run_id"]
+        run_id = path_of(request, "run_id")
 
         def read(tx: Connection) -> TimelineView | None:
             details = queries.run_details(tx, run_id)
@@ -196,14 +199,14 @@ class RunRoutes:
 
     async def refresh(self, request: Request) -> Response:
         await read_body(request, RefreshBody)
-        run_id = request.path_params["run_id"]
+        run_id = path_of(request, "run_id")
         await self._read_details(run_id)
         await self._intake.apply(ReadRequested(run_id, self._clock()))
         return await self._run_response(run_id, is_due=True)
 
     async def starts(self, request: Request) -> Response:
         limit, state, before = limit_of(request), state_of(request, StartState), key_of(request)
-        key, prefix = request.query_params.get("key"), request.query_params.get("prefix")
+        key, prefix = (text_of(request, name, longest=LONGEST_KEY) for name in ("key", "prefix"))
         page = await self._database.read(
             lambda tx: queries.start_page(
                 tx, limit=limit, state=state, key=key, prefix=prefix, before=before
@@ -214,7 +217,7 @@ class RunRoutes:
 
     async def resolve(self, request: Request) -> Response:
         body = await read_body(request, ResolveBody)
-        token = request.path_params["token"]
+        token = path_of(request, "token")
         before = await self._starter.find(token)
         if before is None:
             raise not_found("start")
@@ -232,9 +235,9 @@ class RunRoutes:
         return await self._run_of_start(after, status=HTTPStatus.OK, repeated=True)
 
     async def technique(self, request: Request) -> Response:
-        workspace_id = request.query_params.get("workspace_id") or ""
+        workspace_id = text_of(request, "workspace_id", longest=LONGEST_ID) or ""
         found = await self._starter.find_technique(
-            request.path_params["technique_id"], workspace_id=workspace_id
+            path_of(request, "technique_id"), workspace_id=workspace_id
         )
         return json_response(OneTechnique(technique=found))
 

@@ -97,6 +97,15 @@ async def ops(stage: Stage) -> AsyncIterator[Ops]:
         yield made
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+async def ops_on_both(request: pytest.FixtureRequest, stage: Stage) -> AsyncIterator[Ops]:
+    """A service on either database."""
+    if request.param == "postgres":
+        stage.postgres = request.getfixturevalue("postgres_url")
+    async with run_ops(stage, operations={"port": 0, "token": "t" * 40}) as made:
+        yield made
+
+
 def events(text: str) -> list[dict[str, Any]]:
     """Return the data of the events in a piece of a stream."""
     return [

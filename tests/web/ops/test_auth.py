@@ -158,7 +158,7 @@ WRONG_BODIES = [
     (b"[]", 400, "invalid_json"),
     (b"\xff", 400, "invalid_json"),
     (b'{"wait_seconds": NaN}', 400, "invalid_json"),
-    (b'{"metadata": {"a": "\\ud800"}}', 400, "invalid_json"),
+    (b'{"metadata": {"a": "\\ud800"}}', 400, "invalid_request"),
     (b"[" * 100_000, 400, "invalid_json"),
     (b'{"a": ' + b"9" * 10_000 + b"}", 400, "invalid_json"),
     (b"{}", 400, "invalid_request"),
