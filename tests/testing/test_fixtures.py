@@ -41,7 +41,7 @@ def test_the_example_is_found_by_its_entry_point(installed_example: dict[str, st
         return done.stdout
 
     assert "checksums" in say("handlers", "list")
-    assert "Where the files go" in say("handlers", "show", "checksums")
+    assert "Directory of the files; created if missing" in say("handlers", "show", "checksums")
 
 
 def test_the_examples_own_tests_pass(installed_example: dict[str, str], tmp_path: Path) -> None:
