@@ -31,9 +31,9 @@ from receiver.errors import (
 )
 from receiver.model import Artifact, Event, Output, OutputType, RunState, When, storable_text
 from receiver.net.download import Download, Saved
+from receiver.net.ownership import make_directory, match_owner
 from receiver.net.post import Posted, Poster, header_value, target_url, usable_headers
 from receiver.net.retry_after import growing_pause
-from receiver.ownership import make_directory, match_owner
 
 __all__ = [
     "MANIFEST",

@@ -15,7 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from structlog.typing import Processor
 
 from receiver.model import Event, Run, RunState, Verdict
-from receiver.scrubber import clean
+from receiver.net.scrubber import clean
 
 __all__ = ["Metrics", "configure_logging", "scrub_event"]
 

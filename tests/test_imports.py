@@ -71,12 +71,12 @@ def test_no_cycle_of_any_kind() -> None:
         ("receiver.decide", ("receiver.model", "receiver.errors")),
         ("receiver.flora.signature", ("receiver.errors",)),
         ("receiver.emulator", ("receiver.flora.signature", "receiver.errors")),
-        ("receiver.telemetry", ("receiver.model", "receiver.scrubber")),
-        ("receiver.scrubber", ()),
-        ("receiver.credentials", ()),
-        ("receiver.database_url", ()),
-        ("receiver.ownership", ()),
-        ("receiver.net.certificates", ("receiver.ownership",)),
+        ("receiver.telemetry", ("receiver.model", "receiver.net.scrubber")),
+        ("receiver.net.scrubber", ()),
+        ("receiver.net.credentials", ()),
+        ("receiver.net.database_url", ()),
+        ("receiver.net.ownership", ()),
+        ("receiver.net.certificates", ("receiver.net.ownership",)),
         (
             "receiver.cli.dev.tunnel",
             (

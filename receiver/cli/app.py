@@ -19,7 +19,7 @@ from receiver.cli.options import Ca, Config, Json, OpsPort
 from receiver.cli.runs import runs, techniques_runs
 from receiver.cli.streams import guard_streams
 from receiver.cli.trigger import options as of_trigger
-from receiver.credentials import split_list
+from receiver.net.credentials import split_list
 
 app = typer.Typer(
     name="flora-receiver",

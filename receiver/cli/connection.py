@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from receiver.cli.output import report_errors
-from receiver.credentials import find_fault
 from receiver.errors import ConfigError, Problem
 from receiver.net.addresses import is_loopback, local_origin, to_unix_path
+from receiver.net.credentials import find_fault
 
 if TYPE_CHECKING:
     from receiver.client.client import ReceiverClient

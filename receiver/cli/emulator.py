@@ -5,9 +5,9 @@ import signal
 from typing import Any
 
 from receiver.cli.output import report_errors
-from receiver.credentials import find_fault
 from receiver.emulator import Emulator, EmulatorSettings
 from receiver.errors import ConfigError, Problem
+from receiver.net.credentials import find_fault
 from receiver.telemetry import configure_logging
 from receiver.web.server import Server, bind
 

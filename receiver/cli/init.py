@@ -9,7 +9,7 @@ from pathlib import Path
 from receiver.cli.output import print_result, report_errors
 from receiver.config import Setting, describe, load_settings
 from receiver.errors import ConfigError, Problem
-from receiver.ownership import make_directory, match_owner
+from receiver.net.ownership import make_directory, match_owner
 
 _ENV = """# Secrets, for `set -a; . ./.env; set +a`, the env_file of a container, or systemd.
 # Never commit this file.

@@ -6,8 +6,8 @@ from pathlib import Path
 from receiver.cli.backup import sqlite_path
 from receiver.cli.output import format_table, print_result, report_errors
 from receiver.config import load_settings
-from receiver.database_url import parse_database_url, show_database_url
 from receiver.errors import ConfigError, Problem, StoreUnavailableError
+from receiver.net.database_url import parse_database_url, show_database_url
 from receiver.store.database import NO_PSYCOPG
 
 

@@ -11,7 +11,7 @@ import typer
 
 from receiver.cli.streams import is_unicode
 from receiver.errors import ConfigError, ReceiverApiError, ReceiverError, StoreUnavailableError
-from receiver.scrubber import mask, mask_all
+from receiver.net.scrubber import mask, mask_all
 
 FAILED = 1
 """Exit code: the command was carried out and failed."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TextIO
 
-from receiver.scrubber import mask
+from receiver.net.scrubber import mask
 
 __all__ = ["guard_streams", "is_unicode"]
 

@@ -10,9 +10,9 @@ import httpx
 from pydantic import ValidationError
 
 from receiver.client.messages import ErrorView, Message, Refused
-from receiver.credentials import find_fault
 from receiver.errors import ReceiverApiError
 from receiver.net.clients import operations_client
+from receiver.net.credentials import find_fault
 
 DEFAULT_URL = "http://127.0.0.1:8081"
 TOKEN_FILE = Path("var/ops-token")

@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 
 from receiver.config.settings import Settings
-from receiver.credentials import find_fault
 from receiver.errors import ConfigError, Problem
-from receiver.ownership import make_directory, match_owner
+from receiver.net.credentials import find_fault
+from receiver.net.ownership import make_directory, match_owner
 
 __all__ = ["ensure_token", "token_path"]
 

@@ -36,10 +36,10 @@ from receiver.config.values import (
     to_lower_case,
     to_tuple,
 )
-from receiver.database_url import DatabaseUrl as Location
-from receiver.database_url import parse_database_url
 from receiver.model import Event, When
 from receiver.net.addresses import parse_network
+from receiver.net.database_url import DatabaseUrl as Location
+from receiver.net.database_url import parse_database_url
 
 __all__ = [
     "Database",

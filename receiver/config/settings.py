@@ -36,10 +36,10 @@ from receiver.config.sections import (
     Workspace,
 )
 from receiver.config.values import HttpUrl
-from receiver.database_url import show_database_url
 from receiver.errors import Problem
 from receiver.model import OutputType
-from receiver.scrubber import MASK, is_secret_name, mask
+from receiver.net.database_url import show_database_url
+from receiver.net.scrubber import MASK, is_secret_name, mask
 
 __all__ = ["LISTS", "Setting", "Settings", "describe", "redact", "section_of"]
 

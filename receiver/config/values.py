@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo
 
 from receiver.config.callback_url import split_http_url
-from receiver.credentials import find_fault, split_list
-from receiver.database_url import parse_database_url
 from receiver.net.addresses import is_loopback, to_unix_path
+from receiver.net.credentials import find_fault, split_list
+from receiver.net.database_url import parse_database_url
 from receiver.net.proxies import parse_proxy
 
 __all__ = [
@@ -176,7 +176,7 @@ def _check_postgres_url(value: str) -> str:
 Secret = Annotated[SecretStr, BeforeValidator(_resolve_reference), AfterValidator(_check_secret)]
 """Any text that is not shown: a password, a header, a URL."""
 Credential = Annotated[SecretStr, BeforeValidator(_resolve_reference), AfterValidator(_check_credential)]
-"""An API key, a signing secret or a token, by the rule of `receiver.credentials`."""
+"""An API key, a signing secret or a token, by the rule of `receiver.net.credentials`."""
 CredentialList = Annotated[tuple[Credential, ...], BeforeValidator(_split_credentials)]
 ProxyUrl = Annotated[str, BeforeValidator(_resolve_reference), AfterValidator(_to_proxy_url)]
 """The URL of an HTTP proxy, shown without the user name and password in it."""

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from receiver.ownership import make_directory, match_owner
+from receiver.net.ownership import make_directory, match_owner
 
 __all__ = [
     "LOCAL_HOSTS",

@@ -106,7 +106,7 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
     """Connects to public addresses, and to the (host, port) pairs in `allowed` at any address.
 
     With `route`, public addresses are reached through its proxy: it is asked for the address that was
-    checked here. Where the proxy resolves names, only what can be told from a name is checked.
+    checked here. Where the proxy resolves names, only what a name reveals is checked.
     """
 
     def __init__(

@@ -156,9 +156,9 @@ class Downloader:
         try:
             yield Download(
                 chunks=chunks,
-                content_type=_shown(response, "content-type"),
+                content_type=_printable_header(response, "content-type"),
                 content_length=None if codings.decodable else _content_length(response),
-                content_encoding=_shown(response, "content-encoding"),
+                content_encoding=_printable_header(response, "content-encoding"),
             )
         finally:
             await body.response.aclose()
@@ -379,7 +379,7 @@ def _to_download_error(error: httpx.HTTPError, host: str, *, is_redirect: bool) 
             return DownloadFailedError(f"{host}: cut, or not proper HTTP ({type(error).__name__})")
 
 
-def _shown(response: httpx.Response, name: str) -> str | None:
+def _printable_header(response: httpx.Response, name: str) -> str | None:
     value = response.headers.get(name, "").strip()
     return value if value and len(value) <= 200 and value.isascii() and value.isprintable() else None
 

@@ -105,5 +105,5 @@ def _check_response(proxy: Proxy, head: bytes) -> None:
         detail = _HINTS.get(status) or reason
         message = f"the proxy {proxy.address} refused with {status}"
         raise ProxyRefusedError(f"{message}: {detail}" if detail else message, status)
-    if not head.endswith(b"\r\n\r\n"):  # bytes of nobody that we have spoken to yet
+    if not head.endswith(b"\r\n\r\n"):  # bytes that belong to no request of ours
         raise httpcore.ProxyError(f"the proxy {proxy.address} sent more than the answer to CONNECT")

@@ -22,9 +22,9 @@ from receiver.handler import Answer, Context, Done, Handler, Log, Reject, Retry,
 from receiver.model import Artifact, DispatchState, Output, Run, storable_text
 from receiver.net.download import Download, Downloader, Saved, save
 from receiver.net.media_urls import conceal_urls
+from receiver.net.scrubber import scrub
 from receiver.plugins.progress import TransferProgress
 from receiver.plugins.threads import use_threads_of
-from receiver.scrubber import scrub
 from receiver.store import Database, queue, starts
 from receiver.store.queue import Leased
 

@@ -24,7 +24,7 @@ def inherited_listeners(environ: Mapping[str, str], pid: int) -> dict[str, list[
     """Return the sockets that systemd passed, by their `FileDescriptorName=`.
 
     Any other name counts as `public`. Raises ConfigError if one of them cannot be listened on:
-    systemd would accept its connections, and nobody would answer.
+    systemd would accept its connections, and none would get a response.
     """
     if environ.get("LISTEN_PID") != str(pid):
         return {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from receiver.errors import StoreUnavailableError
-from receiver.ownership import make_directory, match_owner
+from receiver.net.ownership import make_directory, match_owner
 from receiver.store.ledger_files import LedgerFiles
 
 _COMPANIONS = ("-wal", "-shm")

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 from sqlalchemy import Connection, exc, inspect, text
 
-from receiver.database_url import parse_database_url
 from receiver.errors import StoreUnavailableError
-from receiver.ownership import find_existing, make_directory
+from receiver.net.database_url import parse_database_url
+from receiver.net.ownership import find_existing, make_directory
 from receiver.store.sqlite import SqliteDatabase
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from receiver.errors import StoreInUseError, StoreUnavailableError
-from receiver.ownership import match_owner
+from receiver.net.ownership import match_owner
 
 _LOCKED_BYTE = 1 << 40
 """Far from the bytes around 1 GiB that SQLite locks; no byte has to exist there."""

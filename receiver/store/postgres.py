@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, event, exc
 
-from receiver.database_url import parse_database_url
 from receiver.errors import StoreUnavailableError
+from receiver.net.database_url import parse_database_url
 from receiver.store.rows import from_ms
 
 T = TypeVar("T")

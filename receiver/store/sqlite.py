@@ -25,7 +25,7 @@ import structlog
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, exc
 
 from receiver.errors import StoreUnavailableError
-from receiver.ownership import make_directory
+from receiver.net.ownership import make_directory
 from receiver.store import backup
 from receiver.store.ledger_files import LedgerFiles
 

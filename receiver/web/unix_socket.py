@@ -25,7 +25,7 @@ class UnixListener(socket.socket):
         super().__init__(socket.AF_UNIX, socket.SOCK_STREAM)
 
     def bind_path(self, path: str) -> None:
-        """Bind. Nobody can connect before the mode is set, because nothing listens yet."""
+        """Bind. No client can connect before the mode is set, because nothing listens yet."""
         self.bind(path)
         os.chmod(path, _MODE)  # noqa: PTH101  # `Path` has no inode to compare
         made = os.lstat(path)
@@ -58,7 +58,7 @@ def bind_unix(path: str, *, setting: str) -> UnixListener:
 
 
 def _remove_left_over(path: str) -> None:
-    """Remove the entry of a socket on which nobody listens any more. Raises OSError for any other."""
+    """Remove the entry of a socket on which no process listens any more. Raises OSError for any other."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:

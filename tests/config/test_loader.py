@@ -12,7 +12,7 @@ from receiver.config.callback_url import check_callback_url
 from receiver.errors import ConfigError
 from receiver.model import Event, When
 from receiver.net.addresses import is_loopback
-from receiver.scrubber import is_secret_name
+from receiver.net.scrubber import is_secret_name
 from receiver.service.wiring import to_callback_url
 
 KEY = "sk_live_0123456789"

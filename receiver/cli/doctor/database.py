@@ -19,7 +19,7 @@ from receiver.config import Settings
 from receiver.errors import ReceiverError, StoreInUseError, StoreUnavailableError
 from receiver.net.addresses import local_origin
 from receiver.net.clients import own_client
-from receiver.ownership import find_existing
+from receiver.net.ownership import find_existing
 from receiver.store import open_database
 from receiver.store.database import find_probe_url, probe_write
 

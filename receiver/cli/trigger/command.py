@@ -24,9 +24,9 @@ from receiver.cli.trigger.cases import (
 )  # fmt: skip
 from receiver.cli.trigger.sender import SUCCESSES, TIMEOUT_SECONDS, Result, send
 from receiver.config import load_settings
-from receiver.credentials import find_fault
 from receiver.errors import ConfigError, Problem
 from receiver.net.clients import probe_client
+from receiver.net.credentials import find_fault
 
 _MAX_TEXT = 2000
 """Characters of a response that are printed."""

@@ -12,7 +12,7 @@ from receiver.client import messages
 from receiver.client.messages import Message, Refused
 from receiver.errors import FloraError, ReceiverError
 from receiver.model import Start
-from receiver.scrubber import mask
+from receiver.net.scrubber import mask
 from receiver.web.ops.views import to_start
 
 _PASSED_ON = frozenset({400, 402, 403, 404, 409, 422})

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.credentials import describe_character, find_fault, split_list
+from receiver.net.credentials import describe_character, find_fault, split_list
 
 
 @pytest.mark.parametrize(

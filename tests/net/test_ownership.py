@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from receiver.ownership import find_existing, make_directory, match_owner
+from receiver.net.ownership import find_existing, make_directory, match_owner
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import make_url
 
-from receiver.database_url import parse_database_url, show_database_url
+from receiver.net.database_url import parse_database_url, show_database_url
 
 SERVERS = [
     ("postgresql://host/db", "postgresql://host/db"),

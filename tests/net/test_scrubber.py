@@ -2,7 +2,7 @@
 
 import pytest
 
-from receiver.scrubber import is_secret_name, mask, mask_all, scrub
+from receiver.net.scrubber import is_secret_name, mask, mask_all, scrub
 
 
 @pytest.mark.parametrize(
