@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy import create_engine
 
 from receiver.store import Database, SqliteDatabase
@@ -16,6 +17,11 @@ from tests.support.postgres import Postgres, pooler, postgres
 
 collect_ignore = ["example_plugin"]
 """A package of its own; `test_kit.py` installs it and runs its tests."""
+
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+"""A property that is slow here is none the worse for it: by default 200 ms are asserted for each example."""
 
 
 def pytest_configure() -> None:

@@ -18,7 +18,7 @@ NOT_MIRRORED = {
     "vectors",
 }
 """Folders about the whole: processes, documents, recipes, figures; and data."""
-WHOLE = {"test_imports.py", "test_layout.py", "test_names.py"}
+WHOLE = {"test_imports.py", "test_layout.py", "test_names.py", "test_waits.py"}
 """Files about the whole."""
 
 

@@ -15,9 +15,9 @@ from typing import IO, Any
 import pytest
 
 from receiver.net import certificates
+from tests.support.patience import PATIENCE_SECONDS
 
 COMMAND = Path(sys.executable).with_name("flora-receiver")
-PATIENCE_SECONDS = 60
 API_KEY, SECRET = "sk_test_cli", "whsec_cli"
 OWN_WORKSPACE, OWN_SECRET = "ws_own", "whsec_own"
 KEYS = {"FLORA_API_KEY": API_KEY, "FLORA_WEBHOOK_SECRET": SECRET}

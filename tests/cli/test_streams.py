@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import COMMAND, KEYS, Start, environment, run_command, wait_until_ready
+from tests.support.patience import PATIENCE_SECONDS
 
 COMMANDS = (
     "--version",
@@ -28,7 +29,7 @@ def shell(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
 
 

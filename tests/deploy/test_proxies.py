@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.support.lives import Served, served
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.proxies import KINDS, caddy, nginx, proxy
 from tests.support.stage import Stage, eventually, free_port, run_stage
 
@@ -209,7 +210,7 @@ async def test_callbacks_come_over_http2_too(kind: str, stage: Stage) -> None:
             body.decode(),
         ]
         done = await asyncio.to_thread(
-            subprocess.run, command, capture_output=True, text=True, check=False, timeout=60
+            subprocess.run, command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
         )
         assert done.stdout.strip() == 'h2 200 {"status":"accepted"}', done.stderr
 
@@ -274,7 +275,7 @@ async def test_a_restart_behind_a_proxy_loses_nothing(kind: str, stage: Stage) -
         run_ids += [stage.start() for _ in range(10)]
         async with behind(kind, stage, receiver, "again.log") as life:
             await life.ready(client)
-            await stage.over(*run_ids, within=60)
+            await stage.over(*run_ids)
     for run_id in run_ids:
         stage.check_files(run_id)
     assert {row["verdict"] for row in stage.rows("SELECT verdict FROM runs")} == {"matched"}
@@ -297,7 +298,7 @@ async def test_one_of_two_is_killed_behind_a_proxy(kind: str, stage: Stage, post
         one.process.kill()
         await one.process.wait()
         run_ids += [stage.start() for _ in range(20)]
-        await stage.over(*run_ids, within=90)
+        await stage.over(*run_ids)
     for run_id in run_ids:
         stage.check_files(run_id)
     assert {row["verdict"] for row in stage.rows("SELECT verdict FROM runs")} == {"matched"}

@@ -17,6 +17,7 @@ import pytest
 from receiver.client.client import ReceiverClient
 from receiver.service.systemd import Supervisor, inherited_listeners
 from tests.support.lives import COMMAND
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import Stage, eventually, run_stage, toml
 
 DEPLOY = Path(__file__).parents[2] / "deploy/systemd"
@@ -166,7 +167,7 @@ async def test_a_socket_that_cannot_be_served_is_named(stage: Stage, kind: int) 
 
 
 async def _called(stage: Stage, run_id: str) -> int:
-    async with httpx.AsyncClient(verify=stage.tls(), trust_env=False, timeout=30) as client:
+    async with httpx.AsyncClient(verify=stage.tls(), trust_env=False, timeout=PATIENCE_SECONDS) as client:
         return (await stage.send(client, stage.body(run_id))).status_code
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from tests.cli.conftest import environment
 from tests.docs.generate import documents
 from tests.docs.source_parts import ROOT
+from tests.support.patience import PATIENCE_SECONDS
 
-PATIENCE_SECONDS = 120
 BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
 )

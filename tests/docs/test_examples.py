@@ -35,9 +35,9 @@ from tests.docs.pages import (
 )
 from tests.support.defaults import download_limits
 from tests.support.handler_kit import RUN, MemoryContext
+from tests.support.patience import PATIENCE_SECONDS
 
 COMMANDS = {path: {name for each in options(command) for name in each.opts} for path, command in commands()}
-PATIENCE_SECONDS = 30
 
 
 def shown(language: str, but: str | None = None) -> list[Any]:

@@ -8,10 +8,9 @@ from pathlib import Path
 from tests.cli.conftest import COMMAND, RunningCommand
 from tests.docs.pages import code_blocks, run_shell, section
 from tests.docs.source_parts import ROOT
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.sshd import sshd
 from tests.support.stage import free_port
-
-PATIENCE_SECONDS = 120
 
 
 def test_three_commands_lead_from_a_clone_to_a_stored_file(tmp_path: Path) -> None:

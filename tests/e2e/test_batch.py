@@ -18,6 +18,7 @@ from receiver.emulator import parse_faults
 from receiver.store import backup
 from tests.support.batches import KEY, WEATHER, BatchStage, CommandResult
 from tests.support.lives import COMMAND, ROOT, served
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import Stage, eventually, run_stage
 
 
@@ -220,7 +221,7 @@ async def test_an_interrupted_batch_goes_on(tmp_path: Path, number: signal.Signa
             file = batches.table(12)
             process = await batches.begin(*batches.arguments(file, "--yes", "--parallel", "4"))
             await batches.until_started(4)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 ended = await batches.stop(process, number)
             assert ended.code == code, ended
             assert "run the same command again" in ended.err
@@ -247,7 +248,7 @@ async def test_after_the_restore_of_an_older_backup_it_ends(tmp_path: Path) -> N
             await batches.stop(process)
         backup.restore(older, stage.database)
         async with stage.service(**batches.settings()):
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 ended = await batches.batch(file, "--yes", "--parallel", "2")
             assert ended.code == 1, ended
             assert {row["state"] for row in batches.results()} == {"unknown"}
@@ -363,14 +364,14 @@ async def _on_terminal(batches: BatchStage, dialogue: list[tuple[str, bytes]]) -
 
     try:
         for cue, answer in dialogue:
-            await eventually(lambda cue=cue: shows(cue), within=20, what=cue)  # type: ignore[misc]
+            await eventually(lambda cue=cue: shows(cue), what=cue)  # type: ignore[misc]
             os.write(controller, answer)
 
         async def over() -> bool:
             read()
             return process.returncode is not None
 
-        await eventually(over, within=20)
+        await eventually(over)
         assert process.returncode is not None
         return CommandResult(process.returncode, read(), "")
     finally:

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from receiver.service.service import Service
-from tests.support.stage import PATIENCE_SECONDS, Stage
+from tests.support.patience import PATIENCE_SECONDS
+from tests.support.stage import Stage
 
 HOSTILE = 500
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -79,8 +80,10 @@ async def test_five_hundred_hostile_connections_and_honest_callbacks(stage: Stag
 
 async def test_beyond_the_limit_the_oldest_unfinished_gives_way(stage: Stage) -> None:
     """Every place is taken by the crowd: each honest callback is answered at once, not after the crowd's time is up."""
-    async with stage.service(public={"max_connections": 50}) as service, crowd(stage, 50):
-        async with contextlib.AsyncExitStack() as clients, asyncio.timeout(8):
+    endless = {"head_timeout_seconds": 3600, "body_timeout_seconds": 3600}
+    limits = {"max_connections": 50, **endless}
+    async with stage.service(public=limits) as service, crowd(stage, 50):
+        async with contextlib.AsyncExitStack() as clients, asyncio.timeout(PATIENCE_SECONDS):
             for number in range(10):
                 client = await clients.enter_async_context(stage.client())
                 await is_honest(stage, client, f"run_honest_{number}")

@@ -19,6 +19,7 @@ from receiver.net.clients import own_client
 from receiver.service.service import Service
 from receiver.web.unix_socket import UnixListener
 from tests.support.lives import COMMAND
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import Stage, toml
 
 FORGED = {"Flora-Signature": "t=1,v1=" + "0" * 64}
@@ -106,7 +107,7 @@ async def test_commands_reach_the_operations_listener_on_a_unix_socket(stage: St
 async def run_command(*arguments: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return await asyncio.to_thread(
         subprocess.run, [COMMAND, *arguments], env={"PATH": os.environ["PATH"], **env}, cwd=cwd,
-        capture_output=True, text=True, check=False, timeout=60,
+        capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS,
     )  # fmt: skip
 
 

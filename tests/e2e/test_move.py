@@ -62,14 +62,15 @@ async def test_a_service_on_postgresql_finishes_what_was_begun_on_sqlite(
         stage.postgres = postgres_url
         assert _everything(stage) == before
         stage.emulator.faults.reset()
-        async with served(stage, operations=operations) as life:
+        window = {"callback_window_seconds": 4.0}
+        async with served(stage, operations=operations, reconcile=window) as life:
             await life.ready(client)
             assert (await stage.send(client, large)).json() == {"status": "duplicate"}
             assert (await stage.send(client, stage.body(settled[0]))).json() == {"status": "accepted"}
             with ReceiverClient(f"http://127.0.0.1:{operations['port']}", TOKEN) as receiver:
                 assert await asyncio.to_thread(_started, receiver, stage, "a") == settled[0]
                 fresh = await asyncio.to_thread(_started, receiver, stage, "d")
-            await stage.over(*settled, *reported, *stalled, fresh, within=90)
+            await stage.over(*settled, *reported, *stalled, fresh)
     for run_id in (*settled, *reported, *stalled, fresh):
         stage.check_files(run_id)
     assert json.loads(stage.run(stalled[0])["metadata"]) == METADATA

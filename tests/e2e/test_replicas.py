@@ -20,6 +20,7 @@ from receiver.intake import group_commit as commits
 from receiver.service import service as service_module
 from receiver.store import postgres
 from tests.support.lives import Served, is_ready, served
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.postgres import Postgres
 from tests.support.severing_proxy import run_severing_proxy
 from tests.support.stage import Stage, eventually, free_port
@@ -103,7 +104,9 @@ async def replicas(
     """Run one receiver for each tuple of further arguments."""
     async with contextlib.AsyncExitStack() as stack:
         limits = httpx.Limits(max_keepalive_connections=0)
-        made = httpx.AsyncClient(verify=stage.tls(), trust_env=False, timeout=15, limits=limits)
+        made = httpx.AsyncClient(
+            verify=stage.tls(), trust_env=False, timeout=PATIENCE_SECONDS, limits=limits
+        )
         client = await stack.enter_async_context(made)
         lives, ports = [], []
         for number, arguments in enumerate(roles):
@@ -203,7 +206,7 @@ async def test_two_of_three_are_killed_and_nothing_is_lost(shared: Stage) -> Non
         await eventually(lambda: settled(30))
         await them.kill(1)
         run_ids += [shared.start() for _ in range(20)]
-        await shared.over(*run_ids, within=60)
+        await shared.over(*run_ids)
         check(shared, run_ids)
         effects.check(run_ids, {them.lives[0].pid, them.lives[1].pid})
 
@@ -262,7 +265,7 @@ async def test_the_database_restarts(shared: Stage, postgres_server: Postgres) -
             ).status_code == 200
 
         await eventually(taken)
-        await shared.over(*run_ids, late, within=60)
+        await shared.over(*run_ids, late)
         check(shared, [*run_ids, late])
 
 
@@ -297,7 +300,7 @@ async def test_connections_to_the_database_are_reset(shared: Stage, postgres_ser
                 ).status_code == 200
 
             await eventually(taken)
-            await shared.over(*run_ids, late, within=60)
+            await shared.over(*run_ids, late)
             check(shared, [*run_ids, late])
             effects.check([*run_ids, late], killed=set())
 
@@ -312,7 +315,7 @@ async def test_a_database_that_hangs_does_not_keep_the_process(
         monkeypatch.setattr(service_module, name, 0.2)
     with run_severing_proxy(postgres_server, "suite") as way:
         async with (
-            asyncio.timeout(60),
+            asyncio.timeout(PATIENCE_SECONDS),
             shared.client() as client,
             shared.service(database={"url": way.url}),
         ):
@@ -369,7 +372,7 @@ async def test_a_door_restarts_while_workers_go_on(shared: Stage) -> None:
             ) as again:
                 await again.ready(them.client)
                 shared.port = balanced
-                await shared.over(*run_ids, within=60)
+                await shared.over(*run_ids)
         check(shared, run_ids)
         assert {row["verdict"] for row in shared.rows("SELECT verdict FROM runs")} == {"matched"}
 

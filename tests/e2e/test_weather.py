@@ -56,7 +56,9 @@ async def test_reads_that_lag_behind_the_callback(stage: Stage) -> None:
     with capture_logs() as lines:
         async with stage.service() as service:
             short = await stage.track(service, "emu-image", {"kind": "read_lag", "seconds": 0.5})
-            long = await stage.track(service, "emu-image", {"kind": "read_lag", "seconds": 5.0})
+            long = await stage.track(service, "emu-image", {"kind": "read_lag", "seconds": 3600})
+            await eventually(partial(_said, lines, "run.diverged"))
+            stage.end_read_lag(long)
             await stage.over(short, long)
     assert [line["run_id"] for line in lines if line["event"] == "run.diverged"] == [long]
     for run_id in (short, long):
@@ -179,7 +181,7 @@ async def test_downloads_that_go_wrong_once(stage: Stage) -> None:
 
     A download that breaks off in the middle may go on where it ended, within its attempt.
     """
-    async with stage.service(downloads={"stall_seconds": 1.0}) as service:
+    async with stage.service(downloads={"stall_seconds": 3.0}) as service:
         runs = {name: await stage.track(service, "emu-two-images", ONCE[name]) for name in ONCE}
         await stage.over(*runs.values())
     for name, run_id in runs.items():
@@ -232,7 +234,7 @@ async def test_downloads_that_never_work_are_dead_and_explained(stage: Stage) ->
         {"use": "storage", "max_attempts": 2, "options": {"url": str(stage.outputs)}},
         {"use": "log"},
     ]
-    limits = {"max_bytes": 2_000_000, "stall_seconds": 0.3}
+    limits = {"max_bytes": 2_000_000, "stall_seconds": 3.0}
     with capture_logs() as lines:
         async with stage.service(handlers=handlers, downloads=limits) as service:
             runs = {

@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from receiver.service.service import Service
-from tests.support.stage import PATIENCE_SECONDS, Stage, eventually
+from tests.support.patience import PATIENCE_SECONDS
+from tests.support.stage import Stage, eventually
 
 LIMIT = 65_536
 
@@ -55,7 +56,7 @@ class Door:
 
 @pytest.fixture
 async def door(stage: Stage) -> AsyncIterator[Door]:
-    async with stage.service(public={"body_timeout_seconds": 0.4}) as service, stage.client() as client:
+    async with stage.service(public={"body_timeout_seconds": 1.5}) as service, stage.client() as client:
         door = Door(stage, service, client)
         yield door
         await door.is_honest()

@@ -24,8 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from receiver.emulator import Emulator, EmulatorSettings
-
-DEADLINE_SECONDS = 20
+from tests.support.patience import PATIENCE_SECONDS
 
 
 @contextlib.asynccontextmanager
@@ -132,7 +131,7 @@ class Bench:
         assert answer.status_code == 200, answer.text
 
     async def drain(self) -> None:
-        await asyncio.wait_for(self.emulator.drain(), DEADLINE_SECONDS)
+        await asyncio.wait_for(self.emulator.drain(), PATIENCE_SECONDS)
 
 
 MakeBench = Callable[[EmulatorSettings], Awaitable[Bench]]
@@ -153,7 +152,7 @@ async def make_bench() -> AsyncIterator[MakeBench]:
                 trust_env=False,
                 # Loading the public CAs takes longer than most tests, and nothing here is HTTPS.
                 verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-                timeout=DEADLINE_SECONDS,
+                timeout=PATIENCE_SECONDS,
             )
             await stack.enter_async_context(client)
             return Bench(emulator, client, origin)

@@ -8,9 +8,9 @@ import pytest
 
 from receiver.emulator import EmulatorSettings
 from tests.emulator.conftest import MakeBench
+from tests.support.patience import PATIENCE_SECONDS
 
 SDK = Path(__file__).parent / "sdk"
-DEADLINE_SECONDS = 120
 
 
 async def run(*command: str, cwd: Path) -> None:
@@ -19,7 +19,7 @@ async def run(*command: str, cwd: Path) -> None:
         *command, cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     try:
-        said, _ = await asyncio.wait_for(process.communicate(), DEADLINE_SECONDS)
+        said, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
     except TimeoutError:
         process.kill()
         await process.wait()

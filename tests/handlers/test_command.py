@@ -23,9 +23,9 @@ from receiver.handler import Answer, Checks, Closes, Done, Handler, Output, Reje
 from receiver.plugins.attempt import call_handler
 from tests.support.core import registered_handler
 from tests.support.media import MediaServer, page
+from tests.support.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 30
 ContextOf = Callable[..., Any]
 Build = Callable[..., Command]
 Script = Callable[[str], str]

@@ -41,6 +41,7 @@ from receiver.handler import (
 from receiver.model import Origin, Run, RunState
 from receiver.plugins.attempt import to_settled_run
 from tests.support.handler_kit import NOW
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.postgres import Postgres, tool
 
 ContextOf = Callable[..., Any]
@@ -533,7 +534,7 @@ async def test_a_cancelled_attempt_frees_the_thread(
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert isinstance(await asyncio.wait_for(queued, 30), Done)
+    assert isinstance(await asyncio.wait_for(queued, PATIENCE_SECONDS), Done)
     assert postgres_place.execute("SELECT run_id FROM flora_runs ORDER BY 1") == [("run_1",), ("run_3",)]
 
 

@@ -25,6 +25,7 @@ from receiver.handler import (
     When,
 )
 from tests.support.brokers import free_port
+from tests.support.patience import PATIENCE_SECONDS
 
 BROKERS = ["nats", "redis", "kafka"]
 
@@ -188,11 +189,11 @@ async def test_a_silent_server_is_a_retry_within_the_time(
     held: list[asyncio.StreamWriter] = []
     silent = await asyncio.start_server(lambda _, writer: held.append(writer), "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1]
-    handler = Publish(PublishConfig(url=f"{kind}://127.0.0.1:{port}", answer_seconds=0.5))
-    async with asyncio.timeout(4):
+    handler = Publish(PublishConfig(url=f"{kind}://127.0.0.1:{port}", answer_seconds=2))
+    async with asyncio.timeout(14):  # one after the other would take 16 s
         answers = await asyncio.gather(*(handler.handle(run, context_of(f"run_{n}")) for n in range(8)))
     assert {type(answer) for answer in answers} == {Retry}
-    async with asyncio.timeout(4):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await handler.close()
     silent.close()
     for writer in held:

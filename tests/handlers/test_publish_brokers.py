@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from handlers.publish import Publish, PublishConfig
 from receiver.handler import Done, Reject, Retry, SettledRun
 from tests.support import brokers
+from tests.support.patience import PATIENCE_SECONDS
 
 BROKERS = ["nats", "redis", "kafka"]
 ContextOf = Callable[..., Any]
@@ -159,7 +160,7 @@ async def test_a_broker_comes_back(kind: str, run: SettledRun, context_of: Conte
 
 async def _until_done(handler: Publish, run: SettledRun, context_of: ContextOf) -> Any:
     """Retry as the dispatcher does: JetStream takes a moment to recover its streams."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not isinstance(answer := await handler.handle(run, context_of()), Done):
             pass
     return answer
@@ -174,13 +175,13 @@ async def test_a_frozen_broker_is_a_retry_within_the_time(
         url = f"kafka://{server.hosts}" if kind == "kafka" else f"{kind}://{server.address}"
         if kind == "nats":
             await _make_stream(url)
-        handler = Publish(PublishConfig(url=url, answer_seconds=5))
+        handler = Publish(PublishConfig(url=url, answer_seconds=20))
         assert isinstance(await handler.handle(run, context_of()), Done)
-        impatient = Publish(PublishConfig(url=url, answer_seconds=0.7))
+        impatient = Publish(PublishConfig(url=url, answer_seconds=3))
         assert isinstance(await impatient.handle(run, context_of()), Done)
         server.freeze()
         try:
-            async with asyncio.timeout(6):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 answer = await impatient.handle(replace(run, run_id="run_2"), context_of("run_2"))
             assert isinstance(answer, Retry)
         finally:
@@ -299,14 +300,14 @@ async def test_a_cancelled_attempt_leaves_nothing_behind(
         url = f"kafka://{server.hosts}" if kind == "kafka" else f"{kind}://{server.address}"
         if kind == "nats":
             await _make_stream(url)
-        handler = Publish(PublishConfig(url=url, answer_seconds=30))
+        handler = Publish(PublishConfig(url=url, answer_seconds=2 * PATIENCE_SECONDS))
         assert isinstance(await handler.handle(run, context_of()), Done)
         server.freeze()
         try:
             attempt = asyncio.create_task(handler.handle(replace(run, run_id="run_2"), context_of("run_2")))
             await asyncio.wait({attempt}, timeout=0.2)
             attempt.cancel()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 with contextlib.suppress(asyncio.CancelledError):
                     await attempt
                 await handler.close()

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.storage_deaths import TEXTS
 
 WHOLE = {name: hashlib.sha256(body).hexdigest() for name, body in TEXTS.items()}
@@ -16,7 +17,9 @@ WHOLE = {name: hashlib.sha256(body).hexdigest() for name, body in TEXTS.items()}
 def deaths(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     """Return a report for each step, and of the attempt that was not killed."""
     command = [sys.executable, "-m", "tests.support.storage_deaths", str(tmp_path_factory.mktemp("deaths"))]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    printed = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    ).stdout
     return [json.loads(line) for line in printed.splitlines()]
 
 

@@ -32,6 +32,7 @@ from receiver.handler import (
 from tests.handlers.test_storage_thumbnails import picture
 from tests.support.clouds import SECRET, Bucket, link, moto, scripted_store
 from tests.support.media import MediaServer, Page, page
+from tests.support.patience import PATIENCE_SECONDS
 
 ContextOf = Callable[..., Any]
 BIG = bytes(range(256)) * 100_000
@@ -521,7 +522,7 @@ def test_two_hundred_megabytes_take_little_memory(bucket: Bucket) -> None:
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     ).stdout
     size, sha256, growth = printed.split()
     digest = hashlib.sha256()

@@ -17,6 +17,7 @@ from handlers.storage import Storage, StorageConfig
 from handlers.storage.thumbnails import MAX_MEMORY, MAX_SCANS, SIDE, NoThumbnailError, make_thumbnail
 from receiver.handler import THUMBNAIL, Done, MissingExtraError, SettledRun
 from tests.support.media import MediaServer, page
+from tests.support.patience import PATIENCE_SECONDS
 
 ContextOf = Callable[..., Any]
 KINDS = {
@@ -154,7 +155,7 @@ def test_the_largest_take_as_much_memory_as_is_said(
         (tmp_path / name).write_bytes(picture(kind, (size, size), mode, **options))
     command = [sys.executable, "-c", LARGEST, KINDS[kind]]
     printed = subprocess.run(
-        command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120
+        command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
     ).stdout
     assert int(printed) <= MAX_MEMORY * 1.1
 

@@ -19,6 +19,7 @@ from receiver.net.clients import (
     tls_context,
 )
 from tests.support.media import page, redirect, serve_media
+from tests.support.patience import PATIENCE_SECONDS
 
 TLS = tls_context()
 
@@ -118,7 +119,7 @@ async def test_the_connection_goes_to_the_address_that_was_checked() -> None:
     async with serve_media() as media:
         names = Names("127.0.0.1")
         backend = GuardedBackend(allowed=[("media.test", media.port)], resolve=names)
-        stream = await backend.connect_tcp("media.test", media.port, timeout=5)
+        stream = await backend.connect_tcp("media.test", media.port, timeout=PATIENCE_SECONDS)
         assert stream.get_extra_info("server_addr") == ("127.0.0.1", media.port)
         assert names.queries == 1
         await stream.aclose()
@@ -130,7 +131,7 @@ async def test_a_dead_address_does_not_hide_a_living_one() -> None:
         backend = GuardedBackend(
             allowed=[("media.test", media.port)], resolve=Names("127.0.0.9", "127.0.0.1")
         )
-        stream = await backend.connect_tcp("media.test", media.port, timeout=5)
+        stream = await backend.connect_tcp("media.test", media.port, timeout=PATIENCE_SECONDS)
         await stream.aclose()
 
 
@@ -149,7 +150,7 @@ async def test_resolver_errors_become_connect_errors() -> None:
 async def test_no_spelling_of_loopback_passes(host: str) -> None:
     """The real resolver turns odd spellings into addresses, which are checked."""
     with pytest.raises(httpcore.ConnectError):
-        await GuardedBackend().connect_tcp(host, 9, timeout=5)
+        await GuardedBackend().connect_tcp(host, 9, timeout=PATIENCE_SECONDS)
 
 
 async def test_a_cancelled_handshake_closes_its_connection() -> None:
@@ -166,13 +167,13 @@ async def test_a_cancelled_handshake_closes_its_connection() -> None:
     async with await asyncio.start_server(mute, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         backend = GuardedBackend(allowed=[("media.test", port)], resolve=Names("127.0.0.1"))
-        stream = await backend.connect_tcp("media.test", port, timeout=5)
+        stream = await backend.connect_tcp("media.test", port, timeout=PATIENCE_SECONDS)
         handshake = asyncio.create_task(stream.start_tls(TLS, "media.test", 60))
         await arrived.wait()
         handshake.cancel()
         with pytest.raises(asyncio.CancelledError):
             await handshake
-        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.wait_for(ended.wait(), PATIENCE_SECONDS)
 
 
 async def test_unix_sockets_are_refused() -> None:

@@ -15,6 +15,7 @@ from receiver.net.download import MAX_RESUMES, Downloader
 from receiver.net.ranges import ResumableBody, parse_resumable
 from tests.support.defaults import download_limits
 from tests.support.media import MediaServer, Page, page, redirect, serve_media
+from tests.support.patience import PATIENCE_SECONDS
 
 BODY = bytes(range(256)) * 8_000
 TLS = tls_context()
@@ -249,7 +250,7 @@ async def test_a_compressed_body_is_resumed_as_it_is_sent(
 
 async def test_a_stall_is_resumed_too(media: MediaServer) -> None:
     """Silence counts as a cut."""
-    limits = download_limits(stall_seconds=0.05, deadline_seconds=10)
+    limits = download_limits(stall_seconds=0.5, deadline_seconds=PATIENCE_SECONDS)
     downloader = Downloader(limits=limits, allow_private_hosts=[media.authority], tls=TLS)
     output = media.output("/secret", rest(1000, *STRONG))
     media.first["/secret"] = [Page(cut(1000, *STRONG).raw, hold=True)]

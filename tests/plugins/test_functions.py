@@ -30,6 +30,7 @@ from receiver.plugins.loader import load_handlers
 from tests.support.core import until
 from tests.support.handler_kit import RUN, MemoryContext
 from tests.support.media import MediaServer, Page, page
+from tests.support.patience import PATIENCE_SECONDS
 
 HERE = __name__
 ROOT = Path(__file__).parents[2]
@@ -301,7 +302,12 @@ async def main():
 asyncio.run(main())
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "left behind 2\n", "")
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import pytest
 
 from receiver.plugins.threads import MAX_THREADS, Threads, use_threads_of
+from tests.support.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
@@ -37,7 +38,7 @@ async def test_a_handler_that_hangs_in_every_thread_delays_no_other(threads: Thr
 
     def hang() -> bool:
         hanging.release()
-        return release.wait(60)
+        return release.wait(PATIENCE_SECONDS)
 
     stuck = [asyncio.create_task(own("a", hang)) for _ in range(MAX_THREADS)]
     for _ in range(MAX_THREADS):
@@ -60,7 +61,9 @@ async def test_threads_are_used_again_and_started_as_they_are_needed() -> None:
     names = {await asyncio.create_task(own("a", threading.get_ident)) for _ in range(200)}
     assert len(names) < MAX_THREADS  # not one: it may still be on its way back when the next call comes
     meeting = threading.Barrier(8)
-    await asyncio.gather(*(asyncio.create_task(own("a", lambda: meeting.wait(30))) for _ in range(8)))
+    await asyncio.gather(
+        *(asyncio.create_task(own("a", lambda: meeting.wait(PATIENCE_SECONDS))) for _ in range(8))
+    )
 
 
 async def test_an_error_reaches_the_caller() -> None:
@@ -90,6 +93,11 @@ async def main():
 asyncio.run(main())
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "['MainThread', 'handler hangs']\n", "")

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, event, exc
 from receiver.errors import StoreError, StoreInUseError, StoreUnavailableError
 from receiver.store import SqliteDatabase, ledger, open_database
 from tests.support.core import a_run, all_runs, until
+from tests.support.patience import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ async def held_writer(database: SqliteDatabase) -> AsyncIterator[None]:
 
     def wait(_: Connection) -> None:
         begun.set()
-        free.wait(10)
+        free.wait(PATIENCE_SECONDS)
 
     holding = asyncio.create_task(database.write(wait))
     await asyncio.to_thread(begun.wait, 10)

@@ -20,6 +20,7 @@ from receiver.intake.callbacks import Accepted, Duplicate
 from receiver.store import ledger, open_database, postgres
 from receiver.store.postgres import PostgresDatabase
 from tests.support.core import NOW, Clock, Core, a_core, a_read, a_run, all_runs
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.postgres import Postgres, sweep
 from tests.support.severing_proxy import Moment, run_severing_proxy
 
@@ -100,7 +101,7 @@ async def test_a_deadlock_is_tried_again(database: PostgresDatabase) -> None:
             ran.append(first)
             ledger.runs_by_id(tx, [first], for_update=True)
             if len(ran) <= 2:
-                meet.wait(10)
+                meet.wait(PATIENCE_SECONDS)
             ledger.runs_by_id(tx, [second], for_update=True)
 
         return job
@@ -190,7 +191,7 @@ async def test_closing_does_not_wait_for_a_server_that_hangs(
         way.holding = True
         writing, queued = (asyncio.create_task(database.write(lambda _: None)) for _ in range(2))
         await asyncio.sleep(0)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await database.close()
             await asyncio.wait({writing, queued})
         assert isinstance(writing.exception(), StoreUnavailableError)
@@ -224,7 +225,7 @@ async def test_readers_cannot_write_and_see_one_moment(database: PostgresDatabas
     def look(tx: Connection) -> tuple[int, int]:
         before = len(all_runs(tx))
         begun.set()
-        free.wait(10)
+        free.wait(PATIENCE_SECONDS)
         return before, len(all_runs(tx))
 
     reading = asyncio.create_task(database.read(look))
@@ -316,11 +317,11 @@ async def test_reads_never_take_all_connections(database: PostgresDatabase) -> N
     def slow(tx: Connection) -> None:
         all_runs(tx)
         begun.release()
-        free.wait(20)
+        free.wait(PATIENCE_SECONDS)
 
     reading = [asyncio.create_task(database.read(slow)) for _ in range(10)]
-    await asyncio.to_thread(begun.acquire, timeout=20)
-    async with asyncio.timeout(10):
+    await asyncio.to_thread(begun.acquire, timeout=PATIENCE_SECONDS)
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await database.write(insert("run_1"))
     free.set()
     await asyncio.gather(*reading)
@@ -339,10 +340,10 @@ async def test_a_frozen_process_does_not_keep_its_locks(postgres_url: str, clock
             tx.exec_driver_sql(f"SET LOCAL {IDLE} = '200ms'")  # the test's patience
             ledger.runs_by_id(tx, ["run_1"], for_update=True)
             begun.set()
-            thaw.wait(20)
+            thaw.wait(PATIENCE_SECONDS)
 
         freezing = asyncio.create_task(frozen.write(job))
-        await asyncio.to_thread(begun.wait, 20)
+        await asyncio.to_thread(begun.wait, PATIENCE_SECONDS)
         assert await door.call("whd_1", "run_1") == Accepted()
         assert await door.call("whd_2", "run_2") == Accepted()
         assert asked == ["5s", "10s"]

@@ -124,7 +124,7 @@ class BatchStage:
         async def has_started() -> bool:
             return self.count_started() >= count
 
-        await eventually(has_started, within=120, what=f"{count} runs at FLORA")
+        await eventually(has_started, what=f"{count} runs at FLORA")
 
     def results(self, name: str = "results.csv") -> list[dict[str, str]]:
         with (self.stage.directory / name).open(newline="", encoding="utf-8-sig") as file:

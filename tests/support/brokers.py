@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-_PATIENCE_SECONDS = 10.0
+from tests.support.patience import PATIENCE_SECONDS
+
 _MOCK = """
 import sys
 from confluent_kafka import Producer
@@ -70,7 +71,7 @@ class Server:
         """Start it, and return when it accepts connections."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        give_up_at = time.monotonic() + _PATIENCE_SECONDS
+        give_up_at = time.monotonic() + PATIENCE_SECONDS
         while True:
             with (
                 contextlib.suppress(OSError),
@@ -87,13 +88,13 @@ class Server:
         if self._process is not None:
             self.thaw()
             self._process.terminate()
-            self._process.wait(_PATIENCE_SECONDS)
+            self._process.wait(PATIENCE_SECONDS)
             self._process = None
 
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait(_PATIENCE_SECONDS)
+            self._process.wait(PATIENCE_SECONDS)
             self._process = None
 
     def freeze(self) -> None:
@@ -147,7 +148,7 @@ class Kafka:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(_PATIENCE_SECONDS)
+        self.process.wait(PATIENCE_SECONDS)
 
 
 @contextlib.contextmanager
@@ -166,7 +167,7 @@ def kafka() -> Iterator[Kafka]:
         yield Kafka(process, process.stdout.readline().strip())
     finally:
         process.kill()
-        process.wait(_PATIENCE_SECONDS)
+        process.wait(PATIENCE_SECONDS)
         process.stdout.close()
         process.stdin.close()
 

@@ -13,6 +13,7 @@ import httpx
 
 from handlers.storage import StorageConfig, open_place
 from handlers.storage.objects import ObjectStore
+from tests.support.patience import PATIENCE_SECONDS
 
 SECRET = "wJalrXUtnFEMI-very-secret"
 MOTO = """
@@ -51,24 +52,30 @@ class Bucket:
         return place
 
     async def get(self, path: str, method: str = "GET") -> httpx.Response:
-        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_SECONDS) as client:
             return await client.request(method, f"{self.endpoint}/bucket{path}")
 
     async def open_uploads(self) -> int:
         return (await self.get("?uploads")).text.count("<UploadId>")
 
     async def reset(self) -> None:
-        async with httpx.AsyncClient(trust_env=False, base_url=self.endpoint) as client:
+        async with httpx.AsyncClient(
+            trust_env=False, base_url=self.endpoint, timeout=PATIENCE_SECONDS
+        ) as client:
             await client.post("/moto-api/reset")
             await client.put("/bucket")
 
     async def let_in_nobody(self) -> None:
         """Check every signature until the next reset."""
-        async with httpx.AsyncClient(trust_env=False, base_url=self.endpoint) as client:
+        async with httpx.AsyncClient(
+            trust_env=False, base_url=self.endpoint, timeout=PATIENCE_SECONDS
+        ) as client:
             await client.post("/moto-api/reset-auth", content=b"0")
 
     async def let_in_everybody(self) -> None:
-        async with httpx.AsyncClient(trust_env=False, base_url=self.endpoint) as client:
+        async with httpx.AsyncClient(
+            trust_env=False, base_url=self.endpoint, timeout=PATIENCE_SECONDS
+        ) as client:
             await client.post("/moto-api/reset-auth", content=b"inf")
 
 

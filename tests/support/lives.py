@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 
-from tests.support.stage import PATIENCE_SECONDS, Stage, eventually, free_port, toml
+from tests.support.patience import PATIENCE_SECONDS
+from tests.support.stage import Stage, eventually, free_port, toml
 
 ROOT = Path(__file__).parents[2]
 COMMAND = str(Path(sys.executable).with_name("flora-receiver"))
@@ -101,7 +102,9 @@ async def nursery(stage: Stage) -> AsyncIterator[Nursery]:
     )  # fmt: skip
     # Every probe on a connection of its own: a kept one may lead to a life that is over.
     limits = httpx.Limits(max_keepalive_connections=0)
-    async with httpx.AsyncClient(verify=stage.tls(), trust_env=False, timeout=10, limits=limits) as client:
+    async with httpx.AsyncClient(
+        verify=stage.tls(), trust_env=False, timeout=PATIENCE_SECONDS, limits=limits
+    ) as client:
         made = Nursery(stage, process, client)
         try:
             yield made

@@ -23,6 +23,7 @@ from sqlalchemy import create_engine
 
 from receiver.store.migrate import upgrade
 from receiver.store.schema import metadata
+from tests.support.patience import PATIENCE_SECONDS
 
 _PORT = 5432
 _PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin")
@@ -99,7 +100,7 @@ class Postgres:
         """Run pg_ctl and wait for it."""
         data = str(self.directory / "data")
         done = subprocess.run(
-            [tool("pg_ctl"), "-D", data, "-w", "-t", "30", "-l", str(self.directory / "log"), *words],
+            [tool("pg_ctl"), "-D", data, "-w", "-t", f"{PATIENCE_SECONDS:.0f}", "-l", str(self.directory / "log"), *words],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
             cwd="/", **unprivileged_user(),
         )  # fmt: skip
@@ -181,7 +182,7 @@ def pooler(server: Postgres, database: str) -> Iterator[str]:
             yield url
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(PATIENCE_SECONDS)
 
 
 def _answers(process: subprocess.Popen[bytes], url: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import Stage, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -100,7 +101,7 @@ async def proxy(kind: str, stage: Stage, receivers: Sequence[int | Path]) -> Asy
 
 
 async def _listening(process: asyncio.subprocess.Process, port: int, log: Path) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             if process.returncode is not None:
                 pytest.fail(f"the proxy ended: {log.read_text()}", pytrace=False)  # noqa: ASYNC240 -- it is over

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.postgres import Postgres
 
 Moment = Literal["before COMMIT", "after COMMIT"]
@@ -102,7 +103,7 @@ def run_severing_proxy(server: Postgres, database: str) -> Iterator[SeveringProx
     made, ready = SeveringProxy(server), threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(made.run(database, ready)), name="severing")
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(PATIENCE_SECONDS)
     try:
         yield made
     finally:

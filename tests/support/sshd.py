@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import free_port
 
-PATIENCE_SECONDS = 20
 CONFIG = """
 ListenAddress 127.0.0.1
 Port {port}

@@ -35,10 +35,10 @@ from receiver.model import Origin, RunRegistered
 from receiver.net import certificates
 from receiver.service.service import Service
 from receiver.web.server import Server, bind
+from tests.support.patience import PATIENCE_SECONDS
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 40.0
 SETTLED = ("completed", "failed")
 FINISHED = ("done", "dead", "skipped")
 
@@ -122,7 +122,7 @@ class Stage:
             "reconcile": {
                 "first_poll_seconds": 0.8,
                 "max_gap_seconds": 1.0,
-                "callback_window_seconds": 4.0,
+                "callback_window_seconds": 60.0,
                 "ladder_seconds": [0, 0.1, 0.2, 0.3, 0.5, 0.5, 0.5, 1.0],
                 "cost_seconds": 30,
             },
@@ -190,7 +190,7 @@ class Stage:
             with psycopg.connect(self.postgres, row_factory=psycopg.rows.dict_row) as session:
                 return session.execute(statement.replace("?", "%s").encode(), values or None).fetchall()
         with contextlib.closing(
-            sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=10)
+            sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=PATIENCE_SECONDS)
         ) as connection:
             connection.row_factory = sqlite3.Row
             return [dict(row) for row in connection.execute(statement, values)]
@@ -217,6 +217,10 @@ class Stage:
         self.emulator.faults.add(parse_faults([{"kind": "run_seconds", "seconds": 0.2}]))
         for run_id in list(self.emulator.runs._order):
             self.emulator._starter.bind(run_id, parse_faults([{"kind": "run_seconds", "seconds": 0}]))
+
+    def end_read_lag(self, run_id: str) -> None:
+        """Let the API show the end of a run from now on."""
+        self.emulator.runs.apply(run_id, parse_faults([{"kind": "read_lag", "seconds": 0}]))
 
     def is_over(self, run_id: str) -> bool:
         """Whether a run is settled, its handlers have all answered, and its verdict is given."""
@@ -324,7 +328,7 @@ class Stage:
         return await client.post(self.url, content=body, headers=headers)
 
     def client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(verify=self.tls(), trust_env=False, timeout=20)
+        return httpx.AsyncClient(verify=self.tls(), trust_env=False, timeout=PATIENCE_SECONDS)
 
     def tls(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=self.ca)
@@ -388,7 +392,7 @@ async def run_stage(directory: Path, **emulation: Any) -> AsyncIterator[Stage]:
     settings = EmulatorSettings(
         **{
             "run_seconds": 0.2,
-            "time_scale": 20.0,
+            "time_scale": 10.0,
             "callback_timeout_seconds": 5.0,
             "allow_private_callbacks": True,
             "callback_ca": ca,

@@ -13,6 +13,7 @@ import pytest
 from receiver.net import certificates
 from receiver.web.accept_limits import Acceptor, max_handshakes
 from receiver.web.server import bind
+from tests.support.patience import PATIENCE_SECONDS
 from tests.web.test_connection_guard import hang_up
 
 
@@ -50,7 +51,7 @@ async def run_acceptor(tls: ssl.SSLContext, at_once: int) -> AsyncIterator[int]:
 
 
 async def read_greeting(port: int, tls: ssl.SSLContext) -> bytes:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
         greeting = await reader.read()
         await hang_up(writer)
@@ -65,7 +66,7 @@ async def test_the_oldest_handshake_is_ended(certificate: tuple[ssl.SSLContext, 
         assert await read_greeting(port, client) == b"hello"
         for reader, _ in silent[:15]:
             with contextlib.suppress(ConnectionError):
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(PATIENCE_SECONDS):
                     assert await reader.read() == b""
         assert await read_greeting(port, client) == b"hello"
         for _, writer in silent:

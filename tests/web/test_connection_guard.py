@@ -15,6 +15,7 @@ from starlette.routing import Route
 from receiver.web.connection_guard import Guard, Limits
 from receiver.web.server import Server, bind
 from tests.support.defaults import connection_limits
+from tests.support.patience import PATIENCE_SECONDS
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -78,7 +79,7 @@ async def stand() -> AsyncIterator[Stand]:
 
 async def is_closed(reader: asyncio.StreamReader) -> bool:
     """Return whether the server closes the connection without a response."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         try:
             return await reader.read() == b""
         except ConnectionError:
@@ -89,7 +90,7 @@ async def send_request(streams: Streams, request: bytes = HONEST) -> bytes:
     """Send a request and return the body of the response."""
     reader, writer = streams
     writer.write(request)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         return await reader.readexactly(length)
@@ -104,7 +105,7 @@ async def hang_up(writer: asyncio.StreamWriter) -> None:
 
 async def wait_for_count(stand: Stand, waiting: Callable[[], int], count: int) -> None:
     """Wait until the guard knows that many connections."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while waiting() < count:  # noqa: ASYNC110  # the server runs in this loop
             await asyncio.sleep(0)
 
@@ -204,7 +205,7 @@ async def test_a_message_that_is_too_large_is_closed(stand: Stand, request_: byt
     """A head has 16 KiB, a message 96 KiB and the rest of a piece, framing included."""
     reader, writer = await stand.connect()
     writer.write(request_)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         with contextlib.suppress(ConnectionError):
             while await reader.read(65_536):
                 pass
@@ -239,7 +240,7 @@ async def test_unusual_requests_are_served(stand: Stand) -> None:
         == b"5"
     )
     streams[1].write(b"POST / HTTP/1.1\r\nHost: t\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await streams[0].readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     assert await send_request(streams, b"hello") == b"5"
     refused = b"POST /nowhere HTTP/1.1\r\nHost: t\r\nContent-Length: 300000\r\n\r\n" + b"a" * 300_000

@@ -18,6 +18,7 @@ from receiver.web.connection_guard import Guard
 from receiver.web.public import STATUS
 from receiver.web.server import Server, bind
 from tests.support.defaults import connection_limits
+from tests.support.patience import PATIENCE_SECONDS
 
 PARSERS = ("httptools", "h11")
 H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQC\r\n"
@@ -61,7 +62,7 @@ async def exchange(port: int, *pieces: bytes) -> bytes:
             writer.write(piece)
             await writer.drain()
     came = b""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         with contextlib.suppress(ConnectionError):
             while piece := await reader.read(65_536):
                 came += piece
@@ -219,7 +220,7 @@ async def test_a_request_gets_no_second_response(parser: str) -> None:
     await server.start()
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         came = await reader.readuntil(b"{}")
         writer.write(b"zz\r\n")
         with contextlib.suppress(ConnectionError):
@@ -231,7 +232,7 @@ async def test_a_request_gets_no_second_response(parser: str) -> None:
 
 def run_curl(*arguments: str) -> Sequence[str]:
     done = subprocess.run(
-        ["curl", "-sS", *arguments], capture_output=True, text=True, check=True, timeout=60
+        ["curl", "-sS", *arguments], capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS
     )
     return done.stdout.split()
 

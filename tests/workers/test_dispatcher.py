@@ -23,6 +23,7 @@ from receiver.workers import dispatcher as dispatcher_module
 from receiver.workers.dispatcher import Dispatcher
 from tests.support.core import NOW, OUTPUT, Clock, Core, a_core, a_read, registered_handler, until, writable
 from tests.support.defaults import download_limits
+from tests.support.patience import PATIENCE_SECONDS
 
 Act = Callable[[SettledRun, Context], Awaitable[Any]]
 TLS = tls_context()
@@ -599,7 +600,7 @@ async def test_running_until_stopped(bench: Bench) -> None:
     await bench.settle("run_2")
     await until(lambda: len(handler.calls) == 2 and not dispatcher._running)
     stopping.set()
-    await asyncio.wait_for(loop, 10)
+    await asyncio.wait_for(loop, PATIENCE_SECONDS)
     for run_id in ("run_1", "run_2"):
         assert await bench.states(run_id) == {"h:settled:0": ("done", 1)}
 
@@ -709,7 +710,7 @@ async def test_renewing_leaves_alone_what_has_just_ended(
         await dispatcher.renew()
         told.set()
         await dispatcher.drain()
-        assert (await asyncio.wait_for(listener.next(), 20)).state == "done"
+        assert (await asyncio.wait_for(listener.next(), PATIENCE_SECONDS)).state == "done"
 
 
 async def test_renewing_leaves_alone_what_has_begun_anew(
@@ -768,7 +769,7 @@ async def test_a_commit_whose_answer_is_lost_is_recognised(
     with bench.core.signals.changes.subscribe("run_1") as listener:
         free.set()
         await dispatcher.drain()
-        assert (await asyncio.wait_for(listener.next(), 20)).state == "done"
+        assert (await asyncio.wait_for(listener.next(), PATIENCE_SECONDS)).state == "done"
     assert tries == 2
     assert await bench.states() == {"h:settled:0": ("done", 1)}
     assert len(handler.calls) == 1

@@ -21,6 +21,7 @@ from receiver.workers.dispatcher import Dispatcher
 from tests.support.core import Clock, Core, a_core, registered_handler, until
 from tests.support.defaults import download_limits
 from tests.support.media import MediaServer, Page, page, serve_media
+from tests.support.patience import PATIENCE_SECONDS
 
 TLS = tls_context()
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(40_000)
@@ -159,7 +160,7 @@ async def test_a_large_output_comes_through_an_endless_stream_of_small_ones(
         await bench.settle(f"run_first{n}", bench.output("/small", page(PNG)))
     await bench.settle("run_video", bench.output("/video", endless(), "videoUrl"))
     bench.start(Scripted(act), concurrency)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await begun.wait()
 
 

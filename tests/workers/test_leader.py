@@ -1,7 +1,7 @@
 """One process at a time does what only one may do; and each hears of what the others commit."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +12,16 @@ from receiver.store.changes import Change, Signals
 from receiver.store.postgres import PostgresDatabase
 from receiver.workers.leader import LEASE, LeaderLease
 from receiver.workers.notifier import ChangeNotifier, _to_notice
-from tests.support.core import Clock, until, writable
+from tests.support.core import Clock, LoopTime, until, writable
+from tests.support.patience import PATIENCE_SECONDS
+
+
+@pytest.fixture
+async def loop_time(monkeypatch: pytest.MonkeyPatch) -> LoopTime:
+    """The time of the loop, in the test's hands."""
+    loop_time = LoopTime()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", loop_time)
+    return loop_time
 
 
 async def idle(stopping: asyncio.Event) -> None:
@@ -72,7 +81,7 @@ async def test_who_waits_tries_again_when_the_lease_ends(
 
     monkeypatch.setattr(database, "write", count_writes)
     running = asyncio.create_task(candidate(database, clock, work=work, lease=lease).run(stopping))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await begun.wait()
     assert tries == 2
     stopping.set()
@@ -98,10 +107,21 @@ async def test_who_stops_resigns(database: Database, clock: Clock) -> None:
     assert await candidate(database, clock).acquire()
 
 
-async def test_who_cannot_renew_stops_before_its_lease_ends(database: Database, clock: Clock) -> None:
+async def test_who_cannot_renew_stops_before_its_lease_ends(
+    database: Database, clock: Clock, loop_time: LoopTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It may be another's by then; once the database is back, somebody is elected again."""
     working = False
-    times = 0
+    times = writes = 0
+    write = database.write
+
+    async def count_write(job: Any) -> Any:
+        nonlocal writes
+        writes += 1
+        try:
+            return await write(job)
+        finally:
+            writes -= 1
 
     async def work(stopping: asyncio.Event) -> None:
         nonlocal working, times
@@ -109,52 +129,60 @@ async def test_who_cannot_renew_stops_before_its_lease_ends(database: Database, 
         await stopping.wait()
         working = False
 
+    async def time_passes_until(holds: Callable[[], bool], *, at_most: float) -> None:
+        begun = loop_time.now
+        while not holds():
+            assert loop_time.now - begun < at_most
+            await until(lambda: not writes)  # the database takes its own time, in a thread
+            await loop_time.forward(0.05)
+
+    monkeypatch.setattr(database, "write", count_write)
     stopping = asyncio.Event()
-    lease = timedelta(seconds=0.6)
+    lease = timedelta(seconds=3)
     running = asyncio.create_task(candidate(database, clock, work=work, lease=lease).run(stopping))
     await until(lambda: working)
     await writable(database, False)
-    await until(lambda: not working)
+    await time_passes_until(lambda: not working, at_most=lease.total_seconds())
     await writable(database, True)
-    await until(lambda: working)
+    await time_passes_until(lambda: working, at_most=20)
+    assert times == 2
     stopping.set()
     await running
-    assert times == 2
 
 
 async def test_a_lease_counts_from_when_it_was_asked_for(
-    database: Database, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    database: Database, clock: Clock, loop_time: LoopTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer came late, and then none comes.
 
     The work has ended by the time that the lease has.
     """
-    lease, loop = timedelta(seconds=3), asyncio.get_running_loop()
-    ended: list[float] = []
+    lease = timedelta(seconds=3)
+    begun, ended = asyncio.Event(), asyncio.Event()
     write, never = database.write, asyncio.Event()
-    asked = 0.0
 
-    async def slow(job: Any) -> Any:
-        nonlocal asked
-        if asked:
+    async def answer_late(job: Any) -> Any:
+        if begun.is_set():
             await never.wait()
-        asked = loop.time()
         answer = await write(job)
-        await asyncio.sleep(1.2)
+        loop_time.now += 1.2
         return answer
 
     async def work(stopping: asyncio.Event) -> None:
+        begun.set()
         await stopping.wait()
-        ended.append(loop.time())
+        ended.set()
         monkeypatch.setattr(database, "write", write)
 
-    monkeypatch.setattr(database, "write", slow)
-    stopping = asyncio.Event()
+    monkeypatch.setattr(database, "write", answer_late)
+    asked, stopping = loop_time.now, asyncio.Event()
     running = asyncio.create_task(candidate(database, clock, work=work, lease=lease).run(stopping))
-    await until(lambda: bool(ended))
+    await until(begun.is_set)
+    while not ended.is_set():
+        await loop_time.forward(0.05)
+        assert loop_time.now - asked < lease.total_seconds()
     stopping.set()
     await running
-    assert ended[0] - asked < lease.total_seconds()
 
 
 async def test_a_bug_in_the_work_is_told_and_frees_the_lease_in_time(
@@ -192,10 +220,10 @@ async def test_a_change_is_heard_by_the_others_and_not_echoed(
     there.dispatch.clear()
     with there.changes.subscribe("run_1") as waiting, here.changes.subscribe() as own:
         here.changes.publish(change := Change("run", "run_1", "completed", "settled"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert await waiting.next() == change
         there.changes.publish(answer := Change("dispatch", "run_2", "done", "h"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert [await own.next(), await own.next()] == [change, answer]
     assert there.dispatch.is_set()
     stopping.set()

@@ -6,6 +6,7 @@ import pytest
 
 from receiver.errors import StoreUnavailableError
 from receiver.workers.loop import run_loop, run_until, wait_for_any
+from tests.support.patience import PATIENCE_SECONDS
 
 
 async def test_a_worker_ticks_until_it_is_stopped() -> None:
@@ -18,7 +19,7 @@ async def test_a_worker_ticks_until_it_is_stopped() -> None:
         (wake if ticks < 3 else stopping).set()
         return 3600.0
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await run_loop("test", tick, stopping, wake=wake)
     assert ticks == 3
 
@@ -34,7 +35,7 @@ async def test_a_database_that_is_unavailable_is_tried_again() -> None:
         stopping.set()
         return 0.0
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await run_loop("test", tick, stopping, retry_seconds=0.0)
     assert ticks == 3
 
@@ -51,7 +52,7 @@ async def test_a_wait_ends_with_its_first_event_and_cancels_no_future() -> None:
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     event = asyncio.Event()
     event.set()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await wait_for_any(future, event)
         await wait_for_any(future, timeout=0.0)
         assert not future.done()

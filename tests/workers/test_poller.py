@@ -20,6 +20,7 @@ from receiver.model import Event, LostReason, Run, RunState, Subscription, Verdi
 from receiver.store import Database
 from receiver.workers.poller import Poller
 from tests.support.core import NOW, Clock, Core, a_core, writable
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stand import a_poller, run_readers
 
 WORKSPACE = "ws_emulator"
@@ -35,6 +36,7 @@ class Sky:
     core: Core
     emulator: Emulator
     poller: Poller
+    client: FloraClient
     clients: list[httpx.AsyncClient] = field(default_factory=list)
 
     def start(self, *faults: dict[str, object]) -> str:
@@ -90,9 +92,11 @@ async def sky(database: Database, clock: Clock) -> AsyncIterator[Sky]:
     emulator = Emulator(settings, clock=lambda: clock().timestamp())
     transport = httpx.ASGITransport(app=emulator.app)
     async with httpx.AsyncClient(transport=transport, base_url=emulator.base_url("http://flora")) as http:
-        client = FloraClient(http, settings.api_key, RateLimit(8, clock=clock), timeout_seconds=0.2)
+        client = FloraClient(
+            http, settings.api_key, RateLimit(8, clock=clock), timeout_seconds=PATIENCE_SECONDS
+        )
         poller = a_poller(core, run_readers(core, {None: client}))
-        yield Sky(core, emulator, poller)
+        yield Sky(core, emulator, poller, client)
     await emulator.aclose()
 
 
@@ -272,6 +276,8 @@ async def test_no_weather_loses_a_run_and_every_weather_passes(sky: Sky, fault: 
     """
     run_id = await sky.start_tracked()
     sky.break_it(fault)
+    if fault["kind"] == "slow":
+        sky.client._timeout_seconds = 0.1
     assert await sky.poll() <= 2
     run = await sky.core.run(run_id)
     assert (run.state, run.missing, run.unconfirmed_reads) == (RunState.OPEN, 0, 0)
@@ -280,6 +286,7 @@ async def test_no_weather_loses_a_run_and_every_weather_passes(sky: Sky, fault: 
     run = await sky.core.run(run_id)
     assert (run.state, run.losses) == (RunState.OPEN, 0)
     sky.emulator.faults.reset()
+    sky.client._timeout_seconds = PATIENCE_SECONDS
     assert 1 <= await sky.poll(3700) <= 2
     assert (await sky.core.run(run_id)).state is RunState.COMPLETED
 

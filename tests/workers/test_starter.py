@@ -23,6 +23,7 @@ from receiver.store import schema
 from receiver.web.server import Server, bind
 from receiver.workers.starter import Committed, Conflict, Starter
 from tests.support.core import Core, a_read, a_registration, callback_body, sign_body
+from tests.support.patience import PATIENCE_SECONDS
 
 OURS = "https://hooks.example.com/callbacks/flora"
 PROMPT = {"id": "prompt", "type": "text", "value": "a lighthouse"}
@@ -129,7 +130,9 @@ async def run_scene(core: Core, **emulation: Any) -> AsyncIterator[Scene]:
             yield Scene(
                 core,
                 emulator,
-                FloraClient(http, settings.api_key, RateLimit(8, clock=core.clock), timeout_seconds=10),
+                FloraClient(
+                    http, settings.api_key, RateLimit(8, clock=core.clock), timeout_seconds=PATIENCE_SECONDS
+                ),
             )
     finally:
         await emulator.aclose()
@@ -246,7 +249,7 @@ async def test_an_answer_that_takes_too_long_is_asked_again(scene: Scene) -> Non
     starter = scene.process()
     start = await scene.start(starter)
     assert start.state is StartState.ASKING
-    scene.client._timeout_seconds = 10
+    scene.client._timeout_seconds = PATIENCE_SECONDS
     await scene.is_known(await scene.again(starter, start))
 
 
@@ -531,7 +534,7 @@ async def test_waiting_for_an_answer_ends_with_it_or_with_time(scene: Scene) -> 
     starter = scene.process()
     begun = await starter.start(REQUEST)
     assert isinstance(begun, Committed)
-    answered = await starter.wait_for_response(begun.start.token, timeout_seconds=10)
+    answered = await starter.wait_for_response(begun.start.token, timeout_seconds=PATIENCE_SECONDS)
     assert answered is not None
     assert answered.state is StartState.STARTED
     silent = await scene.start(

@@ -12,6 +12,7 @@ from receiver.cli.batch.table import RowProblem
 from receiver.client.messages import ErrorView
 from receiver.errors import ReceiverApiError
 from tests.support.batch_fakes import FakeReceiver, a_dispatch, some_jobs
+from tests.support.patience import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -200,13 +201,17 @@ def test_an_interruption_waits_for_no_run(spool: Spool) -> None:
     def hang(run_id: str) -> None:
         if run_id != "run_row-0":
             reached.release()
-            never.wait(30)
+            never.wait(PATIENCE_SECONDS)
 
     receiver = FakeReceiver(on_wait=hang)
     runner = a_runner(receiver, spool, parallel=2)
 
     def interrupt(progress: Progress) -> None:
-        if progress.done == 1 and reached.acquire(timeout=10) and reached.acquire(timeout=10):
+        if (
+            progress.done == 1
+            and reached.acquire(timeout=PATIENCE_SECONDS)
+            and reached.acquire(timeout=PATIENCE_SECONDS)
+        ):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

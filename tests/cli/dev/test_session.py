@@ -25,6 +25,7 @@ from receiver.emulator import parse_faults
 from receiver.flora.start_request import StartRequest
 from receiver.service.service import Service
 from receiver.workers.starter import Committed
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import Stage, eventually
 from tests.support.tunnel_programs import FORWARDER, wait_until_gone, write_program
 
@@ -62,7 +63,9 @@ class Session:
         inputs = ({"id": "prompt", "type": "text", "value": "a lighthouse"},)
         intended = await self.service.starter.start(StartRequest(technique_id="emu-image", inputs=inputs))
         assert isinstance(intended, Committed)
-        start = await self.service.starter.wait_for_response(intended.start.token, timeout_seconds=20)
+        start = await self.service.starter.wait_for_response(
+            intended.start.token, timeout_seconds=PATIENCE_SECONDS
+        )
         assert start is not None
         assert start.run_id is not None
         return start.run_id
@@ -83,7 +86,7 @@ async def run_session(stage: Stage, provider: Provider, **sections: Any) -> Asyn
             provider,
             ca=stage.ca,
             timing=QUICK,
-            canary_seconds=1.0,
+            canary_seconds=3.0,
             stranded_seconds=0.3,
         )
         working = asyncio.create_task(dev.run(stopping))

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from receiver.cli.doctor.probe import ProbeFailure, probe
 from receiver.net.clients import own_client, probe_client
 from receiver.web.server import Server, bind
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import Stage, free_port
 
 SECRET = "whsec_probe"
@@ -68,7 +69,7 @@ async def other() -> AsyncIterator[str]:
 
 async def test_a_server_that_is_no_receiver(other: str) -> None:
     """A redirect is not followed, and each kind of failure is distinguished."""
-    async with probe_client(timeout_seconds=1) as client:
+    async with probe_client(timeout_seconds=PATIENCE_SECONDS) as client:
         moved = await probe(f"{other}/redirect", SECRET, client=client)
         assert (moved.status, moved.location, moved.has_arrived) == (301, "https://127.0.0.1/other", False)
         page = await probe(f"{other}/page", SECRET, client=client)

@@ -14,6 +14,7 @@ import pytest
 from receiver.client.client import ReceiverClient
 from receiver.emulator import parse_faults
 from receiver.service.service import Service
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import Stage, free_port, run_stage
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class Ops:
     async def run_to_end(self, technique: str = "emu-image", **more: Any) -> str:
         """Start a run, wait until its files are stored, and return its id."""
         run_id = str((await self.start(technique, **more))["run"]["run_id"])
-        waited = await self.get(f"/api/runs/{run_id}/wait", timeout=30)
+        waited = await self.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS)
         assert waited["run"]["finished"], waited
         return run_id
 
@@ -80,7 +81,7 @@ async def run_ops(stage: Stage, **sections: Any) -> AsyncIterator[Ops]:
         host, port = service.operations_address
         headers = {"Authorization": f"Bearer {token}"}
         async with httpx.AsyncClient(
-            base_url=f"http://{host}:{port}", headers=headers, trust_env=False, timeout=60
+            base_url=f"http://{host}:{port}", headers=headers, trust_env=False, timeout=2 * PATIENCE_SECONDS
         ) as http:
             yield Ops(stage, service, http, token)
 

@@ -15,6 +15,7 @@ from receiver.store import ledger
 from receiver.store.schema import dispatches
 from receiver.web.ops.dispatches import DispatchRoutes
 from tests.support.core import NOW, Core, a_run
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import Stage, eventually
 from tests.web.ops.conftest import Ops, run_ops
 
@@ -45,7 +46,7 @@ async def test_dispatches_of_a_removed_handler_are_orphaned_and_kept(stage: Stag
         await eventually(waits)
         assert (await ops.get("/api/dispatches", orphaned="true"))["dispatches"] == []
     async with run_ops(stage, handlers=[LOG]) as ops:
-        run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=20))["run"]
+        run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS))["run"]
         assert run["finished"]
         assert "gone" in {row["handler"] for row in run["dispatches"] if row["orphaned"]}
         listed = (await ops.get("/api/dispatches", orphaned="true"))["dispatches"]
@@ -58,7 +59,7 @@ async def test_dispatches_of_a_removed_handler_are_orphaned_and_kept(stage: Stag
     async with run_ops(stage, handlers=[storage("gone", stage.outputs), LOG]) as ops:
         assert (await ops.get("/api/dispatches", orphaned="true"))["dispatches"] == []
         assert (await ops.post("/api/dispatches/retry", {"handler": "gone"}))["dispatches"] == 1
-        assert (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]["finished"]
+        assert (await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS))["run"]["finished"]
         stage.check_files(run_id)
 
 
@@ -68,10 +69,10 @@ async def test_again_opens_a_new_round(ops: Ops) -> None:
     before = await states(ops, run_id)
     armed = await ops.post(f"/api/runs/{run_id}/redispatch", {"handler": "log", "again": True})
     assert [(row["handler"], row["round"]) for row in armed["armed"]] == [("log", 1)]
-    await ops.get(f"/api/runs/{run_id}/wait", timeout=30)
+    await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS)
     assert await states(ops, run_id) == {**before, "log:settled:1": "done"}
     await ops.post(f"/api/runs/{run_id}/redispatch", {"again": True})
-    await ops.get(f"/api/runs/{run_id}/wait", timeout=30)
+    await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS)
     assert (await states(ops, run_id))["log:settled:2"] == "done"
 
 
@@ -93,7 +94,7 @@ async def test_a_handler_added_later_gets_old_runs_on_request(stage: Stage, tmp_
         assert await ops.call_client(lambda client: client.redispatch_missing("later", since)) == 1
         assert await ops.call_client(lambda client: client.redispatch_missing("later", since)) == 0
         for run_id in run_ids:
-            assert (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]["finished"]
+            assert (await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS))["run"]["finished"]
             assert (await states(ops, run_id))["later:settled:0"] == "done"
             assert len(list(new.rglob(f"*/{run_id}/*.txt"))) == 1
 
@@ -121,15 +122,15 @@ async def test_retried_work_keeps_its_history(stage: Stage, tmp_path: Path) -> N
     async with run_ops(stage, handlers=[strict]) as ops:
         run_id = (await ops.start("emu-text"))["run"]["run_id"]
         for tries in (1, 2):
-            run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+            run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS))["run"]
             assert [(row["state"], row["attempts"]) for row in run["dispatches"]] == [("dead", tries)]
             if tries == 2:
                 mended.touch()
             assert (await ops.post("/api/dispatches/retry", {"run_id": run_id}))["dispatches"] == 1
-        run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+        run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS))["run"]
         assert [(row["state"], row["attempts"]) for row in run["dispatches"]] == [("done", 3)]
         assert (await ops.post(f"/api/runs/{run_id}/redispatch", {}))["dispatches"] == 1
-        await ops.get(f"/api/runs/{run_id}/wait", timeout=30)
+        await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS)
         entries = (await ops.get(f"/api/runs/{run_id}/timeline"))["entries"]
         ended = [(each["attempt"], each["outcome"]) for each in entries if each["kind"] == "attempt_ended"]
         assert ended == [(1, "dead"), (2, "dead"), (3, "done"), (4, "done")]

@@ -10,6 +10,7 @@ from receiver.store.changes import Change, Changes
 from receiver.web.ops.views import to_change
 from receiver.web.ops.wait import next_changes
 from receiver.workers.loop import run_until
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import Stage, eventually
 from tests.web.ops.conftest import Ops, events, run_ops
 
@@ -94,8 +95,10 @@ async def test_long_requests_end_with_the_service(stage: Stage) -> None:
         client = httpx.AsyncClient(
             base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False
         )
-        waiting = asyncio.create_task(client.get("/api/runs/run_1/wait?timeout=120", timeout=60))
-        streaming = asyncio.create_task(client.get("/api/events", timeout=60))
+        waiting = asyncio.create_task(
+            client.get("/api/runs/run_1/wait?timeout=120", timeout=PATIENCE_SECONDS)
+        )
+        streaming = asyncio.create_task(client.get("/api/events", timeout=PATIENCE_SECONDS))
 
         async def both() -> bool:
             return bool(ops.service.signals.changes._all and ops.service.signals.changes._by_run)

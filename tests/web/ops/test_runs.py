@@ -11,6 +11,7 @@ import pytest
 from receiver.emulator import parse_faults
 from receiver.model import StartState
 from receiver.store import starts
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.postgres import Postgres
 from tests.support.severing_proxy import run_severing_proxy
 from tests.support.stage import Stage, eventually
@@ -24,7 +25,7 @@ async def test_a_start_returns_its_run(ops: Ops) -> None:
     assert not response["repeated"]
     run = response["run"]
     assert (run["origin"], run["metadata"], run["settled"]) == ("started", {"market": "de"}, False)
-    waited = (await ops.get(f"/api/runs/{run['run_id']}/wait", timeout=30))["run"]
+    waited = (await ops.get(f"/api/runs/{run['run_id']}/wait", timeout=PATIENCE_SECONDS))["run"]
     assert (waited["state"], waited["verdict"], waited["finished"]) == ("completed", "matched", True)
     assert waited["start"]["token"] == response["start"]["token"]
     assert [output["type"] for output in waited["outputs"]] == ["imageUrl"]
@@ -52,7 +53,7 @@ async def test_a_generation_is_started_and_stored(ops: Ops) -> None:
     body = {"type": "image", "prompt": "a fox", "workspace_id": "ws_emulator", "project_id": "prj_emulator"}
     response = await ops.post("/api/runs", {"generate": body, "idempotency_key": "g"}, 201)
     run_id = response["run"]["run_id"]
-    waited = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+    waited = (await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS))["run"]
     assert (waited["state"], waited["run_type"], waited["quoted_cost"]) == ("completed", "generation", 0.04)
     assert waited["verdict"] == "matched"
     again = await ops.post("/api/runs", {"generate": body, "idempotency_key": "g"}, 200)
@@ -261,7 +262,7 @@ async def test_a_run_is_tracked_by_its_id_or_its_poll_url(ops: Ops) -> None:
     )
     assert (two["run"]["run_id"], two["run"]["technique_id"]) == (by_url, "tech_emu_text")
     for run_id in (by_id, by_url):
-        waited = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+        waited = (await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS))["run"]
         assert (waited["state"], waited["verdict"], waited["finished"]) == ("completed", None, True)
         ops.stage.check_files(run_id)
 
@@ -361,7 +362,9 @@ async def test_a_wait_ends_with_its_timeout(ops: Ops) -> None:
 
 async def test_many_requests_can_wait_for_one_run(ops: Ops) -> None:
     run_id = (await ops.start())["run"]["run_id"]
-    responses = await asyncio.gather(*(ops.get(f"/api/runs/{run_id}/wait", timeout=30) for _ in range(5)))
+    responses = await asyncio.gather(
+        *(ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS) for _ in range(5))
+    )
     assert all(response["run"]["finished"] for response in responses)
 
 
@@ -371,7 +374,7 @@ async def test_a_wait_ends_when_a_dispatch_is_dead(stage: Stage) -> None:
     async with run_ops(stage, handlers=handlers) as ops:
         ops.add_fault(kind="expired", status=404)
         run_id = (await ops.start())["run"]["run_id"]
-        run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+        run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS))["run"]
         assert run["finished"]
         [dead] = (await ops.get("/api/dispatches"))["dispatches"]
         assert (dead["run_id"], dead["handler"], dead["state"]) == (run_id, "storage", "dead")
@@ -379,7 +382,7 @@ async def test_a_wait_ends_when_a_dispatch_is_dead(stage: Stage) -> None:
         assert (await ops.post("/api/dispatches/retry", {"handler": "other"}))["dispatches"] == 0
         armed = await ops.post("/api/dispatches/retry", {"run_id": run_id})
         assert armed["dispatches"] == 1
-        await ops.get(f"/api/runs/{run_id}/wait", timeout=30)
+        await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS)
         stage.check_files(run_id)
         assert (await ops.get("/api/dispatches"))["dispatches"] == []
 
@@ -390,7 +393,7 @@ async def test_a_run_is_dispatched_again(ops: Ops) -> None:
     before = ops.stage.files(run_id)
     armed = await ops.post(f"/api/runs/{run_id}/redispatch", {"handler": "storage"})
     assert {row["handler"] for row in armed["armed"]} == {"storage"}
-    run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]
+    run = (await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS))["run"]
     settled = next(
         row for row in run["dispatches"] if (row["handler"], row["event"]) == ("storage", "settled")
     )
@@ -425,7 +428,7 @@ async def test_a_refresh_reads_the_run_now(stage: Stage) -> None:
         await ops.post("/api/runs/track", known)
         await eventually(lambda: _has_ended(stage, run_id))
         await ops.post(f"/api/runs/{run_id}/refresh", {})
-        assert (await ops.get(f"/api/runs/{run_id}/wait", timeout=30))["run"]["finished"]
+        assert (await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS))["run"]["finished"]
         await ops.post(f"/api/runs/{run_id}/refresh", {"force": True}, 400)
 
 
@@ -455,7 +458,7 @@ async def test_a_wait_continues_through_a_restart(stage: Stage) -> None:
         await ops.post("/api/runs/track", {"run_id": run_id, "technique_id": "tech_emu_image"})
         port = ops.service.operations_address[1]
         waiter = asyncio.create_task(
-            ops.call_client(lambda receiver: receiver.wait(run_id, timeout_seconds=40))
+            ops.call_client(lambda receiver: receiver.wait(run_id, timeout_seconds=PATIENCE_SECONDS))
         )
         await eventually(lambda: _is_waited_for(ops, run_id))
     assert not waiter.done()

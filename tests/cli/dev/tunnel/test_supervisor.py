@@ -28,6 +28,7 @@ from receiver.cli.doctor.probe import probe
 from receiver.config.callback_url import CALLBACK_PATH
 from receiver.errors import TunnelError
 from receiver.net.clients import own_client, probe_client
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import Stage
 from tests.support.tunnel_programs import FORWARDER, write_program
 
@@ -36,7 +37,6 @@ FINE = Diagnosis(None, "open", "callbacks come through", seconds=0.1)
 CLOSED = Diagnosis(Fault.TUNNEL, "unreachable", "nothing responds", can_reopen=True)
 ALTERED = Diagnosis(Fault.TUNNEL, "altered", "altered on the way")
 BROKEN = Diagnosis(Fault.RECEIVER, "receiver_silent", "it does not answer")
-PATIENCE_SECONDS = 20
 
 
 class Tunnels:
@@ -235,7 +235,7 @@ async def test_a_suspended_program_is_noticed_and_replaced(stage: Stage, tmp_pat
     command = Command(f"{shlex.quote(str(program))} {{port}}", r"listening at (https://\S+)")
     async with (
         stage.service() as service,
-        probe_client(ca=stage.ca, timeout_seconds=0.5) as outside,
+        probe_client(ca=stage.ca, timeout_seconds=3) as outside,
         own_client() as inside,
     ):
         local = LocalEndpoint(service.address[1], tls=True)
