@@ -12,12 +12,13 @@ from typing import Any, Literal, TextIO, cast
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from structlog.processors import NAME_TO_LEVEL
 from structlog.typing import Processor
 
 from receiver.model import Event, Run, RunState, Verdict
 from receiver.net.scrubber import clean
 
-__all__ = ["Metrics", "configure_logging", "scrub_event"]
+__all__ = ["Metrics", "configure_logging", "scrub_event", "set_log_level"]
 
 # Below warning, these libraries log URLs, SQL statements or their parameters.
 _VERBOSE_LIBRARIES = ("uvicorn", "httpx", "httpcore", "sqlalchemy", "alembic", "asyncio")
@@ -36,7 +37,7 @@ def configure_logging(
     is_narrow = not (stream.encoding or "utf-8").lower().startswith("utf")
     console = log_format == "console" or (log_format == "auto" and stream.isatty())
     colors, stream = stream.isatty(), cast("TextIO", _ForgivingStream(stream))
-    threshold: int = logging.getLevelNamesMapping()[level.upper()]
+    threshold = _Threshold(_to_number(level))
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -50,12 +51,38 @@ def configure_logging(
             colors=colors, exception_formatter=structlog.dev.plain_traceback
         )
     structlog.configure(
-        processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        processors=[threshold, *shared, renderer],
+        # The level may change while loggers are cached, so the threshold decides.
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=True,
     )
-    _route_standard_library(stream, threshold, shared, renderer)
+    _route_standard_library(stream, shared, renderer)
+    _set_standard_level(threshold.level)
+
+
+def set_log_level(level: str) -> None:
+    """Change the lowest level that is logged, after `configure_logging`."""
+    for processor in structlog.get_config()["processors"]:
+        if isinstance(processor, _Threshold):
+            processor.level = _to_number(level)
+            _set_standard_level(processor.level)
+
+
+def _to_number(level: str) -> int:
+    return logging.getLevelNamesMapping()[level.upper()]
+
+
+class _Threshold:
+    """A structlog processor that drops what is below its level, which may change."""
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+
+    def __call__(self, _: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if NAME_TO_LEVEL[method] < self.level:
+            raise structlog.DropEvent
+        return event
 
 
 class _ForgivingStream:
@@ -77,9 +104,7 @@ class _OurHandler(logging.StreamHandler[TextIO]):
     """A type of its own, so that configuring again replaces this handler and no other."""
 
 
-def _route_standard_library(
-    stream: TextIO, threshold: int, shared: Sequence[Processor], renderer: Processor
-) -> None:
+def _route_standard_library(stream: TextIO, shared: Sequence[Processor], renderer: Processor) -> None:
     handler = _OurHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -89,7 +114,10 @@ def _route_standard_library(
     )
     root = logging.getLogger()
     root.handlers = [*(each for each in root.handlers if not isinstance(each, _OurHandler)), handler]
-    root.setLevel(threshold)
+
+
+def _set_standard_level(threshold: int) -> None:
+    logging.getLogger().setLevel(threshold)
     for name in _VERBOSE_LIBRARIES:
         logging.getLogger(name).setLevel(max(threshold, logging.WARNING))
 
@@ -176,6 +204,12 @@ class Metrics:
             "queue",
         )
 
+        self.certificate_seconds = self._gauge(
+            "certificate_seconds",
+            "Seconds until the certificate that a listener serves expires; below zero: it has.",
+            "listener",
+        )
+
     def count_response(self, result: str, seconds: float) -> None:
         """Count a response of the callback path.
 
@@ -190,6 +224,10 @@ class Metrics:
     def count_closed_connection(self, listener: str, reason: str) -> None:
         """Count a connection that the guard of a listener (`public`, `operations`) closed."""
         self.connections_closed.labels(listener, reason).inc()
+
+    def set_certificate_seconds(self, listener: str, seconds: float) -> None:
+        """Set for how long the certificate of a listener (`public`, `operations`) is valid."""
+        self.certificate_seconds.labels(listener).set(seconds)
 
     def observe_commit(self, entries: int) -> None:
         """Observe a transaction that committed this many callbacks and reports."""

@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from receiver.model import Event, Origin, Run, RunState, Verdict
-from receiver.telemetry import Metrics, configure_logging, scrub_event
+from receiver.telemetry import Metrics, configure_logging, scrub_event, set_log_level
 
 MEDIA = "https://media.flora.ai/assets/SECRETPATH.png?sig=SECRETPATH"
 
@@ -155,6 +155,25 @@ def test_a_plain_record_passes_unchanged() -> None:
     assert scrub_event(None, "info", dict(event)) == event
 
 
+def test_the_level_changes_for_loggers_that_are_in_use() -> None:
+    """Loggers are cached at their first line; those of the standard library follow too."""
+    stream = io.StringIO()
+    configure_logging("info", "json", stream)
+    ours, other = structlog.get_logger(), logging.getLogger("other")
+
+    def log(text: str) -> None:
+        ours.debug(text)
+        other.debug(text)
+
+    log("no")
+    set_log_level("debug")
+    log("yes")
+    set_log_level("error")
+    ours.warning("no")
+    other.warning("no")
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["yes", "yes"]
+
+
 def scrape(metrics: Metrics) -> dict[str, float]:
     """Every sample that is not zero, without the creation times."""
     lines = [
@@ -190,6 +209,7 @@ RUN = Run(
         (lambda m: m.observe_commit(12), "commits_total"),
         (lambda m: m.observe_commit(12), 'commit_batch_bucket{le="16.0"}'),
         (lambda m: m.count_download(1), "download_bytes_total"),
+        (lambda m: m.set_certificate_seconds("public", 1), 'certificate_seconds{listener="public"}'),
         (lambda m: m.count_api_request(None), 'api_requests_total{status="none"}'),
         (lambda m: m.count_poll("missing"), 'polls_total{outcome="missing"}'),
         (lambda m: m.count_event(Event.SETTLED, RUN), 'runs_settled_total{state="completed"}'),

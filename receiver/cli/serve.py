@@ -12,7 +12,7 @@ from typing import cast
 import structlog
 
 from receiver.cli.output import report_errors
-from receiver.config import Settings, load_settings
+from receiver.config import Settings, SettingsSource
 from receiver.service.service import Service
 from receiver.service.systemd import Supervisor, inherited_listeners
 from receiver.service.wiring import Only
@@ -43,12 +43,16 @@ def run(
     only: Only | None = None,
 ) -> None:
     with report_errors():
-        settings = load_settings(config, os.environ)
-        settings = _replace_address(settings, "public", host=host, port=port)
-        settings = _replace_address(settings, "operations", host=ops_host, port=ops_port)
+
+        def adjust(settings: Settings) -> Settings:
+            settings = _replace_address(settings, "public", host=host, port=port)
+            return _replace_address(settings, "operations", host=ops_host, port=ops_port)
+
+        source = SettingsSource(config, os.environ, adjust=adjust)
+        settings = source.load()
         configure_logging(settings.log.level, settings.log.format)
         with asyncio.Runner(loop_factory=find_loop_factory()) as runner:
-            runner.run(_serve(settings, only))
+            runner.run(_serve(settings, only, source))
 
 
 def find_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -60,8 +64,13 @@ def find_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return cast("Callable[[], asyncio.AbstractEventLoop]", uvloop.new_event_loop)
 
 
-async def _serve(settings: Settings, only: Only | None) -> None:
-    service = Service(settings, only=only, listeners=inherited_listeners(os.environ, os.getpid()))
+async def _serve(settings: Settings, only: Only | None, source: SettingsSource) -> None:
+    service = Service(
+        settings,
+        only=only,
+        listeners=inherited_listeners(os.environ, os.getpid()),
+        load=lambda reread: source.load(reread=reread),
+    )
     gc.freeze()  # what is loaded by now stays: no collection needs to visit it
     gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
     await service.run_until_signal(Supervisor.from_environment(os.environ, os.getpid()))

@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,19 @@ from typing import Any
 from receiver.config.values import read_secret
 from receiver.errors import Problem
 
-__all__ = ["OTHER_NAMES", "Sources", "Variable", "find_similar", "read_sources"]
+__all__ = [
+    "OTHER_NAMES",
+    "Sources",
+    "TextReader",
+    "Variable",
+    "find_file",
+    "find_similar",
+    "read_sources",
+    "read_text",
+]
+
+TextReader = Callable[[Path], str]
+"""Returns the text of `receiver.toml`. Raises OSError, UnicodeDecodeError."""
 
 DEFAULT_PATH = Path("receiver.toml")
 OTHER_NAMES = frozenset({"RECEIVER_CONFIG", "RECEIVER_OPS_URL"})
@@ -51,12 +63,28 @@ class Sources:
     is_complete: bool = True
 
 
+def find_file(path: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """Return the file that has the settings, or None if none is named and the usual one is absent."""
+    named = path or (Path(environ["RECEIVER_CONFIG"]) if environ.get("RECEIVER_CONFIG") else None)
+    return named or (DEFAULT_PATH if DEFAULT_PATH.exists() else None)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of `receiver.toml` as it is now. Raises OSError, UnicodeDecodeError."""
+    return path.read_text("utf-8-sig")
+
+
 def read_sources(
-    path: Path | None, environ: Mapping[str, str], variables: Mapping[str, Variable]
+    path: Path | None,
+    environ: Mapping[str, str],
+    variables: Mapping[str, Variable],
+    *,
+    read: TextReader = read_text,
 ) -> Sources:
     """Read the file and then the environment; report names that look like settings but are none."""
     sources = Sources()
-    _read_file(path, environ, sources)
+    if (file := find_file(path, environ)) is not None:
+        _read_file(file, read, sources)
     for name, variable in variables.items():
         text = _read_variable(name, environ, sources)
         if text is not None:
@@ -70,14 +98,10 @@ def find_similar(name: str, known: Iterable[str], cutoff: float = _SIMILAR) -> s
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
-def _read_file(path: Path | None, environ: Mapping[str, str], sources: Sources) -> None:
-    named = path or (Path(environ["RECEIVER_CONFIG"]) if environ.get("RECEIVER_CONFIG") else None)
-    if named is None and not DEFAULT_PATH.exists():
-        return
-    file = named or DEFAULT_PATH
+def _read_file(file: Path, read: TextReader, sources: Sources) -> None:
     message = None
     try:
-        sources.values = tomllib.loads(file.read_text("utf-8-sig"))
+        sources.values = tomllib.loads(read(file))
     except OSError as error:
         message = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError:

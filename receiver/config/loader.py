@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from receiver.config.callback_url import check_callback_url, split_http_url
-from receiver.config.environment import Sources, Variable, find_similar, read_sources
+from receiver.config.environment import Sources, TextReader, Variable, find_similar, read_sources, read_text
 from receiver.config.sections import HandlerEntry
 from receiver.config.settings import LISTS, Settings, section_of
 from receiver.errors import ConfigError, Problem
@@ -25,14 +25,20 @@ _ALIASES = {
 }
 
 
-def load_settings(path: Path | None, environ: Mapping[str, str], *, need_secrets: bool = True) -> Settings:
+def load_settings(
+    path: Path | None,
+    environ: Mapping[str, str],
+    *,
+    need_secrets: bool = True,
+    read: TextReader = read_text,
+) -> Settings:
     """Return the settings. Raises ConfigError with every problem.
 
     `path` is the TOML file; by default `RECEIVER_CONFIG`, else `./receiver.toml` if it exists.
-    Commands that do not use FLORA pass `need_secrets=False`.
+    Commands that do not use FLORA pass `need_secrets=False`. `read` returns the text of the file.
     """
     variables = environment_variables()
-    sources = read_sources(path, environ, variables)
+    sources = read_sources(path, environ, variables, read=read)
     _separate_options(sources.values)
     problems = list(sources.problems)
     settings = _validate(sources, environ, problems)

@@ -60,6 +60,7 @@ class FloraClient:
         """`on_response` gets the status of each response, and None where none came."""
         self.rate_limit = rate_limit
         """Shared by all clients with this API key: FLORA counts by key."""
+        self.api_key = api_key
         self._http = http
         self._on_response = on_response
         self._headers = {"Authorization": f"Bearer {api_key}", "Accept": "application/json"}

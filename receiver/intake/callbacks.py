@@ -90,9 +90,7 @@ class Intake:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._database = database
-        self._secrets = tuple(secrets)
-        self._keys = tuple(secret.value for secret in secrets)
-        self._canary_keys = tuple(canary_key(secret.value) for secret in secrets)
+        self.set_secrets(secrets)
         self._tolerance_past = tolerance_past
         self._tolerance_future = tolerance_future
         self._clock = clock
@@ -100,6 +98,12 @@ class Intake:
         self._commits = GroupCommit(database, recorder, signals=signals, metrics=metrics, clock=clock)
         self.rejections: deque[Rejection] = deque(maxlen=_MAX_REJECTIONS)
         """Refused requests that are not in the database yet; the janitor empties it."""
+
+    def set_secrets(self, secrets: Sequence[Secret]) -> None:
+        """Verify the callbacks and canaries that follow with these secrets."""
+        self._secrets = tuple(secrets)
+        self._keys = tuple(secret.value for secret in secrets)
+        self._canary_keys = tuple(canary_key(secret.value) for secret in secrets)
 
     async def accept(
         self, body: bytes, signature: str | None, *, remote: str | None = None, start: str | None = None

@@ -16,10 +16,13 @@ from receiver.decide import Policy
 from receiver.errors import ConfigError, Problem, StoreUnavailableError
 from receiver.plugins.loader import check_handlers, close_handlers
 from receiver.plugins.threads import Threads
+from receiver.service.reloader import Load, Reloader
 from receiver.service.systemd import Supervisor
+from receiver.service.terminal import has_terminal
 from receiver.service.wiring import (
     Loop,
     Only,
+    build_access,
     build_loops,
     build_operations_server,
     build_parts,
@@ -61,6 +64,7 @@ class Service:
         clock: Callable[[], datetime] | None = None,
         around: Callable[[ASGIApp], ASGIApp] | None = None,
         listeners: Mapping[str, Sequence[socket.socket]] | None = None,
+        load: Load | None = None,
     ) -> None:
         """Load the handlers and open the database; nothing runs yet.
 
@@ -70,6 +74,7 @@ class Service:
         does everything else. `policy` replaces the numbers of the settings. `around` wraps the app
         of the public listener. `listeners` are sockets that are bound already and take the place of
         the configured addresses, by the name of their section: `public`, `operations`.
+        `load` loads the settings again, for `reload`.
         """
         if (problem := check_role(settings, only)) is not None:
             raise ConfigError([problem])
@@ -83,6 +88,7 @@ class Service:
         self._parts = parts = build_parts(settings, policy=policy or to_policy(settings), clock=self._clock)
         self.metrics, self.signals, self.database = parts.metrics, parts.signals, parts.database
         self.intake, self.poller, self.starter = parts.intake, parts.poller, parts.starter
+        self._reloader = Reloader(parts, load=load)
         self._threads = Threads()
         self._stopping = asyncio.Event()
         self._probe: asyncio.Future[None] | None = None
@@ -108,6 +114,10 @@ class Service:
         """
         self.starter.callback_url = to_callback_url(public_url)
 
+    def reload(self) -> None:
+        """Have the settings read again soon; what becomes of it is logged."""
+        self._reloader.request()
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Service"]:
         """Run everything inside the block; on leaving it, stop in order."""
@@ -118,15 +128,23 @@ class Service:
             await self._stop()
 
     async def run_until_signal(self, supervisor: Supervisor | None = None) -> None:
-        """Run until SIGTERM or SIGINT.
+        """Run until SIGTERM or SIGINT; SIGHUP reloads the settings, or ends it with its terminal.
 
-        The supervisor, if any, is notified of start, stop and good health.
+        The supervisor, if any, is notified of start, reloads, stop and good health.
         """
         supervisor = supervisor or Supervisor()
         received = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, received.set)
+        self._reloader.on_request = supervisor.notify_reload
+        has_owner = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and has_terminal()
+
+        def hang_up() -> None:
+            is_orphan = has_owner and not has_terminal()
+            (received.set if is_orphan else self.reload)()
+
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
         async with self.running():
             watchdog = asyncio.create_task(supervisor.run_watchdog(self._check_alive), name="watchdog")
             supervisor.notify("READY=1", f"STATUS=serving as {self._only or 'all'}")
@@ -175,14 +193,19 @@ class Service:
                 listeners=self._listeners.get("public", ()),
             )
             await self._public.start()
+        listeners = self._listeners.get("operations", ())
+        access = build_access(self._parts, listeners)
         self._operations = build_operations_server(
             self._parts,
+            access,
             stopping=self._stopping,
             only_probes=self._only == "door",
-            listeners=self._listeners.get("operations", ()),
+            listeners=listeners,
         )
         await self._operations.start()
-        for name, loop in build_loops(self._parts, self._only).items():
+        self._reloader.attach(access, *(each for each in (self._public, self._operations) if each))
+        loops = {**build_loops(self._parts, self._only), "reloader": self._reloader.run}
+        for name, loop in loops.items():
             self._tasks.append(asyncio.create_task(self._keep_running(name, loop), name=name))
         log.info(
             "service.ready",

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -85,6 +86,13 @@ class Supervisor:
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
         ):
             channel.sendto("\n".join(lines).encode(), address)
+
+    def notify_reload(self, is_over: bool) -> None:
+        """Send that the settings are being read again, or that this is over."""
+        if is_over:
+            self.notify("READY=1")
+        else:
+            self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     async def run_watchdog(self, check_alive: Callable[[], Awaitable[None]]) -> None:
         """Send two signs of life within the watchdog's time, each after `check_alive`.

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -91,6 +92,8 @@ class Parts:
     """Connections to FLORA's API; closed by the service, as is `downloader`."""
     downloader: Downloader
     clients: Mapping[str | None, FloraClient]
+    """Those of the API keys that the process started with, as are `readers`."""
+    readers: Mapping[str | None, RunReader]
     poller: Poller
     sweeper: Sweeper
     starter: Starter
@@ -126,7 +129,7 @@ def build_parts(settings: Settings, *, policy: Policy, clock: Callable[[], datet
     route = route_through(flora.proxy, tls)
     api = api_client(flora.base_url, timeout_seconds=flora.timeout_seconds, tls=tls, route=route)
     clients = build_clients(settings, api, metrics, clock)
-    readers = {key: RunReader(key, client, metrics=metrics, clock=clock) for key, client in clients.items()}
+    readers = build_readers(clients, metrics, clock)
     downloader = build_downloader(settings, metrics)
     return Parts(
         settings=settings,
@@ -139,6 +142,7 @@ def build_parts(settings: Settings, *, policy: Policy, clock: Callable[[], datet
         api=api,
         downloader=downloader,
         clients=clients,
+        readers=readers,
         poller=Poller(database, intake, readers, signals=signals, policy=policy, clock=clock),
         sweeper=Sweeper(database, intake, readers, discovery=to_discovery(settings), clock=clock),
         starter=Starter(
@@ -169,7 +173,7 @@ def build_intake(
 ) -> Intake:
     return Intake(
         database,
-        secrets=[Secret(value, workspace) for value, workspace in settings.secrets_by_workspace()],
+        secrets=to_secrets(settings),
         subscriptions=subscriptions,
         policy=policy,
         signals=signals,
@@ -181,17 +185,24 @@ def build_intake(
 
 
 def build_clients(
-    settings: Settings, http: httpx.AsyncClient, metrics: Metrics, clock: Callable[[], datetime]
+    settings: Settings,
+    http: httpx.AsyncClient,
+    metrics: Metrics,
+    clock: Callable[[], datetime],
+    before: Mapping[str | None, FloraClient] = MappingProxyType({}),
 ) -> Mapping[str | None, FloraClient]:
     """Return the client of each workspace that has an API key; None is for all others.
 
-    Clients with the same API key share a rate limit: FLORA counts by key.
+    Clients with the same API key share a rate limit: FLORA counts by key. A client of `before` is
+    kept if its workspace has the same key, and so is the rate limit of a key.
     """
     clients: dict[str | None, FloraClient] = {}
-    limits: dict[str, RateLimit] = {}
+    limits = {client.api_key: client.rate_limit for client in before.values()}
     for workspace_id in (None, *(workspace.id for workspace in settings.workspaces)):
         key = settings.api_key_for(workspace_id)
-        if key is not None:
+        if (client := before.get(workspace_id)) is not None and client.api_key == key:
+            clients[workspace_id] = client
+        elif key is not None:
             clients[workspace_id] = FloraClient(
                 http,
                 key,
@@ -200,6 +211,21 @@ def build_clients(
                 on_response=metrics.count_api_request,
             )
     return clients
+
+
+def build_readers(
+    clients: Mapping[str | None, FloraClient],
+    metrics: Metrics,
+    clock: Callable[[], datetime],
+    before: Mapping[str | None, RunReader] = MappingProxyType({}),
+) -> Mapping[str | None, RunReader]:
+    """Return a reader for each client. One of `before` is kept if it reads with the same client."""
+    return {
+        key: reader
+        if (reader := before.get(key)) is not None and reader.client is client
+        else RunReader(key, client, metrics=metrics, clock=clock)
+        for key, client in clients.items()
+    }
 
 
 def build_downloader(settings: Settings, metrics: Metrics) -> Downloader:
@@ -322,21 +348,36 @@ def build_public_guard(settings: Settings, metrics: Metrics) -> Guard | None:
     return Guard(limits, on_close=partial(metrics.count_closed_connection, "public"))
 
 
-def build_operations_server(
-    parts: Parts, *, stopping: asyncio.Event, only_probes: bool, listeners: Sequence[socket.socket]
-) -> Server:
-    """Build the listener for operators. Raises ConfigError if these settings would expose it."""
+def build_access(parts: Parts, listeners: Sequence[socket.socket]) -> Access:
+    """Return who may use the operations listener. Raises ConfigError if these settings expose it."""
     settings, operations = parts.settings, parts.settings.operations
-    # What is allowed depends on where it listens, which systemd decides if it holds the sockets.
-    hosts = [bound_address(each)[0] for each in listeners] or [operations.host]
-    outer = [host for host in hosts if not is_loopback(host)]
+    hosts = _operations_hosts(parts, listeners)
     if (problem := check_operations(settings, hosts)) is not None:
         raise ConfigError([problem])
-    access = Access(ensure_token(settings), (outer or hosts)[0], (*operations.allowed_hosts, *outer))
+    outer = [host for host in hosts if not is_loopback(host)]
+    return Access(ensure_token(settings), (outer or hosts)[0], (*operations.allowed_hosts, *outer))
+
+
+def _operations_hosts(parts: Parts, listeners: Sequence[socket.socket]) -> list[str]:
+    # What is allowed depends on where it listens, which systemd decides if it holds the sockets.
+    return [bound_address(each)[0] for each in listeners] or [parts.settings.operations.host]
+
+
+def build_operations_server(
+    parts: Parts,
+    access: Access,
+    *,
+    stopping: asyncio.Event,
+    only_probes: bool,
+    listeners: Sequence[socket.socket],
+) -> Server:
+    """Build the listener for operators."""
+    settings, operations = parts.settings, parts.settings.operations
     app = build_operations_app(parts, access, stopping=stopping, only_probes=only_probes)
     sockets = list(listeners) or bind(operations.host, operations.port, setting="operations")
     # On loopback nothing has to be hidden; elsewhere TLS is needed, unless a proxy does it.
-    is_plain = not outer or operations.allow_plaintext
+    is_outer = any(not is_loopback(host) for host in _operations_hosts(parts, listeners))
+    is_plain = not is_outer or operations.allow_plaintext
     cert, key = (None, None) if is_plain else (settings.tls.cert, settings.tls.key)
     guard = Guard(_OPERATIONS_LIMITS, on_close=partial(parts.metrics.count_closed_connection, "operations"))
     keep_alive = operations.keep_alive_seconds
@@ -393,6 +434,11 @@ def to_policy(settings: Settings) -> Policy:
         confirmation_delays=tuple(timedelta(seconds=pause) for pause in reconcile.ladder_seconds),
         cost_window=timedelta(seconds=reconcile.cost_seconds),
     )
+
+
+def to_secrets(settings: Settings) -> list[Secret]:
+    """Return the signing secrets with their workspaces, in the order to try them."""
+    return [Secret(value, workspace) for value, workspace in settings.secrets_by_workspace()]
 
 
 def to_callback_url(public_url: str | None) -> str | None:

@@ -67,7 +67,8 @@ class Acceptor:
         listener.setblocking(False)
         self._listener = listener
         self._protocol = protocol
-        self._tls = tls
+        self.tls = tls
+        """May be replaced at any time, for the connections that follow."""
         self._at_once = at_once
         self._handshake_seconds = handshake_seconds
         self._handshakes: dict[asyncio.Task[None], None] = {}
@@ -105,7 +106,7 @@ class Acceptor:
     async def _handshake(self, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
         try:
             await loop.connect_accepted_socket(
-                self._protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_seconds
+                self._protocol, connection, ssl=self.tls, ssl_handshake_timeout=self._handshake_seconds
             )
         except OSError:  # TLS failed, the peer closed the connection, or it was too slow
             connection.close()

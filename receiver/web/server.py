@@ -6,6 +6,7 @@ Used by the service, and by commands for the emulator.
 import asyncio
 import contextlib
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp
 from receiver.errors import ConfigError, Problem
 from receiver.net.addresses import join_address, parse_address, to_unix_path
 from receiver.web.accept_limits import Acceptor, max_handshakes
+from receiver.web.certificate import load_context
 from receiver.web.connection_guard import Guard
 from receiver.web.connections import H11Connection
 from receiver.web.unix_socket import bind_unix
@@ -119,6 +121,21 @@ class Server(uvicorn.Server):
         """Return where it listens, with the scheme of each address."""
         scheme = "https" if self.config.is_ssl else "http"
         return [each if to_unix_path(each) else f"{scheme}://{each}" for each in self.addresses()]
+
+    @property
+    def listener_name(self) -> str:
+        return self._name
+
+    def load_context(self, cert: Path, key: Path) -> ssl.SSLContext:
+        """Return a context like that of this listener for another pair of files. Raises ConfigError."""
+        return load_context(cert, key, ciphers=self.config.ssl_ciphers or "DEFAULT")
+
+    def replace_context(self, context: ssl.SSLContext) -> None:
+        """Serve new connections with another certificate. Those that are open keep theirs."""
+        self.config.ssl = context
+        for each in self.servers:
+            if isinstance(each, Acceptor):
+                each.tls = context
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -138,9 +138,26 @@ class Poller:
         self._signals = signals
         self._policy = policy
         self._clock = clock
-        self._keys = {key: _KeyState(reader) for key, reader in readers.items()}
-        self._workspaces = frozenset(key for key in readers if key is not None)
+        self._keys: Mapping[str | None, _KeyState] = {}
+        self.set_readers(readers)
+
+    def set_readers(self, readers: Mapping[str | None, RunReader]) -> None:
+        """Read with these from now on. What another reader was reading is still due."""
+        before = self._keys
+        self._keys = {
+            key: state if (state := before.get(key)) and state.reader is reader else _KeyState(reader)
+            for key, reader in readers.items()
+        }
+        for key, state in before.items():
+            if self._keys.get(key) is not state:
+                for task in state.tasks:
+                    task.cancel()
+        self._signals.poll.set()
+
+    @property
+    def _workspaces(self) -> frozenset[str]:
         """Those with an API key of their own."""
+        return frozenset(key for key in self._keys if key is not None)
 
     def find_hold(self, workspace_id: str | None) -> Held | None:
         """Return why no run of a workspace is read now, as far as this process reads any."""
@@ -177,9 +194,10 @@ class Poller:
             lambda tx: {key: self._due(tx, key, now, n) for key, n in limits.items()}
         )
         for key, runs in due.items():
-            state = self._keys[key]
+            if (state := self._keys.get(key)) is None:  # its key was removed meanwhile
+                continue
             state.passed_ids &= {run.run_id for run in runs}
-            await self._start_plans(key, [run for run in runs if not state.is_being_read(run)], now)
+            await self._start_plans(key, state, [run for run in runs if not state.is_being_read(run)], now)
         if None not in self._keys:
             await self._report_missing_key(now)
         next_ms = await self._database.read(lambda tx: ledger.next_read_due_ms(tx, after=now))
@@ -215,13 +233,16 @@ class Poller:
     ) -> tuple[Run, ...]:
         return ledger.due_runs(tx, now=now, limit=limit, after=after, only=key, without=self._workspaces)
 
-    async def _start_plans(self, key: str | None, due: Sequence[Run], now: datetime) -> None:
+    async def _start_plans(
+        self, key: str | None, state: _KeyState, due: Sequence[Run], now: datetime
+    ) -> None:
         """Plan the due runs of one API key and start a plan for each free slot."""
-        state = self._keys[key]
         soon: Sequence[Run] = ()
         if any(run.state is not RunState.REPORTED and list_of(run) is not None for run in due):
             until = now + LOOKAHEAD
             soon = await self._database.read(lambda tx: self._due(tx, key, until, _BATCH, after=now))
+        if self._keys.get(key) is not state:  # its key was removed meanwhile
+            return
         plans = plan_polls(
             due,
             now=now,

@@ -61,7 +61,7 @@ class RunReader:
     ) -> None:
         self.key = key
         self.rate_limit = client.rate_limit
-        self._client = client
+        self.client = client
         self._metrics = metrics
         self._clock = clock
         self._hold = Hold(clock)
@@ -80,6 +80,11 @@ class RunReader:
         return (
             None if self._hold.seconds_left <= 0 else Held("the database does not take what is read", until)
         )
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether FLORA refused the API key at the last read."""
+        return self._refusal is not None
 
     @property
     def held_seconds(self) -> float:
@@ -112,7 +117,7 @@ class RunReader:
         """Yield the pages of a list, newest run first; a page that fails is the last one."""
         requested_at = self._clock()
         try:
-            async for page in self._client.pages(scope):
+            async for page in self.client.pages(scope):
                 self._note_key_accepted()
                 yield PageRead(page.snapshots, requested_at)
                 requested_at = self._clock()
@@ -134,8 +139,8 @@ class RunReader:
         # A run of Route.LISTED is in lists alone; that route's own single read would need the
         # technique.
         if route(run) is Route.TECHNIQUE_RUN:
-            return await self._client.technique_run(run.technique_id or "", run.run_id)
-        return await self._client.run(run.run_id)
+            return await self.client.technique_run(run.technique_id or "", run.run_id)
+        return await self.client.run(run.run_id)
 
     def _to_report(self, error: FloraError, run: Run, requested_at: datetime) -> Report:
         if error.status == 404 and error.code == "not_found":

@@ -119,6 +119,10 @@ class Starter:
         self._wake = asyncio.Event()
         self._stopped = False
 
+    def set_clients(self, clients: Mapping[str | None, FloraClient]) -> None:
+        """Send the requests that follow with these clients."""
+        self._clients = clients
+
     async def start(self, request: StartRequest) -> Committed | Conflict:
         """Commit a start and send it to FLORA; see `wait_for_response` for the result.
 

@@ -71,6 +71,10 @@ class Sweeper:
         self._clock = clock
         self._due_at: dict[Scope, datetime] = {}
 
+    def set_readers(self, readers: Mapping[str | None, RunReader]) -> None:
+        """Search with these from now on: the lists of a workspace with a new key are due at once."""
+        self._readers = readers
+
     async def run(self, stopping: asyncio.Event) -> None:
         """Tick until `stopping` is set.
 
@@ -81,7 +85,9 @@ class Sweeper:
 
     async def tick(self, now: datetime) -> float:
         """Sweep the lists that are due; return the seconds until the next tick."""
-        for scope in scopes(self._discovery, self._readers):
+        current = scopes(self._discovery, self._readers)
+        self._due_at = {scope: due_at for scope, due_at in self._due_at.items() if scope in current}
+        for scope in current:
             if self._due_at.get(scope, now) <= now:
                 pause = await self._sweep(scope, now)
                 self._due_at[scope] = now + pause

@@ -255,4 +255,5 @@ def test_the_unit_never_gives_up() -> None:
     unit.read(DEPLOY / "flora-receiver.service")
     assert unit["Unit"]["StartLimitIntervalSec"] == "0"
     assert unit["Service"]["Restart"] == "always"
+    assert unit["Service"]["ExecReload"] == "/bin/kill -HUP $MAINPID"
     assert "ExecStartPre" not in unit["Service"]

@@ -157,22 +157,23 @@ async def served(
     stdout: int = asyncio.subprocess.PIPE,
     stderr: int | None = None,
     environ: Mapping[str, str] = {},
+    secrets_in_file: bool = False,
     **sections: Any,
 ) -> AsyncIterator[Served]:
     """Run the console script with a settings file; secrets go through the environment, as in production.
+
+    `environ` may name files of them (`*_FILE`), or `secrets_in_file` leaves them in receiver.toml.
 
     Nobody reads the pipe before the end: a test in which much is logged gives a file as `stdout`.
     """
     stage.port = stage.port or free_port()
     document = stage.document(**sections)
     flora = document["flora"]
-    environ = {
-        **environ,
-        "PATH": os.environ["PATH"],
-        "FLORA_API_KEY": flora.pop("api_key"),
-        "FLORA_WEBHOOK_SECRET": ",".join(flora.pop("webhook_secrets")),
-        "RECEIVER_LOG__FORMAT": "json",
-    }
+    variables = {"FLORA_API_KEY": "api_key", "FLORA_WEBHOOK_SECRET": "webhook_secrets"}
+    for name, key in variables.items():
+        if not secrets_in_file and (value := flora.pop(key)) and f"{name}_FILE" not in environ:
+            environ = {**environ, name: value if isinstance(value, str) else ",".join(value)}
+    environ = {**environ, "PATH": os.environ["PATH"], "RECEIVER_LOG__FORMAT": "json"}
     config = stage.directory / "receiver.toml"
     config.write_text(toml(document))
     process = await asyncio.create_subprocess_exec(

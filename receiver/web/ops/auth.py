@@ -17,9 +17,12 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN_SITE = frozenset({"same-origin", "none"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Access:
-    """The token of the listener, and the names that a Host header may have."""
+    """The token of the listener, and the names that a Host header may have.
+
+    The token may be replaced at any time, for the requests that follow.
+    """
 
     token: str = field(repr=False)
     host: str = "127.0.0.1"
