@@ -21,6 +21,7 @@ _PORTS = tuple(f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789¹²�
 _RESERVED = frozenset({"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *_PORTS})
 
 _BY_CONTENT_TYPE = {
+    "application/dash+xml": ".mpd",
     "application/json": ".json",
     "application/msword": ".doc",
     "application/pdf": ".pdf",
@@ -65,6 +66,7 @@ _BY_CONTENT_TYPE = {
     "text/markdown": ".md",
     "text/plain": ".txt",
     "text/vtt": ".vtt",
+    "video/3gpp": ".3gp",
     "video/mp4": ".mp4",
     "video/mpeg": ".mpg",
     "video/ogg": ".ogv",

@@ -131,7 +131,8 @@ class DownloadRefusedError(DownloadError):
 class DownloadFailedError(DownloadError):
     """The download may work later: cut off, stalled, 5xx, expired.
 
-    `expired` means that the URL answered 403, 404 or 410: a read of the run returns a fresh one.
+    `expired` means that the URL answered 403, 404 or 410, or with a page in place of the output: a
+    read of the run returns a fresh one.
     `retry_after_seconds` is the pause that the server asked for, at most an hour, or None.
     """
 

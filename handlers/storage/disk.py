@@ -59,6 +59,12 @@ class LocalDisk:
         key = path.relative_to(self.root)
         return None if ".." in key.parts else key.as_posix()
 
+    def earlier_location(self, key: str) -> str | None:
+        return None
+
+    def earlier_key_of(self, location: str) -> str | None:
+        return None
+
     async def size(self, key: str) -> int | None:
         return await self._run(_file_size, self.root / key)
 

@@ -23,12 +23,13 @@ from pydantic import (
     model_validator,
 )
 
+from handlers.storage.claims import Overwrite
 from handlers.storage.disk import LocalDisk
 from handlers.storage.keys import KeyTemplate, LabelTemplate
 from handlers.storage.manifest import StoredOutput
 from handlers.storage.places import Place, PlaceDegradedError, PlaceUnreachableError
 from handlers.storage.thumbnails import require_pillow
-from handlers.storage.writer import OWN_LABELS, OutputWriter, Overwrite
+from handlers.storage.writer import OWN_LABELS, OutputWriter
 from receiver.handler import (
     Answer,
     Context,

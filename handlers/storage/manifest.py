@@ -24,6 +24,8 @@ class StoredOutput:
     size: int
     sha256: str | None
     content_type: str | None
+    stated_content_type: str | None = None
+    """The server's own, which may be wrong or missing."""
 
 
 def to_manifest(
@@ -60,12 +62,24 @@ def to_manifest(
                 "size": each.size,
                 "sha256": each.sha256,
                 "content_type": each.content_type,
+                "stated_content_type": each.stated_content_type,
             }
             for each in sorted(outputs, key=lambda each: each.position)
         ],
     }
     text = json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, default=str)
     return f"{text}\n".encode(errors="replace")
+
+
+def find_stated_type(manifest: Mapping[str, Any], output: StoredOutput) -> str | None:
+    """Return the server's content type of an output as an earlier manifest of its run has it."""
+    rows = manifest.get("outputs")
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, Mapping) and row.get("sha256") == output.sha256:
+            stated = row.get("stated_content_type")
+            if row.get("position") == output.position and isinstance(stated, str):
+                return stated
+    return None
 
 
 def _request_fields(request: Mapping[str, Any]) -> dict[str, Any]:

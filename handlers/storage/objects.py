@@ -11,7 +11,7 @@ import re
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError
@@ -45,14 +45,31 @@ class ObjectStore:
 
     def __init__(self, url: str, store: Store, *, cache_control: str | None = None) -> None:
         self._url = url.rstrip("/")
+        self._root = _raw_root(self._url, store)
         self._store = store
         self._cache_control = cache_control
         self._etag_may_be_md5 = True
 
     def locate(self, key: str) -> str:
-        return f"{self._url}/{quote(key)}"
+        """Return the URI as other tools write it: the bucket and the object's name, not encoded."""
+        return f"{self._url}/{quote(key)}" if self._root is None else f"{self._root}/{key}"
 
     def key_of(self, location: str) -> str | None:
+        if self._root is None:
+            return self._encoded_key_of(location)
+        prefix = f"{self._root}/"
+        return location.removeprefix(prefix) if location.startswith(prefix) else None
+
+    def earlier_location(self, key: str) -> str | None:
+        """Return the URI with its key encoded, which other tools take for another object."""
+        location = f"{self._url}/{quote(key)}"
+        return None if location == self.locate(key) else location
+
+    def earlier_key_of(self, location: str) -> str | None:
+        key = self._encoded_key_of(location)
+        return key if key is not None and self.earlier_location(key) == location else None
+
+    def _encoded_key_of(self, location: str) -> str | None:
         prefix = f"{self._url}/"
         return unquote(location.removeprefix(prefix)) if location.startswith(prefix) else None
 
@@ -211,6 +228,15 @@ class ObjectStore:
     def _to_error(self, attempted: str, error: Exception) -> PlaceError:
         failure = f"can {attempted}" if "but" in attempted else f"cannot {attempted}"
         return to_place_error(f"{failure} {self._url}", error, self._store)
+
+
+def _raw_root(url: str, store: Store) -> str | None:
+    """Return a URL with its path as it stands in the names of objects; None for https, a real URL."""
+    parts = urlsplit(url)
+    if parts.scheme in {"http", "https"}:
+        return None
+    prefix = str(getattr(store, "prefix", unquote(parts.path)) or "").strip("/")
+    return f"{parts.scheme}://{parts.netloc}/{prefix}".rstrip("/")
 
 
 class _Source:

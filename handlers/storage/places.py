@@ -38,6 +38,12 @@ class Place(Protocol):
     def key_of(self, location: str) -> str | None:
         """Return the key of a URI, or None if it is not in this place."""
 
+    def earlier_location(self, key: str) -> str | None:
+        """Return the URI that earlier versions gave to a key, or None if it is the same."""
+
+    def earlier_key_of(self, location: str) -> str | None:
+        """Return the key of such a URI, or None if it cannot be one."""
+
     async def size(self, key: str) -> int | None:
         """Return the size of a file in bytes, or None if it does not exist."""
 

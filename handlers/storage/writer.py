@@ -9,12 +9,14 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from enum import StrEnum
+from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from handlers.file_names import file_extension, to_file_name
+from handlers.storage.claims import Claims, Overwrite
 from handlers.storage.keys import KeyTemplate, LabelTemplate, RunKeys
-from handlers.storage.manifest import StoredOutput, to_manifest
+from handlers.storage.manifest import StoredOutput, find_stated_type, to_manifest
 from handlers.storage.places import Digest, Place, PlaceError, compute_digest
 from handlers.storage.thumbnails import (
     CONTENT_TYPE,
@@ -27,7 +29,6 @@ from handlers.storage.thumbnails import (
 from receiver.handler import (
     MANIFEST,
     THUMBNAIL,
-    Artifact,
     Context,
     Download,
     DownloadFailedError,
@@ -42,14 +43,6 @@ from receiver.handler import (
 
 OWN_LABELS = frozenset({"run", "output", "technique", "sha256"})
 _MAX_MANIFEST_BYTES = 16 * 1024 * 1024
-
-
-class Overwrite(StrEnum):
-    """Whether a location is used at which a file exists that is not this run's own."""
-
-    NEVER = "never"
-    SAME = "same"
-    ALWAYS = "always"
 
 
 class NotOursError(Exception):
@@ -83,11 +76,9 @@ class OutputWriter:
         self._max_size = max_size
         self._include_prompts = include_prompts
         self._own_labels = labels
-        self._known = {artifact.position: artifact for artifact in context.artifacts}
-        keys = {position: place.key_of(artifact.location) for position, artifact in self._known.items()}
-        self._keys = RunKeys(
-            template, run, {position: key for position, key in keys.items() if key is not None}
-        )
+        self._claims = Claims(place, context, overwrite)
+        self._keys = RunKeys(template, run, self._claims.keys())
+        self._fetched: set[int] = set()
 
     async def write_output(self, output: Output) -> StoredOutput | Retry | Reject:
         """Store one output unless it is stored already. Failures concern this output only."""
@@ -130,21 +121,17 @@ class OutputWriter:
             )
 
     async def _find_stored(self, output: Output) -> StoredOutput | None:
-        known = self._known.get(output.position)
-        if known is None or known.output_id != output.output_id or not await self._is_intact(known):
+        known = self._claims.artifacts.get(output.position)
+        if known is None or known.output_id != output.output_id:
             return None
-        key = self._place.key_of(known.location)
+        key = await self._claims.find_stored(output.position)
         if key is None or known.size is None or known.sha256 is None:
             return None
-        return _to_stored_output(
-            output, key, known.location, Digest(known.size, known.sha256), known.content_type
-        )
-
-    async def _is_intact(self, known: Artifact) -> bool:
-        key = self._place.key_of(known.location)
-        if known.stored_at is None or known.size is None or key is None:
-            return False
-        return await self._place.size(key) == known.size
+        location, digest = self._place.locate(key), Digest(known.size, known.sha256)
+        if known.location != location:
+            await self._claims.reserve(output.position, output.output_id, key)
+            await self._record(output.position, digest, known.content_type)
+        return _to_stored_output(output, key, location, digest, known.content_type)
 
     async def _fetch(self, output: Output) -> StoredOutput:
         async with self._context.open(output) as download:
@@ -155,7 +142,7 @@ class OutputWriter:
             location = self._place.locate(key)
             digest = await self._check_existing(output, key, location, download)
             if digest is None:
-                await self._reserve(output.position, output.output_id, key)
+                await self._claims.reserve(output.position, output.output_id, key)
                 digest = await self._place.write(
                     key,
                     self._limit_size(download),
@@ -164,7 +151,9 @@ class OutputWriter:
                     metadata=self._labels(output, ext),
                 )
         await self._record(output.position, digest, content_type)
-        return _to_stored_output(output, key, location, digest, content_type)
+        self._fetched.add(output.position)
+        stored = _to_stored_output(output, key, location, digest, content_type)
+        return replace(stored, stated_content_type=download.stated_content_type)
 
     async def _check_existing(
         self, output: Output, key: str, location: str, download: Download
@@ -173,22 +162,15 @@ class OutputWriter:
 
         Returns None if the output is to be written, or the digest of the file if it is the output.
         """
-        size = await self._foreign_size(output.position, key, location)
+        size = await self._claims.foreign_size(output.position, key)
         if size is None:
             return None
         if self._overwrite is Overwrite.SAME and download.content_length in {None, size}:
             existing = await compute_digest(self._place.read(key))
             if await compute_digest(self._limit_size(download)) == existing:
-                await self._reserve(output.position, output.output_id, key)
+                await self._claims.reserve(output.position, output.output_id, key)
                 return existing
         raise NotOursError(f"another file exists at {location}")
-
-    async def _foreign_size(self, position: int, key: str, location: str) -> int | None:
-        """Return the size of a file that must not be replaced unseen, or None if there is none."""
-        known = self._known.get(position)
-        if self._overwrite is Overwrite.ALWAYS or (known is not None and known.location == location):
-            return None
-        return await self._place.size(key)
 
     def _check_max_size(self, size: int) -> None:
         if self._max_size is not None and size > self._max_size:
@@ -216,47 +198,60 @@ class OutputWriter:
         )
 
     async def _write_manifest(self, outputs: Sequence[StoredOutput]) -> None:
-        body = to_manifest(
-            self._run, outputs, await self._context.request() if self._include_prompts else None
-        )
         key = self._keys.manifest(MANIFEST, outputs[0].key if outputs else None)
         location = self._place.locate(key)
-        known = self._known.get(MANIFEST)
+        earlier = None
+        if any(each.position not in self._fetched for each in outputs):
+            earlier = await self._read_manifest(key)
+        body = to_manifest(
+            self._run,
+            [self._with_stated_type(each, earlier) for each in outputs],
+            await self._context.request() if self._include_prompts else None,
+        )
+        known = self._claims.artifacts.get(MANIFEST)
         is_current = known is not None and (known.location, known.sha256) == (
             location,
             hashlib.sha256(body).hexdigest(),
         )
-        if known is not None and is_current and await self._is_intact(known):
+        if is_current and await self._claims.find_stored(MANIFEST) == key:
             return
-        size = await self._foreign_size(MANIFEST, key, location)
-        if size is not None and (
-            self._overwrite is Overwrite.NEVER or not await self._is_of_this_run(key, size)
-        ):
-            raise NotOursError(f"another file exists at {location}")
+        if await self._claims.foreign_size(MANIFEST, key) is not None:
+            is_own = earlier is not None or await self._read_manifest(key) is not None
+            if self._overwrite is Overwrite.NEVER or not is_own:
+                raise NotOursError(f"another file exists at {location}")
         await self._write_own(MANIFEST, "run.json", key, body, "application/json")
 
-    async def _is_of_this_run(self, key: str, size: int) -> bool:
-        """Whether the file is a manifest of this run, written with an earlier ledger."""
-        if size > _MAX_MANIFEST_BYTES:
-            return False
+    async def _read_manifest(self, key: str) -> Mapping[str, Any] | None:
+        """Return the manifest of this run as it was written before, or None if there is none."""
+        size = await self._place.size(key)
+        if size is None or size > _MAX_MANIFEST_BYTES:
+            return None
         try:
             content = json.loads(b"".join([chunk async for chunk in self._place.read(key)]))
         except ValueError:
-            return False
-        return isinstance(content, dict) and content.get("run_id") == self._run.run_id
+            return None
+        is_own = isinstance(content, dict) and content.get("run_id") == self._run.run_id
+        return content if is_own else None
+
+    def _with_stated_type(self, output: StoredOutput, earlier: Mapping[str, Any] | None) -> StoredOutput:
+        """Return an output with the server's content type: only the manifest keeps it."""
+        if output.position in self._fetched or earlier is None:
+            return output
+        return replace(output, stated_content_type=find_stated_type(earlier, output))
 
     async def _write_thumbnail(self, output: StoredOutput) -> None:
         position = THUMBNAIL - output.position
         key = f"{output.key}{SUFFIX}"
         location = self._place.locate(key)
-        known = self._known.get(position)
-        if known is not None and known.location == location and await self._is_intact(known):
+        known = self._claims.artifacts.get(position)
+        is_current = known is not None and known.location == location
+        if is_current and await self._claims.find_stored(position) == key:
             return
         if output.size > MAX_BYTES:
             raise NoThumbnailError(f"{output.size} bytes are too many")
         image = b"".join([chunk async for chunk in self._place.read(output.key)])
         body = await asyncio.to_thread(make_thumbnail, image, output.content_type)
-        size = await self._foreign_size(position, key, location)
+        size = await self._claims.foreign_size(position, key)
         if size is not None and (
             self._overwrite is Overwrite.NEVER or not await self._has_content(key, body)
         ):
@@ -270,7 +265,7 @@ class OutputWriter:
 
     async def _write_own(self, position: int, name: str, key: str, body: bytes, content_type: str) -> None:
         """Write a file that the handler itself made."""
-        await self._reserve(position, name, key)
+        await self._claims.reserve(position, name, key)
         digest = await self._place.write(
             key,
             _once(body),
@@ -279,18 +274,6 @@ class OutputWriter:
             metadata={"run": self._run.run_id},
         )
         await self._record(position, digest, content_type)
-
-    async def _reserve(self, position: int, name: str, key: str) -> None:
-        """Claim the location of a key. What lies there decides, not what once did."""
-        location = self._place.locate(key)
-        try:
-            await self._context.reserve(position, name, location)
-        except LocationTakenError as error:
-            # Looked at only now: a file of the other run would have been there before its claim
-            # was known to be that of something stored.
-            if error.pending or await self._place.size(key) is not None:
-                raise
-            await self._context.reserve(position, name, location, vacant=True)
 
     def _to_answer(self, label: str, error: LocationTakenError | NotOursError) -> Retry | Reject:
         """Return the answer to a location that is another output's, or may be."""

@@ -12,7 +12,7 @@ import hashlib
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -24,6 +24,7 @@ from receiver.model import Output
 from receiver.net.clients import PrivateAddressError, Resolve, media_client, resolve, tls_context
 from receiver.net.codings import parse_codings
 from receiver.net.decoding import decode_chunks
+from receiver.net.media_types import describe_mismatch, recognize
 from receiver.net.media_urls import parse_media_url, redirect_target
 from receiver.net.ranges import ResumableBody, parse_resumable
 from receiver.net.retry_after import parse_retry_after
@@ -63,7 +64,7 @@ class Download:
     chunks: AsyncIterator[bytes] = field(repr=False)
     """The bytes; the same as iterating over the download itself."""
     content_type: str | None
-    """The server's `Content-Type` with its parameters, or None where it sends none."""
+    """The type by the first bytes, else as the server states it; None where neither says one."""
     content_length: int | None
     """The announced size in bytes, or None where the server announces none, or sends it compressed.
 
@@ -71,6 +72,8 @@ class Download:
     """
     content_encoding: str | None = None
     """The server's `Content-Encoding`, or None. The chunks are without gzip, deflate, br and zstd."""
+    stated_content_type: str | None = None
+    """The server's `Content-Type` as it was sent, or None where it sends none."""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         """Return the chunks."""
@@ -88,7 +91,9 @@ class Saved:
     sha256: str
     """The SHA-256 of its bytes, as 64 lower-case hex digits."""
     content_type: str | None
-    """The server's `Content-Type`, or None where it sent none."""
+    """The type by the first bytes, else as the server stated it; None where neither says one."""
+    stated_content_type: str | None = None
+    """The server's `Content-Type` as it was sent, or None where it sent none."""
 
 
 class Downloader:
@@ -133,11 +138,23 @@ class Downloader:
         await self._redirect_client.aclose()
 
     def open(self, output: Output) -> AbstractAsyncContextManager[Download]:
-        """Open an output: its inline text, or its URL.
+        """Open an output: its inline text, or its URL, of which the first bytes are awaited.
 
         Raises DownloadRefusedError or DownloadFailedError.
         """
-        return text_download(output.value) if output.is_text else self.fetch(output.value)
+        return text_download(output.value) if output.is_text else self._open_media(output)
+
+    @asynccontextmanager
+    async def _open_media(self, output: Output) -> AsyncIterator[Download]:
+        """Open the URL of an output, and look at its first bytes."""
+        async with self.fetch(output.value) as download:
+            first = await anext(download.chunks, b"")
+            content_type = recognize(first, download.content_type, output)
+            mismatch = describe_mismatch(content_type, output)
+            if mismatch is not None:
+                host = parse_media_url(output.value).host
+                raise DownloadFailedError(f"{host} answered with {mismatch}", expired=True)
+            yield replace(download, chunks=_chain(first, download.chunks), content_type=content_type)
 
     @asynccontextmanager
     async def fetch(self, url: str) -> AsyncIterator[Download]:
@@ -157,6 +174,7 @@ class Downloader:
             yield Download(
                 chunks=chunks,
                 content_type=_printable_header(response, "content-type"),
+                stated_content_type=_printable_header(response, "content-type"),
                 content_length=None if codings.decodable else _content_length(response),
                 content_encoding=_printable_header(response, "content-encoding"),
             )
@@ -324,12 +342,18 @@ async def save(download: Download, path: Path) -> Saved:
     except BaseException:
         _discard(path)
         raise
-    return Saved(path, size, digest.hexdigest(), download.content_type)
+    return Saved(path, size, digest.hexdigest(), download.content_type, download.stated_content_type)
 
 
 def _discard(path: Path) -> None:
     # Not in a thread: while the attempt is being cancelled, it could not be waited for.
     path.unlink()
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk
 
 
 @asynccontextmanager

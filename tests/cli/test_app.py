@@ -119,10 +119,16 @@ def test_what_root_makes_belongs_to_the_owner_of_the_directory(tmp_path: Path) -
         ("restore", "copies.db"),
     ):
         assert run_command(*command, cwd=home, env=KEYS).returncode == 0
+    run_command("trigger", "http://127.0.0.1:1/", "--record", "sent.jsonl", cwd=home, env=KEYS)
     made = names(home)
-    assert {"receiver.toml", ".env", "var/tls/ca.key", "var/receiver.db", "var/receiver.db.lock"} <= set(
-        made
-    )
+    assert {
+        "sent.jsonl",
+        "receiver.toml",
+        ".env",
+        "var/tls/ca.key",
+        "var/receiver.db",
+        "var/receiver.db.lock",
+    } <= set(made)
     assert [name for name in made if (home / name).stat().st_uid != owner] == []
 
 

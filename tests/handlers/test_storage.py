@@ -35,6 +35,7 @@ from receiver.handler import (
 )
 from receiver.testing import Claim
 from receiver.testing.stand import run_stand
+from tests.handlers.test_storage_thumbnails import picture
 from tests.support.media import MediaServer, Page, page
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40
@@ -428,6 +429,41 @@ async def test_a_place_of_another_run(
         assert files(root)["tech_1/words.txt"] == b"of run_2"
     else:
         assert files(root)["tech_1/words.txt"] == "Grüße".encode()
+
+
+@pytest.mark.parametrize(
+    "stated", ["binary/octet-stream", "image/jpeg, image/jpeg", "image/png", "text/html"]
+)
+async def test_the_first_bytes_decide_what_an_output_is(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf, stated: str
+) -> None:
+    """Extension, stored type and thumbnail follow them; what the server said is in the manifest, also later on."""
+    run = replace(run, outputs=(media.output("/a", page(picture("JPEG"), stated)),), charged_cost=None)
+    handler, context = storage(root, thumbnails=True), context_of()
+    for cost in (None, 0.5):
+        assert isinstance(await handler.handle(replace(run, charged_cost=cost), context), Done)
+        assert set(files(root)) == {
+            f"2026-11-24/run_1/{name}" for name in ("out.jpg", "out.jpg.thumb.webp", "run.json")
+        }
+        manifest = json.loads(files(root)["2026-11-24/run_1/run.json"])
+        (described,) = manifest["outputs"]
+        assert manifest["charged_cost"] == cost
+        assert described["stated_content_type"] == stated
+        assert described["content_type"] == context.records[0].content_type == "image/jpeg"
+    assert len(media.requests) == 1
+
+
+async def test_a_page_in_place_of_an_image_is_not_stored(
+    root: Path, media: MediaServer, run: SettledRun, context_of: ContextOf
+) -> None:
+    """It is retried, after the run was read again, and the last attempt's reason says what came."""
+    run = replace(run, outputs=(media.output("/a", page(b"<!doctype html><title>Oops", "image/png")),))
+    context = context_of()
+    answer = await storage(root).handle(run, context)
+    assert isinstance(answer, Retry)
+    assert answer.reread
+    assert "answered with an HTML page in place of an image" in answer.reason
+    assert (files(root), context.records) == ({}, {})
 
 
 async def test_two_receivers_may_share_a_directory(
@@ -889,7 +925,7 @@ def test_the_kind_of_place_follows_from_the_url(tmp_path: Path) -> None:
     """Plain paths and file URLs are local; obstore reads the rest."""
     assert open_place("outputs", {}).locate("a b/c#.png") == (Path.cwd() / "outputs/a b/c#.png").as_uri()
     assert open_place(f"{tmp_path.as_uri()}/x%20y", {}).locate("a") == (tmp_path / "x y/a").as_uri()
-    assert open_place("s3://bucket/prefix/", {}).locate("a b/c.png") == "s3://bucket/prefix/a%20b/c.png"
+    assert open_place("s3://bucket/prefix/", {}).locate("a b/c.png") == "s3://bucket/prefix/a b/c.png"
     with pytest.raises(ValueError, match="not a place that can be written to"):
         open_place("nosuch://bucket", {})
 

@@ -122,7 +122,7 @@ async def test_a_run_becomes_labelled_objects(
     assert video == BIG
     assert labels["output"] == "Gr%C3%B6%C3%9Fe 1"
     assert etag.endswith('-4"')
-    assert context.records[1].location == "s3://bucket/pre/2026-11-24/run_1/Gr%C3%B6%C3%9Fe%201.mp4"
+    assert context.records[1].location == "s3://bucket/pre/2026-11-24/run_1/Größe 1.mp4"
     assert context.records[THUMBNAIL].location.endswith("/out.png.thumb.webp")
     manifest = json.loads((await read_object(bucket, "2026-11-24/run_1/run.json"))[0])
     assert [each["size"] for each in manifest["outputs"]] == [len(body), len(BIG)]
@@ -530,3 +530,57 @@ def test_two_hundred_megabytes_take_little_memory(bucket: Bucket) -> None:
         digest.update(bytes([n % 256]) * (512 * 1024))
     assert (int(size), sha256) == (200 * 1024 * 1024, digest.hexdigest())
     assert int(growth) <= 32
+
+
+# --- URIs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/pre fix", "s3://bucket/pre%20fix", "s3://bucket/grö", "s3://bucket"]
+)
+async def test_a_uri_names_the_object_as_other_tools_do(bucket: Bucket, url: str) -> None:
+    """`s3://bucket/` and the object's name, nothing encoded, whatever is in it."""
+    place, key = bucket.place(url), "a b/100% ü #1+%20.png"
+    await write_checked(place, key, b"x")
+    listed = (await bucket.get("?list-type=2")).text
+    assert f"<Key>{place.locate(key).removeprefix('s3://bucket/')}</Key>" in listed
+    assert place.key_of(place.locate(key)) == key
+    assert place.key_of("s3://bucket-of-others/a") is None
+
+
+def earlier(context: Any, location: str) -> None:
+    """Let an artifact be where a version that encoded its URI has recorded it."""
+    record = context.records[0]
+    context.places[location] = context.places.pop(record.location)
+    context.records[0] = replace(record, location=location)
+
+
+async def test_what_an_earlier_version_stored_is_found(
+    bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf
+) -> None:
+    """Neither fetched nor written again; its URI becomes the one that other tools understand."""
+    output = replace(media.output("/a", page(b"x")), output_id="a b")
+    handler, context = storage(bucket, overwrite="never"), context_of()
+    run = replace(run, outputs=(output,))
+    assert isinstance(await handler.handle(run, context), Done)
+    new = "s3://bucket/pre/2026-11-24/run_1/a b.png"
+    assert context.records[0].location == new
+    earlier(context, new.replace(" ", "%20"))
+    assert isinstance(await handler.handle(run, context), Done)
+    assert (context.records[0].location, context.records[0].size) == (new, 1)
+    assert len(media.requests) == 1
+
+
+@pytest.mark.parametrize("overwrite", ["same", "always"])
+async def test_what_an_earlier_version_stored_for_another_run_stays(
+    bucket: Bucket, run: SettledRun, media: MediaServer, context_of: ContextOf, overwrite: str
+) -> None:
+    """The ledger knows it by its earlier URI, and that counts."""
+    handler = storage(bucket, overwrite=overwrite, key="{output_id}{ext}")
+    output, other = replace(media.output("/a", page(b"x")), output_id="a b"), context_of("run_2")
+    await handler.handle(replace(run, run_id="run_2", outputs=(output,)), other)
+    earlier(other, "s3://bucket/pre/a%20b.png")
+    media.pages["/a"] = page(b"y")
+    answer = await handler.handle(replace(run, outputs=(output,)), context_of())
+    assert isinstance(answer, Reject)
+    assert (await read_object(bucket, "a b.png"))[0] == b"x"

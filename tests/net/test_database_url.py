@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import make_url
 
@@ -89,8 +89,9 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
 
 
 @given(st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=4, max_size=20))
+@example("00@?")  # the rest becomes the query, which is not shown
 def test_no_password_is_ever_shown(password: str) -> None:
     """Whether or not it was escaped; even a part of it would be too much."""
     shown = show_database_url(f"postgresql://u:{password}S3CRET@host/db")
     assert "S3CRET" not in shown
-    assert shown in {"postgresql://host/db", "***"}
+    assert shown in {"postgresql://host/db", "postgresql://", "***"}

@@ -458,3 +458,27 @@ async def test_a_cancelled_download_closes_its_connection(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+# --- content types ---------------------------------------------------------------------------------------------------
+
+
+async def test_what_a_body_is_and_what_its_server_says(media: MediaServer, downloader: Downloader) -> None:
+    """The type follows the first bytes; the server's own is kept beside it; every byte arrives once."""
+    body = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 5000
+    async with downloader.open(media.output("/a", page(body, "text/css"))) as download:
+        assert (download.content_type, download.stated_content_type) == ("image/png", "text/css")
+        assert b"".join([chunk async for chunk in download]) == body
+
+
+async def test_a_page_in_place_of_an_image_may_be_an_image_later(
+    media: MediaServer, downloader: Downloader
+) -> None:
+    """Status 200 or not. The run is read again, since the page may say that the URL has expired."""
+    output = media.output("/a", page(b"<html>Please sign in", "text/html"))
+    with pytest.raises(
+        DownloadFailedError, match="answered with an HTML page in place of an image"
+    ) as caught:
+        async with downloader.open(output):
+            raise AssertionError("it was opened")
+    assert caught.value.expired

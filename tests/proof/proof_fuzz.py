@@ -11,6 +11,7 @@ from tests.support.stage import run_stage
 from tests.web.ops.conftest import run_ops
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")  # hypothesis, about its own notes
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 async def test_no_request_breaks_the_api(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Each response is documented, and none is a 5xx. A failure shows the request, and the seed."""

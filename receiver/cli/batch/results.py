@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from receiver.client.messages import RunView
+from receiver.net.ownership import match_owner
 
 _NOWHERE, _IN_MEMORY = -1, -2
 """Offsets of outcomes that are not in the file."""
@@ -215,6 +216,7 @@ def _open_beside(path: Path) -> Iterator[IO[bytes]]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
+            match_owner(file.fileno(), path.parent)
             yield file
     finally:
         with suppress(OSError):

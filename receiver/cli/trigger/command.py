@@ -27,6 +27,7 @@ from receiver.config import load_settings
 from receiver.errors import ConfigError, Problem
 from receiver.net.clients import probe_client
 from receiver.net.credentials import find_fault
+from receiver.net.ownership import match_owner
 
 _MAX_TEXT = 2000
 """Characters of a response that are printed."""
@@ -195,6 +196,7 @@ def _write_record(record: Path, groups: Sequence[Group]) -> None:
     lines = "".join(f"{to_record(request)}\n" for group in groups for request in group)
     try:
         record.write_text(lines, "utf-8")
+        match_owner(record, record.parent)
     except OSError as error:
         message = f"{record} cannot be written: {error.strerror}"
         raise ConfigError([Problem("--record", message)]) from error

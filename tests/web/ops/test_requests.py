@@ -90,6 +90,7 @@ async def test_a_copy_that_cannot_be_written_is_no_fault_of_the_service(ops: Ops
         assert (error["code"], error["fields"][0]["field"]) == ("not_written", "path")
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")  # hypothesis, about its own notes
 async def test_no_request_breaks_the_api(ops_on_both: Ops, tmp_path: Path) -> None:
     """Requests made from the OpenAPI document: each response is documented, and none is a 5xx."""
     fuzz = await fuzz_ops(ops_on_both, tmp_path)
