@@ -232,6 +232,9 @@ class Run(msgspec.Struct, frozen=True):
     next_poll_at: datetime | None = None
     """When to read the run next; None if it need not be read again."""
     polls: int = 0
+    """Reads, whatever came of them."""
+    failed_polls: int = 0
+    """Those of them that have shown nothing about the run."""
     unconfirmed_reads: int = 0
     """Reads since the run was first reported as terminal that did not confirm it."""
     failures: int = 0
@@ -280,6 +283,36 @@ class CallbackReceived(msgspec.Struct, frozen=True):
     error_message: str | None = None
 
 
+class ReadOutcome(StrEnum):
+    """What a read of a run has shown."""
+
+    RETURNED = "returned"
+    """FLORA returned the run."""
+    NOT_FOUND = "not_found"
+    """FLORA answered 404: it does not know the run, or not on this route."""
+    FAILED = "failed"
+    """There is no answer about the run; `problem` says why."""
+
+
+class ReadAttempt(msgspec.Struct, frozen=True):
+    """One read of a run and what came of it. The ledger keeps the last of each run."""
+
+    requested_at: datetime
+    source: str
+    """What was requested: `run`, or a `list` in which the run was looked for."""
+    outcome: ReadOutcome
+    run_status: str | None = None
+    """FLORA's status of the run, if it returned the run."""
+    http_status: int | None = None
+    """None if no response came, or nothing was sent."""
+    problem: str | None = None
+    """What was wrong with the response, or with what it says."""
+    request_id: str | None = None
+    """FLORA's `request-id`, which its support asks for."""
+    seconds: float | None = None
+    """How long the request took."""
+
+
 class RunRead(msgspec.Struct, frozen=True):
     """Report: the API returned the run. `requested_at` is when the request was sent."""
 
@@ -287,6 +320,7 @@ class RunRead(msgspec.Struct, frozen=True):
     requested_at: datetime
     origin: Origin | None = None
     """Set if the run is to be added to the ledger, should it be unknown."""
+    attempt: ReadAttempt | None = None
 
     @property
     def run_id(self) -> str:
@@ -299,6 +333,7 @@ class RunNotFound(msgspec.Struct, frozen=True):
     run_id: str
     requested_at: datetime
     conclusive: bool
+    attempt: ReadAttempt | None = None
 
 
 class ReadFailed(msgspec.Struct, frozen=True):
@@ -308,6 +343,9 @@ class ReadFailed(msgspec.Struct, frozen=True):
     requested_at: datetime
     retry_after: float | None = None
     """In seconds, if FLORA named one."""
+    attempt: ReadAttempt | None = None
+    stays_due: bool = False
+    """Whether the run is to be read as soon as its API key is accepted."""
 
 
 class RunRegistered(msgspec.Struct, frozen=True):

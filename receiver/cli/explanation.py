@@ -11,6 +11,7 @@ _STATES = {
     "failed": "It failed.",
     "lost": "It was given up.",
 }
+_EMPTY = "FLORA reports that it completed, but without outputs that can be fetched."
 _LOST = {
     "deadline": "It had not ended by its deadline ([reconcile] deadline_hours).",
     "not_found": "FLORA responded 404 repeatedly: it has no such run, or not of this technique.",
@@ -30,14 +31,55 @@ def explain_run(timeline: Mapping[str, Any]) -> list[str]:
     """Return the lines: the state and its reasons, what comes next, what to do, what happened."""
     run = timeline["run"]
     return [
-        f"{run['run_id']} is {run['state']}. {_STATES.get(run['state'], '')}",
+        f"{run['run_id']} is {run['state']}. {_summarize(run)}",
         *_explain_state(run),
         *_explain_dispatches(run),
-        *_explain_next(run, timeline["reads"]),
+        *_explain_next(run, timeline["reads"], timeline.get("failed_reads", 0)),
         "",
         "What happened (UTC):",
         *(f"  {_to_seconds(each['at'])}  {_describe(each)}" for each in timeline["entries"]),
     ]
+
+
+def _summarize(run: Mapping[str, Any]) -> str:
+    """Return what is known of the run's end, and if it is not known, why."""
+    usual, last = _STATES.get(run["state"], ""), _last_read(run)
+    if run["state"] not in {"open", "reported"} or last is None:
+        return usual
+    heard = run["state"] == "reported"
+    if heard and last["requested_at"] < (run["reported_at"] or ""):
+        return "A callback reported its end; it has not been read from FLORA since."
+    match last["outcome"]:
+        case "failed":
+            cause = _explain_failure(last)
+            return (
+                f"A callback reported its end, but {cause}" if heard else f"Its end is not known: {cause}"
+            )
+        case "not_found":
+            return (
+                f"{'A callback reported its end, but ' if heard else ''}FLORA's API has no such run (404)."
+            )
+        case _ if last["run_status"] == "completed":
+            return _EMPTY
+        case _ if heard:
+            return f"A callback reported its end; FLORA's API still shows it as {last['run_status']}."
+        case _:
+            return usual
+
+
+def _last_read(run: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    reads = run.get("last_reads") or ()
+    return reads[-1] if reads else None
+
+
+def _explain_failure(read: Mapping[str, Any]) -> str:
+    """Return the reason why a read has failed, as a sentence without its beginning."""
+    return f"the last read failed: {_describe_problem(read)}."
+
+
+def _describe_problem(read: Mapping[str, Any]) -> str:
+    status, problem = read["http_status"], str(read["problem"] or "no reason is known").rstrip(".")
+    return problem if status is None or str(status) in problem else f"HTTP {status}: {problem}"
 
 
 def _explain_state(run: Mapping[str, Any]) -> Iterator[str]:
@@ -52,7 +94,9 @@ def _explain_state(run: Mapping[str, Any]) -> Iterator[str]:
     elif run["settled"] and run["callback_expected"]:
         yield "It was settled by polling; its callback may still arrive."
     if run["settled"] and not run["cost_final"]:
-        yield "Its cost is not final yet; FLORA is polled for it."
+        last = _last_read(run)
+        failure = f" But {_explain_failure(last)}" if last and last["outcome"] == "failed" else ""
+        yield f"Its cost is not final yet; FLORA is polled for it.{failure}"
 
 
 def _explain_dispatches(run: Mapping[str, Any]) -> Iterator[str]:
@@ -85,12 +129,34 @@ def _format_result(result: Mapping[str, Any]) -> str:
     return f"{text[:_MAX_RESULT]}… (in full with `runs show --json`)"
 
 
-def _explain_next(run: Mapping[str, Any], reads: int) -> Iterator[str]:
+def _explain_next(run: Mapping[str, Any], reads: int, failed: int) -> Iterator[str]:
     if run["next_poll_at"]:
         next_read = _to_seconds(run["next_poll_at"])
-        yield f"It was read {reads} times; the next read is at {next_read}."
+        others = f", and {_count(failed, 'read')} failed" if failed else ""
+        yield f"It was read {_count(reads, 'time')}{others}; the next read is at {next_read}."
+    if held := run.get("reads_held"):
+        yield f"Nothing is read until {_to_seconds(held['until'])}: {held['reason']}."
     if run["state"] == "open" and not run["callback_expected"]:
         yield "No callback is expected, so it is polled."
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _describe_read(entry: Mapping[str, Any]) -> str:
+    what = "read" if entry["source"] == "run" else "read in a list"
+    match entry["outcome"]:
+        case "returned":
+            problem = f", but {entry['problem']}" if entry["problem"] else ""
+            text = f"{what}: {entry['run_status']}{problem}"
+        case "not_found":
+            text = f"{what}: FLORA has no such run (404)"
+        case _:
+            text = f"{what} failed: {_describe_problem(entry)}"
+    seconds = None if entry["seconds"] is None else f"{entry['seconds']:.1f} s"
+    about = ", ".join(filter(None, (seconds, entry["request_id"])))
+    return f"{text} ({about})" if about else text
 
 
 def _describe(entry: Mapping[str, Any]) -> str:
@@ -109,6 +175,8 @@ def _describe(entry: Mapping[str, Any]) -> str:
             return f"callback {entry['delivery_id']} ({entry['event']}), {signed}{again}"
         case "callback_again":
             return f"callback {entry['delivery_id']} received again"
+        case "read":
+            return _describe_read(entry)
         case "attempt":
             return f"{entry['handler']}: attempt {entry['attempt']} ({entry['event']})"
         case "attempt_ended":

@@ -170,6 +170,26 @@ class HoldView(Message):
     """When the next attempt is made."""
 
 
+class ReadView(Message):
+    """A read of a run from FLORA, and what came of it."""
+
+    requested_at: Time
+    source: str
+    """What was requested: `run`, or a `list` in which the run was looked for."""
+    outcome: str
+    """`returned`, `not_found` (FLORA's 404), or `failed`: it has shown nothing about the run."""
+    run_status: str | None = None
+    """FLORA's status of the run, if it returned the run."""
+    http_status: int | None = None
+    """Null if no response came, or nothing was sent."""
+    problem: str | None = None
+    """What was wrong with the response, or with what it says."""
+    request_id: str | None = None
+    """FLORA's `request-id`, which its support asks for."""
+    seconds: float | None = None
+    """How long it took."""
+
+
 class RunView(Message):
     """A run as the ledger has it."""
 
@@ -186,6 +206,8 @@ class RunView(Message):
     technique_id: str | None = None
     workspace_id: str | None = None
     project_id: str | None = None
+    poll_url: str | None = None
+    """FLORA's address of the run. The service takes ids from it, and never requests it."""
     progress: int | None = None
     first_seen_at: Time | None = None
     created_at: Time | None = None
@@ -196,6 +218,9 @@ class RunView(Message):
     deadline_at: Time | None = None
     next_poll_at: Time | None = None
     polls: int = 0
+    """How many reads have shown what FLORA knows of the run."""
+    failed_polls: int = 0
+    """How many reads have failed: they have shown nothing about the run."""
     reads_held: HoldView | None = None
     """Why it is not read now, such as an API key that FLORA refuses. Left out of lists."""
     callback_expected: bool = True
@@ -213,7 +238,9 @@ class RunView(Message):
     cost_final: bool
     metadata: dict[str, Any] = {}
     outputs: tuple[OutputView, ...] = ()
-    """Left out of lists, like the three fields below: read the run by its id."""
+    """Left out of lists, like the four fields below: read the run by its id."""
+    last_reads: tuple[ReadView, ...] = ()
+    """The last ten reads, oldest first."""
     artifacts: tuple[ArtifactView, ...] = ()
     dispatches: tuple[DispatchView, ...] = ()
     start: Start | None = None
@@ -340,7 +367,9 @@ class TimelineView(Message):
     run_id: str
     run: RunView
     reads: int
-    """How often the run was read from FLORA."""
+    """How many reads have shown what FLORA knows of the run."""
+    failed_reads: int = 0
+    """How many reads have failed. The last ten of both kinds are entries of the kind `read`."""
     entries: tuple[TimelineEntry, ...]
 
 

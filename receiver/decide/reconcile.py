@@ -42,6 +42,7 @@ from receiver.model import (
     Origin,
     Output,
     ReadFailed,
+    ReadOutcome,
     ReadRequested,
     Report,
     Run,
@@ -108,7 +109,17 @@ def reconcile(
     if run is not None and (kind in _READS or (kind in _CAUSES_OF_READS and run.settled_at is None)):
         run = without_unread_time(run, policy, now=now)
     rule = TABLE[run.state if run else None, kind]
-    return rule(_Case(run, report, policy, now, jitter))
+    return _count_failure(run, report, rule(_Case(run, report, policy, now, jitter)))
+
+
+def _count_failure(run: Run | None, report: Report, decision: Decision) -> Decision:
+    """Count a read that has shown nothing about its run apart from those that have."""
+    if run is None or not isinstance(report, ReadFailed) or not isinstance(decision, Changed):
+        return decision
+    has_shown = report.attempt is not None and report.attempt.outcome is not ReadOutcome.FAILED
+    if has_shown or decision.run.polls == run.polls:
+        return decision
+    return replace(decision, run=replace(decision.run, failed_polls=run.failed_polls + 1))
 
 
 # --- the rules ---
@@ -317,6 +328,8 @@ def _back_off(case: _Case) -> Decision:
     """Read again later. A failed read never counts against the run: an outage must not lose it."""
     run, report = case.known, case.report
     if isinstance(report, RunNotFound | ReadFailed) and _is_stale(run, report.requested_at, case):
+        return Changed(replace(run, polls=run.polls + 1))
+    if isinstance(report, ReadFailed) and report.stays_due:
         return Changed(replace(run, polls=run.polls + 1))
     run = replace(run, polls=run.polls + 1, failures=run.failures + 1)
     pause = failure_pause(run.failures)

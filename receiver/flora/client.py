@@ -5,7 +5,9 @@ to the base URL's origin only: redirects are not followed, and a `poll_url` is n
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -42,6 +44,23 @@ def _always() -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One request and what came of it, as far as it came."""
+
+    status: int | None
+    request_id: str | None
+    seconds: float
+
+
+Observe = Callable[[Exchange], None]
+"""Gets every exchange of a call, also one that fails."""
+
+
+def _ignore(_: Exchange) -> None:
+    pass
+
+
 class FloraClient:
     """FLORA's API as one workspace's key sees it.
 
@@ -66,17 +85,22 @@ class FloraClient:
         self._headers = {"Authorization": f"Bearer {api_key}", "Accept": "application/json"}
         self._timeout_seconds = timeout_seconds
 
-    async def technique_run(self, technique_id: str, run_id: str) -> Snapshot:
+    async def technique_run(
+        self, technique_id: str, run_id: str, *, observe: Observe = _ignore
+    ) -> Snapshot:
         """`GET /techniques/{technique_id}/runs/{run_id}`."""
         path = f"techniques/{_segment(technique_id)}/runs/{_segment(run_id)}"
-        snapshot = await self._get(path, parse=partial(parse_run, technique_id=technique_id))
-        return _same_run(snapshot, run_id)
+        parse = partial(parse_run, technique_id=technique_id)
+        return _same_run(await self._get(path, parse=parse, observe=observe), run_id)
 
-    async def run(self, run_id: str) -> Snapshot:
+    async def run(self, run_id: str, *, observe: Observe = _ignore) -> Snapshot:
         """`GET /runs/{run_id}`: generations and actions."""
-        return _same_run(await self._get(f"runs/{_segment(run_id)}", parse=parse_run), run_id)
+        path = f"runs/{_segment(run_id)}"
+        return _same_run(await self._get(path, parse=parse_run, observe=observe), run_id)
 
-    async def pages(self, scope: Scope, *, limit: int = PAGE_LIMIT) -> AsyncIterator[Page]:
+    async def pages(
+        self, scope: Scope, *, limit: int = PAGE_LIMIT, observe: Observe = _ignore
+    ) -> AsyncIterator[Page]:
         """Yield the pages of `GET /technique-runs` or `GET /generations`, newest run first.
 
         Ends with the last page, and where FLORA repeats a cursor: that one leads nowhere.
@@ -91,7 +115,7 @@ class FloraClient:
         params = {name: value for name, value in filters.items() if value}
         seen: set[str] = set()
         while True:
-            page = await self._get(path, params=params, parse=parse_page)
+            page = await self._get(path, params=params, parse=parse_page, observe=observe)
             yield page
             cursor = page.next_cursor
             if cursor is None or cursor in seen:
@@ -140,10 +164,15 @@ class FloraClient:
         return await self._get(f"techniques/{_segment(technique_id)}", parse=parse)
 
     async def _get(
-        self, path: str, *, parse: Callable[[Any], T], params: Mapping[str, str] | None = None
+        self,
+        path: str,
+        *,
+        parse: Callable[[Any], T],
+        params: Mapping[str, str] | None = None,
+        observe: Observe = _ignore,
     ) -> T:
         async with self.rate_limit.request():
-            return await self._exchange("GET", path, params=params, parse=parse)
+            return await self._exchange("GET", path, params=params, parse=parse, observe=observe)
 
     async def _exchange(
         self,
@@ -154,15 +183,30 @@ class FloraClient:
         json: Mapping[str, Any] | None = None,
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
+        observe: Observe = _ignore,
     ) -> T:
         """Return what `parse` makes of the JSON of a 2xx response. Raises FloraError."""
         request = self._http.build_request(
             method, path, json=json, params=params, headers={**self._headers, **(headers or {})}
         )
+        heads: list[httpx.Response] = []
+        started = time.perf_counter()
+        try:
+            return await self._send_and_parse(request, parse, heads)
+        finally:
+            status, request_id = (
+                (heads[0].status_code, heads[0].headers.get("request-id")) if heads else (None, None)
+            )
+            observe(Exchange(status, request_id, time.perf_counter() - started))
+
+    async def _send_and_parse(
+        self, request: httpx.Request, parse: Callable[[Any], T], heads: list[httpx.Response]
+    ) -> T:
+        """Return what `parse` makes of a response, whose head is added to `heads` as it comes."""
         try:
             # httpx's time-outs are per read, and do not end a response of a byte at a time.
             async with asyncio.timeout(self._timeout_seconds):
-                status, body, response_headers = await self._send(request)
+                status, body, response_headers = await self._send(request, heads)
         except TimeoutError as error:
             self._on_response(None)
             raise FloraError(f"FLORA did not respond within {self._timeout_seconds:g} s") from error
@@ -179,14 +223,21 @@ class FloraClient:
             return parse(parse_json(body))
         except PayloadError as error:
             request_id = response_headers.get("request-id")
+            reason = _describe_type(response_headers) or str(error)
             raise FloraError(
-                f"FLORA's response cannot be read: {error}", status=status, request_id=request_id
+                f"FLORA's response cannot be read: {reason}", status=status, request_id=request_id
             ) from error
 
-    async def _send(self, request: httpx.Request) -> tuple[int, bytes, httpx.Headers]:
+    async def _send(
+        self, request: httpx.Request, heads: list[httpx.Response]
+    ) -> tuple[int, bytes, httpx.Headers]:
         response = await self._http.send(request, stream=True)
+        heads.append(response)
         try:
             return response.status_code, await _read_body(response), response.headers
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            self._on_response(None)
+            raise FloraError(f"FLORA's response was cut off: {type(error).__name__}") from error
         except CodingError as error:
             status, request_id = response.status_code, response.headers.get("request-id")
             raise FloraError(
@@ -209,6 +260,14 @@ async def _read_body(response: httpx.Response) -> bytes:
     for piece in decoder.finish():
         body += piece
     return bytes(body)
+
+
+def _describe_type(headers: httpx.Headers) -> str | None:
+    """Return that a response is no JSON, if it says so itself: another server answers in FLORA's place."""
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not content_type or "json" in content_type:
+        return None
+    return f"it is {content_type[:100]}, not JSON: a proxy, a login page or another server has responded"
 
 
 def _segment(identifier: str) -> str:

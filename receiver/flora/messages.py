@@ -259,10 +259,12 @@ def parse_error(status: int, body: bytes, headers: Mapping[str, str], now: datet
         payload = None
     detail = payload.get("error") if isinstance(payload, Mapping) else None
     if not isinstance(detail, Mapping):
-        return FloraError(
-            f"FLORA responded with {status} without an error object", status=status, request_id=request_id,
-            retry_after=retry_after,
-        )  # fmt: skip
+        message = f"FLORA responded with {status} without an error object"
+        if 300 <= status < 400:
+            message = (
+                f"FLORA responded with {status}, a redirect, which is not followed: check [flora] base_url"
+            )
+        return FloraError(message, status=status, request_id=request_id, retry_after=retry_after)
     fields = detail.get("fields")
     return FloraError(
         _text(detail, "message") or f"FLORA responded with {status}",

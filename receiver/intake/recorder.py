@@ -30,9 +30,12 @@ from receiver.model import (
     Event,
     Origin,
     Output,
+    ReadAttempt,
     ReadFailed,
     Report,
     Run,
+    RunNotFound,
+    RunRead,
     RunRegistered,
     Start,
     Subscription,
@@ -73,6 +76,8 @@ class BatchState:
     """By workspace, as far as looked up: when its oldest unanswered start was made."""
     deliveries: dict[str, Delivery] = field(default_factory=dict)
     """New deliveries by id."""
+    reads: dict[tuple[str, int], ReadAttempt] = field(default_factory=dict)
+    """Reads by run and number."""
     duplicates: dict[str, int] = field(default_factory=dict)
     """How often each known delivery came again."""
 
@@ -148,6 +153,7 @@ class Recorder:
         ledger.update_runs(tx, state.changed_runs())
         ledger.add_outputs(tx, state.outputs)
         ledger.update_output_urls(tx, state.refreshed)
+        ledger.add_reads(tx, state.reads)
         ledger.add_dispatches(tx, state.dispatches)
 
     def _apply(
@@ -165,9 +171,11 @@ class Recorder:
         run_id = report.run_id
         run = state.current.get(run_id)
         if run is not None and self._must_wait_for_start(tx, state, run, report, now):
-            report = ReadFailed(run_id, now, retry_after=_START_WAIT_SECONDS)
+            attempt = report.attempt if isinstance(report, RunRead) else None
+            report = ReadFailed(run_id, now, retry_after=_START_WAIT_SECONDS, attempt=attempt)
         decision = reconcile(run, report, self._policy, now=now, jitter=self._jitter())
         if isinstance(decision, Changed):
+            _add_read(state, report, decision.run, polls_before=run.polls if run else 0)
             state.current[run_id] = decision.run
             state.events.setdefault(run_id, []).extend(decision.events)
             if decision.outputs:
@@ -208,6 +216,13 @@ def _outputs(tx: Connection, state: BatchState, run_id: str) -> Sequence[Output]
     """Return the outputs of a run as the batch has left them so far."""
     known = state.refreshed.get(run_id) or state.outputs.get(run_id)
     return known or ledger.outputs_of_runs(tx, [run_id])[run_id]
+
+
+def _add_read(state: BatchState, report: Report, run: Run, *, polls_before: int) -> None:
+    """Add the read behind a report, if it was counted."""
+    attempt = report.attempt if isinstance(report, RunRead | RunNotFound | ReadFailed) else None
+    if attempt is not None and run.polls > polls_before:
+        state.reads[run.run_id, run.polls] = attempt
 
 
 def _add_delivery(state: BatchState, delivery: Delivery, seen: set[str]) -> bool:

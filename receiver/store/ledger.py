@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import (
@@ -19,22 +20,27 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 
 from receiver.errors import StoreUnavailableError
-from receiver.model import Delivery, Dispatch, Output, Run, RunState
+from receiver.model import Delivery, Dispatch, Output, ReadAttempt, Run, RunState
 from receiver.store.bulk import BulkInsert, SelectByKeys
 from receiver.store.rows import (
     FIRST_CALLBACK_COLUMNS,
     NEW_RUN_DEFAULTS,
+    READ_COLUMNS,
     RUN_COLUMNS,
     dispatch_row,
     first_callback_values,
+    read_row,
     run_row,
     run_values,
     to_ms,
     to_output,
+    to_read,
     to_run,
 )
-from receiver.store.schema import deliveries, delivery_bodies, dispatches, outputs, runs
+from receiver.store.schema import deliveries, delivery_bodies, dispatches, outputs, run_reads, runs
 
+KEPT_READS = 10
+"""How many reads of each run are kept."""
 _KNOWN_DELIVERIES = SelectByKeys(
     lambda count: select(deliveries.c.delivery_id).where(deliveries.c.delivery_id.in_([""] * count))
 )
@@ -191,6 +197,26 @@ def update_output_urls(tx: Connection, of_runs: Mapping[str, Sequence[Output]]) 
     ]
     if rows:
         tx.execute(_UPDATE_OUTPUT_URL, rows)
+
+
+def add_reads(tx: Connection, reads: Mapping[tuple[str, int], ReadAttempt]) -> None:
+    """Keep reads by run and number, each in the place of the read `KEPT_READS` before it."""
+    if reads:
+        statement = postgresql.insert(run_reads)
+        changed = {name: statement.excluded[name] for name in READ_COLUMNS}
+        keys = [run_reads.c.run_id, run_reads.c.slot]
+        rows = [
+            {"run_id": run_id, "slot": number % KEPT_READS, **read_row(attempt)}
+            for (run_id, number), attempt in sorted(reads.items(), key=itemgetter(0))
+        ]
+        tx.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed), rows)
+
+
+def reads_of_run(tx: Connection, run_id: str) -> tuple[ReadAttempt, ...]:
+    """Return the last reads of a run, oldest first."""
+    statement = select(run_reads).where(run_reads.c.run_id == run_id)
+    rows = tx.execute(statement.order_by(run_reads.c.requested_at, run_reads.c.slot)).mappings()
+    return tuple(to_read(row) for row in rows)
 
 
 def add_deliveries(tx: Connection, new: Sequence[Delivery]) -> None:

@@ -4,7 +4,7 @@ import time
 
 from sqlalchemy import Connection, exc, inspect, text
 
-HEAD = "0005"
+HEAD = "0006"
 """The revision that this version requires; a test compares it with the migrations."""
 _LOCK = 0x464C4F5241
 """The key of the advisory lock: FLORA in ASCII."""

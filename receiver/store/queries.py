@@ -15,13 +15,14 @@ from receiver.model import (
     Dispatch,
     DispatchState,
     Output,
+    ReadAttempt,
     Rejection,
     Run,
     RunState,
     Start,
     StartState,
 )
-from receiver.store.ledger import outputs_of_runs
+from receiver.store.ledger import outputs_of_runs, reads_of_run
 from receiver.store.queue import DISPATCH_COLUMNS, artifacts_of_run, dispatches_of_run
 from receiver.store.rows import from_ms, from_ms_or_none, to_dispatch, to_ms, to_run
 from receiver.store.schema import (
@@ -41,9 +42,10 @@ _OVER = (RunState.COMPLETED, RunState.FAILED, RunState.LOST)
 
 @dataclass(frozen=True, slots=True)
 class RunDetails:
-    """A run with its outputs, artifacts, dispatches and start."""
+    """A run with its last reads, outputs, artifacts, dispatches and start."""
 
     run: Run
+    reads: tuple[ReadAttempt, ...]
     outputs: tuple[Output, ...]
     artifacts: tuple[Artifact, ...]
     dispatches: tuple[Dispatch, ...]
@@ -87,13 +89,14 @@ class Attempt:
 
 
 def run_details(tx: Connection, run_id: str) -> RunDetails | None:
-    """Return a run with its outputs, artifacts, dispatches and start."""
+    """Return a run with its last reads, outputs, artifacts, dispatches and start."""
     row = tx.execute(select(runs).where(runs.c.run_id == run_id)).mappings().one_or_none()
     if row is None:
         return None
     start = tx.execute(select(starts).where(starts.c.run_id == run_id).limit(1)).mappings().one_or_none()
     return RunDetails(
         run=to_run(row),
+        reads=reads_of_run(tx, run_id),
         outputs=outputs_of_runs(tx, [run_id])[run_id],
         artifacts=tuple(artifacts_of_run(tx, run_id)),
         dispatches=dispatches_of_run(tx, run_id),

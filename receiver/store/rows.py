@@ -19,6 +19,8 @@ from receiver.model import (
     LostReason,
     Origin,
     Output,
+    ReadAttempt,
+    ReadOutcome,
     Run,
     RunState,
     Verdict,
@@ -73,7 +75,7 @@ The others have their defaults: to bind them would double the cost of the insert
 NEW_RUN_DEFAULTS = {
     "metadata": "'{}'",
     "callback_expected": "TRUE",
-    **dict.fromkeys(("losses", "polls", "ladder", "failures", "missing", "version"), "0"),
+    **dict.fromkeys(("losses", "polls", "failed_polls", "ladder", "failures", "missing", "version"), "0"),
 }
 """Those of the others that are not NULL, as SQL."""
 _OTHERS = tuple(
@@ -137,6 +139,40 @@ def to_run(row: Mapping[str, Any] | RowMapping) -> Run:
                 value = bool(value)
         values[field] = value
     return Run(**values)
+
+
+READ_COLUMNS = (
+    "requested_at", "source", "outcome", "run_status", "http_status", "problem", "request_id", "duration_ms",
+)  # fmt: skip
+"""The columns of `run_reads` beside its key."""
+
+
+def read_row(attempt: ReadAttempt) -> dict[str, Any]:
+    """Return the columns of a read, without its run and slot."""
+    return {
+        "requested_at": to_ms(attempt.requested_at),
+        "source": attempt.source,
+        "outcome": attempt.outcome.value,
+        "run_status": attempt.run_status,
+        "http_status": attempt.http_status,
+        "problem": attempt.problem,
+        "request_id": attempt.request_id,
+        "duration_ms": None if attempt.seconds is None else round(attempt.seconds * 1000),
+    }
+
+
+def to_read(row: RowMapping) -> ReadAttempt:
+    milliseconds = row["duration_ms"]
+    return ReadAttempt(
+        requested_at=from_ms(row["requested_at"]),
+        source=row["source"],
+        outcome=ReadOutcome(row["outcome"]),
+        run_status=row["run_status"],
+        http_status=row["http_status"],
+        problem=row["problem"],
+        request_id=row["request_id"],
+        seconds=None if milliseconds is None else milliseconds / 1000,
+    )
 
 
 def to_output(row: RowMapping) -> Output:

@@ -65,6 +65,8 @@ runs = Table(
     Column("losses", Integer, nullable=False),
     Column("next_poll_at", BigInteger),
     Column("polls", Integer, nullable=False),
+    # The default is for replicas of an earlier version that still run while this one starts.
+    Column("failed_polls", Integer, nullable=False, server_default="0"),
     Column("ladder", Integer, nullable=False),
     Column("failures", Integer, nullable=False),
     Column("missing", Integer, nullable=False),
@@ -96,6 +98,24 @@ outputs = Table(
     Column("output_id", Text, nullable=False),
     Column("type", Text, nullable=False),
     Column("value", Text, nullable=False),
+)
+
+run_reads = Table(
+    "run_reads",
+    metadata,
+    Column("run_id", Text, ForeignKey("runs.run_id", ondelete="CASCADE"), primary_key=True),
+    # The number of the read, modulo how many are kept: a new one takes the place of the oldest.
+    Column("slot", Integer, primary_key=True),
+    Column("requested_at", BigInteger, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("outcome", Text, nullable=False),
+    Column("run_status", Text),
+    Column("http_status", Integer),
+    Column("problem", Text),
+    Column("request_id", Text),
+    Column("duration_ms", Integer),
+    CheckConstraint("outcome IN ('returned', 'not_found', 'failed')", name="outcome"),
+    CheckConstraint("source IN ('run', 'list')", name="source"),
 )
 
 deliveries = Table(

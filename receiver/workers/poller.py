@@ -46,18 +46,19 @@ from receiver.decide import (
 )
 from receiver.errors import StoreUnavailableError
 from receiver.intake.callbacks import Intake
-from receiver.model import ReadFailed, ReadRequested, Report, Run, RunRead, RunState, Snapshot
+from receiver.model import ReadAttempt, ReadFailed, ReadOutcome, ReadRequested, Report, Run, RunState
 from receiver.store import Database, ledger
 from receiver.store.changes import Signals
 from receiver.store.rows import from_ms
 from receiver.workers.loop import idle_seconds, run_loop
-from receiver.workers.run_reader import Held, PageFailed, RunReader
+from receiver.workers.run_reader import Held, PageFailed, PageRead, RunReader
 
 log = structlog.get_logger("receiver.poller")
 
 _BATCH = 2000
 """Due runs of one API key that are planned together."""
 _NO_KEY_SECONDS = 60.0
+_NO_KEY = "there is no API key for its workspace: set FLORA_API_KEY"
 _NOT_COMMITTED_SECONDS = 1.0
 
 
@@ -164,7 +165,7 @@ class Poller:
         state = self._keys.get(workspace_id if workspace_id in self._workspaces else None)
         if state is None:
             until = self._clock() + timedelta(seconds=_NO_KEY_SECONDS)
-            return Held("there is no API key for its workspace: set FLORA_API_KEY", until)
+            return Held(_NO_KEY, until)
         return state.reader.held
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -286,9 +287,7 @@ class Poller:
                     state, [run for run in scan.due if run.run_id in unseen], page
                 )
                 return
-            useful = await self._apply_rows(
-                state, page.snapshots, requested_at, {run.run_id for run in scan.due}
-            )
+            useful = await self._apply_rows(state, page, {run.run_id for run in scan.due})
             for snapshot in page.snapshots:
                 unseen.discard(snapshot.run_id)
                 state.scanned.pop(snapshot.run_id, None)
@@ -304,29 +303,28 @@ class Poller:
         only_listed = [run for run in absent if route(run) is Route.LISTED]
         await self._apply(state, [state.reader.report_unlisted(run, requested_at) for run in only_listed])
 
-    async def _apply_rows(
-        self, state: _KeyState, snapshots: Sequence[Snapshot], requested_at: datetime, due: Collection[str]
-    ) -> int:
+    async def _apply_rows(self, state: _KeyState, page: PageRead, due: Collection[str]) -> int:
         """Report each row that changes what is known of its run; return how many did.
 
         A run that was due is reported in any case: without a report it would be due again at once.
         """
-        rows = {snapshot.run_id: snapshot for snapshot in snapshots}
+        rows = {snapshot.run_id: snapshot for snapshot in page.snapshots}
         known = await self._database.read(lambda tx: ledger.runs_by_id(tx, rows.keys())) if rows else {}
         news = [rows[key] for key, run in known.items() if key in due or is_news(run, rows[key])]
         for snapshot in news:
             state.reader.count(snapshot)
-        await self._apply(state, [RunRead(snapshot, requested_at) for snapshot in news])
+        await self._apply(state, [page.report(snapshot) for snapshot in news])
         return len(news)
 
     async def _report_failed_page(self, state: _KeyState, runs: Sequence[Run], page: PageFailed) -> None:
-        """Make the runs of a failed scan back off; if their key is held, they stay due instead."""
-        if state.reader.held_seconds > 0:
+        """Make the runs of a failed scan back off; if their key is held, they stay due instead.
+
+        A 429 is not worth a write for each run: they are read in a few seconds.
+        """
+        is_held = state.reader.held_seconds > 0
+        if is_held and page.error.status == 429:
             return
-        retry_after = page.error.retry_after
-        await self._apply(
-            state, [ReadFailed(run.run_id, page.requested_at, retry_after=retry_after) for run in runs]
-        )
+        await self._apply(state, [page.report(run, stays_due=is_held) for run in runs])
 
     async def _apply(self, state: _KeyState, reports: Sequence[Report]) -> None:
         """Apply reports together: those that arrive at once share a commit."""
@@ -346,5 +344,8 @@ class Poller:
         if runs:
             workspaces = sorted({run.workspace_id or "" for run in runs})
             log.error("poll.no_key", runs=len(runs), workspaces=workspaces[:20], fix="set FLORA_API_KEY")
-            reports = [ReadFailed(run.run_id, now, retry_after=_NO_KEY_SECONDS) for run in runs]
+            attempt = ReadAttempt(now, "run", ReadOutcome.FAILED, problem=_NO_KEY)
+            reports = [
+                ReadFailed(run.run_id, now, retry_after=_NO_KEY_SECONDS, attempt=attempt) for run in runs
+            ]
             await asyncio.gather(*map(self._intake.apply, reports))

@@ -11,14 +11,27 @@ import structlog
 
 from receiver.decide import Route, Scope, is_404_conclusive, route
 from receiver.errors import FloraError
-from receiver.flora.client import FloraClient
+from receiver.flora.client import Exchange, FloraClient, Observe
 from receiver.flora.rate_limit import Hold, pause_after
-from receiver.model import ReadFailed, Report, Run, RunNotFound, RunRead, Snapshot
+from receiver.model import (
+    Origin,
+    ReadAttempt,
+    ReadFailed,
+    ReadOutcome,
+    Report,
+    Run,
+    RunNotFound,
+    RunRead,
+    Snapshot,
+    storable_text,
+)
 from receiver.telemetry import Metrics
 
 log = structlog.get_logger("receiver.reader")
 
 _KEY_REFUSED_SECONDS = 60.0
+_MAX_PROBLEM = 500
+"""Characters of a read's problem that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +40,12 @@ class PageRead:
 
     snapshots: tuple[Snapshot, ...]
     requested_at: datetime
+    exchange: Exchange
+
+    def report(self, snapshot: Snapshot, *, origin: Origin | None = None) -> RunRead:
+        """Return what the page says about one of its runs."""
+        attempt = _describe_snapshot(snapshot, self.requested_at, "list", self.exchange)
+        return RunRead(snapshot, self.requested_at, origin=origin, attempt=attempt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +54,15 @@ class PageFailed:
 
     error: FloraError
     requested_at: datetime
+    exchange: Exchange
+
+    def report(self, run: Run, *, stays_due: bool) -> ReadFailed:
+        """Return that a run was looked for in vain."""
+        attempt = _describe_error(self.error, self.requested_at, "list", self.exchange)
+        retry_after = self.error.retry_after
+        return ReadFailed(
+            run.run_id, self.requested_at, retry_after=retry_after, attempt=attempt, stays_due=stays_due
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +132,29 @@ class RunReader:
     async def read(self, run: Run) -> Report:
         """Read one run on its own route and return what FLORA's response means."""
         requested_at = self._clock()
+        exchanges: list[Exchange] = []
         try:
-            snapshot = await self._read(run)
+            snapshot = await self._read(run, exchanges.append)
         except FloraError as error:
-            return self._to_report(error, run, requested_at)
+            return self._to_report(error, run, requested_at, exchanges[-1])
         self._note_key_accepted()
         self.count(snapshot)
         log.info("poll.read", run_id=run.run_id, status=snapshot.status, progress=snapshot.progress)
-        return RunRead(snapshot, requested_at)
+        attempt = _describe_snapshot(snapshot, requested_at, "run", exchanges[-1])
+        return RunRead(snapshot, requested_at, attempt=attempt)
 
     async def pages(self, scope: Scope) -> AsyncIterator[PageRead | PageFailed]:
         """Yield the pages of a list, newest run first; a page that fails is the last one."""
         requested_at = self._clock()
+        exchanges: list[Exchange] = []
         try:
-            async for page in self.client.pages(scope):
+            async for page in self.client.pages(scope, observe=exchanges.append):
                 self._note_key_accepted()
-                yield PageRead(page.snapshots, requested_at)
+                yield PageRead(page.snapshots, requested_at, exchanges.pop())
                 requested_at = self._clock()
         except FloraError as error:
             self._react_to(error, listing=scope.listing.value, workspace_id=scope.workspace_id)
-            yield PageFailed(error, requested_at)
+            yield PageFailed(error, requested_at, exchanges.pop())
 
     def count(self, snapshot: Snapshot) -> None:
         """Count a run that was read, alone or in a list."""
@@ -133,16 +164,19 @@ class RunReader:
         """Return the report of a run that only its list can show, and that it did not show."""
         self._metrics.count_poll("unlisted")
         log.info("poll.unlisted", run_id=run.run_id)
-        return ReadFailed(run.run_id, requested_at)
+        problem = "the list of runs does not have it, or not among its newest"
+        attempt = ReadAttempt(requested_at, "list", ReadOutcome.FAILED, problem=problem)
+        return ReadFailed(run.run_id, requested_at, attempt=attempt)
 
-    async def _read(self, run: Run) -> Snapshot:
+    async def _read(self, run: Run, observe: Observe) -> Snapshot:
         # A run of Route.LISTED is in lists alone; that route's own single read would need the
         # technique.
         if route(run) is Route.TECHNIQUE_RUN:
-            return await self.client.technique_run(run.technique_id or "", run.run_id)
-        return await self.client.run(run.run_id)
+            return await self.client.technique_run(run.technique_id or "", run.run_id, observe=observe)
+        return await self.client.run(run.run_id, observe=observe)
 
-    def _to_report(self, error: FloraError, run: Run, requested_at: datetime) -> Report:
+    def _to_report(self, error: FloraError, run: Run, requested_at: datetime, exchange: Exchange) -> Report:
+        attempt = _describe_error(error, requested_at, "run", exchange)
         if error.status == 404 and error.code == "not_found":
             # FLORA's own 404. One of a proxy, or of a wrong base URL, must not lose a run.
             self._note_key_accepted()
@@ -153,9 +187,10 @@ class RunReader:
                 request_id=error.request_id,
                 conclusive=is_404_conclusive(run),
             )
-            return RunNotFound(run.run_id, requested_at, conclusive=is_404_conclusive(run))
+            return RunNotFound(run.run_id, requested_at, conclusive=is_404_conclusive(run), attempt=attempt)
         self._metrics.count_poll("unanswered")
-        return ReadFailed(run.run_id, requested_at, retry_after=self._react_to(error, run_id=run.run_id))
+        retry_after = self._react_to(error, run_id=run.run_id)
+        return ReadFailed(run.run_id, requested_at, retry_after=retry_after, attempt=attempt)
 
     def _react_to(self, error: FloraError, **about: str | None) -> float | None:
         """Hold the reads if the error calls for it; return the pause before the next try."""
@@ -186,3 +221,38 @@ class RunReader:
         if self._refusal is not None:
             self._refusal = None
             log.warning("flora.key_accepted", workspace_id=self.key)
+
+
+def _describe_snapshot(
+    snapshot: Snapshot, requested_at: datetime, source: str, exchange: Exchange
+) -> ReadAttempt:
+    empty = snapshot.status == "completed" and not snapshot.outputs
+    return ReadAttempt(
+        requested_at,
+        source,
+        ReadOutcome.RETURNED,
+        run_status=snapshot.status,
+        http_status=exchange.status,
+        problem="it has no outputs that can be fetched yet" if empty else None,
+        request_id=_to_request_id(exchange.request_id),
+        seconds=exchange.seconds,
+    )
+
+
+def _describe_error(
+    error: FloraError, requested_at: datetime, source: str, exchange: Exchange
+) -> ReadAttempt:
+    is_unknown = error.status == 404 and error.code == "not_found"
+    return ReadAttempt(
+        requested_at,
+        source,
+        ReadOutcome.NOT_FOUND if is_unknown else ReadOutcome.FAILED,
+        http_status=exchange.status,
+        problem=storable_text(str(error))[:_MAX_PROBLEM],
+        request_id=_to_request_id(exchange.request_id),
+        seconds=exchange.seconds,
+    )
+
+
+def _to_request_id(text: str | None) -> str | None:
+    return None if text is None else storable_text(text)[:200]

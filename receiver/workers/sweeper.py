@@ -23,7 +23,7 @@ from receiver.intake.callbacks import Intake
 from receiver.model import Origin, RunRead, Snapshot
 from receiver.store import Database, ledger, starts, sweeps
 from receiver.workers.loop import run_loop, run_until
-from receiver.workers.run_reader import PageFailed, RunReader
+from receiver.workers.run_reader import PageFailed, PageRead, RunReader
 
 log = structlog.get_logger("receiver.sweeper")
 
@@ -110,7 +110,7 @@ class Sweeper:
                 log.warning("sweep.cut_short", listing=scope.listing.value, reason=str(page.error))
                 return timedelta(seconds=max(_RETRY_SECONDS, reader.held_seconds))
             rows = [row for row in page.snapshots if not _is_older(row, since)]
-            discovered += await self._apply(scope, rows, page.requested_at)
+            discovered += await self._apply(scope, rows, page)
             times = [row.created_at for row in page.snapshots if row.created_at is not None]
             newest = max([*times, *([newest] if newest else [])], default=None)
             pages += 1
@@ -126,10 +126,10 @@ class Sweeper:
         )
         return self._discovery.every
 
-    async def _apply(self, scope: Scope, rows: Sequence[Snapshot], requested_at: datetime) -> int:
+    async def _apply(self, scope: Scope, rows: Sequence[Snapshot], page: PageRead) -> int:
         """Report the rows that are news to the database; return how many runs are new."""
         reports, unknown = await self._database.read(
-            partial(_reports_of, scope=scope, rows=rows, requested_at=requested_at)
+            partial(_reports_of, scope=scope, rows=rows, page=page)
         )
         await asyncio.gather(*map(self._intake.apply, reports))
         return unknown
@@ -157,18 +157,14 @@ def scopes(discovery: Discovery, keys: Collection[str | None]) -> tuple[Scope, .
 
 
 def _reports_of(
-    tx: Connection, *, scope: Scope, rows: Sequence[Snapshot], requested_at: datetime
+    tx: Connection, *, scope: Scope, rows: Sequence[Snapshot], page: PageRead
 ) -> tuple[list[RunRead], int]:
     """Return what to report of listed rows, and how many of them are unknown. Reads only."""
     listed = {row.run_id: row for row in rows}
     known = ledger.runs_by_id(tx, listed.keys()) if listed else {}
-    reports = [
-        RunRead(listed[run_id], requested_at)
-        for run_id, run in known.items()
-        if is_news(run, listed[run_id])
-    ]
+    reports = [page.report(listed[run_id]) for run_id, run in known.items() if is_news(run, listed[run_id])]
     unknown = [row for row in listed.values() if row.run_id not in known]
-    since = young_since(requested_at)
+    since = young_since(page.requested_at)
     if (
         unknown
         and starts.oldest_unanswered_at(tx, workspace_id=scope.workspace_id, since=since) is not None
@@ -176,9 +172,7 @@ def _reports_of(
         # A row may be the run of a start without a response yet. It is left to the next sweep, by
         # way of the overlap.
         unknown = [row for row in unknown if not may_be_of_start(row.created_at, since)]
-    return [*reports, *(RunRead(row, requested_at, origin=Origin.DISCOVERED) for row in unknown)], len(
-        unknown
-    )
+    return [*reports, *(page.report(row, origin=Origin.DISCOVERED) for row in unknown)], len(unknown)
 
 
 def _is_older(row: Snapshot, than: datetime) -> bool:

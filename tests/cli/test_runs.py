@@ -2,15 +2,18 @@
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from receiver.net import certificates
 from tests.cli.conftest import KEYS, RunningCommand, read_exports, run_command
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import free_port
 
 PROMPT = "{id: prompt, type: text, value: a lighthouse}"
@@ -172,6 +175,25 @@ def test_a_run_that_was_started_elsewhere_is_tracked(operator: Operator) -> None
     done = operator.run("runs", "track", "https://flora.example/api/v1/runs/run_1")
     assert (done.returncode, "base_url" in done.stderr) == (1, True)
     assert operator.run("runs", "track", "nonsense").returncode == 1
+
+
+def test_a_run_that_cannot_be_read_says_why(operator: Operator) -> None:
+    """A login page answers in FLORA's place: the first line of the explanation says so, and nothing was read."""
+    faults = httpx.URL(operator.flora).copy_with(path="/_emulator/faults")
+    fault = {"kind": "html", "path": "/techniques/tech_emu_image/runs/run_odd"}
+    assert httpx.post(faults, json={"faults": [fault]}, trust_env=False).is_success
+    operator.text("runs", "track", "run_odd", "--technique-id", "tech_emu_image")
+    operator.text("runs", "refresh", "run_odd")
+    lines = [""]
+    until = time.monotonic() + PATIENCE_SECONDS
+    while "last read failed" not in lines[0] and time.monotonic() < until:
+        lines = operator.text("runs", "explain", "run_odd").split("\n")
+    assert lines[0].startswith("run_odd is open. Its end is not known: the last read failed: HTTP 200: ")
+    assert "it is text/html, not JSON" in lines[0]
+    assert any(line.startswith("It was read 0 times, and ") for line in lines)
+    assert any("read failed: HTTP 200" in line and "req_" in line for line in lines)
+    [read, *_] = operator.json("runs", "show", "run_odd")["last_reads"]
+    assert (read["outcome"], read["http_status"]) == ("failed", 200)
 
 
 def test_a_run_is_refreshed_and_dispatched_again(operator: Operator) -> None:

@@ -15,7 +15,9 @@ from receiver.model import (
     LostReason,
     Origin,
     Output,
+    ReadAttempt,
     ReadFailed,
+    ReadOutcome,
     ReadRequested,
     Report,
     Run,
@@ -204,7 +206,10 @@ def asks_for_the_bill(state: RunState | None, kind: Kind) -> None:
     decision = decide_change(before, REPORTS[kind])
     assert decision.run.next_poll_at is not None
     assert decision.run.next_poll_at >= LATER + timedelta(seconds=5)
-    assert decision == Changed(replace(before, polls=1, next_poll_at=decision.run.next_poll_at))
+    failed = int(kind is Kind.READ_FAILED)
+    assert decision == Changed(
+        replace(before, polls=1, failed_polls=failed, next_poll_at=decision.run.next_poll_at)
+    )
     over = decide_change(before, REPORTS[kind], now=NOW + timedelta(minutes=10))
     assert (over.run.cost_due_at, over.run.next_poll_at, over.events) == (None, None, (Event.COST_FINAL,))
 
@@ -484,7 +489,7 @@ def test_a_read_asked_before_the_callback_changes_nothing_but_polls(state: RunSt
         state, callback_status=CallbackStatus.COMPLETED, reported_at=LATER, next_poll_at=LATER, failures=8
     )
     stale = replace(cast("RunRead", REPORTS[kind]), requested_at=LATER - timedelta(milliseconds=1))
-    assert decide(run, stale) == Changed(replace(run, polls=1))
+    assert decide(run, stale) == Changed(replace(run, polls=1, failed_polls=int(kind is Kind.READ_FAILED)))
     refreshed = replace(cast("RunRead", REPORTS[kind]), requested_at=LATER)
     assert after(run, refreshed).next_poll_at != LATER
 
@@ -683,3 +688,20 @@ def test_learning_the_technique_makes_a_reported_run_due() -> None:
     run = a_run(RunState.REPORTED, run_type="technique", next_poll_at=NOW + timedelta(minutes=5))
     registration = a_registration(technique_id="tech_1", run_type="technique", registered_at=LATER)
     assert after(run, registration).next_poll_at == LATER
+
+
+@pytest.mark.parametrize("state", [RunState.OPEN, RunState.REPORTED])
+def test_a_read_that_failed_is_not_counted_as_a_read(state: RunState) -> None:
+    """Nor is one whose key was refused; an answer that has to wait for something else is."""
+    run = a_run(state)
+    for report, failed in (
+        (ReadFailed("run_1", LATER), 1),
+        (ReadFailed("run_1", LATER, attempt=ReadAttempt(LATER, "run", ReadOutcome.FAILED)), 1),
+        (ReadFailed("run_1", LATER, attempt=ReadAttempt(LATER, "run", ReadOutcome.RETURNED)), 0),
+        (RunNotFound("run_1", LATER, conclusive=True), 0),
+        (a_read("running", LATER), 0),
+    ):
+        read = after(run, report)
+        assert (read.polls, read.failed_polls) == (1, failed)
+    due = after(run, ReadFailed("run_1", LATER, stays_due=True))
+    assert due == replace(run, polls=1, failed_polls=1)

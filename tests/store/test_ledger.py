@@ -9,8 +9,19 @@ from msgspec.structs import fields, replace
 from sqlalchemy import Connection, exc
 
 from receiver.errors import StoreUnavailableError
-from receiver.model import CallbackStatus, Delivery, LostReason, Origin, Output, Run, RunState, Verdict
-from receiver.store import Database, ledger, schema
+from receiver.model import (
+    CallbackStatus,
+    Delivery,
+    LostReason,
+    Origin,
+    Output,
+    ReadAttempt,
+    ReadOutcome,
+    Run,
+    RunState,
+    Verdict,
+)
+from receiver.store import Database, ledger, retention, schema
 from receiver.store.rows import FIRST_CALLBACK_COLUMNS, NEW_RUN_DEFAULTS, RUN_COLUMNS, from_ms, to_ms
 from tests.support.core import NOW, OUTPUT, Core, a_run
 
@@ -43,6 +54,7 @@ FULL = Run(
     losses=3,
     next_poll_at=NOW,
     polls=7,
+    failed_polls=2,
     unconfirmed_reads=2,
     failures=1,
     missing=4,
@@ -83,6 +95,7 @@ async def test_a_run_that_a_callback_tells_of_first(database: Database) -> None:
             "callback_expected",
             "losses",
             "polls",
+            "failed_polls",
             "progress",
             "quoted_cost",
             "cost_due_at",
@@ -296,3 +309,39 @@ def test_a_first_callback_fills_every_column_that_needs_a_value() -> None:
     assert {column.name for column in columns} == set(RUN_COLUMNS)
     needed = {column.name for column in columns if not column.nullable and column.server_default is None}
     assert needed <= {*FIRST_CALLBACK_COLUMNS, *NEW_RUN_DEFAULTS}
+
+
+def a_read_attempt(number: int, **fields: Any) -> ReadAttempt:
+    return ReadAttempt(
+        NOW + timedelta(seconds=number), "run", ReadOutcome.RETURNED, run_status="running", **fields
+    )
+
+
+async def reads_of(core: Core, run_id: str = "run_1") -> tuple[ReadAttempt, ...]:
+    return await core.database.read(lambda tx: ledger.reads_of_run(tx, run_id))
+
+
+async def test_the_last_reads_of_a_run_are_kept(core: Core) -> None:
+    """However many there are, one by one or together, the newest ones are kept, in order; each run has its own."""
+    await add(core.database, a_run(), a_run(run_id="run_2"))
+    for first in range(1, 3 * ledger.KEPT_READS, 4):
+        some = {("run_1", number): a_read_attempt(number) for number in range(first, first + 4)}
+        await core.database.write(partial(ledger.add_reads, reads=some))
+        last = first + 3
+        kept = range(max(1, last - ledger.KEPT_READS + 1), last + 1)
+        assert await reads_of(core) == tuple(map(a_read_attempt, kept))
+    await core.database.write(lambda tx: ledger.add_reads(tx, {("run_2", 1): a_read_attempt(1)}))
+    assert await reads_of(core, "run_2") == (a_read_attempt(1),)
+    assert await core.count("run_reads") == ledger.KEPT_READS + 1
+
+
+async def test_every_field_of_a_read_survives_and_goes_with_its_run(core: Core) -> None:
+    full = ReadAttempt(
+        NOW, "list", ReadOutcome.FAILED, http_status=308, problem="ü\N{LINE SEPARATOR}'", request_id="req_1", seconds=1.25,
+    )  # fmt: skip
+    await add(core.database, a_run(RunState.COMPLETED, first_seen_at=NOW - timedelta(days=40)))
+    await core.database.write(lambda tx: ledger.add_reads(tx, {("run_1", 7): full}))
+    await core.database.write(lambda tx: ledger.add_reads(tx, {}))
+    assert await reads_of(core) == (full,)
+    await core.database.write(lambda tx: retention.delete_ledger(tx, before=NOW, limit=9))
+    assert await core.count("run_reads") == 0

@@ -164,6 +164,29 @@ def test_artifacts_survive_the_room_for_thumbnails(connection: Connection) -> No
     assert connection.exec_driver_sql("SELECT position FROM artifacts").scalars().all() == [-1]
 
 
+def test_runs_from_before_their_reads_were_kept(connection: Connection) -> None:
+    """They have all that hangs on them, up and down, and a replica of the earlier version can still add one."""
+    command.upgrade(alembic_config(connection), "0005")
+    insert = (
+        "INSERT INTO runs (run_id, state, origin, callback_expected, first_seen_at, next_poll_at, deadline_at, "
+        "metadata, losses, polls, ladder, failures, missing, version) "
+        "VALUES ('{0}', 'open', 'started', true, 1, 1, 1, '{{}}', 0, 5, 0, 0, 0, 0)"
+    )
+    connection.exec_driver_sql(insert.format("run_1"))
+    connection.exec_driver_sql(
+        "INSERT INTO outputs (run_id, position, output_id, type, value) VALUES ('run_1', 0, 'o', 'text', 'x')"
+    )
+    connection.commit()
+    migrate.upgrade(connection)
+    connection.exec_driver_sql(insert.format("run_2"))
+    found = connection.exec_driver_sql("SELECT polls, failed_polls FROM runs").fetchall()
+    assert [tuple(row) for row in found] == [(5, 0), (5, 0)]
+    connection.commit()
+    command.downgrade(alembic_config(connection), "0005")
+    assert connection.exec_driver_sql("SELECT count(*) FROM runs").scalar_one() == 2
+    assert connection.exec_driver_sql("SELECT count(*) FROM outputs").scalar_one() == 1
+
+
 def steps() -> list[tuple[str, str]]:
     """Return each migration but the first, with the one before it."""
     scripts = ScriptDirectory(str(Path(migrate.__file__).with_name("migrations")))

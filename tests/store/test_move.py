@@ -27,6 +27,7 @@ from receiver.store.schema import (
     dispatches,
     outputs,
     rejections,
+    run_reads,
     runs,
     starts,
     watermarks,
@@ -39,7 +40,8 @@ BIG = 2**63 - 1
 RUN = {
     "run_id": "run_1", "state": "reported", "origin": "started", "first_seen_at": 1, "deadline_at": BIG,
     "metadata": '{"a": "\U0001f9ea"}', "callback_expected": True, "told": "both", "reported_at": 5, "losses": 0,
-    "next_poll_at": -1, "polls": 3, "ladder": 0, "failures": 0, "missing": 0, "version": 7, "charged_cost": 0.1 + 0.2,
+    "next_poll_at": -1, "polls": 3, "failed_polls": 2, "ladder": 0,
+    "failures": 0, "missing": 0, "version": 7, "charged_cost": 0.1 + 0.2,
     "quoted_cost": 1e-300, "error_message": ODD, "error_code": "",
 }  # fmt: skip
 DISPATCH = {
@@ -58,6 +60,13 @@ START = {
 CONTENT: list[tuple[Any, list[dict[str, Any]]]] = [
     (runs, [RUN]),
     (runs, [{**RUN, "run_id": "run_2", "state": "completed", "settled_at": 4, "callback_expected": False}]),
+    (
+        run_reads,
+        [
+            {"run_id": "run_1", "slot": slot, "requested_at": 1, "source": "list", "outcome": "failed", "problem": ODD}
+            for slot in range(3)
+        ],
+    ),
     (outputs, [{"run_id": "run_2", "position": at, "output_id": "o", "type": "text", "value": ODD} for at in (0, 1)]),
     (
         deliveries,

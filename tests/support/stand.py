@@ -181,7 +181,7 @@ class Ledger:
 
     async def count_unread(self) -> int:
         """Return how many runs were not read."""
-        return int((await self.core.rows("SELECT count(*) FROM runs WHERE polls = 0"))[0][0])
+        return int((await self.core.rows("SELECT count(*) FROM runs WHERE polls = failed_polls"))[0][0])
 
 
 def a_ledger(database: Database, clock: Clock, *stands: Stand) -> Ledger:

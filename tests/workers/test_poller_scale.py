@@ -262,7 +262,6 @@ async def test_a_held_workspace_starves_no_other(database: Database, clock: Cloc
     [
         ({"kind": "rate_limited", "retry_after": 7}, 7),
         ({"kind": "rate_limited"}, 5),
-        ({"kind": "unauthorized"}, 60),
     ],
 )
 async def test_a_page_that_is_refused_holds_the_key_and_keeps_the_runs_due(
@@ -280,6 +279,26 @@ async def test_a_page_that_is_refused_holds_the_key_and_keeps_the_runs_due(
     clock.forward(2)
     await ours.look_once()
     assert flora.requests == 4
+    assert await ours.count_unread() == 0
+
+
+async def test_a_refused_key_is_written_down_for_each_run_and_keeps_them_due(
+    ours: Ledger, flora: Stand, clock: Clock
+) -> None:
+    """Each run can say why it is not read; they are looked at when the hold is over."""
+    await ours.add(flora.to_rows(flora.fill(300)))
+    due = await ours.core.rows("SELECT run_id, next_poll_at FROM runs ORDER BY run_id")
+    flora.emulator.faults.add(parse_faults([{"kind": "unauthorized", "next": 1}]))
+    await ours.look_once()
+    assert flora.requests == 1
+    assert await ours.core.rows("SELECT run_id, next_poll_at FROM runs ORDER BY run_id") == due
+    assert await ours.core.rows("SELECT DISTINCT polls, failed_polls, failures FROM runs") == [(1, 1, 0)]
+    found = await ours.core.rows(
+        "SELECT source, outcome, http_status, count(*) FROM run_reads GROUP BY 1, 2, 3"
+    )
+    assert found == [("list", "failed", 401, 300)]
+    clock.forward(61)
+    await ours.look_once()
     assert await ours.count_unread() == 0
 
 

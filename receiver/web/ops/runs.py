@@ -16,6 +16,7 @@ from receiver.client.messages import (
     OneRun,
     OneTechnique,
     RunPage,
+    RunView,
     Started,
     StartPage,
     TimelineView,
@@ -195,7 +196,8 @@ class RunRoutes:
         timeline = await self._database.read(read)
         if timeline is None:
             raise not_found("run")
-        return json_response(timeline)
+        run = self._with_hold(timeline.run)
+        return json_response(timeline.model_copy(update={"run": run}))
 
     async def refresh(self, request: Request) -> Response:
         await read_body(request, RefreshBody)
@@ -263,13 +265,17 @@ class RunRoutes:
 
     async def _run_response(self, run_id: str, *, is_due: bool = False) -> Response:
         details = await self._read_details(run_id)
-        run = to_full_run(details, self._handlers)
-        if is_due or not run.settled:
-            held = self._find_hold(details.run.workspace_id)
-            if held is not None:
-                view = HoldView(reason=held.reason, until=held.until)
-                run = run.model_copy(update={"reads_held": view})
+        run = self._with_hold(to_full_run(details, self._handlers), is_due=is_due)
         return json_response(OneRun(run=run))
+
+    def _with_hold(self, run: RunView, *, is_due: bool = False) -> RunView:
+        """Return a run with the reason why it is not read now, if there is one."""
+        if run.settled and not is_due:
+            return run
+        held = self._find_hold(run.workspace_id)
+        if held is None:
+            return run
+        return run.model_copy(update={"reads_held": HoldView(reason=held.reason, until=held.until)})
 
     async def _read_details(self, run_id: str) -> queries.RunDetails:
         details = await self._database.read(lambda tx: queries.run_details(tx, run_id))

@@ -19,13 +19,21 @@ def to_timeline(
 ) -> TimelineView:
     """Return what happened to a run, oldest entry first; `handlers` are the configured ones."""
     entries = sorted(
-        (*_of_run(details), *_of_deliveries(deliveries), *_of_attempts(attempts), *_of_artifacts(details)),
+        (
+            *_of_run(details),
+            *_of_reads(details),
+            *_of_deliveries(deliveries),
+            *_of_attempts(attempts),
+            *_of_artifacts(details),
+        ),
         key=lambda entry: entry[0],
     )
+    run = to_full_run(details, handlers)
     return TimelineView(
-        run_id=details.run.run_id,
-        run=to_full_run(details, handlers),
-        reads=details.run.polls,
+        run_id=run.run_id,
+        run=run,
+        reads=run.polls,
+        failed_reads=run.failed_polls,
         entries=[{"at": at, **entry} for at, entry in entries],
     )
 
@@ -43,6 +51,13 @@ def _of_run(details: RunDetails) -> Iterator[Entry]:
             yield at, {"kind": kind, "clock": "flora"}
     if run.settled_at is not None:
         yield run.settled_at, {"kind": "settled", "state": run.state.value, "error_code": run.error_code}
+
+
+def _of_reads(details: RunDetails) -> Iterator[Entry]:
+    for read in details.reads:
+        response = {"http_status": read.http_status, "request_id": read.request_id, "seconds": read.seconds}
+        shown = {"outcome": read.outcome.value, "run_status": read.run_status, "problem": read.problem}
+        yield read.requested_at, {"kind": "read", "source": read.source, **shown, **response}
 
 
 def _of_deliveries(deliveries: Sequence[DeliveryRecord]) -> Iterator[Entry]:

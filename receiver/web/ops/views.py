@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Any, TypeVar
 
 from receiver.client import messages
-from receiver.client.messages import DeliveryView, DispatchView, ErrorView, Message, RunView
+from receiver.client.messages import DeliveryView, DispatchView, ErrorView, Message, ReadView, RunView
 from receiver.model import Dispatch, DispatchState, Run, Start, StartState
 from receiver.store.changes import Change
 from receiver.store.queries import DeliveryRecord, RunDetails
@@ -25,6 +25,7 @@ def to_run(run: Run, *, finished: bool, **given: Any) -> RunView:
         run,
         settled=run.settled_at is not None,
         finished=finished,
+        polls=run.polls - run.failed_polls,
         told=run.callback_status,
         cost_final=run.settled_at is not None and run.cost_due_at is None,
         **given,
@@ -32,7 +33,7 @@ def to_run(run: Run, *, finished: bool, **given: Any) -> RunView:
 
 
 def to_full_run(details: RunDetails, handlers: Collection[str]) -> RunView:
-    """Return a run with its outputs, artifacts, dispatches and start.
+    """Return a run with its last reads, outputs, artifacts, dispatches and start.
 
     `handlers` are the names of the configured ones.
     """
@@ -40,6 +41,7 @@ def to_full_run(details: RunDetails, handlers: Collection[str]) -> RunView:
         details.run,
         finished=details.is_finished_for(handlers),
         outputs=details.outputs,
+        last_reads=[_fill(ReadView, attempt) for attempt in details.reads],
         artifacts=details.artifacts,
         dispatches=[
             to_dispatch(dispatch, handlers, result=dispatch.result) for dispatch in details.dispatches

@@ -450,6 +450,36 @@ async def test_the_timeline_lists_what_happened_in_order(ops: Ops) -> None:
     assert found["run"]["run_id"] == run_id
 
 
+async def test_a_run_shows_its_last_reads_and_its_poll_url(ops: Ops) -> None:
+    """What failed is not counted as a read; each is in the run and in its timeline, with FLORA's request id."""
+    ops.add_fault(kind="html", status=503, method="GET", next=2)
+    run_id = ops.stage.emulator.start_run("emu-image")
+    base = ops.stage.emulator.base_url(ops.stage.origin)
+    url = f"{base}/techniques/tech_emu_image/runs/{run_id}"
+    tracked = await ops.post("/api/runs/track", {"poll_url": url})
+    assert tracked["run"]["poll_url"] == url
+    await ops.get(f"/api/runs/{run_id}/wait", timeout=30)
+    run = (await ops.get(f"/api/runs/{run_id}"))["run"]
+    assert run["failed_polls"] == 2
+    assert run["polls"] == len(run["last_reads"]) - 2 >= 1
+    assert [read["outcome"] for read in run["last_reads"][:2]] == ["failed", "failed"]
+    assert {read["http_status"] for read in run["last_reads"][:2]} == {503}
+    last = run["last_reads"][-1]
+    assert (last["outcome"], last["run_status"], last["http_status"]) == ("returned", "completed", 200)
+    assert all(read["request_id"].startswith("req_") for read in run["last_reads"])
+    timeline = await ops.get(f"/api/runs/{run_id}/timeline")
+    assert (timeline["reads"], timeline["failed_reads"]) == (run["polls"], 2)
+    shown = [entry for entry in timeline["entries"] if entry["kind"] == "read"]
+    assert [
+        {"requested_at": entry["at"], **read} for entry, read in zip(shown, run["last_reads"], strict=True)
+    ] == run["last_reads"]
+    assert timeline["run"]["last_reads"] == run["last_reads"]
+    listed = (await ops.get("/api/runs"))["runs"][0]
+    assert (listed["failed_polls"], listed["poll_url"], "last_reads" in listed) == (2, url, False)
+    seen = await ops.call_client(lambda receiver: receiver.run(run_id))
+    assert seen.last_reads[-1].request_id == last["request_id"]
+
+
 async def test_a_wait_continues_through_a_restart(stage: Stage) -> None:
     """The Python client waits while the service restarts, and returns when the run is over."""
     slow = [{"kind": "run_seconds", "seconds": 1.5}]
