@@ -40,6 +40,10 @@ from tests.support.patience import PATIENCE_SECONDS
 COMMANDS = {path: {name for each in options(command) for name in each.opts} for path, command in commands()}
 
 
+EXAMPLE_VALUES = {"HTTPS_PROXY": "http://proxy.example.com:3128"}
+"""What variables hold that are no secrets; a secret is the name of its variable."""
+
+
 def shown(language: str, but: str | None = None) -> list[Any]:
     """Return the code blocks of a language in all pages, without those that contain a text."""
     found = all_blocks(language)
@@ -57,7 +61,7 @@ def test_settings_that_are_shown_load(block: str, tmp_path: Path, monkeypatch: p
     environ = {
         "FLORA_API_KEY": "sk_test_x",
         "FLORA_WEBHOOK_SECRET": "whsec_x",
-        **{name: name for name in named},
+        **{name: EXAMPLE_VALUES.get(name, name) for name in named},
     }
     load_settings(None, environ)
 
