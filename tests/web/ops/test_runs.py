@@ -401,6 +401,7 @@ async def test_a_run_is_dispatched_again(ops: Ops) -> None:
     assert ops.stage.files(run_id) == before
     assert (await ops.post(f"/api/runs/{run_id}/redispatch", {"handler": "nobody"}))["dispatches"] == 0
     assert (await ops.post(f"/api/runs/{run_id}/redispatch", {}))["dispatches"] > 1
+    await ops.get(f"/api/runs/{run_id}/wait", timeout=PATIENCE_SECONDS)
 
 
 async def test_a_refresh_says_that_reads_are_held(ops: Ops) -> None:
