@@ -19,6 +19,7 @@ import pytest
 from receiver.flora.signature import sign
 from receiver.net import certificates
 from tests.support.lives import COMMAND, Served, served
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.stage import Stage, eventually, free_port, toml
 
 OLD, NEW = "whsec_" + "0" * 32, "whsec_" + "1" * 32
@@ -312,7 +313,7 @@ async def test_a_terminal_that_is_closed_ends_serve(stage: Stage) -> None:
         async with stage.client() as client:
             await Served(stage, process).ready(client)
         os.close(leader)
-        assert await asyncio.wait_for(process.wait(), 40) == 0
+        assert await asyncio.wait_for(process.wait(), PATIENCE_SECONDS) == 0
     finally:
         if process.returncode is None:
             process.kill()
