@@ -37,7 +37,7 @@ from receiver.config.values import (
     to_tuple,
 )
 from receiver.model import Event, When
-from receiver.net.addresses import parse_network
+from receiver.net.addresses import parse_host_and_port, parse_network
 from receiver.net.database_url import DatabaseUrl as Location
 from receiver.net.database_url import parse_database_url
 
@@ -271,10 +271,19 @@ class Dispatching(Section):
     )
 
 
+def _check_pairs(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        try:
+            parse_host_and_port(value)
+        except ValueError:
+            raise ValueError("must be host:port pairs, as 127.0.0.1:9100 or [::1]:9100") from None
+    return values
+
+
 class Downloads(Section):
     """How outputs are downloaded."""
 
-    allow_private_hosts: Words = Field(
+    allow_private_hosts: Annotated[Words, AfterValidator(_check_pairs)] = Field(
         (),
         description="Exact `host:port` pairs that may be private and http; others: public HTTPS.",
     )

@@ -17,6 +17,7 @@ __all__ = [
     "local_host",
     "local_origin",
     "parse_address",
+    "parse_host_and_port",
     "parse_network",
     "parse_peer",
     "to_unix_path",
@@ -105,3 +106,15 @@ def local_origin(bound: str, port: int, *, tls: bool) -> str:
     if to_unix_path(bound) is not None:
         return "http://localhost"
     return http_origin(local_host(bound), port, tls=tls)
+
+
+def parse_host_and_port(text: str) -> tuple[str, int]:
+    """Parse `host:port` (IPv6 in brackets) of a setting. Raises ValueError with the reason."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} is not host:port")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif not set(host).isdisjoint(":/[]@?#"):
+        raise ValueError(f"{text!r} is not host:port")
+    return host.lower(), int(port)

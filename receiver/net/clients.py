@@ -19,7 +19,13 @@ from typing import Any
 import httpcore
 import httpx
 
-from receiver.net.addresses import is_loopback, local_origin, parse_address, to_unix_path
+from receiver.net.addresses import (
+    is_loopback,
+    local_origin,
+    parse_address,
+    parse_host_and_port,
+    to_unix_path,
+)
 from receiver.net.tunnel import ProxyRoute, open_tunnel
 
 USER_AGENT = "flora-receiver"
@@ -76,18 +82,6 @@ async def resolve(host: str, port: int) -> Sequence[str]:
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-def parse_host_and_port(text: str) -> tuple[str, int]:
-    """Parse `host:port` (IPv6 in brackets) of a setting. Raises ValueError with the reason."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"{text!r} is not host:port")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif not set(host).isdisjoint(":/[]@?#"):
-        raise ValueError(f"{text!r} is not host:port")
-    return host.lower(), int(port)
 
 
 def check_name(host: str) -> None:

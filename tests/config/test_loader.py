@@ -551,3 +551,10 @@ def test_a_proxy_is_a_url_or_a_reference_to_one() -> None:
         "flora.proxy",
         "must be an HTTP proxy; SOCKS is not supported",
     )
+
+
+@pytest.mark.parametrize("value", ["127.0.0.1", "http://127.0.0.1:9100", "::1:9100"])
+def test_private_hosts_are_pairs_of_host_and_port(value: str) -> None:
+    """Found with the other mistakes, not by a traceback of `serve`."""
+    with pytest.raises(ConfigError, match=r"downloads\.allow_private_hosts: must be host:port pairs"):
+        settings(f'[downloads]\nallow_private_hosts = ["{value}"]', BASE)

@@ -12,6 +12,7 @@ from receiver.net.addresses import (
     local_host,
     local_origin,
     parse_address,
+    parse_host_and_port,
     parse_network,
     parse_peer,
     to_unix_path,
@@ -125,3 +126,18 @@ def test_one_module_reads_addresses() -> None:
             if "ipaddress" in modules or (isinstance(node, ast.ImportFrom) and node.module == "ipaddress"):
                 readers.add(str(path.relative_to(root)))
     assert readers == _OWN_READERS
+
+
+@pytest.mark.parametrize(
+    "text", ["", "host", "host:", ":80", "host:0", "host:65536", "host:x", "http://h:80", "a@b:1", "::1:80"]
+)
+def test_exceptions_must_be_exact_host_and_port(text: str) -> None:
+    """A wildcard by mistake would open the network."""
+    with pytest.raises(ValueError, match="is not host:port"):
+        parse_host_and_port(text)
+
+
+def test_exceptions_are_read_as_urls_write_them() -> None:
+    """Names are compared in lower case, IPv6 comes in brackets."""
+    assert parse_host_and_port("LocalHost:9100") == ("localhost", 9100)
+    assert parse_host_and_port("[::1]:9100") == ("::1", 9100)

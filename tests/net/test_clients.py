@@ -15,7 +15,6 @@ from receiver.net.clients import (
     api_client,
     is_public,
     media_client,
-    parse_host_and_port,
     tls_context,
 )
 from tests.support.media import page, redirect, serve_media
@@ -180,21 +179,6 @@ async def test_unix_sockets_are_refused() -> None:
     """There is no public address on a unix socket."""
     with pytest.raises(PrivateAddressError):
         await GuardedBackend().connect_unix_socket("/run/docker.sock")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "host", "host:", ":80", "host:0", "host:65536", "host:x", "http://h:80", "a@b:1", "::1:80"]
-)
-def test_exceptions_must_be_exact_host_and_port(text: str) -> None:
-    """A wildcard by mistake would open the network."""
-    with pytest.raises(ValueError, match="is not host:port"):
-        parse_host_and_port(text)
-
-
-def test_exceptions_are_read_as_urls_write_them() -> None:
-    """Names are compared in lower case, IPv6 comes in brackets."""
-    assert parse_host_and_port("LocalHost:9100") == ("localhost", 9100)
-    assert parse_host_and_port("[::1]:9100") == ("::1", 9100)
 
 
 async def test_media_client_reaches_only_what_is_allowed() -> None:
