@@ -51,7 +51,7 @@ class Access:
         if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.token.encode()):
             return None
         message = (
-            "the token is missing or wrong: send Authorization: Bearer with RECEIVER_OPS_TOKEN, "
+            "the token is missing or wrong: send RECEIVER_OPS_TOKEN in the Authorization header (scheme Bearer), "
             "or the content of var/ops-token"
         )
         return Refusal(
